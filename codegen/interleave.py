@@ -1,0 +1,220 @@
+"""Decoding weight rows into vectors that hold one K position of many rows: f32, or bf16 pairs for `vdpbf16ps`.
+
+Hides the transposes. For pairs: a transpose of 16 rows x 64 bytes in four shuffles a vector: two stages move 128-bit lanes so that a vector holds the same
+16 bytes of rows i, 4 + i, 8 + i, 12 + i; two unpacks inside the lanes bring four neighbouring rows together. FP8 is still
+bytes then, so one shuffle moves 64 weights. Its bf16 value is two table look-ups of the seven magnitude bits, one for
+each byte (`vpermi2b`), the sign, and two unpacks; every code is exact and the NaN codes give NaN. A nibble pair goes
+through one 32-entry table of words (`vpermw`), whose index ignores what lies above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+
+from hmc.codegen.dot import e4m3_as_bf16
+from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.spec import WeightFormat
+from hmc.codegen.weights import masked_vec, weights_f32
+
+_ROWS = 16
+_WEIGHTS = {"fp8": 64, "bf16": 32, "int4": 128}
+"""Weights of a row in 64 bytes."""
+
+
+def decode_pairs(
+    e: Emitter,
+    weight: WeightFormat,
+    panel: Value,
+    stride: int,
+    rows: list[Value],
+    begin: int,
+    end: int,
+) -> None:
+    """Store weights [begin, end) of 16 `rows` (i8*) as pair vectors, pair s at `panel` (i8*) + s * stride words.
+
+    `begin` is a multiple of 128. Pairs past `end` up to a whole 64 bytes of a row are stored too, as finite numbers;
+    nothing past `end` is read.
+    """
+    unit = _WEIGHTS[weight]
+    emit = {"fp8": _fp8, "bf16": _bf16, "int4": _int4}[weight]
+
+    def block(start: Value, count: int) -> None:
+        words = -(-count // (unit // 16))
+        if weight == "fp8":
+            loaded = [masked_vec(e, row, start, I8, 64, count) for row in rows]
+        elif weight == "bf16":
+            loaded = [masked_vec(e, row, start, I16, 32, count) for row in rows]
+        else:
+            index = e.b.lshr(start, const(3))
+            loaded = [masked_vec(e, row, index, I32, 16, words) for row in rows]
+        first = e.b.mul(e.b.lshr(start, const(1)), const(stride))
+        target = e.offset(panel, e.b.mul(first, const(4)))
+
+        def store(pair: int, vector: Value) -> None:
+            e.store(e.b.bitcast(vector, vec(I32, 16)), target, const(pair * stride), align=4)
+
+        emit(e, [e.b.bitcast(row, vec(I32, 16)) for row in loaded], store)
+
+    whole = begin + (end - begin) // unit * unit
+    if begin < whole:
+        with e.for_range(begin, whole, unit) as start:
+            block(start, unit)
+    if whole < end:
+        block(const(whole), end - whole)
+
+
+def decode_columns(
+    e: Emitter,
+    weight: WeightFormat,
+    panel: Value,
+    stride: int,
+    rows: list[Value],
+    begin: int,
+    end: int,
+    factor: Value | None,
+) -> None:
+    """Store weights [begin, end) of `rows` as f32 vectors (one lane a row), weight s at `panel` + s * stride words.
+
+    `factor` (one lane a row) multiplies them. `begin` is a multiple of the lanes; up to a whole vector of weights past
+    `end` zeros are stored, and nothing past `end` is read.
+    """
+    b, lanes = e.b, len(rows)
+
+    def block(start: Value, count: int) -> None:
+        vectors = [weights_f32(e, weight, row, start, count)[0] for row in rows]
+        for k, column in enumerate(_transpose(e, vectors)):
+            if k >= count:
+                column = e.zeros(F32, lanes)
+            elif factor is not None:
+                column = b.fmul(column, factor)
+            e.store(column, panel, b.mul(b.add(start, const(k)), const(stride)), align=4)
+
+    whole = begin + (end - begin) // lanes * lanes
+    if begin < whole:
+        with e.for_range(begin, whole, lanes) as start:
+            block(start, lanes)
+    if whole < end:
+        block(const(whole), end - whole)
+
+
+def _transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
+    """n vectors of n lanes, rows and columns swapped (n a power of two): butterflies at distance 1, 2, 4, ..."""
+    count = len(vectors)
+    distance = 1
+    while distance < count:
+        low = [lane - distance + count if lane & distance else lane for lane in range(count)]
+        high = [lane + count if lane & distance else lane + distance for lane in range(count)]
+        vectors = [
+            e.b.shuffle_vector(
+                vectors[i & ~distance],
+                vectors[i | distance],
+                _indices(high if i & distance else low),
+            )
+            for i in range(count)
+        ]
+        distance *= 2
+    return vectors
+
+
+def _fp8(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
+    b = e.b
+    high, low = _fp8_tables()
+    sign = _bytes(np.full(64, 0x80, np.uint8))
+    for column, quads in enumerate(_lane_columns(e, rows)):
+        for group, codes in enumerate(_unpack_four(e, quads, I16)):
+            codes = b.bitcast(codes, vec(I8, 64))
+            top = b.or_(_permute_bytes(e, codes, high), b.and_(codes, sign))
+            bottom = _permute_bytes(e, codes, low)
+            for half in range(2):
+                pair = 8 * column + 2 * group + half
+                store(pair, _unpack(e, bottom, top, I8, half))
+
+
+def _bf16(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
+    for column, quads in enumerate(_lane_columns(e, rows)):
+        for group, pairs in enumerate(_unpack_four(e, quads, I32)):
+            store(4 * column + group, pairs)
+
+
+def _int4(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
+    b = e.b
+    values = [float((i & 15) - 8) for i in range(32)]
+    bits = (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    table = ir.Constant(vec(I16, 32), [ir.Constant(I16, int(word)) for word in bits])
+    odd = [ir.Constant(I32, lane + (32 if lane % 2 else 0)) for lane in range(32)]
+    kind = vec(I16, 32)
+
+    def shifted(words: Value, right: int) -> Value:
+        amount = ir.Constant(words.type, [ir.Constant(I32, abs(right))] * 16)
+        return b.bitcast((b.lshr if right >= 0 else b.shl)(words, amount), kind)
+
+    for column, quads in enumerate(_lane_columns(e, rows)):
+        for group, words in enumerate(_unpack_four(e, quads, I32)):
+            for pair in range(4):
+                # Nibble 2p falls on bit 0 of the low word, nibble 2p + 1 on bit 0 of the high word.
+                even_bits, odd_bits = shifted(words, 8 * pair), shifted(words, 8 * pair - 12)
+                index = b.shuffle_vector(even_bits, odd_bits, ir.Constant(vec(I32, 32), odd))
+                found = e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index)
+                store(16 * column + 4 * group + pair, found)
+
+
+def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:
+    """[column c][i]: 16 bytes from byte 16 c of rows i, 4 + i, 8 + i, 12 + i, in that order of 128-bit lanes."""
+    columns: list[list[Value]] = [[] for _ in range(4)]
+    for i in range(4):
+        a, b, c, d = (rows[i + 4 * lane] for lane in range(4))
+        for half in range(2):
+            low = _shuffle_lanes(e, a, b, (2 * half, 2 * half + 1))
+            high = _shuffle_lanes(e, c, d, (2 * half, 2 * half + 1))
+            columns[2 * half].append(_shuffle_lanes(e, low, high, (0, 2)))
+            columns[2 * half + 1].append(_shuffle_lanes(e, low, high, (1, 3)))
+    return columns
+
+
+def _shuffle_lanes(e: Emitter, left: Value, right: Value, lanes: tuple[int, int]) -> Value:
+    """128-bit lanes `lanes` of `left`, then of `right` (`vshufi32x4`)."""
+    order = [base + 4 * lane + word for base in (0, 16) for lane in lanes for word in range(4)]
+    return e.b.shuffle_vector(left, right, _indices(order))
+
+
+def _unpack_four(e: Emitter, quads: list[Value], element: ir.IntType) -> list[Value]:
+    """Four vectors to four: lane by lane, elements of the four inputs side by side."""
+    even = [_unpack(e, quads[0], quads[2], element, half) for half in range(2)]
+    odd = [_unpack(e, quads[1], quads[3], element, half) for half in range(2)]
+    return [_unpack(e, even[g // 2], odd[g // 2], element, g % 2) for g in range(4)]
+
+
+def _unpack(e: Emitter, left: Value, right: Value, element: ir.IntType, half: int) -> Value:
+    """`vpunpckl` (half 0) or `vpunpckh` (half 1) of 512 bits in units of `element`."""
+    count = 512 // element.width
+    per_lane = count // 4
+    kind = vec(element, count)
+    order = []
+    for lane in range(4):
+        for i in range(per_lane // 2):
+            at = lane * per_lane + half * (per_lane // 2) + i
+            order += [at, count + at]
+    return e.b.shuffle_vector(e.b.bitcast(left, kind), e.b.bitcast(right, kind), _indices(order))
+
+
+def _permute_bytes(e: Emitter, codes: Value, table: tuple[Value, Value]) -> Value:
+    """A byte of a 128-entry table for each of 64 codes; bit 7 of a code is ignored."""
+    return e.call("llvm.x86.avx512.vpermi2var.qi.512", codes.type, table[0], codes, table[1])
+
+
+def _fp8_tables() -> tuple[tuple[Value, Value], tuple[Value, Value]]:
+    """High and low bytes of the bf16 value of E4M3FN magnitudes 0..127 (127 is NaN), as halves of 64."""
+    bits = e4m3_as_bf16()
+    high, low = (bits >> 8).astype(np.uint8), (bits & 0xFF).astype(np.uint8)
+    return (_bytes(high[:64]), _bytes(high[64:])), (_bytes(low[:64]), _bytes(low[64:]))
+
+
+def _bytes(values: np.ndarray) -> ir.Constant:
+    return ir.Constant(vec(I8, 64), [ir.Constant(I8, int(value)) for value in values])
+
+
+def _indices(order: list[int]) -> ir.Constant:
+    return ir.Constant(vec(I32, len(order)), [ir.Constant(I32, index) for index in order])

@@ -1,0 +1,267 @@
+"""Helpers that make llvmlite emitters read like the loops they emit; hides pointer casts, blocks and phi-free loops.
+
+Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into registers, so emitters never
+write a phi. Vectors are `<n x T>`; LLVM splits those wider than the tier's registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+from hmc.codegen.jit import KERNEL_TYPE
+from hmc.codegen.spec import ARGS, KernelSpec
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+Value = Any  # llvmlite values are untyped
+
+
+class BF16Type(ir.types.Type):  # type: ignore[misc]
+    """`bfloat`, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BF16Type)
+
+    def __hash__(self) -> int:
+        return hash("bfloat")
+
+
+BF16 = BF16Type()
+
+
+def vec(element: Any, count: int) -> ir.VectorType:
+    """`<count x element>`."""
+    return ir.VectorType(element, count)
+
+
+def const(value: int) -> ir.Constant:
+    """An i64 constant."""
+    return ir.Constant(I64, value)
+
+
+def fconst(value: float) -> ir.Constant:
+    """An f32 constant."""
+    return ir.Constant(F32, value)
+
+
+class Emitter:
+    """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the loaded arguments.
+
+    `ptr` arguments arrive as i8*, `int` as i64, `f32` as float. `e.worker` and `e.workers` are i64.
+    """
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self.spec = spec
+        self.module = ir.Module(name=spec.symbol)
+        self.function = ir.Function(self.module, KERNEL_TYPE, name=spec.symbol)
+        self.function.attributes.add("nounwind")
+        self._entry = self.function.append_basic_block("entry")
+        body = self.function.append_basic_block("body")
+        self.b = ir.IRBuilder(body)
+        block, self.worker, self.workers = self.function.args
+        self.arg: dict[str, Value] = {}
+        for index, arg in enumerate(ARGS[spec.op]):
+            word = self.b.load(self.b.gep(block, [const(index)]), name=arg.name)
+            if arg.kind == "ptr":
+                word = self.b.inttoptr(word, I8.as_pointer())
+            elif arg.kind == "f32":
+                word = self.b.bitcast(self.b.trunc(word, I32), F32)
+            self.arg[arg.name] = word
+
+    def finish(self) -> str:
+        """Close the function and return the module's IR text."""
+        self.b.ret_void()
+        entry = ir.IRBuilder(self._entry)
+        entry.branch(self.function.blocks[1])
+        return str(self.module)
+
+    @contextmanager
+    def subroutine(self, name: str, *kinds: Any) -> Iterator[tuple[Value, ...]]:
+        """Emit `void name(kinds...)`, private to the module and never inlined; yields its parameters.
+
+        Inside, `e.b`, `e.local` and the loops build the subroutine; `e.arg`, `e.worker` and `e.workers` belong to the
+        kernel and must not be used. Call it with `e.b.call(e.module.globals[name], values)`.
+        """
+        outer = self.function, self._entry, self.b
+        self.function = ir.Function(
+            self.module, ir.FunctionType(ir.VoidType(), list(kinds)), name=name
+        )
+        self.function.linkage = "internal"
+        for attribute in ("nounwind", "noinline"):
+            self.function.attributes.add(attribute)
+        self._entry = self.function.append_basic_block("entry")
+        body = self.function.append_basic_block("body")
+        self.b = ir.IRBuilder(body)
+        yield tuple(self.function.args)
+        self.b.ret_void()
+        ir.IRBuilder(self._entry).branch(body)
+        self.function, self._entry, self.b = outer
+
+    # -- control flow ------------------------------------------------------------------------------
+
+    def local(self, kind: Any, initial: Value | None = None, count: int = 1) -> Value:
+        """A stack slot (an array of `count`) in the entry block, promoted to a register where possible."""
+        slot = ir.IRBuilder(self._entry).alloca(kind, const(count) if count != 1 else None)
+        if initial is not None:
+            self.b.store(initial, slot)
+        return slot
+
+    @contextmanager
+    def for_range(self, start: Value, stop: Value, step: int | Value = 1) -> Iterator[Value]:
+        """`for i in range(start, stop, step)` over i64; yields i. `step` must be positive."""
+        step = const(step) if isinstance(step, int) else step
+        start = const(start) if isinstance(start, int) else start
+        stop = const(stop) if isinstance(stop, int) else stop
+        slot = self.local(I64, start)
+        head = self.function.append_basic_block("loop")
+        body = self.function.append_basic_block("loop.body")
+        done = self.function.append_basic_block("loop.done")
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        index = self.b.load(slot)
+        self.b.cbranch(self.b.icmp_signed("<", index, stop), body, done)
+        self.b.position_at_end(body)
+        yield index
+        self.b.store(self.b.add(index, step), slot)
+        self.b.branch(head)
+        self.b.position_at_end(done)
+
+    def in_vectors(self, count: Value, width: int) -> Iterator[tuple[Value, int]]:
+        """Cover `count` items by vectors of `width` and then one by one: yields (index, width) and (index, 1).
+
+        For use in a plain `for`: its body is emitted twice, once inside each of the two loops.
+        """
+        whole = self.b.sub(count, self.b.and_(count, const(width - 1)))
+        with self.for_range(0, whole, width) as index:
+            yield index, width
+        with self.for_range(whole, count) as index:
+            yield index, 1
+
+    def split(self, total: Value, multiple: int = 1) -> tuple[Value, Value]:
+        """This worker's share [start, stop) of `total` items, in whole groups of `multiple` (the last may be ragged)."""
+        b = self.b
+        groups = b.sdiv(b.add(total, const(multiple - 1)), const(multiple))
+        first = b.sdiv(b.mul(groups, self.worker), self.workers)
+        last = b.sdiv(b.mul(groups, b.add(self.worker, const(1))), self.workers)
+        return (
+            self.minimum(b.mul(first, const(multiple)), total),
+            self.minimum(b.mul(last, const(multiple)), total),
+        )
+
+    def minimum(self, left: Value, right: Value) -> Value:
+        """Signed minimum of two i64."""
+        return self.b.select(self.b.icmp_signed("<", left, right), left, right)
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def at(self, base: Value, index: Value, element: Any) -> Value:
+        """Pointer to element `index` (i64) of an array of `element` at the i8* `base`."""
+        return self.b.gep(self.b.bitcast(base, element.as_pointer()), [index])
+
+    def offset(self, base: Value, count: Value) -> Value:
+        """`base` (i8*) moved by `count` bytes."""
+        return self.b.gep(base, [count])
+
+    def load(self, base: Value, index: Value, element: Any, align: int = 1) -> Value:
+        """Element `index` of an array of scalars at `base`."""
+        return self.b.load(self.at(base, index, element), align=align)
+
+    def load_vec(
+        self, base: Value, index: Value, element: Any, count: int, align: int = 1
+    ) -> Value:
+        """`count` elements from element `index` on, as a vector; any alignment by default."""
+        pointer = self.b.bitcast(self.at(base, index, element), vec(element, count).as_pointer())
+        return self.b.load(pointer, align=align)
+
+    def store(self, value: Value, base: Value, index: Value, align: int = 1) -> None:
+        """Store a scalar or a vector at element `index` (counted in scalars)."""
+        kind = value.type
+        element = kind.element if isinstance(kind, ir.VectorType) else kind
+        pointer = self.b.bitcast(self.at(base, index, element), kind.as_pointer())
+        self.b.store(value, pointer, align=align)
+
+    def prefetch(self, pointer: Value, locality: int = 0) -> None:
+        """Fetch the cache line at `pointer` for reading; locality 0 (streamed) to 3 (kept)."""
+        function = self.intrinsic(
+            "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
+        )
+        i32 = [ir.Constant(I32, value) for value in (0, locality, 1)]
+        self.b.call(function, [pointer, *i32])
+
+    # -- values ------------------------------------------------------------------------------------
+
+    def intrinsic(self, name: str, result: Any, parameters: Sequence[Any]) -> Any:
+        """Declare an LLVM intrinsic by its full name, once a module."""
+        known = self.module.globals.get(name)
+        return known or ir.Function(
+            self.module, ir.FunctionType(result, list(parameters)), name=name
+        )
+
+    def call(self, name: str, result: Any, *values: Value) -> Value:
+        """Call an intrinsic by its full name."""
+        return self.b.call(self.intrinsic(name, result, [value.type for value in values]), values)
+
+    def fma(self, x: Value, y: Value, z: Value) -> Value:
+        """x * y + z, fused, on f32 scalars or vectors."""
+        kind = x.type
+        suffix = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        return self.call(f"llvm.fma.{suffix}", kind, x, y, z)
+
+    def splat(self, value: Value, count: int) -> Value:
+        """A vector with `value` in every lane."""
+        kind = vec(value.type, count)
+        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
+        mask = ir.Constant(vec(I32, count), [ir.Constant(I32, 0)] * count)
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), mask)
+
+    def zeros(self, element: Any, count: int) -> ir.Constant:
+        """A zero vector."""
+        return ir.Constant(vec(element, count), None)
+
+    def reduce_add(self, vector: Value) -> Value:
+        """Sum of f32 lanes by halving: a fixed order, the same in every tier of equal width."""
+        b = self.b
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            undef = ir.Constant(vector.type, ir.Undefined)
+            masks = [
+                ir.Constant(vec(I32, half), [ir.Constant(I32, i) for i in lanes])
+                for lanes in (range(half), range(half, 2 * half))
+            ]
+            vector = b.fadd(*(b.shuffle_vector(vector, undef, mask) for mask in masks))
+        return b.extract_element(vector, ir.Constant(I32, 0))
+
+    def bf16_to_f32(self, value: Value) -> Value:
+        """bf16 bits (i16 scalar or vector) to f32, exactly."""
+        wide, out = (
+            (vec(I32, value.type.count), vec(F32, value.type.count))
+            if isinstance(value.type, ir.VectorType)
+            else (I32, F32)
+        )
+        shift = ir.Constant(I32, 16)
+        if isinstance(wide, ir.VectorType):
+            shift = ir.Constant(wide, [shift] * wide.count)
+        return self.b.bitcast(self.b.shl(self.b.zext(value, wide), shift), out)
+
+    def f32_to_bf16(self, value: Value) -> Value:
+        """f32 (scalar or vector) to bf16 bits as i16, to nearest even; finite inputs."""
+        b = self.b
+        is_vector = isinstance(value.type, ir.VectorType)
+        count = value.type.count if is_vector else 1
+
+        def word(number: int) -> ir.Constant:
+            one = ir.Constant(I32, number)
+            return ir.Constant(vec(I32, count), [one] * count) if is_vector else one
+
+        bits = b.bitcast(value, vec(I32, count) if is_vector else I32)
+        odd = b.and_(b.lshr(bits, word(16)), word(1))
+        rounded = b.lshr(b.add(b.add(bits, word(0x7FFF)), odd), word(16))
+        return b.trunc(rounded, vec(I16, count) if is_vector else I16)

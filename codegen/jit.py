@@ -1,0 +1,180 @@
+"""From IR to a callable address: LLVM through llvmlite, with an object cache on disk; hides engines
+and target machines.
+
+A compiled object is cached under a key of spec, LLVM version, tier, and the source of this package,
+so an edit of an emitter never meets a stale object. Writes go beside and are renamed, so that
+processes can share the folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import llvmlite
+from llvmlite import binding, ir
+
+from hmc import env
+from hmc.codegen.isa import TIERS, Isa, require
+from hmc.codegen.spec import KernelSpec
+from hmc.errors import KernelError
+
+KERNEL_TYPE = ir.FunctionType(
+    ir.VoidType(), [ir.IntType(64).as_pointer(), ir.IntType(64), ir.IntType(64)]
+)
+"""`void kernel(i64* args, i64 worker, i64 workers)`."""
+
+_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that is in memory: `address` goes into program records."""
+
+    spec: KernelSpec
+    address: int
+
+    def __call__(self, args: bytes, worker: int = 0, workers: int = 1) -> None:
+        """Run in the calling thread (the GIL is released); for tests and probes."""
+        buffer = ctypes.create_string_buffer(args, len(args))
+        _PROTOTYPE(self.address)(ctypes.addressof(buffer), worker, workers)
+
+
+class Jit:
+    """Builds kernels from an emitter table; one per process is enough (`emit` maps op to `spec ->
+    IR text`).
+    """
+
+    def __init__(self, emitters: dict[str, Callable[[KernelSpec], str]]) -> None:
+        self._emitters = emitters
+        self._kernels: dict[KernelSpec, Kernel] = {}
+        self._lock = threading.Lock()
+        self._engine = _make_engine()
+
+    def get(self, spec: KernelSpec) -> Kernel:
+        """The kernel of `spec`, built or taken from the cache; `KernelError` when it cannot be
+        built.
+
+        Raises `MachineError` when this machine lacks the tier.
+        """
+        with self._lock:
+            if spec not in self._kernels:
+                require(spec.isa)
+                self._kernels[spec] = Kernel(spec, self._load(spec.symbol, self.object_code(spec)))
+            return self._kernels[spec]
+
+    def ir_text(self, spec: KernelSpec) -> str:
+        """LLVM IR of `spec`, before optimisation."""
+        if spec.op not in self._emitters:
+            raise KernelError(f"no emitter for kernel {spec.op}")
+        return self._emitters[spec.op](spec)
+
+    def assembly(self, spec: KernelSpec) -> str:
+        """Assembly of `spec` for the CPU its tier names: the same on every machine."""
+        isa = TIERS[spec.isa]
+        module = _optimised(self.ir_text(spec), isa)
+        return str(_target_machine(isa).emit_assembly(module))
+
+    def object_code(self, spec: KernelSpec) -> bytes:
+        """Relocatable object of `spec`, from the disk cache when it is there."""
+        isa = TIERS[spec.isa]
+        path = env.cache_dir() / "kernels" / f"{spec.symbol}-{_toolchain_key(isa)}.o"
+        if path.is_file():
+            return path.read_bytes()
+        text = self.ir_text(spec)
+        try:
+            module = _optimised(text, isa)
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise KernelError(f"LLVM refuses kernel {spec.symbol}: {first}") from error
+        code = bytes(_target_machine(isa).emit_object(module))
+        if env.debug_level() >= 5:
+            env.debug(5, text)
+        if env.debug_level() >= 6 or env.dump_dir() is not None:
+            assembly = str(_target_machine(isa).emit_assembly(module))
+            env.debug(6, assembly)
+            env.dump(f"kernels/{spec.symbol}.ll", text)
+            env.dump(f"kernels/{spec.symbol}.s", assembly)
+        _write_beside(path, code)
+        return code
+
+    def _load(self, symbol: str, code: bytes) -> int:
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        address = int(self._engine.get_function_address(symbol))
+        if address == 0:
+            raise KernelError(f"kernel {symbol} is not in its object: delete the cache folder")
+        return address
+
+
+@cache
+def _initialise() -> None:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    binding.initialize_native_asmparser()  # the pool's system calls are inline assembly
+
+
+@cache
+def _target_machine(isa: Isa) -> binding.TargetMachine:
+    _initialise()
+    target = binding.Target.from_triple("x86_64-unknown-linux-gnu")
+    return target.create_target_machine(
+        cpu=isa.cpu, features=isa.features, opt=3, reloc="pic", codemodel="small"
+    )
+
+
+def _make_engine() -> binding.ExecutionEngine:
+    _initialise()
+    module = binding.parse_assembly("")
+    machine = binding.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(
+        opt=3, reloc="pic", codemodel="small", jit=True
+    )
+    return binding.create_mcjit_compiler(module, machine)
+
+
+def _optimised(text: str, isa: Isa) -> binding.ModuleRef:
+    _initialise()
+    machine = _target_machine(isa)
+    module = binding.parse_assembly(text)
+    module.triple = "x86_64-unknown-linux-gnu"
+    module.data_layout = str(machine.target_data)
+    module.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    options.loop_vectorization = False
+    options.slp_vectorization = False
+    options.loop_unrolling = False
+    builder = binding.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(module, builder)
+    return module
+
+
+@cache
+def _toolchain_key(isa: Isa) -> str:
+    """12 hex digits over LLVM's version, the tier's target and this package's source."""
+    digest = hashlib.sha256()
+    digest.update(
+        repr((llvmlite.__version__, binding.llvm_version_info, isa.cpu, isa.features)).encode()
+    )
+    for source in sorted(Path(__file__).resolve().parent.rglob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _write_beside(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    except OSError as error:
+        raise KernelError(
+            f"kernel cache {path.parent} cannot be written: {error.strerror}; set HMC_CACHE"
+        ) from error
+    with os.fdopen(handle, "wb") as file:
+        file.write(data)
+    os.replace(name, path)

@@ -1,0 +1,49 @@
+"""The table of kernels: for every op its emitter and, beside it, its meaning in numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hmc.codegen.kernels import experts, gate_up, linear, peak, stream, gemm, grouped
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.walker import emit_pool_call, emit_read_tsc, emit_worker_loop
+
+EMITTERS: dict[str, Callable[[KernelSpec], str]] = {}
+
+REFERENCES: dict[str, Callable[..., Any]] = {}
+
+# The pool and the yardsticks.
+EMITTERS |= {
+    "worker_loop": emit_worker_loop,
+    "pool_call": emit_pool_call,
+    "read_tsc": emit_read_tsc,
+    "stream_read": stream.emit_stream_read,
+    "stream_fill": stream.emit_stream_fill,
+    "dot_peak": peak.emit_dot_peak,
+}
+REFERENCES |= {
+    "stream_read": stream.stream_read,
+    "stream_fill": stream.stream_fill,
+    "dot_peak": peak.dot_peak,
+}
+
+# Decode matmuls.
+EMITTERS |= {
+    "linear": linear.emit_linear,
+    "gate_up": gate_up.emit_gate_up,
+    "experts_gate_up": experts.emit_experts_gate_up,
+    "experts_down": experts.emit_experts_down,
+}
+
+# Many tokens (prefill).
+EMITTERS |= {
+    "gemm": gemm.emit_gemm,
+    "grouped_gate_up": grouped.emit_grouped_gate_up,
+    "grouped_down": grouped.emit_grouped_down,
+}
+REFERENCES |= {
+    "gemm": gemm.gemm,
+    "grouped_gate_up": grouped.grouped_gate_up,
+    "grouped_down": grouped.grouped_down,
+}

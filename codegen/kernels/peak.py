@@ -1,0 +1,66 @@
+"""Register-only multiply-adds: the arithmetic peak that prefill kernels are measured against.
+
+Nothing is loaded inside the loop; the accumulators are independent, and more than latency times
+throughput of the multiply-add (Zen 4: 6 cycles x 1 a cycle at 512 bits; Haswell: 5 x 2).
+"""
+
+from __future__ import annotations
+
+from hmc.codegen.ir import BF16, F32, Emitter, Value, const, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import KernelSpec
+
+_CHAINS = {"avx512_bf16": 24, "avx512": 24, "avx2": 12}
+_UNROLL = 4
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+
+
+def emit_dot_peak(spec: KernelSpec) -> str:
+    """IR of `dot_peak`: `rounds` rounds of `dot_peak_flops(spec)` operations; sink[worker] = a sum
+    that needs them all."""
+    e = Emitter(spec)
+    b = e.b
+    lanes = TIERS[spec.isa].lanes
+    # Operands depend on the worker so that nothing folds; small, finite and normal.
+    seed = b.uitofp(b.add(b.and_(e.worker, const(7)), const(1)), F32)
+    x = e.splat(seed, lanes)
+    y = e.splat(b.fdiv(seed, F32(-64.0)), lanes)
+    if spec.isa == "avx512_bf16":
+        x, y = (b.bitcast(operand, vec(BF16, 2 * lanes)) for operand in (x, y))
+    sums = [
+        e.local(vec(F32, lanes), e.splat(F32(float(i)), lanes)) for i in range(_CHAINS[spec.isa])
+    ]
+
+    def multiply_add(total: Value) -> Value:
+        if spec.isa == "avx512_bf16":
+            return e.call(_DOT, vec(F32, lanes), total, x, y)
+        return e.fma(x, y, total)
+
+    with e.for_range(const(0), e.arg["rounds"]):
+        for _ in range(_UNROLL):
+            for slot in sums:
+                b.store(multiply_add(b.load(slot)), slot)
+    total = b.load(sums[0])
+    for slot in sums[1:]:
+        total = b.fadd(total, b.load(slot))
+    e.store(e.reduce_add(total), e.arg["sink"], e.worker, align=4)
+    return e.finish()
+
+
+def dot_peak_flops(spec: KernelSpec) -> int:
+    """Floating-point operations (a multiply-add counts two) of one round of one worker.
+
+    chains x unroll x f32 lanes x 2, doubled where each lane takes a pair of bf16 products
+    (`vdpbf16ps`).
+    """
+    pairs = 2 if spec.isa == "avx512_bf16" else 1
+    return _CHAINS[spec.isa] * _UNROLL * TIERS[spec.isa].lanes * 2 * pairs
+
+
+def dot_peak(spec: KernelSpec, rounds: int, worker: int) -> float:
+    """Reference of `dot_peak`: the worker's sink, exact while sums stay below 2^24 / 64."""
+    seed = float(worker % 8 + 1)
+    lanes, chains = TIERS[spec.isa].lanes, _CHAINS[spec.isa]
+    # The bf16 halves of an f32 with a short mantissa are (0, value): one product a pair.
+    each = rounds * _UNROLL * seed * (seed / -64.0)
+    return lanes * (chains * (chains - 1) / 2 + chains * each)

@@ -1,0 +1,220 @@
+"""What a kernel is (`KernelSpec`) and how it is called (`ARGS`): the contract between passes,
+codegen and runtime.
+
+Every kernel has one native signature, `void kernel(i64* args, i64 worker, i64 workers)`: `args` is
+a packed block of 64-bit words laid out as `ARGS[op]` says, `worker` of `workers` is who calls. All
+workers call the same kernel with the same block and each does its share, so a kernel splits its own
+work; it never synchronises. A reader of what a kernel wrote must be ordered after it by a barrier
+(runtime/program.py places them).
+
+Conventions: activations are row-major, one row a token, `*_stride` in elements; f32 between ops,
+bf16 where a matmul reads them; weights are row-major [out, in] exactly as in the checkpoint, any
+alignment; FP8 block scales are f32 [ceil(N/128), ceil(K/128)]; ids, positions and block tables are
+i32. Pointers are byte addresses, 0 where absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["ptr", "int", "f32"]
+WeightFormat = str
+"""`""` (none), "fp8", "bf16", "fp16", "f32" or "int4"."""
+
+FP8_BLOCK = 128
+MAX_TOKENS = 16
+"""Largest batch of a native (decode) kernel; larger ones go to the prefill kernels."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One kernel to build: hashable, and its hash is symbol name and cache key.
+
+    `op` names an entry of `ARGS`; `isa` a tier of codegen/isa.py; `weight` the storage format of
+    the weights; `out` the format of the result ("f32" or "bf16"); `params` the sizes fixed at
+    compile time, sorted by name (for instance k, tokens, heads, head_dim, block); `tile` choices
+    made by measurement (rows, prefetch bytes ahead).
+    """
+
+    op: str
+    isa: str
+    weight: WeightFormat = ""
+    out: str = "f32"
+    params: tuple[tuple[str, int], ...] = ()
+    tile: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of(
+        op: str,
+        isa: str,
+        *,
+        weight: WeightFormat = "",
+        out: str = "f32",
+        tile: Mapping[str, int] | None = None,
+        **params: int,
+    ) -> KernelSpec:
+        """Build a spec with `params` and `tile` in canonical order."""
+        return KernelSpec(
+            op, isa, weight, out, tuple(sorted(params.items())), tuple(sorted((tile or {}).items()))
+        )
+
+    def __getitem__(self, name: str) -> int:
+        """A compile-time size; `KeyError` names what is absent."""
+        for key, value in self.params:
+            if key == name:
+                return value
+        raise KeyError(f"kernel {self.op} has no parameter {name}")
+
+    def get(self, name: str, default: int = 0) -> int:
+        """A compile-time size, or `default`."""
+        return dict(self.params).get(name, default)
+
+    def tiled(self, name: str, default: int) -> int:
+        """A tile choice, or `default`."""
+        return dict(self.tile).get(name, default)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over every field: the cache key's part that depends on the spec."""
+        fields = [self.op, self.isa, self.weight, self.out, self.params, self.tile]
+        return hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode()).hexdigest()[:16]
+
+    @property
+    def symbol(self) -> str:
+        """Name of the kernel's function in machine code, e.g. `linear_fp8_avx512_bf16_1f0c...`."""
+        return "_".join(filter(None, (self.op, self.weight, self.isa, self.digest)))
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One 64-bit word of an argument block: a byte address, a whole number, or a float's bits (low
+    half).
+    """
+
+    name: str
+    kind: Kind = "int"
+
+
+def _args(text: str) -> tuple[Arg, ...]:
+    """`"x* n eps~"`: `*` marks a pointer, `~` a float, nothing a whole number."""
+    kinds: dict[str, Kind] = {"*": "ptr", "~": "f32"}
+    return tuple(Arg(word.rstrip("*~"), kinds.get(word[-1], "int")) for word in text.split())
+
+
+ARGS: dict[str, tuple[Arg, ...]] = {
+    # y[t, :] = table[ids[t], :]; params: width. y f32.
+    "embed": _args("table* ids* y* y_stride tokens"),
+    # y[r, :] = x[rows[r], :] in f32; params: width. Picks the rows whose logits are wanted.
+    "gather_rows": _args("x* x_stride rows* y* y_stride tokens"),
+    # y[t, g, :] = x[t, g, :] * rsqrt(mean(x^2) + eps) * gamma; params: width (of one group).
+    # `weight` = gamma's format.
+    "norm": _args("x* x_stride gamma* y* y_stride tokens groups eps~"),
+    # h_out = h + d0 (+ d1) (f32); y = norm(h_out); params: width. h_out may be h. d1 = 0 when
+    # absent.
+    "add_norm": _args(
+        "h* h_stride d0* d0_stride d1* d1_stride h_out* h_out_stride gamma* y* y_stride tokens eps~"
+    ),
+    # y = h + d0 (+ d1), f32; params: width.
+    "add": _args("h* h_stride d0* d0_stride d1* d1_stride y* y_stride tokens"),
+    # y[t, n] = sum_k x[t, k] w[n, k] (+ bias[n]); x bf16; params: k, tokens (largest batch). bias
+    # f32 or 0.
+    "linear": _args("x* x_stride w* scale* bias* y* y_stride rows tokens"),
+    # y[t, n] = act(x . gate[n]) * (x . up[n]), y bf16; params: k, tokens, act (0 silu).
+    "gate_up": _args("x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens"),
+    # Routed experts, first half, for every (token, slot): act[t * top_k + j, n], bf16, UNweighted.
+    # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses.
+    # ids i32 [tokens, top_k]; params: k (hidden), n (intermediate), top_k, experts, tokens, act.
+    "experts_gate_up": _args("x* x_stride ids* table* act* tokens scratch*"),
+    # Second half: y[t, n] = sum_j routing[t, j] * (act[t * top_k + j, :] . down[ids[t, j]][n, :]),
+    # f32. params: k (intermediate), n (hidden), top_k, experts, tokens.
+    "experts_down": _args("act* ids* routing* table* y* y_stride tokens scratch*"),
+    # In place on x f32 [tokens, heads, head_dim]: optional per-head RMS norm (gamma = 0: none),
+    # then rotary on the slice [start, start + dim) of each head; cos, sin f32 [positions, dim / 2];
+    # params: heads, head_dim, start, dim, interleaved (0: halves, 1: even/odd pairs). `weight` =
+    # gamma's format.
+    "rotary": _args("x* x_stride gamma* cos* sin* positions* tokens eps~"),
+    # Grouped-query attention of `tokens` queries over the paged cache, new k and v appended first.
+    # q, k, v f32 rows; k_cache, v_cache bf16 [blocks, kv_heads, block, dim]; tables i32 [sequences,
+    # table_stride]; sequence i32 [tokens] = row of `tables`; positions i32 [tokens]; y bf16
+    # [tokens, heads * v_dim]. params: heads, kv_heads, head_dim, v_dim, block, window (0: none;
+    # else how many positions a token sees, its own included). Three records: kv_append, (barrier),
+    # attention, (barrier), attention_join. scratch: `attention_scratch_bytes(spec, tokens,
+    # max_context)` of kernels/attention.py. Position -1: y = 0.
+    "kv_append": _args(
+        "k* k_stride v* v_stride k_cache* v_cache* tables* table_stride sequence* positions* tokens"
+    ),
+    "attention": _args(
+        "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens scale~"
+        " scratch*"
+    ),
+    "attention_join": _args("positions* y* y_stride tokens scratch*"),
+    # Multi-head latent attention, absorbed: q f32 [tokens, heads, nope + rope] (rope part rotated
+    # already), latent f32 rows [rank] (normed), k_rope f32 rows [rope] (rotated), cache bf16
+    # [blocks, block, rank + rope], kv_b [heads * (nope + v_dim), rank] in `weight` format.
+    # mla_absorb: q_latent f32 [tokens, heads, rank] = q_nope . W_UK. mla_append: cache rows.
+    # mla_attention: y_latent bf16 [tokens, heads, rank] from q_latent and the rope part of q.
+    # mla_up: y bf16 [tokens, heads * v_dim] = W_UV. params: heads, nope, rope, v_dim, rank, block,
+    # tokens.
+    "mla_absorb": _args("q* q_stride w* scale* q_latent* tokens"),
+    "mla_append": _args(
+        "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence* positions* tokens"
+    ),
+    "mla_attention": _args(
+        "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent* tokens scale~ scratch*"
+    ),
+    "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
+    # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
+    # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax
+    # over the chosen), normalise, groups, top_groups (0: no grouping); bias f32 [experts] or 0 is
+    # added for choosing only; factor scales the result. Ties go to the lower id. Group score = sum
+    # of its two largest biased scores.
+    "route": _args("logits* logits_stride bias* ids* routing* tokens factor~"),
+    # best i32 [tokens] = argmax of logits f32 [tokens, vocab]; lowest id wins ties. params: vocab.
+    # Two records: argmax_part (each worker its slice, into scratch), (barrier), argmax_join.
+    "argmax_part": _args("logits* logits_stride tokens scratch*"),
+    "argmax_join": _args("scratch* best* tokens parts"),
+    # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
+    # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
+    # `gemm_scratch_bytes` says how many.
+    "gemm": _args("x* x_stride gather* w* scale* bias* y* y_stride rows tokens scratch*"),
+    # Many-token routed experts, tokens sorted by expert: offsets i32 [experts + 1] into `slots` i32
+    # [tokens * top_k] (each = token * top_k + j, sorted by expert). Results as the small forms
+    # above.
+    "grouped_gate_up": _args("x* x_stride slots* offsets* table* act* scratch*"),
+    "grouped_down": _args("act* slots* offsets* routing* table* y* y_stride tokens scratch*"),
+    # Reads bytes [0, size) of `base` once, each worker its contiguous share: the streaming-read
+    # reference. sink i64 [workers] keeps the loads alive. params: streams; tile: prefetch.
+    "stream_read": _args("base* size sink*"),
+    # Writes `value` (i64) over bytes [0, size) of `base` (size a multiple of 8), each worker its
+    # contiguous share.
+    "stream_fill": _args("base* size value"),
+    # Register-only dot products: rounds of the tier's widest multiply-add. sink f32 [workers].
+    "dot_peak": _args("rounds sink*"),
+    # The native pool itself (codegen/walker.py): the block is the pool's control block, not an
+    # argument block.
+    "worker_loop": (),
+    "pool_call": (),
+    "read_tsc": _args("sink*"),
+}
+
+
+def pack(op: str, **values: int | float) -> bytes:
+    """The argument block of `op` as bytes; raises `ValueError` when a field is absent or unknown."""
+    names = [arg.name for arg in ARGS[op]]
+    if set(names) != set(values):
+        odd = sorted(set(names) ^ set(values))
+        raise ValueError(f"arguments of kernel {op} do not match its layout: {', '.join(odd)}")
+    words = []
+    for arg in ARGS[op]:
+        value = values[arg.name]
+        words.append(
+            struct.pack("<fi", float(value), 0)
+            if arg.kind == "f32"
+            else struct.pack("<q", int(value))
+        )
+    return b"".join(words)

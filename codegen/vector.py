@@ -1,0 +1,175 @@
+"""Vector building blocks that many emitters share: ragged loads and stores, row loops, exp and sigmoid.
+
+Hides what is special about the last, incomplete vector of a row: it is loaded exactly (never a byte beyond the row)
+and padded with zeros, so that bodies always see full vectors.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+
+from llvmlite import ir
+
+from hmc.codegen.ir import BF16, F16, F32, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.errors import KernelError
+
+ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
+"""How a storage format is loaded; bf16 travels as its bits."""
+
+
+def element_of(format_name: str) -> ir.Type:
+    """LLVM type that `format_name` is loaded as; `KernelError` for a format without one."""
+    if format_name not in ELEMENTS:
+        raise KernelError(f"kernel operand format {format_name!r}: choose {', '.join(ELEMENTS)}")
+    return ELEMENTS[format_name]
+
+
+def width_of(format_name: str) -> int:
+    """Bytes of one element."""
+    return 4 if element_of(format_name) is F32 else 2
+
+
+def lanes_mask(numbers: list[int]) -> ir.Constant:
+    """A shuffle mask."""
+    return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
+
+
+def resize(e: Emitter, vector: Value, count: int) -> Value:
+    """`vector` cut to its first `count` lanes, or padded with zero lanes."""
+    have = vector.type.count
+    if have == count:
+        return vector
+    mask = [lane if lane < have else have for lane in range(count)]
+    return e.b.shuffle_vector(vector, ir.Constant(vector.type, None), lanes_mask(mask))
+
+
+def load_part(
+    e: Emitter, base: Value, index: Value, element: ir.Type, count: int, lanes: int
+) -> Value:
+    """`count` <= `lanes` elements from element `index` on, padded with zeros to `lanes`."""
+    return resize(e, e.load_vec(base, index, element, count), lanes)
+
+
+def store_part(e: Emitter, value: Value, base: Value, index: Value, count: int) -> None:
+    """Store the first `count` lanes of `value` at element `index`."""
+    e.store(resize(e, value, count), base, index)
+
+
+def load_f32(
+    e: Emitter, format_name: str, base: Value, index: Value, count: int, lanes: int
+) -> Value:
+    """`count` elements stored as bf16, fp16 or f32, as `lanes` f32 (zeros behind)."""
+    raw = load_part(e, base, index, element_of(format_name), count, lanes)
+    if format_name == "bf16":
+        return e.bf16_to_f32(raw)
+    if format_name == "fp16":
+        return e.b.fpext(raw, vec(F32, lanes))
+    return raw
+
+
+def store_f32(
+    e: Emitter, format_name: str, value: Value, base: Value, index: Value, count: int
+) -> None:
+    """Store `count` lanes of f32 `value` as bf16 (to nearest even) or f32."""
+    if format_name not in ("bf16", "f32"):
+        raise KernelError(f"kernel result format {format_name!r}: choose bf16 or f32")
+    store_part(e, e.f32_to_bf16(value) if format_name == "bf16" else value, base, index, count)
+
+
+def for_strips(
+    e: Emitter, width: int, lanes: int, body: Callable[[Value, int, int], None], ways: int = 1
+) -> None:
+    """Emit `body(index, count, way)` over a row of `width`, in strips of `lanes` (count < lanes in the last).
+
+    `ways` strips go into one loop round, so that `body` can keep as many accumulators (`way` numbers them).
+    """
+    round_ = lanes * ways
+    whole = width // round_ * round_
+    if whole:
+        with e.for_range(0, whole, round_) as start:
+            for way in range(ways):
+                body(e.b.add(start, const(way * lanes)), lanes, way)
+    for way, start in enumerate(range(whole, width, lanes)):
+        body(const(start), min(lanes, width - start), way)
+
+
+def fsplat(value: float, count: int) -> ir.Constant:
+    """A constant f32 vector."""
+    return ir.Constant(vec(F32, count), [fconst(_f32(value))] * count)
+
+
+def isplat(value: int, count: int) -> ir.Constant:
+    """A constant i32 vector."""
+    return ir.Constant(vec(I32, count), [ir.Constant(I32, value)] * count)
+
+
+def fmax(e: Emitter, left: Value, right: Value) -> Value:
+    """Lanewise larger of two f32 vectors; `right` where either is NaN."""
+    return e.b.select(e.b.fcmp_ordered(">", left, right), left, right)
+
+
+_LN2_HIGH = 0.693359375  # nine bits of ln 2: n * _LN2_HIGH is exact for every exponent n
+_LN2_LOW = math.log(2) - _LN2_HIGH
+_ROUND = 1.5 * 2.0**23  # adding it leaves round(x) in the low mantissa bits
+_EXP_LOW, _EXP_HIGH = -87.3365, 88.37
+
+
+def exp(e: Emitter, x: Value) -> Value:
+    """e**x of an f32 vector, relative error < 2e-7; 0 below -87.34, e**88.37 above that, NaN stays NaN.
+
+    Cody and Waite's reduction x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of degree 7 (truncation
+    r**8 / 8! < 6e-9) and n added to the exponent.
+    """
+    b, count = e.b, x.type.count
+    high, low = fsplat(_EXP_HIGH, count), fsplat(_EXP_LOW, count)
+    x = b.select(b.fcmp_ordered(">", x, high), high, x)
+    shifted = e.fma(x, fsplat(1 / math.log(2), count), fsplat(_ROUND, count))
+    n = b.fsub(shifted, fsplat(_ROUND, count))
+    r = e.fma(n, fsplat(-_LN2_HIGH, count), x)
+    r = e.fma(n, fsplat(-_LN2_LOW, count), r)
+    total = fsplat(1 / math.factorial(7), count)
+    for power in range(6, -1, -1):
+        total = e.fma(total, r, fsplat(1 / math.factorial(power), count))
+    words = vec(I32, count)
+    exponent = b.shl(b.add(b.bitcast(shifted, words), isplat(127, count)), isplat(23, count))
+    result = b.fmul(total, b.bitcast(exponent, x.type))
+    return b.select(b.fcmp_ordered("<", x, low), fsplat(0.0, count), result)
+
+
+def sigmoid(e: Emitter, x: Value) -> Value:
+    """1 / (1 + e**-x) of an f32 vector."""
+    one = fsplat(1.0, x.type.count)
+    return e.b.fdiv(one, e.b.fadd(one, exp(e, e.b.fneg(x))))
+
+
+def exp_scalar(e: Emitter, x: Value) -> Value:
+    """`exp` of one f32."""
+    return e.b.extract_element(exp(e, e.splat(x, 4)), ir.Constant(I32, 0))
+
+
+def sqrt(e: Emitter, x: Value) -> Value:
+    """Square root of one f32."""
+    return e.call("llvm.sqrt.f32", F32, x)
+
+
+def bf16_pairs(e: Emitter, words: Value) -> Value:
+    """`<n x i32>` reinterpreted as `<2n x bfloat>`."""
+    return e.b.bitcast(words, vec(BF16, 2 * words.type.count))
+
+
+def dot_pairs(e: Emitter, total: Value, left: Value, right: Value) -> Value:
+    """total + the dot products of bf16 pairs (i32 lanes) by `vdpbf16ps`; the widths 4, 8 and 16 exist."""
+    bits = 32 * total.type.count
+    return e.call(
+        f"llvm.x86.avx512bf16.dpbf16ps.{bits}",
+        total.type,
+        total,
+        bf16_pairs(e, left),
+        bf16_pairs(e, right),
+    )
+
+
+def _f32(value: float) -> float:
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])

@@ -1,0 +1,38 @@
+"""The blocks that every model file is built of: torch modules that the tracer keeps whole, one a node kind.
+
+Each has a `forward` in float32 over a whole prompt (x is [T, width], attention is causal over the T tokens, no cache),
+so that a model and every rewritten graph of it can be run as a slow, exact reference; and each says of itself what
+passes need to know (`Block`). Roles of weights are the names of the block's parameters, so a reference loader needs
+no table: `getattr(block, spec.role)`.
+"""
+
+from hmc.blocks.attention import MLA, Attention, Rotary
+from hmc.blocks.base import Block, Columns
+from hmc.blocks.dense import (
+    AddNorm,
+    Embedding,
+    GatedMLP,
+    GateUp,
+    Linear,
+    RMSNorm,
+    silu_mul,
+)
+from hmc.blocks.moe import Experts, Route, Scoring
+
+__all__ = [
+    "MLA",
+    "AddNorm",
+    "Attention",
+    "Block",
+    "Columns",
+    "Embedding",
+    "Experts",
+    "GateUp",
+    "GatedMLP",
+    "Linear",
+    "RMSNorm",
+    "Rotary",
+    "Route",
+    "Scoring",
+    "silu_mul",
+]

@@ -1,0 +1,169 @@
+"""Rotary embedding and the two attentions; the reference computes every score of the prompt at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmc.blocks.base import Block, parameter, sibling
+from hmc.blocks.dense import RMSNorm
+from hmc.graph import Attr, WeightSpec, attrs
+
+
+class Rotary(Block):
+    """Rotates elements [start, start + dim) of each of `heads` heads by position x `inv_freq` (dim / 2 floats).
+
+    A pair is (i, i + dim / 2) of the slice, or (2i, 2i + 1) when `interleaved`; it stays where it is. `factor` scales
+    cos and sin (YaRN's attention factor). `norm`, one gamma [head_dim] for all heads, is applied to each head first.
+    """
+
+    kind = "rotary"
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        inv_freq: tuple[float, ...],
+        *,
+        start: int = 0,
+        interleaved: bool = False,
+        factor: float = 1.0,
+        norm: RMSNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.inv_freq = heads, head_dim, inv_freq
+        self.start, self.interleaved, self.factor = start, interleaved, factor
+        self.dim = 2 * len(inv_freq)
+        self.width = heads * head_dim
+        self.norm = norm
+
+    def with_norm(self, norm: RMSNorm) -> Rotary:
+        """The same rotation with a per-head norm before it: the fused form of the two nodes."""
+        return Rotary(
+            self.heads,
+            self.head_dim,
+            self.inv_freq,
+            start=self.start,
+            interleaved=self.interleaved,
+            factor=self.factor,
+            norm=norm,
+        )
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            start=self.start,
+            dim=self.dim,
+            interleaved=int(self.interleaved),
+            inv_freq=self.inv_freq,
+            factor=self.factor,
+            eps=0.0 if self.norm is None else self.norm.eps,
+        )
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        heads = x.unflatten(-1, (self.heads, self.head_dim))
+        part = heads[..., self.start : self.start + self.dim]
+        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32)
+        angle = (positions.float()[:, None] * inv_freq)[:, None, :]  # [T, 1, dim / 2]
+        cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
+        if self.interleaved:
+            a, b = part[..., 0::2], part[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = part.chunk(2, -1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        before, after = heads[..., : self.start], heads[..., self.start + self.dim :]
+        return torch.cat((before, turned, after), -1).flatten(-2)
+
+
+class Attention(Block):
+    """Causal grouped-query attention: q [T, heads * head_dim], k [T, kv_heads * head_dim], v [T, kv_heads * v_dim].
+
+    Query head h reads key head h // (heads / kv_heads). `window` is 0: every earlier token is seen.
+    """
+
+    kind = "attention"
+    dtype = "bf16"
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, v_dim: int, scale: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.v_dim, self.scale = v_dim, scale
+        self.width = heads * v_dim
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            v_dim=self.v_dim,
+            scale=self.scale,
+            window=0,
+        )
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = q.unflatten(-1, (self.heads, self.head_dim))
+        group = self.heads // self.kv_heads
+        keys = k.unflatten(-1, (self.kv_heads, self.head_dim)).repeat_interleave(group, 1)
+        values = v.unflatten(-1, (self.kv_heads, self.v_dim)).repeat_interleave(group, 1)
+        return _attend(queries, keys, values, self.scale)
+
+
+class MLA(Block):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) over a compressed cache.
+
+    q [T, heads * (nope + rope)], its rope part rotated; latent [T, rank], normed; k_rope [T, rope], rotated, shared by
+    all heads. `kv_b` [heads * (nope + v_dim), rank] expands a latent to each head's key and value; a kernel absorbs
+    it into the query and the result instead. Its checkpoint name is `kv_b_name` beside the block.
+    """
+
+    kind = "mla"
+    dtype = "bf16"
+
+    def __init__(
+        self,
+        heads: int,
+        nope: int,
+        rope: int,
+        v_dim: int,
+        rank: int,
+        scale: float,
+        kv_b_name: str = "kv_b_proj.weight",
+    ) -> None:
+        super().__init__()
+        self.heads, self.nope, self.rope, self.v_dim = heads, nope, rope, v_dim
+        self.rank, self.scale, self.kv_b_name = rank, scale, kv_b_name
+        self.width = heads * v_dim
+        self.kv_b = parameter(heads * (nope + v_dim), rank)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        shape = (self.heads * (self.nope + self.v_dim), self.rank)
+        return (WeightSpec("kv_b", sibling(path, self.kv_b_name), shape, linear=True),)
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(
+            heads=self.heads,
+            nope=self.nope,
+            rope=self.rope,
+            v_dim=self.v_dim,
+            rank=self.rank,
+            scale=self.scale,
+        )
+
+    def forward(self, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        queries = q.unflatten(-1, (self.heads, self.nope + self.rope))
+        expanded = (latent @ self.kv_b.T).unflatten(-1, (self.heads, self.nope + self.v_dim))
+        shared = k_rope[:, None, :].expand(-1, self.heads, -1)
+        keys = torch.cat((expanded[..., : self.nope], shared), -1)
+        return _attend(queries, keys, expanded[..., self.nope :], self.scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention of q, k [T, heads, head_dim] and v [T, heads, v_dim] -> [T, heads * v_dim]."""
+    scores = torch.einsum("thd,shd->hts", q, k) * scale
+    hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v).flatten(-2)

@@ -1,0 +1,59 @@
+"""What a block tells the tracer of itself (`Block`), and `Columns`, the one block without arithmetic.
+
+Hides how checkpoint names come from the place of a block in its model.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hmc.graph import Attr, DType, WeightSpec, attrs
+
+
+class Block(nn.Module):
+    """A leaf of the trace: one node, of kind `kind`, whose result has `width` elements a token.
+
+    `dtype` is the format in which the result passes to its readers at run time; a reference `forward` stays in float32.
+    """
+
+    kind: ClassVar[str]
+    dtype: ClassVar[DType] = "f32"
+    width: int
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        """The weights the block reads when it sits at `path`; each role names a parameter of the block."""
+        return ()
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        """Sizes and options of the node, as `NodeMeta.attrs` holds them."""
+        return ()
+
+
+class Columns(Block):
+    """Columns [offset, offset + width) of each row: [T, any] -> [T, width]; `index` counts the parts of the split."""
+
+    kind = "item"
+
+    def __init__(self, index: int, offset: int, width: int) -> None:
+        super().__init__()
+        self.index, self.offset, self.width = index, offset, width
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(index=self.index, offset=self.offset, width=self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.offset : self.offset + self.width]
+
+
+def parameter(*shape: int) -> nn.Parameter:
+    """An uninitialised parameter on the current default device (meta when a model is built for tracing)."""
+    return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
+
+
+def sibling(path: str, name: str) -> str:
+    """`name` beside the module at `path`: `("model.norm", "x.weight") -> "model.x.weight"`."""
+    parent = path.rpartition(".")[0]
+    return f"{parent}.{name}" if parent else name

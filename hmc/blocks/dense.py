@@ -1,0 +1,143 @@
+"""Blocks every transformer has: embedding, norm, linear, the gated MLP; and the fused forms passes put in their place."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hmc.blocks.base import Block, parameter
+from hmc.graph import Attr, WeightSpec, attrs
+
+
+class Embedding(Block):
+    """Rows of a table: ids [T] -> [T, width]."""
+
+    kind = "embedding"
+
+    def __init__(self, vocab: int, width: int) -> None:
+        super().__init__()
+        self.vocab, self.width = vocab, width
+        self.table = parameter(vocab, width)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        return (WeightSpec("table", f"{path}.weight", (self.vocab, self.width)),)
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(vocab=self.vocab)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return functional.embedding(ids, self.table)
+
+
+class RMSNorm(Block):
+    """Root-mean-square norm of each of `groups` chunks of `size` elements, all with the same gamma [size]."""
+
+    kind = "norm"
+
+    def __init__(self, size: int, eps: float, groups: int = 1) -> None:
+        super().__init__()
+        self.size, self.eps, self.groups = size, eps, groups
+        self.width = size * groups
+        self.gamma = parameter(size)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        return (WeightSpec("gamma", f"{path}.weight", (self.size,)),)
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(eps=self.eps, groups=self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chunks = x.unflatten(-1, (self.groups, self.size))
+        power = chunks.square().mean(-1, keepdim=True)
+        return (self.gamma * (chunks * (power + self.eps).rsqrt())).flatten(-2)
+
+
+class Linear(Block):
+    """y = x W^T (+ bias), W [width, inputs] as stored.
+
+    `tied` names the checkpoint tensor that stands for W when it is not the block's own (an output layer that shares
+    the embedding table); such a table is no operand that a quantised checkpoint converts.
+    """
+
+    kind = "linear"
+
+    def __init__(
+        self, inputs: int, outputs: int, *, bias: bool = False, tied: str | None = None
+    ) -> None:
+        super().__init__()
+        self.inputs, self.width, self.tied = inputs, outputs, tied
+        self.weight = parameter(outputs, inputs)
+        self.bias = parameter(outputs) if bias else None
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        name = self.tied or f"{path}.weight"
+        weight = WeightSpec("weight", name, (self.width, self.inputs), linear=self.tied is None)
+        if self.bias is None:
+            return (weight,)
+        return (weight, WeightSpec("bias", f"{path}.bias", (self.width,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise; one node of kind silu_mul in a trace."""
+    return functional.silu(gate) * up
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line; traced as its four parts."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate)
+        self.up_proj = Linear(hidden, intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+class GateUp(Block):
+    """Two linears of the same input and `silu_mul` as one node; stands where the fuse pass found the three.
+
+    Weight roles `gate` and `up` are the two linears' weights, under their own checkpoint names, which the pass takes
+    from the nodes it replaces. Linears with a bias have no fused form.
+    """
+
+    kind = "gate_up"
+    dtype = "bf16"
+
+    def __init__(self, gate: Linear, up: Linear) -> None:
+        super().__init__()
+        if gate.bias is not None or up.bias is not None:
+            raise ValueError("a linear with a bias cannot be fused into gate_up")
+        self.gate, self.up = gate, up
+        self.width = gate.width
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(act="silu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return silu_mul(self.gate(x), self.up(x))
+
+
+class AddNorm(Block):
+    """(h + d0 (+ d1), its norm): residual and norm as one node, a pair read through item nodes.
+
+    The result's first part is the sum in f32, the second the norm in bf16; gamma keeps the norm's checkpoint name.
+    """
+
+    kind = "add_norm"
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.width = norm.width
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return self.norm.attributes()
+
+    def forward(self, h: Tensor, d0: Tensor, d1: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = h + d0 if d1 is None else h + (d0 + d1)
+        return total, self.norm(total)

@@ -1,0 +1,156 @@
+"""The two halves of a mixture of experts: which experts a token goes to (`Route`), and the experts themselves."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hmc.blocks.base import Block, parameter, sibling
+from hmc.graph import Attr, DType, WeightSpec, attrs
+
+
+class Scoring(IntEnum):
+    """How router logits become scores; the numbers are those of the route kernel's `scoring` parameter."""
+
+    SOFTMAX_ALL = 0
+    SIGMOID = 1
+    SOFTMAX_CHOSEN = 2
+
+
+class Route(Block):
+    """Router logits [T, experts] -> (ids i32, weights f32), both [T, top_k], best first, ties to the lower id.
+
+    With `groups` > 0 only the experts of the `top_groups` best of equal groups may be chosen, a group's score being
+    the sum of its two largest biased scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The bias, at `bias_name`
+    beside the block in the checkpoint, counts for choosing only. Weights are then normalised to sum 1 if `normalise`,
+    and scaled by `factor`.
+    """
+
+    kind = "route"
+    dtype: DType = "i32"  # type: ignore[misc]
+
+    def __init__(
+        self,
+        experts: int,
+        top_k: int,
+        scoring: Scoring,
+        *,
+        normalise: bool,
+        groups: int = 0,
+        top_groups: int = 0,
+        factor: float = 1.0,
+        bias_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts, self.top_k, self.scoring = experts, top_k, scoring
+        self.normalise, self.factor, self.bias_name = normalise, factor, bias_name
+        self.groups, self.top_groups = groups, top_groups
+        self.width = top_k
+        self.bias = parameter(experts) if bias_name else None
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        if self.bias_name is None:
+            return ()
+        return (WeightSpec("bias", sibling(path, self.bias_name), (self.experts,)),)
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(
+            experts=self.experts,
+            top_k=self.top_k,
+            scoring=int(self.scoring),
+            normalise=int(self.normalise),
+            groups=self.groups,
+            top_groups=self.top_groups,
+            factor=self.factor,
+        )
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self._scores(logits)
+        choice = scores if self.bias is None else scores + self.bias
+        ids = _largest(self._within_groups(choice), self.top_k)
+        weights = scores.gather(-1, ids)
+        if self.scoring == Scoring.SOFTMAX_CHOSEN:
+            weights = weights.softmax(-1)
+        if self.normalise:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return ids.to(torch.int32), weights * self.factor
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        match self.scoring:
+            case Scoring.SOFTMAX_ALL:
+                return logits.softmax(-1)
+            case Scoring.SIGMOID:
+                return logits.sigmoid()
+            case Scoring.SOFTMAX_CHOSEN:
+                return logits
+
+    def _within_groups(self, choice: Tensor) -> Tensor:
+        if not self.groups:
+            return choice
+        grouped = choice.unflatten(-1, (self.groups, self.experts // self.groups))
+        best_two = grouped.topk(2, -1).values.sum(-1)
+        open_groups = torch.zeros_like(best_two, dtype=torch.bool)
+        open_groups.scatter_(-1, _largest(best_two, self.top_groups), True)
+        return grouped.masked_fill(~open_groups[..., None], float("-inf")).flatten(-2)
+
+
+class Experts(Block):
+    """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing -> [T, hidden].
+
+    The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden, intermediate]; the
+    checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the three `names`.
+    """
+
+    kind = "experts"
+
+    def __init__(
+        self,
+        experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    ) -> None:
+        super().__init__()
+        self.experts, self.intermediate, self.top_k = experts, intermediate, top_k
+        self.names = names
+        self.width = hidden
+        self.gate = parameter(experts, intermediate, hidden)
+        self.up = parameter(experts, intermediate, hidden)
+        self.down = parameter(experts, hidden, intermediate)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        into, back = (self.intermediate, self.width), (self.width, self.intermediate)
+        return tuple(
+            WeightSpec(
+                role, f"{path}.{{e}}.{name}.weight", shape, linear=True, experts=self.experts
+            )
+            for role, name, shape in zip(
+                ("gate", "up", "down"), self.names, (into, into, back), strict=True
+            )
+        )
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(
+            experts=self.experts, top_k=self.top_k, intermediate=self.intermediate, act="silu"
+        )
+
+    def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
+        ids, weights = routing
+        total = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, slot = torch.where(ids == expert)
+            rows = x[token]
+            gate = functional.linear(rows, self.gate[expert])
+            hidden = functional.silu(gate) * functional.linear(rows, self.up[expert])
+            result = functional.linear(hidden, self.down[expert])
+            total.index_add_(0, token, result * weights[token, slot, None])
+        return total
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest of each row, best first; of equals the lower index."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]

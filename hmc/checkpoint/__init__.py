@@ -1,0 +1,27 @@
+"""Checkpoints as Hugging Face lays them out: configuration, shard headers, and where weights lie.
+
+`Checkpoint.open` reads config.json and the headers, never the data; `hmc.checkpoint.mapped` maps
+the data and is imported by itself, since only it needs numpy.
+"""
+
+from hmc.checkpoint.config import ModelConfig, load_config
+from hmc.checkpoint.directory import Checkpoint
+from hmc.checkpoint.headers import Fingerprint, Shard, TensorInfo, read_fingerprint, read_header
+from hmc.checkpoint.quantization import Quantization, read_quantization
+from hmc.checkpoint.weights import WeightFormat, WeightRequest, WeightSource
+
+__all__ = [
+    "Checkpoint",
+    "Fingerprint",
+    "ModelConfig",
+    "Quantization",
+    "Shard",
+    "TensorInfo",
+    "WeightFormat",
+    "WeightRequest",
+    "WeightSource",
+    "load_config",
+    "read_fingerprint",
+    "read_header",
+    "read_quantization",
+]

@@ -1,0 +1,147 @@
+"""config.json behind typed getters, each of whose errors names the key and the file.
+
+hmc keeps no class per family's configuration: a model file asks for the keys it needs, by their
+names in config.json, and a checkpoint that lacks one is refused there and then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hmc.checkpoint.jsonfile import parse_object, quote, read_bytes
+from hmc.errors import ConfigError
+
+CONFIG_NAME = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The object in `path`, or one nested in it under the dotted `prefix`.
+
+    A key that holds null counts as absent, as it does for Hugging Face. The `require_*` getters
+    raise `ConfigError` for an absent key, the `get_*` getters return their default; both raise it
+    for a value of another type.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    sha256: str
+    prefix: str = ""
+
+    def __contains__(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def require_int(self, key: str, *, minimum: int = 0) -> int:
+        """A whole number of at least `minimum`."""
+        self._present(key)
+        return self.get_int(key, minimum, minimum=minimum)
+
+    def get_int(self, key: str, default: int, *, minimum: int = 0) -> int:
+        """A whole number of at least `minimum`; `default` is returned as it is."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not int:
+            raise self._wrong(key, "a whole number")
+        if value < minimum:
+            raise self._wrong(key, f"at least {minimum}")
+        return value
+
+    def require_float(self, key: str) -> float:
+        """A finite number."""
+        self._present(key)
+        return self.get_float(key, 0.0)
+
+    def get_float(self, key: str, default: float) -> float:
+        """A finite number, whole or not."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
+            raise self._wrong(key, "a finite number")
+        return float(value)
+
+    def require_bool(self, key: str) -> bool:
+        """True or false."""
+        self._present(key)
+        return self.get_bool(key, False)
+
+    def get_bool(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self._wrong(key, "true or false")
+        return value
+
+    def require_str(self, key: str) -> str:
+        """A string."""
+        self._present(key)
+        return self.get_str(key, "")
+
+    def get_str(self, key: str, default: str) -> str:
+        """A string."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not str:
+            raise self._wrong(key, "a string")
+        return value
+
+    def get_ints(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers, or one alone (`eos_token_id` is either); () if absent."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        items = value if type(value) is list else [value]
+        if not all(type(item) is int for item in items):
+            raise self._wrong(key, "a whole number or a list of them")
+        return tuple(items)
+
+    def get_strs(self, key: str) -> tuple[str, ...]:
+        """A list of strings; () if absent."""
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if type(value) is not list or not all(type(item) is str for item in value):
+            raise self._wrong(key, "a list of strings")
+        return tuple(value)
+
+    def section(self, key: str) -> ModelConfig | None:
+        """The object nested under `key`, with getters of its own; None if absent."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if type(value) is not dict:
+            raise self._wrong(key, "an object")
+        return ModelConfig(self.path, value, self.sha256, f"{self.prefix}{key}.")
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """A `ConfigError` about `key`, for the caller to raise: "<file>: <key> <problem>"."""
+        return ConfigError(f"{self.path}: {self.prefix}{key} {problem}")
+
+    def _present(self, key: str) -> None:
+        if self.values.get(key) is None:
+            raise self.error(key, "is null" if key in self.values else "is missing")
+
+    def _wrong(self, key: str, wanted: str) -> ConfigError:
+        return self.error(key, f"is {quote(self.values[key])}, must be {wanted}")
+
+
+def load_config(directory: Path | str) -> ModelConfig:
+    """config.json of a model directory, or of its own path.
+
+    Raises `ConfigError` if it is absent, unreadable, not valid JSON or not an object.
+    """
+    path = Path(directory)
+    if path.is_dir():
+        path = path / CONFIG_NAME
+    data = read_bytes(path, ConfigError)
+    values = parse_object(data, str(path), ConfigError)
+    return ModelConfig(path, values, hashlib.sha256(data).hexdigest())

@@ -1,0 +1,66 @@
+"""The command line: `hmc compile | run | show | bench | doctor`; maps every error to one line and
+an exit code.
+
+Subcommands are imported when they are called, so that `hmc --help` and `hmc show` never load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from hmc.errors import HmcError
+from hmc.version import VERSION
+
+_COMMANDS = {
+    "compile": "Compile a model directory into a plan.",
+    "run": "Write tokens from a plan.",
+    "show": "Show what a plan holds, and why.",
+    "bench": "Measure a plan, a model shape, or single kernels.",
+    "doctor": "Show what hmc finds on this machine and what it will use.",
+}
+
+
+class _Lazy(click.Group):
+    """Knows names and one-line helps; loads `hmc.cli.<name>_command:command` on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"hmc.cli.{cmd_name}_command").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="hmc")
+def cli() -> None:
+    """Compile a Mixture-of-Experts checkpoint into an execution plan for this machine, and run it.
+
+    \b
+    hmc compile model/ -o plan.hmp
+    hmc show plan.hmp
+    hmc run plan.hmp -p "Once upon a time"
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; an `HmcError` ends in one line on stderr and its exit code."""
+    try:
+        return cli.main(args=arguments, prog_name="hmc", standalone_mode=True)
+    except HmcError as error:
+        click.echo(f"hmc: error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)

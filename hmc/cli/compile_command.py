@@ -1,0 +1,106 @@
+"""`hmc compile`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from hmc.cli.output import JSON, print_json, size
+from hmc.cli.summary import fits, ledger_totals
+
+
+@click.command("compile")
+@click.argument("model")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The plan to write (.hmp).",
+)
+@click.option(
+    "--machine", default="auto", show_default=True, help="`auto` (this machine) or a machine file."
+)
+@click.option(
+    "--max-context",
+    default=0,
+    metavar="N",
+    help="Tokens one sequence may hold [default: what fits].",
+)
+@click.option(
+    "--max-chunk",
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Prompt tokens computed at once.",
+)
+@click.option("--threads", default=0, metavar="N", help="Native workers [default: one a core].")
+@click.option(
+    "--dummy-weights", is_flag=True, help="Need config.json alone; run with random weights."
+)
+@click.option(
+    "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
+)
+@JSON
+def command(
+    model: str,
+    output: str,
+    machine: str,
+    max_context: int,
+    max_chunk: int,
+    threads: int,
+    dummy_weights: bool,
+    layers: int,
+    as_json: bool,
+) -> None:
+    """Compile the model directory MODEL into a plan.
+
+    Reads config.json and the headers of the safetensors shards: no weight is loaded. The plan says
+    which kernel computes what in which format, where every expert lives, what memory is needed, and
+    why; see `hmc show`.
+    """
+    from hmc.compile import compile as compile_plan
+
+    started = time.perf_counter()
+    plan = compile_plan(
+        model,
+        machine=machine,
+        max_context=max_context,
+        max_chunk=max_chunk,
+        threads=threads,
+        dummy_weights=dummy_weights,
+        layers=layers,
+    )
+    plan.save(output)
+    seconds = time.perf_counter() - started
+    written = Path(output).stat().st_size
+    totals = ledger_totals(plan)
+    if as_json:
+        print_json(
+            {
+                "plan": output,
+                "bytes": written,
+                "seconds": round(seconds, 3),
+                "family": plan.model.family,
+                "isa": plan.isa,
+                "memory": totals,
+                "fits": fits(plan),
+                "max_context": plan.limits.max_context,
+            }
+        )
+        return
+    click.echo(
+        f"{output}: {plan.model.architecture}, {plan.model.layers} layers x"
+        f" {plan.model.experts} experts, context {plan.limits.max_context}, {plan.isa} kernels;"
+        f" {size(written)} in {seconds:.1f} s"
+    )
+    for device, total in totals.items():
+        click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_bytes)}")
+    if not fits(plan):
+        click.echo(
+            "  this machine is too small for the plan: `hmc run` will refuse here;"
+            " `hmc show` has the ledger",
+            err=True,
+        )

@@ -1,0 +1,79 @@
+"""What the subcommands print with: tables, byte counts, progress bars, JSON; hides rich."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+Report = Callable[[str, float], None]
+"""`report(what, share done)`, share in 0..1."""
+
+
+def console() -> Console:
+    """Standard output; plain text of at least 110 columns when it is no terminal."""
+    found = Console(highlight=False, soft_wrap=False)
+    return found if found.is_terminal else Console(highlight=False, width=max(110, found.width))
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2, sort_keys=False))
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    numbers: Sequence[str] = (),
+) -> Table:
+    """A table; columns named in `numbers` are aligned right."""
+    result = Table(
+        title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+    )
+    for column in columns:
+        right = column in numbers
+        result.add_column(column, justify="right" if right else "left", no_wrap=right)
+    for row in rows:
+        result.add_row(*(escape(str(cell)) for cell in row))
+    return result
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that reads best: 1.5 GB (powers of ten, as vendors count)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+@contextmanager
+def progress(enabled: bool = True) -> Iterator[Report]:
+    """A progress bar on stderr for whatever is reported to it; shown from the first report on, on
+    terminals only.
+    """
+    err = Console(stderr=True)
+    if not enabled or not err.is_terminal:
+        yield lambda what, share: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, share: float) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=1.0)
+            bar.update(tasks[what], completed=share)
+
+        yield report

@@ -1,0 +1,182 @@
+"""`hmc run`: tokens from a plan, for one prompt, a file of prompts, or a chat."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hmc.cli.output import JSON, print_json, progress
+from hmc.errors import UsageError
+from hmc.plan import Plan
+
+if TYPE_CHECKING:
+    from hmc.runtime.engine import Engine
+
+Prompt = str | list[int] | list[dict[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+@click.command("run")
+@click.argument("plan_path", metavar="PLAN")
+@click.option("-p", "--prompt", help="The prompt; without it, standard input.")
+@click.option(
+    "--chat", is_flag=True, help="Use the model's chat template; without -p, talk turn by turn."
+)
+@click.option("--system", help="With --chat: the system message.")
+@click.option("--ids", help="Token ids instead of text: 1,2,3.")
+@click.option(
+    "--prompts",
+    type=click.Path(exists=True, dir_okay=False),
+    help='JSON lines: {"prompt": TEXT}, {"ids": [..]} or {"messages": [..]}.',
+)
+@click.option("-n", "--max-new-tokens", default=256, show_default=True, metavar="N")
+@click.option(
+    "--temperature", type=float, metavar="T", help="0 is greedy [default: generation_config.json]."
+)
+@click.option("--top-k", type=int, metavar="K")
+@click.option("--top-p", type=float, metavar="P")
+@click.option("--min-p", type=float, metavar="P")
+@click.option("--repetition-penalty", type=float, metavar="R")
+@click.option("--seed", type=int, metavar="N", help="Same seed, same tokens.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
+)
+@click.option(
+    "--checkpoint", type=click.Path(file_okay=False), help="Model directory, if it has moved."
+)
+@click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
+@click.option(
+    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
+)
+@JSON
+def command(
+    plan_path: str,
+    prompt: str | None,
+    chat: bool,
+    system: str | None,
+    ids: str | None,
+    prompts: str | None,
+    checkpoint: str | None,
+    threads: int | None,
+    dummy_weights: bool,
+    as_json: bool,
+    stop: tuple[str, ...],
+    **sampling: Any,
+) -> None:
+    """Write tokens from the plan PLAN: text streams to standard output, the closing figures go to
+    stderr.
+    """
+    if sum(given is not None for given in (prompt, ids, prompts)) > 1:
+        raise UsageError("give one of -p, --ids and --prompts")
+    if system is not None and not chat:
+        raise UsageError("--system needs --chat")
+    plan = Plan.load(plan_path)
+    from hmc.runtime.engine import Engine
+
+    arguments = {**sampling, "stop": list(stop) or None}
+    talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
+    waiting = [] if talk else list(_prompts(prompt, chat, system, ids, prompts))
+    with progress(not as_json) as report:
+        engine = Engine(
+            plan, checkpoint, threads=threads, dummy_weights=dummy_weights, progress=report
+        )
+    with engine:
+        if talk:
+            _talk(engine, system, arguments)
+            return
+        for each in waiting:
+            _answer(engine, each, arguments, as_json, many=prompts is not None)
+
+
+def _prompts(
+    prompt: str | None, chat: bool, system: str | None, ids: str | None, prompts: str | None
+) -> Iterator[Prompt]:
+    if prompts is not None:
+        yield from _prompt_file(Path(prompts))
+    elif ids is not None:
+        try:
+            yield [int(word) for word in ids.replace(",", " ").split()]
+        except ValueError:
+            raise UsageError(f"--ids {ids}: not a list of whole numbers") from None
+    else:
+        text = sys.stdin.read() if prompt is None else prompt
+        yield _messages(text, system) if chat else text
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, Any]]:
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def _prompt_file(path: Path) -> Iterator[Prompt]:
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+            (value,) = (found[key] for key in ("prompt", "ids", "messages") if key in found)
+        except (ValueError, TypeError) as error:
+            raise UsageError(
+                f'{path}, line {number}: not an object with one of "prompt", "ids", "messages"'
+            ) from error
+        yield value
+
+
+def _answer(
+    engine: Engine, prompt: Prompt, arguments: dict[str, Any], as_json: bool, many: bool
+) -> Any:
+    """Stream one answer (or collect it, for JSON) and print the closing line; the result."""
+    if as_json:
+        result = engine.generate(prompt, **arguments)
+        record = {
+            "text": result.text,
+            "token_ids": list(result.token_ids),
+            "finish_reason": result.finish_reason,
+            "timings": asdict(result.timings),
+            "kernels": list(engine.kernels_used),
+        }
+        click.echo(json.dumps(record)) if many else print_json(record)
+        return result
+    stream = engine.stream(prompt, **arguments)
+    for piece in stream:
+        click.echo(piece.text if engine.has_tokenizer else f"{piece.token_id} ", nl=False)
+        sys.stdout.flush()
+    click.echo()
+    result = stream.result
+    times = result.timings
+    click.echo(
+        f"[prompt {times.prompt_tokens} tokens, {times.prompt_tokens_per_second:.1f} tok/s |"
+        f" TTFT {times.ttft_s:.2f} s | {len(result.token_ids)} tokens,"
+        f" {times.decode_tokens_per_second:.1f} tok/s | {result.finish_reason} |"
+        f" {engine.kernel_summary}]",
+        err=True,
+    )
+    if result.finish_reason == "cancelled":
+        sys.exit(130)
+    return result
+
+
+def _talk(engine: Engine, system: str | None, arguments: dict[str, Any]) -> None:
+    """Turn by turn until end of input; Ctrl-C ends an answer, a second one the conversation."""
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo()
+            return
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line})
+        stream = engine.stream(messages, **arguments)
+        for piece in stream:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        messages.append({"role": "assistant", "content": stream.result.text})

@@ -1,0 +1,247 @@
+"""`hmc show`: a plan as tables, one layer, one expert, the steps, or a kernel's IR and assembly."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+
+from hmc.cli.output import JSON, console, print_json, size, table
+from hmc.cli.summary import expert_tensor, fits, ledger_totals, placement_groups, tier_of
+from hmc.errors import UsageError
+from hmc.plan import Kernel, Operand, Phase, Plan
+
+
+@click.command("show")
+@click.argument("plan_path", metavar="PLAN")
+@click.option("--layer", type=int, help="One layer: its weights, placement and steps.")
+@click.option("--expert", type=int, help="With --layer: where one routed expert is, and why.")
+@click.option("--graph", is_flag=True, help="The steps of every phase, one a line.")
+@click.option("--ir", metavar="KERNEL", help="LLVM IR of a kernel (names: see the kernel table).")
+@click.option("--asm", metavar="KERNEL", help="Assembly of a kernel.")
+@JSON
+def command(
+    plan_path: str,
+    layer: int | None,
+    expert: int | None,
+    graph: bool,
+    ir: str | None,
+    asm: str | None,
+    as_json: bool,
+) -> None:
+    """Show the plan PLAN: model, machine, memory, placement, kernels, phases, and each decision
+    with its reason.
+    """
+    plan = Plan.load(plan_path)
+    if expert is not None and layer is None:
+        raise UsageError("--expert needs --layer")
+    if ir is not None or asm is not None:
+        text = _kernel_text(plan, ir or asm or "", assembly=ir is None)
+        print_json({"kernel": ir or asm, "text": text}) if as_json else click.echo(text)
+    elif layer is not None and expert is not None:
+        _show_expert(plan, layer, expert, as_json)
+    elif layer is not None:
+        _show_layer(plan, layer, as_json)
+    elif as_json:
+        print_json(plan.model_dump(mode="json"))
+    elif graph:
+        for phase in plan.phases:
+            click.echo(f"{phase.name}: {len(phase.steps)} steps")
+            for line in _step_lines(phase):
+                click.echo(f"  {line}")
+    else:
+        _show_plan(plan)
+
+
+def _show_plan(plan: Plan) -> None:
+    out = console()
+    model, machine = plan.model, plan.machine
+    source = plan.checkpoint
+    shards = f"{len(source.shards)} shards" if source.shards else "no shards: dummy weights"
+    facts = [
+        ("model", f"{model.architecture} ({model.family}), {source.path}, {shards}"),
+        (
+            "shape",
+            f"{model.layers} layers, hidden {model.hidden}, vocabulary {model.vocab},"
+            f" {model.experts} experts, {model.top_k} a token",
+        ),
+        (
+            "parameters",
+            f"{model.parameters / 1e9:.2f} B, {model.active_parameters / 1e9:.2f} B active a token",
+        ),
+        (
+            "machine",
+            f"{machine.name}: {machine.cpu}, {machine.cores} cores,"
+            f" {len(machine.nodes)} NUMA node(s), {size(machine.memory_bytes)}, {len(machine.gpus)} GPU(s)",
+        ),
+        ("kernels", f"{plan.isa}, {plan.threads} threads"),
+        (
+            "limits",
+            f"context {plan.limits.max_context} of the model's {model.context}, chunks of"
+            f" {plan.limits.max_chunk}, decode batch {plan.limits.max_batch}",
+        ),
+        (
+            "numerics",
+            ", ".join(plan.lossy) if plan.lossy else "exact: stored weights, bf16 x f32 sums",
+        ),
+    ]
+    out.print(table("Plan", ("", ""), facts))
+    rows = [(i.device, i.kind, size(i.bytes), i.detail) for i in plan.ledger]
+    for device, total in ledger_totals(plan).items():
+        verdict = "fits" if fits(plan) else "TOO LARGE for"
+        rows.append(
+            (device, "total", size(total), f"{verdict} {size(machine.memory_bytes)} of memory")
+        )
+    out.print(table("Memory", ("device", "kind", "bytes", "detail"), rows, numbers=("bytes",)))
+    placed = [
+        (layers, tier, experts)
+        for layers, tiers in placement_groups(plan)
+        for tier, experts in tiers.items()
+    ]
+    out.print(table("Experts", ("layers", "tier", "experts"), placed))
+    steps = [
+        (
+            phase.name,
+            len(phase.steps),
+            phase.max_tokens,
+            size(sum(step.weight_bytes for step in phase.steps)),
+            f"{sum(step.flops for step in phase.steps) / 1e9:.2f}",
+        )
+        for phase in plan.phases
+    ]
+    columns: tuple[str, ...] = (
+        "phase",
+        "steps",
+        "tokens a call",
+        "weights a token",
+        "GFLOP a token",
+    )
+    out.print(table("Phases", columns, steps, numbers=columns[1:]))
+    uses = Counter((phase.name, k) for phase in plan.phases for s in phase.steps for k in s.kernels)
+    names = dict.fromkeys(key for _, key in uses)
+    kernels = [(key, *(uses[phase.name, key] or "-" for phase in plan.phases)) for key in names]
+    columns = ("kernel", *(f"steps in {phase.name}" for phase in plan.phases))
+    out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
+    decisions = [(d.by, d.subject, d.choice, d.reason) for d in plan.decisions]
+    out.print(table("Decisions", ("pass", "subject", "choice", "reason"), decisions))
+
+
+def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:
+    _check_layer(plan, layer)
+    weights: list[tuple[str, ...]] = [
+        (step.op, role, plan_weight.name, plan_weight.format, "x".join(map(str, plan_weight.shape)))
+        for step in plan.phases[-1].steps
+        if step.layer == layer
+        for role, name in step.weights.items()
+        for plan_weight in plan.weights
+        if plan_weight.name == name
+    ]
+    weights += [
+        ("experts", e.role, f"{e.pattern} (e < {e.count})", e.format, "x".join(map(str, e.shape)))
+        for e in plan.experts
+        if e.layer == layer
+    ]
+    tiers = next((p.tiers for p in plan.placement if p.layer == layer), {})
+    lines = {phase.name: _step_lines(phase, layer) for phase in plan.phases}
+    if as_json:
+        columns = ("op", "role", "name", "format", "shape")
+        print_json(
+            {
+                "layer": layer,
+                "weights": [dict(zip(columns, row, strict=True)) for row in weights],
+                "tiers": tiers,
+                "steps": lines,
+            }
+        )
+        return
+    out = console()
+    out.print(table(f"Layer {layer}", ("op", "role", "weight", "format", "shape"), weights))
+    if tiers:
+        out.print(table("Experts", ("tier", "experts"), list(tiers.items())))
+    for name, steps in lines.items():
+        click.echo(f"{name}:")
+        for line in steps:
+            click.echo(f"  {line}")
+
+
+def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
+    _check_layer(plan, layer)
+    parts = [each for each in plan.experts if each.layer == layer]
+    if not parts:
+        raise UsageError(f"layer {layer} is dense: it has no routed experts")
+    if not 0 <= expert < parts[0].count:
+        raise UsageError(f"--expert {expert}: layer {layer} has experts 0 to {parts[0].count - 1}")
+    total = sum(part.bytes + part.scale_bytes for part in parts)
+    reads = plan.model.top_k / plan.model.experts
+    reason = next((d.reason for d in plan.decisions if d.by == "expert_placement"), "")
+    tensors = []
+    for part in parts:
+        shard, offset = expert_tensor(part, expert)
+        name = plan.checkpoint.shards[shard].name if shard >= 0 else "dummy"
+        tensors.append(
+            (part.role, part.pattern.format(e=expert), part.format, name, offset, part.bytes)
+        )
+    columns = ("role", "tensor", "format", "shard", "offset", "bytes")
+    found = {
+        "layer": layer,
+        "expert": expert,
+        "tier": tier_of(plan, layer, expert),
+        "bytes": total,
+        "reads_per_token": reads,
+        "bytes_per_token": total * reads,
+        "reason": reason,
+    }
+    if as_json:
+        print_json(found | {"tensors": [dict(zip(columns, row, strict=True)) for row in tensors]})
+        return
+    out = console()
+    click.echo(
+        f"layer {layer}, expert {expert}: {size(total)} on {found['tier']} ({reason});"
+        f" read by {reads:.1%} of the tokens if routing is even"
+    )
+    out.print(table("", columns, tensors, numbers=("offset", "bytes")))
+
+
+def _check_layer(plan: Plan, layer: int) -> None:
+    if not 0 <= layer < plan.model.layers:
+        raise UsageError(f"--layer {layer}: the model has layers 0 to {plan.model.layers - 1}")
+
+
+def _step_lines(phase: Phase, layer: int | None = None) -> list[str]:
+    """`12 linear @0 cpu: x=norm -> y=q [linear-fp8-k2048]`, one a step."""
+    lines = []
+    for step in phase.steps:
+        if layer is not None and step.layer != layer:
+            continue
+        inputs = " ".join(f"{role}={_operand(o)}" for role, o in step.inputs.items())
+        outputs = " ".join(f"{role}={_operand(o)}" for role, o in step.outputs.items())
+        where = f" @{step.layer}" if step.layer >= 0 else ""
+        lines.append(
+            f"{step.id} {step.op}{where} {step.resource}: {inputs} -> {outputs}"
+            f" [{', '.join(step.kernels)}]"
+        )
+    return lines
+
+
+def _operand(operand: Operand) -> str:
+    columns = f"[{operand.column}:{operand.column + operand.width}]" if operand.column else ""
+    return operand.buffer + columns
+
+
+def _kernel_text(plan: Plan, name: str, assembly: bool) -> str:
+    from hmc.codegen.jit import Jit
+    from hmc.codegen.kernels import EMITTERS
+    from hmc.codegen.spec import KernelSpec
+
+    matches = [key for key in plan.kernels if key == name] or [
+        key for key in plan.kernels if key.startswith(name)
+    ]
+    if len(matches) != 1:
+        known = ", ".join(matches or sorted(plan.kernels))
+        raise UsageError(
+            f"kernel {name} is {'ambiguous' if matches else 'not in the plan'}: {known}"
+        )
+    kernel: Kernel = plan.kernels[matches[0]]
+    spec = KernelSpec(**{**kernel.model_dump(), "params": kernel.params, "tile": kernel.tile})
+    jit = Jit(EMITTERS)
+    return jit.assembly(spec) if assembly else jit.ir_text(spec)

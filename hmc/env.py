@@ -1,0 +1,92 @@
+"""Environment variables and folders, read in one place; hides XDG rules and parsing.
+
+HMC_DEBUG      0-6: 1 decisions and times, 2 op diff per pass, 3 graph after each pass, 4 plan,
+               5 LLVM IR, 6 assembly (each level includes those below); goes to stderr
+HMC_DUMP       folder that receives 00-trace.txt, 01-<pass>.txt, plan.json, kernels/*.ll, *.s
+HMC_CACHE      folder of compiled kernels   (default $XDG_CACHE_HOME/hmc)
+HMC_CONFIG     folder of machine profiles   (default $XDG_CONFIG_HOME/hmc)
+HMC_ISA        cap on the kernel tier: avx512_bf16, avx512 or avx2 (default: the best there is)
+HMC_THREADS    native worker threads (default: every core the process may use)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from hmc.errors import UsageError
+
+
+def debug_level() -> int:
+    """`HMC_DEBUG` as 0..6; `UsageError` when it is no number in that range."""
+    return _integer("HMC_DEBUG", default=0, low=0, high=6)
+
+
+def debug(level: int, text: str) -> None:
+    """Print `text` to stderr when `HMC_DEBUG` is at least `level`."""
+    if debug_level() >= level:
+        print(text, file=sys.stderr)
+
+
+def dump_dir() -> Path | None:
+    """`HMC_DUMP` as a folder (made if absent), or None when unset."""
+    value = os.environ.get("HMC_DUMP")
+    if not value:
+        return None
+    folder = Path(value)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"HMC_DUMP={value}: cannot create the folder: {error.strerror}") from error
+    return folder
+
+
+def dump(name: str, text: str) -> None:
+    """Write `text` to `HMC_DUMP/name`, making folders; nothing when `HMC_DUMP` is unset."""
+    folder = dump_dir()
+    if folder is None:
+        return
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text)
+
+
+def cache_dir() -> Path:
+    """Folder for compiled kernels; not created here."""
+    return _folder("HMC_CACHE", "XDG_CACHE_HOME", ".cache")
+
+
+def config_dir() -> Path:
+    """Folder for machine profiles; not created here."""
+    return _folder("HMC_CONFIG", "XDG_CONFIG_HOME", ".config")
+
+
+def isa_cap() -> str | None:
+    """`HMC_ISA`, unchecked, or None; the codegen package knows the valid names."""
+    return os.environ.get("HMC_ISA") or None
+
+
+def threads() -> int:
+    """Native worker threads: `HMC_THREADS`, else the size of the process's CPU affinity mask."""
+    return _integer("HMC_THREADS", default=len(os.sched_getaffinity(0)), low=1, high=4096)
+
+
+def _folder(own: str, xdg: str, fallback: str) -> Path:
+    if value := os.environ.get(own):
+        return Path(value)
+    base = os.environ.get(xdg)
+    return (Path(base) if base else Path.home() / fallback) / "hmc"
+
+
+def _integer(name: str, default: int, low: int, high: int) -> int:
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        raise UsageError(f"{name}={text}: not a whole number") from None
+    if not low <= value <= high:
+        raise UsageError(f"{name}={text}: must lie in {low}..{high}")
+    return value

@@ -1,0 +1,141 @@
+"""Rotary settings of a config.json -> the frequencies a `Rotary` block rotates by.
+
+Hides the two places where checkpoints keep them (`rope_theta` beside `rope_scaling` on the hub, `rope_parameters`
+since transformers 5) and the formulas of the scaling types. Frequencies are computed in float32 with the operations of
+transformers, so that angles agree to the last bit.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hmc.checkpoint.config import ModelConfig
+from hmc.errors import ConfigError, UnsupportedError
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """`inv_freq`: radians a position, dim / 2 of them; `factor` scales cos and sin.
+
+    `mscale` is YaRN's correction of the softmax temperature for models that put it into the attention scale
+    (squared) rather than into cos and sin; 1 otherwise.
+    """
+
+    inv_freq: tuple[float, ...]
+    factor: float = 1.0
+    mscale: float = 1.0
+
+
+def rope(config: ModelConfig, dim: int, default_theta: float = 10000.0) -> Rope:
+    """The rotary settings of a model that rotates `dim` elements of each head.
+
+    Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that cannot be.
+    """
+    if dim % 2:
+        raise ConfigError(f"{config.path}: rotary embedding of {dim} elements a head, must be even")
+    section = config.section("rope_scaling") or config.section("rope_parameters")
+    settings = section or config
+    for key, value in settings.values.items() if section else ():
+        if isinstance(value, dict):
+            raise UnsupportedError(
+                f"{config.path}: {settings.prefix}{key} sets rotary embedding by layer type, which hmc cannot"
+            )
+    kind = "default"
+    if section:
+        kind = section.get_str("rope_type", section.get_str("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise UnsupportedError(
+            f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}"
+        )
+    for holder in (settings, config):
+        if holder.get_float("partial_rotary_factor", 1.0) != 1.0:
+            raise UnsupportedError(
+                f"{config.path}: {holder.prefix}partial_rotary_factor must be 1 for this family"
+            )
+    theta = settings.get_float("rope_theta", config.get_float("rope_theta", default_theta))
+    if theta <= 1:
+        raise config.error("rope_theta", f"is {theta:g}, must be above 1")
+    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
+    if section is None or kind == "default":
+        return Rope(_floats(1.0 / powers))
+    if kind == "linear":
+        return Rope(_floats(1.0 / powers / _factor(section)))
+    if kind == "llama3":
+        return Rope(_floats(_llama3(section, 1.0 / powers, _original(config, section))))
+    return _yarn(config, section, powers, theta)
+
+
+def _factor(section: ModelConfig) -> float:
+    factor = section.require_float("factor")
+    if factor <= 0:
+        raise section.error("factor", f"is {factor:g}, must be above 0")
+    return factor
+
+
+def _original(config: ModelConfig, section: ModelConfig) -> int:
+    """The context the model was trained with before it was stretched."""
+    key = "original_max_position_embeddings"
+    context = config.require_int("max_position_embeddings", minimum=1)
+    return config.get_int(key, section.get_int(key, context, minimum=1), minimum=1)
+
+
+def _llama3(section: ModelConfig, inv_freq: Tensor, original: int) -> Tensor:
+    """Slow frequencies divided by `factor`, fast ones kept, a smooth step between the two (Llama 3.1)."""
+    factor = _factor(section)
+    low, high = section.require_float("low_freq_factor"), section.require_float("high_freq_factor")
+    if not 0 < low < high:
+        raise section.error(
+            "low_freq_factor", f"is {low:g}, must lie between 0 and high_freq_factor"
+        )
+    wavelength = 2 * math.pi / inv_freq
+    slow, fast = wavelength > original / low, wavelength < original / high
+    scaled = torch.where(slow, inv_freq / factor, inv_freq)
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * scaled / factor + smooth * scaled
+    return torch.where(~(slow | fast), between, scaled)
+
+
+def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: float) -> Rope:
+    """YaRN (arXiv 2309.00071): each frequency between kept and divided by `factor`, by its turns in the old context."""
+    dim = 2 * len(powers)
+    context = config.require_int("max_position_embeddings", minimum=1)
+    original = _original(config, section)
+    factor = _factor(section) if "factor" in section else context / original
+    all_dim = section.get_float("mscale_all_dim", 0.0)
+    mscale = section.get_float("mscale", 0.0)
+    if "attention_factor" in section:
+        attention_factor = section.require_float("attention_factor")
+    elif mscale and all_dim:
+        attention_factor = _mscale(factor, mscale) / _mscale(factor, all_dim)
+    else:
+        attention_factor = _mscale(factor, 1.0)
+
+    def index_turning(times: float) -> float:
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = index_turning(section.get_float("beta_fast", 0.0) or 32.0)
+    high = index_turning(section.get_float("beta_slow", 0.0) or 1.0)
+    if section.get_bool("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # a step, not a division by zero
+    ramp = (torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+    keep = 1 - ramp.clamp(0, 1)
+    inv_freq = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
+    return Rope(_floats(inv_freq), attention_factor, _mscale(factor, all_dim) if all_dim else 1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """YaRN's temperature correction for a context stretched by `factor`."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _floats(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.tolist())

@@ -1,0 +1,225 @@
+"""Checks the meaning of a plan: what pydantic cannot see. Every broken rule raises `VerifyError`
+naming step and rule.
+
+order       every read comes after the write it needs, in one resource's order or through an event
+reuse       bytes of the activation arena are not written while another buffer living there is still
+in use
+bounds      operands lie inside their buffers, buffers inside the arena, tensors inside their shards
+names       weights, kernels, constants and events that steps name exist
+placement   every expert of every layer is in exactly one tier
+cache       the attention steps' layers are the KV layout's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+from hmc.errors import VerifyError
+from hmc.plan import DTYPE_BYTES, Buffer, Phase, Plan, Step
+
+EXTERNAL = -1
+"""Offset of buffers that the engine owns: ids, positions, rows and logits."""
+
+
+def verify_plan(plan: Plan) -> None:
+    """Raise `VerifyError` on the first rule that `plan` breaks."""
+    _check_tensors(plan)
+    _check_placement(plan)
+    weights = {weight.name for weight in plan.weights}
+    weights |= {f"layer:{experts.layer}" for experts in plan.experts}
+    for phase in plan.phases:
+        for step in phase.steps:
+            _check_names(plan, phase, step, weights)
+        _check_bounds(phase)
+        _check_order(phase)
+        layers = tuple(step.layer for step in phase.steps if step.op in ("attention", "mla"))
+        if sorted(layers) != sorted(plan.kv.layers):
+            raise VerifyError(
+                f"phase {phase.name}: attention layers differ from the KV cache's layers"
+            )
+
+
+def expert_ranges(text: str) -> list[int]:
+    """Expert numbers of a placement text such as "0-31,77"; `VerifyError` when it is none."""
+    result: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise VerifyError(f"placement: '{text}' is no list of expert ranges")
+        result.extend(range(int(first), int(last or first) + 1))
+    return result
+
+
+def _check_names(plan: Plan, phase: Phase, step: Step, weights: set[str]) -> None:
+    where = f"phase {phase.name}, step {step.id} ({step.op})"
+    for role, name in step.weights.items():
+        if name not in weights:
+            raise VerifyError(f"{where}: {role} names weight {name}, which the plan does not hold")
+    for key in step.kernels:
+        if not key.startswith("torch:") and key not in plan.kernels:
+            raise VerifyError(f"{where}: kernel {key} is not in the plan")
+    if step.op == "rotary" and str(step.attrs.get("rope")) not in plan.constants:
+        raise VerifyError(f"{where}: rotary constant {step.attrs.get('rope')} is not in the plan")
+
+
+def _check_bounds(phase: Phase) -> None:
+    buffers = {buffer.name: buffer for buffer in phase.buffers}
+    if len(buffers) != len(phase.buffers):
+        raise VerifyError(f"phase {phase.name}: two buffers share a name")
+    for buffer in phase.buffers:
+        if buffer.offset != EXTERNAL and not (
+            0 <= buffer.offset <= buffer.offset + _bytes(buffer) <= phase.activation_bytes
+        ):
+            raise VerifyError(
+                f"phase {phase.name}: buffer {buffer.name} leaves the activation arena"
+            )
+    for step in phase.steps:
+        for role, operand in (*step.inputs.items(), *step.outputs.items()):
+            found = buffers.get(operand.buffer)
+            if found is None:
+                raise VerifyError(
+                    f"phase {phase.name}, step {step.id} ({step.op}): {role} names buffer"
+                    f" {operand.buffer}, which is not declared"
+                )
+            if operand.column + operand.width > found.width:
+                raise VerifyError(
+                    f"phase {phase.name}, step {step.id} ({step.op}): {role} reads columns beyond"
+                    f" buffer {found.name} ({found.width} wide)"
+                )
+
+
+def _check_order(phase: Phase) -> None:
+    """Walk the steps with a vector clock each: resource -> position of its last step known done.
+
+    `live` maps every buffer that holds a value to the positions of its writes and of all its uses;
+    whoever takes over its bytes must come after them all, and ends its life.
+    """
+    clocks: list[dict[str, int]] = []
+    last_on: dict[str, int] = {}
+    signalled: dict[int, int] = {}
+    live: dict[str, tuple[list[int], list[int]]] = {}
+    buffers = {buffer.name: buffer for buffer in phase.buffers}
+    resources = [step.resource for step in phase.steps]
+    for position, step in enumerate(phase.steps):
+        where = f"phase {phase.name}, step {step.id} ({step.op})"
+        before = [last_on[step.resource]] if step.resource in last_on else []
+        for event in step.waits:
+            if event not in signalled:
+                raise VerifyError(
+                    f"{where}: waits for event {event}, which no earlier step signals"
+                )
+            before.append(signalled[event])
+        clock = _merged(before, clocks, resources)
+        clocks.append(clock)
+        last_on[step.resource] = position
+        if step.signal >= 0:
+            signalled[step.signal] = position
+
+        def done(earlier: list[int], clock: dict[str, int] = clock) -> bool:
+            return all(clock.get(resources[each], -1) >= each for each in earlier)
+
+        for operand in step.inputs.values():
+            name = operand.buffer
+            if name not in live:
+                if buffers[name].offset != EXTERNAL:
+                    raise VerifyError(f"{where}: reads buffer {name} before anything wrote it")
+                live[name] = ([], [])
+            if not done(live[name][0]):
+                raise VerifyError(f"{where}: reads buffer {name} without waiting for its write")
+        for operand in step.outputs.values():
+            name = operand.buffer
+            if name in live and not done(live[name][1]):
+                raise VerifyError(f"{where}: overwrites buffer {name} while it is in use")
+            if name not in live:
+                for other in _overlapping(buffers[name], live, buffers):
+                    if not done(live[other][1]):
+                        raise VerifyError(
+                            f"{where}: {name} reuses bytes of {other} while it is in use"
+                        )
+                    del live[other]
+                live[name] = ([], [])
+            live[name][0].append(position)
+        for operand in (*step.inputs.values(), *step.outputs.values()):
+            if operand.buffer in live:
+                live[operand.buffer][1].append(position)
+
+
+def _merged(
+    before: list[int], clocks: list[dict[str, int]], resources: list[str]
+) -> dict[str, int]:
+    """The clock of a step that starts after the steps at `before`."""
+    if len(before) == 1:
+        return {**clocks[before[0]], resources[before[0]]: before[0]}
+    clock: dict[str, int] = {}
+    for earlier in before:
+        for resource, index in (*clocks[earlier].items(), (resources[earlier], earlier)):
+            clock[resource] = max(clock.get(resource, -1), index)
+    return clock
+
+
+def _overlapping(buffer: Buffer, live: Iterable[str], buffers: dict[str, Buffer]) -> list[str]:
+    """The live buffers that share bytes with `buffer`."""
+    start, stop = buffer.offset, buffer.offset + _bytes(buffer)
+    return [
+        name
+        for name in live
+        if (other := buffers[name]).offset != EXTERNAL
+        and start < other.offset + _bytes(other)
+        and other.offset < stop
+        and buffer.offset != EXTERNAL
+    ]
+
+
+def _bytes(buffer: Buffer) -> int:
+    return buffer.width * DTYPE_BYTES[buffer.dtype]
+
+
+def _check_tensors(plan: Plan) -> None:
+    sizes = [shard.size for shard in plan.checkpoint.shards]
+
+    def inside(name: str, shard: int, offset: int, count: int) -> None:
+        if shard == -1 and not sizes:
+            return
+        if not 0 <= shard < len(sizes) or offset + count > sizes[shard]:
+            raise VerifyError(f"weight {name} lies outside its shard")
+
+    for weight in plan.weights:
+        inside(weight.name, weight.shard, weight.offset, weight.bytes)
+        if weight.scale_dtype:
+            inside(weight.name, weight.scale_shard, weight.scale_offset, weight.scale_bytes)
+    for experts in plan.experts:
+        columns = [("", experts.shards, experts.offsets, experts.bytes)]
+        if experts.scale_dtype:
+            columns.append(
+                (" (scales)", experts.scale_shards, experts.scale_offsets, experts.scale_bytes)
+            )
+        for suffix, runs, offsets, count in columns:
+            if len(offsets) != experts.count or sum(run for run, _ in runs) != experts.count:
+                raise VerifyError(
+                    f"experts {experts.pattern}{suffix}: columns are not one a expert"
+                )
+            for shard, offset in zip(expand_runs(runs), accumulate(offsets), strict=True):
+                inside(experts.pattern + suffix, shard, offset, count)
+
+
+def expand_runs(runs: tuple[tuple[int, int], ...]) -> Iterator[int]:
+    """The values of run-length pairs (count, value), one by one."""
+    for count, value in runs:
+        for _ in range(count):
+            yield value
+
+
+def _check_placement(plan: Plan) -> None:
+    counts = {experts.layer: experts.count for experts in plan.experts}
+    placed = {placement.layer for placement in plan.placement}
+    if placed != set(counts):
+        raise VerifyError("placement: its layers are not the layers with routed experts")
+    for placement in plan.placement:
+        everyone = sorted(
+            expert for text in placement.tiers.values() for expert in expert_ranges(text)
+        )
+        if everyone != list(range(counts[placement.layer])):
+            raise VerifyError(
+                f"placement of layer {placement.layer}: not every expert is in exactly one tier"
+            )

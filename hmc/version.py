@@ -1,0 +1,3 @@
+"""The version of hmc, in one place (pyproject.toml reads it)."""
+
+VERSION = "0.1.0"

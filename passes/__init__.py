@@ -1,0 +1,21 @@
+"""The compiler's passes: one a file, in the order of `PIPELINE`; the manager runs and checks them."""
+
+from hmc.passes.canonicalise import Canonicalise
+from hmc.passes.context import Context, Options, Pass
+from hmc.passes.emit import Emit
+from hmc.passes.expert_placement import ExpertPlacement
+from hmc.passes.fp8_lowering import Fp8Lowering
+from hmc.passes.fuse import Fuse
+from hmc.passes.manager import run_pipeline
+from hmc.passes.memory_ledger import MemoryLedger
+
+PIPELINE: tuple[Pass, ...] = (
+    Canonicalise(),
+    Fuse(),
+    Fp8Lowering(),
+    ExpertPlacement(),
+    MemoryLedger(),
+    Emit(),
+)
+
+__all__ = ["PIPELINE", "Context", "Options", "Pass", "run_pipeline"]

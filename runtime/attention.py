@@ -1,0 +1,212 @@
+"""Attention of a prompt chunk over the paged cache, by PyTorch, in bounded memory; hides gathering, masks, MLA's two forms.
+
+One entry for each cache kind. Both read the chunk's own keys from the cache, where an append kernel has put them, so a
+chunk sees what decode will see. Queries are taken a few hundred at a time and heads a few at a time, such that masks
+and gathered rows stay within `_BYTES` each, whatever the context.
+
+PyTorch's flash kernel needs queries, keys and values of one width and gives no log-sum-exp to merge; so a chunk behind
+a past carries an explicit mask, and values narrower than keys are padded with zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Past:
+    """Where a chunk of `tokens` queries stands: it follows `past` tokens; `blocks` i64 [n] hold them all."""
+
+    blocks: torch.Tensor
+    past: int
+    tokens: int
+
+    @property
+    def total(self) -> int:
+        """Positions the last query sees."""
+        return self.past + self.tokens
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of multi-head latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope], y [T, heads * v_dim]."""
+
+    heads: int
+    nope: int
+    rope: int
+    v_dim: int
+    rank: int
+    scale: float
+
+
+def grouped_query(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    past: Past,
+    y: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    compute: torch.dtype = torch.bfloat16,
+) -> None:
+    """y bf16 [T, heads * v_dim] = causal attention of q f32 [T, heads * head_dim].
+
+    Caches are bf16 [blocks, kv_heads, block, dim]. `window`: positions a query sees, its own included; 0 for all.
+    `compute` is the format of the matmuls (accumulated in f32).
+    """
+    tokens, kv_heads = len(q), k_cache.shape[1]
+    head_dim, v_dim = k_cache.shape[-1], v_cache.shape[-1]
+    wide = max(head_dim, v_dim)
+    group = q.shape[1] // (kv_heads * head_dim)
+    queries = q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3).to(compute)
+    result = y.view(tokens, kv_heads, group, v_dim).permute(1, 2, 0, 3)
+    step = max(1, _BYTES // (4 * past.total * wide))
+    for first in range(0, kv_heads, step):
+        heads = slice(first, first + step)
+        keys, values = (
+            _rows(cache[:, heads].transpose(0, 1), past).to(compute) for cache in (k_cache, v_cache)
+        )
+        result[heads] = _attend(queries[heads], keys, values, past, scale, window)
+
+
+def latent(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    kv_b: torch.Tensor,
+    kv_b_scale: torch.Tensor | None,
+    past: Past,
+    y: torch.Tensor,
+    sizes: Latent,
+    compute: torch.dtype = torch.bfloat16,
+) -> None:
+    """y bf16 [T, heads * v_dim] = latent attention of q f32 [T, heads * (nope + rope)], rope parts rotated.
+
+    `cache` bf16 [blocks, 1, block, rank + rope]; `kv_b` [heads * (nope + v_dim), rank] in its stored format, with f32
+    128x128 block scales for fp8. Of two equal forms the one with fewer multiplications is taken: keys and values
+    expanded from the latents (long chunks), or the expansion absorbed into query and result (few queries, long past).
+    """
+    s = sizes
+    tokens = len(q)
+    rows = _rows(cache.transpose(0, 1), past)[0]
+    queries = q.view(tokens, s.heads, s.nope + s.rope).transpose(0, 1)
+    result = y.view(tokens, s.heads, s.v_dim).transpose(0, 1)
+    expand = past.total * s.rank * (s.nope + s.v_dim) + 2 * tokens * past.total * (s.nope + s.rope)
+    absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * past.total * (s.rank + s.rope)
+    form = _expanded if expand <= absorb else _absorbed
+    step = max(1, _BYTES // (4 * past.total * (s.nope + s.rope)))
+    for first in range(0, s.heads, step):
+        heads = slice(first, min(first + step, s.heads))
+        weight = _dequantised(kv_b, kv_b_scale, heads, s).to(compute)
+        result[heads] = form(queries[heads], rows.to(compute), weight, past, s)
+
+
+def _expanded(
+    q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
+) -> torch.Tensor:
+    """Results [heads, T, v_dim] with keys and values [heads, S, nope + rope] made from the latents."""
+    compute, heads, total = rows.dtype, len(q), len(rows)
+    wide = max(s.nope + s.rope, s.v_dim)
+    compressed = rows[:, : s.rank]
+    keys = rows.new_zeros(heads, total, wide)
+    keys[..., : s.nope] = compressed @ weight[:, : s.nope].transpose(1, 2)
+    keys[..., s.nope : s.nope + s.rope] = rows[:, s.rank :]
+    values = rows.new_zeros(heads, total, wide)
+    values[..., : s.v_dim] = compressed @ weight[:, s.nope :].transpose(1, 2)
+    return _attend(q.to(compute)[:, None], keys, values, past, s.scale, 0)[:, 0, :, : s.v_dim]
+
+
+def _absorbed(
+    q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
+) -> torch.Tensor:
+    """The same with queries taken into the latent space: all heads share one key row, which is the value row too."""
+    compute = rows.dtype
+    inner = q[..., : s.nope].to(compute) @ weight[:, : s.nope]
+    queries = torch.cat((inner, q[..., s.nope :].to(compute)), -1)
+    shared = rows[None]
+    found = _attend(queries[None], shared, shared, past, s.scale, 0)[0, ..., : s.rank]
+    return found @ weight[:, s.nope :].transpose(1, 2)
+
+
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    past: Past,
+    scale: float,
+    window: int,
+) -> torch.Tensor:
+    """Attention [G, H, T, v] of q [G, H, T, d] over keys, values [G, S, d], [G, S, v]; a group's heads share its rows."""
+    groups, heads, tokens, width = q.shape
+    v_dim = values.shape[-1]
+    wide = max(width, v_dim, keys.shape[-1])
+    q, keys, values = (_padded(part, wide) for part in (q, keys, values))
+    result = q.new_empty(groups, heads, tokens, v_dim)
+    plain = past.past == 0 and (not window or window >= tokens)
+    step = tokens if plain else max(1, _BYTES // (q.element_size() * past.total))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        for first in range(0, tokens, step):
+            last = min(first + step, tokens)
+            low = max(0, past.past + first + 1 - window) if window else 0
+            high = past.past + last
+            mask = None if plain else _mask(past.past + first, last - first, low, high, window, q)
+            shape = (groups, heads, high - low, wide)
+            part = scaled_dot_product_attention(
+                q[:, :, first:last],
+                keys[:, None, low:high].expand(shape),
+                values[:, None, low:high].expand(shape),
+                attn_mask=mask,
+                is_causal=plain,
+                scale=scale,
+            )
+            result[:, :, first:last] = part[..., :v_dim]
+    return result
+
+
+def _mask(
+    position: int, tokens: int, low: int, high: int, window: int, like: torch.Tensor
+) -> torch.Tensor:
+    """What is added to scores of queries at `position` on against keys low..high: 0 or -inf."""
+    query = torch.arange(position, position + tokens)[:, None]
+    key = torch.arange(low, high)[None]
+    hidden = key > query
+    if window:
+        hidden |= key <= query - window
+    zero = torch.zeros((), dtype=like.dtype)
+    return torch.where(hidden, torch.full((), float("-inf"), dtype=like.dtype), zero)
+
+
+def _padded(part: torch.Tensor, wide: int) -> torch.Tensor:
+    missing = wide - part.shape[-1]
+    return torch.nn.functional.pad(part, (0, missing)) if missing else part
+
+
+def _rows(cache: torch.Tensor, past: Past) -> torch.Tensor:
+    """Rows [heads, total, dim] of a cache [heads, blocks, block, dim]: a view where one copy is not needed."""
+    heads, _, block, dim = cache.shape
+    blocks = past.blocks[: -(-past.total // block)]
+    first = int(blocks[0])
+    if int(blocks[-1]) - first == len(blocks) - 1 and bool((blocks.diff() == 1).all()):
+        found = cache[:, first : first + len(blocks)]
+    else:
+        found = cache[:, blocks]
+    return found.reshape(heads, len(blocks) * block, dim)[:, : past.total]
+
+
+def _dequantised(
+    kv_b: torch.Tensor, scale: torch.Tensor | None, heads: slice, s: Latent
+) -> torch.Tensor:
+    """f32 [heads, nope + v_dim, rank] of a few heads of `kv_b`."""
+    per_head = s.nope + s.v_dim
+    first, last = heads.start * per_head, heads.stop * per_head
+    weight = kv_b[first:last].to(torch.float32)
+    if scale is not None:
+        spread = scale[torch.arange(first, last) // 128].repeat_interleave(128, 1)
+        weight *= spread[:, : s.rank]
+    return weight.view(-1, per_head, s.rank)

@@ -1,0 +1,172 @@
+"""Native programs: kernels and their arguments become the record array that the pool walks; hides
+barrier placement.
+
+A caller says which buffers each record reads and writes; the builder puts a barrier before a record
+exactly when it touches what an earlier record since the last barrier wrote, or overwrites what one
+read. Between barriers workers run ahead of each other, so a record may start while others still are
+in earlier ones.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Hashable, Iterable
+
+import numpy as np
+
+from hmc.codegen import walker
+from hmc.codegen.jit import Kernel
+from hmc.codegen.spec import ARGS
+
+_LINE_BYTES = 64
+
+
+class Program:
+    """Records (`records`, int64 [n, 4], for `Pool.run`) with the argument blocks they point at.
+
+    Argument words may be patched between runs, so a decode step reuses one program. The blocks live
+    as long as `records`; the buffers that they name are the caller's to keep.
+    """
+
+    def __init__(self, kernels: list[Kernel], blocks: list[bytes], meta: np.ndarray) -> None:
+        sizes = [-(-len(block) // _LINE_BYTES) * _LINE_BYTES for block in blocks]
+        table = 8 * walker.RECORD_WORDS * len(kernels)
+        offsets = np.cumsum([-(-table // _LINE_BYTES) * _LINE_BYTES, *sizes])
+        raw = np.zeros(int(offsets[-1]) + _LINE_BYTES, np.uint8)
+        shift = -raw.ctypes.data % _LINE_BYTES
+        memory = raw[shift : shift + int(offsets[-1])]
+        for block, offset in zip(blocks, offsets, strict=False):
+            memory[offset : offset + len(block)] = np.frombuffer(block, np.uint8)
+        self._words = memory.view(np.int64)
+        self._first = offsets[:-1] // 8
+        self._kernels = tuple(kernels)
+        self._fields: dict[str, tuple[str, np.ndarray]] = {}
+        # A view of the memory that holds the blocks too: who keeps the records keeps what they
+        # point at.
+        self.records = self._words[: table // 8].reshape(-1, walker.RECORD_WORDS)
+        self.records[:, 0] = [kernel.address for kernel in kernels]
+        self.records[:, 1] = memory.ctypes.data + offsets[:-1]
+        self.records[:, 2:] = meta
+
+    def __len__(self) -> int:
+        return len(self._kernels)
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernel of each record."""
+        return self._kernels
+
+    @property
+    def barriers(self) -> int:
+        """Records that wait for all earlier ones."""
+        return int((self.records[:, 2] & walker.BARRIER).sum())
+
+    def find(self, tag: int) -> list[int]:
+        """Indices of the records with `tag`, in order."""
+        return [int(index) for index in np.flatnonzero(self.records[:, 3] == tag)]
+
+    def args_view(self, index: int) -> np.ndarray:
+        """The argument words of record `index`, int64, writable, in the order of `ARGS`."""
+        start = int(self._first[index])
+        return self._words[start : start + len(ARGS[self._kernels[index].spec.op])]
+
+    def patch(self, index: int, **fields: int | float) -> None:
+        """Set arguments of record `index` by name; `ValueError` when its kernel has no such
+        argument."""
+        op = self._kernels[index].spec.op
+        start = int(self._first[index])
+        for name, value in fields.items():
+            for place, arg in enumerate(ARGS[op]):
+                if arg.name == name:
+                    self._words[start + place] = _word(value, arg.kind)
+                    break
+            else:
+                raise ValueError(f"record {index}: kernel {op} has no argument {name}")
+
+    def patch_all(self, **fields: int | float) -> None:
+        """Set arguments by name in every record that has them; `ValueError` when none has.
+
+        An argument name must mean the same kind of word throughout the program.
+        """
+        for name, value in fields.items():
+            if name not in self._fields:
+                self._fields[name] = self._places(name)
+            kind, places = self._fields[name]
+            self._words[places] = _word(value, kind)
+
+    def _places(self, name: str) -> tuple[str, np.ndarray]:
+        found = [
+            (arg.kind, int(self._first[index]) + place)
+            for index, kernel in enumerate(self._kernels)
+            for place, arg in enumerate(ARGS[kernel.spec.op])
+            if arg.name == name
+        ]
+        kinds = {kind for kind, _ in found}
+        if len(kinds) != 1:
+            why = "names words of different kinds" if kinds else "is no argument"
+            raise ValueError(f"{name} {why} in this program")
+        return kinds.pop(), np.array([place for _, place in found])
+
+
+class ProgramBuilder:
+    """Collects records in the order in which one worker alone would run them.
+
+    `private` names buffers of which every worker only ever touches a part of its own (per-worker
+    scratch): they order nothing.
+    """
+
+    def __init__(self, private: Iterable[Hashable] = ()) -> None:
+        self._private = frozenset(private)
+        self._kernels: list[Kernel] = []
+        self._blocks: list[bytes] = []
+        self._meta: list[tuple[int, int]] = []
+        self._read: set[Hashable] = set()
+        self._written: set[Hashable] = set()
+
+    def add(
+        self,
+        kernel: Kernel,
+        args: bytes,
+        *,
+        tag: int,
+        reads: Iterable[Hashable] = (),
+        writes: Iterable[Hashable] = (),
+    ) -> int:
+        """Append a record and return its index. `args` as `spec.pack` makes it; weights need not be
+        named.
+
+        A record's own share may be read and written by the same worker only, so a buffer named on
+        both sides (in place) needs no barrier of its own. Raises `ValueError` when `args` does not
+        fit the kernel.
+        """
+        op = kernel.spec.op
+        if len(args) != 8 * len(ARGS[op]):
+            raise ValueError(
+                f"record {len(self._kernels)}: kernel {op} takes {len(ARGS[op])} argument words,"
+                f" not {len(args) / 8:g}"
+            )
+        read = frozenset(reads) - self._private
+        written = frozenset(writes) - self._private
+        flags = 0
+        if (read | written) & self._written or written & self._read:
+            flags = walker.BARRIER
+            self._read.clear()
+            self._written.clear()
+        self._read |= read
+        self._written |= written
+        self._kernels.append(kernel)
+        self._blocks.append(args)
+        self._meta.append((flags, tag))
+        return len(self._kernels) - 1
+
+    def build(self) -> Program:
+        """The program so far."""
+        meta = np.array(self._meta, np.int64).reshape(-1, 2)
+        return Program(list(self._kernels), list(self._blocks), meta)
+
+
+def _word(value: int | float, kind: str) -> int:
+    """`value` as the 64-bit word `spec.pack` would make of it."""
+    if kind == "f32":
+        return int(struct.unpack("<q", struct.pack("<fi", float(value), 0))[0])
+    return int(value)

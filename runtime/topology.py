@@ -1,0 +1,175 @@
+"""The machine as /sys describes it: NUMA nodes, cores with their SMT siblings, caches; hides the
+files' formats.
+
+Only CPUs of the process's affinity mask exist here, so a container with half a socket looks like
+half a socket. Where /sys is absent or partial, every CPU is a core of its own on node 0.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+SYS = Path("/sys/devices/system")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One data or unified cache: `cpus` of the mask share its `bytes`."""
+
+    level: int
+    bytes: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One NUMA node; `cores` are tuples of SMT siblings, lowest CPU first, in order of that CPU."""
+
+    id: int
+    cores: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Nodes that have a usable CPU, in order of their id, and the caches of those CPUs."""
+
+    nodes: tuple[Node, ...]
+    caches: tuple[Cache, ...]
+
+    @property
+    def cores(self) -> int:
+        """Physical cores with a usable CPU."""
+        return sum(len(node.cores) for node in self.nodes)
+
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """Usable CPUs, ascending."""
+        return tuple(sorted(cpu for node in self.nodes for core in node.cores for cpu in core))
+
+    @property
+    def last_level_bytes(self) -> int:
+        """All caches of the highest level together; 0 when unknown."""
+        top = max((cache.level for cache in self.caches), default=0)
+        return sum(cache.bytes for cache in self.caches if cache.level == top)
+
+    def node_of(self, cpu: int) -> int:
+        """The node id of a usable CPU; `KeyError` for any other."""
+        for node in self.nodes:
+            if any(cpu in core for core in node.cores):
+                return node.id
+        raise KeyError(cpu)
+
+    def worker_cpus(self, threads: int) -> list[int]:
+        """The CPU of each of `threads` workers; neighbouring workers share a node, nodes get equal
+        parts of the work.
+
+        A node's workers take one CPU of every physical core before second siblings, and CPUs repeat
+        (next to each other) only when there are more workers than CPUs.
+        """
+        if threads < 1:
+            raise ValueError(f"threads must be positive, not {threads}")
+        counts = [0] * len(self.nodes)
+        usable = [sum(len(core) for core in node.cores) for node in self.nodes]
+        for _ in range(threads):
+            # The emptiest node relative to its cores; then to its CPUs, so that siblings fill up
+            # evenly too.
+            chosen = min(
+                range(len(counts)),
+                key=lambda i: (
+                    counts[i] // usable[i],
+                    counts[i] >= len(self.nodes[i].cores),
+                    (counts[i] % usable[i]) / len(self.nodes[i].cores),
+                    i,
+                ),
+            )
+            counts[chosen] += 1
+        return [
+            cpu
+            for node, count in zip(self.nodes, counts, strict=True)
+            for cpu in _spread(node, count)
+        ]
+
+
+def read_topology(root: Path = SYS, allowed: Iterable[int] | None = None) -> Topology:
+    """The topology under `root` limited to `allowed` CPUs (default: the process's affinity
+    mask)."""
+    usable = sorted(os.sched_getaffinity(0) if allowed is None else allowed)
+    cores: dict[tuple[int, ...], list[int]] = {}
+    for cpu in usable:
+        siblings = _cpu_list(root / f"cpu/cpu{cpu}/topology/thread_siblings_list") or [cpu]
+        cores.setdefault(tuple(siblings), []).append(cpu)
+    nodes: dict[int, list[tuple[int, ...]]] = {}
+    home = _homes(root)
+    for members in cores.values():
+        nodes.setdefault(home.get(members[0], 0), []).append(tuple(members))
+    return Topology(
+        tuple(Node(number, tuple(sorted(found))) for number, found in sorted(nodes.items())),
+        _caches(root, usable),
+    )
+
+
+@cache
+def this_machine() -> Topology:
+    """`read_topology()` as it was when first asked for."""
+    return read_topology()
+
+
+def worker_cpus(threads: int) -> list[int]:
+    """`Topology.worker_cpus` of this machine."""
+    return this_machine().worker_cpus(threads)
+
+
+def _spread(node: Node, count: int) -> list[int]:
+    deepest = max(len(core) for core in node.cores)
+    order = [core[i] for i in range(deepest) for core in node.cores if i < len(core)]
+    repeats, extra = divmod(count, len(order))
+    return [cpu for i, cpu in enumerate(order) for _ in range(repeats + (i < extra))]
+
+
+def _homes(root: Path) -> dict[int, int]:
+    """CPU -> node id."""
+    found: dict[int, int] = {}
+    for folder in (root / "node").glob("node[0-9]*"):
+        for cpu in _cpu_list(folder / "cpulist"):
+            found[cpu] = int(folder.name.removeprefix("node"))
+    return found
+
+
+def _caches(root: Path, usable: list[int]) -> tuple[Cache, ...]:
+    found: set[Cache] = set()
+    for cpu in usable:
+        for folder in (root / f"cpu/cpu{cpu}/cache").glob("index[0-9]*"):
+            if _text(folder / "type") not in ("Data", "Unified"):
+                continue
+            sharing = set(_cpu_list(folder / "shared_cpu_list")) or {cpu}
+            cpus = tuple(sorted(sharing & set(usable)))
+            level, size = _text(folder / "level"), _text(folder / "size")
+            if level.isdigit() and size:
+                found.add(Cache(int(level), _size(size), cpus))
+    return tuple(sorted(found, key=lambda entry: (entry.level, entry.cpus)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""  # /sys is partial in many containers
+
+
+def _cpu_list(path: Path) -> list[int]:
+    """`0-3,8,10-11` as numbers; empty for an absent or empty file."""
+    numbers: list[int] = []
+    for part in filter(None, _text(path).split(",")):
+        first, _, last = part.partition("-")
+        numbers.extend(range(int(first), int(last or first) + 1))
+    return numbers
+
+
+def _size(text: str) -> int:
+    """`32768K` as bytes."""
+    scale = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * scale[text[-1]] if text[-1] in scale else int(text)

@@ -1,0 +1,129 @@
+"""Routed experts on many tokens against float64: ragged experts, every tier and format."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from prefill_data import FORMATS, Stored, activations, address, from_bf16, need, run, stored
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels.grouped import grouped_down, grouped_gate_up, grouped_scratch_bytes
+from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.errors import KernelError
+
+TOP_K = 3
+EXPERTS = 7
+
+
+def route(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [tokens, top_k] (expert 4 gets nothing, expert 1 much), slots and offsets as the kernels want them."""
+    choice = [1, 0, 2, 3, 5, 6]
+    ids = np.stack([rng.permutation(choice)[:TOP_K] for _ in range(tokens)])
+    ids[: tokens // 2, 0] = 1
+    flat = ids.reshape(-1)
+    slots = np.argsort(flat, kind="stable").astype(np.int32)
+    offsets = np.searchsorted(flat[slots], np.arange(EXPERTS + 1)).astype(np.int32)
+    return ids, slots, offsets
+
+
+def table_of(experts: list[tuple[Stored, Stored, Stored]]) -> np.ndarray:
+    return np.array(
+        [[address(part) for w in three for part in (w.data, w.scale)] for three in experts], np.int64
+    )
+
+
+def specs(isa: str, weight: WeightFormat, hidden: int, inner: int) -> tuple[KernelSpec, KernelSpec]:
+    sizes = {"top_k": TOP_K, "experts": EXPERTS} | ({"group": 32} if weight == "int4" else {})
+    return (
+        KernelSpec.of("grouped_gate_up", isa, weight=weight, out="bf16", k=hidden, n=inner, **sizes),
+        KernelSpec.of("grouped_down", isa, weight=weight, k=inner, n=hidden, **sizes),
+    )
+
+
+def both(
+    jit: Jit,
+    pair: tuple[KernelSpec, KernelSpec],
+    x: np.ndarray,
+    routing: np.ndarray,
+    slots: np.ndarray,
+    offsets: np.ndarray,
+    table: np.ndarray,
+    workers: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """act bf16 bits [tokens * top_k, inner] and y f32 [tokens, hidden]."""
+    hidden, inner = pair[0]["k"], pair[0]["n"]
+    act = np.full((len(slots), inner), 0x7FC0, np.uint16)
+    y = np.full((len(x), hidden + 1), np.nan, np.float32)
+    scratch = [np.full(workers * grouped_scratch_bytes(spec), 0xFF, np.uint8) for spec in pair]
+    shared = {"slots": address(slots), "offsets": address(offsets), "table": address(table)}
+    run(
+        jit, pair[0], workers, x=address(x), x_stride=x.shape[1], act=address(act),
+        scratch=address(scratch[0]), **shared,
+    )  # fmt: skip
+    run(
+        jit, pair[1], workers, act=address(act), routing=address(routing), y=address(y),
+        y_stride=hidden + 1, tokens=len(x), scratch=address(scratch[1]), **shared,
+    )  # fmt: skip
+    assert np.isnan(y[:, hidden:]).all()
+    return act, y[:, :hidden]
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("weight", FORMATS)
+@pytest.mark.parametrize(("hidden", "inner"), [(200, 130), (128, 33)])
+def test_experts_against_float64(
+    jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int
+) -> None:
+    need(isa)
+    rng = np.random.default_rng(hidden)
+    experts = [
+        (
+            stored(rng, weight, inner, hidden, 32),
+            stored(rng, weight, inner, hidden, 32),
+            stored(rng, weight, hidden, inner, 32),
+        )
+        for _ in range(EXPERTS)
+    ]
+    table, pair = table_of(experts), specs(isa, weight, hidden, inner)
+    for tokens in (1, 17, 64):
+        ids, slots, offsets = route(rng, tokens)
+        routing = rng.uniform(0, 1, ids.shape).astype(np.float32)
+        x = activations(rng, tokens, hidden, hidden + 2)
+        act, y = both(jit, pair, x, routing, slots, offsets, table, workers=2)
+        want = grouped_gate_up(
+            from_bf16(x[:, :hidden]), ids, [w[0].values for w in experts], [w[1].values for w in experts]
+        )
+        # One rounding to bf16 (2^-9), and f32 sums of gate and up before it.
+        error = np.abs(from_bf16(act) - want)
+        assert (error <= np.abs(want) * 2.0**-8 + 1e-3 * np.abs(want).max()).all()
+        down = grouped_down(from_bf16(act), ids, routing.astype(np.float64), [w[2].values for w in experts])
+        assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:
+    need(isa)
+    rng = np.random.default_rng(5)
+    hidden, inner, tokens = 264, 72, 50
+    experts = [
+        tuple(stored(rng, "fp8", *shape) for shape in ((inner, hidden),) * 2 + ((hidden, inner),))
+        for _ in range(EXPERTS)
+    ]
+    table, pair = table_of(experts), specs(isa, "fp8", hidden, inner)  # type: ignore[arg-type]
+    ids, slots, offsets = route(rng, tokens)
+    routing = rng.uniform(0, 1, ids.shape).astype(np.float32)
+    x = activations(rng, tokens, hidden, hidden)
+    alone = both(jit, pair, x, routing, slots, offsets, table, 1)
+    for workers in (2, 3, 16):
+        act, y = both(jit, pair, x, routing, slots, offsets, table, workers)
+        assert np.array_equal(act, alone[0])
+        assert np.array_equal(y, alone[1])
+
+
+def test_an_unknown_activation_is_refused(jit: Jit) -> None:
+    spec = KernelSpec.of(
+        "grouped_gate_up", "avx2", weight="bf16", k=8, n=8, top_k=1, experts=1, act=9
+    )
+    with pytest.raises(KernelError, match="no activation 9"):
+        jit.ir_text(spec)

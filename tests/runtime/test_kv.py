@@ -1,0 +1,99 @@
+"""The paged cache: no block lost, none owned twice, room named when it runs out."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmc.errors import CapacityError, ExecutionError
+from hmc.plan import KVLayout
+from hmc.runtime.kv import BlockAllocator, KVCache
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=60))
+def test_allocator_never_shares_or_loses_a_block(moves):
+    allocator, held = BlockAllocator(23), []
+    for take, number in moves:
+        if take:
+            try:
+                held.append(allocator.take(number))
+            except CapacityError:
+                assert number > allocator.free
+        elif held:
+            allocator.give_back(held.pop(number % len(held)))
+        owned = [block for blocks in held for block in blocks]
+        assert len(owned) == len(set(owned)) == allocator.used
+        assert allocator.free + allocator.used == 23
+        assert all(0 <= block < 23 for block in owned)
+    for blocks in held:
+        allocator.give_back(blocks)
+    assert sorted(allocator.take(23)) == list(range(23))
+
+
+def test_double_free_is_an_error_and_frees_nothing():
+    allocator = BlockAllocator(4)
+    first, second = allocator.take(2)
+    allocator.give_back([first])
+    for wrong in ([second, first], [second, second], [9], [-1]):
+        with pytest.raises(ExecutionError, match="not owned"):
+            allocator.give_back(wrong)
+    assert allocator.used == 1
+
+
+def cache(capacity=64, sequences=3, context=48, kind="gqa", widths=(6, 4)):
+    layout = KVLayout(
+        kind=kind, block=16, widths=widths, layers=(0, 2), capacity_tokens=capacity
+    )
+    return KVCache(layout, sequences, context)
+
+
+def test_reserve_release_and_tables():
+    kv = cache()
+    assert kv.capacity_tokens == 64
+    one, two = kv.open(), kv.open()
+    kv.reserve(one, 17)
+    one.length = 17
+    kv.reserve(one, 15)
+    assert len(one.blocks) == 2
+    kv.reserve(two, 32)
+    assert kv.allocator.free == 0
+    assert kv.tables[one.row, :2].tolist() == one.blocks
+    with pytest.raises(CapacityError, match="16 tokens asked for, 0 of 64 free"):
+        kv.reserve(one, 16)
+    assert len(one.blocks) == 2
+    kv.release(two)
+    kv.reserve(one, 16)
+    with pytest.raises(CapacityError, match="exceeds the 48"):
+        kv.reserve(one, 32)
+    kv.release(one)
+    assert kv.allocator.used == 0
+    with pytest.raises(ExecutionError, match="twice"):
+        kv.release(one)
+    kv.close()
+
+
+def test_rows_run_out():
+    kv = cache(sequences=2)
+    kv.open(), kv.open()
+    with pytest.raises(CapacityError, match="2 sequences"):
+        kv.open()
+
+
+def test_tensors_are_views_at_the_addresses_and_do_not_overlap():
+    kv = cache(capacity=48, widths=(6, 4))
+    for layer in (0, 2):
+        for part, (heads, width) in enumerate(((2, 6), (2, 4))):
+            view = kv.tensor(layer, part, heads)
+            assert view.shape == (3, heads, 16, width // heads)
+            view.fill_(10 * layer + part + 1)
+    for layer in (0, 2):
+        for part, width in enumerate((6, 4)):
+            raw = ctypes.string_at(kv.address(layer, part), 2 * 3 * 16 * width)
+            values = torch.frombuffer(bytearray(raw), dtype=torch.bfloat16).float().numpy()
+            assert np.array_equal(values, np.full(3 * 16 * width, 10.0 * layer + part + 1))
+    assert kv.layout.bytes_per_token == 2 * 10 * 2
+    kv.close()
