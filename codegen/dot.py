@@ -25,6 +25,7 @@ from llvmlite import ir
 from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
+from hmc.codegen.vector import lanes_mask
 from hmc.codegen.weights import masked_vec, row_bytes, splat_int, weights_f32
 
 
@@ -129,7 +130,7 @@ class Dot:
             e.store(vector, prepared, b.add(k, const(start)), align=32)
 
     def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
-        """Vector `step` of the chunk that starts at element `k`, to go with `weights(...)[step]`."""
+        """Vector `step` of the unit at element `k`, to go with `weights(...)[step]`."""
         index = e.b.add(k, const(step * self.width))
         if self.paired:
             return e.load_vec(prepared, index, I16, self.width, align=64)
@@ -137,63 +138,21 @@ class Dot:
 
     # -- weights -----------------------------------------------------------------------------------
 
+    @property
+    def unit(self) -> int:
+        """Weights decoded together: one vector's worth of bytes, or one vector of f32."""
+        return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight] if self.paired else self.lanes
+
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        """The first `valid` weights of the chunk at element `k` of the row at `row`; reads nothing past them."""
-        valid = min(valid, self.chunk)
+        """The unit at element `k` of the row at `row`, of which `valid` weights are read and the rest is zero."""
         if not self.paired:
-            return weights_f32(e, self.spec.weight, row, k, valid)
+            return weights_f32(e, self.spec.weight, row, k, min(valid, self.lanes))
         if self.spec.weight == "fp8":
-            return self._fp8(e, row, k, valid)
+            return _fp8_pairs(e, masked_vec(e, row, k, I8, 64, valid))
         if self.spec.weight == "int4":
-            return self._int4(e, row, k, valid)
-        return [
-            masked_vec(e, row, e.b.add(k, const(start)), I16, 32, valid - start)
-            for start in range(0, valid, 32)
-        ]
-
-    def _fp8(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        b = e.b
-        bits = e4m3_as_bf16()
-        high, low = (_bytes(bits >> 8), _bytes(bits & 0xFF))
-        kind = vec(I8, 64)
-        undef_order = [
-            [16 * lane + half * 8 + i for lane in range(4) for i in range(8)] for half in (0, 1)
-        ]
-        vectors = []
-        for start in range(0, valid, 64):
-            codes = masked_vec(e, row, b.add(k, const(start)), I8, 64, valid - start)
-
-            def lookup(table: list[int], codes: Value = codes) -> Value:
-                halves = [
-                    ir.Constant(kind, [ir.Constant(I8, byte) for byte in table[at : at + 64]])
-                    for at in (0, 64)
-                ]
-                name = "llvm.x86.avx512.vpermi2var.qi.512"
-                return e.call(name, kind, halves[0], codes, halves[1])
-
-            sign = b.and_(codes, splat_int(I8, 64, 0x80))
-            upper, lower = b.or_(lookup(high), sign), lookup(low)
-            for lanes in undef_order:
-                mask = [ir.Constant(I32, at) for lane in lanes for at in (lane, lane + 64)]
-                words = b.shuffle_vector(lower, upper, ir.Constant(vec(I32, 64), mask))
-                vectors.append(b.bitcast(words, vec(I16, 32)))
-        return vectors
-
-    def _int4(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        b = e.b
-        kind = vec(I16, 32)
-        values = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
-        table = ir.Constant(kind, [ir.Constant(I16, int(value)) for value in values])
-        words = masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
-        return [
-            e.call(
-                "llvm.x86.avx512.permvar.hi.512",
-                kind,
-                table,
-                b.lshr(words, splat_int(I16, 32, 4 * nibble)) if nibble else words,
-            )
-            for nibble in range(4)
-        ]
+            words = masked_vec(e, row, e.b.lshr(k, const(2)), I16, 32, -(-valid // 4))
+            return _int4_pairs(e, words)
+        return [masked_vec(e, row, k, I16, 32, valid)]
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` + weights * activations, lane by lane (pair by pair)."""
@@ -236,9 +195,8 @@ class Dot:
             if count == 1:
                 return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
             few = e.bf16_to_f32(masked_vec(e, scales, index, I16, count, valid_groups))
-        lanes = [ir.Constant(I32, lane * count // self.lanes) for lane in range(self.lanes)]
-        undef = ir.Constant(few.type, ir.Undefined)
-        return b.shuffle_vector(few, undef, ir.Constant(vec(I32, self.lanes), lanes))
+        spread = lanes_mask([lane * count // self.lanes for lane in range(self.lanes)])
+        return b.shuffle_vector(few, ir.Constant(few.type, ir.Undefined), spread)
 
 
 def e4m3_as_bf16() -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
@@ -253,17 +211,48 @@ def e4m3_as_bf16() -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
     return bits
 
 
-def _bytes(values: np.ndarray[tuple[int], np.dtype[np.uint32]]) -> list[int]:
-    return [int(value) for value in values]
+_HALVES = [[16 * lane + 8 * half + i for lane in range(4) for i in range(8)] for half in (0, 1)]
+"""Which bytes of a vector the two `vpunpck?bw` of it take."""
+
+
+def _fp8_pairs(e: Emitter, codes: Value) -> list[Value]:
+    """64 codes to their BF16 values, in the order of `_HALVES`."""
+    b, kind = e.b, vec(I8, 64)
+
+    def lookup(table: list[int]) -> Value:
+        halves = [
+            ir.Constant(kind, [ir.Constant(I8, byte) for byte in table[at : at + 64]])
+            for at in (0, 64)
+        ]
+        return e.call("llvm.x86.avx512.vpermi2var.qi.512", kind, halves[0], codes, halves[1])
+
+    bits = [int(value) for value in e4m3_as_bf16()]
+    high = b.or_(lookup([value >> 8 for value in bits]), b.and_(codes, splat_int(I8, 64, 0x80)))
+    low = lookup([value & 0xFF for value in bits])
+    return [
+        b.bitcast(
+            b.shuffle_vector(low, high, lanes_mask([at for lane in half for at in (lane, lane + 64)])),
+            vec(I16, 32),
+        )
+        for half in _HALVES
+    ]
+
+
+def _int4_pairs(e: Emitter, words: Value) -> list[Value]:
+    """128 nibbles in 32 words to BF16: vector j holds nibble j of every word."""
+    kind = vec(I16, 32)
+    bits = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
+    table = ir.Constant(kind, [ir.Constant(I16, int(value)) for value in bits])
+    nibbles = [words] + [e.b.lshr(words, splat_int(I16, 32, shift)) for shift in (4, 8, 12)]
+    return [e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index) for index in nibbles]
 
 
 def _concat(e: Emitter, parts: list[Value]) -> Value:
     """One vector of several equal ones (a power of two of them)."""
     while len(parts) > 1:
         count = parts[0].type.count
-        lanes = ir.Constant(vec(I32, 2 * count), [ir.Constant(I32, i) for i in range(2 * count)])
         parts = [
-            e.b.shuffle_vector(left, right, lanes)
+            e.b.shuffle_vector(left, right, lanes_mask(list(range(2 * count))))
             for left, right in zip(parts[::2], parts[1::2], strict=True)
         ]
     return parts[0]

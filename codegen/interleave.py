@@ -9,8 +9,6 @@ through one 32-entry table of words (`vpermw`), whose index ignores what lies ab
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from llvmlite import ir
 
@@ -19,9 +17,8 @@ from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.spec import WeightFormat
 from hmc.codegen.weights import masked_vec, weights_f32
 
-_ROWS = 16
-_WEIGHTS = {"fp8": 64, "bf16": 32, "int4": 128}
-"""Weights of a row in 64 bytes."""
+COLUMN = {"fp8": 16, "bf16": 8, "int4": 32}
+"""Weights of a row in 16 bytes, the unit of the transpose."""
 
 
 def decode_pairs(
@@ -30,40 +27,55 @@ def decode_pairs(
     panel: Value,
     stride: int,
     rows: list[Value],
-    begin: int,
-    end: int,
+    length: int,
 ) -> None:
-    """Store weights [begin, end) of 16 `rows` (i8*) as pair vectors, pair s at `panel` (i8*) + s * stride words.
+    """Store the first `length` weights of 16 `rows` (i8*) as pair vectors, pair s at `panel` (i8*) + s * stride words.
 
-    `begin` is a multiple of 128. Pairs past `end` up to a whole 64 bytes of a row are stored too, as finite numbers;
-    nothing past `end` is read.
+    Pairs past `length` up to a whole 64 bytes of a row are stored too, as finite numbers; nothing past it is read.
     """
-    unit = _WEIGHTS[weight]
-    emit = {"fp8": _fp8, "bf16": _bf16, "int4": _int4}[weight]
+    unit = 4 * COLUMN[weight]
+    element, count = {"fp8": (I8, 64), "bf16": (I16, 32), "int4": (I32, 16)}[weight]
 
-    def block(start: Value, count: int) -> None:
-        words = -(-count // (unit // 16))
-        if weight == "fp8":
-            loaded = [masked_vec(e, row, start, I8, 64, count) for row in rows]
-        elif weight == "bf16":
-            loaded = [masked_vec(e, row, start, I16, 32, count) for row in rows]
-        else:
-            index = e.b.lshr(start, const(3))
-            loaded = [masked_vec(e, row, index, I32, 16, words) for row in rows]
-        first = e.b.mul(e.b.lshr(start, const(1)), const(stride))
+    def block(start: Value, valid: int) -> None:
+        index = e.b.udiv(start, const(unit // count))
+        valid = -(-valid * count // unit)
+        loaded = [masked_vec(e, row, index, element, count, valid) for row in rows]
+        first = e.b.mul(start, const(stride // 2))
         target = e.offset(panel, e.b.mul(first, const(4)))
+        words = [e.b.bitcast(row, vec(I32, 16)) for row in loaded]
+        for column, quads in enumerate(_lane_columns(e, words)):
+            moved = e.offset(target, const(column * COLUMN[weight] // 2 * stride * 4))
+            _store_column(e, weight, moved, stride, quads)
 
-        def store(pair: int, vector: Value) -> None:
-            e.store(e.b.bitcast(vector, vec(I32, 16)), target, const(pair * stride), align=4)
-
-        emit(e, [e.b.bitcast(row, vec(I32, 16)) for row in loaded], store)
-
-    whole = begin + (end - begin) // unit * unit
-    if begin < whole:
-        with e.for_range(begin, whole, unit) as start:
+    whole = length // unit * unit
+    if whole:
+        with e.for_range(0, whole, unit) as start:
             block(start, unit)
-    if whole < end:
-        block(const(whole), end - whole)
+    if whole < length:
+        block(const(whole), length - whole)
+
+
+def decode_column(
+    e: Emitter, weight: WeightFormat, panel: Value, stride: int, base: Value, row_bytes: int
+) -> None:
+    """Store `COLUMN[weight]` weights (16 bytes) of each of 16 rows, `row_bytes` apart from `base` (i8*) on, as pairs."""
+    quads = []
+    for i in range(4):
+        lanes = [e.load_vec(e.offset(base, const((i + 4 * lane) * row_bytes)), const(0), I32, 4) for lane in range(4)]
+        halves = [e.b.shuffle_vector(*lanes[at : at + 2], _indices(list(range(8)))) for at in (0, 2)]
+        quads.append(e.b.shuffle_vector(*halves, _indices(list(range(16)))))
+    _store_column(e, weight, panel, stride, quads)
+
+
+def _store_column(
+    e: Emitter, weight: WeightFormat, panel: Value, stride: int, quads: list[Value]
+) -> None:
+    """16 bytes of 16 rows, as `_lane_columns` gives them, to pair vectors."""
+    element = I16 if weight == "fp8" else I32
+    decode = {"fp8": _fp8, "bf16": lambda _, pairs: [pairs], "int4": _int4}[weight]
+    pairs = [pair for four in _unpack_four(e, quads, element) for pair in decode(e, four)]
+    for index, pair in enumerate(pairs):
+        e.store(e.b.bitcast(pair, vec(I32, 16)), panel, const(index * stride), align=4)
 
 
 def decode_columns(
@@ -119,46 +131,37 @@ def _transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
     return vectors
 
 
-def _fp8(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
+def _fp8(e: Emitter, codes: Value) -> list[Value]:
+    """Four codes a lane to two vectors of pairs."""
     b = e.b
+    codes = b.bitcast(codes, vec(I8, 64))
     high, low = _fp8_tables()
-    sign = _bytes(np.full(64, 0x80, np.uint8))
-    for column, quads in enumerate(_lane_columns(e, rows)):
-        for group, codes in enumerate(_unpack_four(e, quads, I16)):
-            codes = b.bitcast(codes, vec(I8, 64))
-            top = b.or_(_permute_bytes(e, codes, high), b.and_(codes, sign))
-            bottom = _permute_bytes(e, codes, low)
-            for half in range(2):
-                pair = 8 * column + 2 * group + half
-                store(pair, _unpack(e, bottom, top, I8, half))
+    sign = b.and_(codes, _bytes(np.full(64, 0x80, np.uint8)))
+    top, bottom = b.or_(_permute_bytes(e, codes, high), sign), _permute_bytes(e, codes, low)
+    return [_unpack(e, bottom, top, I8, half) for half in range(2)]
 
 
-def _bf16(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
-    for column, quads in enumerate(_lane_columns(e, rows)):
-        for group, pairs in enumerate(_unpack_four(e, quads, I32)):
-            store(4 * column + group, pairs)
-
-
-def _int4(e: Emitter, rows: list[Value], store: Callable[[int, Value], None]) -> None:
+def _int4(e: Emitter, words: Value) -> list[Value]:
+    """Eight nibbles a lane to four vectors of pairs."""
     b = e.b
-    values = [float((i & 15) - 8) for i in range(32)]
-    bits = (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    table = ir.Constant(vec(I16, 32), [ir.Constant(I16, int(word)) for word in bits])
-    odd = [ir.Constant(I32, lane + (32 if lane % 2 else 0)) for lane in range(32)]
-    kind = vec(I16, 32)
+    values = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
+    table = ir.Constant(vec(I16, 32), [ir.Constant(I16, int(word)) for word in values])
+    # Nibble 2p falls on bit 0 of the low word, nibble 2p + 1 on bit 0 of the high word.
+    order = _indices([lane + (32 if lane % 2 else 0) for lane in range(32)])
 
-    def shifted(words: Value, right: int) -> Value:
+    def shifted(right: int) -> Value:
         amount = ir.Constant(words.type, [ir.Constant(I32, abs(right))] * 16)
-        return b.bitcast((b.lshr if right >= 0 else b.shl)(words, amount), kind)
+        return b.bitcast((b.lshr if right >= 0 else b.shl)(words, amount), vec(I16, 32))
 
-    for column, quads in enumerate(_lane_columns(e, rows)):
-        for group, words in enumerate(_unpack_four(e, quads, I32)):
-            for pair in range(4):
-                # Nibble 2p falls on bit 0 of the low word, nibble 2p + 1 on bit 0 of the high word.
-                even_bits, odd_bits = shifted(words, 8 * pair), shifted(words, 8 * pair - 12)
-                index = b.shuffle_vector(even_bits, odd_bits, ir.Constant(vec(I32, 32), odd))
-                found = e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index)
-                store(16 * column + 4 * group + pair, found)
+    return [
+        e.call(
+            "llvm.x86.avx512.permvar.hi.512",
+            table.type,
+            table,
+            b.shuffle_vector(shifted(8 * pair), shifted(8 * pair - 12), order),
+        )
+        for pair in range(4)
+    ]
 
 
 def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:

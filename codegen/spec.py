@@ -167,6 +167,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "mla_attention": _args(
         "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent* tokens scale~ scratch*"
     ),
+    "mla_attention_join": _args("positions* y_latent* tokens scratch*"),
     "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax

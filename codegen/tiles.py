@@ -121,69 +121,60 @@ class Tiles:
     def _emit_tile(self, e: Emitter, tokens: int) -> None:
         kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), FLOATS, I64, BYTES)
         rows = max(1, min(self.rows, 8 // tokens))
+        streams = e.spec.tiled("streams", 1)
         with e.subroutine(f"tile{tokens}", *kinds) as arguments:
             w, scale, start, stop, xs, out, out_stride, following = arguments
             b = e.b
             x = [b.load(b.gep(xs, [const(token)])) for token in range(tokens)]
-            whole = b.add(start, b.mul(b.sdiv(b.sub(stop, start), const(rows)), const(rows)))
+            span = b.mul(b.sdiv(b.sub(stop, start), const(rows * streams)), const(rows))
+            whole = b.add(start, b.mul(span, const(streams)))
             places = (w, scale, start, out, out_stride, stop, following)
-            with e.for_range(start, whole, rows) as row:
-                self._row_block(e, x, rows, row, places)
-            if rows > 1:
+            with e.for_range(start, b.add(start, span), rows) as row:
+                self._row_block(e, x, rows, [b.add(row, b.mul(span, const(s))) for s in range(streams)], places)
+            if rows * streams > 1:
                 with e.for_range(whole, stop) as row:
-                    self._row_block(e, x, 1, row, places)
+                    self._row_block(e, x, 1, [row], places)
 
     def _row_block(
-        self, e: Emitter, x: list[Value], rows: int, row: Value, places: tuple[Value, ...]
+        self, e: Emitter, x: list[Value], count: int, rows: list[Value], places: tuple[Value, ...]
     ) -> None:
         w, scale, start, out, out_stride, stop, following = places
         b, dot = e.b, self.dot
-        base = e.offset(w, b.mul(row, const(dot.row_bytes)))
-        streams = [e.offset(base, const(r * dot.row_bytes)) for r in range(rows)]
-        scales = (
-            [dot.scale_row(e, scale, b.add(row, const(r))) for r in range(rows)]
-            if dot.scaled
-            else []
-        )
-        if dot.spec.weight == "fp8":
-            scales = scales[:1] * rows  # `rows` divides the block of 128
-        next_rows = e.offset(base, const(rows * dot.row_bytes))
-        last = b.icmp_signed(">=", b.add(row, const(rows)), stop)
-        beyond = b.sub(
-            b.ptrtoint(b.select(last, following, next_rows), I64),
-            b.ptrtoint(e.offset(base, const(dot.row_bytes)), I64),
-        )
         zero = e.zeros(F32, dot.lanes)
-        totals = [[e.local(zero.type) for _ in x] for _ in range(rows)]
-        for line in totals:
-            for slot in line:
-                b.store(zero, slot)
-        whole = dot.k // dot.chunk * dot.chunk
-        with e.for_range(0, whole, dot.chunk) as k:
-            self._prefetch(e, streams, k, beyond)
-            self._chunk(e, streams, scales, x, totals, k, dot.chunk)
-        if whole < dot.k:
-            self._chunk(e, streams, scales, x, totals, const(whole), dot.k - whole)
-        for token in range(len(x)):
-            sums = reduce_rows(e, [b.load(line[token]) for line in totals])
-            target = b.add(b.mul(const(token), out_stride), b.sub(row, start))
-            pointer = b.bitcast(b.gep(out, [target]), sums.type.as_pointer())
-            b.store(sums, pointer, align=4)
+        totals = [[[e.local(zero.type) for _ in x] for _ in range(count)] for _ in rows]
+        unroll = e.spec.tiled("unroll", 1)
+        for r in range(count):
+            streams = [e.offset(w, b.mul(b.add(row, const(r)), const(dot.row_bytes))) for row in rows]
+            scales = [dot.scale_row(e, scale, b.add(row, const(r))) for row in rows] if dot.scaled else []
+            line = [t[r] for t in totals]
+            for part in line:
+                for slot in part:
+                    b.store(zero, slot)
+            step = dot.chunk * unroll
+            whole = dot.k // step * step
+            with e.for_range(0, whole, step) as k:
+                for u in range(unroll):
+                    kk = b.add(k, const(u * dot.chunk))
+                    self._prefetch(e, streams, kk)
+                    self._chunk(e, streams, scales, x, line, kk, dot.chunk)
+            for kk in range(whole, dot.k, dot.chunk):
+                self._chunk(e, streams, scales, x, line, const(kk), min(dot.chunk, dot.k - kk))
+        for s, row in enumerate(rows):
+            for token in range(len(x)):
+                sums = reduce_rows(e, [b.load(line[token]) for line in totals[s]])
+                target = b.add(b.mul(const(token), out_stride), b.sub(row, start))
+                pointer = b.bitcast(b.gep(out, [target]), sums.type.as_pointer())
+                b.store(sums, pointer, align=4)
 
-    def _prefetch(self, e: Emitter, streams: list[Value], k: Value, beyond: Value) -> None:
+    def _prefetch(self, e: Emitter, streams: list[Value], k: Value) -> None:
         if self.prefetch == 0:
             return
         b, dot = e.b, self.dot
-        ahead = min(self.prefetch, dot.row_bytes)
         at = b.udiv(b.mul(k, const(dot.chunk_bytes)), const(dot.chunk))
-        place = b.add(at, const(ahead))
-        inside = b.icmp_signed("<", place, const(dot.row_bytes))
-        place = b.add(place, b.select(inside, const(0), beyond))
+        place = b.add(at, const(self.prefetch))
         for stream in streams:
             for line in range(0, dot.chunk_bytes, 64):
-                e.prefetch(
-                    e.offset(stream, b.add(place, const(line))), self.dot.spec.tiled("locality", 3)
-                )
+                e.prefetch(e.offset(stream, b.add(place, const(line))), self.dot.spec.tiled("locality", 3))
 
     def _chunk(
         self,
@@ -196,24 +187,24 @@ class Tiles:
         valid: int,
     ) -> None:
         b, dot = e.b, self.dot
-        loaded: dict[tuple[int, int], Value] = {}
-        for r, stream in enumerate(streams):
-            if dot.scaled:
-                sums = [e.zeros(F32, dot.lanes) for _ in x]
-            else:
-                sums = [b.load(slot) for slot in totals[r]]
-            for step, weights in enumerate(dot.weights(e, stream, k, valid)):
-                for token, row in enumerate(x):
-                    if (token, step) not in loaded:
-                        loaded[token, step] = dot.activations(e, row, k, step)
-                    sums[token] = dot.multiply(e, sums[token], weights, loaded[token, step])
+        sums = [
+            [e.zeros(F32, dot.lanes) if dot.scaled else b.load(slot) for slot in line] for line in totals
+        ]
+        for start in range(0, valid, dot.unit):
+            at = b.add(k, const(start))
+            rows = [dot.weights(e, stream, at, valid - start) for stream in streams]
+            for token, prepared in enumerate(x):
+                for step in range(len(rows[0])):
+                    activations = dot.activations(e, prepared, at, step)
+                    for line, weights in zip(sums, rows, strict=True):
+                        line[token] = dot.multiply(e, line[token], weights[step], activations)
+        for r, line in enumerate(sums):
             if dot.scaled:
                 factor = dot.scale(e, scales[r], k, valid)
-                sums = [
-                    e.fma(value, factor, b.load(slot))
-                    for value, slot in zip(sums, totals[r], strict=True)
+                line = [
+                    e.fma(value, factor, b.load(slot)) for value, slot in zip(line, totals[r], strict=True)
                 ]
-            for value, slot in zip(sums, totals[r], strict=True):
+            for value, slot in zip(line, totals[r], strict=True):
                 b.store(value, slot)
 
 

@@ -8,10 +8,11 @@ block of int64 words, whose layout are the constants below; words that different
 
 Ordering: the caller publishes by exchanging GENERATION (release), workers load it (acquire). A
 worker's share is released by its decrement of PENDING; whoever takes the last one exchanges
-FINISHED, which the caller acquires. The barrier does the same with ARRIVED and PHASE. Whoever
-sleeps first adds itself to a count of sleepers and then lets the kernel compare the word; whoever
-changes a word exchanges it (a full fence on x86) and then looks at the count: one of the two always
-sees the other, so no wake-up is lost, and nobody makes a system call while all are spinning.
+FINISHED, which the caller acquires. The barrier does the same with its counts of arrived workers
+and its phases. Whoever sleeps first adds itself to a count of sleepers and then lets the kernel
+compare the word; whoever changes a word then passes a full fence (on x86 an exchange is one) and
+looks at the count: one of the two always sees the other, so no wake-up is lost, and nobody makes a
+system call while all are spinning.
 """
 
 from __future__ import annotations
@@ -39,9 +40,8 @@ PENDING = 2 * LINE
 FINISHED = 3 * LINE
 CALLER_SLEEPS = 4 * LINE
 ARRIVED = 5 * LINE
-PHASE = 6 * LINE
-PHASE_SLEEPERS = 7 * LINE
-FIRST_WORKER = 8 * LINE
+PHASE_SLEEPERS = 6 * LINE
+FIRST_WORKER = 7 * LINE
 """Worker w's line starts at FIRST_WORKER + w * LINE; its first word is 1 + the record it is in, 0
 when idle."""
 
@@ -51,10 +51,18 @@ workers."""
 
 _FUTEX, _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 202, 128, 129
 
+GROUP = 8
+"""Workers that meet at one counter of the barrier; a node's workers are neighbours, so most groups
+stay within one."""
+
+_GROUP_PHASE = LINE
+_GROUP_WORDS = 2 * LINE
+# Group g's lines, its count of arrived workers and its phase, follow those of the workers.
+
 
 def control_words(workers: int) -> int:
     """Size of the control block of a pool, in int64 words."""
-    return FIRST_WORKER + workers * LINE
+    return FIRST_WORKER + workers * LINE + -(-workers // GROUP) * _GROUP_WORDS
 
 
 def emit_worker_loop(spec: KernelSpec) -> str:
@@ -63,7 +71,7 @@ def emit_worker_loop(spec: KernelSpec) -> str:
     e = Emitter(spec)
     b = e.b
     seen = e.local(I64, const(0))
-    phase = e.local(I64, b.load_atomic(_word(e, PHASE), "acquire", 8))
+    phase = e.local(I64, const(0))
     mine = _word(e, b.add(const(FIRST_WORKER), b.mul(e.worker, const(LINE))))
     next_program = b.append_basic_block("next_program")
     leave = b.append_basic_block("leave")
@@ -129,7 +137,6 @@ def emit_pool_call(spec: KernelSpec) -> str:
             _wake(e, GENERATION)
         with b.if_then(halt):
             b.store_atomic(generation, _word(e, FINISHED), "release", 8)
-            _wake(e, PHASE)
     finished = _word(e, FINISHED)
     old = b.load_atomic(finished, "acquire", 8)
     with b.if_then(b.icmp_unsigned("!=", old, b.load(_word(e, GENERATION)))):
@@ -148,31 +155,52 @@ def emit_read_tsc(spec: KernelSpec) -> str:
 
 
 def _barrier(e: Emitter, phase: Value, leave: Value) -> None:
-    """All workers arrive, then all go on; to `leave` when the pool was told to stop meanwhile."""
+    """All workers arrive, then all go on; to `leave` when the pool was told to stop meanwhile.
+
+    Two levels, so that no counter and no phase word is fought over by more than `GROUP` workers:
+    the last of a group arrives for it at ARRIVED, the last of those moves every group's phase.
+    """
     b = e.b
     now = b.load(phase)
     after = b.add(now, const(1))
     b.store(after, phase)
-    arrived = b.atomic_rmw("add", _word(e, ARRIVED), const(1), "acq_rel")
-    last = b.icmp_unsigned("==", arrived, b.sub(e.workers, const(1)))
-    with b.if_else(last) as (then, otherwise):
-        with then:
-            # Nobody arrives again before PHASE moves, so a plain reset under its fence is enough.
-            b.store_atomic(const(0), _word(e, ARRIVED), "monotonic", 8)
-            b.atomic_rmw("xchg", _word(e, PHASE), after, "seq_cst")
-            with _if_any(e, PHASE_SLEEPERS):
-                _wake(e, PHASE)
-        with otherwise:
-            poll = b.ptrtoint(_word(e, POLL_SECONDS), I64)
-            _wait(e, PHASE, now, BARRIER_SPIN, PHASE_SLEEPERS, poll)
-            moved = b.icmp_unsigned("!=", b.load_atomic(_word(e, PHASE), "acquire", 8), now)
-            go_on = b.append_basic_block("barrier.passed")
-            b.cbranch(moved, go_on, leave)
-            b.position_at_end(go_on)
+    groups = b.udiv(b.add(e.workers, const(GROUP - 1)), const(GROUP))
+    group = b.udiv(e.worker, const(GROUP))
+    members = e.minimum(b.sub(e.workers, b.mul(group, const(GROUP))), const(GROUP))
+
+    def line(index: Value, word: int) -> Value:
+        first = b.add(const(FIRST_WORKER + word), b.mul(e.workers, const(LINE)))
+        return b.add(first, b.mul(index, const(_GROUP_WORDS)))
+
+    # Nobody arrives again before the phase moves, so the plain resets are safe: the release of the
+    # next atomic orders them.
+    with _if_last(e, line(group, 0), members), _if_last(e, const(ARRIVED), groups):
+        with e.for_range(const(0), groups) as index:
+            b.store_atomic(after, _word(e, line(index, _GROUP_PHASE)), "release", 8)
+        b.fence("seq_cst")
+        with _if_any(e, PHASE_SLEEPERS), e.for_range(const(0), groups) as index:
+            _wake(e, line(index, _GROUP_PHASE))
+    own = line(group, _GROUP_PHASE)
+    poll = b.ptrtoint(_word(e, POLL_SECONDS), I64)
+    _wait(e, own, now, BARRIER_SPIN, PHASE_SLEEPERS, poll)
+    moved = b.icmp_unsigned("!=", b.load_atomic(_word(e, own), "acquire", 8), now)
+    go_on = b.append_basic_block("barrier.passed")
+    b.cbranch(moved, go_on, leave)
+    b.position_at_end(go_on)
+
+
+@contextmanager
+def _if_last(e: Emitter, counter: Value, members: Value) -> Iterator[None]:
+    """Arrive at `counter`; the last of `members` resets it and runs the body."""
+    b = e.b
+    arrived = b.atomic_rmw("add", _word(e, counter), const(1), "acq_rel")
+    with b.if_then(b.icmp_unsigned("==", arrived, b.sub(members, const(1)))):
+        b.store_atomic(const(0), _word(e, counter), "monotonic", 8)
+        yield
 
 
 def _wait(
-    e: Emitter, word: int, old: Value, spin: int, sleepers: int, poll: Value | None = None
+    e: Emitter, word: int | Value, old: Value, spin: int, sleepers: int, poll: Value | None = None
 ) -> None:
     """Wait until `word` differs from `old`; with `poll` (a timespec's address) also until STOP is
     set."""
@@ -224,17 +252,17 @@ def _if_any(e: Emitter, word: int) -> Iterator[None]:
         yield
 
 
-def _sleep(e: Emitter, word: int, old: Value, timeout: Value) -> None:
+def _sleep(e: Emitter, word: int | Value, old: Value, timeout: Value) -> None:
     """Futex wait while the low half of `word` equals that of `old`."""
     expected = e.b.zext(e.b.trunc(old, I32), I64)
     _futex(e, word, _FUTEX_WAIT_PRIVATE, expected, timeout)
 
 
-def _wake(e: Emitter, word: int) -> None:
+def _wake(e: Emitter, word: int | Value) -> None:
     _futex(e, word, _FUTEX_WAKE_PRIVATE, const(0x7FFFFFFF), const(0))
 
 
-def _futex(e: Emitter, word: int, operation: int, value: Value, timeout: Value) -> None:
+def _futex(e: Emitter, word: int | Value, operation: int, value: Value, timeout: Value) -> None:
     kind = ir.FunctionType(I64, [I64] * 5)
     registers = "={rax},{rax},{rdi},{rsi},{rdx},{r10},~{rcx},~{r11},~{memory}"
     syscall = ir.InlineAsm(kind, "syscall", registers, side_effect=True)

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from hmc.version import VERSION as __version__
 
 if TYPE_CHECKING:
-    from hmc.compile import compile
+    from hmc.compiler import compile
     from hmc.plan import Plan
     from hmc.runtime.engine import Engine
 
 __all__ = ["Engine", "Plan", "__version__", "compile"]
 
-_HOMES = {"compile": "hmc.compile", "Plan": "hmc.plan", "Engine": "hmc.runtime.engine"}
+_HOMES = {"compile": "hmc.compiler", "Plan": "hmc.plan", "Engine": "hmc.runtime.engine"}
 
 
 def __getattr__(name: str) -> Any:

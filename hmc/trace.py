@@ -104,7 +104,8 @@ def _node_meta(model: nn.Module, node: fx.Node, path: str) -> NodeMeta:
         extra = attrs(act="silu") if node.target is silu_mul else ()
         return NodeMeta(kind, layer, _width(node), dtype, attrs=extra)
     raise CompileError(
-        f"cannot trace {node.format_node()} in {path or 'the model'}: a model file may call blocks, + and silu_mul"
+        f"cannot trace {node.format_node()} in {path or 'the model'}:"
+        " a model file may call blocks, + and silu_mul"
     )
 
 

@@ -125,7 +125,11 @@ def _attention(node: NodeMeta, phase: str, target: Target) -> Chosen:
     append = _spec("kv_append", target, sizes)
     if phase == PREFILL:
         return [append, "torch:sdpa"]
-    return [append, _spec("attention", target, sizes, out="bf16")]
+    return [
+        append,
+        _spec("attention", target, sizes, out="bf16"),
+        _spec("attention_join", target, sizes, out="bf16"),
+    ]
 
 
 def _mla(node: NodeMeta, phase: str, target: Target) -> Chosen:
@@ -140,6 +144,7 @@ def _mla(node: NodeMeta, phase: str, target: Target) -> Chosen:
         _spec("mla_absorb", target, sizes, form),
         append,
         _spec("mla_attention", target, sizes, out="bf16"),
+        _spec("mla_attention_join", target, sizes, out="bf16"),
         _spec("mla_up", target, sizes, form, "bf16"),
     ]
 

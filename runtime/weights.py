@@ -23,8 +23,8 @@ import torch
 
 from hmc.checkpoint.headers import read_fingerprint
 from hmc.checkpoint.mapped import MappedShards
-from hmc.errors import CapacityError, PlanMismatchError, UsageError
 from hmc.detect import available_bytes
+from hmc.errors import CapacityError, PlanMismatchError, UsageError
 from hmc.plan import ExpertWeights, Plan, Weight
 from hmc.runtime.fill import copy_spans, fill_dummy
 from hmc.runtime.memory import Block, aligned
@@ -274,9 +274,7 @@ def _layout(
     return block, places
 
 
-def _open_dummy(
-    plan: Plan, groups: list[TensorGroup], progress: Progress | None
-) -> WeightStore:
+def _open_dummy(plan: Plan, groups: list[TensorGroup], progress: Progress | None) -> WeightStore:
     block, places = _layout(groups, "dummy weights")
     fill_dummy(groups, places, progress)
     return WeightStore(plan, groups, places, [block], "dummy")

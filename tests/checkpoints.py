@@ -1,13 +1,16 @@
-"""Small random checkpoints of every family and format, written by transformers, and its logits for them.
+"""Small random checkpoints of every family and format, written by transformers, and its logits for
+them.
 
-`write_checkpoint` makes a directory as the hub has them; `oracle_logits` runs transformers on the dequantised weights.
-Sizes are small but exercise what real ones do: several routing groups, shared experts, dense layers, latent queries,
-YaRN, grouped queries, heads that do not add up to the hidden size, and widths that leave ragged 128-blocks.
+`write_checkpoint` makes a directory as the hub has them; `oracle_logits` runs transformers on the
+dequantised weights. Sizes are small but exercise what real ones do: several routing groups, shared
+experts, dense layers, latent queries, YaRN, grouped queries, heads that do not add up to the hidden
+size, and widths that leave ragged 128-blocks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -89,12 +92,14 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 _LINEAR = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
-_TEXT = """In the beginning was the word, and the word was written down by the people of the valley; and they said to
-one another: let us count the stones of the river, the birds of the air and the days of the year. Naïve café — 你好,
-мир! — 1234567890 (one, two, three)... "Quoted", isn't it? def f(x): return x + 1
+_TEXT = """In the beginning was the word, and the word was written down by the people of the
+valley; and they said to one another: let us count the stones of the river, the birds of the air
+and the days of the year. Naïve café — 你好, мир! — 1234567890
+(one, two, three)... "Quoted", isn't it? def f(x): return x + 1
 """
 _CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{{ bos_token }}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -113,14 +118,15 @@ def write_checkpoint(
 ) -> Path:
     """Write a random checkpoint of `family` to `directory` (made if absent) and return it.
 
-    `overrides` replace keys of the family's configuration. `shards` > 1 writes an index as well. `scale_dtype` is that
-    of FP8 block scales, float32 or bfloat16. The same arguments give the same tensors.
+    `overrides` replace keys of the family's configuration. `shards` > 1 writes an index as well.
+    `scale_dtype` is that of FP8 block scales, float32 or bfloat16. The same arguments give the same
+    tensors.
     """
     values = {**_COMMON, **_SIZES[family], "num_hidden_layers": layers, **overrides}
     config = AutoConfig.for_model(family, **values)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _model(config, torch.float32)
     directory.mkdir(parents=True, exist_ok=True)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model.save_pretrained(directory)
     stored = directory / "model.safetensors"
     shapes = load_file(stored)
@@ -143,7 +149,9 @@ def write_checkpoint(
 
 
 def read_dequantised(directory: Path) -> dict[str, Tensor]:
-    """Every weight of a checkpoint under its plain name, in float32: code times scale, rounded once."""
+    """Every weight of a checkpoint under its plain name, in float32: code times scale, rounded
+    once.
+    """
     stored: dict[str, Tensor] = {}
     for shard in sorted(directory.glob("*.safetensors")):
         stored.update(load_file(shard))
@@ -168,11 +176,11 @@ def oracle_logits(
     config = AutoConfig.from_pretrained(directory)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = _model(config, dtype)
     for module in model.modules():  # kept in float32 by from_pretrained, whatever the dtype
         bias = getattr(module, "e_score_correction_bias", None)
         if bias is not None:
-            module.e_score_correction_bias = bias.float()  # type: ignore[assignment]
+            module.e_score_correction_bias = bias.float()
     state = _fused_names(read_dequantised(directory))
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
@@ -190,8 +198,16 @@ def prompt(length: int, seed: int = 1) -> list[int]:
     return ids
 
 
+def _model(config: Any, dtype: torch.dtype) -> Any:
+    """transformers' model of a configuration, randomly initialised."""
+    factory: Any = AutoModelForCausalLM
+    return factory.from_config(config, dtype=dtype).eval()
+
+
 def _draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Tensor:
-    """A random weight: activations stay near 1, router logits spread over about +-2, every part has a say."""
+    """A random weight: activations stay near 1, router logits spread over about +-2, every part has
+    a say.
+    """
     noise = torch.randn(like.shape, generator=generator)
     if name.endswith(("e_score_correction_bias", ".bias")):
         return noise * 0.1
@@ -200,7 +216,7 @@ def _draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Te
     if name.endswith("embed_tokens.weight"):
         return noise * (0.5 if tied else 1.0)
     gain = 2.0 if name.endswith((".gate.weight", "lm_head.weight")) else 1.0
-    return noise * gain * like.shape[1] ** -0.5
+    return noise * (gain / math.sqrt(like.shape[1]))
 
 
 def _plain(dtype: torch.dtype) -> Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]:
@@ -253,7 +269,9 @@ def _spread(scale: Tensor, shape: torch.Size) -> Tensor:
 def _int4(
     weights: Mapping[str, Tensor], scale_dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """compressed-tensors' pack-quantized: symmetric, groups of 32 columns, eight values plus 8 an int32."""
+    """compressed-tensors' pack-quantized: symmetric, groups of 32 columns, eight values plus 8 an
+    int32.
+    """
     tensors = {}
     for name, weight in weights.items():
         if not _LINEAR.search(name):
@@ -311,7 +329,7 @@ _FORMATS: dict[str, Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]] = {
 
 
 def _save(directory: Path, tensors: dict[str, Tensor], shards: int) -> None:
-    """One file, or several and their index; names go round in turn, so that layers straddle shards."""
+    """One file, or several and their index; names go round, so that layers straddle shards."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(shards)]
     for index, name in enumerate(sorted(tensors)):
         parts[index % shards][name] = tensors[name].contiguous()
@@ -351,7 +369,9 @@ def _fused_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of at most `VOCAB` tokens with a chat template; ids 0 and 1 begin and end a text."""
+    """A byte-level BPE of at most `VOCAB` tokens with a chat template; ids 0 and 1 begin and end a
+    text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden(name, text)` asserts that tests/golden/<name> holds `text`; `--update-golden` writes it."""
+    """`golden(name, text)` asserts that tests/golden/<name> holds `text`; `--update-golden` writes
+    it.
+    """
     update = bool(request.config.getoption("--update-golden"))
 
     def check(name: str, text: str) -> None:
@@ -35,8 +38,10 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(family, quant, **options)`: a directory of `checkpoints.write_checkpoint`, not to be changed."""
-    checkpoints = pytest.importorskip("checkpoints")
+    """`checkpoint(family, quant, **options)`: a directory of `checkpoints.write_checkpoint`, not to
+    be changed.
+    """
+    checkpoints = importlib.import_module("checkpoints")  # only now: it loads transformers
     written: dict[str, Path] = {}
 
     def get(family: str, quant: str, **options: Any) -> Path:

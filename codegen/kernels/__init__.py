@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hmc.codegen.kernels import experts, gate_up, linear, peak, stream, gemm, grouped
+from hmc.codegen.kernels import (
+    argmax,
+    attention,
+    embed,
+    experts,
+    gate_up,
+    gemm,
+    grouped,
+    linear,
+    mla,
+    norm,
+    peak,
+    rotary,
+    route,
+    stream,
+)
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.walker import emit_pool_call, emit_read_tsc, emit_worker_loop
 
@@ -47,3 +62,8 @@ REFERENCES |= {
     "grouped_gate_up": grouped.grouped_gate_up,
     "grouped_down": grouped.grouped_down,
 }
+
+# What lies between the matmuls.
+for _module in (embed, norm, rotary, attention, mla, route, argmax):
+    EMITTERS |= _module.EMITTERS
+    REFERENCES |= _module.REFERENCES

@@ -28,6 +28,7 @@ from hmc.codegen.vector import (
     fmax,
     for_strips,
     fsplat,
+    isplat,
     lanes_mask,
     load_part,
     resize,
@@ -39,6 +40,8 @@ PARTITION = 256
 """Positions of one task."""
 
 _NEVER = float("-inf")
+_L2, _L1 = 2, 3
+"""Prefetch hints: what is needed a phase from now, and what is needed next."""
 
 
 @dataclass(frozen=True)
@@ -350,16 +353,16 @@ class Task:
         with e.for_range(start, count, s.tile) as position:
             keys = self._row(self.source.keys, s.key_row, position)
             after = self._row(self.source.keys, s.key_row, b.add(position, const(s.tile)))
-            ahead = [(after, s.tile * row_bytes)]
+            ahead = [(after, s.tile * row_bytes, _L1)]
             if self.source.values_apart:
                 values = self._row(self.source.values, s.value_row, position)
-                ahead.append((values, s.tile * 2 * s.value_row))
+                ahead.append((values, s.tile * 2 * s.value_row, _L2))
             if self.wide is not None:
                 self._widen(keys)
             sums = [e.local(kind, e.zeros(F32, s.width)) for _ in range(s.tile)]
             with e.for_range(0, steps) as step:
-                for base, size in ahead:
-                    self._prefetch_slice(base, size, step, steps)
+                for base, size, level in ahead:
+                    self._prefetch_slice(base, size, level, step, steps)
                 query = [
                     e.load_vec(
                         q, b.mul(step, const(s.width)), I32 if s.dot else F32, s.width, align=4 * s.width
@@ -388,22 +391,20 @@ class Task:
                 b.store(fmax(e, score, b.load(maximum)), maximum)
         return b.load(maximum)
 
-    def _prefetch_slice(self, base: Value, size: int, step: Value, steps: int) -> None:
+    def _prefetch_slice(
+        self, base: Value, size: int, level: int, step: Value, steps: int
+    ) -> None:
         """Fetch the part of [base, base + size) that falls to `step` of `steps`: traffic spread evenly."""
+        e, b = self.e, self.e.b
         lines = -(-size // 64)
-        each = -(-lines // steps)
-        every = steps // lines if each == 1 else 1
-        at = self.e.b.mul(step, const(64 * each))
-
-        def fetch() -> None:
-            for line in range(each):
-                self.e.prefetch(self.e.offset(base, self.e.b.add(at, const(64 * line))), 2)
-
-        if every <= 1:
-            fetch()
-            return
-        at = self.e.b.mul(self.e.b.udiv(step, const(every)), const(64))
-        self.e.prefetch(self.e.offset(base, at), 2)
+        if lines >= steps:
+            each = -(-lines // steps)
+            first = b.mul(step, const(64 * each))
+        else:
+            each = 1
+            first = b.mul(b.udiv(step, const(steps // lines)), const(64))
+        for line in range(each):
+            e.prefetch(e.offset(base, b.add(first, const(64 * line))), level)
 
     def _widen(self, keys: Value) -> None:
         """wide[row][:] = the tile's keys as f32."""
@@ -425,27 +426,29 @@ class Task:
     def _exponentials(self, skip: Value, count: Value, maximum: Value) -> Value:
         """weights[position (pair)][lane] = e**(score - maximum), as bf16 pairs or f32; returns the sums."""
         e, b, s = self.e, self.e.b, self.shape
-        kind = vec(F32, s.width)
-        total = e.local(kind, e.zeros(F32, s.width))
-        start = b.and_(skip, const(-2))
-        with e.for_range(start, count, 2) as position:
-            pair = []
-            for offset in range(2):
-                at = b.mul(b.add(position, const(offset)), const(s.width))
-                score = e.load_vec(self.scores, at, F32, s.width, align=4 * s.width)
-                weight = exp(e, b.fsub(score, maximum))
-                if s.dot:
-                    bits = self._round(weight)
-                    weight = e.bf16_to_f32(bits)
-                    pair.append(b.zext(bits, vec(I32, s.width)))
-                else:
-                    e.store(weight, self.weights, at, align=4 * s.width)
-                b.store(b.fadd(b.load(total), weight), total)
+        both = 2 * s.width
+        halves = [lanes_mask(list(range(at, at + s.width))) for at in (0, s.width)]
+        twice = lanes_mask([lane % s.width for lane in range(both)])
+        top = b.shuffle_vector(maximum, maximum, twice)
+        total = e.local(vec(F32, both), e.zeros(F32, both))
+        # Two neighbouring positions are one vector; behind the last position scores are -inf.
+        with e.for_range(b.and_(skip, const(-2)), count, 2) as position:
+            at = b.mul(position, const(s.width))
+            score = e.load_vec(self.scores, at, F32, both, align=8 * s.width)
+            weight = exp(e, b.fsub(score, top))
             if s.dot:
-                shift = b.shl(pair[1], e.splat(_i32(16), s.width))
-                at = b.mul(b.udiv(position, const(2)), const(s.width))
-                e.store(b.or_(pair[0], shift), self.weights, at, align=4 * s.width)
-        return b.load(total)
+                bits = self._round(weight)
+                weight = e.bf16_to_f32(bits)
+                low, high = (
+                    b.zext(b.shuffle_vector(bits, bits, half), vec(I32, s.width)) for half in halves
+                )
+                pairs = b.or_(low, b.shl(high, isplat(16, s.width)))
+                e.store(pairs, self.weights, b.udiv(at, const(2)), align=4 * s.width)
+            else:
+                e.store(weight, self.weights, at, align=8 * s.width)
+            b.store(b.fadd(b.load(total), weight), total)
+        sums = b.load(total)
+        return b.fadd(*(b.shuffle_vector(sums, sums, half) for half in halves))
 
     # -- results -----------------------------------------------------------------------------------
 
@@ -545,7 +548,7 @@ class Task:
         share = b.udiv(b.mul(column, const(row_bytes)), const(s.value))
         start = e.offset(keys, b.add(b.mul(within, const(2 * s.key_row)), share))
         for line in range(-(-row_bytes * span // (64 * s.value))):
-            e.prefetch(e.offset(start, const(64 * line)), 2)
+            e.prefetch(e.offset(start, const(64 * line)), _L2)
 
     def _load_values(
         self, values: Value, columns: list[tuple[list[int], int]], column: Value, rows: int
@@ -571,7 +574,7 @@ class Task:
                     found.append(b.bitcast(mixed, vec(I32, s.lanes)))
             else:
                 wide = [b.zext(half, vec(I32, s.lanes)) for half in (first, second)]
-                shift = b.shl(wide[1], e.splat(_i32(16), s.lanes))
+                shift = b.shl(wide[1], isplat(16, s.lanes))
                 found.append(b.or_(wide[0], shift))
         return found
 
@@ -629,10 +632,6 @@ def _shuffle(e: Emitter, rows: list[Value]) -> list[Value]:
     return rows
 
 
-def _i32(value: int) -> Value:
-    return I32(value)
-
-
 def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter], Value]) -> str:
     """y[token, head, :] bf16 = merged records, divided by the sum; split by (token, head). Zeros for no positions."""
     e = Emitter(spec)
@@ -667,7 +666,7 @@ def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter]
 
         total = e.local(F32, fconst(0.0))
         with e.for_range(0, count) as index:
-            weight = b.extract_element(share(index), _i32(0))
+            weight = b.extract_element(share(index), I32(0))
             part = field(index, b.add(tail, const(s.width)))
             b.store(e.fma(weight, part, b.load(total)), total)
         divisor = b.load(total)

@@ -207,7 +207,7 @@ def grouped_gate_up(
     for token, chosen in enumerate(ids):
         for expert in chosen:
             value = gate[expert] @ x[token]
-            rows.append(value / (1 + np.exp(-value)) * (up[expert] @ x[token]))
+            rows.append(value * _sigmoid(value) * (up[expert] @ x[token]))
     return np.array(rows)
 
 
@@ -222,3 +222,9 @@ def grouped_down(
             for t, chosen in enumerate(ids)
         ]
     )
+
+
+def _sigmoid(value: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(value))  # never overflows
+    result: np.ndarray = np.where(value < 0, small, 1.0) / (1 + small)
+    return result

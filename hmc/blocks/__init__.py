@@ -1,9 +1,10 @@
-"""The blocks that every model file is built of: torch modules that the tracer keeps whole, one a node kind.
+"""The blocks that every model file is built of: torch modules that the tracer keeps whole, one a
+node kind.
 
-Each has a `forward` in float32 over a whole prompt (x is [T, width], attention is causal over the T tokens, no cache),
-so that a model and every rewritten graph of it can be run as a slow, exact reference; and each says of itself what
-passes need to know (`Block`). Roles of weights are the names of the block's parameters, so a reference loader needs
-no table: `getattr(block, spec.role)`.
+Each has a `forward` in float32 over a whole prompt (x is [T, width], attention is causal over the T
+tokens, no cache), so that a model and every rewritten graph of it can be run as a slow, exact
+reference; and each says of itself what passes need to know (`Block`). Roles of weights are the
+names of the block's parameters, so a reference loader needs no table: `getattr(block, spec.role)`.
 """
 
 from hmc.blocks.attention import MLA, Attention, Rotary

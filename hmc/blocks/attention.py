@@ -1,4 +1,6 @@
-"""Rotary embedding and the two attentions; the reference computes every score of the prompt at once."""
+"""Rotary embedding and the two attentions; the reference computes every score of the prompt at
+once.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from hmc.graph import Attr, WeightSpec, attrs
 
 
 class Rotary(Block):
-    """Rotates elements [start, start + dim) of each of `heads` heads by position x `inv_freq` (dim / 2 floats).
+    """Rotates elements [start, start + dim) of each of `heads` heads by position x `inv_freq` (dim
+    / 2 floats).
 
-    A pair is (i, i + dim / 2) of the slice, or (2i, 2i + 1) when `interleaved`; it stays where it is. `factor` scales
-    cos and sin (YaRN's attention factor). `norm`, one gamma [head_dim] for all heads, is applied to each head first.
+    A pair is (i, i + dim / 2) of the slice, or (2i, 2i + 1) when `interleaved`; it stays where it
+    is. `factor` scales cos and sin (YaRN's attention factor). `norm`, one gamma [head_dim] for all
+    heads, is applied to each head first.
     """
 
     kind = "rotary"
@@ -64,7 +68,7 @@ class Rotary(Block):
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         if self.norm is not None:
             x = self.norm(x)
-        heads = x.unflatten(-1, (self.heads, self.head_dim))
+        heads = x.reshape(len(x), self.heads, self.head_dim)
         part = heads[..., self.start : self.start + self.dim]
         inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32)
         angle = (positions.float()[:, None] * inv_freq)[:, None, :]  # [T, 1, dim / 2]
@@ -80,7 +84,8 @@ class Rotary(Block):
 
 
 class Attention(Block):
-    """Causal grouped-query attention: q [T, heads * head_dim], k [T, kv_heads * head_dim], v [T, kv_heads * v_dim].
+    """Causal grouped-query attention: q [T, heads * head_dim], k [T, kv_heads * head_dim], v [T,
+    kv_heads * v_dim].
 
     Query head h reads key head h // (heads / kv_heads). `window` is 0: every earlier token is seen.
     """
@@ -105,19 +110,21 @@ class Attention(Block):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        queries = q.unflatten(-1, (self.heads, self.head_dim))
+        queries = q.reshape(len(q), self.heads, self.head_dim)
         group = self.heads // self.kv_heads
-        keys = k.unflatten(-1, (self.kv_heads, self.head_dim)).repeat_interleave(group, 1)
-        values = v.unflatten(-1, (self.kv_heads, self.v_dim)).repeat_interleave(group, 1)
+        keys = k.reshape(len(k), self.kv_heads, self.head_dim).repeat_interleave(group, 1)
+        values = v.reshape(len(v), self.kv_heads, self.v_dim).repeat_interleave(group, 1)
         return _attend(queries, keys, values, self.scale)
 
 
 class MLA(Block):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) over a compressed cache.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) over a compressed
+    cache.
 
-    q [T, heads * (nope + rope)], its rope part rotated; latent [T, rank], normed; k_rope [T, rope], rotated, shared by
-    all heads. `kv_b` [heads * (nope + v_dim), rank] expands a latent to each head's key and value; a kernel absorbs
-    it into the query and the result instead. Its checkpoint name is `kv_b_name` beside the block.
+    q [T, heads * (nope + rope)], its rope part rotated; latent [T, rank], normed; k_rope [T, rope],
+    rotated, shared by all heads. `kv_b` [heads * (nope + v_dim), rank] expands a latent to each
+    head's key and value; a kernel absorbs it into the query and the result instead. Its checkpoint
+    name is `kv_b_name` beside the block.
     """
 
     kind = "mla"
@@ -154,15 +161,17 @@ class MLA(Block):
         )
 
     def forward(self, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
-        queries = q.unflatten(-1, (self.heads, self.nope + self.rope))
-        expanded = (latent @ self.kv_b.T).unflatten(-1, (self.heads, self.nope + self.v_dim))
+        queries = q.reshape(len(q), self.heads, self.nope + self.rope)
+        expanded = (latent @ self.kv_b.T).reshape(len(q), self.heads, self.nope + self.v_dim)
         shared = k_rope[:, None, :].expand(-1, self.heads, -1)
         keys = torch.cat((expanded[..., : self.nope], shared), -1)
         return _attend(queries, keys, expanded[..., self.nope :], self.scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention of q, k [T, heads, head_dim] and v [T, heads, v_dim] -> [T, heads * v_dim]."""
+    """Causal softmax attention of q, k [T, heads, head_dim] and v [T, heads, v_dim] -> [T, heads *
+    v_dim].
+    """
     scores = torch.einsum("thd,shd->hts", q, k) * scale
     hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)

@@ -1,4 +1,5 @@
-"""What a block tells the tracer of itself (`Block`), and `Columns`, the one block without arithmetic.
+"""What a block tells the tracer of itself (`Block`), and `Columns`, the one block without
+arithmetic.
 
 Hides how checkpoint names come from the place of a block in its model.
 """
@@ -16,7 +17,8 @@ from hmc.graph import Attr, DType, WeightSpec, attrs
 class Block(nn.Module):
     """A leaf of the trace: one node, of kind `kind`, whose result has `width` elements a token.
 
-    `dtype` is the format in which the result passes to its readers at run time; a reference `forward` stays in float32.
+    `dtype` is the format in which the result passes to its readers at run time; a reference
+    `forward` stays in float32.
     """
 
     kind: ClassVar[str]
@@ -24,7 +26,9 @@ class Block(nn.Module):
     width: int
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
-        """The weights the block reads when it sits at `path`; each role names a parameter of the block."""
+        """The weights the block reads when it sits at `path`; each role names a parameter of the
+        block.
+        """
         return ()
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
@@ -33,7 +37,9 @@ class Block(nn.Module):
 
 
 class Columns(Block):
-    """Columns [offset, offset + width) of each row: [T, any] -> [T, width]; `index` counts the parts of the split."""
+    """Columns [offset, offset + width) of each row: [T, any] -> [T, width]; `index` counts the
+    parts of the split.
+    """
 
     kind = "item"
 
@@ -49,7 +55,9 @@ class Columns(Block):
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """An uninitialised parameter on the current default device (meta when a model is built for tracing)."""
+    """An uninitialised parameter on the current default device (meta when a model is built for
+    tracing).
+    """
     return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
 

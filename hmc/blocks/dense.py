@@ -1,4 +1,6 @@
-"""Blocks every transformer has: embedding, norm, linear, the gated MLP; and the fused forms passes put in their place."""
+"""Blocks every transformer has: embedding, norm, linear, the gated MLP; and the fused forms passes
+put in their place.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Embedding(Block):
 
 
 class RMSNorm(Block):
-    """Root-mean-square norm of each of `groups` chunks of `size` elements, all with the same gamma [size]."""
+    """Root-mean-square norm of each of `groups` chunks of `size` elements, all with the same gamma
+    [size].
+    """
 
     kind = "norm"
 
@@ -47,16 +51,18 @@ class RMSNorm(Block):
         return attrs(eps=self.eps, groups=self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        chunks = x.unflatten(-1, (self.groups, self.size))
+        chunks = x.reshape(len(x), self.groups, self.size)
         power = chunks.square().mean(-1, keepdim=True)
-        return (self.gamma * (chunks * (power + self.eps).rsqrt())).flatten(-2)
+        normed = chunks * (power + self.eps).rsqrt()
+        return (self.gamma * normed).flatten(-2)
 
 
 class Linear(Block):
     """y = x W^T (+ bias), W [width, inputs] as stored.
 
-    `tied` names the checkpoint tensor that stands for W when it is not the block's own (an output layer that shares
-    the embedding table); such a table is no operand that a quantised checkpoint converts.
+    `tied` names the checkpoint tensor that stands for W when it is not the block's own (an output
+    layer that shares the embedding table); such a table is no operand that a quantised checkpoint
+    converts.
     """
 
     kind = "linear"
@@ -86,7 +92,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line; traced as its four parts."""
+    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line; traced as its four
+    parts.
+    """
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -99,10 +107,11 @@ class GatedMLP(nn.Module):
 
 
 class GateUp(Block):
-    """Two linears of the same input and `silu_mul` as one node; stands where the fuse pass found the three.
+    """Two linears of the same input and `silu_mul` as one node; stands where the fuse pass found
+    the three.
 
-    Weight roles `gate` and `up` are the two linears' weights, under their own checkpoint names, which the pass takes
-    from the nodes it replaces. Linears with a bias have no fused form.
+    Weight roles `gate` and `up` are the two linears' weights, under their own checkpoint names,
+    which the pass takes from the nodes it replaces. Linears with a bias have no fused form.
     """
 
     kind = "gate_up"
@@ -125,7 +134,8 @@ class GateUp(Block):
 class AddNorm(Block):
     """(h + d0 (+ d1), its norm): residual and norm as one node, a pair read through item nodes.
 
-    The result's first part is the sum in f32, the second the norm in bf16; gamma keeps the norm's checkpoint name.
+    The result's first part is the sum in f32, the second the norm in bf16; gamma keeps the norm's
+    checkpoint name.
     """
 
     kind = "add_norm"

@@ -1,4 +1,6 @@
-"""The two halves of a mixture of experts: which experts a token goes to (`Route`), and the experts themselves."""
+"""The two halves of a mixture of experts: which experts a token goes to (`Route`), and the experts
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter, sibling
-from hmc.graph import Attr, DType, WeightSpec, attrs
+from hmc.graph import Attr, WeightSpec, attrs
 
 
 class Scoring(IntEnum):
-    """How router logits become scores; the numbers are those of the route kernel's `scoring` parameter."""
+    """How router logits become scores; the numbers are those of the route kernel's `scoring`
+    parameter.
+    """
 
     SOFTMAX_ALL = 0
     SIGMOID = 1
@@ -21,16 +25,17 @@ class Scoring(IntEnum):
 
 
 class Route(Block):
-    """Router logits [T, experts] -> (ids i32, weights f32), both [T, top_k], best first, ties to the lower id.
+    """Router logits [T, experts] -> (ids i32, weights f32), both [T, top_k], best first, ties to
+    the lower id.
 
-    With `groups` > 0 only the experts of the `top_groups` best of equal groups may be chosen, a group's score being
-    the sum of its two largest biased scores (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). The bias, at `bias_name`
-    beside the block in the checkpoint, counts for choosing only. Weights are then normalised to sum 1 if `normalise`,
-    and scaled by `factor`.
+    With `groups` > 0 only the experts of the `top_groups` best of equal groups may be chosen, a
+    group's score being the sum of its two largest biased scores (DeepSeek-V3, arXiv 2412.19437,
+    section 2.1.2). The bias, at `bias_name` beside the block in the checkpoint, counts for choosing
+    only. Weights are then normalised to sum 1 if `normalise`, and scaled by `factor`.
     """
 
     kind = "route"
-    dtype: DType = "i32"  # type: ignore[misc]
+    dtype = "i32"
 
     def __init__(
         self,
@@ -90,7 +95,7 @@ class Route(Block):
     def _within_groups(self, choice: Tensor) -> Tensor:
         if not self.groups:
             return choice
-        grouped = choice.unflatten(-1, (self.groups, self.experts // self.groups))
+        grouped = choice.reshape(len(choice), self.groups, self.experts // self.groups)
         best_two = grouped.topk(2, -1).values.sum(-1)
         open_groups = torch.zeros_like(best_two, dtype=torch.bool)
         open_groups.scatter_(-1, _largest(best_two, self.top_groups), True)
@@ -98,10 +103,12 @@ class Route(Block):
 
 
 class Experts(Block):
-    """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing -> [T, hidden].
+    """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
+    -> [T, hidden].
 
-    The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden, intermediate]; the
-    checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the three `names`.
+    The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
+    intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
+    three `names`.
     """
 
     kind = "experts"
@@ -141,7 +148,7 @@ class Experts(Block):
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
         ids, weights = routing
         total = torch.zeros_like(x)
-        for expert in ids.unique().tolist():
+        for expert in sorted(set(ids.flatten().tolist())):
             token, slot = torch.where(ids == expert)
             rows = x[token]
             gate = functional.linear(rows, self.gate[expert])

@@ -61,7 +61,7 @@ def command(
     which kernel computes what in which format, where every expert lives, what memory is needed, and
     why; see `hmc show`.
     """
-    from hmc.compile import compile as compile_plan
+    from hmc.compiler import compile as compile_plan
 
     started = time.perf_counter()
     plan = compile_plan(

@@ -16,8 +16,8 @@ from rich.table import Table
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
-Report = Callable[[str, float], None]
-"""`report(what, share done)`, share in 0..1."""
+Report = Callable[[str, int, int], None]
+"""`report(what, done, total)`, in any unit."""
 
 
 def console() -> Console:
@@ -65,15 +65,15 @@ def progress(enabled: bool = True) -> Iterator[Report]:
     """
     err = Console(stderr=True)
     if not enabled or not err.is_terminal:
-        yield lambda what, share: None
+        yield lambda what, done, total: None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
-        def report(what: str, share: float) -> None:
+        def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(what, total=1.0)
-            bar.update(tasks[what], completed=share)
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
 
         yield report

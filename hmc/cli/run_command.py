@@ -132,20 +132,25 @@ def _answer(
     engine: Engine, prompt: Prompt, arguments: dict[str, Any], as_json: bool, many: bool
 ) -> Any:
     """Stream one answer (or collect it, for JSON) and print the closing line; the result."""
+    tokens = _tokens(engine, prompt)
     if as_json:
-        result = engine.generate(prompt, **arguments)
+        result = engine.generate(tokens, **arguments)
         record = {
             "text": result.text,
             "token_ids": list(result.token_ids),
             "finish_reason": result.finish_reason,
-            "timings": asdict(result.timings),
+            "timings": {
+                **asdict(result.timings),
+                "prompt_tokens_per_second": result.timings.prompt_tokens_per_second,
+                "decode_tokens_per_second": result.timings.decode_tokens_per_second,
+            },
             "kernels": list(engine.kernels_used),
         }
         click.echo(json.dumps(record)) if many else print_json(record)
         return result
-    stream = engine.stream(prompt, **arguments)
+    stream = engine.stream(tokens, **arguments)
     for piece in stream:
-        click.echo(piece.text if engine.has_tokenizer else f"{piece.token_id} ", nl=False)
+        click.echo(piece.text if engine.text else f"{piece.token_ids[0]} ", nl=False)
         sys.stdout.flush()
     click.echo()
     result = stream.result
@@ -154,12 +159,29 @@ def _answer(
         f"[prompt {times.prompt_tokens} tokens, {times.prompt_tokens_per_second:.1f} tok/s |"
         f" TTFT {times.ttft_s:.2f} s | {len(result.token_ids)} tokens,"
         f" {times.decode_tokens_per_second:.1f} tok/s | {result.finish_reason} |"
-        f" {engine.kernel_summary}]",
+        f" {_kernels(engine.plan)}]",
         err=True,
     )
     if result.finish_reason == "cancelled":
         sys.exit(130)
     return result
+
+
+def _tokens(engine: Engine, prompt: Prompt) -> str | list[int]:
+    """Chat messages through the model's template; text and ids as they are."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], dict):
+        return prompt  # type: ignore[return-value]
+    if engine.text is None:
+        raise UsageError("this checkpoint has no tokenizer: give token ids instead of a chat")
+    return engine.text.encode_chat(prompt)
+
+
+def _kernels(plan: Plan) -> str:
+    """What computes the experts (or the linears of a dense model) in decode: `fp8 experts on avx512_bf16`."""
+    steps = plan.phase("decode").steps
+    key = next((s.kernels[0] for s in steps if s.op == "experts"), steps[-1].kernels[0])
+    kernel = plan.kernels[key]
+    return f"{kernel.weight} {kernel.op} on {kernel.isa}"
 
 
 def _talk(engine: Engine, system: str | None, arguments: dict[str, Any]) -> None:
@@ -174,7 +196,7 @@ def _talk(engine: Engine, system: str | None, arguments: dict[str, Any]) -> None
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        stream = engine.stream(messages, **arguments)
+        stream = engine.stream(_tokens(engine, messages), **arguments)
         for piece in stream:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()

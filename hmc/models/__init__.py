@@ -1,7 +1,8 @@
 """Model families: `load(config)` builds the module a checkpoint describes, on the meta device.
 
-A family is one file with `build(config)` and `tolerated(config)`, and one line in `FAMILIES`. Nothing
-after tracing knows families: all a family decides is which blocks stand where, under the checkpoint's own names.
+A family is one file with `build(config)` and `tolerated(config)`, and one line in `FAMILIES`.
+Nothing after tracing knows families: all a family decides is which blocks stand where, under the
+checkpoint's own names.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from hmc.models import deepseek_v3, mixtral, qwen3_moe
 
 @dataclass(frozen=True)
 class Family:
-    """How to build a family, and which tensors beyond its own its checkpoints hold (shell patterns of names)."""
+    """How to build a family, and which tensors beyond its own its checkpoints hold (shell patterns
+    of names).
+    """
 
     build: Callable[[ModelConfig], nn.Module]
     tolerated: Callable[[ModelConfig], tuple[str, ...]]
@@ -38,9 +41,10 @@ FAMILIES: dict[str, Family] = {
 class ModelInfo:
     """The shape of a model in a few numbers.
 
-    `experts` and `top_k` are those of its routed layers (0 without any), `context` the tokens its positions are made
-    for. `parameters` counts stored weights once, tied ones too; `active_parameters` those one token is multiplied
-    with: `top_k` experts a layer, and one row of the embedding table.
+    `experts` and `top_k` are those of its routed layers (0 without any), `context` the tokens its
+    positions are made for. `parameters` counts stored weights once, tied ones too;
+    `active_parameters` those one token is multiplied with: `top_k` experts a layer, and one row of
+    the embedding table.
     """
 
     family: str
@@ -57,7 +61,9 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the meta device, its summary, and patterns of tensors that may stand unused in its checkpoint."""
+    """A model on the meta device, its summary, and patterns of tensors that may stand unused in its
+    checkpoint.
+    """
 
     module: nn.Module
     info: ModelInfo
@@ -67,14 +73,15 @@ class Model:
 def load(config: ModelConfig) -> Model:
     """Build the model of a config.json; no weight is read and none is allocated.
 
-    Raises `UnsupportedError` for a family or an option hmc does not know, `ConfigError` for values that contradict
-    each other or are of the wrong type.
+    Raises `UnsupportedError` for a family or an option hmc does not know, `ConfigError` for values
+    that contradict each other or are of the wrong type.
     """
     name = config.require_str("model_type")
     family = FAMILIES.get(name)
     if family is None:
         raise UnsupportedError(
-            f"{config.path}: model_type {name!r} is not a family hmc knows ({', '.join(sorted(FAMILIES))});"
+            f"{config.path}: model_type {name!r} is not a family hmc knows"
+            f" ({', '.join(sorted(FAMILIES))});"
             " a new one is a file in hmc/models and a line in FAMILIES"
         )
     with torch.device("meta"):

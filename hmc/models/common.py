@@ -1,4 +1,6 @@
-"""What the families share: the decoder around the layers, grouped-query attention, and checks of common options."""
+"""What the families share: the decoder around the layers, grouped-query attention, and checks of
+common options.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from hmc.models.rope import Rope
 
 
 class CausalLM(nn.Module):
-    """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab] float32."""
+    """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
+    float32.
+    """
 
     def __init__(self, config: ModelConfig, layer: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -71,7 +75,9 @@ class DecoderLayer(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention with rotary embedding over the whole head; with per-head norms of q and k where `qk_norm`."""
+    """Attention with rotary embedding over the whole head; with per-head norms of q and k where
+    `qk_norm`.
+    """
 
     def __init__(
         self, config: ModelConfig, rope: Rope, *, bias: bool = False, qk_norm: bool = False
@@ -98,7 +104,9 @@ class GroupedQueryAttention(nn.Module):
 
 
 def attention_heads(config: ModelConfig) -> tuple[int, int, int]:
-    """(query heads, key heads, elements a head); heads absent for keys or sizes follow from the others."""
+    """(query heads, key heads, elements a head); heads absent for keys or sizes follow from the
+    others.
+    """
     heads = config.require_int("num_attention_heads", minimum=1)
     kv_heads = config.get_int("num_key_value_heads", heads, minimum=1)
     if heads % kv_heads:
@@ -135,8 +143,8 @@ def check_window(config: ModelConfig) -> None:
     context = config.require_int("max_position_embeddings", minimum=1)
     if (window := config.get_int("sliding_window", context)) < context:
         raise UnsupportedError(
-            f"{config.path}: sliding_window {window} is shorter than the context of {context} tokens;"
-            " hmc attends to every earlier token"
+            f"{config.path}: sliding_window {window} is shorter than the context of {context}"
+            " tokens; hmc attends to every earlier token"
         )
 
 

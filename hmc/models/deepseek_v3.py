@@ -1,4 +1,6 @@
-"""DeepSeek-V3 (arXiv 2412.19437): latent attention; sigmoid routing in groups with a correction bias; shared experts."""
+"""DeepSeek-V3 (arXiv 2412.19437): latent attention; sigmoid routing in groups with a correction
+bias; shared experts.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def tolerated(config: ModelConfig) -> tuple[str, ...]:
 
 
 class LatentAttention(nn.Module):
-    """Projections and norms around `MLA`; the query comes through a latent of its own where the config has one."""
+    """Projections and norms around `MLA`; the query comes through a latent of its own where the
+    config has one.
+    """
 
     def __init__(self, config: ModelConfig, rope: Rope) -> None:
         super().__init__()
@@ -122,7 +126,7 @@ class MoE(nn.Module):
             normalise=config.get_bool("norm_topk_prob", True),
             groups=groups,
             top_groups=top_groups,
-            factor=config.get_float("routed_scaling_factor", 1.0),
+            factor=config.require_float("routed_scaling_factor"),
             bias_name="gate.e_score_correction_bias",
         )
         self.experts = Experts(experts, hidden, intermediate, top_k)
@@ -137,8 +141,8 @@ class MoE(nn.Module):
 
 def _groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int]:
     """(groups, groups a token may use), both 0 where every group is open anyway."""
-    groups = config.get_int("n_group", 1, minimum=1)
-    top_groups = config.get_int("topk_group", groups, minimum=1)
+    groups = config.require_int("n_group", minimum=1)
+    top_groups = config.require_int("topk_group", minimum=1)
     if experts % groups or experts // groups < 2:
         raise config.error("n_group", f"is {groups}: {experts} experts make no such groups of 2+")
     if top_groups > groups:

@@ -33,7 +33,9 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 class SparseMoe(nn.Module):
-    """The routed MLP of a layer; softmax over all experts, renormalised over the chosen, is softmax over the chosen."""
+    """The routed MLP of a layer; softmax over all experts, renormalised over the chosen, is softmax
+    over the chosen.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Qwen3-MoE: grouped-query attention with per-head norms of q and k; routed layers among optional dense ones."""
+"""Qwen3-MoE: grouped-query attention with per-head norms of q and k; routed layers among optional
+dense ones.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 class SparseMoe(nn.Module):
-    """The routed MLP of a layer: softmax over all experts, the chosen renormalised where the config says so."""
+    """The routed MLP of a layer: softmax over all experts, the chosen renormalised where the config
+    says so.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

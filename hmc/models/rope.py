@@ -1,8 +1,8 @@
 """Rotary settings of a config.json -> the frequencies a `Rotary` block rotates by.
 
-Hides the two places where checkpoints keep them (`rope_theta` beside `rope_scaling` on the hub, `rope_parameters`
-since transformers 5) and the formulas of the scaling types. Frequencies are computed in float32 with the operations of
-transformers, so that angles agree to the last bit.
+Hides the two places where checkpoints keep them (`rope_theta` beside `rope_scaling` on the hub,
+`rope_parameters` since transformers 5) and the formulas of the scaling types. Frequencies are
+computed in float32 with the operations of transformers, so that angles agree to the last bit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class Rope:
     """`inv_freq`: radians a position, dim / 2 of them; `factor` scales cos and sin.
 
-    `mscale` is YaRN's correction of the softmax temperature for models that put it into the attention scale
-    (squared) rather than into cos and sin; 1 otherwise.
+    `mscale` is YaRN's correction of the softmax temperature for models that put it into the
+    attention scale (squared) rather than into cos and sin; 1 otherwise.
     """
 
     inv_freq: tuple[float, ...]
@@ -35,7 +35,8 @@ class Rope:
 def rope(config: ModelConfig, dim: int, default_theta: float = 10000.0) -> Rope:
     """The rotary settings of a model that rotates `dim` elements of each head.
 
-    Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that cannot be.
+    Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that
+    cannot be.
     """
     if dim % 2:
         raise ConfigError(f"{config.path}: rotary embedding of {dim} elements a head, must be even")
@@ -44,14 +45,16 @@ def rope(config: ModelConfig, dim: int, default_theta: float = 10000.0) -> Rope:
     for key, value in settings.values.items() if section else ():
         if isinstance(value, dict):
             raise UnsupportedError(
-                f"{config.path}: {settings.prefix}{key} sets rotary embedding by layer type, which hmc cannot"
+                f"{config.path}: {settings.prefix}{key} sets rotary embedding by layer type,"
+                " which hmc cannot"
             )
     kind = "default"
     if section:
         kind = section.get_str("rope_type", section.get_str("type", "default"))
     if kind not in ROPE_TYPES:
         raise UnsupportedError(
-            f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of {', '.join(ROPE_TYPES)}"
+            f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of"
+            f" {', '.join(ROPE_TYPES)}"
         )
     for holder in (settings, config):
         if holder.get_float("partial_rotary_factor", 1.0) != 1.0:
@@ -86,7 +89,9 @@ def _original(config: ModelConfig, section: ModelConfig) -> int:
 
 
 def _llama3(section: ModelConfig, inv_freq: Tensor, original: int) -> Tensor:
-    """Slow frequencies divided by `factor`, fast ones kept, a smooth step between the two (Llama 3.1)."""
+    """Slow frequencies divided by `factor`, fast ones kept, a smooth step between the two (Llama
+    3.1).
+    """
     factor = _factor(section)
     low, high = section.require_float("low_freq_factor"), section.require_float("high_freq_factor")
     if not 0 < low < high:
@@ -102,7 +107,9 @@ def _llama3(section: ModelConfig, inv_freq: Tensor, original: int) -> Tensor:
 
 
 def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: float) -> Rope:
-    """YaRN (arXiv 2309.00071): each frequency between kept and divided by `factor`, by its turns in the old context."""
+    """YaRN (arXiv 2309.00071): each frequency between kept and divided by `factor`, by its turns in
+    the old context.
+    """
     dim = 2 * len(powers)
     context = config.require_int("max_position_embeddings", minimum=1)
     original = _original(config, section)

@@ -14,7 +14,9 @@ from hmc.models import Model, load
 
 
 def load_model(directory: Path) -> Model:
-    """The model of a checkpoint on the CPU, its weights loaded; every tensor of the checkpoint is used."""
+    """The model of a checkpoint on the CPU, its weights loaded; every tensor of the checkpoint is
+    used.
+    """
     model = load(load_config(directory))
     module = model.module.to_empty(device="cpu")
     tensors = read_dequantised(directory)

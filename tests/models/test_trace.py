@@ -1,4 +1,6 @@
-"""The traced graph: its text for each family, what each node says of itself, and what cannot be traced."""
+"""The traced graph: its text for each family, what each node says of itself, and what cannot be
+traced.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ def test_golden(
 
 def test_deepseek_v3_at_full_size() -> None:
     graph = trace(load(load_config(CONFIGS / "deepseek-v3")).module)
-    graph.graph.lint()  # type: ignore[no-untyped-call]
+    graph.graph.lint()
     nodes = {node.name: meta(node) for node in graph.graph.nodes}
     attention = (
         15  # norm, 3 for q, kv_a, 2 items, latent norm, 2 rotary, mla, o, add, norm, last add

@@ -45,9 +45,7 @@ def test_double_free_is_an_error_and_frees_nothing():
 
 
 def cache(capacity=64, sequences=3, context=48, kind="gqa", widths=(6, 4)):
-    layout = KVLayout(
-        kind=kind, block=16, widths=widths, layers=(0, 2), capacity_tokens=capacity
-    )
+    layout = KVLayout(kind=kind, block=16, widths=widths, layers=(0, 2), capacity_tokens=capacity)
     return KVCache(layout, sequences, context)
 
 

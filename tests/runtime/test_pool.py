@@ -120,6 +120,18 @@ def test_records_see_what_they_depend_on(jit: Jit, threads: int, size: int) -> N
     np.testing.assert_array_equal(buffers, expected)
 
 
+@pytest.mark.parametrize("threads", [8, 9, 17])
+def test_the_barrier_holds_over_several_groups(jit: Jit, threads: int) -> None:
+    buffers = np.random.default_rng(threads).integers(0, 1 << 60, (5, SIZE))
+    program, expected = random_program(jit, buffers, 150, seed=threads)
+    start = buffers.copy()
+    with Pool(jit, ISA, threads) as pool:
+        for _ in range(3):
+            buffers[:] = start
+            pool.run(program.records)
+            np.testing.assert_array_equal(buffers, expected)
+
+
 def test_thousands_of_short_programs(jit: Jit) -> None:
     buffers = np.ones((3, 64), np.int64)
     builder = ProgramBuilder()

@@ -83,9 +83,7 @@ def test_repetition_penalty_counts_answered_tokens_too():
 
 def test_one_seed_one_stream():
     row = logits(0, 500)
-    runs = [
-        [Sampler(SamplingParams(1.0, seed=s)).sample(row) for _ in range(1)] for s in (7, 7, 8)
-    ]
+    runs = [[Sampler(SamplingParams(1.0, seed=s)).sample(row) for _ in range(1)] for s in (7, 7, 8)]
     first, second = (Sampler(SamplingParams(1.0, seed=7)) for _ in range(2))
     assert [first.sample(row) for _ in range(20)] == [second.sample(row) for _ in range(20)]
     assert runs[0] == runs[1]

@@ -30,7 +30,13 @@ def byte_level():
 
 def byte_fallback():
     """Llama-like: spaces as U+2581, unknown characters as byte tokens."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *"abcdeilmnoprstw\u2581"]
+    pieces = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        *"abcdeilmnoprstw\u2581",
+    ]
     tokenizer = Tokenizer(
         models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
     )

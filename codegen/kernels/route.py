@@ -1,0 +1,316 @@
+"""The router: logits to expert ids and their weights, in every form the supported families use.
+
+Candidates are compared as integers whose order is that of the scores (NaN counts as -inf, -0 as 0, experts taken or
+ruled out are below everything), so that ties go to the lower id and ids are valid whatever the logits hold. Weights
+are not cleaned: a NaN among the logits shows in them.
+
+    scoring 0   score = softmax over all experts (Qwen3-MoE, Mixtral)
+    scoring 1   score = sigmoid; with groups, only experts of the best groups can be chosen (DeepSeek-V3)
+    scoring 2   score = logit; the chosen ones go through a softmax (gpt-oss)
+
+`bias` is added to scores for choosing alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.vector import (
+    exp,
+    fmax,
+    for_strips,
+    fsplat,
+    isplat,
+    lanes_mask,
+    load_f32,
+    sigmoid,
+)
+from hmc.errors import KernelError
+
+Array = NDArray[Any]
+
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
+_NEVER = float("-inf")
+_TAKEN = -(2**31)
+_LAST = 2**31 - 1
+
+
+def ordered_key(e: Emitter, value: Value) -> Value:
+    """i32 lanes ordered as the f32 lanes of `value` are: NaN as -inf, both zeros equal, all above `_TAKEN`."""
+    b, count = e.b, value.type.count
+    never = fsplat(_NEVER, count)
+    value = b.select(b.fcmp_unordered("uno", value, value), never, value)
+    bits = b.bitcast(b.fadd(value, fsplat(0.0, count)), vec(I32, count))
+    return b.xor(bits, b.and_(b.ashr(bits, isplat(31, count)), isplat(_LAST, count)))
+
+
+def reduce_int(e: Emitter, kind: str, vector: Value) -> Value:
+    """`smax` or `smin` over the lanes of an i32 vector."""
+    return e.call(f"llvm.vector.reduce.{kind}.v{vector.type.count}i32", I32, vector)
+
+
+def lane_numbers(count: int) -> ir.Constant:
+    """0, 1, 2, ... as an i32 vector."""
+    return ir.Constant(vec(I32, count), [ir.Constant(I32, lane) for lane in range(count)])
+
+
+class _Router:
+    """Code for one token; buffers padded to whole vectors live on the worker's stack."""
+
+    def __init__(self, e: Emitter) -> None:
+        self.e, spec = e, e.spec
+        self.lanes = TIERS[spec.isa].lanes
+        self.experts, self.top_k = spec["experts"], spec["top_k"]
+        self.scoring = spec["scoring"]
+        self.groups, self.top_groups = spec.get("groups"), spec.get("top_groups")
+        self._check()
+        padded = -(-self.experts // self.lanes) * self.lanes
+        self.padded = padded
+        self.scores, self.choice = (self._buffer(F32, padded) for _ in range(2))
+        self.keys = self._buffer(I32, padded)
+        self.chosen = self._buffer(F32, -(-self.top_k // self.lanes) * self.lanes)
+        group_padded = -(-max(self.groups, 1) // self.lanes) * self.lanes
+        self.group_scores = self._buffer(F32, group_padded)
+        self.group_keys = self._buffer(I32, group_padded)
+        self.group_padded = group_padded
+
+    def _buffer(self, element: Value, count: int) -> Value:
+        slot = self.e.local(element, count=count)
+        slot.align = 64
+        return slot
+
+    def _check(self) -> None:
+        candidates = self.experts
+        if self.scoring not in (SOFTMAX, SIGMOID, SOFTMAX_CHOSEN):
+            raise KernelError(f"route: no scoring {self.scoring}")
+        if self.top_groups:
+            if self.groups < 1 or self.experts % self.groups or self.experts < 2 * self.groups:
+                raise KernelError(f"route: {self.experts} experts in {self.groups} groups")
+            candidates = self.experts // self.groups * min(self.groups, self.top_groups)
+        if not 0 < self.top_k <= candidates:
+            raise KernelError(f"route: top_k {self.top_k} of {candidates} candidates")
+
+    def emit(self, token: Value) -> None:
+        """Code that routes one token."""
+        e, b = self.e, self.e.b
+        logits = e.at(e.arg["logits"], b.mul(token, e.arg["logits_stride"]), F32)
+        self._score(logits)
+        self._add_bias()
+        self._pad_and_rank(self.choice, self.keys, self.experts, self.padded)
+        if self.top_groups:
+            self._rule_out_groups()
+        start = b.mul(token, const(self.top_k))
+        with e.for_range(0, self.top_k) as slot:
+            best = self._take_best(self.keys, self.padded)
+            e.store(b.trunc(best, I32), e.arg["ids"], b.add(start, slot))
+            e.store(e.load(self.scores, best, F32), self.chosen, slot)
+        self._weigh(e.at(e.arg["routing"], start, F32))
+
+    # -- scores ------------------------------------------------------------------------------------
+
+    def _score(self, logits: Value) -> None:
+        e, b, lanes = self.e, self.e.b, self.lanes
+        if self.scoring == SOFTMAX:
+            self._softmax(logits, self.scores, self.experts)
+            return
+
+        def strip(index: Value, count: int, way: int) -> None:
+            value = load_f32(e, "f32", logits, index, count, lanes)
+            e.store(sigmoid(e, value) if self.scoring == SIGMOID else value, self.scores, index)
+
+        for_strips(e, self.experts, lanes, strip)
+
+    def _softmax(self, source: Value, target: Value, width: int) -> None:
+        """target[:] = softmax of source[:]; `target` holds whole vectors and may be `source`."""
+        e, b, lanes = self.e, self.e.b, self.lanes
+        top = e.local(vec(F32, lanes), fsplat(_NEVER, lanes))
+        total = e.local(vec(F32, lanes), e.zeros(F32, lanes))
+
+        def valid(value: Value, count: int, other: float) -> Value:
+            keep = lanes_mask(
+                [lane if lane < count else lanes for lane in range(lanes)]
+            )
+            return b.shuffle_vector(value, fsplat(other, lanes), keep)
+
+        def highest(index: Value, count: int, way: int) -> None:
+            value = valid(load_f32(e, "f32", source, index, count, lanes), count, _NEVER)
+            b.store(fmax(e, value, b.load(top)), top)
+
+        def raise_(index: Value, count: int, way: int) -> None:
+            value = b.fsub(load_f32(e, "f32", source, index, count, lanes), peak)
+            value = valid(exp(e, value), count, 0.0)
+            b.store(b.fadd(b.load(total), value), total)
+            e.store(value, target, index)
+
+        def divide(index: Value, count: int, way: int) -> None:
+            value = b.fdiv(load_f32(e, "f32", target, index, lanes, lanes), divisor)
+            e.store(value, target, index)
+
+        for_strips(e, width, lanes, highest)
+        peak = e.splat(self._largest(b.load(top)), lanes)
+        for_strips(e, width, lanes, raise_)
+        divisor = e.splat(e.reduce_add(b.load(total)), lanes)
+        for_strips(e, width, lanes, divide)
+
+    def _largest(self, vector: Value) -> Value:
+        while vector.type.count > 1:
+            half = vector.type.count // 2
+            low, high = (
+                self.e.b.shuffle_vector(vector, vector, lanes_mask(list(range(at, at + half))))
+                for at in (0, half)
+            )
+            vector = fmax(self.e, low, high)
+        return self.e.b.extract_element(vector, I32(0))
+
+    def _add_bias(self) -> None:
+        """choice = scores (+ bias)."""
+        e, b, lanes = self.e, self.e.b, self.lanes
+        bias = e.arg["bias"]
+
+        def copy(index: Value, count: int, way: int) -> None:
+            e.store(e.load_vec(self.scores, index, F32, lanes, align=4), self.choice, index)
+
+        def add(index: Value, count: int, way: int) -> None:
+            value = e.load_vec(self.scores, index, F32, lanes, align=4)
+            more = load_f32(e, "f32", bias, index, count, lanes)
+            e.store(b.fadd(value, more), self.choice, index)
+
+        absent = b.icmp_unsigned("==", b.ptrtoint(bias, I64), const(0))
+        with b.if_else(absent) as (without, with_bias):
+            with without:
+                for_strips(e, self.experts, lanes, copy)
+            with with_bias:
+                for_strips(e, self.experts, lanes, add)
+
+    # -- choosing ----------------------------------------------------------------------------------
+
+    def _pad_and_rank(self, values: Value, keys: Value, width: int, padded: int) -> None:
+        """keys[:] = ordered keys of values[:], lowest in the padding."""
+        e, lanes = self.e, self.lanes
+
+        def strip(index: Value, count: int, way: int) -> None:
+            key = ordered_key(e, e.load_vec(values, index, F32, lanes, align=4))
+            keep = lanes_mask([lane if lane < count else lanes for lane in range(lanes)])
+            e.store(e.b.shuffle_vector(key, isplat(_TAKEN, lanes), keep), keys, index)
+
+        for_strips(e, width, lanes, strip)
+        assert padded - width < lanes
+
+    def _take_best(self, keys: Value, padded: int) -> Value:
+        """Index (i64) of the largest key, the lowest of equals; the key is lowered to `_TAKEN`."""
+        e, b, lanes = self.e, self.e.b, self.lanes
+        words = vec(I32, lanes)
+        top = e.local(words, isplat(_TAKEN, lanes))
+        where = e.local(words, lane_numbers(lanes))
+        with e.for_range(0, padded, lanes) as index:
+            key, old = e.load_vec(keys, index, I32, lanes, align=4), b.load(top)
+            more = b.icmp_signed(">", key, old)
+            place = b.add(e.splat(b.trunc(index, I32), lanes), lane_numbers(lanes))
+            b.store(b.select(more, key, old), top)
+            b.store(b.select(more, place, b.load(where)), where)
+        best = reduce_int(e, "smax", b.load(top))
+        equal = b.icmp_signed("==", b.load(top), e.splat(best, lanes))
+        first = reduce_int(e, "smin", b.select(equal, b.load(where), isplat(_LAST, lanes)))
+        first = b.sext(first, I64)
+        e.store(I32(_TAKEN), keys, first)
+        return first
+
+    def _rule_out_groups(self) -> None:
+        """Lower the keys of all groups but the best: a group is worth the sum of its two largest biased scores."""
+        e, b = self.e, self.e.b
+        size = self.experts // self.groups
+        with e.for_range(0, self.groups) as group:
+            first, second = e.local(F32, fconst(_NEVER)), e.local(F32, fconst(_NEVER))
+            start = b.mul(group, const(size))
+            with e.for_range(start, b.add(start, const(size))) as expert:
+                value, top = e.load(self.choice, expert, F32), b.load(first)
+                more = b.fcmp_ordered(">", value, top)
+                lower = b.select(more, top, value)
+                runner = b.load(second)
+                b.store(b.select(b.fcmp_ordered(">", lower, runner), lower, runner), second)
+                b.store(b.select(more, value, top), first)
+            e.store(b.fadd(b.load(first), b.load(second)), self.group_scores, group)
+        self._pad_and_rank(self.group_scores, self.group_keys, self.groups, self.group_padded)
+        with e.for_range(0, min(self.top_groups, self.groups)):
+            self._take_best(self.group_keys, self.group_padded)
+        # The groups that were taken stay; the others go.
+        with e.for_range(0, self.groups) as group:
+            out = b.icmp_signed("!=", e.load(self.group_keys, group, I32), I32(_TAKEN))
+            with b.if_then(out):
+                start = b.mul(group, const(size))
+                with e.for_range(start, b.add(start, const(size))) as expert:
+                    e.store(I32(_TAKEN), self.keys, expert)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def _weigh(self, routing: Value) -> None:
+        """routing[:] = the chosen scores, through softmax or normalised as asked, times factor."""
+        e, b = self.e, self.e.b
+        if self.scoring == SOFTMAX_CHOSEN:
+            self._softmax(self.chosen, self.chosen, self.top_k)
+        divisor = e.local(F32, fconst(1.0))
+        if self.e.spec.get("normalise"):
+            b.store(fconst(1e-20), divisor)
+            with e.for_range(0, self.top_k) as slot:
+                b.store(b.fadd(b.load(divisor), e.load(self.chosen, slot, F32)), divisor)
+        with e.for_range(0, self.top_k) as slot:
+            weight = b.fdiv(e.load(self.chosen, slot, F32), b.load(divisor))
+            e.store(b.fmul(weight, e.arg["factor"]), routing, slot)
+
+
+def emit_route(spec: KernelSpec) -> str:
+    """`route`: split by token."""
+    e = Emitter(spec)
+    router = _Router(e)
+    start, stop = e.split(e.arg["tokens"])
+    with e.for_range(start, stop) as token:
+        router.emit(token)
+    return e.finish()
+
+
+def route(
+    logits: Array,
+    bias: Array | None,
+    *,
+    top_k: int,
+    scoring: int,
+    normalise: bool,
+    factor: float,
+    groups: int = 0,
+    top_groups: int = 0,
+) -> tuple[Array, Array]:
+    """(ids, weights) [tokens, top_k] in float64, for finite logits [tokens, experts]."""
+    x = logits.astype(np.float64)
+    tokens, experts = x.shape
+    if scoring == SOFTMAX:
+        score = np.exp(x - x.max(axis=1, keepdims=True))
+        score /= score.sum(axis=1, keepdims=True)
+    else:
+        score = 1 / (1 + np.exp(-x)) if scoring == SIGMOID else x
+    choice = score if bias is None else score + bias
+    if top_groups:
+        per = choice.reshape(tokens, groups, -1)
+        worth = np.sort(per, axis=2)[:, :, -2:].sum(axis=2)
+        keep = np.argsort(-worth, axis=1, kind="stable")[:, :top_groups]
+        kept = np.zeros((tokens, groups), bool)
+        np.put_along_axis(kept, keep, True, axis=1)
+        choice = np.where(np.repeat(kept, experts // groups, axis=1), choice, _NEVER)
+    ids = np.argsort(-choice, axis=1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(score, ids, axis=1)
+    if scoring == SOFTMAX_CHOSEN:
+        weights = np.exp(weights - weights.max(axis=1, keepdims=True))
+        weights /= weights.sum(axis=1, keepdims=True)
+    if normalise:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+    return ids, weights * factor
+
+
+EMITTERS = {"route": emit_route}
+REFERENCES = {"route": route}

@@ -1,0 +1,5 @@
+"""`python -m hmc` is `hmc`."""
+
+from hmc.cli import main
+
+main()

@@ -1,0 +1,9 @@
+"""Measuring: kernels and whole models against what this machine's memory and arithmetic give at
+best, in the same minutes.
+
+    compare.py     measured thing and reference take turns; medians of pairwise ratios
+    reference.py   the references: the best streaming read of a sweep, register-only multiply-adds
+    matrices.py    weights far beyond the caches, cycled through
+    kernels.py     single kernels
+    model.py       prefill and decode of a plan
+"""

@@ -1,0 +1,176 @@
+"""A plan in memory, ready to compute logits: weights, cache, pool and lowered phases under one roof.
+
+`Executor` knows sequences and tokens, nothing of text or sampling. The engine drives one sequence at a time; a scheduler
+may keep several open and decode them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hmc.codegen.isa import TIERS, require
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import EMITTERS
+from hmc.detect import available_bytes, memory_limit
+from hmc.errors import CapacityError, ContextLengthError, ExecutionError
+from hmc.plan import Plan
+from hmc.runtime.kv import KVCache, Sequence
+from hmc.runtime.lowering import LoweredPhase, Lowering
+from hmc.runtime.ops import OPS
+from hmc.runtime.pool import Pool
+from hmc.runtime.tables import Tables
+from hmc.runtime.weights import Home, Progress, WeightStore
+
+Logits = npt.NDArray[np.float32]
+
+_DECODE, _PREFILL = "decode", "prefill.host"
+
+
+class Executor:
+    """Owns everything a plan needs to run; `close` gives all of it back. Not safe for use from several threads."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        directory: Path | None,
+        *,
+        threads: int | None = None,
+        dummy_weights: bool = False,
+        home: Home = "mapped",
+        progress: Progress | None = None,
+    ) -> None:
+        """Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open` raises."""
+        self.plan = plan
+        require(plan.isa)
+        check_memory(plan, dummy_weights or home == "arena")
+        with ExitStack() as stack:
+            jit = Jit(EMITTERS)
+            self.pool = stack.enter_context(Pool(jit, TIERS[plan.isa], threads or plan.threads))
+            self.store = WeightStore.open(
+                plan, directory, dummy=dummy_weights, home=home, progress=progress
+            )
+            stack.callback(self.store.close)
+            self.kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
+            stack.callback(self.kv.close)
+            tables = Tables(plan, self.store)
+            self.phases: dict[str, LoweredPhase] = {}
+            for number, phase in enumerate(plan.phases):
+                if progress is not None:
+                    progress("building kernels", number, len(plan.phases))
+                lowering = Lowering(
+                    plan, phase, self.store, self.kv, tables, jit, self.pool.workers
+                )
+                stack.callback(lowering.arena.close)
+                self.phases[phase.name] = LoweredPhase(lowering, OPS, self.pool)
+            if progress is not None:
+                progress("building kernels", len(plan.phases), len(plan.phases))
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.pool.workers)
+            self._stack = stack.pop_all()
+        self._tables = tables
+        self._open = True
+
+    @property
+    def kernels_used(self) -> tuple[str, ...]:
+        """Symbols of the native kernels (their names hold the ISA) and PyTorch functions that have really run."""
+        ran = {kernel for phase in self.phases.values() if phase.ran for kernel in phase.kernels}
+        return tuple(sorted(ran))
+
+    def open(self) -> Sequence:
+        """A new sequence; `CapacityError` when `max_batch` are open."""
+        self._check()
+        return self.kv.open()
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the sequence's place in the cache."""
+        self.kv.release(sequence)
+
+    def prefill(
+        self, sequence: Sequence, ids: npt.NDArray[np.int32], *, every: bool = False
+    ) -> Iterator[Logits]:
+        """Append the tokens `ids` (at least one) to a sequence, chunk by chunk.
+
+        Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next chunk) with `every`,
+        else [0, vocab], and [1, vocab] after the last. Raises `ContextLengthError` before anything is computed.
+        """
+        self._check()
+        self._check_context(sequence, len(ids))
+        self.kv.reserve(sequence, len(ids))
+        phase = self.phases[_PREFILL]
+        # Equal chunks: a short last one would read all weights for few tokens.
+        chunks = -(-len(ids) // phase.max_tokens)
+        edges = [len(ids) * i // chunks for i in range(chunks + 1)]
+        for first, last in zip(edges, edges[1:], strict=False):
+            tokens = last - first
+            rows = np.arange(tokens, dtype=np.int32)
+            if not every:
+                rows = rows[-1:] if last == len(ids) else rows[:0]
+            start = sequence.length
+            positions = np.arange(start, start + tokens, dtype=np.int32)
+            table = np.full(tokens, sequence.row, np.int32)
+            logits = phase.run(ids[first:last], positions, table, rows, sequence)
+            sequence.length += tokens
+            yield logits
+
+    def decode(self, sequences: list[Sequence], tokens: npt.NDArray[np.int32]) -> Logits:
+        """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view until the next call.
+
+        Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before anything runs.
+        """
+        self._check()
+        for sequence in sequences:
+            self._check_context(sequence, 1)
+            self.kv.reserve(sequence, 1)
+        positions = np.array([sequence.length for sequence in sequences], np.int32)
+        table = np.array([sequence.row for sequence in sequences], np.int32)
+        rows = np.arange(len(sequences), dtype=np.int32)
+        logits = self.phases[_DECODE].run(tokens, positions, table, rows)
+        for sequence in sequences:
+            sequence.length += 1
+        return logits
+
+    def close(self) -> None:
+        """Stop the workers and free weights, cache and buffers; a second call does nothing."""
+        self._open = False
+        self._stack.close()
+
+    def _check(self) -> None:
+        if not self._open:
+            raise ExecutionError("the engine is closed")
+
+    def _check_context(self, sequence: Sequence, more: int) -> None:
+        total, limit = sequence.length + more, self.plan.limits.max_context
+        if total > limit:
+            raise ContextLengthError(
+                f"{total} tokens exceed the plan's context of {limit}: shorten the prompt or"
+                " compile with a larger --max-context"
+            )
+
+
+def check_memory(plan: Plan, own_weights: bool) -> None:
+    """Raise `CapacityError` naming the largest allocation when the plan's host memory does not fit this machine.
+
+    Mapped weights may be dropped and read again, so they count against all memory; the rest against what is free now.
+    """
+    items = [item for item in plan.ledger if item.device == "host"]
+    weights = [item for item in items if item.detail == "weights"]
+    own = items if own_weights else [item for item in items if item not in weights]
+    cases = (
+        (own, available_bytes(), "free"),
+        (items, memory_limit(), "there"),
+    )
+    for needed, limit, word in cases:
+        total = sum(item.bytes for item in needed)
+        if total > limit:
+            largest = max(needed, key=lambda item: item.bytes)
+            raise CapacityError(
+                f"the plan needs {total / 2**30:.1f} GiB of memory, {limit / 2**30:.1f} GiB are"
+                f" {word}; the largest part is {largest.kind}: {largest.bytes / 2**30:.1f} GiB"
+                f" ({largest.detail})"
+            )

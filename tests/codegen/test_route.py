@@ -1,0 +1,159 @@
+"""`route` against float64 (weights within 1e-6 relative) and against the routers of transformers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from kernel_calls import address, filled, guarded, in_turn
+from prefill_data import need
+from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels.route import route
+from hmc.codegen.spec import KernelSpec
+from hmc.errors import KernelError
+
+FORMS = [
+    {"experts": 128, "top_k": 8, "scoring": 0, "normalise": 1},
+    {"experts": 60, "top_k": 4, "scoring": 0, "normalise": 0},
+    {"experts": 8, "top_k": 2, "scoring": 0, "normalise": 1},
+    {"experts": 256, "top_k": 8, "scoring": 1, "normalise": 1, "groups": 8, "top_groups": 4},
+    {"experts": 66, "top_k": 6, "scoring": 1, "normalise": 0, "groups": 3, "top_groups": 1},
+    {"experts": 64, "top_k": 6, "scoring": 1, "normalise": 1},
+    {"experts": 37, "top_k": 17, "scoring": 2, "normalise": 0},
+    {"experts": 3, "top_k": 3, "scoring": 0, "normalise": 1},
+]
+
+
+def run(
+    jit: Jit,
+    isa: str,
+    form: dict[str, int],
+    logits: np.ndarray,
+    bias: np.ndarray | None,
+    workers: int,
+    factor: float = 1.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, weights) of rows that are one float longer than they need be."""
+    tokens, top_k = len(logits), form["top_k"]
+    rows = guarded(np.pad(logits.astype(np.float32), ((0, 0), (0, 1)), constant_values=1e9))
+    bias = None if bias is None else guarded(bias.astype(np.float32))
+    ids, weights = filled((tokens, top_k), np.int32), filled((tokens, top_k), np.float32)
+    in_turn(
+        jit, KernelSpec.of("route", isa, **form), workers, logits=address(rows),
+        logits_stride=rows.shape[1], bias=address(bias), ids=address(ids),
+        routing=address(weights), tokens=tokens, factor=factor,
+    )  # fmt: skip
+    return ids, weights
+
+
+def reference(
+    form: dict[str, int], logits: np.ndarray, bias: np.ndarray | None, factor: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same in float64."""
+    rest = {name: value for name, value in form.items() if name not in ("experts", "normalise")}
+    return route(logits, bias, normalise=bool(form["normalise"]), factor=factor, **rest)
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scoring']}-{form['experts']}")
+def test_every_form(jit: Jit, isa: str, form: dict[str, int]) -> None:
+    need(isa)
+    rng = np.random.default_rng(form["experts"])
+    for tokens, biased in ((1, True), (3, False), (33, True)):
+        logits = rng.standard_normal((tokens, form["experts"])).astype(np.float32) * 3
+        bias = rng.random(form["experts"]).astype(np.float32) * 0.1 if biased else None
+        ids, weights = run(jit, isa, form, logits, bias, 1, 2.5)
+        exact_ids, exact = reference(form, logits, bias, 2.5)
+        assert (ids == exact_ids).all()
+        assert (np.abs(weights - exact) <= 1e-6 * exact).all()
+        for workers in (2, 4):
+            again = run(jit, isa, form, logits, bias, workers, 2.5)
+            assert (again[0] == ids).all()
+            assert (again[1] == weights).all()
+        alone = run(jit, isa, form, logits[-1:], bias, 1, 2.5)
+        assert (alone[1] == weights[-1:]).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scoring']}-{form['experts']}")
+def test_ties_go_to_the_lower_id(jit: Jit, isa: str, form: dict[str, int]) -> None:
+    need(isa)
+    rng = np.random.default_rng(5)
+    logits = rng.integers(0, 2, (16, form["experts"])).astype(np.float32)
+    logits[0] = 0.0
+    logits[1] = -0.0
+    logits[1, ::2] = 0.0
+    ids, _ = run(jit, isa, form, logits, None, 1)
+    assert (ids == reference(form, logits, None, 1.0)[0]).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scoring']}-{form['experts']}")
+def test_bad_logits_give_distinct_ids_in_range(jit: Jit, isa: str, form: dict[str, int]) -> None:
+    need(isa)
+    rng = np.random.default_rng(6)
+    logits = rng.standard_normal((6, form["experts"])).astype(np.float32)
+    logits[0] = np.nan
+    logits[1, ::2] = np.nan
+    logits[2] = -np.inf
+    logits[3] = np.inf
+    logits[4, 1:] = -3e38
+    logits[5, 0] = 3e38
+    ids, weights = run(jit, isa, form, logits, None, 1)
+    assert (ids >= 0).all()
+    assert (ids < form["experts"]).all()
+    assert all(len(set(row)) == form["top_k"] for row in ids.tolist())
+    assert np.isnan(weights[0]).all()
+    assert np.isfinite(weights[4:]).all()
+
+
+def test_as_transformers_routes(jit: Jit) -> None:
+    rng = np.random.default_rng(7)
+    x = torch.from_numpy(rng.standard_normal((33, 32)).astype(np.float32))
+    deepseek = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=32, n_routed_experts=64, num_experts_per_tok=8, n_group=8, topk_group=3,
+            norm_topk_prob=True, routed_scaling_factor=2.5,
+        )
+    )  # fmt: skip
+    deepseek.e_score_correction_bias.copy_(torch.from_numpy(rng.random(64) * 0.3))
+    qwen = Qwen3MoeTopKRouter(
+        Qwen3MoeConfig(hidden_size=32, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
+    )
+    mixtral = MixtralTopKRouter(
+        MixtralConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=2)
+    )
+    form = {"experts": 64, "top_k": 8, "scoring": 1, "normalise": 1, "groups": 8, "top_groups": 3}
+    for router, form, bias, factor in (
+        (deepseek, form, deepseek.e_score_correction_bias.numpy(), 2.5),
+        (qwen, FORMS[0], None, 1.0),
+        (mixtral, FORMS[2], None, 1.0),
+    ):
+        with torch.no_grad():
+            router.weight.copy_(torch.from_numpy(rng.standard_normal(router.weight.shape)))
+            logits, theirs, chosen = router(x)
+        ids, weights = run(jit, "avx2", form, logits.numpy(), bias, 1, factor)
+        order, their_order = np.argsort(ids, axis=1), np.argsort(chosen.numpy(), axis=1)
+        ours = np.take_along_axis(weights, order, axis=1)
+        assert (np.sort(ids, axis=1) == np.sort(chosen.numpy(), axis=1)).all()
+        assert np.abs(ours - np.take_along_axis(theirs.numpy(), their_order, axis=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"experts": 8, "top_k": 9, "scoring": 0},
+        {"experts": 64, "top_k": 9, "scoring": 1, "groups": 8, "top_groups": 1},
+        {"experts": 10, "top_k": 2, "scoring": 1, "groups": 4, "top_groups": 2},
+        {"experts": 8, "top_k": 2, "scoring": 3},
+    ],
+)
+def test_impossible_forms_are_refused(jit: Jit, wrong: dict[str, int]) -> None:
+    with pytest.raises(KernelError, match="route"):
+        jit.ir_text(KernelSpec.of("route", "avx2", **wrong))

@@ -1,0 +1,140 @@
+"""Logits against transformers: our error must be no larger than that of transformers in BF16.
+
+The reference is transformers in FP32 on the dequantised weights. Errors are relative L2 norms per token; a near-tie of
+the router flips an expert in both implementations, so medians and counts of large errors are compared, never means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import hmc
+from checkpoints import FAMILIES, oracle_logits
+from hmc.codegen.isa import TIERS, cpu_flags
+
+Floats = NDArray[np.float32]
+LENGTHS = (1, 7, 64, 300)
+VOCAB = 503
+
+
+def prompt(tokens: int) -> list[int]:
+    """Fixed token ids, no special ones."""
+    return [int(x) for x in np.random.default_rng(tokens).integers(3, VOCAB, tokens)]
+
+
+@cache
+def oracle(directory: Path, tokens: int) -> tuple[Floats, Floats]:
+    """(FP32 logits, BF16 logits) of transformers."""
+    ids = prompt(tokens)
+    return (
+        oracle_logits(directory, ids, torch.float32),
+        oracle_logits(directory, ids, torch.bfloat16),
+    )
+
+
+def errors(found: Floats, reference: Floats) -> Floats:
+    """Relative L2 error of every token's logits."""
+    assert found.shape == reference.shape
+    difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
+    return (difference / np.linalg.norm(reference.astype(np.float64), axis=1)).astype(np.float32)
+
+
+def assert_no_worse(found: Floats, reference: Floats, bf16: Floats) -> None:
+    """Median at most 1.05x that of transformers in BF16, and no more tokens above 5 %."""
+    ours, theirs = errors(found, reference), errors(bf16, reference)
+    assert np.isfinite(found).all()
+    assert np.median(ours) <= 1.05 * np.median(theirs), (np.median(ours), np.median(theirs))
+    assert (ours > 0.05).sum() <= (theirs > 0.05).sum(), (ours.max(), theirs.max())
+
+
+def tiers() -> list[str]:
+    """The kernel tiers this machine can run."""
+    return [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
+
+
+@pytest.mark.parametrize("isa", tiers())
+@pytest.mark.parametrize("quant", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_as_close_as_transformers_in_bf16(
+    family: str,
+    quant: str,
+    isa: str,
+    checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HMC_ISA", isa)
+    directory = checkpoint(family, quant)
+    with hmc.Engine(hmc.compile(directory, max_chunk=128)) as engine:
+        for tokens in LENGTHS:
+            reference, bf16 = oracle(directory, tokens)
+            assert_no_worse(engine.logits(prompt(tokens)), reference, bf16)
+        reference, bf16 = oracle(directory, 64)
+        assert_no_worse(engine.decode_logits(prompt(64)), reference, bf16)
+        assert {isa} == {kernel.isa for kernel in engine.plan.kernels.values()}
+
+
+@pytest.mark.parametrize("quant", ["fp16", "f32"])
+def test_other_stored_formats(quant: str, checkpoint: Callable[..., Path]) -> None:
+    directory = checkpoint("qwen3_moe", quant)
+    with hmc.Engine(hmc.compile(directory)) as engine:
+        reference, bf16 = oracle(directory, 64)
+        assert_no_worse(engine.logits(prompt(64)), reference, bf16)
+        assert_no_worse(engine.decode_logits(prompt(64)), reference, bf16)
+
+
+def test_bf16_scales(checkpoint: Callable[..., Path]) -> None:
+    directory = checkpoint("deepseek_v3", "fp8", scale_dtype=torch.bfloat16)
+    with hmc.Engine(hmc.compile(directory)) as engine:
+        reference, bf16 = oracle(directory, 64)
+        assert_no_worse(engine.logits(prompt(64)), reference, bf16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_do_not_depend_on_threads_or_chunks(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    directory = checkpoint(family, "fp8")
+    answers = set()
+    rows = []
+    for threads in (1, 2, 4):
+        with hmc.Engine(hmc.compile(directory), threads=threads) as engine:
+            answers.add(tuple(engine.generate(prompt(40), max_new_tokens=24).token_ids))
+            rows.append(engine.decode_logits(prompt(20)))
+    assert len(answers) == 1
+    assert all(np.array_equal(rows[0], other) for other in rows[1:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_gives_the_tokens_of_each_alone(
+    family: str, checkpoint: Callable[..., Path]
+) -> None:
+    """Decode rows are bit-identical whoever shares the call."""
+    directory = checkpoint(family, "fp8")
+    prompts = [prompt(length) for length in (3, 9, 17, 5)]
+    with hmc.Engine(hmc.compile(directory)) as engine:
+        alone = [engine.decode_logits(ids) for ids in prompts]
+        together = _decode_together(engine, prompts)
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+
+
+def _decode_together(engine: hmc.Engine, prompts: list[list[int]]) -> list[Floats]:
+    """Logits of every prompt, token by token, all prompts that are not yet done in one call."""
+    sequences = [engine.executor.open() for _ in prompts]
+    rows: list[list[Floats]] = [[] for _ in prompts]
+    for position in range(max(map(len, prompts))):
+        live = [n for n, ids in enumerate(prompts) if position < len(ids)]
+        tokens = np.array([prompts[n][position] for n in live], np.int32)
+        logits = engine.executor.decode([sequences[n] for n in live], tokens)
+        for n, row in zip(live, logits, strict=True):
+            rows[n].append(row.copy())
+    for sequence in sequences:
+        engine.executor.release(sequence)
+    return [np.stack(found) for found in rows]

@@ -1,0 +1,198 @@
+"""The plan file: canonical, deterministic, refused when it is not what it was; and the rules of verify_plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hmc
+from hmc.errors import PlanError, PlanFormatError, VerifyError
+from hmc.plan import Operand, Phase, Plan
+from hmc.verify import verify_plan
+
+
+@pytest.fixture(scope="module")
+def plan(checkpoint: Callable[..., Path]) -> Plan:
+    return hmc.compile(checkpoint("deepseek_v3", "fp8"))
+
+
+def _with_phase(plan: Plan, change: Callable[[Phase], dict[str, Any]]) -> Plan:
+    decode = plan.phase("decode")
+    others = tuple(phase for phase in plan.phases if phase is not decode)
+    return plan.model_copy(update={"phases": (*others, decode.model_copy(update=change(decode)))})
+
+
+def test_round_trip_and_determinism(plan: Plan, tmp_path: Path, checkpoint: Any) -> None:
+    plan.save(tmp_path / "a.hmp")
+    hmc.compile(checkpoint("deepseek_v3", "fp8")).save(tmp_path / "b.hmp")
+    assert (tmp_path / "a.hmp").read_bytes() == (tmp_path / "b.hmp").read_bytes()
+    assert Plan.load(tmp_path / "a.hmp") == plan
+
+
+def test_save_leaves_no_half_written_file(plan: Plan, tmp_path: Path) -> None:
+    target = tmp_path / "nowhere" / "a.hmp"
+    with pytest.raises(PlanError, match="cannot write the plan"):
+        plan.save(target)
+    assert not list(tmp_path.iterdir())
+
+
+def test_full_disk_is_one_clear_error(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(PlanError, match="No space left on device"):
+        plan.save(tmp_path / "a.hmp")
+    assert not list(tmp_path.iterdir())
+
+
+def _rewrite(path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    with zipfile.ZipFile(path) as archive:
+        parts = {entry: archive.read(entry) for entry in archive.namelist()}
+    parts[name] = change(parts[name])
+    with zipfile.ZipFile(path, "w") as archive:
+        for entry, body in parts.items():
+            archive.writestr(entry, body)
+
+
+def test_tampering_is_refused(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "a.hmp"
+    plan.save(path)
+    _rewrite(path, "plan.json", lambda body: body.replace(b'"top_k":4', b'"top_k":5'))
+    with pytest.raises(PlanFormatError, match="was changed after it was made"):
+        Plan.load(path)
+
+
+def test_another_schema_version_is_refused(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "a.hmp"
+    plan.save(path)
+
+    def older(body: bytes) -> bytes:
+        return json.dumps(json.loads(body) | {"schema_version": 0}).encode()
+
+    _rewrite(path, "digest.json", older)
+    with pytest.raises(PlanFormatError, match="plan schema 0, this hmc reads 1"):
+        Plan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip at all", b"PK\x03\x04 cut short"])
+def test_what_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.hmp"
+    path.write_bytes(content)
+    with pytest.raises(PlanFormatError, match="is no hmc plan"):
+        Plan.load(path)
+
+
+def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "a.hmp"
+    plan.save(path)
+    body = bytearray(path.read_bytes())
+    body[len(body) // 2] ^= 0xFF
+    path.write_bytes(bytes(body))
+    with pytest.raises(PlanFormatError):
+        Plan.load(path)
+
+
+def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="No such file"):
+        Plan.load(tmp_path / "none.hmp")
+
+
+def test_verify_catches_a_read_before_its_write(plan: Plan) -> None:
+    broken = _with_phase(plan, lambda phase: {"steps": (phase.steps[1], *phase.steps[2:])})
+    with pytest.raises(VerifyError, match="before anything wrote it"):
+        verify_plan(broken)
+
+
+def test_verify_catches_a_missing_event(plan: Plan) -> None:
+    def move(phase: Phase) -> dict[str, Any]:
+        steps = list(phase.steps)
+        steps[3] = steps[3].model_copy(update={"resource": "gpu"})
+        return {"steps": tuple(steps)}
+
+    with pytest.raises(VerifyError, match="without waiting for its write"):
+        verify_plan(_with_phase(plan, move))
+
+
+def test_events_order_resources(plan: Plan) -> None:
+    def move(phase: Phase) -> dict[str, Any]:
+        steps = list(phase.steps)
+        steps[2] = steps[2].model_copy(update={"signal": 1})
+        steps[3] = steps[3].model_copy(update={"resource": "gpu", "waits": (1,), "signal": 2})
+        steps[4] = steps[4].model_copy(update={"waits": (2,)})
+        return {"steps": tuple(steps)}
+
+    verify_plan(_with_phase(plan, move))
+
+
+def test_verify_catches_reused_bytes(plan: Plan) -> None:
+    def collide(phase: Phase) -> dict[str, Any]:
+        inside = [buffer for buffer in phase.buffers if buffer.offset >= 0]
+        return {
+            "buffers": tuple(
+                buffer.model_copy(update={"offset": 0}) if buffer in inside[:6] else buffer
+                for buffer in phase.buffers
+            )
+        }
+
+    with pytest.raises(VerifyError, match="before anything wrote it"):
+        verify_plan(_with_phase(plan, collide))
+
+
+def test_verify_catches_columns_outside_their_buffer(plan: Plan) -> None:
+    def widen(phase: Phase) -> dict[str, Any]:
+        steps = list(phase.steps)
+        x = steps[1].inputs["x"]
+        wide = Operand(buffer=x.buffer, column=8, width=x.width)
+        steps[1] = steps[1].model_copy(update={"inputs": {"x": wide}})
+        return {"steps": tuple(steps)}
+
+    with pytest.raises(VerifyError, match="columns beyond"):
+        verify_plan(_with_phase(plan, widen))
+
+
+def test_verify_catches_an_expert_placed_twice(plan: Plan) -> None:
+    first, *rest = plan.placement
+    double = first.model_copy(update={"tiers": {"host": "0-15", "gpu0": "3"}})
+    with pytest.raises(VerifyError, match="exactly one tier"):
+        verify_plan(plan.model_copy(update={"placement": (double, *rest)}))
+
+
+def test_verify_catches_a_tensor_outside_its_shard(plan: Plan) -> None:
+    first, *rest = plan.weights
+    moved = first.model_copy(update={"offset": 1 << 40})
+    with pytest.raises(VerifyError, match="lies outside its shard"):
+        verify_plan(plan.model_copy(update={"weights": (moved, *rest)}))
+
+
+def test_buffers_in_use_together_never_share_bytes(plan: Plan) -> None:
+    sizes = {"f32": 4, "bf16": 2, "i32": 4}
+    for phase in plan.phases:
+        lives: dict[str, list[int]] = {}
+        for position, step in enumerate(phase.steps):
+            for operand in (*step.inputs.values(), *step.outputs.values()):
+                lives.setdefault(operand.buffer, []).append(position)
+        inside = [b for b in phase.buffers if b.offset >= 0]
+        for one in inside:
+            for two in inside:
+                apart = (
+                    one.offset + one.width * sizes[one.dtype] <= two.offset
+                    or two.offset + two.width * sizes[two.dtype] <= one.offset
+                )
+                together = lives[one.name][0] <= lives[two.name][-1] and (
+                    lives[two.name][0] <= lives[one.name][-1]
+                )
+                assert one is two or apart or not together
+
+
+def test_plan_file_is_readable_by_all(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "a.hmp")
+    assert os.stat(tmp_path / "a.hmp").st_mode & 0o444 == 0o444
