@@ -55,18 +55,6 @@ def decode_pairs(
         block(const(whole), length - whole)
 
 
-def decode_column(
-    e: Emitter, weight: WeightFormat, panel: Value, stride: int, base: Value, row_bytes: int
-) -> None:
-    """Store `COLUMN[weight]` weights (16 bytes) of each of 16 rows, `row_bytes` apart from `base` (i8*) on, as pairs."""
-    quads = []
-    for i in range(4):
-        lanes = [e.load_vec(e.offset(base, const((i + 4 * lane) * row_bytes)), const(0), I32, 4) for lane in range(4)]
-        halves = [e.b.shuffle_vector(*lanes[at : at + 2], _indices(list(range(8)))) for at in (0, 2)]
-        quads.append(e.b.shuffle_vector(*halves, _indices(list(range(16)))))
-    _store_column(e, weight, panel, stride, quads)
-
-
 def _store_column(
     e: Emitter, weight: WeightFormat, panel: Value, stride: int, quads: list[Value]
 ) -> None:

@@ -85,7 +85,7 @@ class Jit:
     def object_code(self, spec: KernelSpec) -> bytes:
         """Relocatable object of `spec`, from the disk cache when it is there."""
         isa = TIERS[spec.isa]
-        path = env.cache_dir() / "kernels" / f"{spec.symbol}-{_toolchain_key(isa)}.o"
+        path = cached_object(spec)
         if path.is_file():
             return path.read_bytes()
         text = self.ir_text(spec)
@@ -112,6 +112,11 @@ class Jit:
         if address == 0:
             raise KernelError(f"kernel {symbol} is not in its object: delete the cache folder")
         return address
+
+
+def cached_object(spec: KernelSpec) -> Path:
+    """Where the compiled object of `spec` is, or would be."""
+    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_toolchain_key(TIERS[spec.isa])}.o"
 
 
 @cache

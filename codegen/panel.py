@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.interleave import COLUMN, decode_column, decode_columns, decode_pairs
+from hmc.codegen.interleave import decode_columns, decode_pairs
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
@@ -74,11 +74,6 @@ class Form:
         return VECTORS * self.lanes
 
     @property
-    def fused(self) -> int:
-        """Tokens of the tile that also decodes the next chunk (0: none): enough to hide it, few enough for registers."""
-        return self.spec.tiled("fused", 10) if self.dot and self.spec.weight != "int4" else 0
-
-    @property
     def chunks(self) -> int:
         """Chunks of K, the last of which may be short."""
         return -(-self.k // _CHUNK)
@@ -107,14 +102,9 @@ class Form:
     # Scratch of one worker: panel, scales f32 [group][rows], totals f32 [block][rows], packed tokens.
 
     @property
-    def panel_bytes(self) -> int:
-        """Bytes of one decoded panel; there are two, so that the next can be made while one is used."""
-        return _CHUNK // self.step * self.rows * 4 + 2048
-
-    @property
     def scales_offset(self) -> int:
         """Where the scales start."""
-        return 2 * self.panel_bytes
+        return _CHUNK // self.step * self.rows * 4
 
     @property
     def totals_offset(self) -> int:
@@ -155,12 +145,8 @@ class Panels:
         self._lengths = [
             (length, chunks) for length, chunks in ((_CHUNK, full), (tail, 1)) if length and chunks
         ]
-        if form.fused:
-            self._emit_tile(form.fused, fused=True)
         for length, _ in self._lengths:
             self._emit_decode(length)
-            if form.dot and form.group:
-                self._emit_scales(length)
         self._emit_multiply()
         self._emit_pack()
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
@@ -230,86 +216,56 @@ class Panels:
             totals = e.offset(scratch, const(form.totals_offset))
             with e.for_range(0, b.mul(tokens, const(VECTORS))) as index:
                 e.store(e.zeros(F32, form.lanes), totals, b.mul(index, const(form.lanes)), align=4)
-            # The fused tile needs its tokens, and rows that all exist (it reads them without a check).
-            fuse = b.icmp_signed(">=", tokens, const(form.fused or 1))
-            for last in words[2 : 3 * VECTORS : 3]:
-                fuse = b.and_(fuse, b.icmp_signed(">=", last, const(form.lanes - 1)))
             chunk = const(0)
             for length, chunks in self._lengths:
                 with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
-                    self._chunk(length, chunk_index, scratch, tokens, words, fuse)
+                    self._chunk(length, chunk_index, scratch, tokens, words)
                 chunk = const(chunks)
 
     def _chunk(
-        self,
-        length: int,
-        chunk: Value,
-        scratch: Value,
-        tokens: Value,
-        words: Sequence[Value],
-        fuse: Value,
+        self, length: int, chunk: Value, scratch: Value, tokens: Value, words: Sequence[Value]
     ) -> None:
-        """Decode one chunk of K, unless that was done, and multiply all tokens by it."""
+        """Decode one chunk of K and multiply all tokens by it."""
         e, b, form = self.e, self.e.b, self.form
-        odd = b.and_(chunk, const(1))
-        panel = e.offset(scratch, b.mul(odd, const(form.panel_bytes)))
         moved = b.mul(chunk, const(row_bytes(form.spec.weight, _CHUNK)))
-        weights = [e.offset(pointer, moved) for pointer in words[0 : 3 * VECTORS : 3]]
-        stored, lasts = words[1 : 3 * VECTORS : 3], words[2 : 3 * VECTORS : 3]
-        scales = e.offset(scratch, const(form.scales_offset))
+        scales_moved = const(0)
         if form.group:
-            per_chunk = _CHUNK // form.group * form.scale_bytes
-            stored = [e.offset(pointer, b.mul(chunk, const(per_chunk))) for pointer in stored]
-
-        def decode() -> None:
-            for v, (rows, factors, last) in enumerate(zip(weights, stored, lasts, strict=True)):
-                target = e.offset(panel, const(v * form.lanes * 4))
-                self._call(f"decode{length}", target, factors, rows, last)
-
-        if form.fused and length == _CHUNK:
-            decoded = b.and_(fuse, b.icmp_signed(">", chunk, const(0)))
-            with b.if_then(b.not_(decoded)):
-                decode()
-        else:
-            decode()
-        if form.dot and form.group:
-            for v, (factors, last) in enumerate(zip(stored, lasts, strict=True)):
-                self._call(f"scales{length}", e.offset(scales, const(v * form.lanes * 4)), factors, last)
+            scales_moved = b.mul(chunk, const(_CHUNK // form.group * form.scale_bytes))
+        scales = e.offset(scratch, const(form.scales_offset))
+        for v in range(VECTORS):
+            weights, stored, last = words[3 * v : 3 * v + 3]
+            lane = const(v * form.lanes * 4)
+            self._call(
+                f"decode{length}",
+                e.offset(scratch, lane),
+                e.offset(scales, lane),
+                e.offset(weights, moved),
+                e.offset(stored, scales_moved),
+                last,
+            )
         groups, steps = 1, -(-length // (form.step * _UNROLL)) * _UNROLL
         if form.dot and 0 < form.group < _CHUNK:
             groups, steps = -(-length // form.group), form.group // form.step
-        fetch = [e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]]
+        fetch = [
+            e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
+        ]
         x = e.offset(scratch, const(form.x_offset))
         x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
         totals = e.offset(scratch, const(form.totals_offset))
-        done = e.local(I64, const(0))
-        if form.fused and length == _CHUNK:
-            full = form.k // _CHUNK
-            more = b.and_(fuse, b.icmp_signed("<", chunk, const(full - 1)))
-            with b.if_then(more):
-                other = e.offset(scratch, b.mul(b.xor(odd, const(1)), const(form.panel_bytes)))
-                following = [e.offset(rows, const(row_bytes(form.spec.weight, _CHUNK))) for rows in weights]
-                self._call(
-                    f"fused{form.fused}", totals, panel, x, scales, const(groups), const(steps),
-                    *fetch, other, *following,
-                )  # fmt: skip
-                b.store(const(form.fused), done)
-        begin = b.load(done)
-        left = b.sub(tokens, begin)
-        tiles = b.udiv(b.add(left, const(form.tile - 1)), const(form.tile))
+        tiles = b.udiv(b.add(tokens, const(form.tile - 1)), const(form.tile))
         with e.for_range(0, tiles) as tile:
-            first = b.add(begin, b.udiv(b.mul(left, tile), tiles))
-            end = b.add(begin, b.udiv(b.mul(left, b.add(tile, const(1))), tiles))
+            first = b.udiv(b.mul(tokens, tile), tiles)
+            end = b.udiv(b.mul(tokens, b.add(tile, const(1))), tiles)
             # Only the first tile fetches ahead; the others touch the panel, which is in L1.
-            is_first = b.icmp_signed("==", first, const(0))
+            is_first = b.icmp_signed("==", tile, const(0))
             values = [
                 e.offset(totals, b.mul(first, const(form.rows * 4))),
-                panel,
+                scratch,
                 e.offset(x, b.mul(first, const(form.token_bytes))),
                 scales,
                 const(groups),
                 const(steps),
-                *(b.select(is_first, pointer, panel) for pointer in fetch),
+                *(b.select(is_first, pointer, scratch) for pointer in fetch),
             ]
             self._switch_tile(b.sub(end, first), values)
 
@@ -325,19 +281,20 @@ class Panels:
             b.branch(done)
         b.position_at_end(done)
 
-    def _emit_tile(self, count: int, fused: bool = False) -> None:
-        """tile(totals, panel, x, scales, groups, steps, 2 x ahead): one chunk added to the totals of `count` tokens.
-
-        The fused one takes (..., other panel, 2 x weights) too and decodes that chunk into the other panel meanwhile:
-        shuffles and dot products use different units, and the core overlaps them.
-        """
+    def _emit_tile(self, count: int) -> None:
+        """tile(totals, panel, x, scales, groups, steps, 2 x ahead): one chunk added to the totals of `count` tokens."""
         e, form = self.e, self.form
         lanes = form.lanes
         kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS]
-        kinds += [_PTR] * (1 + VECTORS) if fused else []
-        with e.subroutine(f"{'fused' if fused else 'tile'}{count}", *kinds) as words:
-            totals, panel, x, scales, groups, steps = words[:6]
-            ahead, following = words[6 : 6 + VECTORS], words[6 + VECTORS :]
+        with e.subroutine(f"tile{count}", *kinds) as (
+            totals,
+            panel,
+            x,
+            scales,
+            groups,
+            steps,
+            *ahead,
+        ):
             b = e.b
             scaled = form.dot and form.group > 0
             cells = [(t, v) for t in range(count) for v in range(VECTORS)]
@@ -347,20 +304,22 @@ class Panels:
 
             with e.for_range(0, groups) as group:
                 sums = {
-                    cell: e.local(vec(F32, lanes), e.zeros(F32, lanes) if scaled else total_of(*cell))
+                    cell: e.local(
+                        vec(F32, lanes), e.zeros(F32, lanes) if scaled else total_of(*cell)
+                    )
                     for cell in cells
                 }
                 first = b.mul(group, steps)
                 with e.for_range(first, b.add(first, steps), _UNROLL) as step:
                     for pointer in ahead:
                         self._prefetch(pointer, step)
-                    if fused:
-                        self._decode_step(step, following[0], following[1:])
                     panel_step = e.offset(panel, b.mul(step, const(form.rows * 4)))
                     x_step = e.offset(x, b.mul(step, const(4)))
                     for u in range(_UNROLL):
                         weights = [
-                            e.load_vec(panel_step, const((u * VECTORS + v) * lanes), F32, lanes, align=4)
+                            e.load_vec(
+                                panel_step, const((u * VECTORS + v) * lanes), F32, lanes, align=4
+                            )
                             for v in range(VECTORS)
                         ]
                         for t in range(count):
@@ -380,26 +339,6 @@ class Panels:
                         total = e.fma(total, factors[v], total_of(t, v))
                     e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
 
-    def _decode_step(self, step: Value, panel: Value, weights: Sequence[Value]) -> None:
-        """The share of `_UNROLL` steps in decoding a chunk: a column of one vector of rows after the other's."""
-        e, b, form = self.e, self.e.b, self.form
-        column = COLUMN[form.spec.weight]
-        every = _CHUNK // column * VECTORS // (_CHUNK // form.step // _UNROLL)
-        for i in range(every):
-            number = b.add(b.mul(b.udiv(step, const(_UNROLL)), const(every)), const(i))
-            v, at = b.urem(number, const(VECTORS)), b.udiv(number, const(VECTORS))
-            base = b.select(b.icmp_signed("==", v, const(0)), *weights)
-            lane = b.mul(v, const(form.lanes * 4))
-            moved = b.mul(at, const(column // form.step * form.rows * 4))
-            decode_column(
-                e,
-                form.spec.weight,
-                e.offset(panel, b.add(lane, moved)),
-                form.rows,
-                e.offset(base, b.mul(at, const(16))),
-                row_bytes(form.spec.weight, form.k),
-            )
-
     def _multiply_add(self, weights: Value, one: Value, total: Value) -> Value:
         if not self.form.dot:
             return self.e.fma(weights, one, total)
@@ -416,29 +355,30 @@ class Panels:
             e.prefetch(e.offset(moved, const(line * 64)), 2)
 
     def _emit_decode(self, length: int) -> None:
-        """decode(panel, stored scales, weights, last): `length` weights of `lanes` rows."""
+        """decode(panel, scales, weights, stored scales, last): `length` weights of `lanes` rows."""
         e, form = self.e, self.form
-        with e.subroutine(f"decode{length}", _PTR, _PTR, _PTR, I64) as (panel, stored, weights, last):
+        with e.subroutine(f"decode{length}", _PTR, _PTR, _PTR, _PTR, I64) as (
+            panel,
+            scales,
+            weights,
+            stored,
+            last,
+        ):
             order = [e.minimum(const(r), last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))
             rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
+            groups = range(0, length, form.group or length)
             if form.dot:
                 decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
+                if form.group:
+                    for index in range(len(groups)):
+                        factor = self._factor(stored, order, index)
+                        e.store(factor, scales, const(index * form.rows), align=4)
                 return
-            group = form.group or length
-            for index, begin in enumerate(range(0, length, group)):
+            for index, begin in enumerate(groups):
                 factor = self._factor(stored, order, index) if form.group else None
-                end = min(length, begin + group)
+                end = min(length, begin + groups.step)
                 decode_columns(e, form.spec.weight, panel, form.rows, rows, begin, end, factor)
-
-    def _emit_scales(self, length: int) -> None:
-        """scales(scales, stored scales, last): the chunk's to f32 [group][rows]."""
-        e, form = self.e, self.form
-        with e.subroutine(f"scales{length}", _PTR, _PTR, I64) as (scales, stored, last):
-            order = [e.minimum(const(r), last) for r in range(form.lanes)]
-            for index in range(-(-length // form.group)):
-                factor = self._factor(stored, order, index)
-                e.store(factor, scales, const(index * form.rows), align=4)
 
     def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
         """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: the block's, for all)."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hmc.codegen.build import build
 from hmc.codegen.isa import TIERS, require
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -21,7 +22,7 @@ from hmc.detect import available_bytes, memory_limit
 from hmc.errors import CapacityError, ContextLengthError, ExecutionError
 from hmc.plan import Plan
 from hmc.runtime.kv import KVCache, Sequence
-from hmc.runtime.lowering import LoweredPhase, Lowering
+from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
 from hmc.runtime.tables import Tables
@@ -50,6 +51,7 @@ class Executor:
         require(plan.isa)
         check_memory(plan, dummy_weights or home == "arena")
         with ExitStack() as stack:
+            build((spec_of(kernel) for kernel in plan.kernels.values()), progress)
             jit = Jit(EMITTERS)
             self.pool = stack.enter_context(Pool(jit, TIERS[plan.isa], threads or plan.threads))
             self.store = WeightStore.open(

@@ -142,7 +142,7 @@ class _Nest:
         row = b.add(first_row, d)
         base = e.offset(e.arg["w"], b.mul(row, const(self.row_bytes)))
         lines = [e.offset(base, const(j * self.row_bytes)) for j in range(rows)]
-        ahead = spec.tiled("prefetch", 16)
+        ahead = spec.tiled("prefetch", 32)
         # Past the last row of this head the next head's follow, behind the rows of W_UV.
         over = b.icmp_signed(">=", b.add(d, const(ahead)), const(spec["nope"]))
         skip = b.select(over, const(ahead + spec["v_dim"]), const(ahead))
@@ -172,15 +172,13 @@ class _Nest:
         for j in range(len(lines)):
             place = e.offset(fetch, b.mul(block, const(size)))
             for line in range(0, size, 64):
-                e.prefetch(e.offset(place, const(j * self.row_bytes + line)), 3)
+                e.prefetch(e.offset(place, const(j * self.row_bytes + line)), 2)
 
         def strip(index: Value, valid: int) -> None:
             weights = [self.unit.load(e, line, index, valid) for line in lines]
             with e.for_range(0, tokens) as token:
                 at = b.add(b.mul(token, const(self.padded)), index)
-                places = [
-                    b.add(at, const(v * self.unit.lanes)) for v in range(len(weights[0]))
-                ]
+                places = [b.add(at, const(v * self.unit.lanes)) for v in range(len(weights[0]))]
                 totals = [e.load_vec(self.sums, p, F32, self.unit.lanes, 4) for p in places]
                 for j, decoded in enumerate(weights):
                     factor_at = b.add(b.mul(token, const(len(lines))), const(j))

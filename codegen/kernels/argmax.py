@@ -53,9 +53,7 @@ def emit_argmax_part(spec: KernelSpec) -> str:
         with e.for_range(start, whole, lanes) as index:
             take(index, lanes)
         if vocab % lanes:
-            owner = b.and_(
-                b.icmp_signed("<", start, stop), b.icmp_signed("==", stop, const(vocab))
-            )
+            owner = b.and_(b.icmp_signed("<", start, stop), b.icmp_signed("==", stop, const(vocab)))
             with b.if_then(owner):
                 take(const(vocab // lanes * lanes), vocab % lanes)
         best = reduce_int(e, "smax", b.load(top))

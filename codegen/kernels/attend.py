@@ -187,7 +187,9 @@ class Walk:
                         b.icmp_signed("<=", low, middle), b.icmp_signed("<", middle, high)
                     )
                     with b.if_then(mine):
-                        next_middle = b.mul(b.add(b.shl(before, const(1)), b.mul(count, const(3))), e.workers)
+                        next_middle = b.mul(
+                            b.add(b.shl(before, const(1)), b.mul(count, const(3))), e.workers
+                        )
                         more = b.icmp_signed("<", next_middle, high)
                         body(token, partition, group, b.load(number), more)
                     b.store(b.add(before, count), seen)
@@ -365,7 +367,11 @@ class Task:
                     self._prefetch_slice(base, size, level, step, steps)
                 query = [
                     e.load_vec(
-                        q, b.mul(step, const(s.width)), I32 if s.dot else F32, s.width, align=4 * s.width
+                        q,
+                        b.mul(step, const(s.width)),
+                        I32 if s.dot else F32,
+                        s.width,
+                        align=4 * s.width,
                     )
                     for q in self.queries
                 ]
@@ -383,17 +389,13 @@ class Task:
                     b.store(total, sums[row])
             for row in range(s.tile):
                 where = b.add(position, const(row))
-                valid = b.and_(
-                    b.icmp_signed("<", where, count), b.icmp_signed(">=", where, skip)
-                )
+                valid = b.and_(b.icmp_signed("<", where, count), b.icmp_signed(">=", where, skip))
                 score = b.select(valid, b.fmul(b.load(sums[row]), scale), never)
                 e.store(score, self.scores, b.mul(where, const(s.width)), align=4 * s.width)
                 b.store(fmax(e, score, b.load(maximum)), maximum)
         return b.load(maximum)
 
-    def _prefetch_slice(
-        self, base: Value, size: int, level: int, step: Value, steps: int
-    ) -> None:
+    def _prefetch_slice(self, base: Value, size: int, level: int, step: Value, steps: int) -> None:
         """Fetch the part of [base, base + size) that falls to `step` of `steps`: traffic spread evenly."""
         e, b = self.e, self.e.b
         lines = -(-size // 64)
@@ -474,7 +476,13 @@ class Task:
             rest = s.value - whole
             for head in range(0, s.members, tall):
                 self._result_tile(
-                    skip, count, record, const(head), min(tall, s.members - head), const(whole), rest
+                    skip,
+                    count,
+                    record,
+                    const(head),
+                    min(tall, s.members - head),
+                    const(whole),
+                    rest,
                 )
 
     def _result_tile(
@@ -502,7 +510,9 @@ class Task:
                 one = e.splat(e.load(self.weights, index, I32 if s.dot else F32, align=4), s.lanes)
                 for slot, value in zip(sums[h], loaded, strict=True):
                     old = b.load(slot)
-                    b.store(dot_pairs(e, old, one, value) if s.dot else e.fma(one, value, old), slot)
+                    b.store(
+                        dot_pairs(e, old, one, value) if s.dot else e.fma(one, value, old), slot
+                    )
 
         start = b.mul(b.udiv(skip, const(s.run)), const(s.run))
         with e.for_range(start, count, s.run) as run:
@@ -675,7 +685,14 @@ def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter]
         target = e.at(e.arg[y], target_index, I16)
         source = e.at(first, b.mul(member, const(s.value)), F32)
 
-        def columns(base: Value, size: int, source: Value = source, target: Value = target, divisor: Value = divisor, count: Value = count) -> None:
+        def columns(
+            base: Value,
+            size: int,
+            source: Value = source,
+            target: Value = target,
+            divisor: Value = divisor,
+            count: Value = count,
+        ) -> None:
             cut = range(0, size, lanes)
             sums = [e.local(vec(F32, lanes), e.zeros(F32, lanes)) for _ in cut]
             with e.for_range(0, count) as index:

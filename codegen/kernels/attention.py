@@ -44,9 +44,7 @@ def cache_row(e: Emitter, token: Value, block: int) -> tuple[Value, Value]:
     b = e.b
     sequence = b.sext(e.load(e.arg["sequence"], token, I32), I64)
     position = b.sext(e.load(e.arg["positions"], token, I32), I64)
-    entry = b.add(
-        b.mul(sequence, e.arg["table_stride"]), b.sdiv(position, const(block))
-    )
+    entry = b.add(b.mul(sequence, e.arg["table_stride"]), b.sdiv(position, const(block)))
     number = b.sext(e.load(e.arg["tables"], entry, I32), I64)
     return number, b.srem(position, const(block))
 
@@ -75,9 +73,7 @@ def emit_kv_append(spec: KernelSpec) -> str:
             row = b.add(b.mul(number, const(kv_heads)), head)
             row = b.add(b.mul(row, const(block)), slot)
             for name, width in (("k", spec["head_dim"]), ("v", spec["v_dim"])):
-                index = b.add(
-                    b.mul(token, e.arg[f"{name}_stride"]), b.mul(head, const(width))
-                )
+                index = b.add(b.mul(token, e.arg[f"{name}_stride"]), b.mul(head, const(width)))
                 source = e.at(e.arg[name], index, F32)
                 target = e.at(e.arg[f"{name}_cache"], b.mul(row, const(width)), I16)
                 copy_to_bf16(e, source, target, width)
@@ -94,9 +90,7 @@ def emit_attention(spec: KernelSpec) -> str:
         row = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(head_dim)))
         return e.at(e.arg["q"], row, F32)
 
-    source = Source(
-        ((query, head_dim),), e.arg["k_cache"], e.arg["v_cache"], values_apart=True
-    )
+    source = Source(((query, head_dim),), e.arg["k_cache"], e.arg["v_cache"], values_apart=True)
     task, walk = Task(e, shape, source), Walk(e, shape)
     walk.tasks(lambda t, p, g, number, more: task.emit(t, p, g, walk.record(number), more, walk))
     return e.finish()

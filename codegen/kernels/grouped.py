@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const
 from hmc.codegen.panel import VECTORS, Form, Panels, Rows, ceil_div, load_lanes, store_lanes
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import sigmoid
@@ -66,8 +66,11 @@ def emit_grouped_gate_up(spec: KernelSpec) -> str:
                 _ahead(e, panels, expert, column, b.add(panel, const(1)), stop, lanes, const(0))
                 for column in (_GATE, _UP)
             )
-            panels.multiply((gate, up), here, (ahead[0], ahead[1]))
             row = b.mul(panel, const(lanes))
+            with e.for_range(0, here) as token:
+                index = b.add(b.mul(_slot(e, b.add(at, token)), const(n)), row)
+                e.prefetch(b.bitcast(e.at(e.arg["act"], index, I16), I8.as_pointer()), 2)
+            panels.multiply((gate, up), here, (ahead[0], ahead[1]))
             left = b.sub(const(n), row)
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
@@ -108,6 +111,12 @@ def emit_grouped_down(spec: KernelSpec) -> str:
                 e, panels, expert, _DOWN, b.add(panel, const(1)), stop, form.rows, start
             )
             stride = lanes * row_bytes(spec.weight, form.k)
+            with e.for_range(0, here) as token:
+                slot = _slot(e, b.add(at, token))
+                line = b.mul(b.udiv(slot, const(spec["top_k"])), e.arg["y_stride"])
+                for at_row in starts:
+                    target = e.at(e.arg["y"], b.add(line, at_row), F32)
+                    e.prefetch(b.bitcast(target, I8.as_pointer()), 2)
             panels.multiply((low, high), here, (ahead, e.offset(ahead, const(stride))))
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))

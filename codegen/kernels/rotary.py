@@ -76,7 +76,9 @@ def _rotate_halves(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
     upper = e.at(part, const(half), F32)
 
     def strip(index: Value, count: int, way: int) -> None:
-        loaded = [vector.load_f32(e, "f32", p, index, count, lanes) for p in (part, upper, cos, sin)]
+        loaded = [
+            vector.load_f32(e, "f32", p, index, count, lanes) for p in (part, upper, cos, sin)
+        ]
         first, second = _turn(e, *loaded)
         vector.store_f32(e, "f32", first, part, index, count)
         vector.store_f32(e, "f32", second, upper, index, count)

@@ -134,9 +134,7 @@ class _Router:
         total = e.local(vec(F32, lanes), e.zeros(F32, lanes))
 
         def valid(value: Value, count: int, other: float) -> Value:
-            keep = lanes_mask(
-                [lane if lane < count else lanes for lane in range(lanes)]
-            )
+            keep = lanes_mask([lane if lane < count else lanes for lane in range(lanes)])
             return b.shuffle_vector(value, fsplat(other, lanes), keep)
 
         def highest(index: Value, count: int, way: int) -> None:

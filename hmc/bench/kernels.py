@@ -113,10 +113,16 @@ class Row:
 
 
 class KernelBench:
-    """Pool and references of one run; a context manager. `isa` may be any tier the machine has."""
+    """Pool and references of one run; a context manager. `isa` may be any tier the machine has.
 
-    def __init__(self, isa: Isa, *, threads: int | None = None, l2: bool = False) -> None:
-        self.isa, self.l2 = isa, l2
+    `l2` measures on one core, from its L2. Without `barriers`, linear matrices follow each other
+    without waiting, which shows what the barriers of a decode step cost.
+    """
+
+    def __init__(
+        self, isa: Isa, *, threads: int | None = None, l2: bool = False, barriers: bool = True
+    ) -> None:
+        self.isa, self.l2, self._barriers = isa, l2, barriers and not l2
         self._jit = Jit(EMITTERS)
         self.pool = Pool(self._jit, isa, 1 if l2 else threads)
         self.reference: MemoryReference | None = None
@@ -200,7 +206,7 @@ class KernelBench:
     # -- programs ----------------------------------------------------------------------------------
 
     def linear(self, case: Case, matrices: Matrices) -> _Work:
-        """Every matrix once; each waits for the one before, as the steps of a decode do."""
+        """Every matrix once, each after the one before as in a decode step; L2: one again and again."""
         spec = self._spec(case, "linear", k=case.k, tokens=MAX_TOKENS)
         x = _activations(case.tokens, case.k)
         y = np.zeros((case.tokens, case.rows), np.float32)
@@ -209,14 +215,13 @@ class KernelBench:
             indices = np.zeros(_L2_PASS_BYTES // matrices.size, np.int64)
         builder = ProgramBuilder()
         for index in indices:
-            # In L2 the worker is alone and the call short: nothing to wait for.
-            writes = () if self.l2 else ("y",)
             args = pack(
                 "linear",
                 w=int(matrices.weights[index, 0]),
                 scale=int(matrices.scales[index, 0]),
                 **_xy(x, y),
             )
+            writes = ("y",) if self._barriers else ()
             builder.add(self._jit.get(spec), args, tag=0, writes=writes)
         amount = len(indices) * matrices.set_bytes
         return _Work(builder.build(), amount, y, (x,))

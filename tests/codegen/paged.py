@@ -45,7 +45,9 @@ class Paged:
         bits = bf16(rng.standard_normal((self.blocks, self.block, *shape)))
         for s in range(len(self.tables)):
             seen = self.positions[self.sequence == s]
-            for position in range(seen.max(initial=-1) + 1, (self.tables.shape[1] - 1) * self.block):
+            for position in range(
+                seen.max(initial=-1) + 1, (self.tables.shape[1] - 1) * self.block
+            ):
                 bits[self.tables[s, position // self.block], position % self.block] = NAN
         return bits, from_bf16(bits)
 

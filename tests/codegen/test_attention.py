@@ -62,9 +62,7 @@ def caches(
     rng: np.random.Generator, paged: Paged, params: Params
 ) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(bits of k and v, f64 of k and v), [blocks, kv_heads, block, dim]; the bits guarded."""
-    found = [
-        paged.rows(rng, params["kv_heads"], params[dim]) for dim in ("head_dim", "v_dim")
-    ]
+    found = [paged.rows(rng, params["kv_heads"], params[dim]) for dim in ("head_dim", "v_dim")]
     bits, values = (
         tuple(np.ascontiguousarray(pair[i].swapaxes(1, 2)) for pair in found) for i in range(2)
     )
@@ -113,9 +111,7 @@ def test_attention(jit: Jit, isa: str, params: Params) -> None:
     for workers in (2, 4):
         assert (run(jit, isa, params, paged, q, bits, workers) == y).all()
     for token in (0, 3, 4):
-        alone = run(
-            jit, isa, params, paged.only(token), guarded(q[token : token + 1]), bits, 2
-        )
+        alone = run(jit, isa, params, paged.only(token), guarded(q[token : token + 1]), bits, 2)
         assert (alone[0] == y[token]).all()
 
 
@@ -144,7 +140,9 @@ def test_rounding_queries_by_two_terms_costs_no_accuracy(jit: Jit) -> None:
     q = query(rng, params, 1)
     reference = exact(params, paged, q, values)
     errors = {
-        isa: np.sqrt(np.mean((from_bf16(run(jit, isa, params, paged, q, bits, 1)) - reference) ** 2))
+        isa: np.sqrt(
+            np.mean((from_bf16(run(jit, isa, params, paged, q, bits, 1)) - reference) ** 2)
+        )
         for isa in ("avx512_bf16", "avx512")
     }
     assert errors["avx512_bf16"] < 1.2 * errors["avx512"]

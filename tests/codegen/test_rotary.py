@@ -72,9 +72,7 @@ def test_pairs_turn_as_in_deepseek(jit: Jit) -> None:
     q = torch.from_numpy(x.copy()).view(1, 4, 2, 16).transpose(1, 2)
     both = [torch.from_numpy(np.tile(t[positions], 2))[None] for t in (cos, sin)]
     theirs, _ = apply_rotary_pos_emb_interleave(q, q, *both)
-    spec = KernelSpec.of(
-        "rotary", "avx2", heads=2, head_dim=16, start=0, dim=16, interleaved=1
-    )
+    spec = KernelSpec.of("rotary", "avx2", heads=2, head_dim=16, start=0, dim=16, interleaved=1)
     in_turn(
         jit, spec, 1, x=address(x), x_stride=32, gamma=0, cos=address(cos), sin=address(sin),
         positions=address(positions), tokens=4, eps=EPS,

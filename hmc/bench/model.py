@@ -1,0 +1,348 @@
+"""Prefill and decode of a plan: tokens a second, and how near they come to what memory and
+arithmetic give.
+
+Decode: MBU = bytes of weights one token reads / time of the step / streaming read, where the time
+is all of it: native program, sampling (greedy) and Python. `outside_kernels` is the share of that
+time in which a worker is in no kernel: waiting for others at a barrier, or for Python. Prefill: the
+share of the multiply-add peak that the matmuls' FLOPs make (attention's own products come on top,
+and are not counted).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.bench.compare import Compared, Report, interleave, silent
+from hmc.bench.reference import MemoryReference, PeakReference
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import EMITTERS
+from hmc.errors import ContextLengthError, ExecutionError, UsageError
+from hmc.plan import Phase, Plan
+from hmc.runtime.executor import Executor
+from hmc.runtime.kv import Sequence as CacheSequence
+from hmc.runtime.pool import Pool
+from hmc.runtime.sampler import Sampler, SamplingParams
+
+_WARM_STEPS = 4
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """Prefill of `tokens` tokens; `compared` is FLOP/s against the peak."""
+
+    tokens: int
+    seconds: tuple[float, ...]
+    compared: Compared
+
+    @property
+    def test(self) -> str:
+        """pp512."""
+        return f"pp{self.tokens}"
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Tokens/s of each repetition."""
+        return tuple(self.tokens / each for each in self.seconds)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return _rates(self.test, self.rates) | {
+            "gflops": round(self.compared.value / 1e9, 2),
+            "reference_gflops": round(self.compared.reference / 1e9, 2),
+            "peak_share": round(self.compared.ratio, 4),
+        }
+
+
+@dataclass(frozen=True)
+class OpShare:
+    """What the records of one op took of the decode steps, mean over workers; bytes of a step."""
+
+    op: str
+    steps: int
+    share: float
+    bytes: int
+    seconds: float
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it; `gbps` only where weights are read."""
+        found = {"op": self.op, "steps": self.steps, "share": round(self.share, 4)}
+        found |= {"microseconds": round(self.seconds * 1e6, 1)}
+        return found | ({"gbps": round(self.bytes / self.seconds / 1e9, 2)} if self.bytes else {})
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """`tokens` tokens one by one after `context` others; `compared` is bytes/s of weights against
+    the streaming read.
+
+    Each repetition's `waiting` and `python` are shares of its time: workers between kernels while
+    the native program runs, and everything but native programs.
+    """
+
+    tokens: int
+    context: int
+    rates: tuple[float, ...]
+    compared: Compared
+    waiting: tuple[float, ...]
+    python: tuple[float, ...]
+    ops: tuple[OpShare, ...]
+
+    @property
+    def test(self) -> str:
+        """tg64, or tg64@4096 behind 4096 tokens of context."""
+        return f"tg{self.tokens}" + (f"@{self.context}" if self.context else "")
+
+    @property
+    def mbu(self) -> float:
+        """Memory bandwidth use of the whole step."""
+        return self.compared.ratio
+
+    @property
+    def outside_kernels(self) -> float:
+        """Share of the step in which a worker is in no kernel."""
+        return median(a + b for a, b in zip(self.waiting, self.python, strict=True))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return _rates(self.test, self.rates) | {
+            "mbu": round(self.mbu, 4),
+            "outside_kernels": round(self.outside_kernels, 4),
+            "waiting": round(median(self.waiting), 4),
+            "python": round(median(self.python), 4),
+            "gbps": round(self.compared.value / 1e9, 3),
+            "reference_gbps": round(self.compared.reference / 1e9, 3),
+            "ops": [op.record() for op in self.ops],
+        }
+
+
+class ModelBench:
+    """An executor and the references of its own pool. Token ids are random (seeded), so every step
+    routes anew."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        repetitions: int = 5,
+        megabytes: int = 0,
+        report: Report = silent,
+    ) -> None:
+        """Runs the sweep for the streaming read (`megabytes` a pass, 0: as MemoryReference)."""
+        self.plan, self._executor, self._repetitions = executor.plan, executor, repetitions
+        self._report = report
+        jit, isa = Jit(EMITTERS), TIERS[self.plan.isa]
+        self.memory = MemoryReference(executor.pool, jit, isa, megabytes=megabytes, report=report)
+        self.peak = PeakReference(executor.pool, jit, isa)
+        self._random = np.random.default_rng(0)
+        self._warm()
+
+    def prompt(self, tokens: int) -> PromptRow:
+        """Prefill of a fresh sequence, up to the logits of its last token."""
+        flops = prefill_flops(self.plan, tokens)
+        seconds: list[float] = []
+
+        def rate() -> float:
+            seconds.append(self._prefill(tokens))
+            return flops / seconds[-1]
+
+        compared = interleave(
+            rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report
+        )
+        return PromptRow(tokens, tuple(seconds), compared)
+
+    def decode(self, tokens: int, context: int = 0) -> DecodeRow:
+        """`tokens` steps of one sequence behind `context` tokens; repetitions start at the same
+        place."""
+        phase = self.plan.phase("decode")
+        size = active_bytes(self.plan)
+        steps: list[_Steps] = []
+        with self._sequence(context) as sequence:
+
+            def rate() -> float:
+                sequence.length = context
+                steps.append(self._steps(sequence, tokens))
+                return size * tokens / steps[-1].seconds
+
+            compared = interleave(
+                rate, self.memory.rate, self._repetitions, f"tg{tokens}", self._report
+            )
+        return DecodeRow(
+            tokens,
+            context,
+            tuple(tokens / each.seconds for each in steps),
+            compared,
+            tuple((each.native - each.kernels) / each.seconds for each in steps),
+            tuple(1 - each.native / each.seconds for each in steps),
+            _op_shares(phase, steps, tokens),
+        )
+
+    def _prefill(self, tokens: int) -> float:
+        ids = self._ids(tokens)
+        sequence = self._executor.open()
+        try:
+            start = time.perf_counter()
+            logits = np.empty((0, 0), np.float32)
+            for logits in self._executor.prefill(sequence, ids):
+                pass
+            seconds = time.perf_counter() - start
+        finally:
+            self._executor.release(sequence)
+        _check(logits)
+        return seconds
+
+    def _steps(self, sequence: CacheSequence, tokens: int) -> _Steps:
+        ids = self._ids(tokens)
+        sampler = Sampler(SamplingParams())  # greedy
+        with _traced(self._executor, "decode") as recorder:
+            start = time.perf_counter()
+            for index in range(tokens):
+                logits = self._executor.decode([sequence], ids[index : index + 1])
+                sampler.sample(logits[0])  # takes its time; what comes next is random all the same
+            seconds = time.perf_counter() - start
+        _check(logits)
+        return recorder.steps(seconds)
+
+    def _warm(self) -> None:
+        """Read what prompts and steps read, so that no measured one maps pages or compiles."""
+        limits = self.plan.limits
+        self._prefill(min(limits.max_chunk, limits.max_context))
+        with self._sequence(0) as sequence:
+            self._steps(sequence, min(_WARM_STEPS, limits.max_context))
+
+    @contextmanager
+    def _sequence(self, context: int) -> Iterator[CacheSequence]:
+        sequence = self._executor.open()
+        try:
+            if context:
+                for _ in self._executor.prefill(sequence, self._ids(context)):
+                    pass
+            yield sequence
+        finally:
+            self._executor.release(sequence)
+
+    def _ids(self, count: int) -> npt.NDArray[np.int32]:
+        return self._random.integers(0, self.plan.model.vocab, count, np.int32)
+
+
+def check_tests(plan: Plan, prompts: Sequence[int], tokens: int, context: int) -> None:
+    """Raise `ContextLengthError` when a test is longer than the plan's context, `UsageError` when
+    there is none."""
+    if not prompts and not tokens:
+        raise UsageError("nothing to measure: give -p or -n")
+    longest = max((*prompts, context + tokens))
+    if longest > plan.limits.max_context:
+        raise ContextLengthError(
+            f"a test of {longest} tokens exceeds the plan's context of {plan.limits.max_context}:"
+            " compile with a larger --max-context"
+        )
+
+
+def active_bytes(plan: Plan) -> int:
+    """Bytes of weights and scales that one token of the decode phase reads."""
+    return sum(step.weight_bytes for step in plan.phase("decode").steps)
+
+
+def total_bytes(plan: Plan) -> int:
+    """Bytes of all weights and scales."""
+    plain = sum(weight.bytes + weight.scale_bytes for weight in plan.weights)
+    return plain + sum(each.count * (each.bytes + each.scale_bytes) for each in plan.experts)
+
+
+def prefill_flops(plan: Plan, tokens: int) -> int:
+    """FLOPs of the matmuls of a prompt: all tokens up to the gather, one row from there on."""
+    total, rows = 0, tokens
+    for step in plan.phase("prefill.host").steps:
+        rows = 1 if step.op == "gather_rows" else rows
+        total += rows * step.flops
+    return total
+
+
+# -- where the time of a step goes -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """One repetition: seconds of the wall clock, in native programs, in kernels (mean over the
+    workers), and the latter by step id."""
+
+    seconds: float
+    native: float
+    kernels: float
+    by_step: dict[int, float]
+
+
+class _Recorder:
+    """Stands in for the pool of a phase: runs every program with time stamps and keeps them."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._seen: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+
+    def run(self, records: npt.NDArray[np.int64]) -> None:
+        """As `Pool.run`."""
+        trace = np.empty((len(records), self._pool.workers, 2), np.int64)
+        self._pool.run(records, trace)
+        self._seen.append((records, trace))
+
+    def steps(self, seconds: float) -> _Steps:
+        """What was seen during `seconds`."""
+        by_step: dict[int, float] = defaultdict(float)
+        native = 0.0
+        for records, trace in self._seen:
+            native += self._pool.seconds(trace)
+            inside = (trace[:, :, 1] - trace[:, :, 0]).mean(axis=1) / self._pool.tsc_hz
+            for tag, each in zip(records[:, 3].tolist(), inside.tolist(), strict=True):
+                by_step[tag] += each
+        return _Steps(seconds, native, sum(by_step.values()), dict(by_step))
+
+
+@contextmanager
+def _traced(executor: Executor, phase: str) -> Iterator[_Recorder]:
+    """A recorder between a lowered phase and its pool."""
+    lowered = executor.phases[phase]
+    recorder = _Recorder(executor.pool)
+    lowered._pool = recorder  # type: ignore[assignment]
+    try:
+        yield recorder
+    finally:
+        lowered._pool = executor.pool
+
+
+def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> tuple[OpShare, ...]:
+    """By op: medians over the repetitions; shares of the wall clock, largest first."""
+    ops: dict[str, list[int]] = defaultdict(list)
+    for step in phase.steps:
+        ops[step.op].append(step.id)
+    size = {step.id: step.weight_bytes for step in phase.steps}
+    rows = []
+    for op, ids in ops.items():
+        spent = [sum(each.by_step.get(i, 0.0) for i in ids) for each in steps]
+        share = median(a / each.seconds for a, each in zip(spent, steps, strict=True))
+        read = sum(size[i] for i in ids)
+        rows.append(OpShare(op, len(ids), share, read, median(spent) / tokens))
+    return tuple(sorted(rows, key=lambda row: -row.share))
+
+
+def _rates(test: str, rates: Sequence[float]) -> dict[str, Any]:
+    return {
+        "test": test,
+        "tokens_per_second": round(median(rates), 3),
+        "min": round(min(rates), 3),
+        "max": round(max(rates), 3),
+        "repetitions": len(rates),
+    }
+
+
+def _check(logits: npt.NDArray[np.float32]) -> None:
+    if not np.isfinite(logits).all():
+        raise ExecutionError("the model gave logits that are not finite: these times mean nothing")
