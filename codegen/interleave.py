@@ -1,10 +1,12 @@
-"""Decoding weight rows into vectors that hold one K position of many rows: f32, or bf16 pairs for `vdpbf16ps`.
+"""Decoding weight rows into vectors that hold one K position of many rows: f32, or bf16 pairs.
 
-Hides the transposes. For pairs: a transpose of 16 rows x 64 bytes in four shuffles a vector: two stages move 128-bit lanes so that a vector holds the same
-16 bytes of rows i, 4 + i, 8 + i, 12 + i; two unpacks inside the lanes bring four neighbouring rows together. FP8 is still
-bytes then, so one shuffle moves 64 weights. Its bf16 value is two table look-ups of the seven magnitude bits, one for
-each byte (`vpermi2b`), the sign, and two unpacks; every code is exact and the NaN codes give NaN. A nibble pair goes
-through one 32-entry table of words (`vpermw`), whose index ignores what lies above it.
+Hides the transposes. For pairs (`vdpbf16ps`), 16 rows x 64 bytes in four shuffles a vector: two
+stages move 128-bit lanes so that a vector holds the same 16 bytes of rows i, 4 + i, 8 + i, 12 + i;
+two unpacks inside the lanes bring four neighbouring rows together. FP8 is still bytes then, so one
+shuffle moves 64 weights. Its bf16 value is two table look-ups of the seven magnitude bits, one for
+each byte (`vpermi2b`), the sign, and two unpacks; every code is exact and the NaN codes give NaN.
+A nibble pair goes through one 32-entry table of words (`vpermw`), whose index ignores what lies
+above its five bits.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ def decode_pairs(
     rows: list[Value],
     length: int,
 ) -> None:
-    """Store the first `length` weights of 16 `rows` (i8*) as pair vectors, pair s at `panel` (i8*) + s * stride words.
+    """Store the first `length` weights of 16 `rows` (i8*) as pair vectors.
 
-    Pairs past `length` up to a whole 64 bytes of a row are stored too, as finite numbers; nothing past it is read.
+    Pair s goes to `panel` (i8*) + s * `stride` words. Pairs past `length` up to a whole 64 bytes of
+    a row are stored too, as finite numbers; nothing past it is read.
     """
     unit = 4 * COLUMN[weight]
     element, count = {"fp8": (I8, 64), "bf16": (I16, 32), "int4": (I32, 16)}[weight]
@@ -76,10 +79,10 @@ def decode_columns(
     end: int,
     factor: Value | None,
 ) -> None:
-    """Store weights [begin, end) of `rows` as f32 vectors (one lane a row), weight s at `panel` + s * stride words.
+    """Store weights [begin, end) of `rows` (i8*) as f32 vectors, one lane a row, times `factor`.
 
-    `factor` (one lane a row) multiplies them. `begin` is a multiple of the lanes; up to a whole vector of weights past
-    `end` zeros are stored, and nothing past `end` is read.
+    Weight s goes to `panel` (i8*) + s * `stride` words. `begin` is a multiple of the lanes; up to a
+    whole vector of weights past `end` zeros are stored, and nothing past `end` is read.
     """
     b, lanes = e.b, len(rows)
 
@@ -101,7 +104,7 @@ def decode_columns(
 
 
 def _transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
-    """n vectors of n lanes, rows and columns swapped (n a power of two): butterflies at distance 1, 2, 4, ..."""
+    """n vectors of n lanes (a power of two) transposed: butterflies at distance 1, 2, 4, ..."""
     count = len(vectors)
     distance = 1
     while distance < count:
@@ -153,7 +156,7 @@ def _int4(e: Emitter, words: Value) -> list[Value]:
 
 
 def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:
-    """[column c][i]: 16 bytes from byte 16 c of rows i, 4 + i, 8 + i, 12 + i, in that order of 128-bit lanes."""
+    """[c][i]: bytes 16 c to 16 c + 15 of rows i, 4 + i, 8 + i, 12 + i, a 128-bit lane each."""
     columns: list[list[Value]] = [[] for _ in range(4)]
     for i in range(4):
         a, b, c, d = (rows[i + 4 * lane] for lane in range(4))
@@ -197,7 +200,7 @@ def _permute_bytes(e: Emitter, codes: Value, table: tuple[Value, Value]) -> Valu
 
 
 def _fp8_tables() -> tuple[tuple[Value, Value], tuple[Value, Value]]:
-    """High and low bytes of the bf16 value of E4M3FN magnitudes 0..127 (127 is NaN), as halves of 64."""
+    """High and low bytes of the bf16 values of E4M3FN magnitudes 0..127, as halves of 64."""
     bits = e4m3_as_bf16()
     high, low = (bits >> 8).astype(np.uint8), (bits & 0xFF).astype(np.uint8)
     return (_bytes(high[:64]), _bytes(high[64:])), (_bytes(low[:64]), _bytes(low[64:]))

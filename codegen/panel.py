@@ -1,15 +1,22 @@
-"""Many-token matmul core: weight panels decoded once, then register tiles of rows x tokens; hides layouts and tiers.
+"""Many-token matmul core: panels of weights decoded once, then register tiles of rows x tokens.
 
-A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from checkpoint rows into an L1
-scratch panel in which one vector holds the same K position of `lanes` rows, so sums run along K inside lanes and nothing
-is ever added across lanes. Tokens are copied once to [chunk][token][K of the chunk], and tiles of up to `tile` of them
-are multiplied by broadcasting:
+A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from
+checkpoint rows into a scratch panel in L1 in which one vector holds the same K position of `lanes`
+rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are copied once
+to [chunk][token][K of the chunk], and tiles of up to `tile` of them are multiplied by broadcasting:
 
-    dot form   bf16 pairs, panel [K/2][2][16] pairs, `vdpbf16ps` (avx512_bf16 with fp8, bf16 and int4: all exact in bf16);
-               sums of one scale group are scaled into f32 totals by one multiply-add for 16 to 64 dot products
-    fma form   f32, panel [K][2][lanes], fused multiply-add; scales are applied while decoding (every other case)
+    dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
+               scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
+               For avx512_bf16 with fp8, bf16 and int4, which bf16 holds exactly
+    fma form   panel of f32 [K][2][lanes], multiply-add; scales go in while decoding. All others
 
 Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
+
+Zen 4, 128 experts of 768 x 2048 in FP8, about 32 tokens each, shares of core time: decoding 15 %
+(some 9 cycles for 64 weights); without prefetching the next panel all takes 1.4 times as long.
+Tried and dropped: decoding the next chunk inside the first tile, so that shuffles and dot products
+overlap (slower as the compiler schedules it, 3 % faster interleaved by hand); moving 128-bit lanes
+by loads instead of shuffles (no difference); tiles of 8, 10 or 13 tokens (no difference).
 """
 
 from __future__ import annotations
@@ -21,110 +28,18 @@ from llvmlite import ir
 
 from hmc.codegen.interleave import decode_columns, decode_pairs
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import FP8_BLOCK, KernelSpec
+from hmc.codegen.tiling import CHUNK, VECTORS, Form
 from hmc.codegen.vector import bf16_pairs
 from hmc.codegen.weights import masked_vec, row_bytes
 
-VECTORS = 2
-"""Vectors of weight rows in a panel."""
-
-_CHUNK = 128
 _UNROLL = 4
 _PTR = I8.as_pointer()
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
 @dataclass(frozen=True)
-class Form:
-    """How one spec multiplies: everything here follows from its format, tier and K.
-
-    `dot` tells the two forms apart; `tile` tokens are multiplied at once; `group` weights of a row share a scale (0: no
-    scales).
-    """
-
-    spec: KernelSpec
-    k: int
-    lanes: int
-    dot: bool
-    tile: int
-    group: int
-
-    @staticmethod
-    def of(spec: KernelSpec) -> Form:
-        """The form of `spec` (params: k; int4 also group)."""
-        lanes = TIERS[spec.isa].lanes
-        return Form(
-            spec=spec,
-            k=spec["k"],
-            lanes=lanes,
-            dot=spec.isa == "avx512_bf16" and spec.weight in ("fp8", "bf16", "int4"),
-            tile=spec.tiled("tokens", 12 if lanes == 16 else 6),
-            group={"fp8": FP8_BLOCK, "int4": spec.get("group", 128)}.get(spec.weight, 0),
-        )
-
-    @property
-    def step(self) -> int:
-        """Weights of a row that one multiply takes."""
-        return 2 if self.dot else 1
-
-    @property
-    def rows(self) -> int:
-        """Rows of a panel."""
-        return VECTORS * self.lanes
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of K, the last of which may be short."""
-        return -(-self.k // _CHUNK)
-
-    @property
-    def scale_bytes(self) -> int:
-        """Bytes of one stored scale."""
-        return 2 if self.spec.weight == "int4" else 4
-
-    @property
-    def scale_stride(self) -> int:
-        """Bytes from one row of stored scales to the next (fp8: one row of blocks)."""
-        return -(-self.k // self.group) * self.scale_bytes if self.group else 0
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's chunk in the packed copy."""
-        return _CHUNK * 4 // self.step
-
-    @property
-    def block(self) -> int:
-        """Most tokens that one pass over the weights multiplies: their packed copy should stay in L2."""
-        fits = self.spec.tiled("x_bytes", 768 << 10) // (self.chunks * self.token_bytes)
-        return max(48, min(256, fits))
-
-    # Scratch of one worker: panel, scales f32 [group][rows], totals f32 [block][rows], packed tokens.
-
-    @property
-    def scales_offset(self) -> int:
-        """Where the scales start."""
-        return _CHUNK // self.step * self.rows * 4
-
-    @property
-    def totals_offset(self) -> int:
-        """Where the totals start; a chunk has up to four scale groups."""
-        return self.scales_offset + 4 * self.rows * 4
-
-    @property
-    def x_offset(self) -> int:
-        """Where the packed tokens start."""
-        return self.totals_offset + self.block * self.rows * 4
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Scratch of one worker, a multiple of 64."""
-        return self.x_offset + self.chunks * self.block * self.token_bytes
-
-
-@dataclass(frozen=True)
 class Rows:
-    """One vector of weight rows: address of its first row, of that row's scales, and how many rows follow it.
+    """One vector of weight rows: address of its first row and of its scales, and the rows after it.
 
     Lanes past `last` repeat that row: their results are computed and never stored.
     """
@@ -135,15 +50,15 @@ class Rows:
 
 
 class Panels:
-    """The routines of one kernel over its worker's scratch: `pack` tokens, then `multiply` panel by panel."""
+    """The routines of one kernel: `pack` tokens, then `multiply` panel by panel, in scratch."""
 
     def __init__(self, e: Emitter, form: Form) -> None:
         self.e, self.form = e, form
         for count in range(1, form.tile + 1):
             self._emit_tile(count)
-        full, tail = divmod(form.k, _CHUNK)
+        full, tail = divmod(form.k, CHUNK)
         self._lengths = [
-            (length, chunks) for length, chunks in ((_CHUNK, full), (tail, 1)) if length and chunks
+            (length, chunks) for length, chunks in ((CHUNK, full), (tail, 1)) if length and chunks
         ]
         for length, _ in self._lengths:
             self._emit_decode(length)
@@ -152,7 +67,7 @@ class Panels:
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
 
     def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
-        """The vector of rows from `row` on of a matrix of `rows` rows (i64); past the end, its last row."""
+        """The vector of rows from `row` on, of a matrix of `rows`; past the end, its last row."""
         e, b, form = self.e, self.e.b, self.form
         end = b.sub(rows, const(1))
         row = e.minimum(row, end)
@@ -164,12 +79,12 @@ class Panels:
         )
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
-        """Copy `tokens` (at most `form.block`) bf16 rows, K long, from the addresses `source(i)`."""
+        """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
         with self.e.for_range(0, tokens) as token:
             self._call("pack", self.scratch, source(token), token, tokens)
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
-        """Totals of the packed tokens x the two vectors of rows; rows from `ahead` on are prefetched meanwhile."""
+        """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
         words = [word for part in panel for word in (part.weights, part.scales, part.last)]
         self._call("multiply", self.scratch, tokens, *words, *ahead)
 
@@ -197,8 +112,8 @@ class Panels:
             for length, chunks in self._lengths:
                 with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
                     target = e.offset(x, b.mul(chunk_index, stride))
-                    first = b.mul(chunk_index, const(_CHUNK))
-                    for start in range(0, _CHUNK, form.lanes):
+                    first = b.mul(chunk_index, const(CHUNK))
+                    for start in range(0, CHUNK, form.lanes):
                         bits: Value = e.zeros(I16, form.lanes)
                         if start < length:
                             index = b.add(first, const(start))
@@ -227,10 +142,10 @@ class Panels:
     ) -> None:
         """Decode one chunk of K and multiply all tokens by it."""
         e, b, form = self.e, self.e.b, self.form
-        moved = b.mul(chunk, const(row_bytes(form.spec.weight, _CHUNK)))
+        moved = b.mul(chunk, const(row_bytes(form.spec.weight, CHUNK)))
         scales_moved = const(0)
         if form.group:
-            scales_moved = b.mul(chunk, const(_CHUNK // form.group * form.scale_bytes))
+            scales_moved = b.mul(chunk, const(CHUNK // form.group * form.scale_bytes))
         scales = e.offset(scratch, const(form.scales_offset))
         for v in range(VECTORS):
             weights, stored, last = words[3 * v : 3 * v + 3]
@@ -244,7 +159,7 @@ class Panels:
                 last,
             )
         groups, steps = 1, -(-length // (form.step * _UNROLL)) * _UNROLL
-        if form.dot and 0 < form.group < _CHUNK:
+        if form.dot and 0 < form.group < CHUNK:
             groups, steps = -(-length // form.group), form.group // form.step
         fetch = [
             e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
@@ -282,7 +197,7 @@ class Panels:
         b.position_at_end(done)
 
     def _emit_tile(self, count: int) -> None:
-        """tile(totals, panel, x, scales, groups, steps, 2 x ahead): one chunk added to the totals of `count` tokens."""
+        """tile(totals, panel, x, scales, groups, steps, 2 x ahead): `count` tokens, one chunk."""
         e, form = self.e, self.form
         lanes = form.lanes
         kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS]
@@ -346,7 +261,7 @@ class Panels:
         return self.e.call(_DOT, total.type, total, *pairs)
 
     def _prefetch(self, pointer: Value, step: Value) -> None:
-        """As many lines as `_UNROLL` steps of one vector of rows take, so that all steps fetch a whole chunk."""
+        """The lines that `_UNROLL` steps of one vector of rows take: all steps fetch a chunk."""
         e, form = self.e, self.form
         size = form.lanes * row_bytes(form.spec.weight, _UNROLL * form.step * 8) // 8
         lines = -(-size // 64)
@@ -381,52 +296,15 @@ class Panels:
                 decode_columns(e, form.spec.weight, panel, form.rows, rows, begin, end, factor)
 
     def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
-        """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: the block's, for all)."""
+        """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: one for all)."""
         e, b, form = self.e, self.e.b, self.form
         if form.spec.weight == "fp8":
             return e.splat(e.load(stored, const(group), F32), form.lanes)
-        bits: Value = ir.Constant(vec(I16, form.lanes), ir.Undefined)
+        kind = I16 if form.scale_bytes == 2 else F32
+        factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
         for r, row in enumerate(order):
             base = e.offset(stored, b.mul(row, const(form.scale_stride)))
-            bits = b.insert_element(bits, e.load(base, const(group), I16), ir.Constant(I32, r))
-        return e.bf16_to_f32(bits)
-
-
-def ceil_div(e: Emitter, value: Value, divisor: Value) -> Value:
-    """ceil(value / divisor) of non-negative i64; 0 where the divisor is 0."""
-    b = e.b
-    divisor = b.select(b.icmp_signed(">", divisor, const(0)), divisor, const(1))
-    return b.udiv(b.add(value, b.sub(divisor, const(1))), divisor)
-
-
-def load_lanes(e: Emitter, base: Value, index: Value, lanes: int, count: Value) -> Value:
-    """`<lanes x float>` from element `index`; where `count` is below `lanes` only so many, then zeros."""
-    slot = e.local(vec(F32, lanes))
-    with e.b.if_else(e.b.icmp_signed(">=", count, const(lanes))) as (whole, part):
-        with whole:
-            e.b.store(e.load_vec(base, index, F32, lanes), slot)
-        with part:
-            pointer = e.b.bitcast(e.at(base, index, F32), vec(F32, lanes).as_pointer())
-            values = [pointer, ir.Constant(I32, 1), _mask(e, count, lanes), e.zeros(F32, lanes)]
-            found = e.call(f"llvm.masked.load.v{lanes}f32.p0", vec(F32, lanes), *values)
-            e.b.store(found, slot)
-    return e.b.load(slot)
-
-
-def store_lanes(e: Emitter, value: Value, base: Value, index: Value, count: Value) -> None:
-    """Store `value` (f32 or i16 lanes) at element `index`; where `count` is below its lanes only so many."""
-    kind = value.type
-    with e.b.if_else(e.b.icmp_signed(">=", count, const(kind.count))) as (whole, part):
-        with whole:
-            e.store(value, base, index)
-        with part:
-            pointer = e.b.bitcast(e.at(base, index, kind.element), kind.as_pointer())
-            name = f"llvm.masked.store.v{kind.count}{'i16' if kind.element == I16 else 'f32'}.p0"
-            mask = _mask(e, count, kind.count)
-            e.call(name, ir.VoidType(), value, pointer, ir.Constant(I32, 1), mask)
-
-
-def _mask(e: Emitter, count: Value, lanes: int) -> Value:
-    """The first `count` lanes."""
-    order = ir.Constant(vec(I32, lanes), [ir.Constant(I32, lane) for lane in range(lanes)])
-    return e.b.icmp_signed("<", order, e.splat(e.b.trunc(count, I32), lanes))
+            factors = b.insert_element(
+                factors, e.load(base, const(group), kind), ir.Constant(I32, r)
+            )
+        return e.bf16_to_f32(factors) if kind is I16 else factors

@@ -1,28 +1,39 @@
 """Rows of a weight matrix times 1 to 16 token rows: the loop nest of every decode matmul; hides blocking and prefetch.
 
-`Tiles` emits one private subroutine per small token count (rows x tokens accumulators stay in registers) and one,
-`matvec`, that covers any token count with them. Whatever the blocking, a token's sum over k is always made in the same
-order, so its result depends neither on the other tokens nor on who computes the row.
+`Tiles` emits one private subroutine per small token count and one, `matvec`, that covers any token count with them.
+Whatever the blocking, a token's sum over k is always made in the same order, so its result depends neither on the
+other tokens nor on who computes the row.
 
-Tile choices: `rows` in flight, `prefetch` bytes ahead in each row (0: none). Near the end of a row the prefetch moves on
-to the same place of the next rows, and after the last to `following`, where the caller goes on reading.
+Rows are read as memory likes it: a block of rows is cut into `streams` runs, each read front to back; one row of each
+run is in flight, and they share the loads of the activations. (Neighbouring rows side by side were tried first and
+reached half of that: their streams end every few KiB.) Every `rows` rows of a run are summed up together.
+
+Tile choices: `streams`, `rows`, and `prefetch`, bytes ahead in each run (0: none), into the second-level cache, since
+the first holds the activations. Past the end of the runs the prefetch goes on at `following`, where the caller does.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llvmlite import ir
 
 from hmc.codegen.dot import Dot
-from hmc.codegen.ir import F32, I8, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I64, Emitter, Value, const, vec
+from hmc.codegen.vector import lanes_mask
 
 BYTES = I8.as_pointer()
 FLOATS = F32.as_pointer()
-ROWS = 128
-"""Rows whose results callers keep on the stack between `matvec` and their epilogue."""
+ROWS = 512
+"""Rows whose results callers keep on the stack between `matvec` and their epilogue: runs stay long."""
+GRAIN = 16
+"""Rows that work is split by: whole batches of whole streams."""
 
 _TOKEN_TILES = (8, 6, 4, 3, 2, 1)
 _REREAD_BYTES = 128 << 10
 """Weights that several token tiles read in turn: they stay in the second-level cache."""
+_L2 = 2
+"""Prefetch locality: second-level cache."""
 
 
 class Tiles:
@@ -30,9 +41,9 @@ class Tiles:
 
     def __init__(self, e: Emitter, dot: Dot, tokens: int) -> None:
         self.dot = dot
-        self.tokens = tokens
         self.rows = e.spec.tiled("rows", 4)
-        self.prefetch = e.spec.tiled("prefetch", 1024)
+        self._streams = e.spec.tiled("streams", 4)
+        self._prefetch_bytes = e.spec.tiled("prefetch", 2048)
         self._sizes = [size for size in _TOKEN_TILES if size <= tokens]
         for size in self._sizes:
             self._emit_tile(e, size)
@@ -80,119 +91,123 @@ class Tiles:
 
     def _emit_matvec(self, e: Emitter) -> None:
         kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), I64, FLOATS, I64, BYTES)
-        sub = max(self.rows, _REREAD_BYTES // max(1, self.dot.row_bytes) // self.rows * self.rows)
-        with e.subroutine("matvec", *kinds) as arguments:
-            w, scale, start, stop, xs, tokens, out, out_stride, following = arguments
+        with e.subroutine("matvec", *kinds) as (
+            w, scale, start, stop, xs, tokens, out, out_stride, following,
+        ):  # fmt: skip
             b = e.b
             # One tile does all: let it run through. Several: in blocks of rows that stay in cache.
+            sub = max(GRAIN, _REREAD_BYTES // self.dot.row_bytes // GRAIN * GRAIN)
             single = b.icmp_signed("<=", tokens, const(self._sizes[0]))
-            step = b.select(single, b.sub(stop, start), const(sub))
-            step = b.select(b.icmp_signed("<", step, const(1)), const(1), step)
+            step = b.select(single, b.add(b.sub(stop, start), const(1)), const(sub))
             with e.for_range(start, stop, step) as first:
                 last = e.minimum(b.add(first, step), stop)
                 end = e.offset(w, b.mul(last, const(self.dot.row_bytes)))
                 after = b.select(b.icmp_signed("<", last, stop), end, following)
-                done = e.local(I64)
-                b.store(const(0), done)
+                place = b.gep(out, [b.sub(first, start)])
+                done = e.local(I64, const(0))
                 for size in self._sizes:
-                    self._while_left(
-                        e,
-                        size,
-                        tokens,
-                        done,
-                        (w, scale, first, last, xs, out, out_stride, after, start),
-                    )
-
-    def _while_left(
-        self, e: Emitter, size: int, tokens: Value, done: Value, where: tuple[Value, ...]
-    ) -> None:
-        """Call the tile of `size` tokens as often as it fits into what is left of `tokens`."""
-        w, scale, first, last, xs, out, out_stride, after, start = where
-        b = e.b
-        fits = b.sub(tokens, const(size - 1))
-        with e.for_range(b.load(done), fits, size) as token:
-            target = b.gep(out, [b.add(b.mul(token, out_stride), b.sub(first, start))])
-            b.call(
-                e.module.globals[f"tile{size}"],
-                [w, scale, first, last, b.gep(xs, [token]), target, out_stride, after],
-            )
-            b.store(b.add(token, const(size)), done)
+                    with e.for_range(b.load(done), b.sub(tokens, const(size - 1)), size) as token:
+                        target = b.gep(place, [b.mul(token, out_stride)])
+                        x = b.gep(xs, [token])
+                        b.call(
+                            e.module.globals[f"tile{size}"],
+                            [w, scale, first, last, x, target, out_stride, after],
+                        )
+                        b.store(b.add(token, const(size)), done)
 
     def _emit_tile(self, e: Emitter, tokens: int) -> None:
         kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), FLOATS, I64, BYTES)
-        rows = max(1, min(self.rows, 8 // tokens))
-        streams = e.spec.tiled("streams", 1)
-        with e.subroutine(f"tile{tokens}", *kinds) as arguments:
-            w, scale, start, stop, xs, out, out_stride, following = arguments
+        with e.subroutine(f"tile{tokens}", *kinds) as (
+            w, scale, start, stop, xs, out, out_stride, following,
+        ):  # fmt: skip
             b = e.b
             x = [b.load(b.gep(xs, [const(token)])) for token in range(tokens)]
-            span = b.mul(b.sdiv(b.sub(stop, start), const(rows * streams)), const(rows))
-            whole = b.add(start, b.mul(span, const(streams)))
-            places = (w, scale, start, out, out_stride, stop, following)
-            with e.for_range(start, b.add(start, span), rows) as row:
-                self._row_block(e, x, rows, [b.add(row, b.mul(span, const(s))) for s in range(streams)], places)
-            if rows * streams > 1:
-                with e.for_range(whole, stop) as row:
-                    self._row_block(e, x, 1, [row], places)
+            at = e.local(I64, start)
+            for batch, streams in self._shapes(tokens):
+                first = b.load(at)
+                run = b.sdiv(b.sub(stop, first), const(batch * streams))
+                run = b.mul(run, const(batch))
+                end = b.add(first, run)
+                beyond = b.sub(
+                    b.ptrtoint(following, I64),
+                    b.ptrtoint(e.offset(w, b.mul(end, const(self.dot.row_bytes))), I64),
+                )
+                places = _Run(w, scale, start, end, run, beyond, out, out_stride)
+                with e.for_range(first, end, batch) as row:
+                    self._rows(e, x, batch, streams, row, places)
+                b.store(b.add(first, b.mul(run, const(streams))), at)
 
-    def _row_block(
-        self, e: Emitter, x: list[Value], count: int, rows: list[Value], places: tuple[Value, ...]
+    def _shapes(self, tokens: int) -> list[tuple[int, int]]:
+        """(rows of a run summed up together, runs) for a tile: the best first, then for what is left over."""
+        accumulators = 8 if self.dot.lanes == 16 else 4
+        streams = min(self._streams, max(2, accumulators // tokens))
+        batch = max(1, min(self.rows, 8 // tokens))
+        return list(dict.fromkeys([(batch, streams), (1, streams), (1, 1)]))
+
+    def _rows(
+        self, e: Emitter, x: list[Value], batch: int, streams: int, row: Value, places: _Run
     ) -> None:
-        w, scale, start, out, out_stride, stop, following = places
+        """`batch` rows from `row` on of each of `streams` runs, times the tokens `x`."""
         b, dot = e.b, self.dot
         zero = e.zeros(F32, dot.lanes)
-        totals = [[[e.local(zero.type) for _ in x] for _ in range(count)] for _ in rows]
-        unroll = e.spec.tiled("unroll", 1)
-        for r in range(count):
-            streams = [e.offset(w, b.mul(b.add(row, const(r)), const(dot.row_bytes))) for row in rows]
-            scales = [dot.scale_row(e, scale, b.add(row, const(r))) for row in rows] if dot.scaled else []
-            line = [t[r] for t in totals]
-            for part in line:
-                for slot in part:
+        rows = [b.add(row, b.mul(places.rows, const(stream))) for stream in range(streams)]
+        totals = [[[e.local(zero.type) for _ in x] for _ in range(batch)] for _ in rows]
+        whole = dot.k // dot.chunk * dot.chunk
+        for r in range(batch):
+            lines = [total[r] for total in totals]
+            for line in lines:
+                for slot in line:
                     b.store(zero, slot)
-            step = dot.chunk * unroll
-            whole = dot.k // step * step
-            with e.for_range(0, whole, step) as k:
-                for u in range(unroll):
-                    kk = b.add(k, const(u * dot.chunk))
-                    self._prefetch(e, streams, kk)
-                    self._chunk(e, streams, scales, x, line, kk, dot.chunk)
-            for kk in range(whole, dot.k, dot.chunk):
-                self._chunk(e, streams, scales, x, line, const(kk), min(dot.chunk, dot.k - kk))
-        for s, row in enumerate(rows):
+            current = [b.add(first, const(r)) for first in rows]
+            bases = [e.offset(places.w, b.mul(one, const(dot.row_bytes))) for one in current]
+            scales = [dot.scale_row(e, places.scale, one) for one in current] if dot.scaled else []
+            left = b.mul(b.sub(places.end, current[0]), const(dot.row_bytes))
+            with e.for_range(0, whole, dot.chunk) as k:
+                self._prefetch(e, bases, k, left, places.beyond)
+                self._chunk(e, bases, scales, x, lines, k, dot.chunk)
+            if whole < dot.k:
+                self._chunk(e, bases, scales, x, lines, const(whole), dot.k - whole)
+        for stream, first in enumerate(rows):
             for token in range(len(x)):
-                sums = reduce_rows(e, [b.load(line[token]) for line in totals[s]])
-                target = b.add(b.mul(const(token), out_stride), b.sub(row, start))
-                pointer = b.bitcast(b.gep(out, [target]), sums.type.as_pointer())
+                sums = reduce_rows(e, [b.load(line[token]) for line in totals[stream]])
+                target = b.add(b.mul(const(token), places.out_stride), b.sub(first, places.start))
+                pointer = b.bitcast(b.gep(places.out, [target]), sums.type.as_pointer())
                 b.store(sums, pointer, align=4)
 
-    def _prefetch(self, e: Emitter, streams: list[Value], k: Value) -> None:
-        if self.prefetch == 0:
+    def _prefetch(
+        self, e: Emitter, bases: list[Value], k: Value, left: Value, beyond: Value
+    ) -> None:
+        """Ask for what each run reads `prefetch` bytes later; `left` bytes of a run are still to read from its base."""
+        if self._prefetch_bytes == 0:
             return
         b, dot = e.b, self.dot
         at = b.udiv(b.mul(k, const(dot.chunk_bytes)), const(dot.chunk))
-        place = b.add(at, const(self.prefetch))
-        for stream in streams:
+        at = b.add(at, const(self._prefetch_bytes))
+        inside = b.icmp_signed("<", at, left)
+        at = b.add(at, b.select(inside, const(0), beyond))
+        for base in bases:
             for line in range(0, dot.chunk_bytes, 64):
-                e.prefetch(e.offset(stream, b.add(place, const(line))), self.dot.spec.tiled("locality", 3))
+                e.prefetch(e.offset(base, b.add(at, const(line))), _L2)
 
     def _chunk(
         self,
         e: Emitter,
-        streams: list[Value],
+        bases: list[Value],
         scales: list[Value],
         x: list[Value],
         totals: list[list[Value]],
         k: Value,
         valid: int,
     ) -> None:
+        """Add the chunk at element `k` of the rows at `bases` to `totals` [row][token]."""
         b, dot = e.b, self.dot
-        sums = [
-            [e.zeros(F32, dot.lanes) if dot.scaled else b.load(slot) for slot in line] for line in totals
-        ]
+        if dot.scaled:
+            sums = [[e.zeros(F32, dot.lanes)] * len(line) for line in totals]
+        else:
+            sums = [[b.load(slot) for slot in line] for line in totals]
         for start in range(0, valid, dot.unit):
             at = b.add(k, const(start))
-            rows = [dot.weights(e, stream, at, valid - start) for stream in streams]
+            rows = [dot.weights(e, base, at, valid - start) for base in bases]
             for token, prepared in enumerate(x):
                 for step in range(len(rows[0])):
                     activations = dot.activations(e, prepared, at, step)
@@ -202,10 +217,28 @@ class Tiles:
             if dot.scaled:
                 factor = dot.scale(e, scales[r], k, valid)
                 line = [
-                    e.fma(value, factor, b.load(slot)) for value, slot in zip(line, totals[r], strict=True)
+                    e.fma(value, factor, b.load(slot))
+                    for value, slot in zip(line, totals[r], strict=True)
                 ]
             for value, slot in zip(line, totals[r], strict=True):
                 b.store(value, slot)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the rows of one tile have in common.
+
+    The first run ends at row `end`, each has `rows` rows; `beyond` bytes lie between `end` and where reading goes on.
+    """
+
+    w: Value
+    scale: Value
+    start: Value
+    end: Value
+    rows: Value
+    beyond: Value
+    out: Value
+    out_stride: Value
 
 
 def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
@@ -228,8 +261,8 @@ def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
             pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
             vectors = [
                 b.fadd(
-                    b.shuffle_vector(left, right, _mask(low + [i + size for i in low])),
-                    b.shuffle_vector(left, right, _mask(high + [i + size for i in high])),
+                    b.shuffle_vector(left, right, lanes_mask(low + [i + size for i in low])),
+                    b.shuffle_vector(left, right, lanes_mask(high + [i + size for i in high])),
                 )
                 for left, right in pairs
             ]
@@ -237,12 +270,8 @@ def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
         else:
             undef = ir.Constant(vectors[0].type, ir.Undefined)
             vectors = [
-                b.fadd(*(b.shuffle_vector(vectors[0], undef, _mask(part)) for part in (low, high)))
+                b.fadd(*(b.shuffle_vector(vectors[0], undef, lanes_mask(part)) for part in (low, high)))
             ]
         lanes = half
     assert held == count, (held, count)
     return vectors[0]
-
-
-def _mask(lanes: list[int]) -> ir.Constant:
-    return ir.Constant(vec(I32, len(lanes)), [ir.Constant(I32, lane) for lane in lanes])

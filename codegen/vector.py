@@ -1,7 +1,8 @@
-"""Vector building blocks that many emitters share: ragged loads and stores, row loops, exp and sigmoid.
+"""Vector building blocks that many emitters share: ragged loads and stores, row loops, exp and
+sigmoid.
 
-Hides what is special about the last, incomplete vector of a row: it is loaded exactly (never a byte beyond the row)
-and padded with zeros, so that bodies always see full vectors.
+Hides what is special about the last, incomplete vector of a row: it is loaded exactly (never a byte
+beyond the row) and padded with zeros, so that bodies always see full vectors.
 """
 
 from __future__ import annotations
@@ -81,9 +82,11 @@ def store_f32(
 def for_strips(
     e: Emitter, width: int, lanes: int, body: Callable[[Value, int, int], None], ways: int = 1
 ) -> None:
-    """Emit `body(index, count, way)` over a row of `width`, in strips of `lanes` (count < lanes in the last).
+    """Emit `body(index, count, way)` over a row of `width`, in strips of `lanes` (count < lanes in
+    the last).
 
-    `ways` strips go into one loop round, so that `body` can keep as many accumulators (`way` numbers them).
+    `ways` strips go into one loop round, so that `body` can keep as many accumulators (`way`
+    numbers them).
     """
     round_ = lanes * ways
     whole = width // round_ * round_
@@ -117,10 +120,11 @@ _EXP_LOW, _EXP_HIGH = -87.3365, 88.37
 
 
 def exp(e: Emitter, x: Value) -> Value:
-    """e**x of an f32 vector, relative error < 2e-7; 0 below -87.34, e**88.37 above that, NaN stays NaN.
+    """e**x of an f32 vector, relative error < 2e-7; 0 below -87.34, e**88.37 above that, NaN stays
+    NaN.
 
-    Cody and Waite's reduction x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of degree 7 (truncation
-    r**8 / 8! < 6e-9) and n added to the exponent.
+    Cody and Waite's reduction x = n ln 2 + r with |r| <= ln 2 / 2, then the Taylor polynomial of
+    degree 7 (truncation r**8 / 8! < 6e-9) and n added to the exponent.
     """
     b, count = e.b, x.type.count
     high, low = fsplat(_EXP_HIGH, count), fsplat(_EXP_LOW, count)
@@ -160,7 +164,9 @@ def bf16_pairs(e: Emitter, words: Value) -> Value:
 
 
 def dot_pairs(e: Emitter, total: Value, left: Value, right: Value) -> Value:
-    """total + the dot products of bf16 pairs (i32 lanes) by `vdpbf16ps`; the widths 4, 8 and 16 exist."""
+    """total + the dot products of bf16 pairs (i32 lanes) by `vdpbf16ps`; the widths 4, 8 and 16
+    exist.
+    """
     bits = 32 * total.type.count
     return e.call(
         f"llvm.x86.avx512bf16.dpbf16ps.{bits}",

@@ -21,6 +21,9 @@ KERNEL_FLAGS = (
 """CPU flags that any kernel tier, present or planned, may ask for; as /proc/cpuinfo spells them."""
 
 
+_NAMED = Path(__file__).parent / "machines"
+
+
 def detect() -> Machine:
     """This machine, as the current process sees it (affinity mask, cgroup limits)."""
     cpus = os.sched_getaffinity(0)
@@ -38,17 +41,21 @@ def detect() -> Machine:
 
 
 def load_machine(name: str) -> Machine:
-    """`auto` for this machine, else a JSON file; `UsageError` or `MachineError` when it cannot
-    be read.
+    """`auto` for this machine, a named machine, else a JSON file; `UsageError` or `MachineError`
+    when it cannot be read.
+
+    This machine's GPUs and rates are not detected: a probe measures them into a machine file.
     """
     if name == "auto":
         return detect()
-    path = Path(name)
+    named = _NAMED / f"{name}.json"
+    path = named if name in named_machines() else Path(name)
     try:
         text = path.read_text()
     except OSError as error:
         raise UsageError(
-            f"--machine {name}: {error.strerror}; give `auto` or a machine file"
+            f"--machine {name}: {error.strerror}; give `auto`, a machine file or one of"
+            f" {', '.join(named_machines())}"
         ) from error
     try:
         return Machine.model_validate_json(text)
@@ -56,6 +63,11 @@ def load_machine(name: str) -> Machine:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise MachineError(f"machine file {name}: {where}: {first['msg']}") from error
+
+
+def named_machines() -> tuple[str, ...]:
+    """Names of the machines that come with hmc."""
+    return tuple(sorted(path.stem for path in _NAMED.glob("*.json")))
 
 
 def available_bytes() -> int:

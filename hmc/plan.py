@@ -34,6 +34,19 @@ Step ops (operands by role; f32 unless said; T tokens in the call; roles in brac
 
 `ids`, `positions` and `rows` of the first ops are the phase's external inputs of the same name;
 `logits` is its external output, one row for every row asked for.
+
+Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "link"):
+
+    copy         any -> the same roles on another device (h2d: host to GPU, d2h: back)
+    load         - -> -             the weights named, or experts `range` of the layer, into a slot
+    sort         ids -> order[i32]  tokens in the order of their experts
+    experts      with attrs `range`, `count`: those experts alone, added to y by all but the first
+    kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
+    all_gather   one input a rank -> one output a rank: the rows of all ranks (zig-zag: of 2R pieces
+                 rank r holds r and 2R - 1 - r)
+    exchange     one partial sum of all rows a rank -> one output a rank: the sum of its own rows
+
+A step with attr `ranks` R works on 1/R of the call's tokens; with R lanes likewise (`Phase.lanes`).
 """
 
 from __future__ import annotations
@@ -191,7 +204,7 @@ class Kernel(Frozen):
 
 class Buffer(Frozen):
     """An activation buffer: `width` elements a token; `offset` bytes a token into the phase's
-    activation arena.
+    activation arena on `device`.
 
     Buffers whose lifetimes overlap never share bytes. External inputs and outputs have offset -1.
     """
@@ -200,6 +213,15 @@ class Buffer(Frozen):
     dtype: DType
     width: Count
     offset: int
+    device: str = "host"
+
+
+class Slot(Frozen):
+    """A region of device memory through which weights pass: filled by a load, used, filled again."""
+
+    name: str
+    device: str
+    bytes: Count
 
 
 class Operand(Frozen):
@@ -216,7 +238,9 @@ class Step(Frozen):
     `weights` maps a role to a weight's name (for `experts`: "layer:<n>", the layer's
     ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or "torch:<function>"
     where PyTorch computes the step. A step starts when every event in `waits` has been signalled.
-    `weight_bytes` and `flops` are per call of one token (experts: its top_k).
+    `weight_bytes` and `flops` are per call of one token (experts: its top_k; a load: what it
+    moves). `fills` names the slots a load writes, `uses` those a step reads: the signal of a load is
+    the ON event of its slots, that of the last use their OFF event.
     """
 
     id: Count
@@ -233,11 +257,17 @@ class Step(Frozen):
     lane: Count = 0
     weight_bytes: Count = 0
     flops: Count = 0
+    fills: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
 
 
 class Phase(Frozen):
     """One way to run the model: `decode` (1..16 tokens a call) or `prefill.host` (chunks up to
-    `max_tokens`).
+    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed) and
+    `decode.dual` (`lanes` halves of a batch that swap GPU and CPU).
+
+    `activation_bytes` a token on the host, `device_bytes` on other devices. With `ranks` R, gpu0 to
+    gpu<R-1> share the tokens of a call; `ring` experts fit into the slots of one GPU.
     """
 
     name: str
@@ -245,6 +275,32 @@ class Phase(Frozen):
     activation_bytes: Count
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
+    slots: tuple[Slot, ...] = ()
+    device_bytes: dict[str, Count] = {}
+    ranks: Annotated[int, Field(ge=1)] = 1
+    lanes: Annotated[int, Field(ge=1)] = 1
+    ring: Count = 0
+
+
+class Switch(Frozen):
+    """From how many tokens on a phase is the one to use: prompt tokens (prefill) or sequences
+    (decode).
+    """
+
+    kind: Literal["prefill", "decode"]
+    phase: str
+    tokens: Count
+
+
+class Goals(Frozen):
+    """What was asked for at compile time: seconds to the first token of a prompt, tokens a second
+    of one of `concurrency` sequences; 0: no such goal.
+    """
+
+    ttft_seconds: Annotated[float, Field(ge=0)] = 0.0
+    ttft_prompt: Count = 0
+    tokens_per_second: Annotated[float, Field(ge=0)] = 0.0
+    concurrency: Count = 1
 
 
 class LedgerItem(Frozen):
@@ -296,6 +352,8 @@ class Plan(Frozen):
     ledger: tuple[LedgerItem, ...]
     decisions: tuple[Decision, ...]
     lossy: tuple[str, ...] = ()
+    switches: tuple[Switch, ...] = ()
+    goals: Goals = Goals()
 
     def phase(self, name: str) -> Phase:
         """The phase of a name; `KeyError` when the plan has none."""

@@ -6,13 +6,15 @@ reuse       bytes of the activation arena are not written while another buffer l
 in use
 bounds      operands lie inside their buffers, buffers inside the arena, tensors inside their shards
 names       weights, kernels, constants and events that steps name exist
+slots       weights are used from a slot that a load filled with them before, and no load fills a
+slot while it is in use (ON and OFF events)
 placement   every expert of every layer is in exactly one tier
 cache       the attention steps' layers are the KV layout's
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 from hmc.errors import VerifyError
@@ -34,7 +36,7 @@ def verify_plan(plan: Plan) -> None:
         _check_bounds(phase)
         _check_order(phase)
         layers = tuple(step.layer for step in phase.steps if step.op in ("attention", "mla"))
-        if sorted(layers) != sorted(plan.kv.layers):
+        if sorted(layers) != sorted(plan.kv.layers * (phase.ranks * phase.lanes)):
             raise VerifyError(
                 f"phase {phase.name}: attention layers differ from the KV cache's layers"
             )
@@ -69,7 +71,14 @@ def _check_bounds(phase: Phase) -> None:
         raise VerifyError(f"phase {phase.name}: two buffers share a name")
     for buffer in phase.buffers:
         if buffer.offset != EXTERNAL and not (
-            0 <= buffer.offset <= buffer.offset + _bytes(buffer) <= phase.activation_bytes
+            0
+            <= buffer.offset
+            <= buffer.offset + _bytes(buffer)
+            <= (
+                phase.activation_bytes
+                if buffer.device == "host"
+                else phase.device_bytes.get(buffer.device, 0)
+            )
         ):
             raise VerifyError(
                 f"phase {phase.name}: buffer {buffer.name} leaves the activation arena"
@@ -99,6 +108,9 @@ def _check_order(phase: Phase) -> None:
     last_on: dict[str, int] = {}
     signalled: dict[int, int] = {}
     live: dict[str, tuple[list[int], list[int]]] = {}
+    slots: dict[str, tuple[frozenset[str], list[int]]] = {
+        slot.name: (frozenset(), []) for slot in phase.slots
+    }
     buffers = {buffer.name: buffer for buffer in phase.buffers}
     resources = [step.resource for step in phase.steps]
     for position, step in enumerate(phase.steps):
@@ -143,6 +155,43 @@ def _check_order(phase: Phase) -> None:
         for operand in (*step.inputs.values(), *step.outputs.values()):
             if operand.buffer in live:
                 live[operand.buffer][1].append(position)
+        _check_slots(step, position, slots, done, where)
+
+
+def _check_slots(
+    step: Step,
+    position: int,
+    slots: dict[str, tuple[frozenset[str], list[int]]],
+    done: Callable[[list[int]], bool],
+    where: str,
+) -> None:
+    """`slots` maps a slot to what it holds and to the positions of its fill and its uses."""
+    for name in (*step.fills, *step.uses):
+        if name not in slots:
+            raise VerifyError(f"{where}: slot {name} is not declared")
+    held: frozenset[str] = frozenset()
+    for name in step.uses:
+        content, touched = slots[name]
+        if not touched:
+            raise VerifyError(f"{where}: uses slot {name} before anything filled it")
+        if not done(touched[:1]):
+            raise VerifyError(f"{where}: uses slot {name} without waiting for its load")
+        held |= content
+        touched.append(position)
+    if step.uses and (missing := _content(step) - held):
+        raise VerifyError(f"{where}: its slots do not hold {min(missing)}")
+    for name in step.fills:
+        if not done(slots[name][1]):
+            raise VerifyError(f"{where}: fills slot {name} while it is in use")
+        slots[name] = (_content(step), [position])
+
+
+def _content(step: Step) -> frozenset[str]:
+    """What a step loads or reads: weight names; experts with their range."""
+    ranged = f"[{step.attrs['range']}]" if "range" in step.attrs else ""
+    return frozenset(
+        name + ranged if name.startswith("layer:") else name for name in step.weights.values()
+    )
 
 
 def _merged(
@@ -165,6 +214,7 @@ def _overlapping(buffer: Buffer, live: Iterable[str], buffers: dict[str, Buffer]
         name
         for name in live
         if (other := buffers[name]).offset != EXTERNAL
+        and other.device == buffer.device
         and start < other.offset + _bytes(other)
         and other.offset < stop
         and buffer.offset != EXTERNAL

@@ -16,18 +16,43 @@ from hmc.checkpoint import Checkpoint, WeightSource
 from hmc.codegen.spec import KernelSpec
 from hmc.graph import NodeMeta, WeightSpec
 from hmc.machine import Machine
-from hmc.plan import Decision, KVLayout, LayerPlacement, LedgerItem, Limits, ModelInfo, Plan
+from hmc.passes.profile import RoutingProfile
+from hmc.plan import Decision, KVLayout, LayerPlacement, LedgerItem, Limits, ModelInfo, Phase, Plan
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks of a compilation; 0 means: let the passes decide."""
+    """What the user asks of a compilation; 0 means: let the passes decide.
+
+    `vram` bytes of each GPU may be used (0: all); the cache holds `concurrency` sequences of
+    `max_context` tokens; `profile` are recorded routing counts.
+    """
 
     max_context: int = 0
     max_chunk: int = 512
     max_batch: int = 16
     threads: int = 0
     kv_block: int = 64
+    vram: int = 0
+    concurrency: int = 1
+    profile: RoutingProfile | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a hybrid plan divides its GPUs, in bytes: `dense` and `cache` on gpu0 for decode,
+    `workspace` on each, `experts` left for resident experts on each; `usable` of each GPU in all.
+    The cache holds `tokens` tokens of each sequence, and streamed prefill may have `ring` bytes of
+    slots.
+    """
+
+    usable: tuple[int, ...]
+    dense: int
+    cache: int
+    workspace: int
+    ring: int
+    experts: tuple[int, ...]
+    tokens: int
 
 
 @dataclass
@@ -44,10 +69,12 @@ class Context:
     decisions: list[Decision] = field(default_factory=list)
     sources: dict[str, list[WeightSource]] = field(default_factory=dict)
     kernels: dict[str, KernelSpec] = field(default_factory=dict)
+    budget: Budget | None = None
     placement: tuple[LayerPlacement, ...] = ()
     limits: Limits | None = None
     kv: KVLayout | None = None
     ledger: list[LedgerItem] = field(default_factory=list)
+    bases: dict[str, Phase] = field(default_factory=dict)
     plan: Plan | None = None
 
     def source(self, weight: WeightSpec) -> list[WeightSource]:
@@ -80,6 +107,11 @@ class Pass(Protocol):
     def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
         """Rewrite `graph` in place; raise `PassFailedError` on a graph it cannot handle."""
         ...
+
+
+def stored_bytes(source: WeightSource) -> int:
+    """Bytes of a stored weight with its scales."""
+    return source.data.nbytes + (source.scale.nbytes if source.scale else 0)
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -13,7 +13,8 @@ Method
       and last use of
        every buffer
     2. give buffers offsets: largest first, each at the lowest offset free during its life
-    3. columns of expert weights, run-length and difference coded
+    3. with a GPU budget, move the dense part to gpu0 and add the copies (`hybrid.py`)
+    4. columns of expert weights, run-length and difference coded
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch.fx
 from hmc.errors import PassFailedError
 from hmc.graph import meta
 from hmc.passes.context import Context
+from hmc.passes.hybrid import hybrid_phase
 from hmc.passes.kernel_choice import DECODE, PREFILL
 from hmc.passes.steps import PhaseBuilder
 from hmc.plan import (
@@ -57,8 +59,11 @@ class Emit:
         phases = []
         for name, tokens in ((PREFILL, limits.max_chunk), (DECODE, limits.max_batch)):
             phase = PhaseBuilder(name, context, constants).build(graph, tokens)
+            context.bases[name] = phase
+            if context.budget is not None:
+                phase = hybrid_phase(phase, {each.layer: each for each in context.placement})
             phases.append(phase)
-            context.ledger.append(_activations(phase))
+            context.ledger.extend(activation_items(phase))
         context.plan = Plan(
             hmc_version=VERSION,
             model=context.info,
@@ -89,13 +94,19 @@ class Emit:
         )
 
 
-def _activations(phase: Phase) -> LedgerItem:
-    return LedgerItem(
-        device="host",
-        kind="activations",
-        bytes=phase.activation_bytes * phase.max_tokens,
-        detail=f"{phase.name}: {phase.max_tokens} tokens x {phase.activation_bytes} B",
-    )
+def activation_items(phase: Phase) -> list[LedgerItem]:
+    """The phase's activation arenas: ledger items, one a device."""
+    arenas = {"host": phase.activation_bytes, **phase.device_bytes}
+    return [
+        LedgerItem(
+            device=device,
+            kind="activations",
+            bytes=size * phase.max_tokens,
+            detail=f"{phase.name}: {phase.max_tokens} tokens x {size} B",
+        )
+        for device, size in arenas.items()
+        if size or device == "host"
+    ]
 
 
 def _checkpoint(context: Context) -> CheckpointInfo:

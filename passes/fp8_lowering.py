@@ -46,6 +46,7 @@ class Fp8Lowering:
                 context.options.kv_block,
                 formats,
                 {role: source.block for role, source in sources.items()},
+                {role: source.scale_dtype for role, source in sources.items()},
             )
             kernels = []
             for phase in PHASES:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
-from hmc.errors import PassFailedError
+from hmc.errors import PassFailedError, UnsupportedError
 from hmc.graph import NodeMeta
 
 DECODE, PREFILL = "decode", "prefill.host"
@@ -28,6 +28,7 @@ class Target:
     kv_block: int
     formats: Mapping[str, str]
     groups: Mapping[str, int]
+    scales: Mapping[str, str]
 
 
 Chosen = list[KernelSpec | str]
@@ -68,7 +69,13 @@ def _add(node: NodeMeta, phase: str, target: Target) -> Chosen:
 
 
 def _group(target: Target, role: str) -> dict[str, int]:
-    return {"group": target.groups[role]} if target.formats[role] == "int4" else {}
+    """What a kernel must know of int4 scales: columns that share one, and its bits."""
+    if target.formats[role] != "int4":
+        return {}
+    bits = {"F32": 32, "BF16": 16}.get(target.scales[role])
+    if bits is None:
+        raise UnsupportedError(f"int4 scales in {target.scales[role]}: kernels read BF16 and F32")
+    return {"group": target.groups[role], "scale_bits": bits}
 
 
 def _linear(node: NodeMeta, phase: str, target: Target) -> Chosen:
@@ -140,12 +147,13 @@ def _mla(node: NodeMeta, phase: str, target: Target) -> Chosen:
         return [append, "torch:mla"]
     form = target.formats["kv_b"]
     sizes["tokens"] = MAX_TOKENS
+    expand = sizes | _group(target, "kv_b")
     return [
-        _spec("mla_absorb", target, sizes, form),
+        _spec("mla_absorb", target, expand, form),
         append,
         _spec("mla_attention", target, sizes, out="bf16"),
         _spec("mla_attention_join", target, sizes, out="bf16"),
-        _spec("mla_up", target, sizes, form, "bf16"),
+        _spec("mla_up", target, expand, form, "bf16"),
     ]
 
 

@@ -4,6 +4,8 @@ One entry for each cache kind. Both read the chunk's own keys from the cache, wh
 chunk sees what decode will see. Queries are taken a few hundred at a time and heads a few at a time, such that masks
 and gathered rows stay within `_BYTES` each, whatever the context.
 
+All products are in f32: the result's bf16 rounding stays the only loss beside the cache's own, as in decode.
+
 PyTorch's flash kernel needs queries, keys and values of one width and gives no log-sum-exp to merge; so a chunk behind
 a past carries an explicit mask, and values narrower than keys are padded with zeros.
 """
@@ -54,24 +56,22 @@ def grouped_query(
     *,
     scale: float,
     window: int = 0,
-    compute: torch.dtype = torch.bfloat16,
 ) -> None:
     """y bf16 [T, heads * v_dim] = causal attention of q f32 [T, heads * head_dim].
 
     Caches are bf16 [blocks, kv_heads, block, dim]. `window`: positions a query sees, its own included; 0 for all.
-    `compute` is the format of the matmuls (accumulated in f32).
     """
     tokens, kv_heads = len(q), k_cache.shape[1]
     head_dim, v_dim = k_cache.shape[-1], v_cache.shape[-1]
     wide = max(head_dim, v_dim)
     group = q.shape[1] // (kv_heads * head_dim)
-    queries = q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3).to(compute)
+    queries = q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3)
     result = y.view(tokens, kv_heads, group, v_dim).permute(1, 2, 0, 3)
     step = max(1, _BYTES // (4 * past.total * wide))
     for first in range(0, kv_heads, step):
         heads = slice(first, first + step)
         keys, values = (
-            _rows(cache[:, heads].transpose(0, 1), past).to(compute) for cache in (k_cache, v_cache)
+            _rows(cache[:, heads].transpose(0, 1), past) for cache in (k_cache, v_cache)
         )
         result[heads] = _attend(queries[heads], keys, values, past, scale, window)
 
@@ -84,7 +84,6 @@ def latent(
     past: Past,
     y: torch.Tensor,
     sizes: Latent,
-    compute: torch.dtype = torch.bfloat16,
 ) -> None:
     """y bf16 [T, heads * v_dim] = latent attention of q f32 [T, heads * (nope + rope)], rope parts rotated.
 
@@ -103,15 +102,15 @@ def latent(
     step = max(1, _BYTES // (4 * past.total * (s.nope + s.rope)))
     for first in range(0, s.heads, step):
         heads = slice(first, min(first + step, s.heads))
-        weight = _dequantised(kv_b, kv_b_scale, heads, s).to(compute)
-        result[heads] = form(queries[heads], rows.to(compute), weight, past, s)
+        weight = _dequantised(kv_b, kv_b_scale, heads, s)
+        result[heads] = form(queries[heads], rows, weight, past, s)
 
 
 def _expanded(
     q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
 ) -> torch.Tensor:
     """Results [heads, T, v_dim] with keys and values [heads, S, nope + rope] made from the latents."""
-    compute, heads, total = rows.dtype, len(q), len(rows)
+    heads, total = len(q), len(rows)
     wide = max(s.nope + s.rope, s.v_dim)
     compressed = rows[:, : s.rank]
     keys = rows.new_zeros(heads, total, wide)
@@ -119,16 +118,15 @@ def _expanded(
     keys[..., s.nope : s.nope + s.rope] = rows[:, s.rank :]
     values = rows.new_zeros(heads, total, wide)
     values[..., : s.v_dim] = compressed @ weight[:, s.nope :].transpose(1, 2)
-    return _attend(q.to(compute)[:, None], keys, values, past, s.scale, 0)[:, 0, :, : s.v_dim]
+    return _attend(q[:, None], keys, values, past, s.scale, 0)[:, 0, :, : s.v_dim]
 
 
 def _absorbed(
     q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
 ) -> torch.Tensor:
     """The same with queries taken into the latent space: all heads share one key row, which is the value row too."""
-    compute = rows.dtype
-    inner = q[..., : s.nope].to(compute) @ weight[:, : s.nope]
-    queries = torch.cat((inner, q[..., s.nope :].to(compute)), -1)
+    inner = q[..., : s.nope] @ weight[:, : s.nope]
+    queries = torch.cat((inner, q[..., s.nope :]), -1)
     shared = rows[None]
     found = _attend(queries[None], shared, shared, past, s.scale, 0)[0, ..., : s.rank]
     return found @ weight[:, s.nope :].transpose(1, 2)
@@ -149,13 +147,13 @@ def _attend(
     q, keys, values = (_padded(part, wide) for part in (q, keys, values))
     result = q.new_empty(groups, heads, tokens, v_dim)
     plain = past.past == 0 and (not window or window >= tokens)
-    step = tokens if plain else max(1, _BYTES // (q.element_size() * past.total))
+    step = tokens if plain else max(1, _BYTES // (4 * past.total))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
         for first in range(0, tokens, step):
             last = min(first + step, tokens)
             low = max(0, past.past + first + 1 - window) if window else 0
             high = past.past + last
-            mask = None if plain else _mask(past.past + first, last - first, low, high, window, q)
+            mask = None if plain else _mask(past.past + first, last - first, low, high, window)
             shape = (groups, heads, high - low, wide)
             part = scaled_dot_product_attention(
                 q[:, :, first:last],
@@ -169,17 +167,14 @@ def _attend(
     return result
 
 
-def _mask(
-    position: int, tokens: int, low: int, high: int, window: int, like: torch.Tensor
-) -> torch.Tensor:
+def _mask(position: int, tokens: int, low: int, high: int, window: int) -> torch.Tensor:
     """What is added to scores of queries at `position` on against keys low..high: 0 or -inf."""
     query = torch.arange(position, position + tokens)[:, None]
     key = torch.arange(low, high)[None]
     hidden = key > query
     if window:
         hidden |= key <= query - window
-    zero = torch.zeros((), dtype=like.dtype)
-    return torch.where(hidden, torch.full((), float("-inf"), dtype=like.dtype), zero)
+    return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 def _padded(part: torch.Tensor, wide: int) -> torch.Tensor:
@@ -188,15 +183,11 @@ def _padded(part: torch.Tensor, wide: int) -> torch.Tensor:
 
 
 def _rows(cache: torch.Tensor, past: Past) -> torch.Tensor:
-    """Rows [heads, total, dim] of a cache [heads, blocks, block, dim]: a view where one copy is not needed."""
+    """Rows f32 [heads, total, dim] of a cache bf16 [heads, blocks, block, dim], made in one copy."""
     heads, _, block, dim = cache.shape
     blocks = past.blocks[: -(-past.total // block)]
-    first = int(blocks[0])
-    if int(blocks[-1]) - first == len(blocks) - 1 and bool((blocks.diff() == 1).all()):
-        found = cache[:, first : first + len(blocks)]
-    else:
-        found = cache[:, blocks]
-    return found.reshape(heads, len(blocks) * block, dim)[:, : past.total]
+    found = cache[:, blocks].to(torch.float32)
+    return found.view(heads, len(blocks) * block, dim)[:, : past.total]
 
 
 def _dequantised(

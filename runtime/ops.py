@@ -172,7 +172,6 @@ def _attention(low: Lowering, step: Step) -> None:
     if "torch:sdpa" in step.kernels:
         heads, window = int(step.attrs["kv_heads"]), int(step.attrs["window"])
         keys, values = (low.kv.tensor(step.layer, part, heads) for part in (0, 1))
-        compute = _compute(low)
 
         def attend(call: Call) -> None:
             queries, result = (low.arena.tensor(x, call.tokens) for x in (q, y))
@@ -184,7 +183,6 @@ def _attention(low: Lowering, step: Step) -> None:
                 result,
                 scale=scale,
                 window=window,
-                compute=compute,
             )
 
         low.python(attend)
@@ -236,12 +234,12 @@ def _mla(low: Lowering, step: Step) -> None:
         **_at(low, latent=rows, k_rope=k_rope),
     )
     if "torch:mla" in step.kernels:
-        tensor, compute = low.kv.tensor(step.layer, 0), _compute(low)
+        tensor = low.kv.tensor(step.layer, 0)
 
         def attend(call: Call) -> None:
             queries, result = (low.arena.tensor(x, call.tokens) for x in (q, y))
             weight, scale = low.store.tensor(kv_b), low.store.scale_tensor(kv_b)
-            latent(queries, tensor, weight, scale, _past(call), result, sizes, compute)
+            latent(queries, tensor, weight, scale, _past(call), result, sizes)
 
         low.python(attend)
         return
@@ -409,11 +407,6 @@ def _paged(low: Lowering, positions: Operand) -> dict[str, int]:
 def _past(call: Call) -> Past:
     assert call.sequence is not None
     return Past(torch.tensor(call.sequence.blocks), call.past, call.tokens)
-
-
-def _compute(low: Lowering) -> torch.dtype:
-    """Format of PyTorch's attention matmuls: bf16 where the CPU multiplies it, f32 elsewhere."""
-    return torch.bfloat16 if low.plan.isa == "avx512_bf16" else torch.float32
 
 
 def _private(low: Lowering, name: str, bytes_per_worker: int) -> int:

@@ -1,7 +1,8 @@
-"""`mla_absorb`: q_latent = q_nope . W_UK, a sum of weight rows: rows are streamed in memory order, sums stay in cache.
+"""`mla_absorb`: q_latent = q_nope . W_UK, a sum of weight rows: rows are streamed in memory order,
+sums stay in cache.
 
-A few rows at a time are decoded once for all tokens. A token's sum runs over the rows in ascending order whatever the
-batch or the split, and block scales go into the query, which is small.
+A few rows at a time are decoded once for all tokens. A token's sum runs over the rows in ascending
+order whatever the batch or the split, and block scales go into the query, which is small.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _BLOCK = FP8_BLOCK
 
 @dataclass(frozen=True)
 class _Unit:
-    """A few weights of a row, decoded to f32 vectors; `fp8` on avx512_bf16 leaves them in an order of its own."""
+    """A few weights of a row, decoded to f32 vectors; `fp8` on avx512_bf16 leaves them in an order
+    of its own.
+    """
 
     spec: KernelSpec
 
@@ -91,7 +94,7 @@ class _Unit:
 
 
 def emit_mla_absorb(spec: KernelSpec) -> str:
-    """`mla_absorb`: split by (head, `_BLOCK` columns). Tile: rows at a time, prefetch (rows ahead)."""
+    """`mla_absorb`: split by (head, `_BLOCK` columns). Tile: rows at once, prefetch rows ahead."""
     e = Emitter(spec)
     b = e.b
     heads, nope, v_dim, rank = (spec[name] for name in ("heads", "nope", "v_dim", "rank"))
@@ -137,7 +140,9 @@ class _Nest:
     def add_rows(
         self, head: Value, first_row: Value, d: Value, rows: int, low: Value, high: Value
     ) -> None:
-        """sums[t, :] += q[t, head, d + j] * row[first_row + d + j, :] for j < `rows`, in blocks [low, high)."""
+        """sums[t, :] += q[t, head, d + j] * row[first_row + d + j, :] for j < `rows`, in blocks
+        [low, high).
+        """
         e, b, spec = self.e, self.e.b, self.e.spec
         row = b.add(first_row, d)
         base = e.offset(e.arg["w"], b.mul(row, const(self.row_bytes)))
@@ -238,6 +243,8 @@ class _Nest:
 
 
 def mla_absorb(q: Array, w: Array, nope: int) -> Array:
-    """q_latent [tokens, heads, rank] in float64; q [tokens, heads, nope + rope], w [heads, nope + v_dim, rank]."""
+    """q_latent [tokens, heads, rank] in float64; q [tokens, heads, nope + rope], w [heads, nope +
+    v_dim, rank].
+    """
     result: Array = np.einsum("thd,hdr->thr", q[..., :nope].astype(np.float64), w[:, :nope])
     return result

@@ -1,7 +1,9 @@
-"""Greedy choice over the vocabulary: every worker scans its slice, then one comparison of the slices' winners.
+"""Greedy choice over the vocabulary: every worker scans its slice, then one comparison of the
+slices' winners.
 
-Scratch is i32 [tokens, workers, 2]: ordered key and id (route.py says what a key is: NaN counts as -inf). The largest key
-wins and the lowest id among equals, so the result does not depend on how the vocabulary was cut.
+Scratch is i32 [tokens, workers, 2]: ordered key and id (route.py says what a key is: NaN counts as
+-inf). The largest key wins and the lowest id among equals, so the result does not depend on how the
+vocabulary was cut.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ _LOWEST, _LAST = -(2**31), 2**31 - 1
 
 
 def argmax_scratch_bytes(tokens: int, workers: int) -> int:
-    """Bytes of `scratch`; `parts` of `argmax_join` is the number of workers that ran `argmax_part`."""
+    """Bytes of `scratch`; `workers` is also the `parts` of `argmax_join`."""
     return 8 * tokens * workers
 
 

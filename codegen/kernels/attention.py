@@ -1,4 +1,5 @@
-"""Grouped-query attention over the paged cache: `kv_append`, then `attention` and `attention_join` (attend.py).
+"""Grouped-query attention over the paged cache: `kv_append`, then `attention` and `attention_join`
+(attend.py).
 
 Each is ordered after the one before it by a barrier.
 """
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 
 from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const
 from hmc.codegen.isa import TIERS
-from hmc.codegen.kernels.attend import Shape, Source, Task, Walk, emit_join
+from hmc.codegen.kernels.attend import Shape, Walk, emit_join
+from hmc.codegen.kernels.attend_rows import Source
+from hmc.codegen.kernels.attend_task import Task
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_strips, load_f32, store_f32
 
@@ -35,7 +38,9 @@ def _shape(spec: KernelSpec) -> Shape:
 
 
 def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
-    """Bytes of `scratch` of `attention` and `attention_join`, for `tokens` of at most `max_context` positions."""
+    """Bytes of `scratch` of `attention` and `attention_join`, for `tokens` of at most `max_context`
+    positions.
+    """
     return _shape(spec).scratch_bytes(tokens, max_context)
 
 
@@ -102,7 +107,9 @@ def emit_attention_join(spec: KernelSpec) -> str:
 
 
 def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
-    """cache [blocks, kv_heads, block, dim] with rows [tokens, kv_heads, dim] at (block, slot) of each token."""
+    """cache [blocks, kv_heads, block, dim] with rows [tokens, kv_heads, dim] at (block, slot) of
+    each token.
+    """
     result = cache.copy()
     for row, number, slot in zip(rows, blocks, slots, strict=True):
         result[number, :, slot] = row

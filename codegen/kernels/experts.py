@@ -17,7 +17,7 @@ from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.gate_up import Buffers
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.tiles import BYTES, FLOATS, Tiles
+from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, Tiles
 
 TABLE_WIDTH = 6
 _GATE, _GATE_SCALE, _UP, _UP_SCALE, _DOWN, _DOWN_SCALE = range(TABLE_WIDTH)
@@ -39,15 +39,15 @@ def emit_experts_gate_up(spec: KernelSpec) -> str:
     xs, ys = (_pointers(e, groups.most) for _ in range(2))
     buffers = Buffers(e, groups.most)
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of them all.
-    blocks = const(-(-n // tiles.rows))
+    blocks = const(-(-n // GRAIN))
     begin, end = e.split(b.mul(groups.active, blocks))
     through = b.udiv(b.add(end, b.sub(blocks, const(1))), blocks)
     with e.for_range(b.udiv(begin, blocks), through) as index:
         before = b.mul(index, blocks)
         skipped = b.sub(begin, before)
         skipped = b.select(b.icmp_signed(">", skipped, const(0)), skipped, const(0))
-        start = b.mul(skipped, const(tiles.rows))
-        stop = e.minimum(b.mul(b.sub(end, before), const(tiles.rows)), const(n))
+        start = b.mul(skipped, const(GRAIN))
+        stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
         with groups.members(e, index) as (place, pair):
             token = b.udiv(pair, const(spec["top_k"]))
             x = e.offset(prepared, b.mul(token, const(tiles.dot.prepared_bytes)))
@@ -73,7 +73,7 @@ def emit_experts_down(spec: KernelSpec) -> str:
     prepared = tiles.prepare(e, e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
     xs = _pointers(e, groups.most)
     scratch = b.bitcast(e.arg["scratch"], FLOATS)
-    start, stop = e.split(const(n), tiles.rows)
+    start, stop = e.split(const(n), GRAIN)
     skipped = b.mul(start, const(tiles.dot.row_bytes))
     with e.for_range(0, groups.active) as index:
         with groups.members(e, index) as (place, pair):

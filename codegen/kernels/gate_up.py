@@ -6,7 +6,7 @@ from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.kernels.linear import addresses
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.tiles import BYTES, FLOATS, ROWS, Tiles
+from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
 from hmc.codegen.vector import sigmoid
 
 
@@ -18,7 +18,7 @@ def emit_gate_up(spec: KernelSpec) -> str:
     prepared = tiles.prepare(e, e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
     xs = addresses(e, prepared, tokens, tiles.dot.prepared_bytes, spec["tokens"])
     ys = addresses_of_rows(e, e.arg["y"], tokens, e.arg["y_stride"], spec["tokens"])
-    start, stop = e.split(e.arg["rows"], tiles.rows)
+    start, stop = e.split(e.arg["rows"], GRAIN)
     gate = (e.arg["gate"], e.arg["gate_scale"])
     up = (e.arg["up"], e.arg["up_scale"])
     end = e.offset(gate[0], e.b.mul(stop, const(tiles.dot.row_bytes)))

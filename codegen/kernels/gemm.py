@@ -1,16 +1,24 @@
 """`gemm`: many-token matmul for prefill, straight from checkpoint rows.
 
-Workers share (token block, row panel) items in one order, so that a worker stays on a block, packs it once, and reads
-its rows of weights while the block is in L2. Where there are few panels for the workers, blocks get smaller.
+Workers share (token block, row panel) items in one order, so that a worker stays on a block, packs
+it once, and reads its rows of weights while the block is in L2. Where there are few panels for the
+workers, blocks get smaller.
+
+Zen 4, one core, FP8, shares of the dot-product peak, against oneDNN through PyTorch on weights that
+are bf16 already: ahead up to 64 tokens (32: 0.77-0.83 to 0.60-0.73); from 128 on 0.81-0.92 to
+0.81-0.93, except 0.72 to 0.89 at K = 7168 and 512 tokens or more. PyTorch's own conversion to bf16
+takes oneDNN to 0.06 at 32 tokens, 0.5 at 512 and 0.74 at 2048.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.panel import VECTORS, Form, Panels, ceil_div, load_lanes, store_lanes
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.panel import Panels, Rows
+from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
 from hmc.codegen.spec import KernelSpec
+from hmc.codegen.tiling import VECTORS, Form
 
 _ITEMS = 4
 """Least (block, panel) items of a worker, for balance."""
@@ -22,7 +30,7 @@ def gemm_scratch_bytes(spec: KernelSpec) -> int:
 
 
 def emit_gemm(spec: KernelSpec) -> str:
-    """IR of `gemm`: params k (int4: group); out f32 or bf16."""
+    """IR of `gemm`: params k (int4: group, scale_bits); out f32 or bf16."""
     e = Emitter(spec)
     b = e.b
     form = Form.of(spec)
@@ -34,6 +42,7 @@ def emit_gemm(spec: KernelSpec) -> str:
     blocks = b.select(b.icmp_signed("<", blocks, wanted), wanted, blocks)
     blocks = e.minimum(blocks, tokens)
     start, stop = e.split(b.mul(blocks, count))
+    element = I16 if spec.out == "bf16" else F32
     packed = e.local(I64, const(-1))
     with e.for_range(start, stop) as item:
         block, panel = b.udiv(item, count), b.urem(item, count)
@@ -46,12 +55,18 @@ def emit_gemm(spec: KernelSpec) -> str:
         row = b.mul(panel, const(form.rows))
         parts = [_rows(e, panels, b.add(row, const(v * form.lanes))) for v in range(2 * VECTORS)]
         ahead = (parts[2].weights, parts[3].weights)
+        with e.for_range(0, here) as token:
+            # Lines of y, which a row stride apart no hardware prefetcher foresees.
+            index = b.add(b.mul(b.add(first, token), e.arg["y_stride"]), row)
+            for v in range(VECTORS):
+                target = e.at(e.arg["y"], b.add(index, const(v * form.lanes)), element)
+                e.prefetch(b.bitcast(target, I8.as_pointer()), 2)
         panels.multiply((parts[0], parts[1]), here, ahead)
         _store(e, panels, row, first, here)
     return e.finish()
 
 
-def _rows(e: Emitter, panels: Panels, row: Value):  # type: ignore[no-untyped-def]
+def _rows(e: Emitter, panels: Panels, row: Value) -> Rows:
     return panels.rows(e.arg["w"], e.arg["scale"], row, e.arg["rows"])
 
 
@@ -89,7 +104,7 @@ def _store(e: Emitter, panels: Panels, row: Value, first: Value, count: Value) -
 def gemm(
     x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, gather: np.ndarray | None = None
 ) -> np.ndarray:
-    """Reference: x f64 [T, K] (rows picked by `gather`), w f64 [N, K] with scales applied; y f64 [tokens, N]."""
+    """Reference, all f64: x [T, K] (rows picked by `gather`), w [N, K] scaled; y [tokens, N]."""
     picked = x if gather is None else x[gather]
     y: np.ndarray = picked @ w.T
     return y if bias is None else y + bias

@@ -1,9 +1,9 @@
-"""`grouped_gate_up` and `grouped_down`: routed experts on many tokens (prefill), tokens sorted by expert.
+"""`grouped_gate_up` and `grouped_down`: routed experts on many tokens, which come sorted by expert.
 
-Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and product happen where the
-sums are. Workers share (expert, panel) in one line, by tokens. Down: each worker owns a slice of output rows for all
-experts and adds `routing * result` to y in ascending expert order: no second pass, no atomics, the same sums for any
-number of workers.
+Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and
+product happen where the sums are. Workers share (expert, panel) in one line, by tokens. Down: each
+worker owns a slice of output rows for all experts and adds `routing * result` to y in ascending
+expert order: no second pass, no atomics, and the same sums for any number of workers.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from collections.abc import Callable
 import numpy as np
 
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const
-from hmc.codegen.panel import VECTORS, Form, Panels, Rows, ceil_div, load_lanes, store_lanes
+from hmc.codegen.panel import Panels, Rows
+from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
 from hmc.codegen.spec import KernelSpec
+from hmc.codegen.tiling import VECTORS, Form
 from hmc.codegen.vector import sigmoid
 from hmc.codegen.weights import row_bytes
 from hmc.errors import KernelError
@@ -32,7 +34,10 @@ def grouped_scratch_bytes(spec: KernelSpec) -> int:
 
 
 def emit_grouped_gate_up(spec: KernelSpec) -> str:
-    """IR of `grouped_gate_up`: params k (hidden), n (intermediate), top_k, experts, act (0 silu; int4: group)."""
+    """IR of `grouped_gate_up`: params k, n (intermediate), top_k, experts, act (0 silu).
+
+    int4 also takes group and scale_bits.
+    """
     if spec.get("act") != 0:
         raise KernelError(f"kernel grouped_gate_up has no activation {spec.get('act')}: 0 is silu")
     e = Emitter(spec)
@@ -50,14 +55,18 @@ def emit_grouped_gate_up(spec: KernelSpec) -> str:
     with e.for_range(0, spec["experts"]) as expert:
         first, tokens = _tokens(e, expert)
         cost = _cost(e, tokens)
-        # Panel p of this expert starts at before + p * cost and belongs to the worker in whose share that lies.
+        # Panel p starts at before + p * cost: it belongs to the worker in whose share that lies.
         start, stop = (
-            _clamp(e, ceil_div(e, _clamp(e, b.sub(edge, b.load(before)), whole), cost), const(count))
+            _clamp(
+                e, ceil_div(e, _clamp(e, b.sub(edge, b.load(before)), whole), cost), const(count)
+            )
             for edge in (low, high)
         )
         b.store(b.add(b.load(before), b.mul(cost, const(count))), before)
 
-        def body(panel: Value, at: Value, here: Value, expert: Value = expert, stop: Value = stop) -> None:
+        def body(
+            panel: Value, at: Value, here: Value, expert: Value = expert, stop: Value = stop
+        ) -> None:
             gate, up = (
                 _rows(e, panels, expert, column, b.mul(panel, const(lanes)))
                 for column in (_GATE, _UP)
@@ -88,7 +97,7 @@ def emit_grouped_gate_up(spec: KernelSpec) -> str:
 
 
 def emit_grouped_down(spec: KernelSpec) -> str:
-    """IR of `grouped_down`: params k (intermediate), n (hidden), top_k, experts (int4: group)."""
+    """IR of `grouped_down`: params k (intermediate), n, top_k, experts; int4 as above."""
     e = Emitter(spec)
     b = e.b
     panels = Panels(e, Form.of(spec))
@@ -97,7 +106,9 @@ def emit_grouped_down(spec: KernelSpec) -> str:
     start, stop = e.split(const(-(-n // form.rows)))
     with e.for_range(0, e.arg["tokens"]) as token:
         line = b.mul(token, e.arg["y_stride"])
-        with e.for_range(b.mul(start, const(form.rows)), b.mul(stop, const(form.rows)), lanes) as row:
+        with e.for_range(
+            b.mul(start, const(form.rows)), b.mul(stop, const(form.rows)), lanes
+        ) as row:
             left = b.sub(const(n), row)
             store_lanes(e, e.zeros(F32, lanes), e.arg["y"], b.add(line, row), left)
     with e.for_range(0, spec["experts"]) as expert:
@@ -107,9 +118,7 @@ def emit_grouped_down(spec: KernelSpec) -> str:
             row = b.mul(panel, const(form.rows))
             starts = [b.add(row, const(v * lanes)) for v in range(VECTORS)]
             low, high = (_rows(e, panels, expert, _DOWN, at_row) for at_row in starts)
-            ahead = _ahead(
-                e, panels, expert, _DOWN, b.add(panel, const(1)), stop, form.rows, start
-            )
+            ahead = _ahead(e, panels, expert, _DOWN, b.add(panel, const(1)), stop, form.rows, start)
             stride = lanes * row_bytes(spec.weight, form.k)
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
@@ -125,7 +134,9 @@ def emit_grouped_down(spec: KernelSpec) -> str:
                 for v, at_row in enumerate(starts):
                     index, left = b.add(line, at_row), b.sub(const(n), at_row)
                     old = load_lanes(e, e.arg["y"], index, lanes, left)
-                    store_lanes(e, e.fma(weight, panels.total(token, v), old), e.arg["y"], index, left)
+                    store_lanes(
+                        e, e.fma(weight, panels.total(token, v), old), e.arg["y"], index, left
+                    )
 
         def source(slot: Value) -> Value:
             return e.offset(e.arg["act"], b.mul(slot, const(2 * spec["k"])))
@@ -173,9 +184,16 @@ def _rows(e: Emitter, panels: Panels, expert: Value, column: int, row: Value) ->
 
 
 def _ahead(
-    e: Emitter, panels: Panels, expert: Value, column: int, panel: Value, stop: Value, rows: int, start: Value
+    e: Emitter,
+    panels: Panels,
+    expert: Value,
+    column: int,
+    panel: Value,
+    stop: Value,
+    rows: int,
+    start: Value,
 ) -> Value:
-    """Rows to prefetch: of `panel`, or where this worker's share ends before it, of the next expert's panel `start`."""
+    """Rows to prefetch: of `panel`, or past this worker's share, of the next expert's `start`."""
     b = e.b
     inside = b.icmp_signed("<", panel, stop)
     last = const(e.spec["experts"] - 1)
@@ -194,7 +212,7 @@ def _expert(
     source: Callable[[Value], Value],
     body: Callable[[Value, Value, Value], None],
 ) -> None:
-    """For each block of an expert's tokens: pack, then `body(panel, first position, tokens)` for panels [start, stop)."""
+    """For each block of tokens: pack, then `body(panel, first position, tokens)` for each panel."""
     b = e.b
     some = b.and_(b.icmp_signed("<", start, stop), b.icmp_signed(">", tokens, const(0)))
     with b.if_then(some):
@@ -211,7 +229,7 @@ def _expert(
 def grouped_gate_up(
     x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
 ) -> np.ndarray:
-    """Reference: x f64 [T, K], ids [T, J], experts' f64 [N, K]; silu(x . gate) * (x . up), f64 [T * J, N]."""
+    """Reference, f64: x [T, K], ids [T, J], experts [N, K]; silu(gate x) * (up x), [T * J, N]."""
     rows = []
     for token, chosen in enumerate(ids):
         for expert in chosen:
@@ -223,11 +241,14 @@ def grouped_gate_up(
 def grouped_down(
     act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
 ) -> np.ndarray:
-    """Reference: act f64 [T * J, K], routing f64 [T, J], experts' f64 [N, K]; y f64 [T, N], summed over J."""
+    """Reference, f64: act [T * J, K], routing [T, J], experts [N, K]; y [T, N], summed over J."""
     slots = ids.shape[1]
     return np.array(
         [
-            sum(routing[t, j] * (down[expert] @ act[t * slots + j]) for j, expert in enumerate(chosen))
+            sum(
+                routing[t, j] * (down[expert] @ act[t * slots + j])
+                for j, expert in enumerate(chosen)
+            )
             for t, chosen in enumerate(ids)
         ]
     )

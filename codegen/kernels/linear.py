@@ -5,7 +5,7 @@ from __future__ import annotations
 from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.tiles import BYTES, FLOATS, ROWS, Tiles
+from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
 
 
 def emit_linear(spec: KernelSpec) -> str:
@@ -18,7 +18,7 @@ def emit_linear(spec: KernelSpec) -> str:
     prepared = tiles.prepare(e, e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
     xs = addresses(e, prepared, tokens, dot.prepared_bytes, spec["tokens"])
     out = b.bitcast(e.local(F32, count=spec["tokens"] * ROWS), FLOATS)
-    start, stop = e.split(e.arg["rows"], tiles.rows)
+    start, stop = e.split(e.arg["rows"], GRAIN)
     with e.for_range(start, stop, ROWS) as first:
         last = e.minimum(b.add(first, const(ROWS)), stop)
         following = e.offset(w, b.mul(last, const(dot.row_bytes)))

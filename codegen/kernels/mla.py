@@ -1,10 +1,12 @@
-"""Multi-head latent attention, absorbed: all heads attend to one latent cache row instead of keys and values of their own.
+"""Multi-head latent attention, absorbed: all heads attend to one latent cache row instead of keys
+and values of their own.
 
     mla_absorb, mla_append (absorb.py; they need no barrier between them), barrier,
     mla_attention, barrier, mla_attention_join (attend.py), barrier, mla_up
 
-DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C: q_nope . (W_UK c) = (q_nope W_UK) . c, and W_UV is applied
-to the weighted sum of latents. The cache row is [latent, rotated key]; its first `rank` elements are the value as well.
+DeepSeek-V2 (arXiv 2405.04434), section 2.1.2 and appendix C: q_nope . (W_UK c) = (q_nope W_UK) . c,
+and W_UV is applied to the weighted sum of latents. The cache row is [latent, rotated key]; its
+first `rank` elements are the value as well.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from numpy.typing import NDArray
 from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const
 from hmc.codegen.kernels.absorb import emit_mla_absorb, mla_absorb
-from hmc.codegen.kernels.attend import Shape, Source, Task, Walk, emit_join
+from hmc.codegen.kernels.attend import Shape, Walk, emit_join
+from hmc.codegen.kernels.attend_rows import Source
+from hmc.codegen.kernels.attend_task import Task
 from hmc.codegen.kernels.attention import cache_row, copy_to_bf16
 from hmc.codegen.kernels.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.tiles import BYTES, FLOATS, Tiles
-from hmc.codegen.vector import for_strips, load_f32, store_f32
+from hmc.codegen.vector import load_f32, store_f32
 from hmc.errors import KernelError
 
 Array = NDArray[Any]
@@ -48,7 +52,9 @@ def _shape(spec: KernelSpec) -> Shape:
 
 
 def mla_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
-    """Bytes of `scratch` of `mla_attention` and its join, for `tokens` of at most `max_context` positions."""
+    """Bytes of `scratch` of `mla_attention` and its join, for `tokens` of at most `max_context`
+    positions.
+    """
     return _shape(spec).scratch_bytes(tokens, max_context)
 
 
@@ -139,7 +145,9 @@ def emit_mla_up(spec: KernelSpec) -> str:
 
 
 def mla_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
-    """cache [blocks, block, rank + rope] with rows [tokens, rank + rope] at (block, slot) of each token."""
+    """cache [blocks, block, rank + rope] with rows [tokens, rank + rope] at (block, slot) of each
+    token.
+    """
     result = cache.copy()
     result[blocks, slots] = rows
     return result

@@ -1,7 +1,8 @@
 """RMS norm, alone or behind a residual addition, and the addition alone; rows are f32.
 
-Two passes over a row, the second out of the first-level cache; sums of squares in four vector accumulators. A token
-(or one group of it) is never shared between workers, so results do not depend on their number.
+Two passes over a row, the second out of the first-level cache; sums of squares in four vector
+accumulators. A token (or one group of it) is never shared between workers, so results do not depend
+on their number.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class SquareSum:
 def scale_row(
     e: Emitter, lanes: int, width: int, x: Value, factor: Value, gamma: Value, y: Value
 ) -> None:
-    """y[:] = x[:] * factor * gamma[:], y in `spec.out`, gamma in `spec.weight`; x and y are row pointers."""
+    """y[:] = x[:] * factor * gamma[:], y in `spec.out`, gamma in `spec.weight`; x and y are row
+    pointers.
+    """
     scale = e.splat(factor, lanes)
 
     def strip(index: Value, count: int, way: int) -> None:
@@ -81,7 +84,9 @@ def emit_norm(spec: KernelSpec) -> str:
 
 
 def _for_sums(e: Emitter, out: str, then: Any) -> None:
-    """For each of this worker's tokens: `out` row = h + d0 (+ d1); then `then(token, out row, squares)`."""
+    """For each of this worker's tokens: `out` row = h + d0 (+ d1); then `then(token, out row,
+    squares)`.
+    """
     b, lanes, width = e.b, TIERS[e.spec.isa].lanes, e.spec["width"]
 
     def row(name: str, token: Value) -> Value:

@@ -1,7 +1,8 @@
 """Rotary position embedding in place, behind an optional per-head RMS norm.
 
-A pair (a, b) at angle index i of position p becomes (a cos - b sin, b cos + a sin). Both pairings leave the values where
-their pair was: dot products of queries and keys do not depend on where a pair is kept.
+A pair (a, b) at angle index i of position p becomes (a cos - b sin, b cos + a sin). Both pairings
+leave the values where their pair was: dot products of queries and keys do not depend on where a
+pair is kept.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The router: logits to expert ids and their weights, in every form the supported families use.
 
-Candidates are compared as integers whose order is that of the scores (NaN counts as -inf, -0 as 0, experts taken or
-ruled out are below everything), so that ties go to the lower id and ids are valid whatever the logits hold. Weights
-are not cleaned: a NaN among the logits shows in them.
+Candidates are compared as integers whose order is that of the scores (NaN counts as -inf, -0 as 0,
+experts taken or ruled out are below everything), so that ties go to the lower id and ids are valid
+whatever the logits hold. Weights are not cleaned: a NaN among the logits shows in them.
 
     scoring 0   score = softmax over all experts (Qwen3-MoE, Mixtral)
-    scoring 1   score = sigmoid; with groups, only experts of the best groups can be chosen (DeepSeek-V3)
+    scoring 1   score = sigmoid; with groups, only the best groups' experts (DeepSeek-V3)
     scoring 2   score = logit; the chosen ones go through a softmax (gpt-oss)
 
 `bias` is added to scores for choosing alone.
@@ -43,7 +43,9 @@ _LAST = 2**31 - 1
 
 
 def ordered_key(e: Emitter, value: Value) -> Value:
-    """i32 lanes ordered as the f32 lanes of `value` are: NaN as -inf, both zeros equal, all above `_TAKEN`."""
+    """i32 lanes ordered as the f32 lanes of `value` are: NaN as -inf, both zeros equal, all above
+    `_TAKEN`.
+    """
     b, count = e.b, value.type.count
     never = fsplat(_NEVER, count)
     value = b.select(b.fcmp_unordered("uno", value, value), never, value)
@@ -116,7 +118,7 @@ class _Router:
     # -- scores ------------------------------------------------------------------------------------
 
     def _score(self, logits: Value) -> None:
-        e, b, lanes = self.e, self.e.b, self.lanes
+        e, lanes = self.e, self.lanes
         if self.scoring == SOFTMAX:
             self._softmax(logits, self.scores, self.experts)
             return
@@ -221,7 +223,9 @@ class _Router:
         return first
 
     def _rule_out_groups(self) -> None:
-        """Lower the keys of all groups but the best: a group is worth the sum of its two largest biased scores."""
+        """Lower the keys of all groups but the best: a group is worth the sum of its two largest
+        biased scores.
+        """
         e, b = self.e, self.e.b
         size = self.experts // self.groups
         with e.for_range(0, self.groups) as group:

@@ -1,14 +1,14 @@
 """Rates of single kernels, each pass interleaved with a pass of its reference.
 
-`linear` and `experts` (1 to 16 tokens) are held against the fastest streaming read of the very bytes
-they read; `gemm` and `grouped` (prefill) against register-only multiply-adds. A pass goes through
-more weights than the caches hold, or with `l2` over one matrix in the L2 of one core, again and
-again.
+`linear` and `experts` (1 to 16 tokens) are held against the fastest streaming read of the very
+bytes they read; `gemm` and `grouped` (prefill) against register-only multiply-adds. A pass goes
+through more weights than the caches hold, or with `l2` over one matrix in the L2 of one core, again
+and again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -58,7 +58,8 @@ class Case:
     def __post_init__(self) -> None:
         if self.op not in OPS or self.format not in FORMATS:
             raise UsageError(
-                f"{self.op} of {self.format}: ops are {', '.join(OPS)}, formats {', '.join(FORMATS)}"
+                f"{self.op} of {self.format}: ops are {', '.join(OPS)},"
+                f" formats {', '.join(FORMATS)}"
             )
         if min(self.rows, self.k, self.tokens, self.top_k) < 1:
             raise UsageError(f"{self.shape}, {self.tokens} tokens: sizes must be positive")
@@ -69,6 +70,7 @@ class Case:
             )
         if self.format == "int4" and self.group not in (32, 64, 128):
             raise UsageError(f"int4 groups are 32, 64 or 128 weights, not {self.group}")
+        _ = self.matrices  # raises for rows that are no whole groups, before anything is measured
 
     @property
     def shape(self) -> str:
@@ -188,7 +190,9 @@ class KernelBench:
 
         rate()
         if not np.isfinite(work.result).all():
-            raise ExecutionError(f"kernel {case.op} {case.format} {case.shape} gave a value not finite")
+            raise ExecutionError(
+                f"kernel {case.op} {case.format} {case.shape} gave a value not finite"
+            )
         name = f"{case.op} {case.format} {case.shape} x {case.tokens}"
         return interleave(rate, self._reference(case, matrices), repetitions, name, report)
 
@@ -206,8 +210,8 @@ class KernelBench:
     # -- programs ----------------------------------------------------------------------------------
 
     def linear(self, case: Case, matrices: Matrices) -> _Work:
-        """Every matrix once, each after the one before as in a decode step; L2: one again and again."""
-        spec = self._spec(case, "linear", k=case.k, tokens=MAX_TOKENS)
+        """Every matrix once, each after the one before as in a decode step; L2: one repeatedly."""
+        spec = self._spec(case, "linear", {"k": case.k, "tokens": MAX_TOKENS})
         x = _activations(case.tokens, case.k)
         y = np.zeros((case.tokens, case.rows), np.float32)
         indices = np.arange(matrices.count)
@@ -228,7 +232,7 @@ class KernelBench:
 
     def gemm(self, case: Case, matrices: Matrices) -> _Work:
         """Matrix after matrix, on all tokens."""
-        spec = self._spec(case, "gemm", k=case.k)
+        spec = self._spec(case, "gemm", {"k": case.k})
         x = _activations(case.tokens, case.k)
         y = np.zeros((case.tokens, case.rows), np.float32)
         scratch = self._scratch(gemm_scratch_bytes(spec))
@@ -247,13 +251,11 @@ class KernelBench:
         return _Work(builder.build(), count * case.flops, y, (x, scratch))
 
     def experts(self, case: Case, matrices: Matrices) -> _Work:
-        """Each (token, slot) has the next expert, so a pass reads every expert and few of them twice."""
+        """Each (token, slot) has the next expert: a pass reads every expert, few of them twice."""
         experts, pairs = matrices.count, case.tokens * case.top_k
         sizes = {"experts": experts, "top_k": case.top_k, "tokens": MAX_TOKENS}
-        into = self._spec(
-            case, "experts_gate_up", out="bf16", k=case.k, n=case.rows, act=0, **sizes
-        )
-        back = self._spec(case, "experts_down", k=case.rows, n=case.k, **sizes)
+        into = self._spec(case, "experts_gate_up", _into(case) | sizes, "bf16")
+        back = self._spec(case, "experts_down", _back(case) | sizes)
         calls = -(-experts // pairs)
         ids = (np.arange(calls * pairs, dtype=np.int32) % experts).reshape(calls, -1)
         table = _table(matrices)
@@ -287,10 +289,8 @@ class KernelBench:
         """One layer of all the experts there are, `top_k` of them drawn evenly for each token."""
         experts = matrices.count
         sizes = {"experts": experts, "top_k": case.top_k}
-        into = self._spec(
-            case, "grouped_gate_up", out="bf16", k=case.k, n=case.rows, act=0, **sizes
-        )
-        back = self._spec(case, "grouped_down", k=case.rows, n=case.k, **sizes)
+        into = self._spec(case, "grouped_gate_up", _into(case) | sizes, "bf16")
+        back = self._spec(case, "grouped_down", _back(case) | sizes)
         random = np.random.default_rng(0)
         ids = np.stack(
             [random.permutation(experts)[: case.top_k] for _ in range(case.tokens)]
@@ -325,12 +325,12 @@ class KernelBench:
         kept = (x, act, slots, offsets, table, routing, scratch)
         return _Work(builder.build(), case.flops, y, kept)
 
-    def _spec(self, case: Case, op: str, out: str = "f32", **sizes: int) -> KernelSpec:
+    def _spec(self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32") -> KernelSpec:
         if case.format == "int4":
-            sizes["group"] = case.group
-            if op not in PREFILL_OPS and not op.startswith("grouped"):
-                sizes["scale_bits"] = 16
-        return KernelSpec.of(op, self.isa.name, weight=case.format, out=out, **sizes)
+            scale = {} if case.op in PREFILL_OPS else {"scale_bits": 16}
+            sizes = {**sizes, "group": case.group, **scale}
+        params = tuple(sorted(sizes.items()))
+        return KernelSpec(op, self.isa.name, case.format, out, params)
 
     def _scratch(self, bytes_per_worker: int) -> Block:
         return Block(self.pool.workers * bytes_per_worker, "scratch")
@@ -381,6 +381,14 @@ def _cut_to_cache(case: Case) -> Case:
     row = -(-sum(shape.bytes for shape in case.matrices) // case.rows)
     rows = min(case.rows, max(16, min(sizes) // 2 // row // 16 * 16))
     return Case(case.op, case.format, rows, case.k, case.tokens, case.group, case.top_k)
+
+
+def _into(case: Case) -> dict[str, int]:
+    return {"k": case.k, "n": case.rows, "act": 0}
+
+
+def _back(case: Case) -> dict[str, int]:
+    return {"k": case.rows, "n": case.k}
 
 
 def _activations(tokens: int, k: int) -> npt.NDArray[np.uint16]:

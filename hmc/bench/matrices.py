@@ -80,8 +80,8 @@ class Matrices:
         free = available_bytes()
         if self.size > free:
             raise CapacityError(
-                f"{count} sets of weights need {self.size / 1e9:.1f} GB, {free / 1e9:.1f} GB of memory"
-                " are free: lower --megabytes"
+                f"{count} sets of weights need {self.size / 1e9:.1f} GB,"
+                f" {free / 1e9:.1f} GB of memory are free: lower --megabytes"
             )
         self._block = Block(self.size, "weights to measure")
         self.address = self._block.address

@@ -155,9 +155,7 @@ class ModelBench:
             seconds.append(self._prefill(tokens))
             return flops / seconds[-1]
 
-        compared = interleave(
-            rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report
-        )
+        compared = interleave(rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report)
         return PromptRow(tokens, tuple(seconds), compared)
 
     def decode(self, tokens: int, context: int = 0) -> DecodeRow:
@@ -191,9 +189,7 @@ class ModelBench:
         sequence = self._executor.open()
         try:
             start = time.perf_counter()
-            logits = np.empty((0, 0), np.float32)
-            for logits in self._executor.prefill(sequence, ids):
-                pass
+            *_, logits = self._executor.prefill(sequence, ids)
             seconds = time.perf_counter() - start
         finally:
             self._executor.release(sequence)

@@ -53,8 +53,8 @@ class MemoryReference:
         needed, free = 2 * self._reader.size, available_bytes()
         if needed > free:
             raise CapacityError(
-                f"the streaming read needs {needed / 1e9:.1f} GB beside the weights, {free / 1e9:.1f} GB"
-                " are free: measure fewer layers, or lower --megabytes"
+                f"the streaming read needs {needed / 1e9:.1f} GB beside the weights,"
+                f" {free / 1e9:.1f} GB are free: measure fewer layers, or lower --megabytes"
             )
         report("finding the fastest streaming read", 0, 1)
         self.sweep: StreamResult = streaming_read(
@@ -81,9 +81,7 @@ class CacheReference:
     in a pass.
     """
 
-    def __init__(
-        self, pool: Pool, jit: Jit, isa: Isa, address: int, size: int, times: int
-    ) -> None:
+    def __init__(self, pool: Pool, jit: Jit, isa: Isa, address: int, size: int, times: int) -> None:
         self._pool, self._bytes = pool, size * times
         self._sinks = np.zeros(pool.workers, np.int64)
         self._trace = np.zeros((times, pool.workers, 2), np.int64)

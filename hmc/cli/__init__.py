@@ -7,8 +7,9 @@ Subcommands are imported when they are called, so that `hmc --help` and `hmc sho
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from typing import Any
+from typing import NoReturn
 
 import click
 
@@ -54,13 +55,20 @@ def cli() -> None:
     """
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; an `HmcError` ends in one line on stderr and its exit code."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit; an `HmcError` ends in one line on stderr and its exit code."""
     try:
-        return cli.main(args=arguments, prog_name="hmc", standalone_mode=True)
+        code = cli.main(args=arguments, prog_name="hmc", standalone_mode=False)
     except HmcError as error:
         click.echo(f"hmc: error: {error}", err=True)
-        sys.exit(error.exit_code)
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("hmc: cancelled", err=True)
+        code = 130
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    sys.exit(code if isinstance(code, int) else 0)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.cli.bench_arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
+from hmc.cli.bench_kernels import kernels
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.errors import UsageError
-from hmc.version import VERSION
 
 if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
     from hmc.plan import Plan
 
-_SHAPES = "2048x7168,7168x2048,768x2048,2048x768"
-_EXPERT_SHAPES = "768x2048,2048x7168"
-
-_THREADS = click.option(
-    "--threads", type=int, metavar="N", help="Native workers [default: the plan's, or one a core]."
-)
+_SUB_BENCHMARKS: dict[str, click.Command] = {"kernels": kernels}
 
 
 class _Bench(click.Command):
     """Measures a TARGET, unless the first argument names a sub-benchmark."""
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         line = shlex.join(["hmc", str(info_name), *args])
         if args and args[0] in _SUB_BENCHMARKS:
@@ -38,7 +37,7 @@ class _Bench(click.Command):
             context = sub.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
         else:
             context = super().make_context(info_name, args, parent, **extra)
-        context.meta["hmc.bench.command"] = line
+        context.meta[COMMAND_LINE] = line
         return context
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -53,22 +52,33 @@ class _Bench(click.Command):
 @click.command("bench", cls=_Bench)
 @click.argument("target", metavar="TARGET")
 @click.option(
-    "-p", "--prompts", default="512", show_default=True, metavar="N,..", help="Prompt lengths; 0: none."
+    "-p",
+    "--prompts",
+    default="512",
+    show_default=True,
+    metavar="N,..",
+    help="Prompt lengths; 0: none.",
 )
 @click.option(
     "-n", "--tokens", default=64, show_default=True, metavar="N", help="Tokens to decode; 0: none."
 )
 @click.option(
-    "--context", default=0, show_default=True, metavar="N", help="Tokens in the cache before decoding."
+    "--context",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Tokens in the cache before decoding.",
 )
 @click.option(
-    "--dummy-weights", is_flag=True, help="Random weights of the real shapes: config.json is enough."
+    "--dummy-weights",
+    is_flag=True,
+    help="Random weights of the real shapes: config.json is enough.",
 )
 @click.option(
     "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
 )
 @click.option("--repetitions", default=5, show_default=True, metavar="R")
-@_THREADS
+@THREADS
 @click.option(
     "--home",
     type=click.Choice(["mapped", "arena"]),
@@ -77,7 +87,9 @@ class _Bench(click.Command):
     help="Weights in the page cache, or copied to huge pages.",
 )
 @click.option("--checkpoint", metavar="DIR", help="Model directory of a plan, if it has moved.")
-@click.option("--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to.")
+@click.option(
+    "--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to."
+)
 @click.option(
     "--megabytes",
     default=0,
@@ -105,31 +117,32 @@ def command(
 ) -> None:
     """Measure prefill and decode of TARGET: a plan (.hmp), a model directory, or a config.json.
 
-    A directory or config.json is compiled in memory. Prints tokens a second (median, least and
-    most of the repetitions) and what they are worth: for decode the MBU, which is the weight bytes
-    of a step over its time and over the best streaming read of the same minutes, and the share of
-    the step outside kernels; for prefill the share of the register-only multiply-add peak.
+    A directory or config.json is compiled in memory. Prints tokens a second (median of the
+    repetitions, and half of the distance from the least to the most) and how near the bound that
+    is: for decode the MBU, which is the weight bytes of a step over its time and over the best
+    streaming read of the same minutes; for prefill the share of the register-only multiply-add
+    peak. "Outside" is the share of a decode step in which workers are in no kernel.
 
     \b
     hmc bench plan.hmp -p 512,2048 -n 64
     hmc bench config.json --dummy-weights --layers 8
     hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,4
     """
-    lengths = [length for length in _numbers("-p", prompts, least=0) if length]
-    _at_least("-n", tokens, 0)
-    _at_least("--context", context, 0)
-    _at_least("--repetitions", repetitions, 1)
-    _at_least("--megabytes", megabytes, 0)
+    lengths = [length for length in numbers("-p", prompts, least=0) if length]
+    at_least("-n", tokens, 0)
+    at_least("--context", context, 0)
+    at_least("--repetitions", repetitions, 1)
+    at_least("--megabytes", megabytes, 0)
     if threads is not None:
-        _at_least("--threads", threads, 1)
+        at_least("--threads", threads, 1)
     if dummy_weights and home == "arena":
         raise UsageError("--home arena: dummy weights are in huge pages always")
+    from hmc.bench.model import ModelBench, active_bytes, check_tests, total_bytes
+    from hmc.runtime.executor import Executor
+
     with progress() as report:
         longest = max((*lengths, context + tokens))
-        plan = _plan(target, longest, dummy_weights, layers, threads)
-        from hmc.bench.model import ModelBench, active_bytes, check_tests, total_bytes
-        from hmc.runtime.executor import Executor
-
+        plan = _plan(target, longest, dummy_weights, layers, threads, report)
         check_tests(plan, lengths, tokens, context)
         executor = Executor(
             plan,
@@ -145,13 +158,15 @@ def command(
             )
             prompt_rows = [bench.prompt(length) for length in lengths]
             decode_row = bench.decode(tokens, context) if tokens else None
-            workers, kernels = executor.pool.workers, executor.kernels_used
+            workers, used = executor.pool.workers, executor.kernels_used
         finally:
             executor.close()
-    rows = [*prompt_rows, *([decode_row] if decode_row else [])]
+    rows: list[PromptRow | DecodeRow] = [*prompt_rows]
+    if decode_row is not None:
+        rows.append(decode_row)
     reference = _reference(bench.memory.sweep.bytes_per_second, decode_row)
     model = plan.model
-    facts = {
+    facts: dict[str, Any] = {
         "model": f"{model.architecture}, {model.layers} layers",
         "bytes": total_bytes(plan),
         "active_bytes": active_bytes(plan),
@@ -167,12 +182,12 @@ def command(
                 "reference_gbps": round(reference / 1e9, 3),
                 "reference": str(bench.memory.variant),
                 **facts,
-                **_circumstances(ctx, plan.isa, workers),
-                "kernels": list(kernels),
+                **circumstances(ctx, plan.isa, workers),
+                "kernels": list(used),
             }
         )
         return
-    _print_rows(plan, facts, workers, rows)
+    _print_rows(plan, facts["bytes"], workers, rows)
     click.echo(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
         f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
@@ -182,11 +197,18 @@ def command(
 
 
 def _reference(sweep: float, decode: DecodeRow | None) -> float:
-    """The streaming read in bytes/s: as timed between decode repetitions, else as the sweep had it."""
+    """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
     return sweep if decode is None else decode.compared.reference
 
 
-def _plan(target: str, longest: int, dummy_weights: bool, layers: int, threads: int | None) -> Plan:
+def _plan(
+    target: str,
+    longest: int,
+    dummy_weights: bool,
+    layers: int,
+    threads: int | None,
+    report: Report,
+) -> Plan:
     """TARGET as a plan: loaded, or compiled for a context of `longest` tokens."""
     from hmc.plan import Plan
 
@@ -203,44 +225,42 @@ def _plan(target: str, longest: int, dummy_weights: bool, layers: int, threads: 
         raise UsageError(f"{target}: a config.json alone needs --dummy-weights")
     from hmc.compiler import compile as compile_plan
 
-    return compile_plan(
+    report("compiling", 0, 1)
+    plan = compile_plan(
         path,
         max_context=longest,
         dummy_weights=dummy_weights,
         layers=layers,
         threads=threads or 0,
     )
+    report("compiling", 1, 1)
+    return plan
 
 
 def _print_rows(
-    plan: Plan, facts: dict[str, Any], workers: int, rows: Sequence[PromptRow | DecodeRow]
+    plan: Plan, total: int, workers: int, rows: Sequence[PromptRow | DecodeRow]
 ) -> None:
-    columns = ("model", "size", "params", "formats", "isa", "threads", "test", "tok/s")
-    columns += ("min - max", "MBU", "outside kernels", "of peak")
+    about = ("model", "size", "params", "kernels", "thr", "test")
+    figures = ("tok/s", "of bound", "outside")
     start = (
-        facts["model"],
-        size(facts["bytes"]),
-        f"{facts['parameters'] / 1e9:.2f} B",
-        facts["formats"],
-        plan.isa,
+        f"{plan.model.family} {plan.model.layers}L",
+        size(total),
+        f"{plan.model.parameters / 1e9:.2f} B",
+        " ".join((*(each.format for each in plan.experts[:1]), plan.isa)),
         workers,
     )
     lines = []
     for row in rows:
         found = row.record()
-        lines.append(
-            (
-                *start,
-                row.test,
-                f"{found['tokens_per_second']:.2f}",
-                f"{found['min']:.2f} - {found['max']:.2f}",
-                _percent(found.get("mbu")),
-                _percent(found.get("outside_kernels")),
-                _percent(found.get("peak_share")),
-            )
-        )
-    numbers = ("threads", *columns[7:])
-    console().print(table("hmc bench", columns, lines, numbers=numbers))
+        spread = (found["max"] - found["min"]) / 2
+        rates = f"{found['tokens_per_second']:.2f} ± {spread:.2f}"
+        if "mbu" in found:
+            shares = (f"{found['mbu']:.1%} MBU", f"{found['outside_kernels']:.1%}")
+        else:
+            shares = (f"{found['peak_share']:.1%} peak", "-")
+        lines.append((*start, row.test, rates, *shares))
+    right = ("size", "params", "thr", *figures)
+    console().print(table("hmc bench", (*about, *figures), lines, numbers=right))
 
 
 def _print_ops(row: DecodeRow) -> None:
@@ -248,17 +268,15 @@ def _print_ops(row: DecodeRow) -> None:
     for each in row.ops:
         found = each.record()
         rate = f"{found['gbps']:.1f}" if "gbps" in found else "-"
-        lines.append((each.op, each.steps, f"{found['microseconds']:.1f}", f"{each.share:.1%}", rate))
+        lines.append(
+            (each.op, each.steps, f"{found['microseconds']:.1f}", f"{each.share:.1%}", rate)
+        )
     columns = ("op", "steps", "us a token", "share", "GB/s")
     console().print(table(f"Time of a step, {row.test}", columns, lines, numbers=columns[1:]))
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
-
-
 def _formats(plan: Plan) -> str:
-    """Storage formats of the experts and of the decode matmuls besides them, as `fp8` or `fp8+bf16`."""
+    """Storage formats of all matrices, those with most bytes first: `fp8+bf16`."""
     by_bytes: dict[str, int] = {}
     for weight in plan.weights:
         if len(weight.shape) > 1:
@@ -266,187 +284,3 @@ def _formats(plan: Plan) -> str:
     for each in plan.experts:
         by_bytes[each.format] = by_bytes.get(each.format, 0) + each.bytes * each.count
     return "+".join(sorted(by_bytes, key=lambda name: -by_bytes[name]))
-
-
-@click.command("kernels", short_help="Rates of single kernels from memory, from L2 or against peak.")
-@click.option(
-    "--op",
-    type=click.Choice(["linear", "experts", "gemm", "grouped"]),
-    default="linear",
-    show_default=True,
-    help="GEMV and small batches, or the expert MLP (against the streaming read); prefill's matmul,"
-    " or its experts (against the multiply-add peak).",
-)
-@click.option(
-    "--format", "formats", default="fp8,bf16,int4", show_default=True, metavar="F,..", help="Weights."
-)
-@click.option(
-    "--shape",
-    "shapes",
-    metavar="ROWSxK,..",
-    help="Output rows x K; experts: intermediate x hidden"
-    f" [default: {_SHAPES}; experts: {_EXPERT_SHAPES}].",
-)
-@click.option(
-    "--tokens", metavar="T,..", help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512]."
-)
-@click.option("--group", default=128, show_default=True, metavar="G", help="Group size of int4.")
-@click.option(
-    "--top-k", default=8, show_default=True, metavar="K", help="Experts a token, for the expert ops."
-)
-@click.option("--l2", is_flag=True, help="From the L2 of one core instead: rows are cut to fit half.")
-@click.option(
-    "--no-barriers",
-    is_flag=True,
-    help="Let linear matrices follow each other without waiting: shows what barriers cost.",
-)
-@click.option("--isa", metavar="TIER", help="Kernel tier [default: the best this machine has].")
-@click.option("--repetitions", default=9, show_default=True, metavar="R")
-@_THREADS
-@click.option(
-    "--megabytes",
-    default=0,
-    metavar="N",
-    help="Weights to go through in a pass, and memory of the streaming read [default: 640];"
-    " small values are for tests: they stay in cache.",
-)
-@JSON
-@click.pass_context
-def kernels(
-    ctx: click.Context,
-    op: str,
-    formats: str,
-    shapes: str | None,
-    tokens: str | None,
-    group: int,
-    top_k: int,
-    l2: bool,
-    no_barriers: bool,
-    isa: str | None,
-    repetitions: int,
-    threads: int | None,
-    megabytes: int,
-    as_json: bool,
-) -> None:
-    """Measure single kernels, each pass between two passes of its reference.
-
-    The reference of decode kernels is the fastest streaming read of a sweep (prefetch distance,
-    page size, streams, order) over the very bytes the kernel reads; of prefill kernels, multiply-adds
-    between registers. Ratios are medians of neighbouring passes.
-
-    \b
-    hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,2,4,8
-    hmc bench kernels --op experts --format int4 --group 32
-    hmc bench kernels --l2 --format fp8 --shape 768x2048 --tokens 1
-    hmc bench kernels --op grouped --format fp8 --tokens 512,2048
-    """
-    experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
-    _at_least("--repetitions", repetitions, 1)
-    _at_least("--megabytes", megabytes, 0)
-    if threads is not None:
-        _at_least("--threads", threads, 1)
-        if l2 and threads != 1:
-            raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench, cases_of
-    from hmc.codegen.isa import TIERS, best_isa, require
-
-    if isa is not None and isa not in TIERS:
-        raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
-    tier = best_isa() if isa is None else require(isa)
-    cases = cases_of(
-        op,
-        _split("--format", formats),
-        _shapes(shapes or (_EXPERT_SHAPES if experts else _SHAPES)),
-        _numbers("--tokens", tokens or ("512" if prefill else "1,2,4,8"), least=1),
-        group=group,
-        top_k=top_k,
-    )
-    with (
-        progress() as report,
-        KernelBench(tier, threads=threads, l2=l2, barriers=not no_barriers) as bench,
-    ):
-        rows = bench.measure(
-            cases,
-            repetitions=repetitions,
-            megabytes=megabytes or DEFAULT_MEGABYTES,
-            report=report,
-        )
-    records = [row.record() for row in rows]
-    reference = None if bench.reference is None else bench.reference.variant
-    if as_json:
-        print_json(
-            {
-                "rows": records,
-                "reference": "multiply-add peak" if prefill else str(reference or "read from L2"),
-                **_circumstances(ctx, tier.name, bench.pool.workers),
-            }
-        )
-        return
-    unit = "gflops" if prefill else "gbps"
-    name = "GFLOP/s" if prefill else "GB/s"
-    columns = ("op", "format", "shape", "tokens", name, f"reference {name}", "ratio")
-    lines = [
-        (
-            *(found[key] for key in columns[:4]),
-            f"{found[unit]:.2f}",
-            f"{found[f'reference_{unit}']:.2f}",
-            f"{found['ratio']:.3f}",
-        )
-        for found in records
-    ]
-    title = f"hmc bench kernels, {tier.name}, {bench.pool.workers} threads"
-    console().print(table(title, columns, lines, numbers=columns[3:]))
-    if reference is not None:
-        click.echo(f"reference: {reference}")
-
-
-_SUB_BENCHMARKS: dict[str, click.Command] = {"kernels": kernels}
-
-
-def _circumstances(ctx: click.Context, isa: str, threads: int) -> dict[str, Any]:
-    """What a figure needs to be repeated."""
-    from hmc.detect import detect
-
-    machine = detect()
-    return {
-        "machine": f"{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}",
-        "isa": isa,
-        "threads": threads,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ctx.meta["hmc.bench.command"],
-        "hmc_version": VERSION,
-    }
-
-
-def _split(option: str, text: str) -> list[str]:
-    words = [word.strip() for word in text.split(",")]
-    if not all(words):
-        raise UsageError(f"{option} {text!r}: give values with commas between them")
-    return words
-
-
-def _list(option: str, text: str, read: Callable[[str], Any], form: str) -> list[Any]:
-    try:
-        return [read(word) for word in _split(option, text)]
-    except ValueError:
-        raise UsageError(f"{option} {text}: {form}") from None
-
-
-def _numbers(option: str, text: str, *, least: int) -> list[int]:
-    found = _list(option, text, int, "not a list of whole numbers")
-    for number in found:
-        _at_least(option, number, least)
-    return found
-
-
-def _shapes(text: str) -> list[tuple[int, int]]:
-    def read(word: str) -> tuple[int, int]:
-        rows, k = (int(part) for part in word.lower().split("x"))
-        return rows, k
-
-    return _list("--shape", text, read, "not a list of ROWSxK, such as 2048x7168")
-
-
-def _at_least(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise UsageError(f"{option} {value}: must be at least {least}")

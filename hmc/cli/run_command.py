@@ -149,9 +149,12 @@ def _answer(
         click.echo(json.dumps(record)) if many else print_json(record)
         return result
     stream = engine.stream(tokens, **arguments)
-    for piece in stream:
-        click.echo(piece.text if engine.text else f"{piece.token_ids[0]} ", nl=False)
-        sys.stdout.flush()
+    try:
+        for piece in stream:
+            click.echo(piece.text if engine.text else f"{piece.token_ids[0]} ", nl=False)
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        stream.close()
     click.echo()
     result = stream.result
     times = result.timings

@@ -1,21 +1,26 @@
-"""Calls of the kernels between the matmuls: guarded arrays, workers in turn, stored vectors in every format."""
+"""Calls of the kernels between the matmuls: guarded arrays, workers in turn, stored vectors in
+every format.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import numpy as np
 from prefill_data import address, bf16, from_bf16
 
 from hmc.codegen.jit import Jit
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec, WeightFormat, pack
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(array: np.ndarray) -> np.ndarray:
-    """A copy of `array` that ends where an unreadable page begins: a read past its end kills the test run."""
+    """A copy of `array` that ends where an unreadable page begins: a read past its end kills the
+    test run.
+    """
     array = np.ascontiguousarray(array)
     page = mmap.PAGESIZE
     size = -(-max(array.nbytes, 1) // page) * page
@@ -32,6 +37,11 @@ def in_turn(jit: Jit, spec: KernelSpec, workers: int, **values: int | float) -> 
     kernel, block = jit.get(spec), pack(spec.op, **values)
     for worker in range(workers):
         kernel(block, worker, workers)
+
+
+def spec_of(op: str, isa: str, params: dict[str, int], weight: WeightFormat = "") -> KernelSpec:
+    """`KernelSpec.of` for sizes that come as a mapping."""
+    return replace(KernelSpec.of(op, isa, weight=weight), params=tuple(sorted(params.items())))
 
 
 def as_format(values: np.ndarray, format_name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -52,4 +62,14 @@ def filled(shape: tuple[int, ...], dtype: type) -> np.ndarray:
     return guarded(np.full(shape, 77, dtype))
 
 
-__all__ = ["address", "as_format", "bf16", "filled", "floats", "from_bf16", "guarded", "in_turn"]
+__all__ = [
+    "address",
+    "as_format",
+    "bf16",
+    "filled",
+    "floats",
+    "from_bf16",
+    "guarded",
+    "in_turn",
+    "spec_of",
+]

@@ -12,7 +12,9 @@ NAN = 0x7FC0
 
 @dataclass
 class Paged:
-    """Block tables [sequences, stride] and tokens (`sequence`, `positions`) over `blocks` shuffled blocks."""
+    """Block tables [sequences, stride] and tokens (`sequence`, `positions`) over `blocks` shuffled
+    blocks.
+    """
 
     block: int
     blocks: int
@@ -22,7 +24,9 @@ class Paged:
 
     @staticmethod
     def of(rng: np.random.Generator, block: int, tokens: list[tuple[int, int]]) -> Paged:
-        """`tokens`: (sequence, position) of each. Tables are one entry longer than needed, and that one is wild."""
+        """`tokens`: (sequence, position) of each. Tables are one entry longer than needed, and that
+        one is wild.
+        """
         sequences = max(s for s, _ in tokens) + 1
         length = max(p for _, p in tokens) // block + 1
         numbers = rng.permutation(sequences * length).astype(np.int32).reshape(sequences, length)
@@ -41,7 +45,9 @@ class Paged:
         return self.tables[self.sequence[token], position // self.block], position % self.block
 
     def rows(self, rng: np.random.Generator, *shape: int) -> tuple[np.ndarray, np.ndarray]:
-        """bf16 rows [blocks, block, *shape] (bits and f64): NaN at positions that no token attends to."""
+        """bf16 rows [blocks, block, *shape] (bits and f64): NaN at positions that no token attends
+        to.
+        """
         bits = bf16(rng.standard_normal((self.blocks, self.block, *shape)))
         for s in range(len(self.tables)):
             seen = self.positions[self.sequence == s]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import threading
 from dataclasses import dataclass
 
@@ -12,7 +14,7 @@ from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
 
-
+_PROT_NONE = 0  # of sys/mman.h
 FORMATS: list[WeightFormat] = ["fp8", "bf16", "fp16", "f32", "int4"]
 
 
@@ -36,9 +38,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 def e4m3(codes: np.ndarray) -> np.ndarray:
     """E4M3FN codes to f64."""
     exponent, mantissa = (codes >> 3) & 15, (codes & 7).astype(np.float64)
-    value = np.where(
-        exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
-    )
+    value = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9)
     value = np.where((codes & 127) == 127, np.nan, value)
     return np.where(codes & 128, -value, value)
 
@@ -53,8 +53,16 @@ class Stored:
     group: int = 0
 
 
-def stored(rng: np.random.Generator, weight: WeightFormat, n: int, k: int, group: int = 128) -> Stored:
+def stored(
+    rng: np.random.Generator,
+    weight: WeightFormat,
+    n: int,
+    k: int,
+    group: int = 128,
+    scale_bits: int = 16,
+) -> Stored:
     """A random matrix; its last byte ends the buffer."""
+    scale: np.ndarray
     nothing = np.zeros(1, np.float32)
     if weight == "fp8":
         codes = rng.integers(0, 256, (n, k), dtype=np.uint8)
@@ -68,6 +76,8 @@ def stored(rng: np.random.Generator, weight: WeightFormat, n: int, k: int, group
         words = np.bitwise_or.reduce(nibbles.reshape(n, -1, 8) << shifts, axis=2)
         scale = bf16(rng.uniform(0.5, 2.0, (n, -(-k // group))))
         spread = np.repeat(from_bf16(scale), group, 1)[:, :k]
+        if scale_bits == 32:
+            scale = from_bf16(scale).astype(np.float32)
         return Stored(words, scale, (nibbles[:, :k].astype(np.float64) - 8) * spread, group)
     values = rng.standard_normal((n, k)).astype(np.float32)
     if weight == "bf16":
@@ -86,6 +96,19 @@ def activations(rng: np.random.Generator, tokens: int, k: int, stride: int) -> n
 def address(array: np.ndarray | None) -> int:
     """Byte address, 0 for None."""
     return 0 if array is None else array.ctypes.data
+
+
+def before_a_hole(array: np.ndarray) -> np.ndarray:
+    """A copy whose last byte is followed by a page that faults when it is touched."""
+    page = mmap.PAGESIZE
+    size = -(-array.nbytes // page) * page
+    # The mapping goes when the last array over it does.
+    whole = np.frombuffer(mmap.mmap(-1, size + page), np.uint8)
+    hole = ctypes.c_void_p(whole.ctypes.data + size)
+    assert ctypes.CDLL(None).mprotect(hole, ctypes.c_size_t(page), _PROT_NONE) == 0
+    copy = whole[size - array.nbytes : size].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def run(jit: Jit, spec: KernelSpec, workers: int, **values: int) -> None:

@@ -6,7 +6,18 @@ import re
 
 import numpy as np
 import pytest
-from prefill_data import FORMATS, Stored, activations, address, bf16, from_bf16, need, run, stored
+from prefill_data import (
+    FORMATS,
+    Stored,
+    activations,
+    address,
+    before_a_hole,
+    bf16,
+    from_bf16,
+    need,
+    run,
+    stored,
+)
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
@@ -46,7 +57,9 @@ def test_every_format_and_tier_at_odd_sizes(
 ) -> None:
     need(isa)
     rng = np.random.default_rng(k)
-    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, **({"group": 32} if weight == "int4" else {}))
+    spec = KernelSpec.of(
+        "gemm", isa, weight=weight, k=k, group=32, scale_bits=16, tile={"tokens": 5}
+    )
     for rows, tokens in ((1, 1), (7, 64), (16, 17), (33, 2), (130, 130)):
         w = stored(rng, weight, rows, k, group=32)
         x = activations(rng, tokens, k, k + 5)
@@ -66,12 +79,12 @@ def test_workers_tiles_and_neighbours_change_no_bit(
     rows, tokens, k = 130, 61, 384
     w = stored(rng, weight, rows, k)
     x = activations(rng, tokens, k, k)
-    spec = KernelSpec.of("gemm", isa, weight=weight, k=k)
+    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, scale_bits=16)
     alone = call(jit, spec, x, w, rows, tokens)
     for workers in (2, 3, 7):
         assert np.array_equal(call(jit, spec, x, w, rows, tokens, workers), alone)
     assert np.array_equal(call(jit, spec, x[5:6], w, rows, 1), alone[5:6])
-    small = KernelSpec.of("gemm", isa, weight=weight, k=k, tile={"tokens": 5})
+    small = KernelSpec.of("gemm", isa, weight=weight, k=k, scale_bits=16, tile={"tokens": 5})
     assert np.array_equal(call(jit, small, x, w, rows, tokens), alone)
 
 
@@ -112,15 +125,31 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
     assert np.isnan(y[:, ~finite]).all()
 
 
-@pytest.mark.parametrize("group", [32, 64, 128])
-def test_int4_groups(jit: Jit, group: int) -> None:
-    need("avx512_bf16")
+@pytest.mark.parametrize("isa", ["avx512_bf16", "avx2"])
+@pytest.mark.parametrize(("group", "scale_bits"), [(32, 32), (64, 16), (128, 16), (128, 32)])
+def test_int4_groups_and_scales(jit: Jit, isa: str, group: int, scale_bits: int) -> None:
+    need(isa)
     rng = np.random.default_rng(group)
-    w = stored(rng, "int4", 40, 256, group)
+    w = stored(rng, "int4", 40, 256, group, scale_bits)
     x = activations(rng, 14, 256, 256)
-    spec = KernelSpec.of("gemm", "avx512_bf16", weight="int4", k=256, group=group)
+    spec = KernelSpec.of("gemm", isa, weight="int4", k=256, group=group, scale_bits=scale_bits)
     exact = gemm(from_bf16(x), w.values)
     assert np.allclose(call(jit, spec, x, w, 40, 14), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("weight", FORMATS)
+def test_nothing_past_the_last_row_is_read(jit: Jit, isa: str, weight: WeightFormat) -> None:
+    need(isa)
+    rng = np.random.default_rng(6)
+    rows, tokens, k = 17, 3, 200
+    w, x = stored(rng, weight, rows, k, 32), activations(rng, tokens, k, k)
+    spec = KernelSpec.of(
+        "gemm", isa, weight=weight, k=k, group=32, scale_bits=16, tile={"tokens": 5}
+    )
+    y = call(jit, spec, x, w, rows, tokens)
+    edge = Stored(before_a_hole(w.data), before_a_hole(w.scale), w.values)
+    assert np.array_equal(call(jit, spec, before_a_hole(x), edge, rows, tokens), y)
 
 
 def test_many_tokens_take_several_blocks(jit: Jit) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from prefill_data import FORMATS, Stored, activations, address, from_bf16, need, run, stored
@@ -17,7 +19,7 @@ EXPERTS = 7
 
 
 def route(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids [tokens, top_k] (expert 4 gets nothing, expert 1 much), slots and offsets as the kernels want them."""
+    """ids [tokens, top_k] (expert 4 gets nothing, expert 1 much), then slots and offsets."""
     choice = [1, 0, 2, 3, 5, 6]
     ids = np.stack([rng.permutation(choice)[:TOP_K] for _ in range(tokens)])
     ids[: tokens // 2, 0] = 1
@@ -29,15 +31,27 @@ def route(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray
 
 def table_of(experts: list[tuple[Stored, Stored, Stored]]) -> np.ndarray:
     return np.array(
-        [[address(part) for w in three for part in (w.data, w.scale)] for three in experts], np.int64
+        [[address(part) for w in three for part in (w.data, w.scale)] for three in experts],
+        np.int64,
     )
 
 
-def specs(isa: str, weight: WeightFormat, hidden: int, inner: int) -> tuple[KernelSpec, KernelSpec]:
-    sizes = {"top_k": TOP_K, "experts": EXPERTS} | ({"group": 32} if weight == "int4" else {})
+def specs(
+    isa: str, weight: WeightFormat, hidden: int, inner: int, tile: dict[str, int] | None = None
+) -> tuple[KernelSpec, KernelSpec]:
+    of = partial(
+        KernelSpec.of,
+        isa=isa,
+        weight=weight,
+        top_k=TOP_K,
+        experts=EXPERTS,
+        group=32,
+        scale_bits=16,
+        tile=tile,
+    )
     return (
-        KernelSpec.of("grouped_gate_up", isa, weight=weight, out="bf16", k=hidden, n=inner, **sizes),
-        KernelSpec.of("grouped_down", isa, weight=weight, k=inner, n=hidden, **sizes),
+        of("grouped_gate_up", out="bf16", k=hidden, n=inner),
+        of("grouped_down", k=inner, n=hidden),
     )
 
 
@@ -85,19 +99,24 @@ def test_experts_against_float64(
         )
         for _ in range(EXPERTS)
     ]
-    table, pair = table_of(experts), specs(isa, weight, hidden, inner)
+    table, pair = table_of(experts), specs(isa, weight, hidden, inner, {"tokens": 5})
     for tokens in (1, 17, 64):
         ids, slots, offsets = route(rng, tokens)
         routing = rng.uniform(0, 1, ids.shape).astype(np.float32)
         x = activations(rng, tokens, hidden, hidden + 2)
         act, y = both(jit, pair, x, routing, slots, offsets, table, workers=2)
         want = grouped_gate_up(
-            from_bf16(x[:, :hidden]), ids, [w[0].values for w in experts], [w[1].values for w in experts]
+            from_bf16(x[:, :hidden]),
+            ids,
+            [w[0].values for w in experts],
+            [w[1].values for w in experts],
         )
         # One rounding to bf16 (2^-9), and f32 sums of gate and up before it.
         error = np.abs(from_bf16(act) - want)
         assert (error <= np.abs(want) * 2.0**-8 + 1e-3 * np.abs(want).max()).all()
-        down = grouped_down(from_bf16(act), ids, routing.astype(np.float64), [w[2].values for w in experts])
+        down = grouped_down(
+            from_bf16(act), ids, routing.astype(np.float64), [w[2].values for w in experts]
+        )
         assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 

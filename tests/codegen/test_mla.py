@@ -1,21 +1,23 @@
 """Latent attention kernels against float64, each fed with what the one before it really wrote.
 
-Bounds: absorbing 1e-6 of the sum of magnitudes (f32 sums); latents the bf16 rounding of y_latent and, on avx512_bf16,
-1 % of sum p |c| (queries and probabilities enter as bf16); the last projection half a bf16 step and 1e-6.
+Bounds: absorbing 1e-6 of the sum of magnitudes (f32 sums); latents the bf16 rounding of y_latent
+and, on avx512_bf16, 1 % of sum p |c| (queries and probabilities enter as bf16); the last projection
+half a bf16 step and 1e-6.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn
+from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
 from paged import Paged
 from prefill_data import Stored, need, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import mla
-from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.kernels.absorb import mla_absorb
+from hmc.codegen.spec import WeightFormat
 from hmc.errors import KernelError
 
 Params = dict[str, int]
@@ -44,7 +46,7 @@ def absorb(
     """q_latent [tokens, heads, rank]."""
     y = filled((len(q), params["heads"], params["rank"]), np.float32)
     in_turn(
-        jit, KernelSpec.of("mla_absorb", isa, weight=weight, **params), workers, q=address(q),
+        jit, spec_of("mla_absorb", isa, params, weight), workers, q=address(q),
         q_stride=q.shape[1], w=address(w.data), scale=address(w.scale), q_latent=address(y),
         tokens=len(q),
     )  # fmt: skip
@@ -58,7 +60,7 @@ def up(
     columns = params["heads"] * params["v_dim"]
     y = filled((len(x), columns + 5), np.uint16)
     in_turn(
-        jit, KernelSpec.of("mla_up", isa, weight=weight, **params), workers,
+        jit, spec_of("mla_up", isa, params, weight), workers,
         y_latent=address(x), w=address(w.data), scale=address(w.scale), y=address(y),
         y_stride=columns + 5, tokens=len(x),
     )  # fmt: skip
@@ -88,8 +90,8 @@ def test_absorb(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> Non
         q = query(rng, params, tokens)
         y = absorb(jit, isa, weight, params, q, w, 1)
         rows = heads_of(q, params)
-        bound = mla.mla_absorb(np.abs(rows), np.abs(values), params["nope"])
-        assert (np.abs(y - mla.mla_absorb(rows, values, params["nope"])) <= 1e-6 * bound).all()
+        bound = mla_absorb(np.abs(rows), np.abs(values), params["nope"])
+        assert (np.abs(y - mla_absorb(rows, values, params["nope"])) <= 1e-6 * bound).all()
         for workers in (2, 4, 31):
             assert (absorb(jit, isa, weight, params, q, w, workers) == y).all()
         alone = absorb(jit, isa, weight, params, guarded(q[-1:]), w, 2)
@@ -130,7 +132,7 @@ def attend(
 ) -> np.ndarray:
     """y_latent bits [tokens, heads, rank]."""
     y = filled(latent.shape, np.uint16)
-    spec = KernelSpec.of("mla_attention", isa, **params)
+    spec = spec_of("mla_attention", isa, params)
     size = mla.mla_scratch_bytes(spec, len(q), paged.max_context)
     scratch = guarded(np.full(size, 0xFF, np.uint8))
     common = {
@@ -142,7 +144,7 @@ def attend(
         cache=address(cache), tables=address(paged.tables), table_stride=paged.tables.shape[1],
         sequence=address(paged.sequence), scale=scale,
     )  # fmt: skip
-    in_turn(jit, KernelSpec.of("mla_attention_join", isa, **params), workers, **common)
+    in_turn(jit, spec_of("mla_attention_join", isa, params), workers, **common)
     return y
 
 
@@ -194,7 +196,7 @@ def test_append(jit: Jit, isa: str, params: Params) -> None:
         rows = bf16(np.concatenate([latent[kept, :rank], key[kept, :rope]], axis=1))
         expected = mla.mla_append(cache, rows, np.array(blocks), np.array(slots))
         in_turn(
-            jit, KernelSpec.of("mla_append", isa, **params), 2, latent=address(latent),
+            jit, spec_of("mla_append", isa, params), 2, latent=address(latent),
             latent_stride=rank + 2, k_rope=address(key), k_rope_stride=rope + 1,
             cache=address(cache), tables=address(paged.tables),
             table_stride=paged.tables.shape[1], sequence=address(paged.sequence),
@@ -205,6 +207,6 @@ def test_append(jit: Jit, isa: str, params: Params) -> None:
 
 def test_shapes_without_a_kernel_are_refused(jit: Jit) -> None:
     with pytest.raises(KernelError, match="multiples of 4"):
-        jit.ir_text(KernelSpec.of("mla_up", "avx2", weight="bf16", **(SHAPES[0] | {"nope": 30})))
+        jit.ir_text(spec_of("mla_up", "avx2", (SHAPES[0] | {"nope": 30}), "bf16"))
     with pytest.raises(KernelError, match="even"):
-        jit.ir_text(KernelSpec.of("mla_attention", "avx2", **(SHAPES[0] | {"rope": 7})))
+        jit.ir_text(spec_of("mla_attention", "avx2", (SHAPES[0] | {"rope": 7})))

@@ -1,4 +1,6 @@
-"""`norm`, `add_norm` and `add` against float64: f32 results within 1e-6 relative, bf16 within half a bf16 step."""
+"""`norm`, `add_norm` and `add` against float64: f32 results within 1e-6 relative, bf16 within half
+a bf16 step.
+"""
 
 from __future__ import annotations
 

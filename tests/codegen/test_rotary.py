@@ -1,4 +1,6 @@
-"""`rotary` against float64 (errors below 2e-6 at values of a few units) and against transformers' DeepSeek form."""
+"""`rotary` against float64 (errors below 2e-6 at values of a few units) and against transformers'
+DeepSeek form.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,16 @@ def test_rotary(
 
 
 def test_pairs_turn_as_in_deepseek(jit: Jit) -> None:
-    """transformers gathers the even elements in front; ours stay in place, which dot products cannot tell."""
+    """transformers gathers the even elements in front; ours stay in place, which dot products
+    cannot tell.
+    """
     rng = np.random.default_rng(0)
     cos, sin = angles(16)
     x = guarded(rng.standard_normal((4, 2 * 16)).astype(np.float32))
     positions = guarded(np.array([0, 3, 7, 49], np.int32))
     q = torch.from_numpy(x.copy()).view(1, 4, 2, 16).transpose(1, 2)
     both = [torch.from_numpy(np.tile(t[positions], 2))[None] for t in (cos, sin)]
-    theirs, _ = apply_rotary_pos_emb_interleave(q, q, *both)
+    theirs, _ = apply_rotary_pos_emb_interleave(q, q, *both)  # type: ignore[no-untyped-call]
     spec = KernelSpec.of("rotary", "avx2", heads=2, head_dim=16, start=0, dim=16, interleaved=1)
     in_turn(
         jit, spec, 1, x=address(x), x_stride=32, gamma=0, cos=address(cos), sin=address(sin),

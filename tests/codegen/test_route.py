@@ -1,11 +1,11 @@
-"""`route` against float64 (weights within 1e-6 relative) and against the routers of transformers."""
+"""`route` against float64 (weights within 1e-6 relative) and the routers of transformers."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from kernel_calls import address, filled, guarded, in_turn
+from kernel_calls import address, filled, guarded, in_turn, spec_of
 from prefill_data import need
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -15,7 +15,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.route import route
-from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 
 FORMS = [
@@ -45,7 +44,7 @@ def run(
     bias = None if bias is None else guarded(bias.astype(np.float32))
     ids, weights = filled((tokens, top_k), np.int32), filled((tokens, top_k), np.float32)
     in_turn(
-        jit, KernelSpec.of("route", isa, **form), workers, logits=address(rows),
+        jit, spec_of("route", isa, form), workers, logits=address(rows),
         logits_stride=rows.shape[1], bias=address(bias), ids=address(ids),
         routing=address(weights), tokens=tokens, factor=factor,
     )  # fmt: skip
@@ -123,15 +122,17 @@ def test_as_transformers_routes(jit: Jit) -> None:
         )
     )  # fmt: skip
     deepseek.e_score_correction_bias.copy_(torch.from_numpy(rng.random(64) * 0.3))
-    qwen = Qwen3MoeTopKRouter(
+    qwen = Qwen3MoeTopKRouter(  # type: ignore[no-untyped-call]
         Qwen3MoeConfig(hidden_size=32, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True)
     )
-    mixtral = MixtralTopKRouter(
+    mixtral = MixtralTopKRouter(  # type: ignore[no-untyped-call]
         MixtralConfig(hidden_size=32, num_local_experts=8, num_experts_per_tok=2)
     )
-    form = {"experts": 64, "top_k": 8, "scoring": 1, "normalise": 1, "groups": 8, "top_groups": 3}
+    grouped = {
+        "experts": 64, "top_k": 8, "scoring": 1, "normalise": 1, "groups": 8, "top_groups": 3,
+    }  # fmt: skip
     for router, form, bias, factor in (
-        (deepseek, form, deepseek.e_score_correction_bias.numpy(), 2.5),
+        (deepseek, grouped, deepseek.e_score_correction_bias.numpy(), 2.5),
         (qwen, FORMS[0], None, 1.0),
         (mixtral, FORMS[2], None, 1.0),
     ):
@@ -156,4 +157,4 @@ def test_as_transformers_routes(jit: Jit) -> None:
 )
 def test_impossible_forms_are_refused(jit: Jit, wrong: dict[str, int]) -> None:
     with pytest.raises(KernelError, match="route"):
-        jit.ir_text(KernelSpec.of("route", "avx2", **wrong))
+        jit.ir_text(spec_of("route", "avx2", wrong))

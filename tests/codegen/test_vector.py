@@ -1,4 +1,6 @@
-"""The shared vector functions, through a kernel of their own: y = f(h), in the argument layout of `add`."""
+"""The shared vector functions, through a kernel of their own: y = f(h), in the argument layout of
+`add`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hmc.codegen.spec import KernelSpec
 
 
 def probe(function: Callable[[Emitter, Value], Value], isa: str, x: np.ndarray) -> np.ndarray:
-    """function(x) of an f32 row; the spec carries the function's name, or the cache would mix them up."""
+    """function(x) of an f32 row; the spec carries the function's name, or the cache would mix them
+    up.
+    """
     name = int.from_bytes(function.__name__.encode(), "big") % 2**31
 
     def emit(spec: KernelSpec) -> str:

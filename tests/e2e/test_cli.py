@@ -90,7 +90,7 @@ def test_show_layer_expert_graph(plan: Path, run: Run) -> None:
 def test_show_kernel_text(plan: Path, run: Run) -> None:
     code, out, _ = run("show", plan, "--ir", "route")
     assert code == 0
-    assert "define void @route" in out
+    assert 'define void @"route' in out
     code, out, _ = run("show", plan, "--asm", "route")
     assert ".globl" in out
 
@@ -132,8 +132,14 @@ def test_run_json_is_deterministic_with_a_seed(plan: Path, run: Run) -> None:
 def test_run_ids_prompts_chat_and_stdin(
     plan: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert len(json.loads(run("run", plan, "--ids", "5,6,7", "-n", 3, "--json")[1])["token_ids"]) <= 3
-    lines = [{"prompt": "the fox"}, {"ids": [4, 5]}, {"messages": [{"role": "user", "content": "x"}]}]
+    assert (
+        len(json.loads(run("run", plan, "--ids", "5,6,7", "-n", 3, "--json")[1])["token_ids"]) <= 3
+    )
+    lines = [
+        {"prompt": "the fox"},
+        {"ids": [4, 5]},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(map(json.dumps, lines)))
     answers = run("run", plan, "--prompts", prompts, "-n", 2, "--json")[1].splitlines()
@@ -175,9 +181,7 @@ def test_run_refuses_bad_arguments(plan: Path, run: Run, tmp_path: Path) -> None
         assert_one_line(code, err, 2, part)
 
 
-def test_compile_refuses_wrong_paths_and_options(
-    model: Path, run: Run, tmp_path: Path
-) -> None:
+def test_compile_refuses_wrong_paths_and_options(model: Path, run: Run, tmp_path: Path) -> None:
     out = tmp_path / "plan.hmp"
     cases: list[tuple[tuple[object, ...], int, str]] = [
         ((tmp_path / "nowhere",), 2, "no such directory"),
@@ -233,8 +237,7 @@ def test_run_refuses_a_machine_without_the_isa(
 def test_run_refuses_too_little_memory(
     plan: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hmc.detect.available_bytes", lambda: 1000)
-    monkeypatch.setattr("hmc.runtime.engine.available_bytes", lambda: 1000)
+    monkeypatch.setattr("hmc.runtime.executor.available_bytes", lambda: 1000)
     code, _, err = run("run", plan, "-p", "x")
     assert_one_line(code, err, 5, "memory")
 

@@ -46,22 +46,31 @@ def errors(found: Floats, reference: Floats) -> Floats:
     return (difference / np.linalg.norm(reference.astype(np.float64), axis=1)).astype(np.float32)
 
 
-def assert_no_worse(found: Floats, reference: Floats, bf16: Floats) -> None:
-    """Median at most 1.05x that of transformers in BF16, and no more tokens above 5 %."""
-    ours, theirs = errors(found, reference), errors(bf16, reference)
-    assert np.isfinite(found).all()
-    assert np.median(ours) <= 1.05 * np.median(theirs), (np.median(ours), np.median(theirs))
-    assert (ours > 0.05).sum() <= (theirs > 0.05).sum(), (ours.max(), theirs.max())
+def assert_no_worse(cases: list[tuple[Floats, Floats, Floats]]) -> None:
+    """For (ours, FP32, BF16) logits of several prompts: each median at most 1.05x that of transformers
+    in BF16, and over all prompts no more tokens above 5 %.
+    """
+    large = [0, 0]
+    for found, reference, bf16 in cases:
+        assert np.isfinite(found).all()
+        ours, theirs = errors(found, reference), errors(bf16, reference)
+        assert np.median(ours) <= 1.05 * np.median(theirs), (np.median(ours), np.median(theirs))
+        large[0] += int((ours > 0.05).sum())
+        large[1] += int((theirs > 0.05).sum())
+    assert large[0] <= large[1]
 
 
-def tiers() -> list[str]:
-    """The kernel tiers this machine can run."""
-    return [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
+BEST, *OTHERS = [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
+"""The kernel tiers this machine can run."""
+
+CASES = [(family, quant, BEST) for family in FAMILIES for quant in ("bf16", "fp8", "int4")] + [
+    (family, quant, isa)
+    for isa in OTHERS
+    for family, quant in (("deepseek_v3", "fp8"), ("qwen3_moe", "bf16"), ("mixtral", "int4"))
+]
 
 
-@pytest.mark.parametrize("isa", tiers())
-@pytest.mark.parametrize("quant", ["bf16", "fp8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "quant", "isa"), CASES)
 def test_logits_are_as_close_as_transformers_in_bf16(
     family: str,
     quant: str,
@@ -72,28 +81,28 @@ def test_logits_are_as_close_as_transformers_in_bf16(
     monkeypatch.setenv("HMC_ISA", isa)
     directory = checkpoint(family, quant)
     with hmc.Engine(hmc.compile(directory, max_chunk=128)) as engine:
-        for tokens in LENGTHS:
-            reference, bf16 = oracle(directory, tokens)
-            assert_no_worse(engine.logits(prompt(tokens)), reference, bf16)
-        reference, bf16 = oracle(directory, 64)
-        assert_no_worse(engine.decode_logits(prompt(64)), reference, bf16)
         assert {isa} == {kernel.isa for kernel in engine.plan.kernels.values()}
+        cases = [(tokens, *oracle(directory, tokens)) for tokens in LENGTHS]
+        assert_no_worse([(engine.logits(prompt(n)), *known) for n, *known in cases])
+        assert_no_worse([(engine.decode_logits(prompt(n)), *known) for n, *known in cases])
+        ran = " ".join(engine.kernels_used)
+        assert isa in ran
+        assert quant in ran
 
 
 @pytest.mark.parametrize("quant", ["fp16", "f32"])
 def test_other_stored_formats(quant: str, checkpoint: Callable[..., Path]) -> None:
     directory = checkpoint("qwen3_moe", quant)
     with hmc.Engine(hmc.compile(directory)) as engine:
-        reference, bf16 = oracle(directory, 64)
-        assert_no_worse(engine.logits(prompt(64)), reference, bf16)
-        assert_no_worse(engine.decode_logits(prompt(64)), reference, bf16)
+        known = oracle(directory, 64)
+        assert_no_worse([(engine.logits(prompt(64)), *known)])
+        assert_no_worse([(engine.decode_logits(prompt(64)), *known)])
 
 
 def test_bf16_scales(checkpoint: Callable[..., Path]) -> None:
     directory = checkpoint("deepseek_v3", "fp8", scale_dtype=torch.bfloat16)
     with hmc.Engine(hmc.compile(directory)) as engine:
-        reference, bf16 = oracle(directory, 64)
-        assert_no_worse(engine.logits(prompt(64)), reference, bf16)
+        assert_no_worse([(engine.logits(prompt(64)), *oracle(directory, 64))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -35,10 +35,9 @@ def close(actual, expected, bound):
     assert error < bound, error
 
 
-BOUNDS = {torch.bfloat16: 6e-3, torch.float32: 2.5e-3}  # f32 still writes bf16
+BOUND = 2.2e-3  # bf16 rounding of the result; everything before it is f32
 
 
-@pytest.mark.parametrize("compute", BOUNDS)
 @pytest.mark.parametrize("scattered", [False, True])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "v_dim", "past", "tokens", "window"),
@@ -51,9 +50,7 @@ BOUNDS = {torch.bfloat16: 6e-3, torch.float32: 2.5e-3}  # f32 still writes bf16
         (2, 1, 64, 64, 300, 1, 0),
     ],
 )
-def test_grouped_query(
-    heads, kv_heads, dim, v_dim, past, tokens, window, scattered, compute, monkeypatch
-):
+def test_grouped_query(heads, kv_heads, dim, v_dim, past, tokens, window, scattered, monkeypatch):
     torch.manual_seed(0)
     total = past + tokens
     k, v = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, v_dim)
@@ -82,15 +79,13 @@ def test_grouped_query(
             y,
             scale=dim**-0.5,
             window=window,
-            compute=compute,
         )
-        close(y.view(tokens, heads, v_dim).transpose(0, 1), expected, BOUNDS[compute])
+        close(y.view(tokens, heads, v_dim).transpose(0, 1), expected, BOUND)
 
 
-@pytest.mark.parametrize("compute", BOUNDS)
 @pytest.mark.parametrize("form", ["fp8", "bf16"])
 @pytest.mark.parametrize(("past", "tokens"), [(0, 1), (0, 30), (200, 3), (70, 40)])
-def test_latent(past, tokens, form, compute, monkeypatch):
+def test_latent(past, tokens, form, monkeypatch):
     torch.manual_seed(1)
     sizes = Latent(heads=5, nope=24, rope=8, v_dim=16, rank=136, scale=0.2)
     total = past + tokens
@@ -126,6 +121,6 @@ def test_latent(past, tokens, form, compute, monkeypatch):
     for budget in (attention._BYTES, 60_000):
         monkeypatch.setattr(attention, "_BYTES", budget)
         y = torch.empty(tokens, 5 * 16, dtype=torch.bfloat16)
-        latent(q, cache, stored, scale, Past(ids, past, tokens), y, sizes, compute)
-        close(y.view(tokens, 5, 16).transpose(0, 1), expected, 1.6 * BOUNDS[compute])
+        latent(q, cache, stored, scale, Past(ids, past, tokens), y, sizes)
+        close(y.view(tokens, 5, 16).transpose(0, 1), expected, BOUND)
     assert used == ({"_absorbed"} if past == 200 else {"_expanded"})

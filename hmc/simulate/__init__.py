@@ -1,0 +1,11 @@
+"""Predicts what a plan will do on its machine: time to the first token, tokens a second, what each
+resource does meanwhile, and whether goals are met.
+
+The plan's own steps run over its resources (`hmc.timeline`) with the durations of the cost model
+(`hmc.cost`); nothing here knows a schedule, a model or a machine by name.
+"""
+
+from hmc.simulate.goals import Verdict, parse_goals, verdicts
+from hmc.simulate.predict import Prediction, Run, simulate
+
+__all__ = ["Prediction", "Run", "Verdict", "parse_goals", "simulate", "verdicts"]

@@ -1,0 +1,73 @@
+"""Service goals: how they are written, whether a prediction meets them, and what would lift the
+limit that binds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hmc.errors import UsageError
+from hmc.plan import Goals, Limits
+
+_TTFT = re.compile(r"ttft=(?P<seconds>\d+(\.\d+)?)(?P<unit>ms|s)?@(?P<tokens>\d+)(?P<k>[kK])?")
+_TPS = re.compile(r"tps=(?P<rate>\d+(\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One goal, what is predicted for it, and whether that is good enough."""
+
+    goal: str
+    predicted: float
+    unit: str
+    met: bool
+
+    def as_json(self) -> dict[str, object]:
+        """Plain values."""
+        return {
+            "goal": self.goal,
+            "predicted": self.predicted,
+            "unit": self.unit,
+            "met": self.met,
+        }
+
+
+def parse_goals(text: str, concurrency: int = 1) -> Goals:
+    """Goals such as "ttft=30s@32k,tps=20": seconds to the first token of a prompt of 32 x 1024
+    tokens, tokens a second of each of `concurrency` sequences. `UsageError` for another form.
+    """
+    found: dict[str, float | int] = {"concurrency": concurrency}
+    for part in filter(None, (each.strip() for each in text.split(","))):
+        if match := _TTFT.fullmatch(part):
+            seconds = float(match["seconds"]) / (1000 if match["unit"] == "ms" else 1)
+            found["ttft_seconds"] = seconds
+            found["ttft_prompt"] = int(match["tokens"]) * (1024 if match["k"] else 1)
+        elif match := _TPS.fullmatch(part):
+            found["tokens_per_second"] = float(match["rate"])
+        else:
+            raise UsageError(f"--slo {part}: write goals as ttft=30s@32k,tps=20")
+    return Goals.model_validate(found)
+
+
+def verdicts(
+    goals: Goals,
+    ttft: Callable[[int], float],
+    tpot: Callable[[int], float],
+    limits: Limits,
+) -> Iterator[Verdict]:
+    """Each goal with its prediction; `ttft(prompt)` and `tpot(sequences)` give seconds."""
+    if goals.ttft_seconds:
+        goal = f"ttft {goals.ttft_seconds:g} s at {goals.ttft_prompt} tokens"
+        if goals.ttft_prompt > limits.max_context:
+            raise UsageError(
+                f"the goal {goal} is beyond the plan's context of {limits.max_context} tokens:"
+                " compile with a larger --max-context"
+            )
+        seconds = ttft(goals.ttft_prompt)
+        yield Verdict(goal, seconds, "s", seconds <= goals.ttft_seconds)
+    if goals.tokens_per_second:
+        rate = 1 / tpot(goals.concurrency)
+        goal = f"{goals.tokens_per_second:g} tokens/s for each of {goals.concurrency}"
+        yield Verdict(goal, rate, "tokens/s", rate >= goals.tokens_per_second)

@@ -1,0 +1,224 @@
+"""From a plan and a load to a prediction: chooses the phases as the plan's switch-over points say,
+runs their timelines, and finds what binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx
+
+from hmc.cost import Call, CostModel
+from hmc.errors import ContextLengthError, UsageError
+from hmc.machine import Machine
+from hmc.plan import Phase, Plan
+from hmc.simulate.goals import Verdict, verdicts
+from hmc.timeline import Timeline, host_prefill, period_seconds, result_seconds, run
+
+PREFILL, DECODE = "prefill.host", "decode"
+_LONGEST_PATHS = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """One or several calls of a phase: `seconds` until the result, `busy` seconds of each resource,
+    and the last call's critical path as (what, seconds), longest first."""
+
+    phase: str
+    calls: int
+    seconds: float
+    busy: Mapping[str, float]
+    path: Sequence[tuple[str, float]]
+
+    @property
+    def utilisation(self) -> dict[str, float]:
+        """Busy share of each resource."""
+        if not self.seconds:
+            return {}
+        return {name: min(1.0, each / self.seconds) for name, each in sorted(self.busy.items())}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a load does: one prompt of `prompt` tokens, then `batch` sequences decoding together at
+    `context` tokens each. `ttft_last` is the last of `batch` prompts that arrive at once."""
+
+    prompt: int
+    context: int
+    batch: int
+    prefill: Run
+    decode: Run
+    ttft: float
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def tpot(self) -> float:
+        """Seconds a token of one sequence."""
+        return self.decode.seconds
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt / self.ttft
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of all sequences together."""
+        return self.batch / self.decode.seconds
+
+    def as_json(self) -> dict[str, object]:
+        """The prediction as plain values; seconds and tokens a second."""
+        return {
+            "prompt": self.prompt,
+            "context": self.context,
+            "batch": self.batch,
+            "ttft_s": self.ttft,
+            "ttft_last_s": self.ttft * self.batch,
+            "prefill_tokens_per_second": self.prefill_rate,
+            "decode_tokens_per_second": self.decode_rate,
+            "decode_tokens_per_second_each": self.decode_rate / self.batch,
+            "tpot_s": self.tpot,
+            "slo": [verdict.as_json() for verdict in self.verdicts],
+            **{
+                name: {
+                    "phase": found.phase,
+                    "calls": found.calls,
+                    "seconds": found.seconds,
+                    "utilisation": found.utilisation,
+                    "critical_path": [
+                        {"step": what, "seconds": seconds} for what, seconds in found.path
+                    ],
+                }
+                for name, found in (("prefill", self.prefill), ("decode", self.decode))
+            },
+        }
+
+
+def simulate(
+    plan: Plan,
+    *,
+    machine: Machine | None = None,
+    prompt: int = 512,
+    context: int | None = None,
+    batch: int = 1,
+) -> Prediction:
+    """Predict one load; `context` tokens of each decoding sequence default to the prompt's.
+
+    Raises `UsageError` and `ContextLengthError` for a load the plan cannot take, `MachineError` for
+    a machine without rates.
+    """
+    if prompt < 1 or batch < 1 or (context is not None and context < 0):
+        raise UsageError("--prompt and --batch must be at least 1, --context not negative")
+    before = prompt if context is None else context
+    limits = plan.limits
+    longest = max(prompt, before)
+    if longest > limits.max_context:
+        raise ContextLengthError(
+            f"{longest} tokens exceed the plan's context of {limits.max_context}: compile with a"
+            " larger --max-context"
+        )
+    if batch > limits.max_batch:
+        raise UsageError(f"--batch {batch}: a decode step of the plan takes {limits.max_batch}")
+    model = CostModel(plan, machine)
+    prefill = run_prefill(plan, model, prompt)
+    decode = run_decode(plan, model, before, batch)
+    return Prediction(
+        prompt,
+        before,
+        batch,
+        prefill,
+        decode,
+        prefill.seconds,
+        tuple(
+            verdicts(
+                plan.goals,
+                lambda tokens: run_prefill(plan, model, tokens).seconds,
+                lambda sequences: run_decode(plan, model, before, sequences).seconds,
+                limits,
+            )
+        ),
+    )
+
+
+def chosen(plan: Plan, kind: str, tokens: int) -> str:
+    """The phase that the plan's switch-over points name for so many tokens or sequences."""
+    name = PREFILL if kind == "prefill" else DECODE
+    for switch in sorted(plan.switches, key=lambda each: each.tokens):
+        if switch.kind == kind and switch.tokens <= tokens:
+            name = switch.phase
+    return name
+
+
+def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
+    """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
+    found = plan.phase(phase or chosen(plan, "prefill", prompt))
+    calls = host_prefill(found, prompt, model)
+    # calls differ in their context alone, and time is linear in it: a few stand for all
+    some = calls if len(calls) <= 4 else [calls[0], calls[len(calls) // 2], calls[-1]]
+    timelines = [run(found, call, model) for call in some]
+    seconds = [result_seconds(found, timeline) for timeline in timelines]
+    scale = len(calls) / len(some)
+    total = sum(seconds) * scale
+    if found.slots:
+        rates = model.machine.rates
+        total += rates.prefill.value if rates is not None and rates.prefill is not None else 0.0
+    busy: dict[str, float] = {}
+    for timeline in timelines:
+        for name, each in timeline.busy.items():
+            busy[name] = busy.get(name, 0.0) + each * scale
+    return Run(found.name, len(calls), total, busy, critical_path(found, timelines[-1]))
+
+
+def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: str = "") -> Run:
+    """One decode step of `batch` sequences with `context` tokens each."""
+    found = plan.phase(phase or chosen(plan, "decode", batch))
+    call = Call(batch, context, batch)
+    timeline = run(found, call, model)
+    return Run(
+        found.name,
+        1,
+        period_seconds(found, call, model),
+        timeline.busy,
+        critical_path(found, timeline),
+    )
+
+
+def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph:
+    """Steps by position; an edge says that one cannot start before another ends, and weighs what
+    the earlier one takes. Node -1 is the end.
+    """
+    graph = networkx.DiGraph()
+    last: dict[str, int] = {}
+    signalled: dict[int, int] = {}
+    for position, step in enumerate(phase.steps):
+        graph.add_node(position)
+        before = [signalled[event] for event in step.waits]
+        if step.resource in last:
+            before.append(last[step.resource])
+        for each in before:
+            graph.add_edge(each, position, weight=timeline.costs[each].seconds)
+        last[step.resource] = position
+        if step.signal >= 0:
+            signalled[step.signal] = position
+    result = result_seconds(phase, timeline)
+    for position in range(len(phase.steps)):
+        if timeline.finish[position] <= result and not graph.out_degree(position):
+            graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
+    for position in [p for p in graph if p >= 0 and timeline.finish[p] > result]:
+        graph.remove_node(position)
+    for position in [p for p in graph if p >= 0 and not graph.out_degree(p)]:
+        graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
+    return graph
+
+
+def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:
+    """The longest chain of steps up to the result, summed by resource, op and what binds it."""
+    sums: dict[str, float] = {}
+    for position in networkx.dag_longest_path(dag(phase, timeline)):
+        if position >= 0:
+            step, cost = phase.steps[position], timeline.costs[position]
+            what = f"{step.resource} {step.op} ({cost.bound})"
+            sums[what] = sums.get(what, 0.0) + cost.seconds
+    found = sorted(sums.items(), key=lambda item: -item[1])
+    return found[:_LONGEST_PATHS]

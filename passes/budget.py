@@ -1,0 +1,136 @@
+"""Divides the memory of the GPUs before experts are placed: attention, shared experts and norms
+first, then the cache, then what streamed prefill needs, then experts.
+
+Nothing is placed on GPUs of a machine that declares no rates, or that cannot hold the dense part;
+both are recorded as decisions.
+"""
+
+from __future__ import annotations
+
+import torch.fx
+
+from hmc.errors import CapacityError, UsageError
+from hmc.graph import meta
+from hmc.passes.context import Budget, Context, stored_bytes
+from hmc.passes.memory_ledger import DEFAULT_CONTEXT, cache_layout, weight_kinds
+
+_RESERVE = 0.04
+"""Share of a GPU's memory left to its driver, its libraries and fragmentation."""
+_WORKSPACE = 256 << 20
+"""Bytes for the activations of decode and of a prefill chunk, and for logits."""
+_SMALLEST = 1_024
+
+
+def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
+    """The budget of a hybrid plan, or None (with a decision) where the CPU works alone.
+
+    Raises `CapacityError` when an explicit context length, concurrency or --vram cannot be met; it
+    names what binds and what would lift it.
+    """
+    machine, options = context.machine, context.options
+    if not machine.gpus:
+        return None
+    if not machine.hybrid:
+        context.decide(
+            "expert_placement",
+            "GPUs",
+            "unused",
+            f"machine {machine.name} declares {len(machine.gpus)} GPU(s) without rates: what"
+            " would be gained is unknown until they are measured (`hmc probe`)",
+        )
+        return None
+    usable = tuple(
+        int(min(gpu.memory_bytes, options.vram or gpu.memory_bytes) * (1 - _RESERVE))
+        for gpu in machine.gpus
+    )
+    kinds = weight_kinds(graph, context)
+    experts = kinds.pop("routed experts", 0)
+    dense = sum(kinds.values()) - _table_bytes(graph, context)
+    per_token = cache_layout(graph, context).bytes_per_token
+    tokens = _tokens(context, usable[0], dense, per_token)
+    if tokens == 0:
+        return None
+    cache = per_token * tokens * options.concurrency
+    room = [usable[0] - dense - cache - _WORKSPACE, *(each - _WORKSPACE for each in usable[1:])]
+    if sum(room) >= experts or not experts:
+        return Budget(usable, dense, cache, _WORKSPACE, 0, tuple(room), tokens)
+    layer = max(
+        sum(stored_bytes(context.source(weight)[0]) * weight.experts for weight in meta(node).weights)
+        for node in graph.graph.nodes
+        if meta(node).kind == "experts"
+    )
+    ranks = len(usable)
+    held = stream_bytes_per_token(graph) * tokens // ranks + 2 * _section(kinds, context)
+    left = [usable[0] - held - cache, *(each - held for each in usable[1:])]
+    ring = max(0, min(layer // ranks, *left))
+    room = [max(0, min(one, other - ring)) for one, other in zip(room, left, strict=True)]
+    return Budget(usable, dense, cache, _WORKSPACE, ring, tuple(room), tokens)
+
+
+def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
+    """Activation bytes of one token in a streamed prefill, estimated before its buffers are laid
+    out: the two widest results, and eight rows of the residual stream for the sums around them and
+    the gathered rows of a group of experts.
+    """
+    size = {"f32": 4, "bf16": 2, "i32": 4}
+    results = [
+        found.width * size[found.dtype]
+        for node in graph.graph.nodes
+        if (found := meta(node)).kind in ("linear", "mla", "attention", "gate_up") and found.layer >= 0
+    ]
+    hidden = next(meta(node).width for node in graph.graph.nodes if meta(node).kind == "embedding")
+    widest = sorted(results)[-2:]
+    return sum(widest) + 8 * 4 * hidden
+
+
+def _section(kinds: dict[str, int], context: Context) -> int:
+    """Bytes of one layer's dense weights, of which two are on their way or in use."""
+    return sum(kinds.values()) // max(1, context.info.layers) * 2
+
+
+def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
+    return sum(
+        stored_bytes(context.source(weight)[0])
+        for node in graph.graph.nodes
+        if meta(node).kind == "embedding"
+        for weight in meta(node).weights
+    )
+
+
+def _tokens(context: Context, usable: int, dense: int, per_token: int) -> int:
+    """Context length that fits gpu0, or what was asked for; 0: the dense part alone is too large."""
+    options, model = context.options, context.info.context
+    if options.max_context and model and options.max_context > model:
+        raise UsageError(
+            f"--max-context {options.max_context}: the model's context is {model} tokens"
+            " (max_position_embeddings)"
+        )
+    free = usable - dense - _WORKSPACE
+    fits = max(0, free) // (per_token * options.concurrency)
+    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
+    asked = options.max_context or (limit if options.concurrency > 1 else 0)
+    have = f"{usable / 1e9:.1f} GB usable on gpu0"
+    if asked and fits < asked:
+        need = asked * per_token * options.concurrency
+        lifts = [f"a GPU with {(dense + _WORKSPACE + need) / (1 - _RESERVE) / 1e9:.0f} GB"]
+        if fits >= _SMALLEST:
+            lifts.insert(0, f"--max-context {fits // 256 * 256}")
+        if options.concurrency > 1 and (alone := free // (per_token * asked)) >= 1:
+            lifts.insert(0, f"--concurrency {alone}")
+        if options.vram:
+            lifts.insert(0, "a larger --vram")
+        raise CapacityError(
+            f"memory of gpu0 binds: {dense / 1e9:.1f} GB of attention, shared experts and norms and"
+            f" {need / 1e9:.1f} GB of KV cache ({options.concurrency} x {asked} tokens x"
+            f" {per_token} B) exceed {have}; what would lift it: {' or '.join(lifts)}"
+        )
+    if fits < min(_SMALLEST, limit):
+        context.decide(
+            "expert_placement",
+            "GPUs",
+            "unused",
+            f"attention, shared experts and norms take {dense / 1e9:.1f} GB and leave room for a"
+            f" cache of {fits} tokens in {have}",
+        )
+        return 0
+    return asked or min(fits // 256 * 256, limit)

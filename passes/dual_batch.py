@@ -1,0 +1,106 @@
+"""Splits a decode batch in two lanes that swap GPU and CPU every layer: phase `decode.dual`.
+
+Contract
+    * requires "plan"; establishes "dual". Without experts on the host of a hybrid plan nothing
+      changes
+    * each lane's steps are those of `decode`; lanes share weights and nothing else, so tokens do not
+      depend on the split
+    * taken only where the cost model predicts a gain of `WORTHWHILE`; the decision holds the numbers
+      of both phases
+
+Method
+    1. emit both lanes layer by layer in turn: while the CPU computes one lane's experts, the GPU
+       computes the other lane's attention
+    2. compare the timelines of both phases at growing batches; note from which batches on which
+       of the two wins
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.fx
+
+from hmc.cost import Call, CostModel
+from hmc.passes.context import Context
+from hmc.passes.emit import activation_items
+from hmc.passes.hybrid import Lane
+from hmc.passes.kernel_choice import DECODE
+from hmc.passes.schedule import Schedule
+from hmc.plan import Phase, Switch
+from hmc.timeline import period_seconds
+
+DUAL = "decode.dual"
+LANES = 2
+WORTHWHILE = 1.03
+"""Predicted speed-up from which on two lanes are taken."""
+_CONTEXT = 4_096
+"""Tokens of context that the comparison assumes of every sequence."""
+
+
+@dataclass(frozen=True)
+class DualBatch:
+    """Adds `decode.dual` to `context.plan` where it is predicted to gain."""
+
+    name: ClassVar[str] = "dual_batch"
+    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
+    establishes: ClassVar[frozenset[str]] = frozenset({"dual"})
+
+    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+        plan = context.plan
+        assert plan is not None
+        hosted = any("host" in placement.tiers for placement in plan.placement)
+        if context.budget is None or not hosted or plan.limits.max_batch < LANES:
+            return
+        phase = self._emit(context)
+        single = plan.phase(DECODE)
+        model = CostModel(plan)
+        before = min(_CONTEXT, plan.limits.max_context)
+        gains: dict[int, tuple[float, float]] = {}
+        for batch in (2, 4, 6, 8, 16):
+            if batch <= plan.limits.max_batch:
+                call = Call(batch, before, batch)
+                gains[batch] = (
+                    period_seconds(single, call, model),
+                    period_seconds(phase, call, model),
+                )
+        numbers = ", ".join(
+            f"batch {batch}: {one * 1e3:.1f} ms in one lane, {two * 1e3:.1f} ms in two"
+            for batch, (one, two) in gains.items()
+        )
+        wins = {batch: one >= WORTHWHILE * two for batch, (one, two) in gains.items()}
+        better = [batch for batch, won in wins.items() if won]
+        if not better:
+            context.decide(self.name, DUAL, "not taken", numbers)
+            decisions = tuple(context.decisions)
+            context.plan = plan.model_copy(update={"decisions": decisions})
+            return
+        context.decide(
+            self.name, DUAL, f"taken at {', '.join(map(str, better))} sequences", numbers
+        )
+        context.ledger.extend(item for item in activation_items(phase) if item.bytes)
+        switches = [Switch(kind="decode", phase=DECODE, tokens=1)]
+        for batch, won in wins.items():
+            name = DUAL if won else DECODE
+            if switches[-1].phase != name:
+                switches.append(Switch(kind="decode", phase=name, tokens=batch))
+        context.plan = plan.model_copy(
+            update={
+                "phases": (*plan.phases, phase),
+                "switches": (*plan.switches, *switches),
+                "ledger": tuple(context.ledger),
+                "decisions": tuple(context.decisions),
+            }
+        )
+
+    def _emit(self, context: Context) -> Phase:
+        schedule = Schedule(DUAL)
+        base = context.bases[DECODE]
+        placement = {each.layer: each for each in context.placement}
+        lanes = [
+            Lane(schedule, base, placement, lane, f"lane{lane}.") for lane in range(LANES)
+        ]
+        for _ in zip(*(lane.layers() for lane in lanes), strict=True):
+            pass
+        return schedule.finish(base.max_tokens, lanes=LANES)
