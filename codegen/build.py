@@ -1,6 +1,8 @@
-"""Compiles many kernels into the disk cache, in several processes: `python -m hmc.codegen.build < specs.json`.
+"""Compiles many kernels into the disk cache, in several processes: `python -m hmc.codegen.build <
+specs.json`.
 
-llvmlite serialises every call of LLVM in one process, so a first start would otherwise use one core.
+llvmlite serialises every call of LLVM in one process, so a first start would otherwise use one
+core.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ def build(
 ) -> None:
     """Fill the cache with those of `specs` that it lacks, one process a core.
 
-    `progress(what, done, total)` counts kernels. Raises `KernelError` with the first line of what went
-    wrong.
+    `progress(what, done, total)` counts kernels. Raises `KernelError` with the first line of what
+    went wrong.
     """
     missing = [spec for spec in dict.fromkeys(specs) if not cached_object(spec).is_file()]
     if len(missing) < _FEW or env.debug_level() >= 5 or env.dump_dir() is not None:
@@ -63,9 +65,7 @@ def build(
     _report(missing, progress)
 
 
-def _report(
-    specs: list[KernelSpec], progress: Callable[[str, int, int], None] | None
-) -> None:
+def _report(specs: list[KernelSpec], progress: Callable[[str, int, int], None] | None) -> None:
     if progress is not None:
         done = sum(cached_object(spec).is_file() for spec in specs)
         progress("compiling kernels", done, len(specs))

@@ -1,18 +1,21 @@
-"""Dot products of stored weight rows with prepared activations, one form per weight format and tier.
+"""Dot products of stored weight rows with prepared activations, one form per weight format and
+tier.
 
-A form takes a row in chunks of `chunk` weights. A chunk is a few vectors of decoded weights, multiplied into an
-accumulator with as many vectors of activations; formats with scales sum a chunk by itself and add it, scaled, to the
-total. Hidden here: how codes become numbers, and the order in which activations must lie for that (`prepare` brings
-them into it once a call, so that weights never move between lanes).
+A form takes a row in chunks of `chunk` weights. A chunk is a few vectors of decoded weights,
+multiplied into an accumulator with as many vectors of activations; formats with scales sum a chunk
+by itself and add it, scaled, to the total. Hidden here: how codes become numbers, and the order in
+which activations must lie for that (`prepare` brings them into it once a call, so that weights
+never move between lanes).
 
-    tier          fp8                                     bf16          int4                       fp16, f32
-    avx512_bf16   byte tables (vpermi2b), vdpbf16ps       vdpbf16ps     word table, vdpbf16ps      f32 multiply-add
-    avx512, avx2  through FP16, f32 multiply-add          f32 multiply-add everywhere
+    tier          fp8                      bf16       int4                   fp16, f32
+    avx512_bf16   byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
+    avx512, avx2  through FP16; f32 multiply-add everywhere
 
-The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7 magnitude bits, which is
-just the index that `vpermi2b` takes; subnormals and NaN are entries like the others. Interleaving high and low bytes
-orders the words by 128-bit lane, and so are the activations. int4: `vpermw` looks at 5 bits of each 16-bit word, so a
-table that repeats after 16 entries decodes the lowest of its 4 nibbles, three shifts bring the others.
+The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
+magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
+the others. Interleaving high and low bytes orders the words by 128-bit lane, and so are the
+activations. int4: `vpermw` looks at 5 bits of each 16-bit word, so a table that repeats after 16
+entries decodes the lowest of its 4 nibbles, three shifts bring the others.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
 from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
@@ -79,14 +83,18 @@ class Dot:
 
     @property
     def prepared_bytes(self) -> int:
-        """Bytes of one row of prepared activations, padded with zeros to whole chunks; a multiple of 64."""
+        """Bytes of one row of prepared activations, padded with zeros to whole chunks; a multiple
+        of 64.
+        """
         padded = -(-self.k // self.chunk) * self.chunk
         return -(-padded * (2 if self.paired else 4) // 64) * 64
 
     # -- activations -------------------------------------------------------------------------------
 
     def prepare(self, e: Emitter, x: Value, prepared: Value) -> None:
-        """Write the bf16 row at `x` to the 64-byte aligned `prepared` in the form's order and format."""
+        """Write the bf16 row at `x` to the 64-byte aligned `prepared` in the form's order and
+        format.
+        """
         unit = len(self._order())
         whole = self.k // unit * unit
         with e.for_range(0, whole, unit) as k:
@@ -144,7 +152,9 @@ class Dot:
         return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight] if self.paired else self.lanes
 
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        """The unit at element `k` of the row at `row`, of which `valid` weights are read and the rest is zero."""
+        """The unit at element `k` of the row at `row`, of which `valid` weights are read and the
+        rest is zero.
+        """
         if not self.paired:
             return weights_f32(e, self.spec.weight, row, k, min(valid, self.lanes))
         if self.spec.weight == "fp8":
@@ -169,7 +179,9 @@ class Dot:
         return self.spec.weight in ("fp8", "int4")
 
     def scale_row(self, e: Emitter, scale: Value, row: Value) -> Value:
-        """Address of the scales of row `row`: `scale` is [ceil(n / 128), ceil(k / 128)] (fp8) or [n, ceil(k / group)]."""
+        """Address of the scales of row `row`: `scale` is [ceil(n / 128), ceil(k / 128)] (fp8) or
+        [n, ceil(k / group)].
+        """
         if self.spec.weight == "fp8":
             blocks = -(-self.k // FP8_BLOCK)
             return e.offset(scale, e.b.mul(e.b.lshr(row, const(7)), const(4 * blocks)))
@@ -181,7 +193,9 @@ class Dot:
         return self.spec.get("scale_bits", 32) // 8 if self.spec.weight == "int4" else 4
 
     def scale(self, e: Emitter, scales: Value, k: Value, valid: int) -> Value:
-        """Factor of each accumulator lane for the chunk at element `k`; `scales` as from `scale_row`."""
+        """Factor of each accumulator lane for the chunk at element `k`; `scales` as from
+        `scale_row`.
+        """
         b = e.b
         per = self.group if self.spec.weight == "int4" else FP8_BLOCK
         count = max(1, self.chunk // per)
@@ -191,22 +205,35 @@ class Dot:
             if count == 1:
                 return e.splat(e.load(scales, index, F32), self.lanes)
             few = masked_vec(e, scales, index, F32, count, valid_groups)
+        elif count == 1:
+            return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
         else:
-            if count == 1:
-                return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
-            few = e.bf16_to_f32(masked_vec(e, scales, index, I16, count, valid_groups))
+            return self._spread(e, masked_vec(e, scales, index, I16, count, valid_groups))
         spread = lanes_mask([lane * count // self.lanes for lane in range(self.lanes)])
         return b.shuffle_vector(few, ir.Constant(few.type, ir.Undefined), spread)
 
+    def _spread(self, e: Emitter, few: Value) -> Value:
+        """bf16 scales `<2 or 4 x i16>` to the f32 lanes that they belong to: one broadcast load,
+        one byte shuffle.
+        """
+        b, count = e.b, few.type.count
+        copies = b.bitcast(
+            e.splat(b.bitcast(few, ir.IntType(16 * count)), 32 // count), vec(I16, 32)
+        )
+        words = [word for lane in range(16) for word in (32, lane // 4 * 8 + lane * count // 16)]
+        return b.bitcast(
+            b.shuffle_vector(copies, e.zeros(I16, 32), lanes_mask(words)), vec(F32, 16)
+        )
 
-def e4m3_as_bf16() -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+
+def e4m3_as_bf16() -> NDArray[np.uint32]:
     """BF16 bits of the magnitudes of the 128 E4M3FN codes; the last is NaN."""
     code = np.arange(128)
     exponent, mantissa = code >> 3, code & 7
     value = np.where(
         exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
     ).astype(np.float32)
-    bits = value.view(np.uint32) >> 16
+    bits: NDArray[np.uint32] = value.view(np.uint32) >> np.uint32(16)
     bits[127] = 0x7FC0
     return bits
 
@@ -231,7 +258,9 @@ def _fp8_pairs(e: Emitter, codes: Value) -> list[Value]:
     low = lookup([value & 0xFF for value in bits])
     return [
         b.bitcast(
-            b.shuffle_vector(low, high, lanes_mask([at for lane in half for at in (lane, lane + 64)])),
+            b.shuffle_vector(
+                low, high, lanes_mask([at for lane in half for at in (lane, lane + 64)])
+            ),
             vec(I16, 32),
         )
         for half in _HALVES

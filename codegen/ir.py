@@ -1,7 +1,9 @@
-"""Helpers that make llvmlite emitters read like the loops they emit; hides pointer casts, blocks and phi-free loops.
+"""Helpers that make llvmlite emitters read like the loops they emit; hides pointer casts, blocks
+and phi-free loops.
 
-Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into registers, so emitters never
-write a phi. Vectors are `<n x T>`; LLVM splits those wider than the tier's registers.
+Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into
+registers, so emitters never write a phi. Vectors are `<n x T>`; LLVM splits those wider than the
+tier's registers.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def fconst(value: float) -> ir.Constant:
 
 
 class Emitter:
-    """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the loaded arguments.
+    """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the
+    loaded arguments.
 
     `ptr` arguments arrive as i8*, `int` as i64, `f32` as float. `e.worker` and `e.workers` are i64.
     """
@@ -85,10 +88,12 @@ class Emitter:
 
     @contextmanager
     def subroutine(self, name: str, *kinds: Any) -> Iterator[tuple[Value, ...]]:
-        """Emit `void name(kinds...)`, private to the module and never inlined; yields its parameters.
+        """Emit `void name(kinds...)`, private to the module and never inlined; yields its
+        parameters.
 
-        Inside, `e.b`, `e.local` and the loops build the subroutine; `e.arg`, `e.worker` and `e.workers` belong to the
-        kernel and must not be used. Call it with `e.b.call(e.module.globals[name], values)`.
+        Inside, `e.b`, `e.local` and the loops build the subroutine; `e.arg`, `e.worker` and
+        `e.workers` belong to the kernel and must not be used. Call it with
+        `e.b.call(e.module.globals[name], values)`.
         """
         outer = self.function, self._entry, self.b
         self.function = ir.Function(
@@ -108,7 +113,9 @@ class Emitter:
     # -- control flow ------------------------------------------------------------------------------
 
     def local(self, kind: Any, initial: Value | None = None, count: int = 1) -> Value:
-        """A stack slot (an array of `count`) in the entry block, promoted to a register where possible."""
+        """A stack slot (an array of `count`) in the entry block, promoted to a register where
+        possible.
+        """
         slot = ir.IRBuilder(self._entry).alloca(kind, const(count) if count != 1 else None)
         if initial is not None:
             self.b.store(initial, slot)
@@ -135,7 +142,8 @@ class Emitter:
         self.b.position_at_end(done)
 
     def in_vectors(self, count: Value, width: int) -> Iterator[tuple[Value, int]]:
-        """Cover `count` items by vectors of `width` and then one by one: yields (index, width) and (index, 1).
+        """Cover `count` items by vectors of `width` and then one by one: yields (index, width) and
+        (index, 1).
 
         For use in a plain `for`: its body is emitted twice, once inside each of the two loops.
         """
@@ -146,7 +154,9 @@ class Emitter:
             yield index, 1
 
     def split(self, total: Value, multiple: int = 1) -> tuple[Value, Value]:
-        """This worker's share [start, stop) of `total` items, in whole groups of `multiple` (the last may be ragged)."""
+        """This worker's share [start, stop) of `total` items, in whole groups of `multiple` (the
+        last may be ragged).
+        """
         b = self.b
         groups = b.sdiv(b.add(total, const(multiple - 1)), const(multiple))
         first = b.sdiv(b.mul(groups, self.worker), self.workers)

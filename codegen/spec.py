@@ -149,8 +149,8 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "k* k_stride v* v_stride k_cache* v_cache* tables* table_stride sequence* positions* tokens"
     ),
     "attention": _args(
-        "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens scale~"
-        " scratch*"
+        "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
+        " scale~ scratch*"
     ),
     "attention_join": _args("positions* y* y_stride tokens scratch*"),
     # Multi-head latent attention, absorbed: q f32 [tokens, heads, nope + rope] (rope part rotated
@@ -162,10 +162,12 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # tokens.
     "mla_absorb": _args("q* q_stride w* scale* q_latent* tokens"),
     "mla_append": _args(
-        "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence* positions* tokens"
+        "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence*"
+        " positions* tokens"
     ),
     "mla_attention": _args(
-        "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent* tokens scale~ scratch*"
+        "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent*"
+        " tokens scale~ scratch*"
     ),
     "mla_attention_join": _args("positions* y_latent* tokens scratch*"),
     "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
@@ -205,7 +207,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
 
 
 def pack(op: str, **values: int | float) -> bytes:
-    """The argument block of `op` as bytes; raises `ValueError` when a field is absent or unknown."""
+    """The argument block of `op` as bytes; `ValueError` when a field is absent or unknown."""
     names = [arg.name for arg in ARGS[op]]
     if set(names) != set(values):
         odd = sorted(set(names) ^ set(values))

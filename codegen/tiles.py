@@ -1,15 +1,18 @@
-"""Rows of a weight matrix times 1 to 16 token rows: the loop nest of every decode matmul; hides blocking and prefetch.
+"""Rows of a weight matrix times 1 to 16 token rows: the loop nest of every decode matmul; hides
+blocking and prefetch.
 
-`Tiles` emits one private subroutine per small token count and one, `matvec`, that covers any token count with them.
-Whatever the blocking, a token's sum over k is always made in the same order, so its result depends neither on the
-other tokens nor on who computes the row.
+`Tiles` emits one private subroutine per small token count and one, `matvec`, that covers any token
+count with them. Whatever the blocking, a token's sum over k is always made in the same order, so
+its result depends neither on the other tokens nor on who computes the row.
 
-Rows are read as memory likes it: a block of rows is cut into `streams` runs, each read front to back; one row of each
-run is in flight, and they share the loads of the activations. (Neighbouring rows side by side were tried first and
-reached half of that: their streams end every few KiB.) Every `rows` rows of a run are summed up together.
+Rows are read as memory likes it: a block of rows is cut into `streams` runs, each read front to
+back; one row of each run is in flight, and they share the loads of the activations. (Neighbouring
+rows side by side were tried first and reached half of that: their streams end every few KiB.) Every
+`rows` rows of a run are summed up together.
 
-Tile choices: `streams`, `rows`, and `prefetch`, bytes ahead in each run (0: none), into the second-level cache, since
-the first holds the activations. Past the end of the runs the prefetch goes on at `following`, where the caller does.
+Tile choices: `streams`, `rows`, and `prefetch`, bytes ahead over all runs together (0: none), into
+the second-level cache, since the first holds the activations. Past the end of the runs the prefetch
+goes on at `following`, where the caller does.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from hmc.codegen.vector import lanes_mask
 BYTES = I8.as_pointer()
 FLOATS = F32.as_pointer()
 ROWS = 512
-"""Rows whose results callers keep on the stack between `matvec` and their epilogue: runs stay long."""
+"""Rows whose results callers keep on the stack between `matvec` and their epilogue: runs stay long.
+"""
 GRAIN = 16
 """Rows that work is split by: whole batches of whole streams."""
 
@@ -37,13 +41,15 @@ _L2 = 2
 
 
 class Tiles:
-    """The subroutines of one kernel; `dot` says how rows are stored, `tokens` how many tokens there can be."""
+    """The subroutines of one kernel; `dot` says how rows are stored, `tokens` how many tokens there
+    can be.
+    """
 
     def __init__(self, e: Emitter, dot: Dot, tokens: int) -> None:
         self.dot = dot
         self.rows = e.spec.tiled("rows", 4)
         self._streams = e.spec.tiled("streams", 4)
-        self._prefetch_bytes = e.spec.tiled("prefetch", 2048)
+        self._prefetch_bytes = e.spec.tiled("prefetch", 8192)
         self._sizes = [size for size in _TOKEN_TILES if size <= tokens]
         for size in self._sizes:
             self._emit_tile(e, size)
@@ -52,7 +58,8 @@ class Tiles:
     # -- for callers -------------------------------------------------------------------------------
 
     def prepare(self, e: Emitter, row_of: Value, count: Value, stride: Value, most: int) -> Value:
-        """Bring `count` <= `most` bf16 rows (from i8* `row_of`, `stride` elements apart) into the form's order.
+        """Bring `count` <= `most` bf16 rows (from i8* `row_of`, `stride` elements apart) into the
+        form's order.
 
         Returns the i8* of the prepared rows, `dot.prepared_bytes` apart.
         """
@@ -78,9 +85,11 @@ class Tiles:
         out_stride: Value,
         following: Value,
     ) -> None:
-        """out[t * out_stride + row - start] = x[t] . w[row] in f32, for rows [start, stop) and t < `tokens`.
+        """out[t * out_stride + row - start] = x[t] . w[row] in f32, for rows [start, stop) and t <
+        `tokens`.
 
-        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; `start` is a multiple of `rows`.
+        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; `start` is a
+        multiple of `rows`.
         """
         e.b.call(
             e.module.globals["matvec"],
@@ -138,7 +147,9 @@ class Tiles:
                 b.store(b.add(first, b.mul(run, const(streams))), at)
 
     def _shapes(self, tokens: int) -> list[tuple[int, int]]:
-        """(rows of a run summed up together, runs) for a tile: the best first, then for what is left over."""
+        """(rows of a run summed up together, runs) for a tile: the best first, then for what is
+        left over.
+        """
         accumulators = 8 if self.dot.lanes == 16 else 4
         streams = min(self._streams, max(2, accumulators // tokens))
         batch = max(1, min(self.rows, 8 // tokens))
@@ -177,12 +188,14 @@ class Tiles:
     def _prefetch(
         self, e: Emitter, bases: list[Value], k: Value, left: Value, beyond: Value
     ) -> None:
-        """Ask for what each run reads `prefetch` bytes later; `left` bytes of a run are still to read from its base."""
+        """Ask for what the runs read `prefetch` bytes later; `left` bytes of a run are still to
+        read from its base.
+        """
         if self._prefetch_bytes == 0:
             return
         b, dot = e.b, self.dot
         at = b.udiv(b.mul(k, const(dot.chunk_bytes)), const(dot.chunk))
-        at = b.add(at, const(self._prefetch_bytes))
+        at = b.add(at, const(self._prefetch_bytes // len(bases)))
         inside = b.icmp_signed("<", at, left)
         at = b.add(at, b.select(inside, const(0), beyond))
         for base in bases:
@@ -228,7 +241,8 @@ class Tiles:
 class _Run:
     """What the rows of one tile have in common.
 
-    The first run ends at row `end`, each has `rows` rows; `beyond` bytes lie between `end` and where reading goes on.
+    The first run ends at row `end`, each has `rows` rows; `beyond` bytes lie between `end` and
+    where reading goes on.
     """
 
     w: Value
@@ -242,14 +256,16 @@ class _Run:
 
 
 def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
-    """Sum of the lanes of each of `vectors` (1, 2, 4 or 8 of equal width), as one vector of as many sums.
+    """Sum of the lanes of each of `vectors` (1, 2, 4 or 8 of equal width), as one vector of as many
+    sums.
 
     Lanes are added by halving, in the order of `Emitter.reduce_add`, but for all vectors at once.
     """
     b = e.b
     width = vectors[0].type.count
     count = len(vectors)
-    # Before a round every vector holds `held` partial results of `width` lanes each, one after the other.
+    # Before a round every vector holds `held` partial results of `width` lanes each, one after the
+    # other.
     held = 1
     lanes = width
     while lanes > 1:
@@ -270,7 +286,9 @@ def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
         else:
             undef = ir.Constant(vectors[0].type, ir.Undefined)
             vectors = [
-                b.fadd(*(b.shuffle_vector(vectors[0], undef, lanes_mask(part)) for part in (low, high)))
+                b.fadd(
+                    *(b.shuffle_vector(vectors[0], undef, lanes_mask(part)) for part in (low, high))
+                )
             ]
         lanes = half
     assert held == count, (held, count)

@@ -1,9 +1,11 @@
-"""Exact decode of stored weights to f32 vectors, in order: fp8 (E4M3FN), bf16, fp16, f32 and int4 nibbles.
+"""Exact decode of stored weights to f32 vectors, in order: fp8 (E4M3FN), bf16, fp16, f32 and int4
+nibbles.
 
-Hides how each tier decodes. FP8 goes through FP16: with sign and magnitude of the code moved to the places FP16 has for
-them (`sign << 8 | magnitude << 7`), the FP16 value is the FP8 value x 2^-8, subnormals included; widening to f32 and
-one multiply by 2^8 are exact. Only the NaN codes (0x7f, 0xff) are no NaN in FP16 and are made one. Block scales are not
-applied here: they belong to the accumulators.
+Hides how each tier decodes. FP8 goes through FP16: with sign and magnitude of the code moved to the
+places FP16 has for them (`sign << 8 | magnitude << 7`), the FP16 value is the FP8 value x 2^-8,
+subnormals included; widening to f32 and one multiply by 2^8 are exact. Only the NaN codes (0x7f,
+0xff) are no NaN in FP16 and are made one. Block scales are not applied here: they belong to the
+accumulators.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def row_bytes(weight_format: WeightFormat, k: int) -> int:
 def masked_vec(
     e: Emitter, base: Value, index: Value, element: ir.Type, count: int, valid: int
 ) -> Value:
-    """`<count x element>` from element `index` on, of which only the first `valid` are read; the rest are zero."""
+    """`<count x element>` from element `index` on, of which only the first `valid` are read; the
+    rest are zero.
+    """
     if valid >= count:
         return e.load_vec(base, index, element, count)
     kind = vec(element, count)
@@ -49,11 +53,13 @@ def splat_int(element: ir.IntType, count: int, value: int) -> ir.Constant:
 def weights_f32(
     e: Emitter, weight_format: WeightFormat, base: Value, index: Value, count: int
 ) -> list[Value]:
-    """`count` consecutive weights from element `index` (i64) of the row-major i8* `base`, exactly, as f32.
+    """`count` consecutive weights from element `index` (i64) of the row-major i8* `base`, exactly,
+    as f32.
 
-    Returns ceil(count / lanes) vectors of the tier's width in memory order. Lanes past `count` are zero and nothing
-    past element `index + count` is read. FP8 NaN codes give NaN. int4 weights are nibble - 8 without their scales;
-    `index` must be a multiple of 8 and the last lanes are then -8 + padding, not zero.
+    Returns ceil(count / lanes) vectors of the tier's width in memory order. Lanes past `count` are
+    zero and nothing past element `index + count` is read. FP8 NaN codes give NaN. int4 weights are
+    nibble - 8 without their scales; `index` must be a multiple of 8 and the last lanes are then -8
+    + padding, not zero.
     """
     lanes = TIERS[e.spec.isa].lanes
     return [
@@ -103,7 +109,9 @@ def fp8_to_f32(e: Emitter, codes: Value) -> Value:
 
 
 def int4_to_f32(e: Emitter, words: Value) -> Value:
-    """Packed int32 words `<n x i32>` (8 weights each, low nibble first) to `<8n x float>` of nibble - 8."""
+    """Packed int32 words `<n x i32>` (8 weights each, low nibble first) to `<8n x float>` of nibble
+    - 8.
+    """
     b, count = e.b, words.type.count * 8
     undef = ir.Constant(words.type, ir.Undefined)
     order = ir.Constant(vec(I32, count), [ir.Constant(I32, lane // 8) for lane in range(count)])

@@ -20,7 +20,10 @@ from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
 from hmc.machine import Machine
 from hmc.passes import PIPELINE, Context, Options, run_pipeline
+from hmc.passes.profile import RoutingProfile, load_profile
 from hmc.plan import ModelInfo, Plan
+from hmc.simulate.feasible import require_goals
+from hmc.simulate.goals import parse_goals
 from hmc.trace import trace
 
 
@@ -33,18 +36,28 @@ def compile(
     layers: int = 0,
     threads: int = 0,
     max_chunk: int = 512,
+    vram: float = 0.0,
+    concurrency: int = 1,
+    slo: str = "",
+    routing_profile: str | Path = "",
 ) -> Plan:
     """Compile the model directory `path` into a plan.
 
-    `machine` is "auto", a machine file or a `Machine`; `max_context` tokens of one sequence (0:
-    what fits); `dummy_weights` needs config.json alone and makes a plan to be run with random
-    weights; `layers` cuts the depth of such a plan (0: all); `threads` native workers (0: one a
-    core). Raises subclasses of `HmcError`.
+    `machine` is "auto", a named machine, a machine file or a `Machine`; `max_context` tokens of one
+    sequence (0: what fits); `dummy_weights` needs config.json alone and makes a plan to be run with
+    random weights; `layers` cuts the depth of such a plan (0: all); `threads` native workers (0:
+    one a core). With GPUs, `vram` GB of each may be used (0: all), the cache holds `concurrency`
+    sequences, and `routing_profile` names recorded routing. `slo` are goals such as
+    "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
+    would lift it. Raises subclasses of `HmcError`.
     """
     if max_context < 0 or layers < 0 or threads < 0 or max_chunk < 1:
         raise UsageError(
             "max_context, layers and threads must not be negative, max_chunk not below 1"
         )
+    if vram < 0 or concurrency < 1:
+        raise UsageError("vram must not be negative, concurrency not below 1")
+    goals = parse_goals(slo, concurrency)
     if layers and not dummy_weights:
         raise UsageError("--layers cuts the depth of a model with dummy weights only")
     checkpoint = Checkpoint.from_config(path) if dummy_weights else Checkpoint.open(path)
@@ -59,11 +72,32 @@ def compile(
         info=_model_info(model.info, checkpoint),
         machine=target,
         isa=best_isa(frozenset(target.flags)).name,
-        options=Options(max_context=max_context, max_chunk=max_chunk, threads=threads),
+        options=Options(
+            max_context=max_context or (goals.ttft_prompt if goals.ttft_prompt > 32_768 else 0),
+            max_chunk=max_chunk,
+            max_batch=max(Options.max_batch, concurrency),
+            threads=threads,
+            vram=int(vram * 1e9),
+            concurrency=concurrency,
+            profile=_profile(routing_profile, graph),
+        ),
     )
     run_pipeline(PIPELINE, graph, context)
     assert context.plan is not None
-    return context.plan
+    plan = context.plan.model_copy(update={"goals": goals})
+    require_goals(plan)
+    return plan
+
+
+def _profile(path: str | Path, graph: torch.fx.GraphModule) -> RoutingProfile | None:
+    if not str(path):
+        return None
+    routed = {
+        found.layer: found.attr("experts")
+        for node in graph.graph.nodes
+        if (found := meta(node)).kind == "experts"
+    }
+    return load_profile(path, routed)
 
 
 def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hmc.errors import MachineError
 from hmc.machine import CpuRates, GpuRates, Machine, Rate
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
 
 TRANSFERS = ("h2d", "d2h")
+
 GPU_LAUNCHES: dict[str, int] = {"mla": 5, "attention": 3, "experts": 4, "sort": 4, "route": 2}
 """Kernels a GPU needs for a step: latent attention absorbs, appends, scores, joins and lifts;
 experts gather, multiply twice and scatter; a sort counts, scans and places. Others: one."""
@@ -46,9 +48,7 @@ class Cost:
     launches: int = 0
 
 
-def distinct_experts(
-    experts: int, top_k: int, tokens: float, here: int | None = None
-) -> float:
+def distinct_experts(experts: int, top_k: int, tokens: float, here: int | None = None) -> float:
     """Expected number of distinct experts that `tokens` tokens choose among `here` of `experts`.
 
     With even, independent routing a token misses a given expert with probability 1 - k/E, so b
@@ -56,12 +56,12 @@ def distinct_experts(
     here * (1 - (1 - k/E)^b). For E = 256, k = 8: 8, 15.75, 23.3 for 1, 2, 3 tokens.
     """
     count = experts if here is None else here
-    return count * (1 - (1 - top_k / experts) ** tokens)
+    return float(count * (1 - (1 - top_k / experts) ** tokens))
 
 
 def distinct_of_profile(probabilities: Sequence[float], tokens: float) -> float:
-    """`distinct_experts` for uneven routing: the sum of 1 - (1 - p)^b over the experts asked for."""
-    return sum(1 - (1 - min(1.0, p)) ** tokens for p in probabilities)
+    """`distinct_experts` for uneven routing: the sum of 1 - (1 - p)^b over the experts named."""
+    return float(sum(1 - (1 - min(1.0, p)) ** tokens for p in probabilities))
 
 
 def attended(tokens: float, context: float, sequences: float = 1) -> float:
@@ -119,7 +119,7 @@ def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
         )
     if tokens <= points[0][0]:
         return points[0][1]
-    for (low, slow), (high, fast) in zip(points, points[1:], strict=False):
+    for (low, slow), (high, fast) in pairwise(points):
         if tokens <= high:
             return slow + (fast - slow) * (tokens - low) / (high - low)
     return points[-1][1]
@@ -169,20 +169,19 @@ class CostModel:
         them, plus what each launch takes; in a phase of two lanes, times the machine's slow-down
         of that side while the other one works.
         """
-        share = int(step.attrs.get("ranks", 1)) * phase.lanes
+        lanes = 1 if "whole" in step.attrs else phase.lanes
+        share = int(step.attrs.get("ranks", 1)) * lanes
         if share > 1:
-            sequences = call.sequences
-            if phase.lanes > 1:
-                sequences = -(-call.sequences // phase.lanes)
+            sequences = -(-call.sequences // lanes)
             call = Call(-(-call.tokens // share), call.context, sequences, call.profile)
         kind = step.resource.rstrip("0123456789")
         if step.resource == "cpu":
             cost = self._on_cpu(step, phase, call)
-            factor = _rate(self._cpu.overlap, 1.0) if phase.lanes > 1 else 1.0
+            factor = _rate(self._cpu.overlap, 1.0) if lanes > 1 else 1.0
         elif kind == "gpu":
             gpu = self._gpu(step.resource)
             cost = self._on_gpu(step, phase, call, gpu)
-            factor = _rate(gpu.overlap, 1.0) if phase.lanes > 1 else 1.0
+            factor = _rate(gpu.overlap, 1.0) if lanes > 1 else 1.0
         elif kind in TRANSFERS:
             return self._transfer(step, phase, call, kind)
         elif kind == "link":
@@ -329,8 +328,8 @@ class CostModel:
         ranks = phase.ranks
         if self._cpu.link is None:
             raise MachineError(
-                f"machine {self.machine.name} has {len(self.machine.gpus)} GPUs but declares no link"
-                " rate between them"
+                f"machine {self.machine.name} has {len(self.machine.gpus)} GPUs but declares no"
+                " link rate between them"
             )
         width = float(step.attrs["bytes"])
         moved = width * -(-call.tokens // ranks) * (ranks - 1)

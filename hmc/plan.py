@@ -44,9 +44,11 @@ Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "l
     kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
     all_gather   one input a rank -> one output a rank: the rows of all ranks (zig-zag: of 2R pieces
                  rank r holds r and 2R - 1 - r)
+    split, join  rows of a batch -> those of each lane, and back
     exchange     one partial sum of all rows a rank -> one output a rank: the sum of its own rows
 
-A step with attr `ranks` R works on 1/R of the call's tokens; with R lanes likewise (`Phase.lanes`).
+A step with attr `ranks` R works on 1/R of the call's tokens; one of a phase of L lanes on 1/L, but
+for those with attr `whole`.
 """
 
 from __future__ import annotations
@@ -217,7 +219,7 @@ class Buffer(Frozen):
 
 
 class Slot(Frozen):
-    """A region of device memory through which weights pass: filled by a load, used, filled again."""
+    """A region of device memory that weights pass through: filled by a load, used, filled again."""
 
     name: str
     device: str
@@ -239,8 +241,8 @@ class Step(Frozen):
     ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or "torch:<function>"
     where PyTorch computes the step. A step starts when every event in `waits` has been signalled.
     `weight_bytes` and `flops` are per call of one token (experts: its top_k; a load: what it
-    moves). `fills` names the slots a load writes, `uses` those a step reads: the signal of a load is
-    the ON event of its slots, that of the last use their OFF event.
+    moves). `fills` names the slots a load writes, `uses` those a step reads: the signal of a load
+    is the ON event of its slots, that of the last use their OFF event.
     """
 
     id: Count
@@ -294,12 +296,13 @@ class Switch(Frozen):
 
 class Goals(Frozen):
     """What was asked for at compile time: seconds to the first token of a prompt, tokens a second
-    of one of `concurrency` sequences; 0: no such goal.
+    of each of `concurrency` sequences at a context; 0: no such goal.
     """
 
     ttft_seconds: Annotated[float, Field(ge=0)] = 0.0
     ttft_prompt: Count = 0
     tokens_per_second: Annotated[float, Field(ge=0)] = 0.0
+    tokens_context: Count = 0
     concurrency: Count = 1
 
 

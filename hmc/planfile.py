@@ -94,7 +94,8 @@ def load(path: str | os.PathLike[str]) -> Plan:
         raise PlanFormatError(f"{source} is no hmc plan: its digest is unreadable") from error
     if version != SCHEMA_VERSION:
         raise PlanFormatError(
-            f"{source} has plan schema {version}, this hmc reads {SCHEMA_VERSION}: compile the model again"
+            f"{source} has plan schema {version}, this hmc reads {SCHEMA_VERSION}:"
+            " compile the model again"
         )
     if hashlib.sha256(text).hexdigest() != expected:
         raise PlanFormatError(

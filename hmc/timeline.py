@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hmc.cost import Call, Cost, CostModel
 from hmc.plan import Phase, Step
@@ -32,9 +33,8 @@ class Timeline:
         return max(self.finish, default=0.0)
 
 
-def run(phase: Phase, call: Call, model: CostModel, rounds: int = 1) -> Timeline:
-    """The timeline of one call of a phase (the last of `rounds`). Steps of equal cost are costed
-    once."""
+def run(phase: Phase, call: Call, model: CostModel) -> Timeline:
+    """The timeline of one call of a phase. Steps of equal cost are costed once."""
     known: dict[tuple[object, ...], Cost] = {}
 
     def cost_of(step: Step) -> Cost:
@@ -54,38 +54,31 @@ def run(phase: Phase, call: Call, model: CostModel, rounds: int = 1) -> Timeline
             known[key] = model.step(phase, step, call)
         return known[key]
 
-    return schedule(phase, cost_of, rounds)
+    return schedule(phase, cost_of)
 
 
-def schedule(phase: Phase, cost_of: Callable[[Step], Cost], rounds: int = 1) -> Timeline:
-    """The timeline with given costs. In later rounds a lane's first step needs its last result."""
+def schedule(phase: Phase, cost_of: Callable[[Step], Cost]) -> Timeline:
+    """The timeline with given costs."""
     free: dict[str, tuple[float, int]] = {}
-    results: dict[int, tuple[float, int]] = {}
-    for _ in range(rounds):
-        signalled: dict[int, tuple[float, int]] = {}
-        start, finish, cause, costs = [], [], [], []
-        busy: dict[str, float] = {}
-        before, results = results, {}
-        for position, step in enumerate(phase.steps):
-            ready, because = free.get(step.resource, (0.0, -1))
-            needed = [signalled[event] for event in step.waits]
-            if step.op == "embed" and step.lane in before:
-                needed.append(before[step.lane])
-            for when, who in needed:
-                if when > ready:
-                    ready, because = when, who
-            cost = cost_of(step)
-            end = ready + cost.seconds
-            free[step.resource] = (end, position)
-            if step.signal >= 0:
-                signalled[step.signal] = (end, position)
-            if _is_result(step):
-                results[step.lane] = (end, position)
-            busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
-            start.append(ready)
-            finish.append(end)
-            cause.append(because)
-            costs.append(cost)
+    signalled: dict[int, tuple[float, int]] = {}
+    start, finish, cause, costs = [], [], [], []
+    busy: dict[str, float] = {}
+    for position, step in enumerate(phase.steps):
+        ready, because = free.get(step.resource, (0.0, -1))
+        for event in step.waits:
+            when, who = signalled[event]
+            if when > ready:
+                ready, because = when, who
+        cost = cost_of(step)
+        end = ready + cost.seconds
+        free[step.resource] = (end, position)
+        if step.signal >= 0:
+            signalled[step.signal] = (end, position)
+        busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
+        start.append(ready)
+        finish.append(end)
+        cause.append(because)
+        costs.append(cost)
     return Timeline(tuple(start), tuple(finish), tuple(cause), tuple(costs), busy)
 
 
@@ -93,25 +86,10 @@ def _is_result(step: Step) -> bool:
     return any(operand.buffer.endswith("logits") for operand in step.outputs.values())
 
 
-def period_seconds(phase: Phase, call: Call, model: CostModel) -> float:
-    """Seconds from one token to the next: those of one call, or, where lanes overlap across calls,
-    what a further call adds."""
-    if phase.lanes == 1:
-        return result_seconds(phase, run(phase, call, model))
-    two, three = (
-        result_seconds(phase, run(phase, call, model, rounds)) for rounds in (2, 3)
-    )
-    return three - two
-
-
 def result_seconds(phase: Phase, timeline: Timeline) -> float:
     """When the last logits are there: what follows (memory given back, weights put back) delays
     nobody's token."""
-    ends = [
-        end
-        for step, end in zip(phase.steps, timeline.finish, strict=True)
-        if _is_result(step)
-    ]
+    ends = [end for step, end in zip(phase.steps, timeline.finish, strict=True) if _is_result(step)]
     return max(ends, default=timeline.seconds)
 
 
@@ -119,7 +97,4 @@ def host_prefill(phase: Phase, tokens: int, model: CostModel, context: int = 0) 
     """The calls in which a chunked phase takes a prompt: equal chunks, as the runtime cuts them."""
     chunks = -(-tokens // phase.max_tokens)
     edges = [tokens * i // chunks for i in range(chunks + 1)]
-    return [
-        Call(last - first, context + first)
-        for first, last in zip(edges, edges[1:], strict=False)
-    ]
+    return [Call(last - first, context + first) for first, last in pairwise(edges)]

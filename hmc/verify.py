@@ -35,8 +35,13 @@ def verify_plan(plan: Plan) -> None:
             _check_names(plan, phase, step, weights)
         _check_bounds(phase)
         _check_order(phase)
-        layers = tuple(step.layer for step in phase.steps if step.op in ("attention", "mla"))
-        if sorted(layers) != sorted(plan.kv.layers * (phase.ranks * phase.lanes)):
+        attended: dict[int, int] = {}
+        for step in phase.steps:
+            if step.op in ("attention", "mla"):
+                rows = phase.lanes if "whole" in step.attrs else 1
+                attended[step.layer] = attended.get(step.layer, 0) + rows
+        copies = phase.ranks * phase.lanes
+        if attended != dict.fromkeys(plan.kv.layers, copies):
             raise VerifyError(
                 f"phase {phase.name}: attention layers differ from the KV cache's layers"
             )
@@ -83,7 +88,12 @@ def _check_bounds(phase: Phase) -> None:
             raise VerifyError(
                 f"phase {phase.name}: buffer {buffer.name} leaves the activation arena"
             )
+    sizes = {slot.name: slot.bytes for slot in phase.slots}
     for step in phase.steps:
+        if step.fills and step.weight_bytes > sum(sizes.get(name, 0) for name in step.fills):
+            raise VerifyError(
+                f"phase {phase.name}, step {step.id} ({step.op}): its slots are too small"
+            )
         for role, operand in (*step.inputs.items(), *step.outputs.items()):
             found = buffers.get(operand.buffer)
             if found is None:
@@ -101,15 +111,15 @@ def _check_bounds(phase: Phase) -> None:
 def _check_order(phase: Phase) -> None:
     """Walk the steps with a vector clock each: resource -> position of its last step known done.
 
-    `live` maps every buffer that holds a value to the positions of its writes and of all its uses;
-    whoever takes over its bytes must come after them all, and ends its life.
+    `live` maps every buffer that holds a value to its writes and to all its uses, of each resource
+    the last position; whoever takes over its bytes must come after them all, and ends its life.
     """
     clocks: list[dict[str, int]] = []
     last_on: dict[str, int] = {}
     signalled: dict[int, int] = {}
-    live: dict[str, tuple[list[int], list[int]]] = {}
-    slots: dict[str, tuple[frozenset[str], list[int]]] = {
-        slot.name: (frozenset(), []) for slot in phase.slots
+    live: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
+    slots: dict[str, tuple[frozenset[str], dict[str, int], dict[str, int]]] = {
+        slot.name: (frozenset(), {}, {}) for slot in phase.slots
     }
     buffers = {buffer.name: buffer for buffer in phase.buffers}
     resources = [step.resource for step in phase.steps]
@@ -128,15 +138,15 @@ def _check_order(phase: Phase) -> None:
         if step.signal >= 0:
             signalled[step.signal] = position
 
-        def done(earlier: list[int], clock: dict[str, int] = clock) -> bool:
-            return all(clock.get(resources[each], -1) >= each for each in earlier)
+        def done(earlier: dict[str, int], clock: dict[str, int] = clock) -> bool:
+            return all(clock.get(resource, -1) >= last for resource, last in earlier.items())
 
         for operand in step.inputs.values():
             name = operand.buffer
             if name not in live:
                 if buffers[name].offset != EXTERNAL:
                     raise VerifyError(f"{where}: reads buffer {name} before anything wrote it")
-                live[name] = ([], [])
+                live[name] = ({}, {})
             if not done(live[name][0]):
                 raise VerifyError(f"{where}: reads buffer {name} without waiting for its write")
         for operand in step.outputs.values():
@@ -150,40 +160,41 @@ def _check_order(phase: Phase) -> None:
                             f"{where}: {name} reuses bytes of {other} while it is in use"
                         )
                     del live[other]
-                live[name] = ([], [])
-            live[name][0].append(position)
+                live[name] = ({}, {})
+            live[name][0][step.resource] = position
         for operand in (*step.inputs.values(), *step.outputs.values()):
             if operand.buffer in live:
-                live[operand.buffer][1].append(position)
+                live[operand.buffer][1][step.resource] = position
         _check_slots(step, position, slots, done, where)
 
 
 def _check_slots(
     step: Step,
     position: int,
-    slots: dict[str, tuple[frozenset[str], list[int]]],
-    done: Callable[[list[int]], bool],
+    slots: dict[str, tuple[frozenset[str], dict[str, int], dict[str, int]]],
+    done: Callable[[dict[str, int]], bool],
     where: str,
 ) -> None:
-    """`slots` maps a slot to what it holds and to the positions of its fill and its uses."""
+    """`slots` maps a slot to what it holds, its load, and its load and uses together."""
     for name in (*step.fills, *step.uses):
         if name not in slots:
             raise VerifyError(f"{where}: slot {name} is not declared")
     held: frozenset[str] = frozenset()
     for name in step.uses:
-        content, touched = slots[name]
-        if not touched:
+        content, load, touched = slots[name]
+        if not load:
             raise VerifyError(f"{where}: uses slot {name} before anything filled it")
-        if not done(touched[:1]):
+        if not done(load):
             raise VerifyError(f"{where}: uses slot {name} without waiting for its load")
         held |= content
-        touched.append(position)
+        touched[step.resource] = position
     if step.uses and (missing := _content(step) - held):
         raise VerifyError(f"{where}: its slots do not hold {min(missing)}")
     for name in step.fills:
-        if not done(slots[name][1]):
+        if not done(slots[name][2]):
             raise VerifyError(f"{where}: fills slot {name} while it is in use")
-        slots[name] = (_content(step), [position])
+        mine = {step.resource: position}
+        slots[name] = (_content(step), mine, dict(mine))
 
 
 def _content(step: Step) -> frozenset[str]:

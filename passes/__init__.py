@@ -1,4 +1,4 @@
-"""The compiler's passes: one a file, in the order of `PIPELINE`; the manager runs and checks them."""
+"""The compiler's passes, one a file, in the order of `PIPELINE`; a manager runs and checks them."""
 
 from hmc.passes.canonicalise import Canonicalise
 from hmc.passes.context import Context, Options, Pass

@@ -55,7 +55,10 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     if sum(room) >= experts or not experts:
         return Budget(usable, dense, cache, _WORKSPACE, 0, tuple(room), tokens)
     layer = max(
-        sum(stored_bytes(context.source(weight)[0]) * weight.experts for weight in meta(node).weights)
+        sum(
+            stored_bytes(context.source(weight)[0]) * weight.experts
+            for weight in meta(node).weights
+        )
         for node in graph.graph.nodes
         if meta(node).kind == "experts"
     )
@@ -76,7 +79,8 @@ def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
     results = [
         found.width * size[found.dtype]
         for node in graph.graph.nodes
-        if (found := meta(node)).kind in ("linear", "mla", "attention", "gate_up") and found.layer >= 0
+        if (found := meta(node)).kind in ("linear", "mla", "attention", "gate_up")
+        and found.layer >= 0
     ]
     hidden = next(meta(node).width for node in graph.graph.nodes if meta(node).kind == "embedding")
     widest = sorted(results)[-2:]
@@ -98,7 +102,7 @@ def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
 
 
 def _tokens(context: Context, usable: int, dense: int, per_token: int) -> int:
-    """Context length that fits gpu0, or what was asked for; 0: the dense part alone is too large."""
+    """Context length that fits gpu0, or what was asked for; 0: the dense part is too large."""
     options, model = context.options, context.info.context
     if options.max_context and model and options.max_context > model:
         raise UsageError(

@@ -38,7 +38,8 @@ class Canonicalise:
                 self.name,
                 f"per-head norms of layers {ranges(set(folded))}",
                 "folded into rotary",
-                f"{len(folded)} norms read by a rotary of the same heads alone: one walk over q and k, not two",
+                f"{len(folded)} norms read by a rotary of the same heads alone:"
+                " one walk over q and k, not two",
             )
 
 

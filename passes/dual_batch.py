@@ -3,15 +3,17 @@
 Contract
     * requires "plan"; establishes "dual". Without experts on the host of a hybrid plan nothing
       changes
-    * each lane's steps are those of `decode`; lanes share weights and nothing else, so tokens do not
-      depend on the split
-    * taken only where the cost model predicts a gain of `WORTHWHILE`; the decision holds the numbers
-      of both phases
+    * each lane's steps are those of `decode`; lanes share weights and nothing else, so tokens do
+      not depend on the split
+    * taken only where the cost model predicts a gain of `WORTHWHILE`; the decision holds the
+      numbers of both phases
 
 Method
-    1. emit both lanes layer by layer in turn: while the CPU computes one lane's experts, the GPU
+    1. the layers before the first routed one and what follows the last are computed for the whole
+       batch, whose rows are split and joined around the lanes
+    2. emit both lanes layer by layer in turn: while the CPU computes one lane's experts, the GPU
        computes the other lane's attention
-    2. compare the timelines of both phases at growing batches; note from which batches on which
+    3. compare the timelines of both phases at growing batches; note from which batches on which
        of the two wins
 """
 
@@ -29,7 +31,7 @@ from hmc.passes.hybrid import Lane
 from hmc.passes.kernel_choice import DECODE
 from hmc.passes.schedule import Schedule
 from hmc.plan import Phase, Switch
-from hmc.timeline import period_seconds
+from hmc.timeline import result_seconds, run
 
 DUAL = "decode.dual"
 LANES = 2
@@ -62,8 +64,8 @@ class DualBatch:
             if batch <= plan.limits.max_batch:
                 call = Call(batch, before, batch)
                 gains[batch] = (
-                    period_seconds(single, call, model),
-                    period_seconds(phase, call, model),
+                    result_seconds(single, run(single, call, model)),
+                    result_seconds(phase, run(phase, call, model)),
                 )
         numbers = ", ".join(
             f"batch {batch}: {one * 1e3:.1f} ms in one lane, {two * 1e3:.1f} ms in two"
@@ -98,9 +100,15 @@ class DualBatch:
         schedule = Schedule(DUAL)
         base = context.bases[DECODE]
         placement = {each.layer: each for each in context.placement}
-        lanes = [
-            Lane(schedule, base, placement, lane, f"lane{lane}.") for lane in range(LANES)
-        ]
-        for _ in zip(*(lane.layers() for lane in lanes), strict=True):
+        routed = [step.layer for step in base.steps if step.op == "experts"]
+        first = next(i for i, step in enumerate(base.steps) if step.layer == min(routed))
+        after = max(i for i, step in enumerate(base.steps) if step.layer == max(routed)) + 1
+        whole = Lane(schedule, base, placement, whole=True)
+        lanes = [Lane(schedule, base, placement, n, f"lane{n}.") for n in range(LANES)]
+        whole.emit(base.steps[:first])
+        whole.split(lanes, base.steps[first:])
+        for _ in zip(*(lane.layers(base.steps[first:after]) for lane in lanes), strict=True):
             pass
+        whole.join(lanes, base.steps[after:])
+        whole.emit(base.steps[after:])
         return schedule.finish(base.max_tokens, lanes=LANES)

@@ -77,13 +77,15 @@ class ExpertPlacement:
             context.decide(self.name, subject, f"all on host, {where}", why)
         else:
             total = sum(found.attr("experts") for found in routed)
-            rooms = ", ".join(f"gpu{g} {room / 1e9:.1f} GB" for g, room in enumerate(budget.experts))
+            rooms = ", ".join(
+                f"gpu{g} {room / 1e9:.1f} GB" for g, room in enumerate(budget.experts)
+            )
             context.decide(
                 self.name,
                 subject,
                 f"{len(homes)} of {total} resident on GPUs, the others on host, {where}",
-                f"room for experts after {budget.dense / 1e9:.1f} GB of attention, shared experts and"
-                f" norms, {budget.cache / 1e9:.1f} GB of cache ({budget.tokens} tokens) and"
+                f"room for experts after {budget.dense / 1e9:.1f} GB of attention, shared experts"
+                f" and norms, {budget.cache / 1e9:.1f} GB of cache ({budget.tokens} tokens) and"
                 f" {budget.ring / 1e9:.1f} GB of ring: {rooms}",
             )
 
@@ -170,7 +172,5 @@ def _caught(counts: RoutingCounts, pinned: Mapping[tuple[int, int], int]) -> flo
     """Share of the recorded choices, in the layers with pins, that went to pinned experts."""
     layers = {layer for layer, _ in pinned}
     total = sum(sum(counts.counts.get(layer, ())) for layer in layers)
-    caught = sum(
-        counts.counts[layer][expert] for layer, expert in pinned if layer in counts.counts
-    )
+    caught = sum(counts.counts[layer][expert] for layer, expert in pinned if layer in counts.counts)
     return caught / total if total else 0.0

@@ -67,7 +67,7 @@ class Fp8Lowering:
 
 
 def _family_of(weight: WeightSpec) -> str:
-    """A weight's name with layer numbers taken out, so that equal decisions of many layers are one."""
+    """A weight's name without layer numbers, so that equal decisions of many layers are one."""
     return re.sub(r"\.\d+\.", ".*.", weight.name)
 
 

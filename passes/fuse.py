@@ -43,7 +43,8 @@ class Fuse:
                 self.name,
                 f"gate and up of {len(gated)} dense or shared MLPs",
                 "fused",
-                "one input, one format: both weights are read in one pass and the products stay in registers",
+                "one input, one format: both weights are read in one pass and the products stay"
+                " in registers",
             )
         if normed:
             context.decide(

@@ -8,7 +8,7 @@ Experts of several devices add their partial sums on the first GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hmc.passes.context import ranges
@@ -22,26 +22,68 @@ HOST_OPS = frozenset({"embed"})
 
 @dataclass
 class Lane:
-    """Rewrites one copy of a base phase into `schedule`; lanes share nothing but the weights."""
+    """Rewrites one copy of a base phase into `schedule`; lanes share nothing but the weights.
+
+    A lane that is `whole` handles all rows of a call in a phase of several lanes.
+    """
 
     schedule: Schedule
     base: Phase
     placement: Mapping[int, LayerPlacement]
     lane: int = 0
     prefix: str = ""
+    whole: bool = False
     _values: dict[str, Value] = field(default_factory=dict)
     _copies: dict[tuple[Value, str], Value] = field(default_factory=dict)
 
-    def emit(self) -> None:
-        """Append every step."""
-        for _ in self.layers():
+    def emit(self, steps: Iterable[Step]) -> None:
+        """Append steps of the base phase."""
+        for _ in self.layers(steps):
             pass
 
-    def layers(self) -> Iterator[int]:
+    def split(self, lanes: Sequence[Lane], later: Iterable[Step]) -> None:
+        """Hand each lane its rows of the values that `later` steps read."""
+        for name, value in self._read_by(later, self._values).items():
+            halves = [
+                Value(f"{lane.prefix}{value.name}", value.dtype, value.width, value.device)
+                for lane in lanes
+            ]
+            outputs = {f"y{number}": Part.all(half) for number, half in enumerate(halves)}
+            self._rows("split", value.device, {"x": Part.all(value)}, outputs)
+            for lane, half in zip(lanes, halves, strict=True):
+                lane._values[name] = half
+
+    def join(self, lanes: Sequence[Lane], later: Iterable[Step]) -> None:
+        """Put the lanes' rows of the values that `later` steps read together."""
+        for name, first in self._read_by(later, lanes[0]._values).items():
+            halves = [lane._values[name] for lane in lanes]
+            value = Value(f"{name}.joined", first.dtype, first.width, first.device)
+            inputs = {f"x{number}": Part.all(half) for number, half in enumerate(halves)}
+            self._rows("join", first.device, inputs, {"y": Part.all(value)})
+            self._values[name] = value
+
+    def _rows(self, op: str, device: str, inputs: Parts, outputs: Parts) -> None:
+        resource = "cpu" if device == "host" else device
+        self.schedule.add(
+            op, resource, inputs, outputs, attrs=self._attrs(), kernels=(f"torch:{op}",)
+        )
+
+    @staticmethod
+    def _read_by(steps: Iterable[Step], values: Mapping[str, Value]) -> dict[str, Value]:
+        """Of `values`, those that `steps` read, external ones left out."""
+        names = dict.fromkeys(o.buffer for step in steps for o in step.inputs.values())
+        return {
+            name: values[name] for name in names if name in values and not values[name].external
+        }
+
+    def _attrs(self) -> dict[str, int | float | str]:
+        return {"whole": 1} if self.whole else {}
+
+    def layers(self, steps: Iterable[Step]) -> Iterator[int]:
         """Append the steps, stopping after each layer, so that lanes can take turns."""
         buffers = {buffer.name: buffer for buffer in self.base.buffers}
         layer = None
-        for step in self.base.steps:
+        for step in steps:
             if layer is not None and step.layer != layer:
                 yield layer
             layer = step.layer
@@ -97,7 +139,7 @@ class Lane:
             outputs,
             layer=step.layer,
             weights=step.weights,
-            attrs={**step.attrs, **(attrs or {})},
+            attrs={**step.attrs, **(attrs or {}), **self._attrs()},
             kernels=step.kernels if resource == "cpu" else (f"torch:{step.op}",),
             lane=self.lane,
             weight_bytes=step.weight_bytes,
@@ -118,7 +160,9 @@ class Lane:
             attrs: dict[str, int | float | str] = (
                 {} if len(tiers) == 1 else {"range": ranges(here), "count": len(here)}
             )
-            self._add(step, "cpu" if device == "host" else device, inputs, {"y": Part.all(value)}, attrs)
+            self._add(
+                step, "cpu" if device == "host" else device, inputs, {"y": Part.all(value)}, attrs
+            )
             sums.append(value)
         # the GPU's own sum first: those of the others come back later
         sums.sort(key=lambda value: value.device != "gpu0")
@@ -135,7 +179,7 @@ class Lane:
                 inputs,
                 {"y": Part.all(summed)},
                 layer=step.layer,
-                attrs={"width": output.width},
+                attrs={"width": output.width, **self._attrs()},
                 kernels=("torch:add",),
                 lane=self.lane,
             )
@@ -196,12 +240,19 @@ class Lane:
 
     def _copy(self, inputs: Parts, outputs: Parts, resource: str, layer: int) -> None:
         self.schedule.add(
-            "copy", resource, inputs, outputs, layer=layer, kernels=("torch:copy",), lane=self.lane
+            "copy",
+            resource,
+            inputs,
+            outputs,
+            layer=layer,
+            attrs=self._attrs(),
+            kernels=("torch:copy",),
+            lane=self.lane,
         )
 
 
 def hybrid_phase(base: Phase, placement: Mapping[int, LayerPlacement]) -> Phase:
     """A phase of one lane: `base` with its dense part on gpu0."""
     schedule = Schedule(base.name)
-    Lane(schedule, base, placement).emit()
+    Lane(schedule, base, placement).emit(base.steps)
     return schedule.finish(base.max_tokens)

@@ -30,7 +30,8 @@ def run_pipeline(
     for number, each in enumerate(pipeline, start=1):
         if missing := each.requires - established:
             raise PassFailedError(
-                f"pass {each.name} requires {', '.join(sorted(missing))}, which no earlier pass establishes"
+                f"pass {each.name} requires {', '.join(sorted(missing))}, which no earlier pass"
+                " establishes"
             )
         decided = len(context.decisions)
         started = time.perf_counter()
@@ -89,7 +90,8 @@ def verify_graph(graph: torch.fx.GraphModule) -> None:
         if not low <= len(node.all_input_nodes) <= high:
             # fx lists an input used twice once: h + h would be such a case
             raise VerifyError(
-                f"node {node.name} ({found.kind}) has {len(node.all_input_nodes)} inputs, not {low}..{high}"
+                f"node {node.name} ({found.kind}) has {len(node.all_input_nodes)} inputs,"
+                f" not {low}..{high}"
             )
         if found.width <= 0 and found.kind not in ("input", "output"):
             raise VerifyError(f"node {node.name} ({found.kind}) has no width")

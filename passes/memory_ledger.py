@@ -61,8 +61,8 @@ class MemoryLedger:
                 self.name,
                 "context length",
                 f"{tokens} tokens, {sequences} sequence(s)",
-                f"the model allows {context.info.context}; gpu0 holds {budget.dense / 1e9:.1f} GB of"
-                f" dense weights and {budget.cache / 1e9:.1f} GB of cache in"
+                f"the model allows {context.info.context}; gpu0 holds {budget.dense / 1e9:.1f} GB"
+                f" of dense weights and {budget.cache / 1e9:.1f} GB of cache in"
                 f" {budget.usable[0] / 1e9:.1f} GB",
             )
         block = layout.block
@@ -100,8 +100,9 @@ class MemoryLedger:
             self.name,
             "context length",
             f"{tokens} tokens",
-            f"the model allows {model}, memory beside {weights / 1e9:.1f} GB of weights holds {fits},"
-            f" the default is at most {DEFAULT_CONTEXT}; --max-context asks for more or less",
+            f"the model allows {model}, memory beside {weights / 1e9:.1f} GB of weights holds"
+            f" {fits}, the default is at most {DEFAULT_CONTEXT}; --max-context asks for more or"
+            " less",
         )
         return tokens
 

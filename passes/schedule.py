@@ -67,12 +67,12 @@ class _Draft:
 
 @dataclass
 class _Region:
-    """Bytes a token of one device's arena; `touched` are the positions that used its last tenant."""
+    """Bytes a token of one device's arena; `touched`: the tenant's last use on each resource."""
 
     device: str
     number: int
     bytes: int
-    touched: list[int] = field(default_factory=list)
+    touched: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -134,9 +134,7 @@ class Schedule:
         """Names of the slots declared on a device."""
         return tuple(name for name, slot in self._slots.items() if slot.device == device)
 
-    def finish(
-        self, max_tokens: int, *, ranks: int = 1, lanes: int = 1, ring: int = 0
-    ) -> Phase:
+    def finish(self, max_tokens: int, *, ranks: int = 1, lanes: int = 1, ring: int = 0) -> Phase:
         """The phase: buffers placed, events assigned."""
         homes, regions, hazards = self._place()
         offsets, totals = _offsets(regions)
@@ -215,43 +213,47 @@ class Schedule:
                     region = _Region(value.device, number, value.bytes)
                     regions.append(region)
                 region.bytes = max(region.bytes, value.bytes)
-                hazards.setdefault(position, []).extend(region.touched)
-                region.touched = []
+                hazards.setdefault(position, []).extend(region.touched.values())
+                region.touched = {}
                 usual[key] = region
                 homes[value] = region
             for part in (*draft.inputs.values(), *draft.outputs.values()):
                 home = homes[part.value]
                 if home is not None:
-                    home.touched.append(position)
+                    home.touched[draft.step.resource] = position
             for value in ends.get(position, ()):
                 home = homes[value]
                 if home is not None:
                     free[value.device].append(home)
         return homes, regions, hazards
 
-    def _dependencies(self, hazards: Mapping[int, list[int]]) -> list[set[int]]:
+    def _dependencies(self, hazards: Mapping[int, Iterable[int]]) -> list[set[int]]:
         """By position, the earlier positions that must be done: writes before reads, uses before
-        writes in place, the last tenant before the next, loads before uses before loads."""
-        writes: dict[Value, list[int]] = {}
-        touched: dict[Value, list[int]] = {}
-        slots: dict[str, list[int]] = {}
+        writes in place, the last tenant before the next, loads before uses before loads. Of one
+        resource only the last counts."""
+        writes: dict[Value, dict[str, int]] = {}
+        touched: dict[Value, dict[str, int]] = {}
+        slots: dict[str, tuple[int, dict[str, int]]] = {}
         result = []
         for position, draft in enumerate(self._drafts):
+            resource = draft.step.resource
             before = set(hazards.get(position, ()))
             for part in draft.inputs.values():
-                before.update(writes.get(part.value, ()))
+                before.update(writes.get(part.value, {}).values())
             for part in draft.outputs.values():
-                before.update(touched.get(part.value, ()))
+                before.update(touched.get(part.value, {}).values())
             for part in (*draft.inputs.values(), *draft.outputs.values()):
-                touched.setdefault(part.value, []).append(position)
+                touched.setdefault(part.value, {})[resource] = position
             for part in draft.outputs.values():
-                writes.setdefault(part.value, []).append(position)
+                writes.setdefault(part.value, {})[resource] = position
             for name in draft.step.uses:
-                before.add(slots[name][0])
-                slots[name].append(position)
+                load, uses = slots[name]
+                before.add(load)
+                uses[resource] = position
             for name in draft.step.fills:
-                before.update(slots.get(name, ()))
-                slots[name] = [position]
+                if name in slots:
+                    before.update(slots[name][1].values())
+                slots[name] = (position, {resource: position})
             before.discard(position)
             result.append(before)
         return result

@@ -193,7 +193,7 @@ class PhaseBuilder:
         return name
 
     def _cost(self, found: NodeMeta) -> tuple[int, int]:
-        """(weight bytes, FLOPs) of one token: a multiply-add counts 2, an embedding reads one row."""
+        """(weight bytes, FLOPs) of one token; a multiply-add counts 2, embedding reads one row."""
         total = flops = 0
         for weight in found.weights:
             source = self.context.source(weight)[0]

@@ -1,8 +1,10 @@
-"""The memory one phase computes in: activation buffers, external arrays, workspaces; hides addresses and hazards.
+"""The memory one phase computes in: activation buffers, external arrays, workspaces; hides
+addresses and hazards.
 
-A buffer of the plan has `offset` bytes *a token*; in memory it takes `[offset * max_tokens, (offset + bytes) * max_tokens)`
-of one block, rows one buffer width apart. So buffers that the plan keeps apart stay apart whatever the number of tokens.
-External arrays (ids, positions, rows, logits) belong to the arena too; the executor fills and reads them.
+A buffer of the plan has `offset` bytes *a token*; in memory it takes `[offset * max_tokens, (offset
++ bytes) * max_tokens)` of one block, rows one buffer width apart. So buffers that the plan keeps
+apart stay apart whatever the number of tokens. External arrays (ids, positions, rows, logits)
+belong to the arena too; the executor fills and reads them.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ _TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 class Arena:
     """All memory of a phase but weights and cache.
 
-    Arrays beside the plan's: `sequence` i32 [max_tokens], each token's block table row; `order` i32 [max_tokens], 0, 1,
-    2, ...; `span` i32 [2], 0 and the number of tokens of the run.
+    Arrays beside the plan's: `sequence` i32 [max_tokens], each token's block table row; `order` i32
+    [max_tokens], 0, 1, 2, ...; `span` i32 [2], 0 and the number of tokens of the run.
     """
 
     def __init__(self, phase: Phase) -> None:
@@ -59,15 +61,17 @@ class Arena:
         return self._buffers[operand.buffer].width
 
     def packed(self, operand: Operand) -> bool:
-        """Whether rows follow each other without a gap: kernels without a stride argument need it."""
+        """Whether rows follow each other without a gap, as kernels without a stride need it."""
         return operand.width == self.stride(operand)
 
-    def array(self, name: str) -> npt.NDArray[np.generic]:
-        """An external array of the phase, [max_tokens] or [max_tokens, width], to write inputs and read results."""
-        buffer = self._buffers[name]
-        kind = np.float32 if buffer.dtype == "f32" else np.int32
-        flat = self._external[name].array.view(kind)
-        return flat if buffer.width == 1 else flat.reshape(self.max_tokens, buffer.width)
+    def inputs(self, name: str) -> npt.NDArray[np.int32]:
+        """The external array "ids", "positions" or "rows": i32 [max_tokens], to be written."""
+        return self._external[name].array.view(np.int32)
+
+    @property
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The external output f32 [max_tokens, vocab]."""
+        return self._external["logits"].array.view(np.float32).reshape(self.max_tokens, -1)
 
     def tensor(self, operand: Operand, tokens: int) -> torch.Tensor:
         """The operand's first `tokens` rows as PyTorch sees them, [tokens, width]; a view."""
@@ -77,7 +81,7 @@ class Arena:
         return whole[:tokens, operand.column : operand.column + operand.width]
 
     def workspace(self, name: str, size: int) -> int:
-        """Address of at least `size` bytes that all steps asking for the same name and size share."""
+        """Address of `size` bytes that all steps asking for the same name and size share."""
         if (name, size) not in self._workspaces:
             self._workspaces[name, size] = Block(size, name)
         return self._workspaces[name, size].address
@@ -93,7 +97,9 @@ class Arena:
         )
 
     def overwritten(self, operand: Operand) -> Names:
-        """Names that writing it touches: its own, and all of every buffer that lives in the same bytes."""
+        """Names that writing it touches: its own, and all of every buffer that lives in the same
+        bytes.
+        """
         shared = (
             (other, start)
             for other in self._sharing[operand.buffer]
@@ -119,7 +125,9 @@ class Arena:
 
 
 def _pieces(phase: Phase) -> dict[str, list[tuple[int, int]]]:
-    """Every buffer cut at all columns where some operand starts or ends: (start, stop) of each piece."""
+    """Every buffer cut at all columns where some operand starts or ends: (start, stop) of each
+    piece.
+    """
     cuts: dict[str, set[int]] = {buffer.name: {0, buffer.width} for buffer in phase.buffers}
     for step in phase.steps:
         for operand in (*step.inputs.values(), *step.outputs.values()):

@@ -1,17 +1,22 @@
-"""Attention of a prompt chunk over the paged cache, by PyTorch, in bounded memory; hides gathering, masks, MLA's two forms.
+"""Attention of a prompt chunk over the paged cache, by PyTorch, in bounded memory; hides gathering,
+masks, MLA's two forms.
 
-One entry for each cache kind. Both read the chunk's own keys from the cache, where an append kernel has put them, so a
-chunk sees what decode will see. Queries are taken a few hundred at a time and heads a few at a time, such that masks
-and gathered rows stay within `_BYTES` each, whatever the context.
+One entry for each cache kind. Both read the chunk's own keys from the cache, where an append kernel
+has put them, so a chunk sees what decode will see. Queries are taken a few hundred at a time and
+heads a few at a time, such that masks and gathered rows stay within `_BYTES` each, whatever the
+context.
 
-All products are in f32: the result's bf16 rounding stays the only loss beside the cache's own, as in decode.
+All products are in f32: the result's bf16 rounding stays the only loss beside the cache's own, as
+in decode.
 
-PyTorch's flash kernel needs queries, keys and values of one width and gives no log-sum-exp to merge; so a chunk behind
-a past carries an explicit mask, and values narrower than keys are padded with zeros.
+PyTorch's flash kernel needs queries, keys and values of one width and gives no log-sum-exp to
+merge; so a chunk behind a past carries an explicit mask, and values narrower than keys are padded
+with zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +25,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 _BYTES = 64 << 20
 
+Rows = Callable[[int, int], torch.Tensor]
+"""Rows [first, last) of a weight as f32."""
+
 
 @dataclass(frozen=True)
 class Past:
-    """Where a chunk of `tokens` queries stands: it follows `past` tokens; `blocks` i64 [n] hold them all."""
+    """Where a chunk of `tokens` queries stands: it follows `past` tokens; `blocks` i64 [n] hold
+    them all.
+    """
 
     blocks: torch.Tensor
     past: int
@@ -37,7 +47,9 @@ class Past:
 
 @dataclass(frozen=True)
 class Latent:
-    """Sizes of multi-head latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope], y [T, heads * v_dim]."""
+    """Sizes of multi-head latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope],
+    y [T, heads * v_dim].
+    """
 
     heads: int
     nope: int
@@ -59,7 +71,8 @@ def grouped_query(
 ) -> None:
     """y bf16 [T, heads * v_dim] = causal attention of q f32 [T, heads * head_dim].
 
-    Caches are bf16 [blocks, kv_heads, block, dim]. `window`: positions a query sees, its own included; 0 for all.
+    Caches are bf16 [blocks, kv_heads, block, dim]. `window`: positions a query sees, its own
+    included; 0 for all.
     """
     tokens, kv_heads = len(q), k_cache.shape[1]
     head_dim, v_dim = k_cache.shape[-1], v_cache.shape[-1]
@@ -79,17 +92,18 @@ def grouped_query(
 def latent(
     q: torch.Tensor,
     cache: torch.Tensor,
-    kv_b: torch.Tensor,
-    kv_b_scale: torch.Tensor | None,
+    kv_b: Rows,
     past: Past,
     y: torch.Tensor,
     sizes: Latent,
 ) -> None:
-    """y bf16 [T, heads * v_dim] = latent attention of q f32 [T, heads * (nope + rope)], rope parts rotated.
+    """y bf16 [T, heads * v_dim] = latent attention of q f32 [T, heads * (nope + rope)], rope parts
+    rotated.
 
-    `cache` bf16 [blocks, 1, block, rank + rope]; `kv_b` [heads * (nope + v_dim), rank] in its stored format, with f32
-    128x128 block scales for fp8. Of two equal forms the one with fewer multiplications is taken: keys and values
-    expanded from the latents (long chunks), or the expansion absorbed into query and result (few queries, long past).
+    `cache` bf16 [blocks, 1, block, rank + rope]; `kv_b` gives rows of [heads * (nope + v_dim),
+    rank] as f32. Of two equal forms the one with fewer multiplications is taken: keys and values
+    expanded from the latents (long chunks), or the expansion absorbed into query and result (few
+    queries, long past).
     """
     s = sizes
     tokens = len(q)
@@ -100,16 +114,17 @@ def latent(
     absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * past.total * (s.rank + s.rope)
     form = _expanded if expand <= absorb else _absorbed
     step = max(1, _BYTES // (4 * past.total * (s.nope + s.rope)))
+    per_head = s.nope + s.v_dim
     for first in range(0, s.heads, step):
         heads = slice(first, min(first + step, s.heads))
-        weight = _dequantised(kv_b, kv_b_scale, heads, s)
+        weight = kv_b(heads.start * per_head, heads.stop * per_head).view(-1, per_head, s.rank)
         result[heads] = form(queries[heads], rows, weight, past, s)
 
 
 def _expanded(
     q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
 ) -> torch.Tensor:
-    """Results [heads, T, v_dim] with keys and values [heads, S, nope + rope] made from the latents."""
+    """Results [heads, T, v_dim] with keys and values of every head made from the latents."""
     heads, total = len(q), len(rows)
     wide = max(s.nope + s.rope, s.v_dim)
     compressed = rows[:, : s.rank]
@@ -124,7 +139,9 @@ def _expanded(
 def _absorbed(
     q: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, past: Past, s: Latent
 ) -> torch.Tensor:
-    """The same with queries taken into the latent space: all heads share one key row, which is the value row too."""
+    """The same with queries taken into the latent space: all heads share one key row, which is the
+    value row too.
+    """
     inner = q[..., : s.nope] @ weight[:, : s.nope]
     queries = torch.cat((inner, q[..., s.nope :]), -1)
     shared = rows[None]
@@ -140,7 +157,9 @@ def _attend(
     scale: float,
     window: int,
 ) -> torch.Tensor:
-    """Attention [G, H, T, v] of q [G, H, T, d] over keys, values [G, S, d], [G, S, v]; a group's heads share its rows."""
+    """Attention [G, H, T, v] of q [G, H, T, d] over keys, values [G, S, d], [G, S, v]; a group's
+    heads share its rows.
+    """
     groups, heads, tokens, width = q.shape
     v_dim = values.shape[-1]
     wide = max(width, v_dim, keys.shape[-1])
@@ -183,21 +202,8 @@ def _padded(part: torch.Tensor, wide: int) -> torch.Tensor:
 
 
 def _rows(cache: torch.Tensor, past: Past) -> torch.Tensor:
-    """Rows f32 [heads, total, dim] of a cache bf16 [heads, blocks, block, dim], made in one copy."""
+    """Rows f32 [heads, total, dim] of a cache bf16 [heads, blocks, block, dim]; a copy."""
     heads, _, block, dim = cache.shape
     blocks = past.blocks[: -(-past.total // block)]
     found = cache[:, blocks].to(torch.float32)
     return found.view(heads, len(blocks) * block, dim)[:, : past.total]
-
-
-def _dequantised(
-    kv_b: torch.Tensor, scale: torch.Tensor | None, heads: slice, s: Latent
-) -> torch.Tensor:
-    """f32 [heads, nope + v_dim, rank] of a few heads of `kv_b`."""
-    per_head = s.nope + s.v_dim
-    first, last = heads.start * per_head, heads.stop * per_head
-    weight = kv_b[first:last].to(torch.float32)
-    if scale is not None:
-        spread = scale[torch.arange(first, last) // 128].repeat_interleave(128, 1)
-        weight *= spread[:, : s.rank]
-    return weight.view(-1, per_head, s.rank)

@@ -1,7 +1,9 @@
-"""A checkpoint's chat template: messages in, prompt text out; hides where templates live and the sandbox they run in.
+"""A checkpoint's chat template: messages in, prompt text out; hides where templates live and the
+sandbox they run in.
 
-Templates come with a checkpoint and are not trusted: jinja2's immutable sandbox runs them. The names they may use
-(raise_exception, strftime_now, tojson, loop controls, generation blocks) are those that transformers gives them.
+Templates come with a checkpoint and are not trusted: jinja2's immutable sandbox runs them. The
+names they may use (raise_exception, strftime_now, tojson, loop controls, generation blocks) are
+those that transformers gives them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from hmc.errors import TokenizerError, UsageError
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks an answer for training; here it is its body."""
+    """`{% generation %}...{% endgeneration %}` marks an answer for training; here: its body."""
 
     tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
 
@@ -54,7 +56,9 @@ class ChatTemplate:
     def find(
         directory: Path, config: dict[str, Any], tokens: dict[str, str]
     ) -> ChatTemplate | None:
-        """The template of chat_template.jinja, else of tokenizer_config.json (its "default" if it has several)."""
+        """The template of chat_template.jinja, else of tokenizer_config.json (its "default" if it
+        has several).
+        """
         path = directory / "chat_template.jinja"
         if path.is_file():
             try:

@@ -1,13 +1,15 @@
-"""A plan in memory, ready to compute logits: weights, cache, pool and lowered phases under one roof.
+"""A plan in memory, ready to compute logits: weights, cache, pool and lowered phases under one
+roof.
 
-`Executor` knows sequences and tokens, nothing of text or sampling. The engine drives one sequence at a time; a scheduler
-may keep several open and decode them together.
+`Executor` knows sequences and tokens, nothing of text or sampling. The engine drives one sequence
+at a time; a scheduler may keep several open and decode them together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +36,9 @@ _DECODE, _PREFILL = "decode", "prefill.host"
 
 
 class Executor:
-    """Owns everything a plan needs to run; `close` gives all of it back. Not safe for use from several threads."""
+    """Owns everything a plan needs to run; `close` gives all of it back. Not safe for use from
+    several threads.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,9 @@ class Executor:
         home: Home = "mapped",
         progress: Progress | None = None,
     ) -> None:
-        """Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open` raises."""
+        """Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open`
+        raises.
+        """
         self.plan = plan
         require(plan.isa)
         check_memory(plan, dummy_weights or home == "arena")
@@ -62,16 +68,12 @@ class Executor:
             stack.callback(self.kv.close)
             tables = Tables(plan, self.store)
             self.phases: dict[str, LoweredPhase] = {}
-            for number, phase in enumerate(plan.phases):
-                if progress is not None:
-                    progress("building kernels", number, len(plan.phases))
+            for phase in plan.phases:
                 lowering = Lowering(
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers
                 )
                 stack.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, OPS, self.pool)
-            if progress is not None:
-                progress("building kernels", len(plan.phases), len(plan.phases))
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.pool.workers)
             self._stack = stack.pop_all()
@@ -80,7 +82,9 @@ class Executor:
 
     @property
     def kernels_used(self) -> tuple[str, ...]:
-        """Symbols of the native kernels (their names hold the ISA) and PyTorch functions that have really run."""
+        """Symbols of the native kernels (their names hold the ISA) and PyTorch functions that have
+        really run.
+        """
         ran = {kernel for phase in self.phases.values() if phase.ran for kernel in phase.kernels}
         return tuple(sorted(ran))
 
@@ -98,8 +102,9 @@ class Executor:
     ) -> Iterator[Logits]:
         """Append the tokens `ids` (at least one) to a sequence, chunk by chunk.
 
-        Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next chunk) with `every`,
-        else [0, vocab], and [1, vocab] after the last. Raises `ContextLengthError` before anything is computed.
+        Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next
+        chunk) with `every`, else [0, vocab], and [1, vocab] after the last. Raises
+        `ContextLengthError` before anything is computed.
         """
         self._check()
         self._check_context(sequence, len(ids))
@@ -108,7 +113,7 @@ class Executor:
         # Equal chunks: a short last one would read all weights for few tokens.
         chunks = -(-len(ids) // phase.max_tokens)
         edges = [len(ids) * i // chunks for i in range(chunks + 1)]
-        for first, last in zip(edges, edges[1:], strict=False):
+        for first, last in pairwise(edges):
             tokens = last - first
             rows = np.arange(tokens, dtype=np.int32)
             if not every:
@@ -121,9 +126,11 @@ class Executor:
             yield logits
 
     def decode(self, sequences: list[Sequence], tokens: npt.NDArray[np.int32]) -> Logits:
-        """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view until the next call.
+        """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
+        until the next call.
 
-        Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before anything runs.
+        Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
+        anything runs.
         """
         self._check()
         for sequence in sequences:
@@ -156,9 +163,11 @@ class Executor:
 
 
 def check_memory(plan: Plan, own_weights: bool) -> None:
-    """Raise `CapacityError` naming the largest allocation when the plan's host memory does not fit this machine.
+    """Raise `CapacityError` naming the largest allocation when the plan's host memory does not fit
+    this machine.
 
-    Mapped weights may be dropped and read again, so they count against all memory; the rest against what is free now.
+    Mapped weights may be dropped and read again, so they count against all memory; the rest against
+    what is free now.
     """
     items = [item for item in plan.ledger if item.device == "host"]
     weights = [item for item in items if item.detail == "weights"]

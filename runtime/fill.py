@@ -1,8 +1,9 @@
-"""Filling the weight arena: copies out of the shards, or random weights that look like trained ones; hides threads.
+"""Filling the weight arena: copies out of the shards, or random weights that look like trained
+ones; hides threads.
 
-Random weights are slices of one pattern per format at varied places, copied at memory speed: what counts for a
-benchmark is that values are spread as in a real model (no zeros, NaN or subnormals to be fast or slow on), that no two
-experts are equal, and that the same plan gives the same weights.
+Random weights are slices of one pattern per format at varied places, copied at memory speed: what
+counts for a benchmark is that values are spread as in a real model (no zeros, NaN or subnormals to
+be fast or slow on), that no two experts are equal, and that the same plan gives the same weights.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def copy_spans(
     places: Mapping[_Keys, npt.NDArray[np.int64]],
     progress: Progress | None,
 ) -> None:
-    """Copy each tensor from its address in `source` to that in `places`; widened groups become f32 on the way."""
+    """Copy each tensor from its address in `source` to that in `places`; widened groups become f32
+    on the way.
+    """
 
     def tasks() -> Iterable[tuple[Callable[[], None], int]]:
         for group in groups:
@@ -56,7 +59,9 @@ def fill_dummy(
     places: Mapping[_Keys, npt.NDArray[np.int64]],
     progress: Progress | None,
 ) -> None:
-    """Write random weights: fp8 codes of a Gaussian scaled to its block's largest, others with std 1/sqrt(fan_in)."""
+    """Write random weights: fp8 codes of a Gaussian scaled to its block's largest, others with std
+    1/sqrt(fan_in).
+    """
     patterns = _Patterns()
 
     def tasks() -> Iterable[tuple[Callable[[], None], int]]:
@@ -132,7 +137,7 @@ def _run(
 
 
 def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
 
 def _copy(start: int, target: int, size: int) -> None:

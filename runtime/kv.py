@@ -1,8 +1,10 @@
-"""The paged KV cache: bf16 tensors in blocks of tokens, and who owns which block; hides free lists and block tables.
+"""The paged KV cache: bf16 tensors in blocks of tokens, and who owns which block; hides free lists
+and block tables.
 
-Layouts per layer, as the kernels of codegen/spec.py read them: grouped-query attention has k [blocks, kv_heads, block,
-head_dim] and v likewise; latent attention has one tensor [blocks, block, rank + rope]. All layers share one numbering of
-blocks, so a sequence has one row of the block table.
+Layouts per layer, as the kernels of codegen/spec.py read them: grouped-query attention has k
+[blocks, kv_heads, block, head_dim] and v likewise; latent attention has one tensor [blocks, block,
+rank + rope]. All layers share one numbering of blocks, so a sequence has one row of the block
+table.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from hmc.runtime.memory import LINE, Block, aligned
 
 
 class BlockAllocator:
-    """Blocks 0..count-1, each free or owned once; a block given back twice is an error, lost ones show in `used`."""
+    """Blocks 0..count-1, each free or owned once; a block given back twice is an error, lost ones
+    show in `used`.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -57,7 +61,9 @@ class BlockAllocator:
 
 
 class Sequence:
-    """One sequence's place in the cache: `row` of the block table, `length` tokens stored, `blocks` it owns."""
+    """One sequence's place in the cache: `row` of the block table, `length` tokens stored, `blocks`
+    it owns.
+    """
 
     def __init__(self, row: int) -> None:
         self.row = row
@@ -117,14 +123,15 @@ class KVCache:
         """A new, empty sequence; `CapacityError` when all rows are taken."""
         if not self._rows:
             raise CapacityError(
-                f"all {len(self.tables)} sequences of the cache are in use: finish one of them first"
+                f"all {len(self.tables)} sequences of the cache are in use: finish one first"
             )
         return Sequence(self._rows.pop())
 
     def reserve(self, sequence: Sequence, tokens: int) -> None:
         """Make room for `tokens` more tokens after `sequence.length`.
 
-        Raises `CapacityError` (asked, free, capacity, remedy) and changes nothing when the cache is full.
+        Raises `CapacityError` (asked, free, capacity, remedy) and changes nothing when the cache is
+        full.
         """
         total = sequence.length + tokens
         wanted = -(-total // self.block) - len(sequence.blocks)
@@ -132,8 +139,8 @@ class KVCache:
             return
         if len(sequence.blocks) + wanted > self._per_sequence:
             raise CapacityError(
-                f"a sequence of {total} tokens exceeds the {self._per_sequence * self.block} a row of"
-                " the KV cache holds: compile the plan with a larger --max-context"
+                f"a sequence of {total} tokens exceeds the {self._per_sequence * self.block} a row"
+                " of the KV cache holds: compile the plan with a larger --max-context"
             )
         if wanted > self.allocator.free:
             raise CapacityError(

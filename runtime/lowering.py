@@ -1,8 +1,9 @@
-"""A phase becomes segments: native programs for the pool, and Python calls where PyTorch or sorting is needed.
+"""A phase becomes segments: native programs for the pool, and Python calls where PyTorch or sorting
+is needed.
 
-The table `OPS` (runtime/ops.py) says what each step's kernels are called with; this module collects their records,
-cuts programs where Python must step in, and runs the result for any number of tokens: programs are built once, and
-only the `tokens` word of their records changes.
+The table `OPS` (runtime/ops.py) says what each step's kernels are called with; this module collects
+their records, cuts programs where Python must step in, and runs the result for any number of
+tokens: programs are built once, and only the `tokens` word of their records changes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from hmc.runtime.weights import WeightStore
 
 @dataclass(frozen=True)
 class Call:
-    """One run of a phase: `tokens` inputs, `rows` of them wanted as logits; prefill: `sequence` after `past` tokens."""
+    """One run of a phase: `tokens` inputs, `rows` of them wanted as logits; prefill: `sequence`
+    after `past` tokens.
+    """
 
     tokens: int
     rows: int
@@ -40,7 +43,9 @@ PythonStep = Callable[[Call], None]
 
 @dataclass
 class _Segment:
-    """Work done in one go; `per_row` segments run on the wanted rows, and not at all when none are wanted."""
+    """Work done in one go; `per_row` segments run on the wanted rows, and not at all when none are
+    wanted.
+    """
 
     work: Program | PythonStep
     per_row: bool
@@ -85,7 +90,8 @@ class Lowering:
         writes: Iterable[Operand | Hashable],
         **args: int | float,
     ) -> None:
-        """Append a record. `reads` and `writes` name operands, or workspaces and caches by any other name.
+        """Append a record. `reads` and `writes` name operands, or workspaces and caches by any
+        other name.
 
         `tokens` is filled in when the program runs.
         """
@@ -166,19 +172,20 @@ class LoweredPhase:
         rows: npt.NDArray[np.int32],
         sequence: Sequence | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Logits f32 [len(rows), vocab] of the tokens at index `rows`; a view that the next run overwrites.
+        """Logits f32 [len(rows), vocab] of the tokens at index `rows`; a view that the next run
+        overwrites.
 
-        `ids`, `positions`, `tables` (block table row of each) are i32 [tokens]; `sequence` is the one all tokens
-        belong to, for a prefill.
+        `ids`, `positions`, `tables` (block table row of each) are i32 [tokens]; `sequence` is the
+        one all tokens belong to, for a prefill.
         """
         tokens = len(ids)
         if not 0 < tokens <= self.max_tokens or len(rows) > self.max_tokens:
             raise ExecutionError(
                 f"phase {self.name} takes 1..{self.max_tokens} tokens, not {tokens}"
             )
-        self.arena.array("ids")[:tokens] = ids
-        self.arena.array("positions")[:tokens] = positions
-        self.arena.array("rows")[: len(rows)] = rows
+        self.arena.inputs("ids")[:tokens] = ids
+        self.arena.inputs("positions")[:tokens] = positions
+        self.arena.inputs("rows")[: len(rows)] = rows
         self.arena.sequence[:tokens] = tables
         self.arena.span[1] = tokens
         call = Call(tokens, len(rows), sequence, int(positions[0]))
@@ -187,14 +194,14 @@ class LoweredPhase:
             if count:
                 self._run(segment, count, call)
         self.ran = True
-        logits: npt.NDArray[np.float32] = self.arena.array("logits")[: len(rows)]  # type: ignore[assignment]
-        return logits
+        return self.arena.logits[: len(rows)]
 
     def _run(self, segment: _Segment, count: int, call: Call) -> None:
         if not isinstance(segment.work, Program):
             segment.work(call)
             return
         if segment.tokens != count:
+            segment.tokens = -1  # Ctrl-C may strike between the two lines that follow
             segment.work.patch_all(tokens=count)
             segment.tokens = count
         self._pool.run(segment.work.records)
@@ -205,7 +212,7 @@ def spec_of(kernel: Kernel) -> KernelSpec:
     return KernelSpec(
         kernel.op,
         kernel.isa,
-        kernel.weight,  # type: ignore[arg-type]
+        kernel.weight,
         kernel.out,
         kernel.params,
         kernel.tile,

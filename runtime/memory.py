@@ -1,4 +1,5 @@
-"""Anonymous memory by the large block: zeroed, huge pages asked for, given back at once by `close`; hides mmap.
+"""Anonymous memory by the large block: zeroed, huge pages asked for, given back at once by `close`;
+hides mmap.
 
 Pages are taken by the kernel when first written, so a block costs what was touched of it.
 """
@@ -25,7 +26,9 @@ def aligned(size: int, unit: int = LINE) -> int:
 
 
 class Block:
-    """`size` bytes of zeroed anonymous memory: `address` (2 MiB aligned) and the same bytes as `array` (u8 [size])."""
+    """`size` bytes of zeroed anonymous memory: `address` (2 MiB aligned) and the same bytes as
+    `array` (u8 [size]).
+    """
 
     def __init__(self, size: int, purpose: str) -> None:
         """Raises `CapacityError` naming `purpose` when the address space is refused."""
@@ -41,7 +44,9 @@ class Block:
         self.size = size
 
     def close(self) -> None:
-        """Give the pages back now, even while views of `array` live on (they read zeros from then on)."""
+        """Give the pages back now, even while views of `array` live on (they read zeros from then
+        on).
+        """
         self._map.madvise(mmap.MADV_DONTNEED)
         self.array = np.empty(0, dtype=np.uint8)
         self.address = 0

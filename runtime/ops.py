@@ -1,10 +1,14 @@
-"""What each step op calls: the literal table `OPS`, from op to the function that appends its records.
+"""What each step op calls: the literal table `OPS`, from op to the function that appends its
+records.
 
-A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, native attention or PyTorch's.
-Operands and roles are those of the table in hmc/plan.py, argument names those of codegen/spec.py.
+A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, native
+attention or PyTorch's. Operands and roles are those of the table in hmc/plan.py, argument names
+those of codegen/spec.py.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -213,33 +217,31 @@ def _attention(low: Lowering, step: Step) -> None:
 
 
 def _mla(low: Lowering, step: Step) -> None:
-    q, rows, k_rope, positions = (
+    q, narrow, k_rope, positions = (
         step.inputs[role] for role in ("q", "latent", "k_rope", "positions")
     )
     y, specs, cache = step.outputs["y"], low.specs(step), ("kv", step.layer)
     paged = _paged(low, positions)
     held = low.kv.address(step.layer, 0)
     kv_b = step.weights["kv_b"]
-    sizes = Latent(
-        *(int(step.attrs[name]) for name in ("heads", "nope", "rope", "v_dim", "rank")),
-        float(step.attrs["scale"]),
-    )
+    heads, nope, rope, v_dim, rank = _ints(step, "heads", "nope", "rope", "v_dim", "rank")
+    sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
     low.add(
         step,
         specs["mla_append"],
-        reads=[rows, k_rope, positions],
+        reads=[narrow, k_rope, positions],
         writes=[cache],
         cache=held,
         **paged,
-        **_at(low, latent=rows, k_rope=k_rope),
+        **_at(low, latent=narrow, k_rope=k_rope),
     )
     if "torch:mla" in step.kernels:
         tensor = low.kv.tensor(step.layer, 0)
 
         def attend(call: Call) -> None:
             queries, result = (low.arena.tensor(x, call.tokens) for x in (q, y))
-            weight, scale = low.store.tensor(kv_b), low.store.scale_tensor(kv_b)
-            latent(queries, tensor, weight, scale, _past(call), result, sizes)
+            rows = partial(low.store.rows, kv_b)
+            latent(queries, tensor, rows, _past(call), result, sizes)
 
         low.python(attend)
         return
@@ -337,7 +339,9 @@ def _experts(low: Lowering, step: Step) -> None:
     offsets = np.zeros(experts + 1, np.int32)
 
     def sort(call: Call) -> None:
-        """Slots sorted by expert, ascending within each; every buffer is read where the kernels will read it."""
+        """Slots sorted by expert, ascending within each; every buffer is read where the kernels
+        will read it.
+        """
         chosen = low.arena.tensor(ids, call.tokens).numpy().reshape(-1)
         slots[: len(chosen)] = np.argsort(chosen, kind="stable")
         np.cumsum(np.bincount(chosen, minlength=experts), out=offsets[1:])

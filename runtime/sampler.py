@@ -1,8 +1,10 @@
-"""Choosing the next token from a row of logits; hides the order of the filters, their defaults and the random stream.
+"""Choosing the next token from a row of logits; hides the order of the filters, their defaults and
+the random stream.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then one draw. Temperature 0
-means greedy: the largest penalised logit, the lowest id where several are largest. Each sequence owns its random
-stream, so what a sequence draws depends on its seed and its logits alone, never on its neighbours.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then one
+draw. Temperature 0 means greedy: the largest penalised logit, the lowest id where several are
+largest. Each sequence owns its random stream, so what a sequence draws depends on its seed and its
+logits alone, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ _FIRST_CANDIDATES = 1024  # top-p looks at this many tokens before it sorts more
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens; the defaults change nothing about the model's distribution but take its mode (greedy).
+    """How to choose tokens; the defaults change nothing about the model's distribution but take its
+    mode (greedy).
 
-    temperature         >= 0; 0 is greedy
-    top_k               >= 0; 0 is off; tokens that tie with the k-th stay
-    top_p               0 < p <= 1; the smallest set of likeliest tokens whose probability reaches p; 1 is off
-    min_p               0 <= p <= 1; tokens at least p times as likely as the likeliest; 0 is off
-    repetition_penalty  > 0; positive logits of seen tokens (prompt and answer) are divided by it, negative ones
+    temperature         >= 0; 0 is greedy top_k               >= 0; 0 is off; tokens that tie with
+    the k-th stay top_p               0 < p <= 1; the smallest set of likeliest tokens whose
+    probability reaches p; 1 is off min_p               0 <= p <= 1; tokens at least p times as
+    likely as the likeliest; 0 is off repetition_penalty  > 0; positive logits of seen tokens
+    (prompt and answer) are divided by it, negative ones
                         multiplied (CTRL, arXiv:1909.05858); 1 is off
     seed                >= 0, or None for one from the operating system
     """
@@ -62,10 +65,12 @@ class SamplingParams:
     def resolve(
         explicit: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None
     ) -> SamplingParams:
-        """Explicit values over those of generation_config.json over the defaults; None counts as not given.
+        """Explicit values over those of generation_config.json over the defaults; None counts as
+        not given.
 
-        Without an explicit temperature the file's `do_sample` decides between greedy and sampling, except that an
-        explicit top_k, top_p or min_p asks for sampling too (at the file's temperature, or 1).
+        Without an explicit temperature the file's `do_sample` decides between greedy and sampling,
+        except that an explicit top_k, top_p or min_p asks for sampling too (at the file's
+        temperature, or 1).
         """
         config = generation_config or {}
         given = {name: value for name, value in explicit.items() if value is not None}
@@ -82,7 +87,9 @@ class SamplingParams:
 
 
 class Sampler:
-    """The choices of one sequence: remembers which tokens it has seen and where its random stream stands."""
+    """The choices of one sequence: remembers which tokens it has seen and where its random stream
+    stands.
+    """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self._params = params
@@ -105,7 +112,9 @@ class Sampler:
         return token
 
     def candidates(self, logits: npt.NDArray[np.float32]) -> tuple[Ids, Floats]:
-        """Ids that survive every filter, likeliest first unless no filter is on, and their f64 probabilities (sum 1)."""
+        """Ids that survive every filter, likeliest first unless no filter is on, and their f64
+        probabilities (sum 1).
+        """
         params = self._params
         scores = np.asarray(logits, dtype=np.float64)
         if not np.isfinite(scores.max()):  # a NaN anywhere makes the maximum NaN
@@ -134,7 +143,7 @@ def _penalised(scores: Floats, seen: Ids, penalty: float) -> Floats:
 
 
 def _top_k(weights: Floats, k: int) -> Ids:
-    """Ids of the k largest weights and of all that tie with the smallest of these, largest first."""
+    """Ids of the k largest weights and of those that tie with the k-th, largest first."""
     if k >= len(weights):
         return _by_weight(np.arange(len(weights)), weights)
     smallest = np.partition(weights, -k)[-k]
@@ -144,7 +153,8 @@ def _top_k(weights: Floats, k: int) -> Ids:
 def _top_p(ids: Ids, weights: Floats, p: float) -> Ids:
     """The shortest run of `ids`, likeliest first, whose share of the weight is at least p.
 
-    A vocabulary has 10^5 tokens and the run is short as a rule, so only as many are sorted as are needed.
+    A vocabulary has 10^5 tokens and the run is short as a rule, so only as many are sorted as are
+    needed.
     """
     target = p * weights[ids].sum()
     count = min(_FIRST_CANDIDATES, len(ids))

@@ -1,4 +1,6 @@
-"""Small tables that kernels read besides weights: cosines and sines, f32 copies of vectors, index arrays."""
+"""Small tables that kernels read besides weights: cosines and sines, f32 copies of vectors, index
+arrays.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Tables:
         return cos.ctypes.data, sin.ctypes.data
 
     def vector(self, name: str | None) -> int:
-        """Address of a vector weight as f32: in place where it is stored so, else a copy; 0 for None."""
+        """Address of a vector weight as f32: in place where it is stored so, else a copy; 0 for
+        None.
+        """
         if name is None:
             return 0
         if self._store.weight(name).format == "f32":
@@ -44,5 +48,7 @@ class Tables:
         return self._vectors[name].data_ptr()
 
     def array(self, key: tuple[str | int, ...], values: npt.NDArray[np.generic]) -> int:
-        """Address of an array that records point at, kept alive under `key`; the first one given wins."""
+        """Address of an array that records point at, kept alive under `key`; the first one given
+        wins.
+        """
         return int(self._arrays.setdefault(key, np.ascontiguousarray(values)).ctypes.data)

@@ -1,7 +1,8 @@
-"""Text to token ids and back: the checkpoint's tokenizer and its special tokens; hides tokenizer.json and its oddities.
+"""Text to token ids and back: the checkpoint's tokenizer and its special tokens; hides
+tokenizer.json and its oddities.
 
-`Detokenizer` gives text out as tokens arrive and never half a character; `StopStrings` finds stop strings wherever
-token boundaries fall. The chat template lives in runtime/chat.py.
+`Detokenizer` gives text out as tokens arrive and never half a character; `StopStrings` finds stop
+strings wherever token boundaries fall. The chat template lives in runtime/chat.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _REPLACEMENT = "\ufffd"
 
 
 class Text:
-    """A checkpoint's tokenizer; `chat` is its template or None, `eos_token_ids` what ends an answer."""
+    """A checkpoint's tokenizer; `chat` is its template or None, `eos_token_ids` what ends an
+    answer.
+    """
 
     def __init__(
         self,
@@ -64,10 +67,11 @@ class Text:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer does it.
+        """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
+        does it.
 
-        `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of tokenizer.json
-        where they are given, as in transformers.
+        `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of
+        tokenizer.json where they are given, as in transformers.
         """
         if not special:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -82,7 +86,8 @@ class Text:
     def encode_chat(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Token ids of a conversation ({"role", "content"} each) in the checkpoint's chat form, ready to be answered.
+        """Token ids of a conversation ({"role", "content"} each) in the checkpoint's chat form,
+        ready to be answered.
 
         Raises `UsageError` when the checkpoint has no chat template.
         """
@@ -106,9 +111,9 @@ class Text:
 class Detokenizer:
     """Tokens in, text out; a character whose bytes are not all there is held back.
 
-    Only a short window of tokens is decoded at each step: a tokenizer's decoder looks at neighbours (leading spaces,
-    runs of byte tokens), so the window starts at the piece before the last, and `_given` counts its characters that
-    are out already.
+    Only a short window of tokens is decoded at each step: a tokenizer's decoder looks at neighbours
+    (leading spaces, runs of byte tokens), so the window starts at the piece before the last, and
+    `_given` counts its characters that are out already.
     """
 
     def __init__(self, text: Text, prompt_ids: Sequence[int] = ()) -> None:
@@ -136,7 +141,9 @@ class Detokenizer:
         return piece
 
     def flush(self) -> str:
-        """What is still held back, as replacement characters where bytes are missing; call once, at the end."""
+        """What is still held back, as replacement characters where bytes are missing; call once, at
+        the end.
+        """
         piece = self._text.decode(self._window)[self._given :]
         self._given += len(piece)
         return piece
@@ -148,7 +155,9 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a stream of text at the first stop string; holds back a tail that may be the start of one."""
+    """Cuts a stream of text at the first stop string; holds back a tail that may be the start of
+    one.
+    """
 
     def __init__(self, stop: str | Sequence[str] | None) -> None:
         """Raises `UsageError` for an empty stop string."""
@@ -158,7 +167,9 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Text that is safe to give out, and whether a stop string was met (it and all behind it are dropped)."""
+        """Text that is safe to give out, and whether a stop string was met (it and all behind it
+        are dropped).
+        """
         self._held += text
         hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:

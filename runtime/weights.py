@@ -1,11 +1,14 @@
-"""Where the weights are: addresses of every tensor of a plan, from one of three homes; hides mapping, copying, faking.
+"""Where the weights are: addresses of every tensor of a plan, from one of three homes; hides
+mapping, copying, faking.
 
-    mapped   the shards themselves in the page cache: instant start, nothing copied, shared by all processes
-    arena    copied once into huge pages, every tensor 64-byte aligned: reads faster, takes the memory for itself
+    mapped   the shards themselves in the page cache: instant start, nothing copied, shared by all
+             processes
+    arena    copied once into huge pages, every tensor 64-byte aligned: reads faster, takes the
+             memory for itself
     dummy    no shard data: random weights of the real shapes, for benchmarks
 
-Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights are widened to f32
-(1/16384 of the weights' size), because kernels read f32 scales.
+Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights
+are widened to f32 (1/16384 of the weights' size), because kernels read f32 scales.
 """
 
 from __future__ import annotations
@@ -30,12 +33,13 @@ from hmc.runtime.fill import copy_spans, fill_dummy
 from hmc.runtime.memory import Block, aligned
 
 Home = Literal["mapped", "arena"]
+Role = Literal["gate", "up", "down"]
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (bytes)."""
 
 Addresses = npt.NDArray[np.int64]
 
-_ROLES = ("gate", "up", "down")
+_ROLES: tuple[Role, ...] = ("gate", "up", "down")
 _TORCH = {
     "fp8": torch.float8_e4m3fn,
     "bf16": torch.bfloat16,
@@ -47,10 +51,12 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of one shape and format: one plain weight, or one projection of all experts of a layer; or their scales.
+    """Tensors of one shape and format: one plain weight, or one projection of all experts of a
+    layer; or their scales.
 
-    Tensor i is `nbytes` at `offsets[i]` of shard `shards[i]`. `format` is the stored one ("scale" for scales, then
-    `widen` says that they are bf16 to be made f32). `fan_in` is the K of the matmul, 0 for vectors.
+    Tensor i is `nbytes` at `offsets[i]` of shard `shards[i]`. `format` is the stored one ("scale"
+    for scales, then `widen` says that they are bf16 to be made f32). `fan_in` is the K of the
+    matmul, 0 for vectors.
     """
 
     key: tuple[str | int, ...]
@@ -96,9 +102,9 @@ class WeightStore:
     ) -> WeightStore:
         """Map, copy or fake the weights of `plan`.
 
-        Raises `PlanMismatchError` when `directory` is not the checkpoint the plan was made from, `ShardError` when a
-        shard is missing, `CapacityError` when a copy or dummy weights do not fit the memory that is free now, and
-        `UsageError` when there is no directory to read.
+        Raises `PlanMismatchError` when `directory` is not the checkpoint the plan was made from,
+        `ShardError` when a shard is missing, `CapacityError` when a copy or dummy weights do not
+        fit the memory that is free now, and `UsageError` when there is no directory to read.
         """
         groups = tensor_groups(plan)
         if dummy:
@@ -132,7 +138,9 @@ class WeightStore:
         return int(self._places["weight", name][0])
 
     def scale_address(self, name: str) -> int:
-        """Address of a weight's scales (fp8: f32 [ceil(N/128), ceil(K/128)]; int4: bf16), 0 when it has none."""
+        """Address of a weight's scales (fp8: f32 [ceil(N/128), ceil(K/128)]; int4: as stored), 0
+        when it has none.
+        """
         found = self._places.get(("scale", name))
         return 0 if found is None else int(found[0])
 
@@ -140,12 +148,14 @@ class WeightStore:
         """What the plan says of a weight."""
         return self._weights[name]
 
-    def experts(self, layer: int, role: str) -> ExpertWeights:
+    def experts(self, layer: int, role: Role) -> ExpertWeights:
         """What the plan says of a projection of a layer's experts."""
         return self._experts[layer, role]
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
-        """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where there is no scale)."""
+        """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where
+        there is no scale).
+        """
         count = self._experts[layer, "gate"].count
         table = np.zeros((count, 6), np.int64)
         for column, role in enumerate(_ROLES):
@@ -156,18 +166,38 @@ class WeightStore:
         return table
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A weight's data as PyTorch sees it, without a copy, in its stored format; do not write, do not keep."""
+        """A weight's data as PyTorch sees it, without a copy, in its stored format; do not write,
+        do not keep.
+        """
         weight = self._weights[name]
         shape = weight.shape if weight.format != "int4" else (weight.bytes,)
         return view(self.address(name), _TORCH[weight.format], shape)
 
-    def scale_tensor(self, name: str) -> torch.Tensor | None:
-        """The f32 block scales [ceil(N/128), ceil(K/128)] of an fp8 weight, None for other formats."""
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of a matrix as f32 [n, K], whatever its format: for PyTorch, a slice
+        at a time.
+        """
         weight = self._weights[name]
-        if weight.format != "fp8":
-            return None
-        rows, columns = (-(-size // weight.group) for size in weight.shape)
-        return view(self.scale_address(name), torch.float32, (rows, columns))
+        columns = weight.shape[1]
+        stored = self.tensor(name)
+        if weight.format == "int4":
+            words = stored.view(torch.int32).view(weight.shape[0], -1)[first:last]
+            nibbles = words[..., None] >> torch.arange(0, 32, 4) & 15
+            found = (nibbles - 8).flatten(1)[:, :columns].to(torch.float32)
+        else:
+            found = stored[first:last].to(torch.float32)
+        if not weight.scale_dtype:
+            return found
+        rows = torch.arange(first, last) // (weight.group if weight.format == "fp8" else 1)
+        return found * self._scales(weight)[rows].repeat_interleave(weight.group, 1)[:, :columns]
+
+    def _scales(self, weight: Weight) -> torch.Tensor:
+        """Scales as kernels read them, [row blocks, column blocks]."""
+        per_row = weight.group if weight.format == "fp8" else 1
+        shape = (-(-weight.shape[0] // per_row), -(-weight.shape[1] // weight.group))
+        narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
+        kind = torch.bfloat16 if narrow else torch.float32
+        return view(self.scale_address(weight.name), kind, shape)
 
     def close(self) -> None:
         """Give mappings and memory back; no address is valid after it."""
@@ -186,7 +216,8 @@ def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tens
 def check_checkpoint(plan: Plan, directory: Path) -> None:
     """Raise `PlanMismatchError` naming the first file that is not as it was when the plan was made.
 
-    Sizes and header hashes pin every offset; the data itself is not read. Absent shards are a `ShardError`.
+    Sizes and header hashes pin every offset; the data itself is not read. Absent shards are a
+    `ShardError`.
     """
     config = directory / "config.json"
     try:
@@ -242,7 +273,7 @@ def _scales(
     offsets: npt.NDArray[np.int64],
     fan_in: int,
 ) -> TensorGroup:
-    widen = owner.format == "fp8" and owner.scale_dtype.lower() in ("bf16", "bfloat16")
+    widen = owner.format == "fp8" and owner.scale_dtype == "BF16"
     name = f"{owner.format} scale"
     return TensorGroup(key, name, owner.scale_bytes, shards, offsets, fan_in, widen)
 

@@ -1,4 +1,6 @@
-"""The plan file: canonical, deterministic, refused when it is not what it was; and the rules of verify_plan."""
+"""The plan file: canonical, deterministic, refused when it is not what it was; and the rules of
+verify_plan.
+"""
 
 from __future__ import annotations
 

@@ -50,6 +50,12 @@ EMITTERS |= {
     "experts_gate_up": experts.emit_experts_gate_up,
     "experts_down": experts.emit_experts_down,
 }
+REFERENCES |= {
+    "linear": linear.linear,
+    "gate_up": gate_up.gate_up,
+    "experts_gate_up": experts.experts_gate_up,
+    "experts_down": experts.experts_down,
+}
 
 # Many tokens (prefill).
 EMITTERS |= {

@@ -1,9 +1,11 @@
-"""`experts_gate_up`, `experts_down`: routed experts of 1 to 16 tokens; every weight is read once for all its tokens.
+"""`experts_gate_up`, `experts_down`: routed experts of 1 to 16 tokens; every weight is read once
+for all its tokens.
 
-Every worker groups the (token, slot) pairs by expert on its own stack, in order of first appearance, and takes its
-share: of first halves a contiguous slice of all rows of all active experts laid end to end; of second halves the same
-rows of every active expert. Second halves leave one f32 row for each pair in `scratch`; only then are a token's rows
-weighted and added, in the order of its slots, so that a token's result does not depend on its neighbours.
+Every worker groups the (token, slot) pairs by expert on its own stack, in order of first
+appearance, and takes its share: of first halves a contiguous slice of all rows of all active
+experts laid end to end; of second halves the same rows of every active expert. Second halves leave
+one f32 row for each pair in `scratch`; only then are a token's rows weighted and added, in the
+order of its slots, so that a token's result does not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -11,11 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.kernels.gate_up import Buffers
+from hmc.codegen.kernels.gate_up import Buffers, gate_up, require_silu
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, Tiles
 
@@ -24,12 +27,17 @@ _GATE, _GATE_SCALE, _UP, _UP_SCALE, _DOWN, _DOWN_SCALE = range(TABLE_WIDTH)
 
 
 def scratch_bytes(spec: KernelSpec) -> int:
-    """Bytes `scratch` must have: `experts_down` keeps f32 [tokens * top_k, n] there, `experts_gate_up` nothing."""
+    """Bytes `scratch` must have: `experts_down` keeps f32 [tokens * top_k, n] there,
+    `experts_gate_up` nothing.
+    """
     return 4 * spec["tokens"] * spec["top_k"] * spec["n"] if spec.op == "experts_down" else 0
 
 
 def emit_experts_gate_up(spec: KernelSpec) -> str:
-    """IR of `experts_gate_up`; params k, n, top_k, experts, tokens, act (0 silu) (, group, scale_bits for int4)."""
+    """IR of `experts_gate_up`; params k, n, top_k, experts, tokens, act (0 silu) (, group,
+    scale_bits for int4).
+    """
+    require_silu(spec)
     e = Emitter(spec)
     b = e.b
     n = spec["n"]
@@ -38,7 +46,8 @@ def emit_experts_gate_up(spec: KernelSpec) -> str:
     groups = Groups(e)
     xs, ys = (_pointers(e, groups.most) for _ in range(2))
     buffers = Buffers(e, groups.most)
-    # Row blocks of the first active expert, then of the second, and so on: this worker's share of them all.
+    # Row blocks of the first active expert, then of the second, and so on: this worker's share of
+    # them all.
     blocks = const(-(-n // GRAIN))
     begin, end = e.split(b.mul(groups.active, blocks))
     through = b.udiv(b.add(end, b.sub(blocks, const(1))), blocks)
@@ -112,9 +121,11 @@ def _pointers(e: Emitter, count: int) -> Value:
 
 
 class Groups:
-    """The (token, slot) pairs of `ids`, grouped by expert: i32 arrays on the stack, and the code that fills them.
+    """The (token, slot) pairs of `ids`, grouped by expert: i32 arrays on the stack, and the code
+    that fills them.
 
-    `active` groups (i64) in order of first appearance, pairs (token * top_k + slot) ascending in each.
+    `active` groups (i64) in order of first appearance, pairs (token * top_k + slot) ascending in
+    each.
     """
 
     def __init__(self, e: Emitter) -> None:
@@ -142,7 +153,8 @@ class Groups:
             group = _at(e, group_of, expert)
             _put(e, b.add(_at(e, self._start, group), const(1)), self._start, group)
         self.active = b.load(active)
-        # Sum up, then place; placing moves each group's start to its end, which is the next one's start.
+        # Sum up, then place; placing moves each group's start to its end, which is the next one's
+        # start.
         total = e.local(I64, const(0))
         with e.for_range(0, self.active) as group:
             size = _at(e, self._start, b.add(group, const(1)))
@@ -191,3 +203,29 @@ def _at(e: Emitter, array: Value, index: Value) -> Value:
 
 def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
     e.store(e.b.trunc(value, I32), array, index)
+
+
+def experts_gate_up(
+    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
+    N].
+    """
+    rows = [
+        gate_up(x[token : token + 1], gate[expert], up[expert])[0]
+        for token, chosen in enumerate(ids)
+        for expert in chosen
+    ]
+    return np.array(rows)
+
+
+def experts_down(
+    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
+    summed over J.
+    """
+    tokens, slots = ids.shape
+    parts = [down[expert] @ row for expert, row in zip(ids.reshape(-1), act, strict=True)]
+    y: np.ndarray = (np.array(parts).reshape(tokens, slots, -1) * routing[:, :, None]).sum(1)
+    return y

@@ -1,6 +1,10 @@
-"""`gate_up`: y = silu(x gate^T) * (x up^T) in bf16; blocks of gate rows and the same up rows by turns, one worker both."""
+"""`gate_up`: y = silu(x gate^T) * (x up^T) in bf16; blocks of gate rows and the same up rows by
+turns, one worker both.
+"""
 
 from __future__ import annotations
+
+import numpy as np
 
 from hmc.codegen.dot import Dot
 from hmc.codegen.ir import F32, Emitter, Value, const
@@ -8,10 +12,12 @@ from hmc.codegen.kernels.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
 from hmc.codegen.vector import sigmoid
+from hmc.errors import KernelError
 
 
 def emit_gate_up(spec: KernelSpec) -> str:
     """IR of `gate_up`; params k, tokens, act (0 silu) (, group, scale_bits for int4)."""
+    require_silu(spec)
     e = Emitter(spec)
     tiles = Tiles(e, Dot(spec, spec["k"]), spec["tokens"])
     tokens = e.arg["tokens"]
@@ -27,8 +33,16 @@ def emit_gate_up(spec: KernelSpec) -> str:
     return e.finish()
 
 
+def require_silu(spec: KernelSpec) -> None:
+    """`KernelError` for an activation that is not built."""
+    if spec.get("act") != 0:
+        raise KernelError(f"kernel {spec.op} has no activation {spec.get('act')}: 0 is silu")
+
+
 def addresses_of_rows(e: Emitter, base: Value, count: Value, stride: Value, most: int) -> Value:
-    """A stack array (i8**) of the addresses of `count` <= `most` bf16 rows, `stride` elements apart."""
+    """A stack array (i8**) of the addresses of `count` <= `most` bf16 rows, `stride` elements
+    apart.
+    """
     table = e.b.bitcast(e.local(BYTES, count=most), BYTES.as_pointer())
     with e.for_range(0, count) as index:
         place = e.b.mul(index, e.b.shl(stride, const(1)))
@@ -59,8 +73,8 @@ class Buffers:
     ) -> None:
         """ys[t][row] = silu(gate[row] . xs[t]) * (up[row] . xs[t]) for rows [start, stop), as bf16.
 
-        `gate` and `up` are (weights, scales); `xs` and `ys` are i8** of `tokens` rows; `following` is what the caller
-        reads next.
+        `gate` and `up` are (weights, scales); `xs` and `ys` are i8** of `tokens` rows; `following`
+        is what the caller reads next.
         """
         b, row_bytes = e.b, const(tiles.dot.row_bytes)
         with e.for_range(start, stop, ROWS) as first:
@@ -91,3 +105,10 @@ def _load(e: Emitter, base: Value, index: Value, width: int) -> Value:
 def silu(e: Emitter, x: Value) -> Value:
     """x / (1 + exp(-x)) on `<n x float>`; NaN stays NaN."""
     return e.b.fmul(x, sigmoid(e, x))
+
+
+def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Reference, all f64: x [T, K], gate and up [N, K] scaled; y [T, N]."""
+    g = x @ gate.T
+    y: np.ndarray = g * np.exp(-np.logaddexp(0, -g)) * (x @ up.T)
+    return y

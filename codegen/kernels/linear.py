@@ -1,11 +1,15 @@
-"""`linear`: y = x w^T (+ bias) for 1 to 16 tokens; each worker takes a contiguous slice of the output rows."""
+"""`linear`: y = x w^T (+ bias) for 1 to 16 tokens; each worker takes a contiguous slice of the
+output rows.
+"""
 
 from __future__ import annotations
 
+import numpy as np
+
 from hmc.codegen.dot import Dot
-from hmc.codegen.ir import F32, Emitter, Value, const
+from hmc.codegen.ir import F32, I64, Emitter, Value, const
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
+from hmc.codegen.tiles import BYTES, GRAIN, ROWS, Tiles
 
 
 def emit_linear(spec: KernelSpec) -> str:
@@ -17,7 +21,7 @@ def emit_linear(spec: KernelSpec) -> str:
     w, tokens = e.arg["w"], e.arg["tokens"]
     prepared = tiles.prepare(e, e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
     xs = addresses(e, prepared, tokens, dot.prepared_bytes, spec["tokens"])
-    out = b.bitcast(e.local(F32, count=spec["tokens"] * ROWS), FLOATS)
+    out = e.local(F32, count=spec["tokens"] * ROWS)
     start, stop = e.split(e.arg["rows"], GRAIN)
     with e.for_range(start, stop, ROWS) as first:
         last = e.minimum(b.add(first, const(ROWS)), stop)
@@ -41,8 +45,7 @@ def addresses(e: Emitter, base: Value, count: Value, stride: int, most: int) -> 
 def _store(e: Emitter, line: Value, y: Value, first: Value, count: Value) -> None:
     """y[...] = line + bias, in vectors and a scalar rest."""
     b = e.b
-    no_bias = b.icmp_signed("==", b.ptrtoint(e.arg["bias"], count.type), const(0))
-
+    no_bias = b.icmp_signed("==", b.ptrtoint(e.arg["bias"], I64), const(0))
     for index, width in e.in_vectors(count, 16):
         value = e.load_vec(line, index, F32, width) if width > 1 else e.load(line, index, F32)
         slot = e.local(value.type, value)
@@ -55,3 +58,9 @@ def _store(e: Emitter, line: Value, y: Value, first: Value, count: Value) -> Non
         if e.spec.out == "bf16":
             value = e.f32_to_bf16(value)
         e.store(value, e.arg["y"], b.add(y, index))
+
+
+def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Reference, all f64: x [T, K], w [N, K] scaled, bias [N]; y [T, N]."""
+    y: np.ndarray = x @ w.T
+    return y if bias is None else y + bias

@@ -21,7 +21,11 @@ from hmc.cli.summary import fits, ledger_totals
     help="The plan to write (.hmp).",
 )
 @click.option(
-    "--machine", default="auto", show_default=True, help="`auto` (this machine) or a machine file."
+    "--machine",
+    default="auto",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="`auto` (this machine), a named machine or a machine file.",
 )
 @click.option(
     "--max-context",
@@ -43,6 +47,25 @@ from hmc.cli.summary import fits, ledger_totals
 @click.option(
     "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
 )
+@click.option(
+    "--vram", default=0.0, metavar="GB", help="Use so much of each GPU's memory [default: all]."
+)
+@click.option(
+    "--concurrency",
+    default=1,
+    show_default=True,
+    metavar="C",
+    help="Sequences the cache must hold.",
+)
+@click.option(
+    "--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20."
+)
+@click.option(
+    "--routing-profile",
+    default="",
+    metavar="FILE",
+    help="Recorded routing, to place hot experts by.",
+)
 @JSON
 def command(
     model: str,
@@ -53,6 +76,10 @@ def command(
     threads: int,
     dummy_weights: bool,
     layers: int,
+    vram: float,
+    concurrency: int,
+    slo: str,
+    routing_profile: str,
     as_json: bool,
 ) -> None:
     """Compile the model directory MODEL into a plan.
@@ -72,6 +99,10 @@ def command(
         threads=threads,
         dummy_weights=dummy_weights,
         layers=layers,
+        vram=vram,
+        concurrency=concurrency,
+        slo=slo,
+        routing_profile=routing_profile,
     )
     plan.save(output)
     seconds = time.perf_counter() - started
@@ -97,7 +128,7 @@ def command(
         f" {size(written)} in {seconds:.1f} s"
     )
     for device, total in totals.items():
-        click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_bytes)}")
+        click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}")
     if not fits(plan):
         click.echo(
             "  this machine is too small for the plan: `hmc run` will refuse here;"

@@ -180,7 +180,9 @@ def _tokens(engine: Engine, prompt: Prompt) -> str | list[int]:
 
 
 def _kernels(plan: Plan) -> str:
-    """What computes the experts (or the linears of a dense model) in decode: `fp8 experts on avx512_bf16`."""
+    """What computes the experts (or the linears of a dense model) in decode: `fp8 experts on
+    avx512_bf16`.
+    """
     steps = plan.phase("decode").steps
     key = next((s.kernels[0] for s in steps if s.op == "experts"), steps[-1].kernels[0])
     kernel = plan.kernels[key]

@@ -7,7 +7,7 @@ from collections import Counter
 import click
 
 from hmc.cli.output import JSON, console, print_json, size, table
-from hmc.cli.summary import expert_tensor, fits, ledger_totals, placement_groups, tier_of
+from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier_of
 from hmc.errors import UsageError
 from hmc.plan import Kernel, Operand, Phase, Plan
 
@@ -72,7 +72,8 @@ def _show_plan(plan: Plan) -> None:
         (
             "machine",
             f"{machine.name}: {machine.cpu}, {machine.cores} cores,"
-            f" {len(machine.nodes)} NUMA node(s), {size(machine.memory_bytes)}, {len(machine.gpus)} GPU(s)",
+            f" {len(machine.nodes)} NUMA node(s), {size(machine.memory_bytes)},"
+            f" {len(machine.gpus)} GPU(s)",
         ),
         ("kernels", f"{plan.isa}, {plan.threads} threads"),
         (
@@ -88,10 +89,9 @@ def _show_plan(plan: Plan) -> None:
     out.print(table("Plan", ("", ""), facts))
     rows = [(i.device, i.kind, size(i.bytes), i.detail) for i in plan.ledger]
     for device, total in ledger_totals(plan).items():
-        verdict = "fits" if fits(plan) else "TOO LARGE for"
-        rows.append(
-            (device, "total", size(total), f"{verdict} {size(machine.memory_bytes)} of memory")
-        )
+        room = machine.memory_of(device)
+        verdict = "fits" if total <= room else "TOO LARGE for"
+        rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))
     out.print(table("Memory", ("device", "kind", "bytes", "detail"), rows, numbers=("bytes",)))
     placed = [
         (layers, tier, experts)

@@ -19,8 +19,10 @@ def ledger_totals(plan: Plan) -> dict[str, int]:
 
 
 def fits(plan: Plan) -> bool:
-    """Whether the plan's machine holds what the ledger asks of the host."""
-    return ledger_totals(plan).get("host", 0) <= plan.machine.memory_bytes
+    """Whether every device of the plan's machine holds what the ledger asks of it."""
+    return all(
+        total <= plan.machine.memory_of(device) for device, total in ledger_totals(plan).items()
+    )
 
 
 def placement_groups(plan: Plan) -> Iterator[tuple[str, dict[str, str]]]:

@@ -32,6 +32,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(deepseek_v3.build, deepseek_v3.tolerated),
+    "kimi_k2": Family(deepseek_v3.build, deepseek_v3.tolerated),
     "mixtral": Family(mixtral.build, mixtral.tolerated),
     "qwen3_moe": Family(qwen3_moe.build, qwen3_moe.tolerated),
 }

@@ -12,7 +12,9 @@ from hmc.errors import UsageError
 from hmc.plan import Goals, Limits
 
 _TTFT = re.compile(r"ttft=(?P<seconds>\d+(\.\d+)?)(?P<unit>ms|s)?@(?P<tokens>\d+)(?P<k>[kK])?")
-_TPS = re.compile(r"tps=(?P<rate>\d+(\.\d+)?)")
+_TPS = re.compile(r"tps=(?P<rate>\d+(\.\d+)?)(@(?P<tokens>\d+)(?P<k>[kK])?)?")
+_SHORT = 1024
+"""Tokens of context at which a rate is asked for that names none."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Verdict:
 
 
 def parse_goals(text: str, concurrency: int = 1) -> Goals:
-    """Goals such as "ttft=30s@32k,tps=20": seconds to the first token of a prompt of 32 x 1024
-    tokens, tokens a second of each of `concurrency` sequences. `UsageError` for another form.
+    """Goals such as "ttft=30s@32k,tps=20" or "tps=20@32k": seconds to the first token of a prompt
+    of 32 x 1024 tokens, tokens a second of each of `concurrency` sequences at a context (1,024
+    tokens if none is named). `UsageError` for another form.
     """
     found: dict[str, float | int] = {"concurrency": concurrency}
     for part in filter(None, (each.strip() for each in text.split(","))):
@@ -46,6 +49,7 @@ def parse_goals(text: str, concurrency: int = 1) -> Goals:
             found["ttft_prompt"] = int(match["tokens"]) * (1024 if match["k"] else 1)
         elif match := _TPS.fullmatch(part):
             found["tokens_per_second"] = float(match["rate"])
+            found["tokens_context"] = int(match["tokens"] or _SHORT) * (1024 if match["k"] else 1)
         else:
             raise UsageError(f"--slo {part}: write goals as ttft=30s@32k,tps=20")
     return Goals.model_validate(found)
@@ -54,20 +58,27 @@ def parse_goals(text: str, concurrency: int = 1) -> Goals:
 def verdicts(
     goals: Goals,
     ttft: Callable[[int], float],
-    tpot: Callable[[int], float],
+    tpot: Callable[[int, int], float],
     limits: Limits,
 ) -> Iterator[Verdict]:
-    """Each goal with its prediction; `ttft(prompt)` and `tpot(sequences)` give seconds."""
+    """Each goal with its prediction; `ttft(prompt)` and `tpot(context, sequences)` give
+    seconds."""
     if goals.ttft_seconds:
         goal = f"ttft {goals.ttft_seconds:g} s at {goals.ttft_prompt} tokens"
-        if goals.ttft_prompt > limits.max_context:
-            raise UsageError(
-                f"the goal {goal} is beyond the plan's context of {limits.max_context} tokens:"
-                " compile with a larger --max-context"
-            )
+        _check_context(goal, goals.ttft_prompt, limits)
         seconds = ttft(goals.ttft_prompt)
         yield Verdict(goal, seconds, "s", seconds <= goals.ttft_seconds)
     if goals.tokens_per_second:
-        rate = 1 / tpot(goals.concurrency)
-        goal = f"{goals.tokens_per_second:g} tokens/s for each of {goals.concurrency}"
+        many = "" if goals.concurrency == 1 else f" for each of {goals.concurrency}"
+        goal = f"{goals.tokens_per_second:g} tokens/s at context {goals.tokens_context}{many}"
+        _check_context(goal, goals.tokens_context, limits)
+        rate = 1 / tpot(goals.tokens_context, goals.concurrency)
         yield Verdict(goal, rate, "tokens/s", rate >= goals.tokens_per_second)
+
+
+def _check_context(goal: str, tokens: int, limits: Limits) -> None:
+    if tokens > limits.max_context:
+        raise UsageError(
+            f"the goal {goal} is beyond the plan's context of {limits.max_context} tokens: compile"
+            " with a larger --max-context"
+        )

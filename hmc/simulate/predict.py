@@ -14,7 +14,7 @@ from hmc.errors import ContextLengthError, UsageError
 from hmc.machine import Machine
 from hmc.plan import Phase, Plan
 from hmc.simulate.goals import Verdict, verdicts
-from hmc.timeline import Timeline, host_prefill, period_seconds, result_seconds, run
+from hmc.timeline import Timeline, host_prefill, result_seconds, run
 
 PREFILL, DECODE = "prefill.host", "decode"
 _LONGEST_PATHS = 12
@@ -42,7 +42,7 @@ class Run:
 @dataclass(frozen=True)
 class Prediction:
     """What a load does: one prompt of `prompt` tokens, then `batch` sequences decoding together at
-    `context` tokens each. `ttft_last` is the last of `batch` prompts that arrive at once."""
+    `context` tokens each. `too_large` names devices whose memory the plan exceeds."""
 
     prompt: int
     context: int
@@ -51,6 +51,7 @@ class Prediction:
     decode: Run
     ttft: float
     verdicts: tuple[Verdict, ...]
+    too_large: tuple[str, ...]
 
     @property
     def tpot(self) -> float:
@@ -74,7 +75,9 @@ class Prediction:
             "context": self.context,
             "batch": self.batch,
             "ttft_s": self.ttft,
-            "ttft_last_s": self.ttft * self.batch,
+            "ttft_last_s": self.ttft
+            * self.batch,  # prompts that arrive at once, first come first served
+            "too_large_for": list(self.too_large),
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "decode_tokens_per_second_each": self.decode_rate / self.batch,
@@ -134,11 +137,20 @@ def simulate(
             verdicts(
                 plan.goals,
                 lambda tokens: run_prefill(plan, model, tokens).seconds,
-                lambda sequences: run_decode(plan, model, before, sequences).seconds,
+                lambda tokens, sequences: run_decode(plan, model, tokens, sequences).seconds,
                 limits,
             )
         ),
+        _too_large(plan, model.machine),
     )
+
+
+def _too_large(plan: Plan, machine: Machine) -> tuple[str, ...]:
+    """Devices that cannot hold what the ledger asks of them."""
+    totals: dict[str, int] = {}
+    for item in plan.ledger:
+        totals[item.device] = totals.get(item.device, 0) + item.bytes
+    return tuple(each for each, total in totals.items() if total > machine.memory_of(each))
 
 
 def chosen(plan: Plan, kind: str, tokens: int) -> str:
@@ -160,14 +172,17 @@ def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> R
     seconds = [result_seconds(found, timeline) for timeline in timelines]
     scale = len(calls) / len(some)
     total = sum(seconds) * scale
-    if found.slots:
-        rates = model.machine.rates
-        total += rates.prefill.value if rates is not None and rates.prefill is not None else 0.0
+    path = critical_path(found, timelines[-1])
+    rates = model.machine.rates
+    if found.slots and rates is not None and rates.prefill is not None:
+        total += rates.prefill.value
+        path.append(("start and hand-over", rates.prefill.value))
+        path.sort(key=lambda item: -item[1])
     busy: dict[str, float] = {}
-    for timeline in timelines:
-        for name, each in timeline.busy.items():
+    for timeline, until in zip(timelines, seconds, strict=True):
+        for name, each in busy_until(found, timeline, until).items():
             busy[name] = busy.get(name, 0.0) + each * scale
-    return Run(found.name, len(calls), total, busy, critical_path(found, timelines[-1]))
+    return Run(found.name, len(calls), total, busy, path)
 
 
 def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: str = "") -> Run:
@@ -178,10 +193,20 @@ def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: st
     return Run(
         found.name,
         1,
-        period_seconds(found, call, model),
-        timeline.busy,
+        until := result_seconds(found, timeline),
+        busy_until(found, timeline, until),
         critical_path(found, timeline),
     )
+
+
+def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, float]:
+    """Busy seconds of each resource in steps that end by `until`: what follows the result is left
+    out."""
+    busy: dict[str, float] = {}
+    for step, end, cost in zip(phase.steps, timeline.finish, timeline.costs, strict=True):
+        counted = cost.seconds if end <= until else 0.0
+        busy[step.resource] = busy.get(step.resource, 0.0) + counted
+    return busy
 
 
 def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph:
@@ -220,5 +245,5 @@ def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:
             step, cost = phase.steps[position], timeline.costs[position]
             what = f"{step.resource} {step.op} ({cost.bound})"
             sums[what] = sums.get(what, 0.0) + cost.seconds
-    found = sorted(sums.items(), key=lambda item: -item[1])
+    found = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
     return found[:_LONGEST_PATHS]

@@ -1,4 +1,6 @@
-"""The command line on real checkpoints: what it prints, its JSON, and one clear line for every kind of bad input."""
+"""The command line on real checkpoints: what it prints, its JSON, and one clear line for every kind
+of bad input.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(*arguments)`: (exit code, standard output, standard error) of the command line in this process."""
+    """`run(*arguments)`: (exit code, standard output, standard error) of the command line in this
+    process.
+    """
 
     def call(*arguments: object) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stopped:
@@ -260,8 +264,10 @@ def test_help_of_every_command(run: Run) -> None:
 def test_ctrl_c_ends_cleanly(plan: Path) -> None:
     """SIGINT while tokens stream: exit code 130, no traceback, text so far kept."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "hmc", "run", str(plan), "--ids", "5,6,7", "-n", "900"]
-        + ["--temperature", "0"],
+        [
+            *(sys.executable, "-m", "hmc", "run", str(plan)),
+            *("--ids", "5,6,7", "-n", "900", "--temperature", "0"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

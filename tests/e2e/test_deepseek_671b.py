@@ -1,4 +1,6 @@
-"""The real DeepSeek-V3: 90,427 tensors in 135 shards (headers over sparse files) compile small and to the same bytes."""
+"""The real DeepSeek-V3: 90,427 tensors in 135 shards (headers over sparse files) compile small and
+to the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_deepseek_v3 import write_deepseek_v3
 
 from hmc.plan import Plan
-from make_deepseek_v3 import write_deepseek_v3
 
 _COMPILE = """
 import json, resource, sys

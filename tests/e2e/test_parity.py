@@ -1,7 +1,8 @@
 """Logits against transformers: our error must be no larger than that of transformers in BF16.
 
-The reference is transformers in FP32 on the dequantised weights. Errors are relative L2 norms per token; a near-tie of
-the router flips an expert in both implementations, so medians and counts of large errors are compared, never means.
+The reference is transformers in FP32 on the dequantised weights. Errors are relative L2 norms per
+token; a near-tie of the router flips an expert in both implementations, so medians and counts of
+large errors are compared, never means.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import FAMILIES, oracle_logits
 from numpy.typing import NDArray
 
 import hmc
-from checkpoints import FAMILIES, oracle_logits
 from hmc.codegen.isa import TIERS, cpu_flags
 
 Floats = NDArray[np.float32]
@@ -47,8 +48,8 @@ def errors(found: Floats, reference: Floats) -> Floats:
 
 
 def assert_no_worse(cases: list[tuple[Floats, Floats, Floats]]) -> None:
-    """For (ours, FP32, BF16) logits of several prompts: each median at most 1.05x that of transformers
-    in BF16, and over all prompts no more tokens above 5 %.
+    """For (ours, FP32, BF16) logits of several prompts: each median at most 1.05x that of
+    transformers in BF16, and over all prompts no more tokens above 5 %.
     """
     large = [0, 0]
     for found, reference, bf16 in cases:

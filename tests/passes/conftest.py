@@ -31,10 +31,14 @@ MACHINE = Machine(
 
 
 @pytest.fixture
-def lowering(checkpoint: Callable[..., Path]) -> Callable[..., tuple[torch.fx.GraphModule, Context]]:
+def lowering(
+    checkpoint: Callable[..., Path],
+) -> Callable[..., tuple[torch.fx.GraphModule, Context]]:
     """`lowering(family, quant)`: a fresh traced graph and a context for it."""
 
-    def make(family: str, quant: str = "fp8", **options: Any) -> tuple[torch.fx.GraphModule, Context]:
+    def make(
+        family: str, quant: str = "fp8", **options: Any
+    ) -> tuple[torch.fx.GraphModule, Context]:
         found = Checkpoint.open(checkpoint(family, quant))
         model = models.load(found.config)
         info = model.info

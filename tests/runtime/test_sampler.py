@@ -55,7 +55,8 @@ def test_filters_agree_with_transformers(seed, vocab, temperature, top_k, top_p,
     params = SamplingParams(temperature, top_k, top_p, min_p, penalty, seed=1)
     actual = dense(Sampler(params, prompt), row)
     if not np.array_equal(actual > 0, expected > 0):
-        # A cut may fall on the other side of a token when its cumulative share equals the bound to rounding.
+        # A cut may fall on the other side of a token when its cumulative share equals the bound to
+        # rounding.
         assert abs(int((actual > 0).sum()) - int((expected > 0).sum())) <= 1
     else:
         np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-12)

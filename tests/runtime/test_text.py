@@ -1,4 +1,6 @@
-"""Tokenizers of both kinds (byte-level, byte fallback): framing, chat templates, whole characters, stop strings."""
+"""Tokenizers of both kinds (byte-level, byte fallback): framing, chat templates, whole characters,
+stop strings.
+"""
 
 import json
 
@@ -14,7 +16,9 @@ SAMPLE = "Grüße 日本語の文字 🙂🙃 emoji 👩‍👩‍👧 and plain
 
 
 def byte_level():
-    """Byte-level BPE whose merges cross character borders, as a pre-tokeniser without a pattern lets them."""
+    """Byte-level BPE whose merges cross character borders, as a pre-tokeniser without a pattern
+    lets them.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,7 +130,8 @@ def test_endless_invalid_bytes_neither_stall_nor_pile_up(texts, kind):
 @given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
 def test_stop_strings_cut_at_the_first_match_whatever_the_pieces(content, stops):
     hits = [content.find(stop) for stop in stops if stop in content]
-    # The first stop string to be *completed* ends the stream, and the cut is at the earliest start known then.
+    # The first stop string to be *completed* ends the stream, and the cut is at the earliest start
+    # known then.
     for sizes in (1, 2, 3, 20):
         matcher, out, hit = StopStrings(stops), "", False
         for at in range(0, len(content), sizes):

@@ -1,0 +1,71 @@
+"""`hmc probe`: measure this machine and write it as a machine file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.errors import UsageError
+
+if TYPE_CHECKING:
+    from hmc.probe import Measurement
+
+
+@click.command("probe")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The machine file to write (.json).",
+)
+@click.option("--quick", is_flag=True, help="Fewer passes over less memory: rougher, in seconds.")
+@click.option(
+    "--threads", type=int, metavar="N", help="Native workers [default: HMC_THREADS, or one a core]."
+)
+@JSON
+def command(output: str, quick: bool, threads: int | None, as_json: bool) -> None:
+    """Measure this machine: streaming reads by threads and NUMA node, decode matmuls by format and
+    tokens, prefill matmuls, attention, barriers; and where PyTorch finds a GPU, its copies, memory,
+    matmuls and latencies.
+
+    Figures are medians with least and most. The file goes to `hmc compile --machine FILE`, `hmc
+    simulate --machine FILE`. Nothing else should run meanwhile.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads {threads}: must be at least 1")
+    from hmc.probe import FULL, QUICK, probe, save
+
+    with progress() as report:
+        found = probe(QUICK if quick else FULL, threads=threads, report=report)
+    save(found.machine, output)
+    if as_json:
+        print_json(
+            {
+                "machine": output,
+                "name": found.machine.name,
+                "gpus": len(found.machine.gpus),
+                "measurements": [each.as_json() for each in found.measurements],
+            }
+        )
+        return
+    rows = [
+        (each.what, *(_words(each, value) for value in _three(each)), each.detail)
+        for each in found.measurements
+    ]
+    columns = ("", "median", "least", "most", "of")
+    console().print(table("hmc probe", columns, rows, numbers=columns[1:4]))
+    click.echo(f"{output}: {found.machine.cpu}, {len(found.machine.gpus)} GPU(s)")
+
+
+def _three(each: Measurement) -> tuple[float, float, float]:
+    return each.median, min(each.values), max(each.values)
+
+
+def _words(each: Measurement, value: float) -> str:
+    """The value in the unit of its kind: GB/s, GFLOP/s or microseconds."""
+    if each.unit == "s":
+        return f"{value * 1e6:.2f} us"
+    return f"{value / 1e9:.2f} G{each.unit}"

@@ -1,0 +1,51 @@
+"""`hmc report`: a plan as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hmc.cli.output import JSON, print_json, size
+from hmc.errors import PlanError
+from hmc.plan import Plan
+
+
+@click.command("report")
+@click.argument("plan_path", metavar="PLAN")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False),
+    help="The page to write (.html).",
+)
+@click.option(
+    "--measured",
+    metavar="FILE",
+    help="What `hmc bench --json` printed for this plan [default: what is stored beside the plan].",
+)
+@JSON
+def command(plan_path: str, output: str, measured: str | None, as_json: bool) -> None:
+    """Write a page about the plan PLAN: placement heat map, memory, timelines of a decode step and
+    of a prefill, roofline, predicted against measured, and every decision with its reason.
+
+    The page is one file that loads nothing, for light and dark screens.
+    """
+    plan = Plan.load(plan_path)
+    from hmc.report import measured as store
+    from hmc.report.page import render
+
+    rows = store.read(plan_path, plan) if measured is None else store.of_bench(measured)
+    page = render(plan, Path(plan_path).name, rows)
+    try:
+        Path(output).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PlanError(
+            f"cannot write the report to {output}: {error.strerror or error}"
+        ) from error
+    written = len(page.encode())
+    if as_json:
+        print_json({"report": output, "bytes": written, "measured": len(rows)})
+    else:
+        click.echo(f"{output}: {size(written)}, {len(rows)} measured figures")

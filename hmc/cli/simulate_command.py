@@ -1,0 +1,165 @@
+"""`hmc simulate`: what a plan will do on its machine, or on another one, without running it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hmc.cli.output import JSON, console, print_json, table
+from hmc.errors import UsageError
+from hmc.plan import Plan
+
+if TYPE_CHECKING:
+    from hmc.simulate import Prediction, Run
+
+
+@click.command("simulate")
+@click.argument("target", required=False)
+@click.option(
+    "--machine",
+    metavar="NAME|FILE",
+    help="With a model directory: the machine to plan for [default: auto]. With a plan: predict its"
+    " schedule with this machine's rates.",
+)
+@click.option("--prompt", default=512, show_default=True, metavar="N", help="Prompt tokens.")
+@click.option(
+    "--context", type=int, metavar="N", help="Context tokens in decode [default: the prompt's]."
+)
+@click.option("--batch", type=int, metavar="B", help="Sequences decoding together.")
+@click.option(
+    "--concurrency",
+    type=int,
+    metavar="C",
+    help="Users at once: the same as --batch, and for a model"
+    " directory the sequences that the cache must hold.",
+)
+@click.option(
+    "--max-context", default=0, metavar="N", help="With a model directory: as in `hmc compile`."
+)
+@click.option(
+    "--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`."
+)
+@click.option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
+@click.option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
+@JSON
+def command(
+    target: str | None,
+    machine: str | None,
+    prompt: int,
+    context: int | None,
+    batch: int | None,
+    concurrency: int | None,
+    max_context: int,
+    vram: float,
+    slo: str,
+    paper: bool,
+    as_json: bool,
+) -> None:
+    """Predict time to the first token, tokens a second and utilisation for TARGET: a plan, or a
+    model directory (its config.json is enough) together with --machine.
+
+    The plan's own schedule runs over the machine's resources with durations from the cost model.
+    """
+    if paper:
+        if target is not None:
+            raise UsageError("--paper takes no TARGET: it plans for the published test bed")
+        _print_paper(as_json)
+        return
+    if target is None:
+        raise UsageError("give a plan or a model directory (or --paper)")
+    if batch is not None and concurrency is not None and batch != concurrency:
+        raise UsageError("--batch and --concurrency say the same: give one of them")
+    sequences = batch or concurrency or 1
+    from hmc.detect import load_machine
+    from hmc.simulate import parse_goals, simulate
+
+    if Path(target).is_dir() or Path(target).name == "config.json":
+        from hmc.compiler import compile as compile_plan
+
+        longest = max(prompt, context or 0)
+        plan = compile_plan(
+            target,
+            machine=machine or "auto",
+            max_context=max_context or (longest if longest > 32_768 else 0),
+            dummy_weights=True,
+            concurrency=concurrency or 1,
+            vram=vram,
+        )
+        other = None
+    else:
+        plan = Plan.load(target)
+        other = load_machine(machine) if machine else None
+    if slo:
+        plan = plan.model_copy(update={"goals": parse_goals(slo, sequences)})
+    found = simulate(plan, machine=other, prompt=prompt, context=context, batch=sequences)
+    on = (other or plan.machine).name
+    if as_json:
+        print_json({"model": plan.model.architecture, "machine": on, **found.as_json()})
+        return
+    _print(plan, on, found)
+
+
+def _print(plan: Plan, machine: str, found: Prediction) -> None:
+    out = console()
+    click.echo(f"{plan.model.architecture} on {machine}, predicted")
+    many = found.batch > 1
+    facts = [
+        ("time to first token", f"{found.ttft:.3f} s", f"prompt of {found.prompt} tokens"),
+        ("prefill", f"{found.prefill_rate:.1f} tokens/s", found.prefill.phase),
+        (
+            "decode",
+            f"{found.decode_rate:.2f} tokens/s",
+            f"{found.decode.phase}, context {found.context}"
+            + (f", {found.batch} sequences together" if many else ""),
+        ),
+        ("time per token", f"{found.tpot * 1e3:.2f} ms", "of each sequence"),
+    ]
+    out.print(table("", ("", "", ""), facts))
+    names = dict.fromkeys((*found.prefill.utilisation, *found.decode.utilisation))
+    busy = [(name, _share(found.prefill, name), _share(found.decode, name)) for name in names]
+    columns = ("resource", "busy in prefill", "busy in decode")
+    out.print(table("Utilisation", columns, busy, numbers=columns[1:]))
+    path = [
+        (run.phase, what, f"{seconds * 1e3:.3f} ms")
+        for run in (found.prefill, found.decode)
+        for what, seconds in run.path[:6]
+    ]
+    out.print(table("Critical path", ("phase", "step", "time"), path, numbers=("time",)))
+    for device in found.too_large:
+        click.echo(
+            f"the plan does not fit the memory of {device} (`hmc show` has the ledger): these"
+            " figures hold only if it did",
+            err=True,
+        )
+    for verdict in found.verdicts:
+        word = "met" if verdict.met else "MISSED"
+        click.echo(f"goal {verdict.goal}: {word}, {verdict.predicted:.4g} {verdict.unit}")
+
+
+def _share(run: Run, name: str) -> str:
+    return f"{run.utilisation[name]:.0%}" if name in run.utilisation else "-"
+
+
+def _print_paper(as_json: bool) -> None:
+    from hmc.simulate.paper import rows
+
+    found = rows()
+    if as_json:
+        print_json({"rows": [row.as_json() for row in found]})
+        return
+    cells = [
+        (
+            row.metric,
+            row.what,
+            f"{row.published:.4g} {row.unit}",
+            f"{row.simulated:.4g} {row.unit}",
+            f"{row.error:+.1%}",
+            row.kind,
+        )
+        for row in found
+    ]
+    columns = ("metric", "what", "published", "simulated", "error", "kind")
+    title = "Published figures (arXiv 2606.10493) and ours for the same test bed"
+    console().print(table(title, columns, cells, numbers=("published", "simulated", "error")))

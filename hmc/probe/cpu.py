@@ -1,0 +1,198 @@
+"""The CPU side: streaming reads by node and threads, the kernels that plans run, barriers; hides
+buffers and pools.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from hmc.bench.kernels import Case, KernelBench, Row
+from hmc.codegen.isa import Isa
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import EMITTERS
+from hmc.codegen.spec import KernelSpec, pack
+from hmc.detect import available_bytes
+from hmc.errors import CapacityError
+from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.probe.result import Effort, Measurement
+from hmc.runtime.attention import Past, grouped_query
+from hmc.runtime.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
+from hmc.runtime.pool import Pool
+from hmc.runtime.program import ProgramBuilder
+from hmc.runtime.topology import Node, this_machine
+
+_LINEAR = (2048, 7168)
+_EXPERTS = ((768, 2048), (2048, 7168))
+_RECORDS = 2000
+_CHUNK, _CONTEXT = 512, 2048
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
+    """Streaming reads of one node's memory by 1, 2, 4, ... and all of its cores; the buffer is
+    written first by those who read it, so it is the node's own.
+    """
+    cpus = [core[0] for core in node.cores]
+    counts = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count < len(cpus)]
+    jit = Jit(EMITTERS)
+    size = effort.stream * 1_000_000 or None
+    best = None
+    for count in (len(cpus), *reversed(counts)):
+        with Pool(jit, isa, cpus=cpus[:count]) as pool:
+            reader = StreamingRead(pool, jit, isa, size)
+            if 2 * reader.size > available_bytes():
+                raise CapacityError(
+                    f"streaming reads need {2 * reader.size / 1e9:.1f} GB of memory, free are"
+                    f" {available_bytes() / 1e9:.1f} GB: use --quick or free some"
+                )
+            if best is None:
+                ways = SWEEP[:: effort.every]
+                sweep = streaming_read(pool, jit, isa, size=reader.size, variants=ways)
+                best = sweep.best
+            reader.once(best)
+            values = tuple(reader.once(best) for _ in range(effort.passes))
+        name = "read" if count == len(cpus) else "read with fewer threads"
+        yield Measurement(name, "B/s", values, f"node {node.id}, {count} thread(s), {best}")
+
+
+# -- matmuls ---------------------------------------------------------------------------------------
+
+
+def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | None) -> list[Row]:
+    """Linears and experts of decode, matmuls and grouped experts of prefill, as `hmc bench kernels`
+    measures them."""
+    cases = [Case("linear", form, *_LINEAR, tokens) for form in formats for tokens in effort.tokens]
+    cases += [Case("experts", formats[0], *shape, 1) for shape in _EXPERTS]
+    dense = [form for form in formats if form != "int4"]
+    cases += [Case("gemm", form, *_LINEAR, _CHUNK) for form in dense]
+    cases += [Case("grouped", form, *_EXPERTS[0], _CHUNK) for form in formats[:1]]
+    with KernelBench(isa, threads=threads) as bench:
+        return bench.measure(cases, repetitions=effort.passes, megabytes=effort.weights)
+
+
+def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
+    prefill = []
+    for row in rows:
+        case, values = row.case, row.compared.values
+        detail = f"{case.format} {case.shape}, {case.tokens} token(s)"
+        if case.op == "linear":
+            yield Measurement("gemv", "B/s", values, detail)
+        elif case.op == "experts":
+            yield Measurement("experts in decode", "B/s", values, detail)
+        else:
+            prefill.append(Measurement(f"{case.op} in prefill", "FLOP/s", values, detail))
+    yield from prefill
+    medians = tuple(each.median for each in prefill)
+    yield Measurement("dot", "FLOP/s", medians, "prefill matmuls, median of the forms above")
+    if (extra := _expert_extra(rows)) is not None:
+        yield extra
+
+
+def _expert_extra(rows: Sequence[Row]) -> Measurement | None:
+    """Seconds of a routed expert beyond its bytes at the gemv rate, at each shape; None where the
+    noise is larger."""
+    gemv = {
+        r.case.format: r.compared.value
+        for r in rows
+        if r.case.op == "linear" and r.case.tokens == 1
+    }
+    extras = []
+    for row in rows:
+        if row.case.op == "experts":
+            size = sum(shape.bytes for shape in row.case.matrices)
+            extras.append(size / row.compared.value - size / gemv[row.case.format])
+    good = tuple(each for each in extras if each > 0)
+    if not good:
+        return None
+    return Measurement("expert", "s", good, "a routed expert beyond its bytes")
+
+
+# -- the pool --------------------------------------------------------------------------------------
+
+
+def pool_rates(isa: Isa, effort: Effort, threads: int | None) -> Iterator[Measurement]:
+    """The register-only multiply-add peak, and what a record of a native program costs."""
+    jit = Jit(EMITTERS)
+    with Pool(jit, isa, threads) as pool:
+        peaks = tuple(dot_peak(pool, jit, isa, repetitions=3) for _ in range(effort.passes))
+        detail = f"between registers, {pool.workers} thread(s), {isa.name}"
+        yield Measurement("multiply-add peak", "FLOP/s", peaks, detail)
+        width = 64
+        x = np.zeros(3 * width, np.float32)
+        spec = KernelSpec.of("add", isa.name, width=width)
+        at = x.ctypes.data
+        arguments = {"h_stride": width, "d0_stride": width, "d1": 0, "d1_stride": 0}
+        args = pack(
+            "add", h=at, d0=at + 4 * width, y=at + 8 * width, y_stride=width, tokens=1, **arguments
+        )
+        builder = ProgramBuilder()
+        for _ in range(_RECORDS):
+            builder.add(jit.get(spec), args, tag=0, writes=("y",))
+        program = builder.build()
+        trace = np.zeros((len(program), pool.workers, 2), np.int64)
+        values = []
+        for _ in range(effort.passes + 1):
+            pool.run(program.records, trace)
+            values.append(pool.seconds(trace) / _RECORDS)
+        detail = f"an almost empty record behind a barrier, {pool.workers} thread(s)"
+        yield Measurement("record", "s", tuple(values[1:]), detail)
+
+
+def attention(effort: Effort, threads: int | None) -> Measurement:
+    """Attention of a prefill chunk behind a past, as the runtime computes it, in FLOP/s of the
+    (query, key) pairs that are used: Qwen3-30B-A3B's heads."""
+    heads, kv_heads, width, block = 32, 4, 128, 64
+    past = _CONTEXT - _CHUNK
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn((_CHUNK, heads * width), generator=random)
+    shape = (_CONTEXT // block, kv_heads, block, width)
+    caches = [torch.randn(shape, generator=random).bfloat16() for _ in range(2)]
+    y = torch.empty((_CHUNK, heads * width), dtype=torch.bfloat16)
+    where = Past(torch.arange(_CONTEXT // block), past, _CHUNK)
+    pairs = _CHUNK * past + _CHUNK * (_CHUNK + 1) / 2
+    flops = 2.0 * heads * 2 * width * pairs
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or this_machine().cores)
+    try:
+        values = []
+        for _ in range(effort.passes + 1):
+            start = time.perf_counter()
+            grouped_query(q, caches[0], caches[1], where, y, scale=width**-0.5)
+            values.append(flops / (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(before)
+    detail = f"{_CHUNK} queries behind {past} keys, {heads} heads of {width}"
+    return Measurement("attend", "FLOP/s", tuple(values[1:]), detail)
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
+    by_name: dict[str, list[Measurement]] = {}
+    for each in found:
+        by_name.setdefault(each.what, []).append(each)
+    linear = [row.case for row in rows if row.case.op == "linear"]
+
+    def optional(name: str) -> Rate | None:
+        return by_name[name][0].rate() if name in by_name else None
+
+    return CpuRates(
+        read=tuple(each.rate() for each in by_name["read"]),
+        gemv=tuple(
+            GemvRate(format=case.format, tokens=case.tokens, rate=each.rate())
+            for case, each in zip(linear, by_name["gemv"], strict=True)
+        ),
+        dot=by_name["dot"][0].rate(),
+        attend=by_name["attend"][0].rate(),
+        record=by_name["record"][0].rate(),
+        expert=optional("expert"),
+        link=optional("link"),
+        link_latency=optional("link_latency"),
+    )

@@ -1,0 +1,235 @@
+"""A plan as one HTML page without any external resource: gathers what the charts and tables need
+and puts it into templates/. Hides the templates.
+
+What cannot be known is left out with a sentence that says why: timelines and predictions of a
+machine without rates, measurements that nobody took.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from hmc.cost import CostModel
+from hmc.errors import HmcError
+from hmc.plan import Plan
+from hmc.report.heatmap import heat_map
+from hmc.report.ledger import ledger
+from hmc.report.measured import Measured
+from hmc.report.predictions import Figure, common_loads, predictions
+from hmc.report.roofline import roofline
+from hmc.report.timeline import FAMILIES, Drawing, decode_drawing, prefill_drawing
+from hmc.report.words import number, si
+from hmc.version import VERSION
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_CONTEXT, _PROMPT = 4096, 32_768
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One load: tokens/s predicted and measured, `error` of the prediction relative to the
+    measurement; `bars` are percent of the larger one. Absent figures are None.
+    """
+
+    what: str
+    predicted: float | None
+    measured: Measured | None
+    reason: str
+    bars: tuple[float, float]
+
+    @property
+    def error(self) -> float | None:
+        """Relative error of the prediction."""
+        if self.predicted is None or self.measured is None:
+            return None
+        return self.predicted / self.measured.tokens_per_second - 1
+
+
+@dataclass(frozen=True)
+class PhaseRow:
+    """One phase in the table: bytes and FLOPs are per token of a call."""
+
+    name: str
+    steps: int
+    tokens: int
+    weights: str
+    flops: str
+    resources: str
+
+
+def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
+    """The page of a plan; `name` is what it is called, `measured` what was measured with it."""
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"si": si, "number": number}
+    model, unknown = _cost_model(plan)
+    prompt = min(_PROMPT, plan.limits.max_context)
+    context = min(_CONTEXT, plan.limits.max_context - 1)
+    drawings: list[Drawing] = []
+    if model is not None:
+        drawings = [decode_drawing(plan, model, context), prefill_drawing(plan, model, prompt)]
+    loads = common_loads([plan])
+    figures = predictions(plan, loads)
+    return environment.get_template("report.html.j2").render(
+        plan=plan,
+        name=name,
+        version=VERSION,
+        style=(_TEMPLATES / "style.css").read_text(),
+        facts=_facts(plan),
+        tiles=_tiles(figures, plan),
+        heat=heat_map(plan),
+        devices=ledger(plan),
+        drawings=drawings,
+        unknown=unknown,
+        families=list(FAMILIES),
+        roof=roofline(plan, model, context, prompt),
+        roof_loads=(context, prompt),
+        compared=_compared(plan, figures, measured),
+        anything_measured=bool(measured),
+        phases=_phase_rows(plan),
+        kernels=_kernel_rows(plan),
+    )
+
+
+def _cost_model(plan: Plan) -> tuple[CostModel | None, str]:
+    """The cost model, or why there is none."""
+    try:
+        model = CostModel(plan)
+        predictions(plan, common_loads([plan]))
+        decode_drawing(plan, model, 1)
+    except HmcError as error:
+        return None, str(error)
+    return model, ""
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    model, machine, limits = plan.model, plan.machine, plan.limits
+    gpus = Counter(f"{gpu.name} ({si(gpu.memory_bytes, 'B')})" for gpu in machine.gpus)
+    devices = ", ".join(f"{n} x {gpu}" if n > 1 else gpu for gpu, n in gpus.items())
+    formats = Counter({w.format: 0 for w in plan.weights})
+    for weight in plan.weights:
+        formats[weight.format] += weight.bytes
+    for part in plan.experts:
+        formats[part.format] += part.bytes * part.count
+    shards = f"{len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else "config alone"
+    return [
+        ("Model", f"{model.architecture}, {model.layers} layers, hidden {model.hidden}"),
+        (
+            "Experts",
+            f"{model.experts} a layer, {model.top_k} a token" if model.experts else "none",
+        ),
+        (
+            "Parameters",
+            f"{number(model.parameters / 1e9)} B,"
+            f" {number(model.active_parameters / 1e9)} B active a token",
+        ),
+        ("Checkpoint", f"{plan.checkpoint.path}, {shards}"),
+        ("Formats", ", ".join(f"{form} {si(b, 'B')}" for form, b in formats.most_common() if b)),
+        ("Numerics", ", ".join(plan.lossy) or "exact: no weight is changed"),
+        ("Machine", f"{machine.name}: {machine.cpu}"),
+        (
+            "CPU",
+            f"{machine.cores} cores, {len(machine.nodes)} NUMA node(s),"
+            f" {si(machine.memory_bytes, 'B')}; {plan.isa} kernels, {plan.threads} threads",
+        ),
+        ("GPU", devices or "none"),
+        (
+            "Limits",
+            f"context {limits.max_context} of {model.context}, chunks of {limits.max_chunk},"
+            f" decode batch {limits.max_batch}",
+        ),
+        (
+            "Switch-over",
+            "; ".join(_switches(plan)) or "none: one way to prefill, one to decode",
+        ),
+        ("Made by", f"hmc {plan.hmc_version}, plan schema {plan.schema_version}"),
+    ]
+
+
+def _switches(plan: Plan) -> Iterator[str]:
+    """`prefill.host, prefill.stream from 3264 prompt tokens on`, one for each kind."""
+    for kind, unit in (("prefill", "prompt tokens"), ("decode", "sequences")):
+        mine = sorted((s for s in plan.switches if s.kind == kind), key=lambda s: s.tokens)
+        parts = [f"{s.phase} from {s.tokens} {unit} on" if s.tokens > 1 else s.phase for s in mine]
+        if parts:
+            yield ", ".join(parts)
+
+
+def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:
+    """(value, unit, what) of the figures people look for first."""
+    found: list[tuple[str, str, str]] = []
+    decode = [f for f in figures if f.load.kind == "decode" and f.load.batch == 1]
+    first = [f for f in figures if f.load.kind == "prefill" and f.unit == "s"]
+    for figure in (*decode[-1:], *first[:1], *first[1:][-1:]):
+        if figure.value is not None:
+            if figure.unit == "s":
+                value, _, unit = si(figure.value, "s").partition(" ")
+                what = f"to the first token of {figure.load.tokens}"
+            else:
+                value, unit = number(figure.value), "tokens/s"
+                what = figure.what
+            found.append((value, unit, f"{what} (predicted)"))
+    totals: Counter[str] = Counter()
+    for item in plan.ledger:
+        totals[item.device] += item.bytes
+    for device, total in totals.items():
+        value, _, unit = si(total, "B").partition(" ")
+        found.append((value, unit, f"on {device}, of {si(plan.machine.memory_of(device), 'B')}"))
+    return found
+
+
+def _compared(
+    plan: Plan, figures: Sequence[Figure], measured: Sequence[Measured]
+) -> list[Compared]:
+    """Measured loads with the prediction for the very same load, then the ordinary loads."""
+    by_load = {figure.load: figure for figure in figures if figure.unit == "tokens/s"}
+    context = plan.limits.max_context
+    own = [row for row in measured if row.tokens <= context and row.batch <= plan.limits.max_batch]
+    own_figures = [f for f in predictions(plan, [m.load for m in own]) if f.unit == "tokens/s"]
+    pairs: list[tuple[Figure, Measured | None]] = list(zip(own_figures, own, strict=True))
+    pairs += [(f, None) for load, f in by_load.items() if load not in {m.load for m in own}]
+    found = []
+    for figure, row in pairs:
+        values = (figure.value or 0.0, row.tokens_per_second if row else 0.0)
+        largest = max(values) or 1.0
+        bars = (100 * values[0] / largest, 100 * values[1] / largest)
+        found.append(Compared(figure.what, figure.value, row, figure.reason, bars))
+    return found
+
+
+def _phase_rows(plan: Plan) -> list[PhaseRow]:
+    return [
+        PhaseRow(
+            phase.name,
+            len(phase.steps),
+            phase.max_tokens,
+            si(sum(step.weight_bytes for step in phase.steps), "B"),
+            si(sum(step.flops for step in phase.steps), "FLOP"),
+            ", ".join(sorted({step.resource for step in phase.steps})),
+        )
+        for phase in plan.phases
+    ]
+
+
+def _kernel_rows(plan: Plan) -> list[tuple[str, str, list[int]]]:
+    """(key, tile, steps in each phase) of every kernel, PyTorch's functions included."""
+    uses = Counter((p.name, key) for p in plan.phases for s in p.steps for key in s.kernels)
+    keys = dict.fromkeys([*plan.kernels, *(key for _, key in uses)])
+    return [
+        (
+            key,
+            " ".join(f"{n}={v}" for n, v in plan.kernels[key].tile) if key in plan.kernels else "",
+            [uses[phase.name, key] for phase in plan.phases],
+        )
+        for key in keys
+    ]

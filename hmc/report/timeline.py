@@ -1,0 +1,234 @@
+"""Who works when in a call of a phase: the simulator's run of the plan's own steps, drawn twice.
+
+The overview shows the whole call, with neighbours of one family melted together where they are
+finer than the drawing; the close-up shows every step of one layer in the middle. Hides how steps
+become rectangles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hmc.cost import Call, CostModel
+from hmc.plan import Phase, Plan, Step
+from hmc.report.words import si
+from hmc.simulate.predict import chosen, critical_path
+from hmc.timeline import Timeline, host_prefill, result_seconds, run
+
+FAMILIES = {
+    "attention": ("mla", "attention", "rotary", "kv_out"),
+    "experts": ("experts",),
+    "dense matmuls": ("linear", "gate_up"),
+    "routing": ("route", "sort"),
+    "norms and sums": ("norm", "add", "add_norm", "embed", "gather_rows", "split", "join"),
+    "transfers": ("copy", "load", "all_gather", "exchange"),
+}
+"""Ops by what they are for; the legend of timelines and roofline, in this order."""
+
+WIDTH, LEFT, TOP, LANE, GAP, AXIS = 1200, 64, 6, 26, 6, 26
+_FINEST = 0.6
+_THINNEST = 0.9
+_LABEL_WIDTH = 6.6
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A rectangle; `label` is empty where it does not fit."""
+
+    x: float
+    y: float
+    width: float
+    family: int
+    title: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One resource; `busy` is the share of the call it works."""
+
+    name: str
+    y: float
+    busy: float
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A time on the axis."""
+
+    x: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bars on lanes over a time axis."""
+
+    width: float
+    height: float
+    lanes: tuple[Lane, ...]
+    bars: tuple[Bar, ...]
+    marks: tuple[Mark, ...]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One call: in words, as overview, as close-up of a layer, and what its longest chain is made
+    of."""
+
+    name: str
+    phase: str
+    caption: str
+    seconds: str
+    overview: Chart
+    closeup: Chart
+    layer: int
+    window: str
+    path: tuple[tuple[str, str, float], ...]
+
+
+def family_of(op: str) -> int:
+    """Index of an op's family; ops that no family names come after the last."""
+    return next((i for i, ops in enumerate(FAMILIES.values()) if op in ops), len(FAMILIES))
+
+
+def decode_drawing(plan: Plan, model: CostModel, context: int, batch: int = 1) -> Drawing:
+    """One decode step of `batch` sequences behind `context` tokens each."""
+    phase = plan.phase(chosen(plan, "decode", batch))
+    found = run(phase, Call(batch, context, batch), model)
+    many = f"{batch} sequences" if batch > 1 else "one sequence"
+    return _draw("Decode step", phase, found, f"{many} at a context of {context} tokens")
+
+
+def prefill_drawing(plan: Plan, model: CostModel, tokens: int) -> Drawing:
+    """A prompt of `tokens` tokens: all of it, or the last of the chunks it is cut into."""
+    phase = plan.phase(chosen(plan, "prefill", tokens))
+    calls = host_prefill(phase, tokens, model)
+    found = run(phase, calls[-1], model)
+    which = f", chunk {len(calls)} of {len(calls)}" if len(calls) > 1 else ""
+    rates = model.machine.rates
+    if phase.slots and rates is not None and rates.prefill is not None:
+        which += f" (without the {si(rates.prefill.value, 's')} it takes outside the layers)"
+    return _draw("Prefill", phase, found, f"a prompt of {tokens} tokens{which}")
+
+
+def _draw(name: str, phase: Phase, timeline: Timeline, caption: str) -> Drawing:
+    layers = sorted({step.layer for step in phase.steps if step.op == "experts"})
+    layers = layers or sorted({step.layer for step in phase.steps if step.layer >= 0})
+    middle = layers[len(layers) // 2]
+    mine = [
+        position
+        for position, step in enumerate(phase.steps)
+        if step.layer == middle and step.op not in FAMILIES["transfers"]
+    ]
+    first = min(timeline.start[position] for position in mine)
+    last = max(timeline.finish[position] for position in mine)
+    total = result_seconds(phase, timeline)
+    path = critical_path(phase, timeline)[:6]
+    return Drawing(
+        name,
+        phase.name,
+        caption,
+        si(total, "s"),
+        _chart(phase, timeline, 0.0, timeline.seconds, melt=True),
+        _chart(phase, timeline, first, last, melt=False),
+        middle,
+        si(last - first, "s"),
+        tuple((what, si(seconds, "s"), seconds / total) for what, seconds in path),
+    )
+
+
+def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt: bool) -> Chart:
+    scale = (WIDTH - LEFT) / (last - first)
+    resources = sorted(timeline.busy, key=_resource_order)
+    lanes = tuple(
+        Lane(name, TOP + i * (LANE + GAP), timeline.busy[name] / timeline.seconds)
+        for i, name in enumerate(resources)
+    )
+    bars: list[Bar] = []
+    for lane in lanes:
+        inside = [
+            position
+            for position, step in enumerate(phase.steps)
+            if step.resource == lane.name
+            and timeline.finish[position] > first
+            and timeline.start[position] < last
+        ]
+        for group in _melted(inside, phase, timeline, scale) if melt else [[i] for i in inside]:
+            start = max(first, timeline.start[group[0]])
+            stop = min(last, timeline.finish[group[-1]])
+            steps = [phase.steps[position] for position in group]
+            width = (stop - start) * scale
+            bars.append(
+                Bar(
+                    LEFT + (start - first) * scale,
+                    lane.y,
+                    max(width, _THINNEST),
+                    _family(group, phase, timeline),
+                    _title(steps, timeline, group),
+                    _label(steps, width),
+                )
+            )
+    ticks = _ticks(last - first)
+    marks = tuple(Mark(LEFT + each * scale, si(each, "s")) for each in ticks)
+    return Chart(WIDTH, TOP + len(lanes) * (LANE + GAP) + AXIS, lanes, tuple(bars), marks)
+
+
+def _melted(
+    positions: Iterable[int], phase: Phase, timeline: Timeline, scale: float
+) -> list[list[int]]:
+    """Neighbours that touch melt when they are of one family or one of them is finer than the
+    drawing."""
+    groups: list[list[int]] = []
+    for position in sorted(positions, key=lambda each: timeline.start[each]):
+        if groups:
+            before = groups[-1]
+            gap = timeline.start[position] - timeline.finish[before[-1]]
+            length = timeline.finish[before[-1]] - timeline.start[before[0]]
+            own = timeline.finish[position] - timeline.start[position]
+            same = family_of(phase.steps[before[0]].op) == family_of(phase.steps[position].op)
+            if gap * scale < _FINEST and (same or min(length, own) * scale < _FINEST):
+                before.append(position)
+                continue
+        groups.append([position])
+    return groups
+
+
+def _family(group: list[int], phase: Phase, timeline: Timeline) -> int:
+    """The family that takes most of the group's time."""
+    spent: dict[int, float] = {}
+    for position in group:
+        family = family_of(phase.steps[position].op)
+        length = timeline.finish[position] - timeline.start[position]
+        spent[family] = spent.get(family, 0.0) + length
+    return max(spent, key=lambda each: spent[each])
+
+
+def _title(steps: list[Step], timeline: Timeline, group: list[int]) -> str:
+    start, stop = timeline.start[group[0]], timeline.finish[group[-1]]
+    when = f"{si(stop - start, 's')} from {si(start, 's')}"
+    if len(steps) == 1:
+        step, cost = steps[0], timeline.costs[group[0]]
+        where = f" of layer {step.layer}" if step.layer >= 0 else ""
+        return f"{step.op}{where} on {step.resource}: {when}, bound by {cost.bound}"
+    return f"{len(steps)} steps, {steps[0].op} to {steps[-1].op}, on {steps[0].resource}: {when}"
+
+
+def _label(steps: list[Step], width: float) -> str:
+    text = steps[0].op if len(steps) == 1 else ""
+    return text if len(text) * _LABEL_WIDTH + 4 <= width else ""
+
+
+def _resource_order(name: str) -> tuple[int, str]:
+    kinds = ("cpu", "gpu", "h2d", "d2h", "link")
+    kind = name.rstrip("0123456789")
+    return (kinds.index(kind) if kind in kinds else len(kinds), name)
+
+
+def _ticks(span: float) -> list[float]:
+    """Round times, at most nine."""
+    step = 10.0**-9
+    while span / step > 8:
+        step *= 2.5 if str(f"{step:e}")[0] == "2" else 2
+    return [index * step for index in range(int(span / step) + 1)]

@@ -1,0 +1,32 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+_LARGE = ("", "k", "M", "G", "T", "P")
+_SMALL = ("", "m", "µ", "n", "p")
+
+
+def si(value: float, unit: str, digits: int = 3) -> str:
+    """`value` with an SI prefix: 1.5 GB, 46.1 ms, 820 GFLOP/s."""
+    if value == 0:
+        return f"0 {unit}"
+    scaled, index = value, 0
+    while abs(scaled) >= 999.5 and index < len(_LARGE) - 1:
+        scaled, index = scaled / 1000, index + 1
+    if index or abs(scaled) >= 1 or unit in ("B", "FLOP", "tokens"):
+        return f"{_digits(scaled, digits)} {_LARGE[index]}{unit}"
+    while abs(scaled) < 1 and index < len(_SMALL) - 1:
+        scaled, index = scaled * 1000, index + 1
+    return f"{_digits(scaled, digits)} {_SMALL[index]}{unit}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number of so many digits, whole where it is larger, with thin spaces between thousands."""
+    return _digits(value, digits)
+
+
+def _digits(value: float, digits: int) -> str:
+    whole = len(str(int(abs(value))))
+    places = max(0, digits - whole) if abs(value) >= 1 else digits
+    text = f"{value:,.{places}f}".replace(",", " ")
+    return text.rstrip("0").rstrip(".") if "." in text else text

@@ -1,0 +1,393 @@
+"""Emits the steps of `prefill.stream`: loads, computation and exchanges of every rank, in program
+order. What is streamed, and how much, is decided in `stream_load.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from hmc.passes.context import ranges
+from hmc.passes.schedule import Part, Parts, Schedule, Value
+from hmc.plan import Phase, Plan, Step
+from hmc.verify import EXTERNAL, expert_ranges
+
+STREAM = "prefill.stream"
+
+
+def weight_sizes(plan: Plan) -> dict[str, int]:
+    """Stored bytes of every dense weight, with scales."""
+    return {weight.name: weight.bytes + weight.scale_bytes for weight in plan.weights}
+
+
+def dense_sections(phase: Phase) -> dict[tuple[int, str], list[str]]:
+    """Dense weights by (layer, "attention" or "mlp"): a layer's steps up to the matmul after its
+    attention, and the rest; embedding and experts are not among them."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for section, step in _walk(phase.steps):
+        if step.op not in ("embed", "experts"):
+            found.setdefault(section, []).extend(
+                name for name in step.weights.values() if name not in found.get(section, ())
+            )
+    return found
+
+
+def _walk(steps: Iterable[Step]) -> Iterable[tuple[tuple[int, str], Step]]:
+    layer, part, attended = -2, "attention", False
+    for step in steps:
+        if step.op in ("copy",):
+            continue
+        if step.layer != layer:
+            layer, part, attended = step.layer, "attention", False
+        elif part == "attention" and attended and step.op != "linear":
+            part = "mlp"
+        attended |= step.op in ("mla", "attention")
+        yield (layer, part), step
+
+
+def streamed_experts(plan: Plan, layer: int, rank: int, ranks: int) -> list[int]:
+    """Experts of a layer that a rank streams: its share of those that no GPU of the phase holds."""
+    tiers = next(each.tiers for each in plan.placement if each.layer == layer)
+    away = [
+        expert
+        for tier, text in tiers.items()
+        if tier == "host" or int(tier[3:]) >= ranks
+        for expert in expert_ranges(text)
+    ]
+    away.sort()
+    return away[len(away) * rank // ranks : len(away) * (rank + 1) // ranks]
+
+
+@dataclass
+class StreamEmitter:
+    """Emits one streamed phase of `ranks` GPUs with a ring of `ring` experts in loads of `group`.
+
+    `expert_bytes` by layer; `streams_dense` by rank: whether dense weights are loaded too;
+    `restore` bytes of them go back to gpu0 at the end (0: they never left).
+    """
+
+    base: Phase
+    plan: Plan
+    expert_bytes: Mapping[int, int]
+    streams_dense: tuple[bool, ...]
+    restore: int
+    ranks: int
+    ring: int
+    group: int
+    schedule: Schedule = field(default_factory=lambda: Schedule(STREAM))
+    _values: list[dict[str, Value]] = field(default_factory=list)
+    _gathered: dict[tuple[Value, int, int], list[Part]] = field(default_factory=dict)
+    _turns: list[int] = field(default_factory=list)
+    _loaded: list[dict[tuple[int, str], str]] = field(default_factory=list)
+
+    def emit(self) -> Phase:
+        self._values = [{} for _ in range(self.ranks)]
+        self._turns = [0] * self.ranks
+        self._loaded = [{} for _ in range(self.ranks)]
+        self._buffers = {buffer.name: buffer for buffer in self.base.buffers}
+        self._tiers = {each.layer: each.tiers for each in self.plan.placement}
+        self._sections = dense_sections(self.base)
+        self._size = weight_sizes(self.plan)
+        routers = {step.inputs["logits"].buffer for step in self.base.steps if step.op == "route"}
+        for section, step in _walk(self.base.steps):
+            if step.op == "experts":
+                self._experts(step)
+            elif step.op in ("mla", "attention"):
+                self._attention(section, step)
+            elif step.op == "route" or any(o.buffer in routers for o in step.outputs.values()):
+                self._everywhere(section, step)
+            elif step.layer < 0 and step.op != "embed":
+                self._plain(section, step, 0, {})  # rank 0 holds the prompt's last token
+            else:
+                for rank in range(self.ranks):
+                    self._plain(section, step, rank, self._share())
+        self._finish()
+        return self.schedule.finish(self.plan.limits.max_context, ranks=self.ranks, ring=self.ring)
+
+    def _share(self) -> dict[str, int | float | str]:
+        return {"ranks": self.ranks} if self.ranks > 1 else {}
+
+    def _name(self, name: str, rank: int) -> str:
+        return name if self.ranks == 1 else f"r{rank}.{name}"
+
+    # -- values ------------------------------------------------------------------------------------
+
+    def _value(self, buffer: str, rank: int) -> Value:
+        found = self._values[rank].get(buffer)
+        if found is None:
+            about = self._buffers[buffer]
+            assert about.offset == EXTERNAL
+            found = Value(self._name(buffer, rank), about.dtype, about.width, external=True)
+            self._values[rank][buffer] = found
+        return found
+
+    def _inputs(self, step: Step, rank: int) -> dict[str, Part]:
+        return {
+            role: Part(self._value(operand.buffer, rank), operand.column, operand.width)
+            for role, operand in step.inputs.items()
+        }
+
+    def _outputs(self, step: Step, rank: int, device: str, rows: int = 1) -> dict[str, Part]:
+        result = {}
+        for role, operand in step.outputs.items():
+            known = self._values[rank].get(operand.buffer)
+            if known is None:
+                about = self._buffers[operand.buffer]
+                outside = about.offset == EXTERNAL  # logits: of the rows wanted, not of all
+                name = self._name(about.name, rank) + (".device" if outside else "")
+                known = Value(name, about.dtype, about.width, device, outside, rows)
+                self._values[rank][operand.buffer] = known
+            result[role] = Part(known, operand.column, operand.width)
+        return result
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _add(
+        self,
+        step: Step,
+        rank: int,
+        inputs: Parts,
+        outputs: Parts,
+        attrs: dict[str, int | float | str],
+        uses: tuple[str, ...] = (),
+        resource: str = "",
+    ) -> None:
+        resource = resource or f"gpu{rank}"
+        self.schedule.add(
+            step.op,
+            resource,
+            inputs,
+            outputs,
+            layer=step.layer,
+            weights=step.weights,
+            attrs={**step.attrs, **attrs},
+            kernels=step.kernels if resource == "cpu" else (f"torch:{step.op}",),
+            weight_bytes=step.weight_bytes,
+            flops=step.flops,
+            uses=uses,
+        )
+
+    def _plain(
+        self, section: tuple[int, str], step: Step, rank: int, attrs: dict[str, int | float | str]
+    ) -> None:
+        if step.op == "embed":
+            inputs, outputs = self._inputs(step, rank), self._outputs(step, rank, "host")
+            self._add(step, rank, inputs, outputs, attrs, resource="cpu")
+            (name,) = (operand.buffer for operand in step.outputs.values())
+            value = self._values[rank][name]
+            moved = Value(f"{value.name}.gpu{rank}", value.dtype, value.width, f"gpu{rank}")
+            self._copy(f"h2d{rank}", value, moved, attrs, step.layer)
+            self._values[rank][name] = moved
+            return
+        uses = self._slots(section, step, rank)
+        outputs = self._outputs(step, rank, f"gpu{rank}")
+        self._add(step, rank, self._inputs(step, rank), outputs, attrs, uses)
+        for role, operand in step.outputs.items():
+            if operand.buffer == "logits":
+                value = outputs[role].value
+                out = Value("logits", value.dtype, value.width, external=True)
+                self._copy(f"d2h{rank}", value, out, {}, step.layer)
+
+    def _copy(
+        self,
+        resource: str,
+        source: Value,
+        target: Value,
+        attrs: dict[str, int | float | str],
+        layer: int,
+    ) -> None:
+        # the embedding's copy moves every row; that of logits only those wanted
+        self.schedule.add(
+            "copy",
+            resource,
+            {"y": Part.all(source)},
+            {"y": Part.all(target)},
+            layer=max(layer, 0) if resource.startswith("h2d") else layer,
+            attrs=attrs,
+            kernels=("torch:copy",),
+        )
+
+    def _attention(self, section: tuple[int, str], step: Step) -> None:
+        """Attention of each rank's queries over the latents (or keys and values) of all, and the
+        way of the new cache rows to the host."""
+        roles = [role for role in ("latent", "k_rope", "k", "v") if role in step.inputs]
+        every = {role: self._gather(step, role) for role in roles}
+        for rank in range(self.ranks):
+            inputs = self._inputs(step, rank) | {role: every[role][rank] for role in roles}
+            uses = self._slots(section, step, rank)
+            self._add(
+                step, rank, inputs, self._outputs(step, rank, f"gpu{rank}"), self._share(), uses
+            )
+        self.schedule.add(
+            "kv_out",
+            "d2h0",
+            {role: every[role][0] for role in roles},
+            {},
+            layer=step.layer,
+            kernels=("torch:copy",),
+        )
+
+    def _gather(self, step: Step, role: str) -> list[Part]:
+        """The rows of all ranks of one input, on every rank; once for all readers."""
+        operand = step.inputs[role]
+        mine = [
+            Part(self._value(operand.buffer, r), operand.column, operand.width)
+            for r in range(self.ranks)
+        ]
+        if self.ranks == 1 or mine[0].value.rows > 1:
+            return mine
+        key = (mine[0].value, mine[0].column, mine[0].width)
+        if key not in self._gathered:
+            values = [
+                Value(
+                    f"{part.value.name}.{role}.all", "bf16", part.width, f"gpu{r}", rows=self.ranks
+                )
+                for r, part in enumerate(mine)
+            ]
+            self._link("all_gather", step.layer, mine, [Part.all(value) for value in values])
+            self._gathered[key] = [Part.all(value) for value in values]
+        return self._gathered[key]
+
+    def _link(self, op: str, layer: int, inputs: list[Part], outputs: list[Part]) -> None:
+        self.schedule.add(
+            op,
+            "link",
+            {f"x{rank}": part for rank, part in enumerate(inputs)},
+            {f"y{rank}": part for rank, part in enumerate(outputs)},
+            layer=layer,
+            attrs={"bytes": 2 * inputs[0].width},
+            kernels=(f"torch:{op}",),
+        )
+
+    def _everywhere(self, section: tuple[int, str], step: Step) -> None:
+        """Gating: every rank does it for all tokens, so that nothing sorted has to travel."""
+        for role in step.inputs:
+            if step.op != "route":
+                self._gather(step, role)
+        for rank in range(self.ranks):
+            inputs = {role: self._gather(step, role)[rank] for role in step.inputs}
+            uses = self._slots(section, step, rank)
+            outputs = self._outputs(step, rank, f"gpu{rank}", rows=self.ranks)
+            self._add(step, rank, inputs, outputs, {}, uses)
+
+    def _experts(self, step: Step) -> None:
+        parts: list[Value] = []  # of the ranks that have experts of this layer
+        for rank in range(self.ranks):
+            held = expert_ranges(self._tiers[step.layer].get(f"gpu{rank}", ""))
+            away = streamed_experts(self.plan, step.layer, rank, self.ranks)
+            if not held and not away:
+                continue
+            x = self._gather(step, "x")[rank]
+            inputs = self._inputs(step, rank) | {"x": x}
+            order = Value(
+                self._name(f"layers_{step.layer}_order", rank),
+                "i32",
+                int(step.attrs["top_k"]),
+                f"gpu{rank}",
+                rows=self.ranks,
+            )
+            self.schedule.add(
+                "sort",
+                f"gpu{rank}",
+                {"ids": inputs["ids"]},
+                {"order": Part.all(order)},
+                layer=step.layer,
+                kernels=("torch:sort",),
+            )
+            inputs["order"] = Part.all(order)
+            y = Value(
+                self._name(step.outputs["y"].buffer, rank),
+                "f32",
+                step.outputs["y"].width,
+                f"gpu{rank}",
+                rows=self.ranks,
+            )
+            if held:
+                self._add(step, rank, inputs, {"y": Part.all(y)}, _some(held))
+            for first in range(0, len(away), self.group):
+                turn = away[first : first + self.group]
+                slot = self._load_experts(step, rank, turn)
+                self._add(step, rank, inputs, {"y": Part.all(y)}, _some(turn), (slot,))
+            parts.append(y)
+        buffer = step.outputs["y"].buffer
+        if self.ranks == 1:
+            self._values[0][buffer] = parts[0]
+            return
+        sums = [
+            Value(self._name(f"{buffer}.own", rank), "f32", parts[0].width, f"gpu{rank}")
+            for rank in range(self.ranks)
+        ]
+        self._link(
+            "exchange", step.layer, [Part.all(p) for p in parts], [Part.all(s) for s in sums]
+        )
+        for rank, value in enumerate(sums):
+            self._values[rank][buffer] = value
+
+    # -- loads -------------------------------------------------------------------------------------
+
+    def _load_experts(self, step: Step, rank: int, turn: list[int]) -> str:
+        size = self.expert_bytes[step.layer]
+        turns = max(2, self.ring // self.group)
+        slot = self.schedule.slot(
+            f"ring{rank}.{self._turns[rank] % turns}", f"gpu{rank}", size * self.group
+        )
+        self._turns[rank] += 1
+        self.schedule.add(
+            "load",
+            f"h2d{rank}",
+            {},
+            {},
+            layer=step.layer,
+            weights=step.weights,
+            attrs=_some(turn),
+            kernels=("torch:copy",),
+            weight_bytes=size * len(turn),
+            fills=(slot,),
+        )
+        return slot
+
+    def _slots(self, section: tuple[int, str], step: Step, rank: int) -> tuple[str, ...]:
+        """The slot of a dense step's weights, loaded at the section's first step; none where they
+        are resident."""
+        if not step.weights or not self.streams_dense[rank]:
+            return ()
+        if section not in self._loaded[rank]:
+            layer, part = section
+            names = self._sections[section]
+            size = sum(self._size[name] for name in names)
+            side = f"{part}{rank}.{layer % 2}" if layer >= 0 else f"head{rank}"
+            slot = self.schedule.slot(side, f"gpu{rank}", size)
+            self.schedule.add(
+                "load",
+                f"h2d{rank}",
+                {},
+                {},
+                layer=layer,
+                weights={str(number): name for number, name in enumerate(names)},
+                kernels=("torch:copy",),
+                weight_bytes=size,
+                fills=(slot,),
+            )
+            self._loaded[rank][section] = slot
+        return (self._loaded[rank][section],)
+
+    def _finish(self) -> None:
+        """Put gpu0's dense weights back where the slots were."""
+        if not self.restore:
+            return
+        slots = tuple(name for name in self.schedule.slots_of("gpu0"))
+        whole = self.schedule.slot("dense0", "gpu0", self.restore)
+        self.schedule.add(
+            "load",
+            "h2d0",
+            {},
+            {},
+            attrs={"what": "dense weights of decode, over the slots"},
+            kernels=("torch:copy",),
+            weight_bytes=self.restore,
+            fills=(whole, *slots),
+        )
+
+
+def _some(experts: list[int]) -> dict[str, int | float | str]:
+    return {"range": ranges(experts), "count": len(experts)}

@@ -1,0 +1,48 @@
+"""Guarded weights of the decode matmuls in every format, and what kernels must know of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from kernel_calls import address, guarded
+from prefill_data import Stored, from_bf16, stored
+
+from hmc.codegen.spec import KernelSpec, WeightFormat
+
+__all__ = ["address_of_scale", "bound", "stored_as", "weights"]
+
+
+def weights(
+    rng: np.random.Generator,
+    weight: WeightFormat,
+    n: int,
+    k: int,
+    group: int = 128,
+    scale_bits: int = 16,
+) -> Stored:
+    """A random matrix whose weights and scales end where an unreadable page begins."""
+    found = stored(rng, weight, n, k, group)
+    scale = found.scale
+    if weight == "int4" and scale_bits == 32:
+        scale = from_bf16(scale).astype(np.float32)
+    return replace(found, data=guarded(found.data), scale=guarded(scale))
+
+
+def stored_as(spec: KernelSpec, group: int = 128, scale_bits: int = 16) -> KernelSpec:
+    """`spec` with the parameters that only int4 has."""
+    if spec.weight != "int4":
+        return spec
+    params = {**dict(spec.params), "group": group, "scale_bits": scale_bits}
+    return replace(spec, params=tuple(sorted(params.items())))
+
+
+def address_of_scale(matrix: Stored, weight: WeightFormat) -> int:
+    """0 for formats without scales."""
+    return address(matrix.scale) if weight in ("fp8", "int4") else 0
+
+
+def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """How far f32 sums of x [T, K] w [N, K] may be off: 2e-6 of the sum of magnitudes."""
+    limit: np.ndarray = 2e-6 * (np.abs(x) @ np.abs(w).T) + 1e-30
+    return limit

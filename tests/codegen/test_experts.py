@@ -1,0 +1,166 @@
+"""`experts_gate_up` and `experts_down` against float64, tokens sharing experts, any number of
+workers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from decode_data import address_of_scale, bound, stored_as, weights
+from kernel_calls import address, filled, floats, guarded, in_turn
+from prefill_data import Stored, activations, bf16, from_bf16, need
+from test_gate_up import assert_gated
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.kernels.experts import scratch_bytes
+from hmc.codegen.spec import KernelSpec, WeightFormat
+
+TOKENS, TOP_K, EXPERTS = 16, 3, 20
+FORMATS: list[tuple[WeightFormat, int, int, int]] = [
+    ("fp8", 200, 130, 0),
+    ("bf16", 64, 37, 0),
+    ("int4", 96, 64, 32),
+]
+"""Format, hidden, intermediate, group."""
+
+
+class Layer:
+    """Random experts, the address table, and the two specs."""
+
+    def __init__(self, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int) -> None:
+        self.rng = np.random.default_rng(hidden)
+        shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
+        self.experts: list[list[Stored]] = [
+            [weights(self.rng, weight, n, k, group) for n, k in shapes] for _ in range(EXPERTS)
+        ]
+        self.hidden, self.inner = hidden, inner
+        self.table = np.array(
+            [
+                [part for m in three for part in (address(m.data), address_of_scale(m, weight))]
+                for three in self.experts
+            ],
+            np.int64,
+        )
+        first = KernelSpec.of(
+            "experts_gate_up",
+            isa,
+            weight=weight,
+            out="bf16",
+            k=hidden,
+            n=inner,
+            act=0,
+            top_k=TOP_K,
+            experts=EXPERTS,
+            tokens=TOKENS,
+        )
+        second = KernelSpec.of(
+            "experts_down",
+            isa,
+            weight=weight,
+            k=inner,
+            n=hidden,
+            top_k=TOP_K,
+            experts=EXPERTS,
+            tokens=TOKENS,
+        )
+        self.first, self.second = (stored_as(spec, group) for spec in (first, second))
+
+    def values(self, part: int) -> list[np.ndarray]:
+        """One matrix of every expert in f64: 0 gate, 1 up, 2 down."""
+        return [three[part].values for three in self.experts]
+
+    def choose(self, tokens: int) -> np.ndarray:
+        """ids [tokens, TOP_K], many of them shared."""
+        ids = [
+            self.rng.permutation(EXPERTS // 2 if t % 2 else EXPERTS)[:TOP_K] for t in range(tokens)
+        ]
+        return guarded(np.array(ids, np.int32))
+
+    def gate_up(self, jit: Jit, x: np.ndarray, ids: np.ndarray, workers: int) -> np.ndarray:
+        """act [tokens * TOP_K, inner], bf16 bits."""
+        act = filled((len(x) * TOP_K, self.inner), np.uint16)
+        in_turn(
+            jit, self.first, workers, x=address(x), x_stride=x.shape[1], ids=address(ids),
+            table=address(self.table), act=address(act), tokens=len(x), scratch=0,
+        )  # fmt: skip
+        return act
+
+    def down(
+        self, jit: Jit, act: np.ndarray, ids: np.ndarray, routing: np.ndarray, workers: int
+    ) -> np.ndarray:
+        """y [tokens, hidden]."""
+        y = filled((len(ids), self.hidden + 2), np.float32)
+        scratch = guarded(np.zeros(scratch_bytes(self.second), np.uint8))
+        in_turn(
+            jit, self.second, workers, act=address(act), ids=address(ids),
+            routing=address(routing), table=address(self.table), y=address(y),
+            y_stride=self.hidden + 2, tokens=len(ids), scratch=address(scratch),
+        )  # fmt: skip
+        assert (y[:, self.hidden :] == 77).all()
+        return y[:, : self.hidden]
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS)
+def test_experts(
+    jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int
+) -> None:
+    need(isa)
+    layer = Layer(isa, weight, hidden, inner, group)
+    gate, up, down = (layer.values(part) for part in range(3))
+    for tokens, workers in [(1, 1), (1, 2), (2, 5), (5, 3), (16, 2)]:
+        x = guarded(activations(layer.rng, tokens, hidden, hidden + 3))
+        ids = layer.choose(tokens)
+        routing = floats(layer.rng, tokens, TOP_K)
+        act = layer.gate_up(jit, x, ids, workers)
+        exact_x = from_bf16(x[:, :hidden])
+        for pair, expert in enumerate(ids.reshape(-1)):
+            token = pair // TOP_K
+            assert_gated(act[pair : pair + 1], exact_x[token : token + 1], gate[expert], up[expert])
+
+        inputs = guarded(bf16(layer.rng.standard_normal(act.shape)))
+        exact_act, shares = from_bf16(inputs), routing.astype(np.float64)
+        exact = REFERENCES["experts_down"](exact_act, ids, shares, down)
+        slack = REFERENCES["experts_down"](
+            np.abs(exact_act), ids, np.abs(shares), [np.abs(one) for one in down]
+        )
+        y = layer.down(jit, inputs, ids, routing, workers)
+        assert (np.abs(y - exact) <= 3e-6 * slack).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_a_token_is_the_same_alone_and_in_a_batch(jit: Jit, isa: str) -> None:
+    need(isa)
+    layer = Layer(isa, *FORMATS[0])
+    x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
+    ids, routing = layer.choose(TOKENS), floats(layer.rng, TOKENS, TOP_K)
+    act = layer.gate_up(jit, x, ids, workers=1)
+    y = layer.down(jit, act, ids, routing, workers=1)
+    for low, high in [(0, 1), (3, 5), (7, 16), (15, 16)]:
+        part = slice(low, high)
+        some = layer.gate_up(jit, guarded(x[part]), guarded(ids[part]), workers=high)
+        np.testing.assert_array_equal(some, act[low * TOP_K : high * TOP_K])
+        again = layer.down(jit, some, guarded(ids[part]), guarded(routing[part]), workers=high)
+        np.testing.assert_array_equal(again, y[part])
+
+
+def test_repeated_experts(jit: Jit) -> None:
+    """Ids that a broken router might give: one expert in every slot."""
+    need("avx2")
+    layer = Layer("avx2", *FORMATS[1])
+    x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
+    ids = guarded(np.full((TOKENS, TOP_K), 4, np.int32))
+    act = layer.gate_up(jit, x, ids, workers=2)
+    exact = REFERENCES["experts_gate_up"](from_bf16(x), ids, layer.values(0), layer.values(1))
+    assert np.abs(from_bf16(act) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+    routing = floats(layer.rng, TOKENS, TOP_K)
+    y = layer.down(jit, act, ids, routing, workers=2)
+    wanted = REFERENCES["experts_down"](from_bf16(act), ids, routing, layer.values(2))
+    limit = (
+        bound(np.abs(from_bf16(act)), np.abs(layer.values(2)[4])).max()
+        * TOP_K
+        * np.abs(routing).max()
+    )
+    assert np.abs(y - wanted).max() <= limit

@@ -1,0 +1,147 @@
+"""`linear` against float64: every format and tier, odd sizes, exact codes, results that depend on
+nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from decode_data import address_of_scale, bound, stored_as, weights
+from kernel_calls import address, filled, floats, guarded, in_turn
+from prefill_data import Stored, activations, e4m3, from_bf16, need
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
+
+SIZES: list[tuple[WeightFormat, int, int, int]] = [
+    ("fp8", 31, 0, 0),
+    ("fp8", 200, 0, 0),
+    ("fp8", 384, 0, 0),
+    ("bf16", 7, 0, 0),
+    ("bf16", 129, 0, 0),
+    ("bf16", 256, 0, 0),
+    ("fp16", 100, 0, 0),
+    ("f32", 33, 0, 0),
+    ("int4", 64, 128, 32),
+    ("int4", 100, 32, 16),
+    ("int4", 200, 64, 16),
+    ("int4", 256, 128, 16),
+    ("int4", 384, 32, 32),
+]
+"""Format, K, group, bits of a scale."""
+
+
+def spec_of(
+    isa: str,
+    weight: WeightFormat,
+    k: int,
+    group: int = 128,
+    scale_bits: int = 16,
+    out: str = "f32",
+    tokens: int = MAX_TOKENS,
+) -> KernelSpec:
+    plain = KernelSpec.of("linear", isa, weight=weight, out=out, k=k, tokens=tokens)
+    return stored_as(plain, group, scale_bits)
+
+
+def run_linear(
+    jit: Jit,
+    spec: KernelSpec,
+    x: np.ndarray,
+    matrix: Stored,
+    bias: np.ndarray | None = None,
+    workers: int = 1,
+) -> np.ndarray:
+    """y [tokens, rows] as stored."""
+    rows = len(matrix.data)
+    y = filled((len(x), rows + 3), np.uint16 if spec.out == "bf16" else np.float32)
+    in_turn(
+        jit, spec, workers, x=address(x), x_stride=x.shape[1], w=address(matrix.data),
+        scale=address_of_scale(matrix, spec.weight), bias=address(bias), y=address(y),
+        y_stride=rows + 3, rows=rows, tokens=len(x),
+    )  # fmt: skip
+    assert (y[:, rows:] == 77).all()
+    return y[:, :rows]
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("weight", "k", "group", "bits"), SIZES)
+def test_linear(jit: Jit, isa: str, weight: WeightFormat, k: int, group: int, bits: int) -> None:
+    need(isa)
+    rng = np.random.default_rng(k)
+    spec = spec_of(isa, weight, k, group, bits)
+    for rows, tokens in [(1, 1), (3, 2), (7, 16), (130, 5), (130, 3), (257, 1), (257, 8)]:
+        matrix = weights(rng, weight, rows, k, group, bits)
+        x = guarded(activations(rng, tokens, k, k + 5))
+        bias = floats(rng, rows)
+        exact_x = from_bf16(x[:, :k])
+        exact = REFERENCES["linear"](exact_x, matrix.values, bias.astype(np.float64))
+        y = run_linear(jit, spec, x, matrix, bias, workers=2)
+        assert (np.abs(y - exact) <= bound(exact_x, matrix.values) + 1e-6 * np.abs(exact)).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_bf16_result_without_bias(jit: Jit, isa: str) -> None:
+    need(isa)
+    rng = np.random.default_rng(2)
+    matrix = weights(rng, "fp8", 530, 129)
+    x = guarded(activations(rng, 2, 129, 129))
+    exact = from_bf16(x) @ matrix.values.T
+    y = from_bf16(run_linear(jit, spec_of(isa, "fp8", 129, out="bf16"), x, matrix, workers=3))
+    assert (np.abs(y - exact) <= 2.0**-8 * np.abs(exact) + bound(from_bf16(x), matrix.values)).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
+    """One-hot activations pick single codes: finite ones must come out as they are, NaN as NaN."""
+    need(isa)
+    k = 128
+    codes = guarded(np.stack([np.arange(128), np.arange(128, 256)]).astype(np.uint8))
+    matrix = Stored(codes, guarded(np.array([[1.0]], np.float32)), e4m3(codes))
+    spec = spec_of(isa, "fp8", k)
+    finite = guarded(np.where((codes & 127) == 127, 0, codes).astype(np.uint8))
+    one_hot = np.where(np.eye(k, dtype=bool), 0x3F80, 0).astype(np.uint16)
+    plain = Stored(finite, matrix.scale, e4m3(finite))
+    y = np.concatenate(
+        [run_linear(jit, spec, guarded(one_hot[at : at + 16]), plain) for at in range(0, k, 16)]
+    )
+    np.testing.assert_array_equal(y.T, e4m3(finite))
+    assert np.isnan(run_linear(jit, spec, guarded(one_hot[:3]), matrix)).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("weight", "k"), [("fp8", 200), ("bf16", 129), ("int4", 200)])
+def test_result_is_the_tokens_own(jit: Jit, isa: str, weight: WeightFormat, k: int) -> None:
+    """The same bits alone, in any batch, and from any number of workers."""
+    need(isa)
+    rng = np.random.default_rng(5)
+    spec = spec_of(isa, weight, k, group=64)
+    matrix = weights(rng, weight, 150, k, 64)
+    x = guarded(activations(rng, 16, k, k))
+    whole = run_linear(jit, spec, x, matrix)
+    for tokens in range(1, 16):
+        part = run_linear(jit, spec, guarded(x[16 - tokens :]), matrix, workers=tokens)
+        np.testing.assert_array_equal(part, whole[16 - tokens :])
+
+
+def test_instructions(jit: Jit) -> None:
+    """Each tier uses what it has, and nothing it has not."""
+    text = {
+        (isa, weight): jit.assembly(spec_of(isa, weight, 256, tokens=1))
+        for isa in TIERS
+        for weight in ("fp8", "int4")
+    }
+    best = text["avx512_bf16", "fp8"]
+    assert "vdpbf16ps" in best
+    assert "vpermi2b" in best or "vpermt2b" in best
+    assert "vpternlog" in best
+    assert "vpunpcklbw" in best and "vpunpckhbw" in best
+    assert "vdpbf16ps" in text["avx512_bf16", "int4"] and "vpermw" in text["avx512_bf16", "int4"]
+    for weight in ("fp8", "int4"):
+        assert "vdpbf16ps" not in text["avx512", weight]
+        assert "zmm" in text["avx512", weight] and "vfmadd" in text["avx512", weight]
+        assert "zmm" not in text["avx2", weight] and "vfmadd" in text["avx2", weight]
+    for isa in ("avx512", "avx2"):
+        assert "vcvtph2ps" in text[isa, "fp8"]

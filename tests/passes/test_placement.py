@@ -1,0 +1,252 @@
+"""Placement: the solver against brute force and the linear bound, budgets, profiles, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.fx
+from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for, with_memory
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmc.compiler import compile as compile_plan
+from hmc.errors import CapacityError, UsageError
+from hmc.passes import PIPELINE, Context, expert_placement, run_pipeline
+from hmc.passes.context import Budget, stored_bytes
+from hmc.passes.profile import RoutingCounts, RoutingProfile
+from hmc.passes.solver import Item, solve
+from hmc.plan import Plan
+from hmc.verify import expert_ranges
+
+EXPERT = 3 * (7168 * 2048 + 4 * 56 * 16)
+"""Bytes of a DeepSeek-V3 expert: three FP8 matrices with a float a block of 128 x 128."""
+
+items = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=7
+)
+
+
+def _items(values: list[tuple[int, int, int]], gpus: int) -> list[Item]:
+    return [
+        Item(index, 0, size, (float(one), float(two))[:gpus])
+        for index, (size, one, two) in enumerate(values)
+    ]
+
+
+def _brute_force(things: list[Item], budgets: tuple[int, ...]) -> float:
+    best = 0.0
+    for homes in itertools.product(range(-1, len(budgets)), repeat=len(things)):
+        used = [0] * len(budgets)
+        gain = 0.0
+        for item, home in zip(things, homes, strict=True):
+            if home >= 0:
+                used[home] += item.bytes
+                gain += item.gains[home]
+        if all(use <= budget for use, budget in zip(used, budgets, strict=True)):
+            best = max(best, gain)
+    return best
+
+
+@settings(max_examples=120, deadline=None)
+@given(items, st.lists(st.integers(0, 25), min_size=1, max_size=2))
+def test_small_instances_equal_brute_force(
+    values: list[tuple[int, int, int]], budgets: list[int]
+) -> None:
+    things = _items(values, len(budgets))
+    result = solve(things, budgets)
+    assert result.gain == pytest.approx(_brute_force(things, tuple(budgets)))
+    assert result.gain <= result.bound + 1e-9
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), max_size=80),
+    st.lists(st.integers(0, 600), min_size=1, max_size=4),
+)
+def test_budgets_hold_and_every_item_has_one_home(
+    values: list[tuple[int, float]], budgets: list[int]
+) -> None:
+    things = [Item(i, 0, size, (gain,) * len(budgets)) for i, (size, gain) in enumerate(values)]
+    result = solve(things, budgets)
+    assert len(result.homes) == len(things)
+    for gpu, budget in enumerate(budgets):
+        used = sum(
+            item.bytes for item, home in zip(things, result.homes, strict=True) if home == gpu
+        )
+        assert used <= budget
+    assert result.gain <= result.bound + 1e-9
+
+
+@pytest.mark.parametrize("gigabytes", [24, 32, 80])
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_deepseek_is_within_a_percent_of_the_linear_bound(gigabytes: int, skew: float) -> None:
+    budget = int((gigabytes - 17.3) * 1e9)  # beside attention, shared experts and norms
+    chances = [(1 + expert) ** -skew for expert in range(256)]
+    scale = 8 / sum(chances)
+    things = [
+        Item(layer, expert, EXPERT, (40e-6 * chances[expert] * scale,))
+        for layer in range(58)
+        for expert in range(256)
+    ]
+    result = solve(things, (budget,))
+    whole, part = divmod(budget, EXPERT)
+    gains = sorted((item.gains[0] for item in things), reverse=True)
+    bound = sum(gains[:whole]) + (gains[whole] * part / EXPERT if whole < len(gains) else 0.0)
+    assert result.bound == pytest.approx(bound)
+    assert 0.99 * bound <= result.gain <= bound * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("machine", [ONE, TWO])
+@pytest.mark.parametrize("gigabytes", [16, 24, 32, 80, 200])
+def test_no_device_holds_more_than_its_memory(machine: str, gigabytes: int) -> None:
+    target = with_memory(named(machine), gigabytes * 10**9)
+    plan = compile_plan(CONFIGS / "deepseek-v3", machine=target, dummy_weights=True, layers=8)
+    totals: dict[str, int] = {}
+    for item in plan.ledger:
+        totals[item.device] = totals.get(item.device, 0) + item.bytes
+    for device, total in totals.items():
+        assert total <= target.memory_of(device), device
+    for placement in plan.placement:
+        everyone = sorted(e for text in placement.tiers.values() for e in expert_ranges(text))
+        assert everyone == list(range(256))
+    if gigabytes == 200:
+        assert {tier for p in plan.placement for tier in p.tiers} == {"gpu0"}
+        assert not plan.switches  # nothing to stream, nothing to swap with
+
+
+def test_resident_experts_fill_layers_one_after_another() -> None:
+    plan = plan_for("deepseek-v3", TWO)
+    mixed = [p.layer for p in plan.placement if len(p.tiers) > 1]
+    assert len(mixed) <= 2
+    assert any("host" not in p.tiers for p in plan.placement)
+
+
+def test_a_plan_without_gpu_has_two_phases_on_the_cpu() -> None:
+    plan = plan_for("deepseek-v3", "laptop")
+    assert [phase.name for phase in plan.phases] == ["prefill.host", "decode"]
+    assert {step.resource for phase in plan.phases for step in phase.steps} == {"cpu"}
+    assert not any(step.waits or step.signal >= 0 for p in plan.phases for step in p.steps)
+    assert not plan.switches
+    assert {item.device for item in plan.ledger} == {"host"}
+
+
+def test_gpus_without_rates_are_left_alone_with_a_reason() -> None:
+    machine = named(ONE)
+    gpus = tuple(gpu.model_copy(update={"rates": None}) for gpu in machine.gpus)
+    target = machine.model_copy(update={"gpus": gpus})
+    plan = compile_plan(CONFIGS / "deepseek-v3", machine=target, dummy_weights=True, layers=4)
+    assert len(plan.phases) == 2
+    (why,) = [d.reason for d in plan.decisions if d.subject == "GPUs"]
+    assert "without rates" in why
+
+
+def test_a_gpu_too_small_for_attention_is_left_alone_with_a_reason() -> None:
+    target = with_memory(named(ONE), 2 * 10**9)
+    plan = compile_plan(CONFIGS / "deepseek-v3", machine=target, dummy_weights=True, layers=8)
+    assert {step.resource for phase in plan.phases for step in phase.steps} == {"cpu"}
+    (why,) = [d.reason for d in plan.decisions if d.subject == "GPUs"]
+    assert "attention, shared experts and norms take" in why
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_context": 163_840, "vram": 12},
+            r"memory of gpu0 binds: .*163840 tokens.*what would lift it: a larger --vram or"
+            r" --max-context \d+ or a GPU with \d+ GB",
+        ),
+        ({"concurrency": 64}, r"memory of gpu0 binds: .*64 x 32768.*--concurrency \d+"),
+        ({"slo": "ttft=2s@32k"}, r"ttft 2 s at 32768 tokens is out of reach.*binds.*a prompt of"),
+        (
+            {"slo": "tps=500"},
+            r"500 tokens/s at context 1024.*binds \(decode\); what would lift it: \w",
+        ),
+    ],
+)
+def test_infeasible_goals_name_the_limit_and_the_way_out(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CapacityError, match=message):
+        compile_plan(
+            CONFIGS / "deepseek-v3",
+            machine=ONE,
+            dummy_weights=True,
+            layers=24 if "slo" not in options else 8,
+            **options,
+        )
+
+
+def test_goals_that_are_met_stand_in_the_plan() -> None:
+    plan = plan_for("deepseek-v3", ONE, slo="ttft=30s@32k,tps=20")  # type: ignore[arg-type]
+    assert plan.goals.ttft_prompt == 32_768
+    assert plan.goals.tokens_per_second == 20
+
+
+def _counts(hot: range, layers: range) -> RoutingCounts:
+    return RoutingCounts(
+        tokens=1000,
+        counts={
+            layer: tuple(900 if e in hot else 900 * 3 // 8 for e in range(16)) for layer in layers
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("held_out", "choice"), [(range(4), "pinned"), (range(4, 8), "not pinned")]
+)
+def test_pins_are_made_where_the_held_out_part_agrees(
+    held_out: range,
+    choice: str,
+    lowering: Callable[..., tuple[torch.fx.GraphModule, Context]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph, context = lowering("deepseek_v3")
+    layers = [n.meta["hmc"].layer for n in graph.graph.nodes if n.meta["hmc"].kind == "experts"]
+    span = range(min(layers), max(layers) + 1)
+    size = context.info.experts
+    assert size == 16
+    context.options = type(context.options)(
+        profile=RoutingProfile(learn=_counts(range(4), span), held_out=_counts(held_out, span))
+    )
+    run_pipeline(PIPELINE[:3], graph, context)
+    routed = [n.meta["hmc"] for n in graph.graph.nodes if n.meta["hmc"].kind == "experts"]
+    expert = sum(stored_bytes(context.source(weight)[0]) for weight in routed[0].weights)
+    room = 4 * len(routed) * expert  # for four experts of each layer
+    budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024)
+    monkeypatch.setattr(expert_placement, "divide", lambda graph, context: budget)
+    context.machine = named(ONE)
+    PIPELINE[3].run(graph, context)
+    hot = {p.tiers["gpu0"] for p in context.placement if "gpu0" in p.tiers}
+    assert (hot == {"0-3"}) is (choice == "pinned")
+    (decision,) = [d for d in context.decisions if "routing profile" in d.subject]
+    assert decision.choice.startswith(choice)
+    assert "held-out" in decision.reason and "learned" in decision.reason
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
+    part = {"tokens": 10, "counts": {"3": [1] * 16}}
+    path = tmp_path / "routing.json"
+    path.write_text(json.dumps({"learn": part, "held_out": part}))
+    with pytest.raises(UsageError, match="layer 3 has 16 counts, the model 256 experts"):
+        compile_plan(
+            CONFIGS / "deepseek-v3",
+            machine=ONE,
+            dummy_weights=True,
+            layers=5,
+            routing_profile=path,
+        )
+
+
+def test_hybrid_plans_are_deterministic(tmp_path: Path) -> None:
+    one = plan_for("deepseek-v3", TWO)
+    two: Plan = compile_plan(CONFIGS / "deepseek-v3", machine=TWO, dummy_weights=True, layers=6)
+    one.save(tmp_path / "a.hmp")
+    two.save(tmp_path / "b.hmp")
+    assert (tmp_path / "a.hmp").read_bytes() == (tmp_path / "b.hmp").read_bytes()
+    assert Plan.load(tmp_path / "a.hmp") == one

@@ -1,0 +1,117 @@
+"""Arenas and lowering: rows do not collide, hazards are seen through columns and shared bytes,
+programs are reused.
+"""
+
+import numpy as np
+import pytest
+import torch
+
+import hmc
+from hmc.errors import ExecutionError
+from hmc.plan import Buffer, Operand, Phase, Step
+from hmc.runtime.arena import Arena
+from hmc.runtime.program import Program
+
+
+def operand(name, width, column=0):
+    return Operand(buffer=name, column=column, width=width)
+
+
+def phase():
+    """wide, bytes [0, 160) of a token, shares with late [64, 96), slim [160, 176) with nobody."""
+    buffers = (
+        Buffer(name="ids", dtype="i32", width=1, offset=-1),
+        Buffer(name="logits", dtype="f32", width=5, offset=-1),
+        Buffer(name="wide", dtype="f32", width=40, offset=0),
+        Buffer(name="late", dtype="bf16", width=16, offset=64),
+        Buffer(name="slim", dtype="f32", width=4, offset=160),
+    )
+    steps = (
+        Step(
+            id=0,
+            op="rotary",
+            layer=0,
+            resource="cpu",
+            inputs={"x": operand("wide", 8, 16)},
+            outputs={"x": operand("wide", 8, 16)},
+        ),
+    )
+    return Phase(name="p", max_tokens=7, activation_bytes=176, buffers=buffers, steps=steps)
+
+
+@pytest.fixture
+def arena():
+    arena = Arena(phase())
+    yield arena
+    arena.close()
+
+
+def test_rows_are_one_width_apart_and_buffers_apart(arena):
+    wide, slim = operand("wide", 40), operand("slim", 4)
+    assert arena.stride(wide) == 40
+    assert arena.address(operand("wide", 8, 16)) == arena.address(wide) + 64
+    assert arena.packed(wide)
+    assert not arena.packed(operand("wide", 8, 16))
+    arena.tensor(wide, 7).fill_(1)
+    arena.tensor(slim, 7).fill_(2)
+    part = arena.tensor(operand("wide", 8, 16), 3)
+    part.fill_(3)
+    expected = torch.ones(7, 40)
+    expected[:3, 16:24] = 3
+    assert torch.equal(arena.tensor(wide, 7), expected)
+    assert torch.equal(arena.tensor(slim, 7), torch.full((7, 4), 2.0))
+
+
+def test_hazards_know_columns_and_shared_bytes(arena):
+    middle, left = operand("wide", 8, 16), operand("wide", 16)
+    assert not arena.touched(middle) & arena.touched(left)
+    assert arena.touched(middle) < arena.touched(operand("wide", 40))
+    late = operand("late", 16)
+    assert arena.touched(middle) <= arena.overwritten(late)
+    assert arena.touched(late) <= arena.overwritten(middle)
+    assert not arena.overwritten(late) & arena.touched(operand("slim", 4))
+
+
+def test_workspaces_are_shared_by_name_and_size(arena):
+    assert arena.workspace("act", 100) == arena.workspace("act", 100)
+    assert arena.workspace("act", 100) != arena.workspace("other", 100)
+    assert arena.logits.shape == (7, 5)
+    arena.inputs("ids")[:] = 4
+    assert arena.inputs("ids").tolist() == [4] * 7
+
+
+def test_a_decode_step_is_two_native_programs(checkpoint):
+    """One call for the layers and one for the wanted rows; a barrier between a write and its
+    reader.
+    """
+    plan = hmc.compile(checkpoint("deepseek_v3", "fp8"), max_context=64)
+    with hmc.Engine(plan) as engine:
+        decode = engine.executor.phases["decode"]
+        layers, rows = decode.programs
+        assert isinstance(layers, Program)
+        assert [kernel.spec.op for kernel in rows.kernels] == ["gather_rows", "norm", "linear"]
+        assert rows.barriers == 2
+        assert 0 < layers.barriers < len(layers)
+        for number in (0, 17):
+            tokens = np.zeros(number, np.int32)
+            with pytest.raises(ExecutionError, match=r"takes 1\.\.16 tokens"):
+                decode.run(tokens, tokens, tokens, tokens)
+
+
+def test_prefill_without_wanted_rows_reads_no_output_weights(checkpoint):
+    plan = hmc.compile(checkpoint("qwen3_moe", "bf16"), max_context=128, max_chunk=32)
+    with hmc.Engine(plan) as engine:
+        run, asked = engine.executor, []
+        prefill = run.phases["prefill.host"]
+        plain = prefill._run
+        prefill._run = lambda segment, count, call: (
+            asked.append((segment.per_row, count)),
+            plain(segment, count, call),
+        )
+        sequence = run.open()
+        ids = np.arange(3, 73, dtype=np.int32)
+        shapes = [logits.shape for logits in run.prefill(sequence, ids)]
+        run.release(sequence)
+        assert shapes == [(0, 503), (0, 503), (1, 503)]
+        assert {count for per_row, count in asked if not per_row} == {23, 24}
+        assert [count for per_row, count in asked if per_row] == [1]

@@ -1,0 +1,167 @@
+"""Formulas of the cost model against enumeration and closed forms."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hybrid_plans import ONE, named, plan_for, with_rate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hmc.cost import (
+    Call,
+    CostModel,
+    attended,
+    distinct_experts,
+    distinct_of_profile,
+    gemv_rate,
+    gqa_flops,
+    kv_bytes,
+    mla_flops,
+)
+from hmc.errors import MachineError
+from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.plan import Plan, Step
+
+MLA = {"heads": 128, "nope": 128, "rope": 64, "v_dim": 128, "rank": 512}
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "tokens"), [(4, 2, 1), (4, 2, 2), (5, 2, 3), (6, 3, 2)]
+)
+def test_distinct_experts_is_the_mean_over_all_choices(
+    experts: int, top_k: int, tokens: int
+) -> None:
+    choices = list(itertools.combinations(range(experts), top_k))
+    total = sum(len(set().union(*each)) for each in itertools.product(choices, repeat=tokens))
+    assert distinct_experts(experts, top_k, tokens) == pytest.approx(total / len(choices) ** tokens)
+
+
+def test_distinct_experts_of_deepseek() -> None:
+    found = [round(distinct_experts(256, 8, tokens), 2) for tokens in (1, 2, 3)]
+    assert found == [8.0, 15.75, 23.26]
+    assert distinct_experts(256, 8, 4, 128) == pytest.approx(distinct_experts(256, 8, 4) / 2)
+
+
+@given(st.integers(1, 40), st.integers(1, 64))
+def test_an_even_profile_is_even_routing(tokens: int, experts: int) -> None:
+    even = distinct_of_profile([2 / (experts + 2)] * experts, tokens)
+    assert even == pytest.approx(distinct_experts(experts + 2, 2, tokens, experts))
+
+
+@given(st.integers(1, 30), st.integers(0, 50), st.integers(1, 4))
+def test_attended_counts_query_key_pairs(own: int, context: int, sequences: int) -> None:
+    pairs = sequences * sum(context + position + 1 for position in range(own))
+    assert attended(own * sequences, context, sequences) == pairs
+
+
+def test_prefill_attention_of_deepseek_is_2_5e6_n_squared() -> None:
+    tokens = 20_480
+    flops = 61 * mla_flops(MLA, attended(tokens, 0), tokens, tokens)
+    assert flops == pytest.approx(2.5e6 * tokens**2, rel=0.01)
+
+
+def test_latent_attention_takes_the_cheaper_form() -> None:
+    decode = mla_flops(MLA, attended(1, 32_768), 1, 32_769)
+    assert decode == 2.0 * 128 * (2 * 512 + 64) * 32_769  # absorbed
+    prefill = mla_flops(MLA, attended(4096, 0), 4096, 4096)
+    assert prefill == 2.0 * 128 * 320 * attended(4096, 0)  # expanded, nothing lifted twice
+
+
+def test_plain_attention_and_cache_bytes() -> None:
+    assert gqa_flops(32, 128, 128, 100) == 2 * 32 * 256 * 100
+    assert kv_bytes(576, 32_768, 1) == 1152 * 32_769
+    assert kv_bytes(576, 100, 4, 4) == 1152 * (4 * 100 + 4)
+
+
+def _rates(*points: tuple[str, int, float]) -> CpuRates:
+    def rate(value: float) -> Rate:
+        return Rate(value=value, kind="assumed", source="test")
+
+    return CpuRates(
+        read=(rate(1e11),),
+        gemv=tuple(GemvRate(format=f, tokens=t, rate=rate(v)) for f, t, v in points),
+        dot=rate(1e12),
+        attend=rate(1e12),
+        record=rate(1e-6),
+    )
+
+
+def test_gemv_rates_lie_between_the_measured_points() -> None:
+    rates = _rates(("fp8", 8, 50.0), ("fp8", 1, 100.0), ("bf16", 1, 7.0))
+    assert [gemv_rate(rates, "fp8", tokens) for tokens in (1, 4.5, 8, 99)] == [100, 75, 50, 50]
+    with pytest.raises(MachineError, match="no gemv rate for int4"):
+        gemv_rate(rates, "int4", 1)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_for("deepseek-v3", ONE, 10, vram=30)
+
+
+def _experts(plan: Plan, phase: str) -> Step:
+    """The last one: its layer is on the host as a whole."""
+    steps = plan.phase(phase).steps
+    return [s for s in steps if s.op == "experts" and s.resource == "cpu"][-1]
+
+
+def test_experts_on_the_cpu_cost_bytes_and_barriers(plan: Plan) -> None:
+    model = CostModel(plan)
+    step = _experts(plan, "decode")
+    cost = model.step(plan.phase("decode"), step, Call(1, 128))
+    size = 44_050_944
+    rates = plan.machine.rates
+    assert rates is not None and rates.expert is not None and rates.handoff is not None
+    fixed = 8 * rates.expert.value + 2 * rates.record.value + rates.handoff.value
+    assert cost.bound == "weights"
+    assert cost.seconds == pytest.approx(8 * size / 9.47e11 + fixed, rel=1e-3)
+    assert cost.flops["fp8"] == pytest.approx(8 * 2 * 3 * 7168 * 2048)
+    many = model.step(plan.phase("prefill.host"), _experts(plan, "prefill.host"), Call(512))
+    assert many.bound == "compute"
+
+
+def test_parts_of_a_layer_add_up(plan: Plan) -> None:
+    """Resident and host experts of a mixed layer together do the layer's FLOPs."""
+    phase, model = plan.phase("decode"), CostModel(plan)
+    mixed = [p.layer for p in plan.placement if len(p.tiers) > 1]
+    assert mixed
+    steps = [s for s in phase.steps if s.op == "experts" and s.layer == mixed[0]]
+    flops = sum(model.step(phase, step, Call(3, 10, 3)).flops["fp8"] for step in steps)
+    assert flops == pytest.approx(3 * 8 * 2 * 3 * 7168 * 2048)
+
+
+def test_a_profile_shifts_work_to_where_the_hot_experts_are(plan: Plan) -> None:
+    phase, model = plan.phase("decode"), CostModel(plan)
+    layer = next(p.layer for p in plan.placement if len(p.tiers) > 1)
+    steps = {s.resource: s for s in phase.steps if s.op == "experts" and s.layer == layer}
+    first = int(str(steps["gpu0"].attrs["range"]).partition("-")[0])
+    hot = [0.0] * 256
+    hot[first] = 1.0
+    call = Call(1, 10, 1, {layer: hot})
+    assert model.step(phase, steps["cpu"], call).flops["fp8"] == 0
+    assert model.step(phase, steps["gpu0"], call).flops["fp8"] == 2 * 3 * 7168 * 2048
+
+
+def test_a_slower_machine_is_slower(plan: Plan) -> None:
+    slow = CostModel(plan, with_rate(named(ONE), expert=1e-3))
+    step = _experts(plan, "decode")
+    call = Call(1, 128)
+    phase = plan.phase("decode")
+    assert slow.step(phase, step, call).seconds > 8e-3
+    assert math.isfinite(CostModel(plan).step(phase, step, call).seconds)
+
+
+def test_a_machine_without_rates_predicts_nothing(plan: Plan) -> None:
+    bare = plan.machine.model_copy(update={"rates": None})
+    with pytest.raises(MachineError, match="declares no rates"):
+        CostModel(plan, bare)
+
+
+def test_a_machine_without_the_plans_gpu_is_refused(plan: Plan) -> None:
+    model = CostModel(plan, named("laptop"))
+    phase = plan.phase("decode")
+    step = next(step for step in phase.steps if step.resource == "gpu0")
+    with pytest.raises(MachineError, match="has no gpu0"):
+        model.step(phase, step, Call(1))

@@ -1,0 +1,65 @@
+"""Named machines, and machine files with rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hybrid_plans import ONE, TWO
+
+from hmc.codegen.isa import best_isa
+from hmc.detect import load_machine, named_machines
+from hmc.errors import MachineError, UsageError
+from hmc.machine import Machine
+
+NAMES = ("desktop-rtx4090", ONE, TWO, "laptop", "server-h200")
+
+
+def test_the_named_machines_are_there() -> None:
+    assert named_machines() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_named_machine_is_whole(name: str) -> None:
+    machine = load_machine(name)
+    assert machine.name == name
+    assert machine.rates is not None
+    assert all(gpu.rates for gpu in machine.gpus)
+    assert machine.hybrid is bool(machine.gpus)
+    assert sum(node.memory_bytes for node in machine.nodes) == machine.memory_bytes
+    assert len(machine.rates.read) == len(machine.nodes)
+    assert sum(len(node.cpus) for node in machine.nodes) == machine.cores
+    assert {point.format for point in machine.rates.gemv} == {"fp8", "bf16", "int4"}
+    assert best_isa(frozenset(machine.flags)).name == "avx512_bf16"
+    assert Machine.model_validate_json(machine.model_dump_json()) == machine
+
+
+def test_every_fitted_rate_says_to_what() -> None:
+    machine = load_machine(TWO)
+    sides = [machine.rates, *(gpu.rates for gpu in machine.gpus)]
+    for side in sides:
+        for value in vars(side).values():
+            if getattr(value, "kind", "") == "fitted":
+                assert value.fitted_to
+            assert getattr(value, "source", "x")
+
+
+def test_a_machine_file_and_its_faults(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(load_machine("laptop").model_dump_json())
+    assert load_machine(str(path)) == load_machine("laptop")
+    path.write_text(path.read_text().replace('"value":85000000000.0', '"value":-1'))
+    with pytest.raises(MachineError, match=r"rates\.read\.0\.value"):
+        load_machine(str(path))
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=f"desktop-rtx4090, {ONE}, {TWO}, laptop, server-h200"):
+        load_machine("nonesuch")
+
+
+def test_memory_of_a_device() -> None:
+    machine = load_machine(TWO)
+    assert machine.memory_of("gpu1") == machine.gpus[1].memory_bytes
+    with pytest.raises(KeyError, match="no device gpu2"):
+        machine.memory_of("gpu2")

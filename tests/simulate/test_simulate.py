@@ -1,0 +1,216 @@
+"""The simulator: exact timelines, choice of phases, goals, the command line, published figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+from click.testing import CliRunner
+from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for
+
+from hmc.cli import cli
+from hmc.cost import Call, Cost, CostModel
+from hmc.errors import ContextLengthError, HmcError, UsageError
+from hmc.plan import Goals, Phase, Step
+from hmc.simulate import parse_goals, simulate
+from hmc.simulate.paper import MODELS, rows
+from hmc.simulate.predict import chosen, critical_path, dag, run_decode, run_prefill
+from hmc.timeline import host_prefill, result_seconds, run, schedule
+
+
+def _step(number: int, resource: str, waits: tuple[int, ...] = (), signal: int = -1) -> Step:
+    return Step(
+        id=number,
+        op="linear",
+        layer=0,
+        resource=resource,
+        inputs={},
+        outputs={},
+        waits=waits,
+        signal=signal,
+    )
+
+
+def _phase(*steps: Step) -> Phase:
+    return Phase(name="p", max_tokens=1, activation_bytes=0, buffers=(), steps=steps)
+
+
+def test_a_timeline_is_exact() -> None:
+    phase = _phase(
+        _step(0, "h2d0", signal=0),
+        _step(1, "gpu0", (0,), 1),
+        _step(2, "h2d0"),
+        _step(3, "cpu", (1,), 2),
+        _step(4, "gpu0", (2,)),
+    )
+    seconds = dict(enumerate((3.0, 2.0, 4.0, 5.0, 1.0)))
+    timeline = schedule(phase, lambda step: Cost(seconds[step.id], "test"))
+    assert timeline.start == (0, 3, 3, 5, 10)
+    assert timeline.finish == (3, 5, 7, 10, 11)
+    assert timeline.cause == (-1, 0, 0, 1, 3)
+    assert timeline.busy == {"h2d0": 7, "gpu0": 3, "cpu": 5}
+    assert timeline.seconds == 11
+    assert critical_path(phase, timeline) == [
+        ("cpu linear (test)", 5.0),
+        ("gpu0 linear (test)", 3.0),
+        ("h2d0 linear (test)", 3.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("machine", "phase"), [(ONE, "decode"), (TWO, "prefill.stream"), (ONE, "decode.dual")]
+)
+def test_the_critical_path_is_the_time_to_the_result(machine: str, phase: str) -> None:
+    plan = plan_for("deepseek-v3", machine, 10 if machine == ONE else 8, vram=18)
+    found = plan.phase(phase)
+    timeline = run(found, Call(2, 100, 2), CostModel(plan))
+    graph = dag(found, timeline)
+    assert networkx.is_directed_acyclic_graph(graph)
+    length = networkx.dag_longest_path_length(graph)
+    assert length == pytest.approx(result_seconds(found, timeline))
+
+
+def test_chunks_are_those_of_the_runtime() -> None:
+    phase = _phase().model_copy(update={"max_tokens": 512})
+    assert [
+        (c.tokens, c.context)
+        for c in host_prefill(phase, 1025, CostModel(plan_for("deepseek-v3", "laptop")))
+    ] == [(341, 0), (342, 341), (342, 683)]
+
+
+def test_decode_on_a_cpu_is_bytes_over_bandwidth() -> None:
+    plan = plan_for("deepseek-v3", "laptop", 4)
+    found = simulate(plan, prompt=16, context=16)
+    read = sum(step.weight_bytes for step in plan.phase("decode").steps)
+    assert found.decode.seconds == pytest.approx(read / 7.6e10, rel=0.1)
+    assert found.decode.utilisation["cpu"] == pytest.approx(1.0)
+    assert found.prefill.phase == "prefill.host"
+
+
+def test_more_context_and_more_sequences_take_longer() -> None:
+    plan = plan_for("deepseek-v3", ONE, 10, vram=18)
+    model = CostModel(plan)
+    times = [run_decode(plan, model, context, 1).seconds for context in (128, 8192, 32_768)]
+    assert times == sorted(times) and times[0] < times[2]
+    batches = [run_decode(plan, model, 1024, batch, "decode").seconds for batch in (1, 2, 4, 8)]
+    assert batches == sorted(batches)
+    prompts = [run_prefill(plan, model, tokens).seconds for tokens in (100, 1000, 8192, 32_768)]
+    assert prompts == sorted(prompts)
+
+
+def test_phases_are_chosen_by_the_plans_switches() -> None:
+    plan = plan_for("deepseek-v3", ONE, 10, vram=18)
+    point = next(s.tokens for s in plan.switches if s.phase == "prefill.stream")
+    assert chosen(plan, "prefill", point - 1) == "prefill.host"
+    assert chosen(plan, "prefill", point) == "prefill.stream"
+    assert simulate(plan, prompt=point).prefill.phase == "prefill.stream"
+    assert chosen(plan, "decode", 1) == "decode"
+
+
+@pytest.mark.parametrize(
+    ("load", "error"),
+    [
+        ({"prompt": 0}, UsageError),
+        ({"batch": 17}, UsageError),
+        ({"prompt": 1 << 20}, ContextLengthError),
+    ],
+)
+def test_loads_a_plan_cannot_take_are_refused(load: dict[str, int], error: type[HmcError]) -> None:
+    with pytest.raises(error):
+        simulate(plan_for("deepseek-v3", ONE, 10, vram=18), **load)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "goals"),
+    [
+        ("ttft=30s@32k,tps=20", (30.0, 32_768, 20.0, 1024)),
+        ("ttft=1500ms@100", (1.5, 100, 0.0, 0)),
+        ("tps=7.5@4K", (0.0, 0, 7.5, 4096)),
+        ("", (0.0, 0, 0.0, 0)),
+    ],
+)
+def test_goals_are_read(text: str, goals: tuple[float, int, float, int]) -> None:
+    found = parse_goals(text)
+    assert goals == (
+        found.ttft_seconds,
+        found.ttft_prompt,
+        found.tokens_per_second,
+        found.tokens_context,
+    )
+
+
+@pytest.mark.parametrize("text", ["ttft=30s", "tps=fast", "20", "ttft=30s@32k;tps=20"])
+def test_goals_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="write goals as"):
+        parse_goals(text)
+
+
+def test_verdicts() -> None:
+    plan = plan_for("deepseek-v3", ONE, 10, vram=18)
+    goals = Goals(ttft_seconds=100, ttft_prompt=4096, tokens_per_second=1e6, tokens_context=64)
+    found = simulate(plan.model_copy(update={"goals": goals}), prompt=64)
+    assert [verdict.met for verdict in found.verdicts] == [True, False]
+
+
+def _invoke(*arguments: str) -> Any:
+    result = CliRunner().invoke(cli, ["simulate", *arguments, "--json"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_the_command_takes_a_config_or_a_plan(tmp_path: Path) -> None:
+    found = _invoke(
+        *(str(CONFIGS / "qwen3-30b-a3b-fp8"), "--machine", "desktop-rtx4090", "--prompt", "2048"),
+        *("--slo", "ttft=30s@2k,tps=20"),
+    )
+    assert found["ttft_s"] > 0
+    assert found["prefill_tokens_per_second"] == pytest.approx(2048 / found["ttft_s"])
+    assert found["decode_tokens_per_second"] == pytest.approx(1 / found["tpot_s"])
+    assert [each["met"] for each in found["slo"]] == [True, True]
+    assert found["too_large_for"] == []
+    plan = plan_for("deepseek-v3", ONE, 10, vram=18)
+    plan.save(tmp_path / "a.hmp")
+    two = _invoke(str(tmp_path / "a.hmp"), "--prompt", "1000", "--context", "64", "--batch", "2")
+    assert two["batch"] == 2
+    assert set(two["decode"]["utilisation"]) == {"cpu", "gpu0", "h2d0", "d2h0"}
+    assert two["prefill"]["critical_path"]
+
+
+def test_the_command_says_when_a_model_does_not_fit() -> None:
+    found = _invoke(str(CONFIGS / "deepseek-v3"), "--machine", "laptop", "--prompt", "64")
+    assert found["too_large_for"] == ["host"]
+
+
+def test_text_output_names_what_binds(tmp_path: Path) -> None:
+    plan_for("deepseek-v3", ONE, 10, vram=18).save(tmp_path / "a.hmp")
+    result = CliRunner().invoke(cli, ["simulate", str(tmp_path / "a.hmp")], catch_exceptions=False)
+    assert result.exit_code == 0
+    for word in ("time to first token", "Utilisation", "Critical path", "cpu experts"):
+        assert word in result.stdout
+
+
+def test_published_figures_are_within_five_per_cent() -> None:
+    found = {row.metric: row for row in rows()}
+    assert {row.kind for row in found.values()} == {"calibrated", "independent"}
+    wrong = {name: row.error for name, row in found.items() if abs(row.error) > 0.05}
+    assert not wrong
+    for name in ("prefill.45k.2gpu", "decode.kimi-k2", "ring.kimi-k2", "decode.int4.128k"):
+        assert found[name].kind == "independent"
+    assert found["prefill.20k.1gpu"].kind == "calibrated"
+
+
+def test_the_models_of_the_figures_are_the_bundled_ones() -> None:
+    for path in sorted(MODELS.glob("*.json")):
+        assert json.loads(path.read_text()) == json.loads(
+            (CONFIGS / path.stem / "config.json").read_text()
+        )
+
+
+def test_a_plan_of_all_layers_stays_small(tmp_path: Path) -> None:
+    plan = plan_for("kimi-k2", TWO, 0)
+    plan.save(tmp_path / "kimi.hmp")
+    assert (tmp_path / "kimi.hmp").stat().st_size < 1 << 20
+    assert plan.machine == named(TWO)
