@@ -88,7 +88,7 @@ def decode_columns(
 
     def block(start: Value, count: int) -> None:
         vectors = [weights_f32(e, weight, row, start, count)[0] for row in rows]
-        for k, column in enumerate(_transpose(e, vectors)):
+        for k, column in enumerate(transpose(e, vectors)):
             if k >= count:
                 column = e.zeros(F32, lanes)
             elif factor is not None:
@@ -103,7 +103,7 @@ def decode_columns(
         block(const(whole), end - whole)
 
 
-def _transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
+def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
     """n vectors of n lanes (a power of two) transposed: butterflies at distance 1, 2, 4, ..."""
     count = len(vectors)
     distance = 1

@@ -153,6 +153,13 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         " scale~ scratch*"
     ),
     "attention_join": _args("positions* y* y_stride tokens scratch*"),
+    # The same for many tokens of one sequence (prefill), at positions[0], positions[0] + 1, ...,
+    # after kv_append; sequence[0] is its row of `tables`; no window. scratch:
+    # `prefill_attention_scratch_bytes(spec)` of kernels/prefill_attention.py for every worker.
+    "attention_prefill": _args(
+        "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
+        " scale~ scratch*"
+    ),
     # Multi-head latent attention, absorbed: q f32 [tokens, heads, nope + rope] (rope part rotated
     # already), latent f32 rows [rank] (normed), k_rope f32 rows [rope] (rotated), cache bf16
     # [blocks, block, rank + rope], kv_b [heads * (nope + v_dim), rank] in `weight` format.

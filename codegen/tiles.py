@@ -88,8 +88,8 @@ class Tiles:
         """out[t * out_stride + row - start] = x[t] . w[row] in f32, for rows [start, stop) and t <
         `tokens`.
 
-        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; `start` is a
-        multiple of `rows`.
+        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; the caller reads
+        `following` (i8*) next.
         """
         e.b.call(
             e.module.globals["matvec"],

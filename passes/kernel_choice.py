@@ -131,7 +131,7 @@ def _attention(node: NodeMeta, phase: str, target: Target) -> Chosen:
     sizes["block"] = target.kv_block
     append = _spec("kv_append", target, sizes)
     if phase == PREFILL:
-        return [append, "torch:sdpa"]
+        return [append, _spec("attention_prefill", target, sizes, out="bf16")]
     return [
         append,
         _spec("attention", target, sizes, out="bf16"),

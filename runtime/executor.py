@@ -8,7 +8,7 @@ at a time; a scheduler may keep several open and decode them together.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from hmc.codegen.isa import TIERS, require
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.detect import available_bytes, memory_limit
-from hmc.errors import CapacityError, ContextLengthError, ExecutionError
+from hmc.errors import CapacityError, ContextLengthError, ExecutionError, MachineError
 from hmc.plan import Plan
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
 from hmc.runtime.tables import Tables
+from hmc.runtime.trace import Recorder
 from hmc.runtime.weights import Home, Progress, WeightStore
 
 Logits = npt.NDArray[np.float32]
@@ -55,6 +56,7 @@ class Executor:
         """
         self.plan = plan
         require(plan.isa)
+        _require_cpu_steps(plan)
         check_memory(plan, dummy_weights or home == "arena")
         with ExitStack() as stack:
             build((spec_of(kernel) for kernel in plan.kernels.values()), progress)
@@ -144,6 +146,19 @@ class Executor:
             sequence.length += 1
         return logits
 
+    @contextmanager
+    def recorded(self) -> Iterator[Recorder]:
+        """Stamp everything that runs in the `with` block."""
+        self._check()
+        recorder = Recorder(self.pool)
+        for phase in self.phases.values():
+            phase.recorder = recorder
+        try:
+            yield recorder
+        finally:
+            for phase in self.phases.values():
+                phase.recorder = None
+
     def close(self) -> None:
         """Stop the workers and free weights, cache and buffers; a second call does nothing."""
         self._open = False
@@ -160,6 +175,18 @@ class Executor:
                 f"{total} tokens exceed the plan's context of {limit}: shorten the prompt or"
                 " compile with a larger --max-context"
             )
+
+
+def _require_cpu_steps(plan: Plan) -> None:
+    """Raise `MachineError` when a phase that is to run here computes on anything but the CPU."""
+    for phase in plan.phases:
+        for step in phase.steps:
+            if step.resource != "cpu":
+                raise MachineError(
+                    f"the plan is for {plan.machine.name}: phase {phase.name} computes on"
+                    f" {step.resource}, and this version runs CPU plans only; compile with"
+                    " --machine auto on the machine that is to run it"
+                )
 
 
 def check_memory(plan: Plan, own_weights: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.pool import Pool
 from hmc.runtime.program import Program, ProgramBuilder
 from hmc.runtime.tables import Tables
+from hmc.runtime.trace import Recorder
 from hmc.runtime.weights import WeightStore
 
 
@@ -147,6 +149,7 @@ class LoweredPhase:
         self._keys = {key for step in lowering.phase.steps for key in step.kernels}
         self._pool = pool
         self.ran = False
+        self.recorder: Recorder | None = None
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -197,14 +200,21 @@ class LoweredPhase:
         return self.arena.logits[: len(rows)]
 
     def _run(self, segment: _Segment, count: int, call: Call) -> None:
-        if not isinstance(segment.work, Program):
-            segment.work(call)
+        work = segment.work
+        if not isinstance(work, Program):
+            if self.recorder is None:
+                work(call)
+            else:
+                self.recorder.call(self.name, partial(work, call), work.__name__)
             return
         if segment.tokens != count:
             segment.tokens = -1  # Ctrl-C may strike between the two lines that follow
-            segment.work.patch_all(tokens=count)
+            work.patch_all(tokens=count)
             segment.tokens = count
-        self._pool.run(segment.work.records)
+        if self.recorder is None:
+            self._pool.run(work.records)
+        else:
+            self.recorder.run(self.name, work.records)
 
 
 def spec_of(kernel: Kernel) -> KernelSpec:

@@ -18,8 +18,9 @@ from hmc.codegen.kernels.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.grouped import grouped_scratch_bytes
 from hmc.codegen.kernels.mla import mla_scratch_bytes
+from hmc.codegen.kernels.prefill_attention import prefill_attention_scratch_bytes
 from hmc.plan import Operand, Step
-from hmc.runtime.attention import Latent, Past, grouped_query, latent
+from hmc.runtime.attention import Latent, Past, latent
 from hmc.runtime.lowering import Call, Lowering, OpFunction
 
 
@@ -173,23 +174,18 @@ def _attention(low: Lowering, step: Step) -> None:
         **paged,
         **_at(low, k=k, v=v),
     )
-    if "torch:sdpa" in step.kernels:
-        heads, window = int(step.attrs["kv_heads"]), int(step.attrs["window"])
-        keys, values = (low.kv.tensor(step.layer, part, heads) for part in (0, 1))
-
-        def attend(call: Call) -> None:
-            queries, result = (low.arena.tensor(x, call.tokens) for x in (q, y))
-            grouped_query(
-                queries,
-                keys,
-                values,
-                _past(call),
-                result,
-                scale=scale,
-                window=window,
-            )
-
-        low.python(attend)
+    if spec := specs.get("attention_prefill"):
+        low.add(
+            step,
+            spec,
+            reads=[q, positions, cache],
+            writes=[y],
+            scale=scale,
+            scratch=_private(low, spec.op, prefill_attention_scratch_bytes(spec)),
+            **caches,
+            **paged,
+            **_at(low, q=q, y=y),
+        )
         return
     spec = specs["attention"]
     size = attention_scratch_bytes(spec, low.arena.max_tokens, low.plan.limits.max_context)

@@ -69,7 +69,8 @@ class Pool:
         self._call = _CALL(jit.get(KernelSpec.of("pool_call", isa.name)).address)
         self._lock = threading.Lock()
         self._broken = ""
-        self.tsc_hz = tsc_hz(jit.get(KernelSpec.of("read_tsc", isa.name)))
+        self._read_tsc = jit.get(KernelSpec.of("read_tsc", isa.name))
+        self.tsc_hz = tsc_hz(self._read_tsc)
         shared = len(set(self.cpus)) < self.workers
         self._control = _Control(self.workers)
         words = self._control.words
@@ -123,6 +124,11 @@ class Pool:
     def seconds(self, trace: np.ndarray) -> float:
         """From the first worker's first stamp to the last worker's last."""
         return float(trace[-1, :, 1].max() - trace[0, :, 0].min()) / self.tsc_hz
+
+    def clock(self) -> tuple[int, int]:
+        """One moment as (ticks of a trace, CLOCK_MONOTONIC nanoseconds)."""
+        ticks, nanoseconds = _clock_pair(self._read_tsc)
+        return ticks, round(nanoseconds)
 
     def close(self) -> None:
         """End the workers; a running program is finished first."""

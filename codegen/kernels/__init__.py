@@ -17,6 +17,7 @@ from hmc.codegen.kernels import (
     mla,
     norm,
     peak,
+    prefill_attention,
     rotary,
     route,
     stream,
@@ -70,6 +71,6 @@ REFERENCES |= {
 }
 
 # What lies between the matmuls.
-for _module in (embed, norm, rotary, attention, mla, route, argmax):
+for _module in (embed, norm, rotary, attention, prefill_attention, mla, route, argmax):
     EMITTERS |= _module.EMITTERS
     REFERENCES |= _module.REFERENCES

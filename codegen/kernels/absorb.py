@@ -19,6 +19,7 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 from hmc.codegen.vector import lanes_mask, resize
 from hmc.codegen.weights import row_bytes, weights_f32
+from hmc.errors import KernelError
 
 Array = NDArray[Any]
 
@@ -169,7 +170,7 @@ class _Nest:
         block: Value,
         width: int,
     ) -> None:
-        e, b = self.e, self.e.b
+        e, b, spec = self.e, self.e.b, self.e.spec
         tokens = e.arg["tokens"]
         self._scale_queries(head, d, row, len(lines), block)
         column = b.mul(block, const(_BLOCK))
@@ -181,6 +182,11 @@ class _Nest:
 
         def strip(index: Value, valid: int) -> None:
             weights = [self.unit.load(e, line, index, valid) for line in lines]
+            if spec.weight == "int4":
+                weights = [
+                    self._grouped(vectors, b.add(row, const(j)), index)
+                    for j, vectors in enumerate(weights)
+                ]
             with e.for_range(0, tokens) as token:
                 at = b.add(b.mul(token, const(self.padded)), index)
                 places = [b.add(at, const(v * self.unit.lanes)) for v in range(len(weights[0]))]
@@ -201,6 +207,20 @@ class _Nest:
                 strip(b.add(column, offset), self.unit.size)
         if whole < width:
             strip(b.add(column, const(whole)), width - whole)
+
+    def _grouped(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
+        """int4 weights times their group's scale; a unit never straddles groups."""
+        e, b, group = self.e, self.e.b, self.e.spec["group"]
+        if group % self.unit.size:
+            raise KernelError(f"int4 groups of {group} columns: units are {self.unit.size} wide")
+        across = const(-(-self.rank // group))
+        at = b.add(b.mul(row, across), b.udiv(index, const(group)))
+        if e.spec["scale_bits"] == 16:
+            scale = e.bf16_to_f32(e.load(e.arg["scale"], at, I16))
+        else:
+            scale = e.load(e.arg["scale"], at, F32)
+        spread = e.splat(scale, self.unit.lanes)
+        return [b.fmul(vector, spread) for vector in vectors]
 
     def _scale_queries(self, head: Value, d: Value, row: Value, rows: int, block: Value) -> None:
         """factors[t][j] = q[t, head, d + j] times the scale of that row in `block`."""

@@ -30,7 +30,6 @@ from hmc.errors import ContextLengthError, ExecutionError, UsageError
 from hmc.plan import Phase, Plan
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import Sequence as CacheSequence
-from hmc.runtime.pool import Pool
 from hmc.runtime.sampler import Sampler, SamplingParams
 
 _WARM_STEPS = 4
@@ -199,14 +198,15 @@ class ModelBench:
     def _steps(self, sequence: CacheSequence, tokens: int) -> _Steps:
         ids = self._ids(tokens)
         sampler = Sampler(SamplingParams())  # greedy
-        with _traced(self._executor, "decode") as recorder:
+        with self._executor.recorded() as recorder:
             start = time.perf_counter()
             for index in range(tokens):
                 logits = self._executor.decode([sequence], ids[index : index + 1])
                 sampler.sample(logits[0])  # takes its time; what comes next is random all the same
             seconds = time.perf_counter() - start
         _check(logits)
-        return recorder.steps(seconds)
+        by_step = recorder.by_step()
+        return _Steps(seconds, recorder.native_seconds(), sum(by_step.values()), by_step)
 
     def _warm(self) -> None:
         """Read what prompts and steps read, so that no measured one maps pages or compiles."""
@@ -275,43 +275,6 @@ class _Steps:
     native: float
     kernels: float
     by_step: dict[int, float]
-
-
-class _Recorder:
-    """Stands in for the pool of a phase: runs every program with time stamps and keeps them."""
-
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
-        self._seen: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
-
-    def run(self, records: npt.NDArray[np.int64]) -> None:
-        """As `Pool.run`."""
-        trace = np.empty((len(records), self._pool.workers, 2), np.int64)
-        self._pool.run(records, trace)
-        self._seen.append((records, trace))
-
-    def steps(self, seconds: float) -> _Steps:
-        """What was seen during `seconds`."""
-        by_step: dict[int, float] = defaultdict(float)
-        native = 0.0
-        for records, trace in self._seen:
-            native += self._pool.seconds(trace)
-            inside = (trace[:, :, 1] - trace[:, :, 0]).mean(axis=1) / self._pool.tsc_hz
-            for tag, each in zip(records[:, 3].tolist(), inside.tolist(), strict=True):
-                by_step[tag] += each
-        return _Steps(seconds, native, sum(by_step.values()), dict(by_step))
-
-
-@contextmanager
-def _traced(executor: Executor, phase: str) -> Iterator[_Recorder]:
-    """A recorder between a lowered phase and its pool."""
-    lowered = executor.phases[phase]
-    recorder = _Recorder(executor.pool)
-    lowered._pool = recorder  # type: ignore[assignment]
-    try:
-        yield recorder
-    finally:
-        lowered._pool = executor.pool
 
 
 def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> tuple[OpShare, ...]:

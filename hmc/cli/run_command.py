@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.output import JSON, print_json, progress
+from hmc.cli.output import JSON, print_json, progress, write_beside
 from hmc.errors import UsageError
 from hmc.plan import Plan
 
@@ -52,6 +53,9 @@ Prompt = str | list[int] | list[dict[str, Any]]
 )
 @click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
 @click.option(
+    "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of every step."
+)
+@click.option(
     "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
 )
 @JSON
@@ -65,6 +69,7 @@ def command(
     checkpoint: str | None,
     threads: int | None,
     dummy_weights: bool,
+    trace: str | None,
     as_json: bool,
     stop: tuple[str, ...],
     **sampling: Any,
@@ -90,8 +95,24 @@ def command(
         if talk:
             _talk(engine, system, arguments)
             return
-        for each in waiting:
-            _answer(engine, each, arguments, as_json, many=prompts is not None)
+        with _tracing(engine, trace):
+            for each in waiting:
+                _answer(engine, each, arguments, as_json, many=prompts is not None)
+
+
+@contextmanager
+def _tracing(engine: Engine, path: str | None) -> Iterator[None]:
+    """Write what runs in the `with` block to `path` as a Chrome trace; nothing when it is None."""
+    if path is None:
+        yield
+        return
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"--trace {path}: its folder does not exist")
+    from hmc.runtime.trace import chrome_trace
+
+    with engine.executor.recorded() as recorder:
+        yield
+    write_beside(path, json.dumps(chrome_trace(engine.plan, recorder)))
 
 
 def _prompts(

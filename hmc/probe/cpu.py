@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from statistics import median
 
 import numpy as np
 import torch
 
-from hmc.bench.kernels import Case, KernelBench, Row
+from hmc.bench.kernels import DECODE_OPS, PREFILL_OPS, Case, KernelBench, Row
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -77,40 +78,59 @@ def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | Non
 
 
 def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
+    """What the rows say, in the unit of each. Rates drift by half within minutes on shared
+    machines, so each pass counts relative to the reference before and after it, times the median of
+    all references: the rates of one file belong together.
+    """
+    memory = median(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+    peak = median(r for row in rows if row.case.op in PREFILL_OPS for r in row.compared.references)
     prefill = []
     for row in rows:
-        case, values = row.case, row.compared.values
+        case = row.case
         detail = f"{case.format} {case.shape}, {case.tokens} token(s)"
         if case.op == "linear":
-            yield Measurement("gemv", "B/s", values, detail)
+            yield Measurement("gemv", "B/s", _scaled(row, memory), detail)
         elif case.op == "experts":
-            yield Measurement("experts in decode", "B/s", values, detail)
+            yield Measurement("experts in decode", "B/s", _scaled(row, memory), detail)
         else:
+            values = _scaled(row, peak)
             prefill.append(Measurement(f"{case.op} in prefill", "FLOP/s", values, detail))
     yield from prefill
-    medians = tuple(each.median for each in prefill)
-    yield Measurement("dot", "FLOP/s", medians, "prefill matmuls, median of the forms above")
-    if (extra := _expert_extra(rows)) is not None:
+    yield Measurement(
+        "dot", "FLOP/s", tuple(each.median for each in prefill), "prefill matmuls as above"
+    )
+    if (extra := _expert_extra(rows, memory)) is not None:
         yield extra
 
 
-def _expert_extra(rows: Sequence[Row]) -> Measurement | None:
+def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
+    """Streaming reads of all cores between the passes of the decode kernels, bytes/s."""
+    return tuple(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+
+
+def _scaled(row: Row, reference: float) -> tuple[float, ...]:
+    """Each pass over its neighbouring references, times `reference`."""
+    found = row.compared
+    around = zip(found.values, found.references, found.references[1:], strict=False)
+    return tuple(2 * value / (before + after) * reference for value, before, after in around)
+
+
+def _expert_extra(rows: Sequence[Row], memory: float) -> Measurement | None:
     """Seconds of a routed expert beyond its bytes at the gemv rate, at each shape; None where the
     noise is larger."""
     gemv = {
-        r.case.format: r.compared.value
-        for r in rows
-        if r.case.op == "linear" and r.case.tokens == 1
+        row.case.format: median(_scaled(row, memory))
+        for row in rows
+        if row.case.op == "linear" and row.case.tokens == 1
     }
     extras = []
     for row in rows:
         if row.case.op == "experts":
             size = sum(shape.bytes for shape in row.case.matrices)
-            extras.append(size / row.compared.value - size / gemv[row.case.format])
-    good = tuple(each for each in extras if each > 0)
-    if not good:
+            extras.append(size / median(_scaled(row, memory)) - size / gemv[row.case.format])
+    if not all(each > 0 for each in extras):
         return None
-    return Measurement("expert", "s", good, "a routed expert beyond its bytes")
+    return Measurement("expert", "s", tuple(extras), "a routed expert beyond its bytes")
 
 
 # -- the pool --------------------------------------------------------------------------------------

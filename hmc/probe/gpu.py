@@ -2,7 +2,8 @@
 matmuls, attention, launches. Hides streams and events.
 
 Timed by the host's clock between two waits for the device (copies that overlap: by the events of
-their stream), so passes are long. The same code runs on PyTorch's CPU device, which is how it is tested without a GPU.
+their stream), so passes are long. The same code runs on PyTorch's CPU device: so it is tested
+without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _FP8_CAPABILITY = (8, 9)
 
 
 def probe_gpus(effort: Effort) -> tuple[tuple[Gpu, ...], list[Measurement]]:
-    """Every GPU that PyTorch finds, with its rates, and all that was measured; none without CUDA."""
+    """Every GPU that PyTorch finds, with its rates, and all that was measured."""
     if not torch.cuda.is_available():
         return (), []
     gpus, found = [], []
@@ -174,7 +175,7 @@ class Device:
         return str(self.device)
 
     def _stream(self) -> Any:
-        return torch.cuda.Stream(self.device) if self._cuda else None
+        return torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def _on(self, stream: Any, work: Callable[[], object]) -> None:
         with torch.cuda.stream(stream) if self._cuda else nullcontext():
@@ -204,7 +205,7 @@ class Device:
         rates = []
         for _ in range(self._effort.passes + 1):
             self._wait()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, stop = _event(), _event()
             start.record(stream)
             work()
             stop.record(stream)
@@ -235,6 +236,10 @@ def links(effort: Effort) -> list[Measurement]:
         Measurement("link", "B/s", large, "copies from GPU 0 to GPU 1, as PyTorch does them"),
         Measurement("link_latency", "s", tuple(seconds(4096)), "a copy of 4 kB, GPU 0 to GPU 1"),
     ]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _has_fp8(number: int) -> bool:

@@ -26,7 +26,7 @@ class Effort:
 
 
 FULL = Effort(9, 640, 0, (1, 2, 4, 8, 16), 1, 256 << 20)
-QUICK = Effort(3, 160, 256, (1, 4), 4, 64 << 20)
+QUICK = Effort(5, 320, 512, (1, 4), 8, 64 << 20)
 
 
 @dataclass(frozen=True)

@@ -153,6 +153,21 @@ def test_run_ids_prompts_chat_and_stdin(
     assert run("run", plan, "-n", 2)[0] == 0
 
 
+def test_run_writes_a_chrome_trace(plan: Path, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    assert run("run", plan, "--ids", "5,6,7", "-n", 4, "--trace", path)[0] == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["cat"] for event in spans} == {"prefill.host", "decode"}
+    assert {"experts", "linear", "attention"} <= {event["name"] for event in spans}
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in spans)
+    decode = [event for event in spans if event["cat"] == "decode" and event["tid"] == 0]
+    starts = [event["ts"] for event in decode]
+    assert starts == sorted(starts)
+    code, _, err = run("run", plan, "--ids", "5", "-n", 1, "--trace", tmp_path / "no" / "t.json")
+    assert_one_line(code, err, 2, "folder does not exist")
+
+
 def test_a_model_without_tokenizer_runs_by_ids(copy: Path, tmp_path: Path, run: Run) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
@@ -236,6 +251,13 @@ def test_run_refuses_a_machine_without_the_isa(
     monkeypatch.setattr("hmc.codegen.isa.cpu_flags", lambda: frozenset({"avx2"}))
     code, _, err = run("run", plan, "-p", "x")
     assert_one_line(code, err, 5, "lacks")
+
+
+def test_run_refuses_a_plan_for_a_gpu(model: Path, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "gpu.hmp"
+    assert run("compile", model, "-o", path, "--machine", "epyc9355-rtx5090")[0] == 0
+    code, _, err = run("run", path, "--ids", "1")
+    assert_one_line(code, err, 5, "epyc9355-rtx5090", "CPU plans only")
 
 
 def test_run_refuses_too_little_memory(

@@ -1,0 +1,215 @@
+"""Operands of a unit of prefill attention: packing queries, keys and values, writing results.
+
+Rows of a unit are (token, head of the group), token by token. Rows past the last repeat it, so that
+every lane computes something and writing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+
+from hmc.codegen.interleave import transpose
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.kernels.attend_scores import round_bf16
+from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, POSITION, SUM, Form
+from hmc.codegen.vector import for_strips, fsplat, isplat, load_part, store_f32, store_part
+
+
+class Unit:
+    """`count` tokens from `first` on against the cache rows of `kv_head`; `past` positions lie
+    before token 0.
+    """
+
+    def __init__(
+        self,
+        e: Emitter,
+        form: Form,
+        scratch: Value,
+        table: Value,
+        past: Value,
+        first: Value,
+        count: Value,
+        kv_head: Value,
+    ) -> None:
+        b = e.b
+        self.e, self.form = e, form
+        self.scratch, self._kv_head, self._first = scratch, kv_head, first
+        self._table = b.bitcast(table, I8.as_pointer())
+        self._position = b.add(past, first)
+        self.end = b.add(self._position, count)
+        self._rows = b.mul(count, const(form.group))
+        self.panels = b.udiv(b.add(self._rows, const(form.panel - 1)), const(form.panel))
+
+    def first_position(self, panel: Value) -> Value:
+        """Least position of a panel's rows."""
+        row = self.e.b.mul(panel, const(self.form.panel))
+        return self._position_of(row)
+
+    def last_position(self, panel: Value) -> Value:
+        """Largest position of a panel's rows."""
+        b = self.e.b
+        return self._position_of(b.add(b.mul(panel, const(self.form.panel)), const(self.form.panel - 1)))
+
+    def _position_of(self, row: Value) -> Value:
+        b = self.e.b
+        row = self.e.minimum(row, b.sub(self._rows, const(1)))
+        return b.add(self._position, b.udiv(row, const(self.form.group)))
+
+    def _part(self, name: str, index: Value, words: int) -> Value:
+        """Address of piece `index`, of `words` words, of a part of the scratch."""
+        e, b = self.e, self.e.b
+        offset = b.add(const(self.form.offsets[name]), b.mul(index, const(4 * words)))
+        return e.offset(self.scratch, offset)
+
+    # -- queries -----------------------------------------------------------------------------------
+
+    def _row_index(self, panel: Value, vector: Value, lane: int) -> tuple[Value, Value]:
+        """Token and head of a row."""
+        b, form = self.e.b, self.form
+        row = b.add(b.mul(panel, const(form.panel)), b.mul(vector, const(form.lanes)))
+        row = self.e.minimum(b.add(row, const(lane)), b.sub(self._rows, const(1)))
+        token = b.add(self._first, b.udiv(row, const(form.group)))
+        head = b.add(b.mul(self._kv_head, const(form.group)), b.urem(row, const(form.group)))
+        return token, head
+
+    def pack_queries(self) -> None:
+        """queries[panel][term][key step][row], scaled; panels' states before the first tile."""
+        e, b, form = self.e, self.e.b, self.form
+        scale = b.fmul(e.arg["scale"], F32(math.log2(math.e)))
+        factor = e.splat(scale, form.step * form.lanes)
+        square = form.step * form.lanes
+        with e.for_range(0, self.panels) as panel:
+            state = self._part("states", panel, form.state_words)
+            results = self._part("results", panel, form.result_words)
+            with e.for_range(0, const(form.result_words), form.lanes) as index:
+                e.store(e.zeros(F32, form.lanes), results, index, align=4)
+            with e.for_range(0, form.vectors) as vector:
+                rows = []
+                positions: Value = ir.Constant(vec(I32, form.lanes), ir.Undefined)
+                for lane in range(form.lanes):
+                    token, head = self._row_index(panel, vector, lane)
+                    index = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(form.key)))
+                    rows.append(e.at(e.arg["q"], index, F32))
+                    position = b.sub(b.add(self._position, token), self._first)
+                    positions = b.insert_element(positions, b.trunc(position, I32), I32(lane))
+                at = b.mul(vector, const(form.lanes))
+                fields = {
+                    POSITION: positions,
+                    MAXIMUM: fsplat(LOWEST, form.lanes),
+                    SUM: e.zeros(F32, form.lanes),
+                }
+                for field, value in fields.items():
+                    e.store(value, state, b.add(at, const(field * form.panel)), align=4)
+                queries = self._part("queries", panel, form.query_words)
+
+                def pack(start: Value, size: int, way: int) -> None:
+                    loaded = [load_part(e, row, start, F32, size, square) for row in rows]
+                    values = [b.fmul(value, factor) for value in loaded]
+                    for term in range(form.terms):
+                        if form.dot:
+                            bits = [round_bf16(e, value) for value in values]
+                            words = [b.bitcast(part, vec(I32, form.lanes)) for part in bits]
+                            values = [
+                                b.fsub(value, e.bf16_to_f32(part))
+                                for value, part in zip(values, bits, strict=True)
+                            ]
+                        else:
+                            words = values
+                        step = b.add(b.mul(b.udiv(start, const(form.step)), const(form.panel)), at)
+                        for index, column in enumerate(transpose(e, words)):
+                            offset = const(term * form.term_words + index * form.panel)
+                            e.store(column, queries, b.add(step, offset), align=4)
+
+                for_strips(e, form.key, square, pack)
+
+    # -- keys and values ---------------------------------------------------------------------------
+
+    def _cache_row(self, position: Value) -> Value:
+        """Row of the cache, counted over blocks, heads and slots."""
+        e, b, form = self.e, self.e.b, self.form
+        number = b.sext(e.load(self._table, b.udiv(position, const(form.block)), I32), I64)
+        row = b.add(b.mul(number, const(form.kv_heads)), self._kv_head)
+        return b.add(b.mul(row, const(form.block)), b.urem(position, const(form.block)))
+
+    def pack_keys(self, start: Value) -> None:
+        """Keys and values of the positions from `start` on that the unit sees, up to a tile.
+
+        keys[position][key step]; values[position][dimension], in the dot form pairs of positions,
+        0 for a second one that the unit does not see.
+        """
+        e, b, form = self.e, self.e.b, self.form
+        keys = self._part("keys", const(0), 0)
+        values = self._part("values", const(0), 0)
+        stop = e.minimum(self.end, b.add(start, const(form.keys)))
+        word = I32 if form.dot else F32
+        lanes = form.lanes
+        with e.for_range(start, stop) as position:
+            row = self._cache_row(position)
+            source = e.at(e.arg["k_cache"], b.mul(row, const(form.key)), I16)
+            target = e.at(keys, b.mul(b.sub(position, start), const(form.key_words)), word)
+
+            def copy(index: Value, count: int, way: int) -> None:
+                if form.dot:
+                    part = load_part(e, source, index, I16, count, 2 * lanes)
+                    store_part(e, part, target, index, count)
+                else:
+                    part = load_part(e, source, index, I16, count, lanes)
+                    store_part(e, e.bf16_to_f32(part), target, index, count)
+
+            for_strips(e, form.key, form.step * lanes, copy, 2)
+        with e.for_range(start, stop, form.step) as position:
+            pair = [self._cache_row(position)]
+            if form.dot:
+                second = b.add(position, const(1))
+                is_seen = b.icmp_signed("<", second, stop)
+                pair.append(self._cache_row(b.select(is_seen, second, position)))
+                high = e.splat(b.select(is_seen, I32(0xFFFF0000), I32(0)), lanes)
+            rows = [e.at(e.arg["v_cache"], b.mul(row, const(form.value)), I16) for row in pair]
+            at = b.mul(b.udiv(b.sub(position, start), const(form.step)), const(form.value))
+            into = e.at(values, at, word)
+
+            def mix(index: Value, count: int, way: int) -> None:
+                parts = [load_part(e, row, index, I16, count, lanes) for row in rows]
+                if form.dot:
+                    low, top = (b.zext(part, vec(I32, lanes)) for part in parts)
+                    top = b.and_(b.shl(top, isplat(16, lanes)), high)
+                    store_part(e, b.or_(low, top), into, index, count)
+                else:
+                    store_part(e, e.bf16_to_f32(parts[0]), into, index, count)
+
+            for_strips(e, form.value, lanes, mix, 2)
+
+    # -- results -----------------------------------------------------------------------------------
+
+    def write_results(self) -> None:
+        """y bf16 = results / sums, row by row."""
+        e, b, form = self.e, self.e.b, self.form
+        lanes = form.lanes
+        with (
+            e.for_range(0, self.panels) as panel,
+            e.for_range(0, form.vectors) as vector,
+        ):
+            state = self._part("states", panel, form.state_words)
+            results = self._part("results", panel, form.result_words)
+            at = b.mul(vector, const(lanes))
+            total = e.load_vec(state, b.add(at, const(SUM * form.panel)), F32, lanes, align=4)
+            share = b.fdiv(fsplat(1.0, lanes), total)
+            rows = []
+            for lane in range(lanes):
+                token, head = self._row_index(panel, vector, lane)
+                index = b.add(b.mul(token, e.arg["y_stride"]), b.mul(head, const(form.value)))
+                rows.append(e.at(e.arg["y"], index, I16))
+
+            def write(start: Value, count: int, way: int) -> None:
+                base = b.add(b.mul(start, const(form.panel)), at)
+                columns: list[Value] = [e.zeros(F32, lanes)] * lanes
+                for index in range(count):
+                    place = b.add(base, const(index * form.panel))
+                    value = e.load_vec(results, place, F32, lanes, align=4)
+                    columns[index] = b.fmul(value, share)
+                for row, values in zip(rows, transpose(e, columns), strict=True):
+                    store_f32(e, "bf16", values, row, start, count)
+
+            for_strips(e, form.value, lanes, write)

@@ -1,0 +1,119 @@
+"""A plan in memory: what it answers greedily and how fast it is; and two plans taking turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.bench.compare import Compared, interleave
+from hmc.plan import Plan
+from hmc.runtime.executor import Executor
+from hmc.runtime.kv import Sequence
+
+_PROMPTS = (5, 23, 130)
+_ANSWER = 16
+
+
+class Runner:
+    """One plan ready to run; a context manager. `tokens` are decoded behind `context` others, and
+    prompts of `prompt` tokens are taken; all clipped to the plan's context.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoint: str = "",
+        *,
+        dummy_weights: bool = False,
+        prompt: int = 512,
+        context: int = 128,
+        tokens: int = 16,
+    ) -> None:
+        """Raises what `Executor` raises."""
+        self.plan = plan
+        limit = plan.limits.max_context
+        self._prompt = min(prompt, limit)
+        self._tokens = min(tokens, max(1, limit // 2))
+        self._context = min(context, limit - self._tokens)
+        directory = Path(checkpoint or plan.checkpoint.path)
+        self._executor = Executor(plan, directory, dummy_weights=dummy_weights)
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything."""
+        self._executor.close()
+
+    @property
+    def loads(self) -> tuple[int, int]:
+        """Prompt tokens of `prefill_rate`; context in the middle of `decode_rate`."""
+        return self._prompt, self._context + self._tokens // 2
+
+    def greedy(self) -> list[list[int]]:
+        """Greedy continuations of a few prompts of random ids, the same for every plan."""
+        answers = []
+        room = self.plan.limits.max_context
+        for number, length in enumerate(_PROMPTS):
+            ids = self._ids(max(1, min(length, room - _ANSWER)), seed=number)
+            with self._sequence() as sequence:
+                *_, logits = self._executor.prefill(sequence, ids)
+                answer = [int(np.argmax(logits[-1]))]
+                for _ in range(min(_ANSWER, room - len(ids)) - 1):
+                    last = np.array(answer[-1:], np.int32)
+                    answer.append(int(np.argmax(self._executor.decode([sequence], last)[0])))
+            answers.append(answer)
+        return answers
+
+    def decode_rate(self) -> float:
+        """Tokens a second of one sequence."""
+        ids = self._ids(self._context + self._tokens, seed=7)
+        with self._sequence() as sequence:
+            if self._context:
+                for _ in self._executor.prefill(sequence, ids[: self._context]):
+                    pass
+            start = time.perf_counter()
+            for index in range(self._tokens):
+                at = self._context + index
+                self._executor.decode([sequence], ids[at : at + 1])
+            return self._tokens / (time.perf_counter() - start)
+
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        ids = self._ids(self._prompt, seed=8)
+        with self._sequence() as sequence:
+            start = time.perf_counter()
+            for _ in self._executor.prefill(sequence, ids):
+                pass
+            return self._prompt / (time.perf_counter() - start)
+
+    def rate(self, kind: str) -> float:
+        """The rate of a kind, "decode" or "prefill"."""
+        return self.decode_rate() if kind == "decode" else self.prefill_rate()
+
+    @contextmanager
+    def _sequence(self) -> Iterator[Sequence]:
+        sequence = self._executor.open()
+        try:
+            yield sequence
+        finally:
+            self._executor.release(sequence)
+
+    def _ids(self, count: int, seed: int) -> npt.NDArray[np.int32]:
+        random = np.random.default_rng(seed)
+        return random.integers(0, self.plan.model.vocab, count, np.int32)
+
+
+def compare(new: Runner, old: Runner, kind: str, repetitions: int) -> Compared:
+    """The new plan's rates, each between two of the old one's; both warmed up first."""
+    old.rate(kind)
+    new.rate(kind)
+    return interleave(lambda: new.rate(kind), lambda: old.rate(kind), repetitions, kind)

@@ -1,0 +1,206 @@
+"""Experts pinned to a device by hand. A plan's schedules follow its placement, so the passes run
+again on the plan's own checkpoint and machine, with the placement given instead of solved; hides
+that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch.fx
+
+from hmc import models
+from hmc.checkpoint import Checkpoint
+from hmc.errors import CapacityError, PlanMismatchError, UsageError
+from hmc.passes import PIPELINE, Context, Options, run_pipeline
+from hmc.passes.context import ranges
+from hmc.passes.expert_placement import ExpertPlacement
+from hmc.plan import LayerPlacement, Plan
+from hmc.trace import trace
+from hmc.verify import expert_ranges
+
+_FORM = re.compile(r"layers\.(?P<layers>[\d,-]+)\.experts\.(?P<experts>\*|[\d,-]+)=(?P<tier>\w+)")
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Experts of some layers (`experts` empty: all of them) on one tier, "host" or "gpu<n>"."""
+
+    text: str
+    layers: tuple[int, ...]
+    experts: tuple[int, ...]
+    tier: str
+
+
+def parse_pin(text: str) -> Pin:
+    """`layers.3-10.experts.0-31=gpu0`; experts may be `*`. `UsageError` for another form."""
+    match = _FORM.fullmatch(text)
+    if match is None:
+        raise UsageError(f"--pin {text}: write layers.3-10.experts.0-31=gpu0 (or experts.*)")
+    experts = () if match["experts"] == "*" else tuple(_numbers(text, match["experts"]))
+    return Pin(text, tuple(_numbers(text, match["layers"])), experts, match["tier"])
+
+
+def place(plan: Plan, pins: Sequence[Pin], checkpoint: str = "") -> Plan:
+    """The plan with `pins` applied one after the other to its placement, and schedules, ledger and
+    switch-over points to match; tile choices stay. `checkpoint` is where the model is if not where
+    the plan says.
+
+    Raises `UsageError` for layers, experts or tiers that are not there, `CapacityError` when a GPU
+    cannot hold what is pinned to it, `PlanMismatchError` for another checkpoint.
+    """
+    wanted = pinned(plan, pins)
+    source = checkpoint or plan.checkpoint.path
+    dummy = plan.checkpoint.dummy
+    found = Checkpoint.from_config(source) if dummy else Checkpoint.open(source)
+    if found.config.sha256 != plan.checkpoint.config_sha256:
+        raise PlanMismatchError(f"{source}: its config.json is not the one the plan was made for")
+    values = {**found.config.values, "num_hidden_layers": plan.model.layers}
+    found = replace(found, config=replace(found.config, values=values))
+    block = plan.kv.block
+    spare = block * (plan.limits.max_batch - 1)
+    per_sequence = -(-plan.limits.max_context // block) * block
+    context = Context(
+        checkpoint=found,
+        info=plan.model,
+        machine=plan.machine,
+        isa=plan.isa,
+        options=Options(
+            max_context=plan.limits.max_context,
+            max_chunk=plan.limits.max_chunk,
+            max_batch=plan.limits.max_batch,
+            threads=plan.threads,
+            kv_block=block,
+            concurrency=max(1, (plan.kv.capacity_tokens - spare) // per_sequence),
+        ),
+    )
+    pipeline = tuple(
+        _Given(wanted) if isinstance(each, ExpertPlacement) else each for each in PIPELINE
+    )
+    run_pipeline(pipeline, trace(models.load(found.config).module), context)
+    assert context.plan is not None
+    return _with_choices(plan, context.plan)
+
+
+def pinned(plan: Plan, pins: Sequence[Pin]) -> tuple[LayerPlacement, ...]:
+    """The plan's placement with the pins applied."""
+    tiers = ("host", *(f"gpu{number}" for number in range(len(plan.machine.gpus))))
+    homes = {
+        placement.layer: {
+            expert: tier for tier, text in placement.tiers.items() for expert in expert_ranges(text)
+        }
+        for placement in plan.placement
+    }
+    for pin in pins:
+        if pin.tier not in tiers:
+            raise UsageError(
+                f"--pin {pin.text}: machine {plan.machine.name} has no {pin.tier}; tiers are"
+                f" {', '.join(tiers)}"
+            )
+        for layer in pin.layers:
+            if layer not in homes:
+                routed = ranges(homes) or "none"
+                raise UsageError(
+                    f"--pin {pin.text}: layer {layer} has no routed experts; layers are {routed}"
+                )
+            for expert in pin.experts or homes[layer]:
+                if expert not in homes[layer]:
+                    raise UsageError(
+                        f"--pin {pin.text}: layer {layer} has experts 0 to {len(homes[layer]) - 1}"
+                    )
+                homes[layer][expert] = pin.tier
+    return tuple(
+        placement.model_copy(
+            update={
+                "tiers": {
+                    tier: ranges(e for e, home in homes[placement.layer].items() if home == tier)
+                    for tier in sorted(set(homes[placement.layer].values()), key=tiers.index)
+                }
+            }
+        )
+        for placement in plan.placement
+    )
+
+
+@dataclass(frozen=True)
+class _Given(ExpertPlacement):
+    """Stands in for the pass that solves the placement: checks the given one and takes it."""
+
+    placement: tuple[LayerPlacement, ...] = ()
+
+    name: ClassVar[str] = "expert_placement"
+
+    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+        before = len(context.decisions)
+        super().run(graph, context)
+        del context.decisions[before:]  # they speak of another placement
+        sizes = _expert_bytes(graph, context)
+        held: Counter[str] = Counter()
+        for placement in self.placement:
+            for tier, text in placement.tiers.items():
+                held[tier] += sizes[placement.layer] * len(expert_ranges(text))
+        on_gpus = {tier: size for tier, size in held.items() if tier != "host"}
+        if on_gpus and context.budget is None:
+            raise CapacityError(
+                f"the plan uses no GPU of {context.machine.name}: its rates are not known, or the"
+                " dense part does not fit; nothing can be pinned there"
+            )
+        for tier, size in on_gpus.items():
+            assert context.budget is not None
+            room = context.budget.experts[int(tier.removeprefix("gpu"))]
+            if size > room:
+                raise CapacityError(
+                    f"{size / 1e9:.1f} GB of experts are pinned to {tier}, which has room for"
+                    f" {room / 1e9:.1f} GB beside dense weights, cache and activations: pin fewer"
+                )
+        context.placement = self.placement
+
+
+def _expert_bytes(graph: torch.fx.GraphModule, context: Context) -> dict[int, int]:
+    """Stored bytes of one expert by layer."""
+    sizes: dict[int, int] = {}
+    for node in graph.graph.nodes:
+        found = node.meta["hmc"]
+        if found.kind == "experts":
+            columns = [context.source(weight)[0] for weight in found.weights]
+            sizes[found.layer] = sum(
+                column.data.nbytes + (column.scale.nbytes if column.scale else 0)
+                for column in columns
+            )
+    return sizes
+
+
+def _with_choices(old: Plan, new: Plan) -> Plan:
+    """The new plan with what the old one had chosen beside placement: tiles, goals, decisions."""
+    kernels = {
+        key: kernel.model_copy(update={"tile": old.kernels[key].tile})
+        if key in old.kernels
+        else kernel
+        for key, kernel in new.kernels.items()
+    }
+    kept = tuple(d for d in old.decisions if d.by in ("expert_placement", "tune"))
+    return new.model_copy(
+        update={
+            "kernels": kernels,
+            "goals": old.goals,
+            "lossy": old.lossy,
+            "checkpoint": old.checkpoint,
+            "decisions": (*new.decisions, *kept),
+        }
+    )
+
+
+def _numbers(pin: str, text: str) -> list[int]:
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"--pin {pin}: '{text}' is no list of ranges such as 0-31,77")
+        if int(last or first) < int(first):
+            raise UsageError(f"--pin {pin}: the range {part} is empty")
+        found.extend(range(int(first), int(last or first) + 1))
+    return found

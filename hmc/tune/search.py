@@ -1,0 +1,179 @@
+"""Searches settings on this machine: one change after the other, each against the best so far.
+
+A change is kept only when its rate, interleaved with the old one's, is at least `WORTHWHILE` times
+that in the median, is so again in a second, longer comparison, and greedy output is the same. Every
+change that was tried is a decision of the plan it ends in, kept or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from hmc.bench.compare import Compared, Report, silent
+from hmc.detect import detect
+from hmc.errors import HmcError
+from hmc.plan import Plan
+from hmc.report.measured import Measured
+from hmc.tune.measure import Runner, compare
+from hmc.tune.settings import DECODE_OPS, PREFILL_OPS, Setting, apply, current, decided, ops_of
+
+WORTHWHILE = 1.03
+_PREFETCH = (0, 2048, 4096, 16384, 32768)
+_ROWS_STREAMS = ((2, 4), (4, 2), (2, 8), (8, 2))
+_CHUNKS = (256, 1024, 2048)
+_TILE_TOKENS = (6, 8, 10)
+
+MakeRunner = Callable[[Plan], Runner]
+Settings = tuple[Setting, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One change, and why it was kept or not. `ratios` are those of the comparisons that were made;
+    `before` and `after` tokens/s of the last of them."""
+
+    change: str
+    kind: str
+    ratios: tuple[float, ...]
+    before: float
+    after: float
+    kept: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tuned plan, with its decisions; every trial; and what the result was last measured at."""
+
+    plan: Plan
+    trials: tuple[Trial, ...]
+    measured: tuple[Measured, ...]
+
+
+def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report = silent) -> Found:
+    """The best plan that single changes lead to; `make` gives a runner of a plan."""
+    groups = list(candidates(plan))
+    total = sum(len(changes) for _, changes in groups)
+    trials: list[Trial] = []
+    best = make(plan)
+    try:
+        expected = best.greedy()
+        for kind, changes in groups:
+            for settings in changes:
+                report("tune", len(trials), total)
+                if all(current(best.plan, each) == each.value for each in settings):
+                    continue
+                trial, runner = _try(best, settings, kind, expected, make, repetitions)
+                trials.append(trial)
+                if runner is not None:
+                    best.close()
+                    best = runner
+        report("tune", total, total)
+        tuned = best.plan
+        for trial in trials:
+            choice = "kept" if trial.kept else "not kept"
+            tuned = decided(tuned, trial.change, choice, trial.why)
+        measured = tuple(_measured(best, kind, repetitions) for kind in ("prefill", "decode"))
+    finally:
+        best.close()
+    return Found(tuned, tuple(trials), measured)
+
+
+def candidates(plan: Plan) -> Iterator[tuple[str, list[Settings]]]:
+    """Changes to try, with the rate that judges them."""
+    cores = detect().cores
+    threads = sorted({max(1, cores // 2), max(1, cores - 1), cores} - {plan.threads})
+    yield "decode", [(Setting("threads", count),) for count in threads]
+    decode, prefill = list(ops_of(plan, DECODE_OPS)), list(ops_of(plan, PREFILL_OPS))
+    if decode:
+        yield (
+            "decode",
+            [tuple(Setting("prefetch", size, op) for op in decode) for size in _PREFETCH],
+        )
+        yield (
+            "decode",
+            [
+                tuple(
+                    each
+                    for op in decode
+                    for each in (Setting("rows", rows, op), Setting("streams", streams, op))
+                )
+                for rows, streams in _ROWS_STREAMS
+            ],
+        )
+    chunks = [each for each in _CHUNKS if each <= plan.limits.max_context]
+    yield "prefill", [(Setting("chunk", each),) for each in chunks]
+    if prefill:
+        yield (
+            "prefill",
+            [tuple(Setting("tokens", each, op) for op in prefill) for each in _TILE_TOKENS],
+        )
+
+
+def _try(
+    best: Runner,
+    settings: Settings,
+    kind: str,
+    expected: list[list[int]],
+    make: MakeRunner,
+    repetitions: int,
+) -> tuple[Trial, Runner | None]:
+    """One change: its trial, and its runner where it is kept."""
+    change = _words(settings)
+    try:
+        runner = make(apply(best.plan, settings))
+    except HmcError as error:
+        return Trial(change, kind, (), 0.0, 0.0, False, f"cannot run: {error}"), None
+    kept = False
+    try:
+        if runner.greedy() != expected:
+            why = "greedy output differs from the plan's"
+            return Trial(change, kind, (), 0.0, 0.0, False, why), None
+        found = [compare(runner, best, kind, repetitions)]
+        if found[0].ratio >= WORTHWHILE:
+            found.append(compare(runner, best, kind, 2 * repetitions))
+        kept = len(found) == 2 and found[1].ratio >= WORTHWHILE
+        return _trial(change, kind, found, kept), runner if kept else None
+    finally:
+        if not kept:
+            runner.close()
+
+
+def _trial(change: str, kind: str, found: list[Compared], kept: bool) -> Trial:
+    last = found[-1]
+    counted = " and then ".join(
+        f"{each.ratio - 1:+.1%} in {len(each.values)} turns" for each in found
+    )
+    why = (
+        f"{kind} {last.reference:.2f} -> {last.value:.2f} tokens/s: {counted} (kept from"
+        f" {WORTHWHILE - 1:+.0%} on, twice); greedy output unchanged"
+    )
+    ratios = tuple(each.ratio for each in found)
+    return Trial(change, kind, ratios, last.reference, last.value, kept, why)
+
+
+def _measured(runner: Runner, kind: str, repetitions: int) -> Measured:
+    runner.rate(kind)
+    rates = [runner.rate(kind) for _ in range(repetitions)]
+    prompt, context = runner.loads
+    machine = detect()
+    return Measured(
+        kind="prefill" if kind == "prefill" else "decode",
+        tokens=prompt if kind == "prefill" else context,
+        tokens_per_second=median(rates),
+        low=min(rates),
+        high=max(rates),
+        machine=f"{machine.cpu}, {machine.cores} cores",
+        by="hmc tune",
+    )
+
+
+def _words(settings: Settings) -> str:
+    """Settings alike but for their op as one: `linear, gate_up: rows=2 streams=4`."""
+    if not settings[0].op:
+        return " ".join(map(str, settings))
+    ops = dict.fromkeys(each.op for each in settings)
+    values = dict.fromkeys(f"{each.name}={each.value}" for each in settings)
+    return f"{', '.join(ops)}: {' '.join(values)}"

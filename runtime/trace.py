@@ -1,0 +1,119 @@
+"""What ran when: time stamps of every record of native programs and of every Python segment.
+
+A `Recorder` is handed to an executor for as long as one wants to know; without it nothing is
+stamped. `chrome_trace` makes the JSON that Perfetto and chrome://tracing read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.plan import Plan
+from hmc.runtime.pool import Pool
+
+
+@dataclass(frozen=True)
+class ProgramRun:
+    """One run of a program: `steps` i64 [n], each record's step; `ticks` i64 [n, workers, 2]."""
+
+    phase: str
+    steps: npt.NDArray[np.int64]
+    ticks: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PythonRun:
+    """One Python segment, in CLOCK_MONOTONIC nanoseconds."""
+
+    phase: str
+    name: str
+    start: int
+    stop: int
+
+
+class Recorder:
+    """Collects runs; `by_step` and `native_seconds` sum them up."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._tick, self._nanosecond = pool.clock()
+        self.programs: list[ProgramRun] = []
+        self.calls: list[PythonRun] = []
+
+    def run(self, phase: str, records: npt.NDArray[np.int64]) -> None:
+        """Run a program's records with time stamps."""
+        ticks = np.empty((len(records), self._pool.workers, 2), np.int64)
+        self._pool.run(records, ticks)
+        self.programs.append(ProgramRun(phase, records[:, 3].copy(), ticks))
+
+    def call(self, phase: str, function: Callable[[], None], name: str) -> None:
+        """Make a call and note how long it took."""
+        start = time.monotonic_ns()
+        function()
+        self.calls.append(PythonRun(phase, name, start, time.monotonic_ns()))
+
+    def by_step(self) -> dict[int, float]:
+        """Seconds in kernels by step, averaged over the workers."""
+        result: dict[int, float] = defaultdict(float)
+        for run in self.programs:
+            inside = (run.ticks[:, :, 1] - run.ticks[:, :, 0]).mean(axis=1) / self._pool.tsc_hz
+            for step, seconds in zip(run.steps.tolist(), inside.tolist(), strict=True):
+                result[step] += seconds
+        return dict(result)
+
+    def native_seconds(self) -> float:
+        """Seconds between the first and the last stamp of every program, summed."""
+        return sum(self._pool.seconds(run.ticks) for run in self.programs)
+
+    def microseconds(self, ticks: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Time stamps as microseconds since the recorder was made."""
+        return (ticks - self._tick).astype(np.float64) * (1e6 / self._pool.tsc_hz)
+
+    def since_start(self, nanoseconds: int) -> float:
+        """A CLOCK_MONOTONIC time as microseconds since the recorder was made."""
+        return (nanoseconds - self._nanosecond) / 1e3
+
+
+def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
+    """The recorded runs in Chrome's trace event format: a row a worker, and one for Python."""
+    events: list[dict[str, Any]] = []
+    workers = 0
+    for run in recorder.programs:
+        steps = {step.id: step for step in plan.phase(run.phase).steps}
+        times = recorder.microseconds(run.ticks)
+        workers = max(workers, times.shape[1])
+        for number, stamps in zip(run.steps.tolist(), times.tolist(), strict=True):
+            step = steps[number]
+            for worker, (start, stop) in enumerate(stamps):
+                events.append(
+                    _event(step.op, run.phase, worker, start, stop)
+                    | {"args": {"step": number, "layer": step.layer}}
+                )
+    for call in recorder.calls:
+        start, stop = (recorder.since_start(each) for each in (call.start, call.stop))
+        events.append(_event(call.name, call.phase, workers, start, stop))
+    names = [f"worker {number}" for number in range(workers)] + ["Python"]
+    events += [
+        {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": name}}
+        for number, name in enumerate(names)
+    ]
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _event(name: str, phase: str, row: int, start: float, stop: float) -> dict[str, Any]:
+    return {
+        "name": name,
+        "cat": phase,
+        "ph": "X",
+        "pid": 1,
+        "tid": row,
+        "ts": round(start, 3),
+        "dur": round(stop - start, 3),
+    }
