@@ -26,13 +26,15 @@ experts gather, multiply twice and scatter; a sort counts, scans and places. Oth
 class Call:
     """One call of a phase: `tokens` in all, evenly of `sequences`, each with `context` tokens
     before. `profile` (layer -> probability of each expert to be chosen by a token) makes routing
-    uneven.
+    uneven. Without `logits` (all chunks of a prompt but the last) the steps behind the last layer
+    do not run.
     """
 
     tokens: int
     context: int = 0
     sequences: int = 1
     profile: Mapping[int, Sequence[float]] | None = None
+    logits: bool = True
 
 
 @dataclass(frozen=True)
@@ -169,11 +171,14 @@ class CostModel:
         them, plus what each launch takes; in a phase of two lanes, times the machine's slow-down
         of that side while the other one works.
         """
+        if not call.logits and self._is_head(step):
+            return Cost(0.0, "skipped")
         lanes = 1 if "whole" in step.attrs else phase.lanes
         share = int(step.attrs.get("ranks", 1)) * lanes
         if share > 1:
             sequences = -(-call.sequences // lanes)
-            call = Call(-(-call.tokens // share), call.context, sequences, call.profile)
+            tokens = -(-call.tokens // share)
+            call = Call(tokens, call.context, sequences, call.profile, call.logits)
         kind = step.resource.rstrip("0123456789")
         if step.resource == "cpu":
             cost = self._on_cpu(step, phase, call)
@@ -234,8 +239,10 @@ class CostModel:
 
     def _rows(self, step: Step, call: Call) -> float:
         """Rows a step works on: those whose logits are wanted after the last gather, else all."""
-        wanted = step.layer < 0 and step.op in ("norm", "linear", "gather_rows", "copy")
-        return float(call.sequences if wanted else call.tokens)
+        return float(call.sequences if self._is_head(step) else call.tokens)
+
+    def _is_head(self, step: Step) -> bool:
+        return step.layer < 0 and step.op in ("norm", "linear", "gather_rows", "copy")
 
     def _widths(self, phase: Phase) -> dict[str, int]:
         cached = getattr(self, "_cache", None)
@@ -266,20 +273,34 @@ class CostModel:
         weight, flops, moved, form, distinct = self._work(step, phase, call)
         rates = self._cpu
         read = sum(rate.value for rate in rates.read)
+        # Tiled kernels stream weights and are bound by their products; those of decode read at
+        # the rate of their format.
+        prefill = phase.name.startswith("prefill")
         times = {"activations": moved / read, "compute": flops / rates.dot.value}
         if weight:
             dense = form in ("", "f32", "fp16")
-            speed = read if dense or step.op == "embed" else gemv_rate(rates, form, call.tokens)
-            times["weights"] = weight / speed
+            streamed = prefill or dense or step.op == "embed"
+            times["weights"] = weight / (
+                read if streamed else gemv_rate(rates, form, call.tokens)
+            )
+        after = 0.0
         if step.op in ("attention", "mla"):
             cache, attention = self._attention(step, call)
+            # What one query of each head reads of the cache leaves no time for more than its
+            # products, which run at the matmuls' rate; many queries also take exponentials.
+            speed = rates.attend.value if prefill else rates.dot.value
+            if weight:  # absorbing and lifting are kernels of their own, before and after
+                after = max(times.values())
+                times = {"weights": after}
             times["cache"] = cache / read
-            times["attention"] = attention / rates.attend.value
+            times["attention"] = attention / speed
+            after = min(after, max(times["cache"], times["attention"]))
             flops += attention
             moved += cache
         bound = max(times, key=lambda name: times[name])
         launches = max(1, len(step.kernels))
-        seconds = times[bound] + launches * rates.record.value + distinct * _rate(rates.expert, 0.0)
+        seconds = times[bound] + after + launches * rates.record.value
+        seconds += distinct * _rate(rates.expert, 0.0)
         if step.waits:
             seconds += _rate(rates.handoff, 0.0)
         return Cost(seconds, bound, {"host": weight + moved}, {form or "f32": flops}, launches)

@@ -25,7 +25,7 @@ token's row):
     add         (h, d) -> f32 [T, width]
     add_norm    (h, d0[, d1]) -> (sum f32, norm bf16): fused residual and norm             weight:
     gamma
-    item        (tuple value) -> one of its parts, by attribute `index`
+    item        (value) -> part `index` of a tuple, or columns [offset, offset + width) of rows
     output      (logits)
 """
 
@@ -38,8 +38,8 @@ DType = Literal["f32", "bf16", "i32"]
 Attr = int | float | str | tuple[float, ...]
 
 KINDS = frozenset(
-    "input embedding norm linear rotary attention mla route experts silu_mul gate_up add add_norm item"
-    " output".split()
+    "input embedding norm linear rotary attention mla route experts silu_mul gate_up add add_norm"
+    " item output".split()
 )
 
 

@@ -56,7 +56,7 @@ class Fp8Lowering:
                 formats=tuple(sorted(formats.items())), kernels=tuple(kernels)
             )
             for weight in found.weights:
-                names = ", ".join(key for phase, key in kernels if phase == "decode")
+                names = ", ".join(key.split("-")[0] for phase, key in kernels if phase == "decode")
                 note = sources[weight.role].note
                 groups[_family_of(weight), formats[weight.role], f"{note}; decode: {names}"].append(
                     found.layer

@@ -2,7 +2,8 @@
 kind -> specs.
 
 `decode` handles up to 16 tokens a call with kernels that read each weight once; `prefill.host` any
-number, with tiled ones. Names that start with "torch:" are computed by PyTorch (prefill attention).
+number, with tiled ones. Names that start with "torch:" are computed by PyTorch (latent attention in
+prefill).
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""Attention of a prompt chunk over the paged cache, by PyTorch, in bounded memory; hides gathering,
-masks, MLA's two forms.
+"""Latent attention of a prompt chunk over the paged cache, by PyTorch, in bounded memory; hides
+gathering, masks, MLA's two forms.
 
-One entry for each cache kind. Both read the chunk's own keys from the cache, where an append kernel
-has put them, so a chunk sees what decode will see. Queries are taken a few hundred at a time and
-heads a few at a time, such that masks and gathered rows stay within `_BYTES` each, whatever the
-context.
+The chunk's own rows are read from the cache, where an append kernel has put them, so a chunk sees
+what decode will see. Queries are taken a few hundred at a time and heads a few at a time, such that
+masks and gathered rows stay within `_BYTES` each, whatever the context.
 
 All products are in f32: the result's bf16 rounding stays the only loss beside the cache's own, as
 in decode.
@@ -59,36 +58,6 @@ class Latent:
     scale: float
 
 
-def grouped_query(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    past: Past,
-    y: torch.Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-) -> None:
-    """y bf16 [T, heads * v_dim] = causal attention of q f32 [T, heads * head_dim].
-
-    Caches are bf16 [blocks, kv_heads, block, dim]. `window`: positions a query sees, its own
-    included; 0 for all.
-    """
-    tokens, kv_heads = len(q), k_cache.shape[1]
-    head_dim, v_dim = k_cache.shape[-1], v_cache.shape[-1]
-    wide = max(head_dim, v_dim)
-    group = q.shape[1] // (kv_heads * head_dim)
-    queries = q.view(tokens, kv_heads, group, head_dim).permute(1, 2, 0, 3)
-    result = y.view(tokens, kv_heads, group, v_dim).permute(1, 2, 0, 3)
-    step = max(1, _BYTES // (4 * past.total * wide))
-    for first in range(0, kv_heads, step):
-        heads = slice(first, first + step)
-        keys, values = (
-            _rows(cache[:, heads].transpose(0, 1), past) for cache in (k_cache, v_cache)
-        )
-        result[heads] = _attend(queries[heads], keys, values, past, scale, window)
-
-
 def latent(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -133,7 +102,7 @@ def _expanded(
     keys[..., s.nope : s.nope + s.rope] = rows[:, s.rank :]
     values = rows.new_zeros(heads, total, wide)
     values[..., : s.v_dim] = compressed @ weight[:, s.nope :].transpose(1, 2)
-    return _attend(q[:, None], keys, values, past, s.scale, 0)[:, 0, :, : s.v_dim]
+    return _attend(q[:, None], keys, values, past, s.scale)[:, 0, :, : s.v_dim]
 
 
 def _absorbed(
@@ -145,17 +114,12 @@ def _absorbed(
     inner = q[..., : s.nope] @ weight[:, : s.nope]
     queries = torch.cat((inner, q[..., s.nope :]), -1)
     shared = rows[None]
-    found = _attend(queries[None], shared, shared, past, s.scale, 0)[0, ..., : s.rank]
+    found = _attend(queries[None], shared, shared, past, s.scale)[0, ..., : s.rank]
     return found @ weight[:, s.nope :].transpose(1, 2)
 
 
 def _attend(
-    q: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    past: Past,
-    scale: float,
-    window: int,
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, past: Past, scale: float
 ) -> torch.Tensor:
     """Attention [G, H, T, v] of q [G, H, T, d] over keys, values [G, S, d], [G, S, v]; a group's
     heads share its rows.
@@ -165,19 +129,18 @@ def _attend(
     wide = max(width, v_dim, keys.shape[-1])
     q, keys, values = (_padded(part, wide) for part in (q, keys, values))
     result = q.new_empty(groups, heads, tokens, v_dim)
-    plain = past.past == 0 and (not window or window >= tokens)
+    plain = past.past == 0
     step = tokens if plain else max(1, _BYTES // (4 * past.total))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
         for first in range(0, tokens, step):
             last = min(first + step, tokens)
-            low = max(0, past.past + first + 1 - window) if window else 0
             high = past.past + last
-            mask = None if plain else _mask(past.past + first, last - first, low, high, window)
-            shape = (groups, heads, high - low, wide)
+            mask = None if plain else _mask(past.past + first, last - first, high)
+            shape = (groups, heads, high, wide)
             part = scaled_dot_product_attention(
                 q[:, :, first:last],
-                keys[:, None, low:high].expand(shape),
-                values[:, None, low:high].expand(shape),
+                keys[:, None, :high].expand(shape),
+                values[:, None, :high].expand(shape),
                 attn_mask=mask,
                 is_causal=plain,
                 scale=scale,
@@ -186,13 +149,10 @@ def _attend(
     return result
 
 
-def _mask(position: int, tokens: int, low: int, high: int, window: int) -> torch.Tensor:
-    """What is added to scores of queries at `position` on against keys low..high: 0 or -inf."""
+def _mask(position: int, tokens: int, high: int) -> torch.Tensor:
+    """What is added to scores of queries at `position` on against keys 0..high: 0 or -inf."""
     query = torch.arange(position, position + tokens)[:, None]
-    key = torch.arange(low, high)[None]
-    hidden = key > query
-    if window:
-        hidden |= key <= query - window
+    hidden = torch.arange(high)[None] > query
     return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 

@@ -18,6 +18,7 @@ from hmc.errors import ContextLengthError, UsageError
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.generation import Ends, Generation, Stream, opened
+from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.sampler import Sampler, SamplingParams
 from hmc.runtime.text import StopStrings, Text
 from hmc.runtime.weights import Home, Progress
@@ -31,7 +32,7 @@ class Engine:
 
     `checkpoint` defaults to the directory the plan was made from. `dummy_weights` runs random
     weights of the plan's shapes. `home` says where weights live: "mapped" (in the page cache) or
-    "arena" (copied to huge pages).
+    "arena" (copied to huge pages). `routing` counts the experts chosen.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Engine:
         dummy_weights: bool = False,
         home: Home = "mapped",
         progress: Progress | None = None,
+        routing: RoutingRecorder | None = None,
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
@@ -57,6 +59,7 @@ class Engine:
             dummy_weights=dummy_weights,
             home=home,
             progress=progress,
+            routing=routing,
         )
 
     def logits(self, token_ids: Items[int]) -> Logits:

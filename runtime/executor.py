@@ -27,6 +27,7 @@ from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
+from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.tables import Tables
 from hmc.runtime.trace import Recorder
 from hmc.runtime.weights import Home, Progress, WeightStore
@@ -50,9 +51,10 @@ class Executor:
         dummy_weights: bool = False,
         home: Home = "mapped",
         progress: Progress | None = None,
+        routing: RoutingRecorder | None = None,
     ) -> None:
-        """Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open`
-        raises.
+        """With `routing`, every expert chosen is counted there (and programs end at every router).
+        Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open` raises.
         """
         self.plan = plan
         require(plan.isa)
@@ -72,7 +74,7 @@ class Executor:
             self.phases: dict[str, LoweredPhase] = {}
             for phase in plan.phases:
                 lowering = Lowering(
-                    plan, phase, self.store, self.kv, tables, jit, self.pool.workers
+                    plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
                 stack.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, OPS, self.pool)

@@ -23,6 +23,7 @@ from hmc.runtime.arena import Arena
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.pool import Pool
 from hmc.runtime.program import Program, ProgramBuilder
+from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.tables import Tables
 from hmc.runtime.trace import Recorder
 from hmc.runtime.weights import WeightStore
@@ -52,6 +53,7 @@ class _Segment:
     work: Program | PythonStep
     per_row: bool
     tokens: int = -1
+    step: int = -1
 
 
 class Lowering:
@@ -66,9 +68,10 @@ class Lowering:
         tables: Tables,
         jit: Jit,
         workers: int,
+        routing: RoutingRecorder | None = None,
     ) -> None:
         self.plan, self.phase, self.store, self.kv, self.tables = plan, phase, store, kv, tables
-        self.workers = workers
+        self.workers, self.routing = workers, routing
         self.arena = Arena(phase)
         self.segments: list[_Segment] = []
         self._jit = jit
@@ -111,10 +114,10 @@ class Lowering:
         )
         self._empty = False
 
-    def python(self, function: PythonStep) -> None:
-        """Append a call, made after all records so far are done."""
+    def python(self, step: Step, function: PythonStep) -> None:
+        """Append a call for a step, made after all records so far are done."""
         self._cut()
-        self.segments.append(_Segment(function, self._per_row))
+        self.segments.append(_Segment(function, self._per_row, step=step.id))
 
     def rows_begin(self) -> None:
         """From here on, records work on the wanted rows instead of all tokens."""
@@ -205,7 +208,7 @@ class LoweredPhase:
             if self.recorder is None:
                 work(call)
             else:
-                self.recorder.call(self.name, partial(work, call), work.__name__)
+                self.recorder.call(self.name, segment.step, partial(work, call), work.__name__)
             return
         if segment.tokens != count:
             segment.tokens = -1  # Ctrl-C may strike between the two lines that follow

@@ -1,9 +1,9 @@
 """What each step op calls: the literal table `OPS`, from op to the function that appends its
 records.
 
-A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, native
-attention or PyTorch's. Operands and roles are those of the table in hmc/plan.py, argument names
-those of codegen/spec.py.
+A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, attention for
+few queries or many (of which latent attention is PyTorch's). Operands and roles are those of the
+table in hmc/plan.py, argument names those of codegen/spec.py.
 """
 
 from __future__ import annotations
@@ -239,7 +239,7 @@ def _mla(low: Lowering, step: Step) -> None:
             rows = partial(low.store.rows, kv_b)
             latent(queries, tensor, rows, _past(call), result, sizes)
 
-        low.python(attend)
+        low.python(step, attend)
         return
     tokens = low.arena.max_tokens
     weight = {"w": low.store.address(kv_b), "scale": low.store.scale_address(kv_b)}
@@ -305,6 +305,14 @@ def _route(low: Lowering, step: Step) -> None:
         factor=float(step.attrs["factor"]),
         **_at(low, logits=logits),
     )
+    if (recorder := low.routing) is not None:
+        experts = int(step.attrs["experts"])
+
+        def count(call: Call) -> None:
+            chosen = low.arena.tensor(ids, call.tokens).numpy()
+            recorder.count(step.layer, experts, chosen)
+
+        low.python(step, count)
 
 
 def _experts(low: Lowering, step: Step) -> None:
@@ -342,7 +350,7 @@ def _experts(low: Lowering, step: Step) -> None:
         slots[: len(chosen)] = np.argsort(chosen, kind="stable")
         np.cumsum(np.bincount(chosen, minlength=experts), out=offsets[1:])
 
-    low.python(sort)
+    low.python(step, sort)
     back = specs["grouped_down"]
     common |= {
         "slots": low.tables.array(("slots", low.phase.name, step.id), slots),

@@ -30,9 +30,10 @@ class ProgramRun:
 
 @dataclass(frozen=True)
 class PythonRun:
-    """One Python segment, in CLOCK_MONOTONIC nanoseconds."""
+    """One Python segment of a step, in CLOCK_MONOTONIC nanoseconds."""
 
     phase: str
+    step: int
     name: str
     start: int
     stop: int
@@ -53,20 +54,30 @@ class Recorder:
         self._pool.run(records, ticks)
         self.programs.append(ProgramRun(phase, records[:, 3].copy(), ticks))
 
-    def call(self, phase: str, function: Callable[[], None], name: str) -> None:
+    def call(self, phase: str, step: int, function: Callable[[], None], name: str) -> None:
         """Make a call and note how long it took."""
         start = time.monotonic_ns()
         function()
-        self.calls.append(PythonRun(phase, name, start, time.monotonic_ns()))
+        self.calls.append(PythonRun(phase, step, name, start, time.monotonic_ns()))
 
-    def by_step(self) -> dict[int, float]:
-        """Seconds in kernels by step, averaged over the workers."""
+    def by_step(self, phase: str = "") -> dict[int, float]:
+        """Seconds in kernels by step (of one phase, or of all), averaged over the workers."""
         result: dict[int, float] = defaultdict(float)
         for run in self.programs:
+            if phase not in ("", run.phase):
+                continue
             inside = (run.ticks[:, :, 1] - run.ticks[:, :, 0]).mean(axis=1) / self._pool.tsc_hz
             for step, seconds in zip(run.steps.tolist(), inside.tolist(), strict=True):
                 result[step] += seconds
         return dict(result)
+
+    def with_python(self, phase: str) -> dict[int, float]:
+        """`by_step` of a phase and the seconds of its steps' Python segments."""
+        result = self.by_step(phase)
+        for call in self.calls:
+            if call.phase == phase:
+                result[call.step] = result.get(call.step, 0.0) + (call.stop - call.start) / 1e9
+        return result
 
     def native_seconds(self) -> float:
         """Seconds between the first and the last stamp of every program, summed."""

@@ -19,6 +19,7 @@ from hmc.compiler import compile as compile_plan
 from hmc.detect import detect, load_machine
 from hmc.errors import PlanError
 from hmc.probe import Effort, Measurement, cpu, gpu, probe, save
+from hmc.runtime.topology import this_machine
 from hmc.simulate import simulate
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "qwen3-30b-a3b-fp8"
@@ -59,7 +60,7 @@ def test_a_probe_has_every_rate(small: None) -> None:
     assert rates is not None
     assert found.machine.model_copy(update={"rates": None, "gpus": ()}) == detect()
     assert len(rates.read) == len(found.machine.nodes)
-    points = {(each.format, each.tokens) for each in rates.gemv}
+    points: set[tuple[str, int]] = {(each.format, each.tokens) for each in rates.gemv}
     assert points == {(form, tokens) for form in ("fp8", "bf16", "int4") for tokens in (1, 3)}
     for rate in (*rates.read, rates.dot, rates.attend, rates.record):
         assert rate.kind == "measured"
@@ -68,7 +69,7 @@ def test_a_probe_has_every_rate(small: None) -> None:
     assert 1e-9 < rates.record.value < 1e-2
     names = {each.what for each in found.measurements}
     assert {"multiply-add peak", "experts in decode", "gemm in prefill"} <= names
-    cores = sum(len(node.cores) for node in cpu.this_machine().nodes)
+    cores = sum(len(node.cores) for node in this_machine().nodes)
     assert ("read with fewer threads" in names) == (cores > len(found.machine.nodes))
     assert told[-1][1] == told[-1][2]
 

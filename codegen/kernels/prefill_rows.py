@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 
-from llvmlite import ir
-
 from hmc.codegen.interleave import transpose
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attend_scores import round_bf16
-from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, POSITION, SUM, Form
+from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, SUM, Form
 from hmc.codegen.vector import for_strips, fsplat, isplat, load_part, store_f32, store_part
+
+_BYTES = I8.as_pointer()
 
 
 class Unit:
@@ -36,7 +36,7 @@ class Unit:
         b = e.b
         self.e, self.form = e, form
         self.scratch, self._kv_head, self._first = scratch, kv_head, first
-        self._table = b.bitcast(table, I8.as_pointer())
+        self._table = b.bitcast(table, _BYTES)
         self._position = b.add(past, first)
         self.end = b.add(self._position, count)
         self._rows = b.mul(count, const(form.group))
@@ -49,8 +49,8 @@ class Unit:
 
     def last_position(self, panel: Value) -> Value:
         """Largest position of a panel's rows."""
-        b = self.e.b
-        return self._position_of(b.add(b.mul(panel, const(self.form.panel)), const(self.form.panel - 1)))
+        after = self.e.b.mul(self.e.b.add(panel, const(1)), const(self.form.panel))
+        return self._position_of(self.e.b.sub(after, const(1)))
 
     def _position_of(self, row: Value) -> Value:
         b = self.e.b
@@ -65,11 +65,11 @@ class Unit:
 
     # -- queries -----------------------------------------------------------------------------------
 
-    def _row_index(self, panel: Value, vector: Value, lane: int) -> tuple[Value, Value]:
+    def _row_index(self, panel: Value, vector: Value, lane: Value) -> tuple[Value, Value]:
         """Token and head of a row."""
         b, form = self.e.b, self.form
         row = b.add(b.mul(panel, const(form.panel)), b.mul(vector, const(form.lanes)))
-        row = self.e.minimum(b.add(row, const(lane)), b.sub(self._rows, const(1)))
+        row = self.e.minimum(b.add(row, lane), b.sub(self._rows, const(1)))
         token = b.add(self._first, b.udiv(row, const(form.group)))
         head = b.add(b.mul(self._kv_head, const(form.group)), b.urem(row, const(form.group)))
         return token, head
@@ -77,52 +77,72 @@ class Unit:
     def pack_queries(self) -> None:
         """queries[panel][term][key step][row], scaled; panels' states before the first tile."""
         e, b, form = self.e, self.e.b, self.form
-        scale = b.fmul(e.arg["scale"], F32(math.log2(math.e)))
-        factor = e.splat(scale, form.step * form.lanes)
-        square = form.step * form.lanes
+        lanes = form.lanes
         with e.for_range(0, self.panels) as panel:
             state = self._part("states", panel, form.state_words)
             results = self._part("results", panel, form.result_words)
-            with e.for_range(0, const(form.result_words), form.lanes) as index:
-                e.store(e.zeros(F32, form.lanes), results, index, align=4)
+            with e.for_range(0, const(form.result_words), lanes) as index:
+                e.store(e.zeros(F32, lanes), results, index, align=4)
             with e.for_range(0, form.vectors) as vector:
-                rows = []
-                positions: Value = ir.Constant(vec(I32, form.lanes), ir.Undefined)
-                for lane in range(form.lanes):
-                    token, head = self._row_index(panel, vector, lane)
-                    index = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(form.key)))
-                    rows.append(e.at(e.arg["q"], index, F32))
-                    position = b.sub(b.add(self._position, token), self._first)
-                    positions = b.insert_element(positions, b.trunc(position, I32), I32(lane))
-                at = b.mul(vector, const(form.lanes))
-                fields = {
-                    POSITION: positions,
-                    MAXIMUM: fsplat(LOWEST, form.lanes),
-                    SUM: e.zeros(F32, form.lanes),
-                }
-                for field, value in fields.items():
-                    e.store(value, state, b.add(at, const(field * form.panel)), align=4)
+                at = b.mul(vector, const(lanes))
+                self._split_queries(panel, vector, e.offset(state, b.mul(at, const(4))))
+                for field, value in ((MAXIMUM, LOWEST), (SUM, 0.0)):
+                    where = b.add(at, const(field * form.panel))
+                    e.store(fsplat(value, lanes), state, where, align=4)
+                source = self._part("keys", const(0), 0)
                 queries = self._part("queries", panel, form.query_words)
+                word = I32 if form.dot else F32
+                with e.for_range(0, const(form.terms * form.query_steps), lanes) as step:
+                    rows = [
+                        e.load_vec(
+                            source,
+                            b.add(step, const(lane * form.terms * form.query_steps)),
+                            word,
+                            lanes,
+                            align=4,
+                        )
+                        for lane in range(lanes)
+                    ]
+                    target = b.add(b.mul(step, const(form.panel)), at)
+                    for index, column in enumerate(transpose(e, rows)):
+                        place = b.add(target, const(index * form.panel))
+                        e.store(column, queries, place, align=4)
 
-                def pack(start: Value, size: int, way: int) -> None:
-                    loaded = [load_part(e, row, start, F32, size, square) for row in rows]
-                    values = [b.fmul(value, factor) for value in loaded]
-                    for term in range(form.terms):
-                        if form.dot:
-                            bits = [round_bf16(e, value) for value in values]
-                            words = [b.bitcast(part, vec(I32, form.lanes)) for part in bits]
-                            values = [
-                                b.fsub(value, e.bf16_to_f32(part))
-                                for value, part in zip(values, bits, strict=True)
-                            ]
-                        else:
-                            words = values
-                        step = b.add(b.mul(b.udiv(start, const(form.step)), const(form.panel)), at)
-                        for index, column in enumerate(transpose(e, words)):
-                            offset = const(term * form.term_words + index * form.panel)
-                            e.store(column, queries, b.add(step, offset), align=4)
+    def _query(self, token: Value, head: Value) -> Value:
+        """Address of a row's query."""
+        e, b = self.e, self.e.b
+        index = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(self.form.key)))
+        return e.at(e.arg["q"], index, F32)
 
-                for_strips(e, form.key, square, pack)
+    def _split_queries(self, panel: Value, vector: Value, positions: Value) -> None:
+        """Rows of one vector, scaled, as [row][term][key step] where keys will be; and `positions`.
+
+        They go through memory because sixteen rows in all their terms exceed the registers.
+        """
+        e, b, form = self.e, self.e.b, self.form
+        square = form.step * form.lanes
+        factor = e.splat(b.fmul(e.arg["scale"], F32(math.log2(math.e))), square)
+        with e.for_range(0, form.lanes) as lane:
+            token, head = self._row_index(panel, vector, lane)
+            position = b.add(self._position, b.sub(token, self._first))
+            e.store(b.trunc(position, I32), positions, lane, align=4)
+            source = self._query(token, head)
+            after = self._query(*self._row_index(panel, vector, b.add(lane, const(form.lanes))))
+            target = self._part("keys", lane, form.terms * form.query_steps)
+
+            def split(start: Value, size: int, way: int) -> None:
+                for ahead in range(0, size, 16):  # no hardware prefetcher foresees the next token
+                    e.prefetch(b.bitcast(b.gep(after, [b.add(start, const(ahead))]), _BYTES), 3)
+                value = b.fmul(load_part(e, source, start, F32, size, square), factor)
+                for term in range(form.terms):
+                    if form.dot:
+                        bits = round_bf16(e, value)
+                        e.store(bits, target, b.add(start, const(2 * term * form.query_steps)))
+                        value = b.fsub(value, e.bf16_to_f32(bits))
+                    else:
+                        e.store(value, target, start, align=4)
+
+            for_strips(e, form.key, square, split)
 
     # -- keys and values ---------------------------------------------------------------------------
 
@@ -198,7 +218,7 @@ class Unit:
             share = b.fdiv(fsplat(1.0, lanes), total)
             rows = []
             for lane in range(lanes):
-                token, head = self._row_index(panel, vector, lane)
+                token, head = self._row_index(panel, vector, const(lane))
                 index = b.add(b.mul(token, e.arg["y_stride"]), b.mul(head, const(form.value)))
                 rows.append(e.at(e.arg["y"], index, I16))
 
@@ -210,6 +230,9 @@ class Unit:
                     value = e.load_vec(results, place, F32, lanes, align=4)
                     columns[index] = b.fmul(value, share)
                 for row, values in zip(rows, transpose(e, columns), strict=True):
-                    store_f32(e, "bf16", values, row, start, count)
+                    if form.dot:
+                        store_part(e, round_bf16(e, values), row, start, count)
+                    else:
+                        store_f32(e, "bf16", values, row, start, count)
 
             for_strips(e, form.value, lanes, write)

@@ -64,7 +64,7 @@ class Form:
             key=spec["head_dim"],
             value=spec["v_dim"],
             block=spec["block"],
-            terms=spec.tiled("terms", 1) if spec.isa == "avx512_bf16" else 1,
+            terms=spec.tiled("terms", 2) if spec.isa == "avx512_bf16" else 1,
             vectors=spec.tiled("vectors", 2),
             high=spec.tiled("high", 12 if wide else 6),
             keys=spec.tiled("keys", 96),
@@ -121,14 +121,14 @@ class Form:
         return self.key // self.step
 
     @property
-    def term_words(self) -> int:
-        """Words of one term of a packed panel of queries: [key step, to whole squares][row]."""
-        return -(-self.key // (self.step * self.lanes)) * self.lanes * self.panel
+    def query_steps(self) -> int:
+        """Key steps of a term of a packed query, up to whole squares of a transpose."""
+        return -(-self.key_words // self.lanes) * self.lanes
 
     @property
     def query_words(self) -> int:
-        """Words of a packed panel of queries."""
-        return self.terms * self.term_words
+        """Words of a packed panel of queries, [term][key step][row]."""
+        return self.terms * self.query_steps * self.panel
 
     @property
     def result_words(self) -> int:
@@ -149,7 +149,8 @@ class Form:
             "queries": self.panels * self.query_words,
             "results": self.panels * self.result_words,
             "states": self.panels * self.state_words,
-            "keys": self.keys * self.key_words,
+            # Queries on their way into panels take this place first.
+            "keys": max(self.keys * self.key_words, self.lanes * self.terms * self.query_steps),
             "values": -(-self.keys // self.step) * self.value,
             "weights": self.keys * self.panel,
         }
@@ -241,7 +242,7 @@ class Tiles:
                 sums = self._product(
                     start_zero,
                     const(form.key_words),
-                    (queries, form.terms, form.term_words),
+                    (queries, form.terms, form.query_steps * form.panel),
                     (base, form.key_words, 1),
                     form.high,
                     math.gcd(form.key_words, 4),

@@ -43,12 +43,20 @@ def table(
     numbers: Sequence[str] = (),
 ) -> Table:
     """A table; columns named in `numbers` are aligned right."""
+    headed = any(columns)
     result = Table(
-        title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False
+        title=title or None,
+        show_header=headed,
+        box=SIMPLE_HEAD if headed else None,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
     )
     for column in columns:
         right = column in numbers
-        result.add_column(column, justify="right" if right else "left", no_wrap=right)
+        result.add_column(
+            column, justify="right" if right else "left", no_wrap=right, overflow="fold"
+        )
     for row in rows:
         result.add_row(*(escape(str(cell)) for cell in row))
     return result
@@ -68,6 +76,14 @@ def write_beside(path: str, text: str) -> None:
         if name:
             Path(name).unlink(missing_ok=True)
         raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
+
+
+def count(number: float) -> str:
+    """A count in the unit that reads best: 671.03 B, 7.66 M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:.0f}"
 
 
 def size(count: float) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 
 import click
 
-from hmc.cli.output import JSON, console, print_json, size, table
+from hmc.cli.output import JSON, console, count, print_json, size, table
 from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier_of
 from hmc.errors import UsageError
 from hmc.plan import Kernel, Operand, Phase, Plan
@@ -57,7 +57,7 @@ def _show_plan(plan: Plan) -> None:
     out = console()
     model, machine = plan.model, plan.machine
     source = plan.checkpoint
-    shards = f"{len(source.shards)} shards" if source.shards else "no shards: dummy weights"
+    shards = f"{len(source.shards)} shard(s)" if source.shards else "no shards: dummy weights"
     facts = [
         ("model", f"{model.architecture} ({model.family}), {source.path}, {shards}"),
         (
@@ -67,7 +67,7 @@ def _show_plan(plan: Plan) -> None:
         ),
         (
             "parameters",
-            f"{model.parameters / 1e9:.2f} B, {model.active_parameters / 1e9:.2f} B active a token",
+            f"{count(model.parameters)}, {count(model.active_parameters)} active a token",
         ),
         (
             "machine",
@@ -122,8 +122,8 @@ def _show_plan(plan: Plan) -> None:
     kernels = [(key, *(uses[phase.name, key] or "-" for phase in plan.phases)) for key in names]
     columns = ("kernel", *(f"steps in {phase.name}" for phase in plan.phases))
     out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
-    decisions = [(d.by, d.subject, d.choice, d.reason) for d in plan.decisions]
-    out.print(table("Decisions", ("pass", "subject", "choice", "reason"), decisions))
+    decisions = [(d.by, f"{d.subject}: {d.choice}", d.reason) for d in plan.decisions]
+    out.print(table("Decisions", ("pass", "decision", "reason"), decisions))
 
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:

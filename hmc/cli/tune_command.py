@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--checkpoint", default="", metavar="DIR", help="Model directory, if it has moved.")
 @click.option("--dummy-weights", is_flag=True, help="Search with random weights.")
-@click.option("--prompt", default=512, show_default=True, metavar="N", help="Tokens of a prefill.")
+@click.option("--prompt", default=1024, show_default=True, metavar="N", help="Tokens of a prefill.")
 @click.option(
     "--context", default=128, show_default=True, metavar="N", help="Tokens before those decoded."
 )
@@ -67,8 +67,8 @@ def command(
     """Change the plan PLAN by hand (--set, --pin), or without these by search on this machine.
 
     The search tries threads, prefetch and row blocks of the decode kernels, chunk size and token
-    tiles of prefill, one after the other. A change is kept when it is measured at least 3 % better,
-    taking turns with the plan it changes, twice, and greedy output is the same. What was tried,
+    tiles of prefill, one after the other. A change is kept when it is measured at least 3 % better
+    in turns with the plan it changes, twice, and greedy output is the same. What was tried,
     measured and kept ends in the plan's decisions (`hmc show`), the result's rates beside it.
 
     \b

@@ -66,7 +66,7 @@ def probe(
     report("probe: peak and barriers", stages - 3, stages)
     found += cpu.pool_rates(isa, effort, threads)
     report("probe: attention", stages - 2, stages)
-    found.append(cpu.attention(effort, threads))
+    found += cpu.attention(effort, threads)
     report("probe: GPUs", stages - 1, stages)
     gpus, more = probe_gpus(effort)
     report("probe: GPUs", stages, stages)

@@ -4,31 +4,59 @@ buffers and pools.
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
-import torch
 
 from hmc.bench.kernels import DECODE_OPS, PREFILL_OPS, Case, KernelBench, Row
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec, pack
+from hmc.compiler import compile as compile_plan
+from hmc.cost import attended, gqa_flops
 from hmc.detect import available_bytes
 from hmc.errors import CapacityError
 from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.plan import Plan
 from hmc.probe.result import Effort, Measurement
-from hmc.runtime.attention import Past, grouped_query
 from hmc.runtime.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
+from hmc.runtime.executor import Executor
 from hmc.runtime.pool import Pool
 from hmc.runtime.program import ProgramBuilder
-from hmc.runtime.topology import Node, this_machine
+from hmc.runtime.topology import Node
+from hmc.runtime.trace import Recorder
 
 _LINEAR = (2048, 7168)
 _EXPERTS = ((768, 2048), (2048, 7168))
 _RECORDS = 2000
+_MODEL: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+"""Qwen3-30B-A3B's heads in a model that is otherwise small: what attention is measured with."""
 _CHUNK, _CONTEXT = 512, 2048
 
 
@@ -164,31 +192,53 @@ def pool_rates(isa: Isa, effort: Effort, threads: int | None) -> Iterator[Measur
         yield Measurement("record", "s", tuple(values[1:]), detail)
 
 
-def attention(effort: Effort, threads: int | None) -> Measurement:
-    """Attention of a prefill chunk behind a past, as the runtime computes it, in FLOP/s of the
-    (query, key) pairs that are used: Qwen3-30B-A3B's heads."""
-    heads, kv_heads, width, block = 32, 4, 128, 64
-    past = _CONTEXT - _CHUNK
-    random = torch.Generator().manual_seed(0)
-    q = torch.randn((_CHUNK, heads * width), generator=random)
-    shape = (_CONTEXT // block, kv_heads, block, width)
-    caches = [torch.randn(shape, generator=random).bfloat16() for _ in range(2)]
-    y = torch.empty((_CHUNK, heads * width), dtype=torch.bfloat16)
-    where = Past(torch.arange(_CONTEXT // block), past, _CHUNK)
-    pairs = _CHUNK * past + _CHUNK * (_CHUNK + 1) / 2
-    flops = 2.0 * heads * 2 * width * pairs
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or this_machine().cores)
+def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
+    """Attention of a prefill chunk behind a past ("attend") and of a decode step, through a plan of
+    Qwen3-30B-A3B's heads, in FLOP/s of the (query, key) pairs that are used."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_MODEL))
+        plan = compile_plan(
+            folder,
+            max_context=_CONTEXT,
+            max_chunk=_CHUNK,
+            threads=threads or 0,
+            dummy_weights=True,
+        )
+        executor = Executor(plan, Path(folder), dummy_weights=True)
+    heads, width = _MODEL["num_attention_heads"], _MODEL["head_dim"]
+    ids = np.zeros(_CONTEXT - 1, np.int32)
+    chunks = -(-len(ids) // _CHUNK)
+    first = len(ids) * (chunks - 1) // chunks
+    prefill, decode = [], []
     try:
-        values = []
         for _ in range(effort.passes + 1):
-            start = time.perf_counter()
-            grouped_query(q, caches[0], caches[1], where, y, scale=width**-0.5)
-            values.append(flops / (time.perf_counter() - start))
+            sequence = executor.open()
+            parts = executor.prefill(sequence, ids)
+            for _ in range(chunks - 1):
+                next(parts)
+            with executor.recorded() as recorder:
+                next(parts)
+            prefill.append(_attention_seconds(plan, "prefill.host", recorder))
+            with executor.recorded() as recorder:
+                executor.decode([sequence], ids[:1])
+            decode.append(_attention_seconds(plan, "decode", recorder))
+            executor.release(sequence)
     finally:
-        torch.set_num_threads(before)
-    detail = f"{_CHUNK} queries behind {past} keys, {heads} heads of {width}"
-    return Measurement("attend", "FLOP/s", tuple(values[1:]), detail)
+        executor.close()
+    queries = len(ids) - first
+    work = gqa_flops(heads, width, width, attended(queries, first))
+    detail = f"{queries} queries behind {first} keys, {heads} heads of {width}"
+    yield Measurement("attend", "FLOP/s", tuple(work / each for each in prefill[1:]), detail)
+    work = gqa_flops(heads, width, width, attended(1, len(ids)))
+    detail = f"one query behind {len(ids)} keys, {heads} heads of {width}"
+    values = tuple(work / each for each in decode[1:])
+    yield Measurement("attention in decode", "FLOP/s", values, detail)
+
+
+def _attention_seconds(plan: Plan, phase: str, recorder: Recorder) -> float:
+    """Seconds in the attention step's kernels."""
+    mine = {step.id for step in plan.phase(phase).steps if step.op == "attention"}
+    return sum(seconds for step, seconds in recorder.by_step().items() if step in mine)
 
 
 # -- the machine -----------------------------------------------------------------------------------

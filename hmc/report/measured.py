@@ -1,11 +1,13 @@
 """What was measured with a plan, stored beside it: `plan.hmp` -> `plan.measured.json`.
 
     {"format": "hmc-measured", "rows": [{"kind": "decode", "tokens": 128, "batch": 1,
-     "tokens_per_second": 12.5, "low": 12.1, "high": 12.8, "plan_sha256": "..", "date": "..",
-     "machine": "..", "by": "hmc bench"}]}
+     "tokens_per_second": 12.5, "low": 12.1, "high": 12.8, "predicted_tokens_per_second": 12.9,
+     "plan_sha256": "..", "date": "..", "machine": "..", "by": "hmc bench"}]}
 
 `tokens` is the length of the prompt (prefill) or the context in the middle of the run (decode). A
 row holds for the plan whose digest it carries; rows of an earlier plan of that name are not shown.
+A new row replaces that of the same plan, load and command. The prediction is that of the same
+moment, where the machine's rates were known.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ class Measured(BaseModel):
     tokens_per_second: float = Field(gt=0, allow_inf_nan=False)
     low: float = Field(gt=0, allow_inf_nan=False)
     high: float = Field(gt=0, allow_inf_nan=False)
+    predicted_tokens_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     plan_sha256: str = ""
     date: str = ""
     machine: str = ""
@@ -75,7 +78,9 @@ def record(plan_path: str | os.PathLike[str], plan: Plan, rows: Iterable[Measure
     """Add rows for `plan` to what is stored beside it; returns the file. It is replaced whole."""
     target = path_of(plan_path)
     stamp = {"plan_sha256": digest(plan), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    kept = [*_rows(target), *(row.model_copy(update=stamp) for row in rows)]
+    new = [row.model_copy(update=stamp) for row in rows]
+    replaced = {(row.plan_sha256, row.load, row.by) for row in new}
+    kept = [r for r in _rows(target) if (r.plan_sha256, r.load, r.by) not in replaced] + new
     body = {"format": _FORMAT, "rows": [row.model_dump(exclude_defaults=True) for row in kept]}
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.write_text(json.dumps(body, indent=1))

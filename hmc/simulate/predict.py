@@ -166,12 +166,16 @@ def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> R
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
     found = plan.phase(phase or chosen(plan, "prefill", prompt))
     calls = host_prefill(found, prompt, model)
-    # calls differ in their context alone, and time is linear in it: a few stand for all
-    some = calls if len(calls) <= 4 else [calls[0], calls[len(calls) // 2], calls[-1]]
+    # all calls but the last differ in their context alone, and time is linear in it: a few stand for
+    # all
+    if len(calls) <= 4:
+        some, counts = calls, [1.0] * len(calls)
+    else:
+        some = [calls[0], calls[-2], calls[-1]]
+        counts = [(len(calls) - 1) / 2, (len(calls) - 1) / 2, 1.0]
     timelines = [run(found, call, model) for call in some]
     seconds = [result_seconds(found, timeline) for timeline in timelines]
-    scale = len(calls) / len(some)
-    total = sum(seconds) * scale
+    total = sum(each * count for each, count in zip(seconds, counts, strict=True))
     path = critical_path(found, timelines[-1])
     rates = model.machine.rates
     if found.slots and rates is not None and rates.prefill is not None:
@@ -179,9 +183,9 @@ def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> R
         path.append(("start and hand-over", rates.prefill.value))
         path.sort(key=lambda item: -item[1])
     busy: dict[str, float] = {}
-    for timeline, until in zip(timelines, seconds, strict=True):
+    for timeline, until, count in zip(timelines, seconds, counts, strict=True):
         for name, each in busy_until(found, timeline, until).items():
-            busy[name] = busy.get(name, 0.0) + each * scale
+            busy[name] = busy.get(name, 0.0) + each * count
     return Run(found.name, len(calls), total, busy, path)
 
 

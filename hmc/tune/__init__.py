@@ -4,12 +4,12 @@ as a decision "by tune" with what was measured.
     settings.py  what can be set, how it is written, and how a plan takes it
     pins.py      experts put where they are asked for: the plan's schedules are emitted anew
     measure.py   a plan in memory: greedy output, tokens a second, two plans taking turns
-    search.py    one change after the other, kept only when measured better
+    trials.py    one change after the other, kept only when measured better
 """
 
 from hmc.tune.pins import Pin, parse_pin, place
-from hmc.tune.search import Found, Trial, search
 from hmc.tune.settings import Setting, apply, parse_setting
+from hmc.tune.trials import Found, Trial, search
 
 __all__ = [
     "Found",

@@ -1,4 +1,4 @@
-"""Every pass by golden text and by numeric equality, and broken graphs that the manager must catch."""
+"""Every pass by golden text and numeric equality, and broken graphs that the manager must catch."""
 
 from __future__ import annotations
 

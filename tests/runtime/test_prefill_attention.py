@@ -1,33 +1,29 @@
-"""Prefill attention against float64 softmax: past or none, scattered blocks, windows, both forms of
-latent attention.
-"""
+"""Latent prefill attention against float64 softmax: past or none, scattered blocks, both forms."""
 
 import pytest
 import torch
 
 from hmc.runtime import attention
-from hmc.runtime.attention import Latent, Past, grouped_query, latent
+from hmc.runtime.attention import Latent, Past, latent
 
 
-def softmax_attention(q, k, v, past, scale, window=0):
+def softmax_attention(q, k, v, past, scale):
     """Float64, [heads, T, d] over [heads, S, d]."""
     tokens, total = q.shape[1], k.shape[1]
     position = torch.arange(past, past + tokens)[:, None]
     key = torch.arange(total)[None]
-    seen = key <= position
-    if window:
-        seen &= key > position - window
-    scores = (q.double() @ k.double().transpose(1, 2) * scale).masked_fill(~seen, -1e30)
+    scores = q.double() @ k.double().transpose(1, 2) * scale
+    scores = scores.masked_fill(key > position, -1e30)
     return scores.softmax(-1) @ v.double()
 
 
-def paged(rows, block, scattered):
+def paged(rows, block):
     """Rows [S, heads, dim] as a cache [blocks, heads, block, dim] with strange values in unused
     places, and block ids.
     """
     total, heads, dim = rows.shape
     used = -(-total // block)
-    ids = torch.randperm(used + 3)[:used] if scattered else torch.arange(2, 2 + used)
+    ids = torch.randperm(used + 3)[:used]
     cache = torch.full((used + 3, heads, block, dim), 1e4, dtype=torch.bfloat16)
     for s in range(total):
         cache[ids[s // block], :, s % block] = rows[s].bfloat16()
@@ -42,58 +38,13 @@ def close(actual, expected, bound):
 BOUND = 2.2e-3  # bf16 rounding of the result; everything before it is f32
 
 
-@pytest.mark.parametrize("scattered", [False, True])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "v_dim", "past", "tokens", "window"),
-    [
-        (6, 2, 32, 32, 0, 37, 0),
-        (4, 4, 16, 24, 0, 1, 0),
-        (6, 3, 24, 16, 45, 19, 0),
-        (8, 1, 32, 32, 33, 64, 17),
-        (2, 2, 16, 16, 0, 50, 9),
-        (2, 1, 64, 64, 300, 1, 0),
-    ],
-)
-def test_grouped_query(heads, kv_heads, dim, v_dim, past, tokens, window, scattered, monkeypatch):
-    torch.manual_seed(0)
-    total = past + tokens
-    k, v = torch.randn(total, kv_heads, dim), torch.randn(total, kv_heads, v_dim)
-    q = torch.randn(tokens, heads * dim)
-    k_cache, ids = paged(k, 8, scattered)
-    v_cache = torch.full((len(k_cache), kv_heads, 8, v_dim), 1e4, dtype=torch.bfloat16)
-    for s in range(total):
-        v_cache[ids[s // 8], :, s % 8] = v[s].bfloat16()
-    group = heads // kv_heads
-    expected = softmax_attention(
-        q.view(tokens, heads, dim).transpose(0, 1),
-        k.bfloat16().transpose(0, 1).repeat_interleave(group, 0),
-        v.bfloat16().transpose(0, 1).repeat_interleave(group, 0),
-        past,
-        dim**-0.5,
-        window,
-    )
-    for budget in (attention._BYTES, 4096):
-        monkeypatch.setattr(attention, "_BYTES", budget)
-        y = torch.empty(tokens, heads * v_dim, dtype=torch.bfloat16)
-        grouped_query(
-            q,
-            k_cache,
-            v_cache,
-            Past(ids, past, tokens),
-            y,
-            scale=dim**-0.5,
-            window=window,
-        )
-        close(y.view(tokens, heads, v_dim).transpose(0, 1), expected, BOUND)
-
-
 @pytest.mark.parametrize(("past", "tokens"), [(0, 1), (0, 30), (200, 3), (70, 40)])
 def test_latent(past, tokens, monkeypatch):
     torch.manual_seed(1)
     sizes = Latent(heads=5, nope=24, rope=8, v_dim=16, rank=136, scale=0.2)
     total = past + tokens
     rows = torch.randn(total, 1, sizes.rank + sizes.rope)
-    cache, ids = paged(rows, 16, scattered=True)
+    cache, ids = paged(rows, 16)
     q = torch.randn(tokens, sizes.heads * 32)
     weight = torch.randn(sizes.heads * 40, sizes.rank) * sizes.rank**-0.5
     exact = weight.double()

@@ -1,8 +1,8 @@
 """Searches settings on this machine: one change after the other, each against the best so far.
 
 A change is kept only when its rate, interleaved with the old one's, is at least `WORTHWHILE` times
-that in the median, is so again in a second, longer comparison, and greedy output is the same. Every
-change that was tried is a decision of the plan it ends in, kept or not.
+that in the median, is so again in a second, longer comparison of which it wins four turns in five,
+and greedy output is the same. Every change that was tried is a decision of the plan, kept or not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from hmc.tune.measure import Runner, compare
 from hmc.tune.settings import DECODE_OPS, PREFILL_OPS, Setting, apply, current, decided, ops_of
 
 WORTHWHILE = 1.03
+WINS = 0.8
+"""Turns of the second comparison that a change must win: noise wins half of them."""
 _PREFETCH = (0, 2048, 4096, 16384, 32768)
 _ROWS_STREAMS = ((2, 4), (4, 2), (2, 8), (8, 2))
 _CHUNKS = (256, 1024, 2048)
@@ -63,7 +65,7 @@ def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report
         for kind, changes in groups:
             for settings in changes:
                 report("tune", len(trials), total)
-                if all(current(best.plan, each) == each.value for each in settings):
+                if _idle(best, settings):
                     continue
                 trial, runner = _try(best, settings, kind, expected, make, repetitions)
                 trials.append(trial)
@@ -79,6 +81,15 @@ def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report
     finally:
         best.close()
     return Found(tuned, tuple(trials), measured)
+
+
+def _idle(best: Runner, settings: Settings) -> bool:
+    """Whether a change changes nothing of what is measured."""
+    if settings[0].name == "chunk":
+        prompt, _ = best.loads
+        chunks = best.plan.limits.max_chunk
+        return -(-prompt // settings[0].value) == -(-prompt // chunks)
+    return all(current(best.plan, each) == each.value for each in settings)
 
 
 def candidates(plan: Plan) -> Iterator[tuple[str, list[Settings]]]:
@@ -134,21 +145,28 @@ def _try(
         found = [compare(runner, best, kind, repetitions)]
         if found[0].ratio >= WORTHWHILE:
             found.append(compare(runner, best, kind, 2 * repetitions))
-        kept = len(found) == 2 and found[1].ratio >= WORTHWHILE
+        kept = len(found) == 2 and found[1].ratio >= WORTHWHILE and won(found[1]) >= WINS
         return _trial(change, kind, found, kept), runner if kept else None
     finally:
         if not kept:
             runner.close()
 
 
+def won(found: Compared) -> float:
+    """Share of the turns in which the new plan was faster than the old one around it."""
+    around = zip(found.values, found.references, found.references[1:], strict=False)
+    return sum(2 * new > a + b for new, a, b in around) / len(found.values)
+
+
 def _trial(change: str, kind: str, found: list[Compared], kept: bool) -> Trial:
     last = found[-1]
-    counted = " and then ".join(
-        f"{each.ratio - 1:+.1%} in {len(each.values)} turns" for each in found
+    counted = ", then ".join(
+        f"{each.ratio - 1:+.1%} winning {won(each):.0%} of {len(each.values)} turns"
+        for each in found
     )
     why = (
-        f"{kind} {last.reference:.2f} -> {last.value:.2f} tokens/s: {counted} (kept from"
-        f" {WORTHWHILE - 1:+.0%} on, twice); greedy output unchanged"
+        f"{kind} {last.reference:.2f} -> {last.value:.2f} tokens/s: {counted}; greedy output"
+        " unchanged"
     )
     ratios = tuple(each.ratio for each in found)
     return Trial(change, kind, ratios, last.reference, last.value, kept, why)

@@ -1,0 +1,120 @@
+"""Predicted against measured: the simulator's figures of a load beside what ran, as a whole and by
+step, and stored beside the plan (hmc/report/measured.py has the file).
+
+The error is predicted / measured - 1 of tokens a second: positive where the prediction was too
+hopeful.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hmc.cost import Call, CostModel
+from hmc.errors import HmcError
+from hmc.machine import Machine
+from hmc.plan import Plan
+from hmc.report import measured as store
+from hmc.simulate.predict import run_decode, run_prefill
+from hmc.timeline import host_prefill, run
+
+Kind = Literal["prefill", "decode"]
+_PHASES: dict[Kind, str] = {"prefill": "prefill.host", "decode": "decode"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Tokens a second of one load: a prompt of `tokens`, or one sequence decoding behind `tokens`
+    (the middle of the run).
+    """
+
+    kind: Kind
+    tokens: int
+    predicted: float
+    measured: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """predicted / measured - 1."""
+        return self.predicted / self.measured - 1
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "predicted_tokens_per_second": self.predicted,
+            "measured_tokens_per_second": self.measured,
+            "error": self.error,
+        }
+
+
+class Predictor:
+    """Predictions of what the runtime does with a plan: its CPU phases on the rates of `machine`.
+
+    Raises `MachineError` when these lack what the plan uses.
+    """
+
+    def __init__(self, plan: Plan, machine: Machine) -> None:
+        self.plan = plan
+        self._model = CostModel(plan, machine)
+
+    def rate(self, kind: Kind, tokens: int) -> float:
+        """Tokens a second of a load."""
+        phase = _PHASES[kind]
+        if kind == "prefill":
+            return tokens / run_prefill(self.plan, self._model, tokens, phase).seconds
+        return 1 / run_decode(self.plan, self._model, tokens, 1, phase).seconds
+
+    def figure(self, kind: Kind, tokens: int, rates: Sequence[float], measured: float) -> Figure:
+        """The prediction of a load beside its median rate and all its rates."""
+        predicted = self.rate(kind, tokens)
+        return Figure(kind, tokens, predicted, measured, min(rates), max(rates))
+
+    def steps(self, kind: Kind, tokens: int, measured: Mapping[int, float]) -> list[dict[str, Any]]:
+        """Seconds of every step in the order of the plan, of a whole prompt or of one token."""
+        phase = self.plan.phase(_PHASES[kind])
+        if kind == "prefill":
+            calls = host_prefill(phase, tokens, self._model)
+        else:
+            calls = [Call(1, tokens, 1)]
+        timelines = [run(phase, call, self._model) for call in calls]
+        return [
+            {
+                "step": step.id,
+                "op": step.op,
+                "layer": step.layer,
+                "predicted_s": sum(each.costs[number].seconds for each in timelines),
+                "measured_s": measured.get(step.id, 0.0),
+                "bound": timelines[-1].costs[number].bound,
+            }
+            for number, step in enumerate(phase.steps)
+        ]
+
+
+def keep(plan_path: str | os.PathLike[str], plan: Plan, figures: Sequence[Figure], by: str) -> str:
+    """Store figures beside the plan; returns "" or why that was not possible (a plan in a folder
+    that cannot be written is no reason for a run to fail).
+    """
+    rows = [
+        store.Measured(
+            kind=each.kind,
+            tokens=each.tokens,
+            tokens_per_second=each.measured,
+            low=each.low,
+            high=each.high,
+            predicted_tokens_per_second=each.predicted,
+            by=by,
+            machine=plan.machine.cpu,
+        )
+        for each in figures
+    ]
+    try:
+        store.record(plan_path, plan, rows)
+    except (OSError, HmcError) as error:
+        return f"not stored beside the plan: {error}"
+    return ""
