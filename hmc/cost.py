@@ -280,9 +280,7 @@ class CostModel:
         if weight:
             dense = form in ("", "f32", "fp16")
             streamed = prefill or dense or step.op == "embed"
-            times["weights"] = weight / (
-                read if streamed else gemv_rate(rates, form, call.tokens)
-            )
+            times["weights"] = weight / (read if streamed else gemv_rate(rates, form, call.tokens))
         after = 0.0
         if step.op in ("attention", "mla"):
             cache, attention = self._attention(step, call)

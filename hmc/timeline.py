@@ -100,5 +100,6 @@ def host_prefill(phase: Phase, tokens: int, model: CostModel, context: int = 0) 
     chunks = -(-tokens // phase.max_tokens)
     edges = [tokens * i // chunks for i in range(chunks + 1)]
     return [
-        Call(last - first, context + first, logits=last == tokens) for first, last in pairwise(edges)
+        Call(last - first, context + first, logits=last == tokens)
+        for first, last in pairwise(edges)
     ]

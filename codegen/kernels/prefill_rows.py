@@ -11,7 +11,8 @@ import math
 from hmc.codegen.interleave import transpose
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attend_scores import round_bf16
-from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, SUM, Form
+from hmc.codegen.kernels.prefill_form import Form
+from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, SUM
 from hmc.codegen.vector import for_strips, fsplat, isplat, load_part, store_f32, store_part
 
 _BYTES = I8.as_pointer()

@@ -17,153 +17,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
+from hmc.codegen.kernels.prefill_form import Form
 from hmc.codegen.vector import dot_pairs, fmax, fsplat, isplat, lanes_mask
-from hmc.errors import KernelError
 
 LOWEST = -1e30
 """Below every score and yet finite, so that differences are no NaN."""
 
 _PTR = I8.as_pointer()
-
-
-@dataclass(frozen=True)
-class Form:
-    """Sizes of one prefill attention kernel, and where its scratch holds what.
-
-    A panel is `vectors` vectors of query rows, a row being one (token, head); `high` keys or value
-    dimensions are multiplied at once; `keys` positions make a tile.
-    """
-
-    isa: str
-    heads: int
-    kv_heads: int
-    key: int
-    value: int
-    block: int
-    terms: int
-    vectors: int
-    high: int
-    keys: int
-    rows: int
-
-    @staticmethod
-    def of(spec: KernelSpec) -> Form:
-        """The form of `spec`; `KernelError` for sizes without a kernel."""
-        wide = TIERS[spec.isa].lanes == 16
-        form = Form(
-            isa=spec.isa,
-            heads=spec["heads"],
-            kv_heads=spec["kv_heads"],
-            key=spec["head_dim"],
-            value=spec["v_dim"],
-            block=spec["block"],
-            terms=spec.tiled("terms", 2) if spec.isa == "avx512_bf16" else 1,
-            vectors=spec.tiled("vectors", 2),
-            high=spec.tiled("high", 12 if wide else 6),
-            keys=spec.tiled("keys", 96),
-            rows=spec.tiled("rows", 256),
-        )
-        if form.heads % form.kv_heads:
-            raise KernelError(f"attention: {form.heads} heads over {form.kv_heads} key heads")
-        if form.key % 2:
-            raise KernelError("attention: key width must be even")
-        if form.keys % form.high or form.high % 2:
-            raise KernelError("attention: a key tile is a multiple of an even register tile")
-        return form
-
-    @property
-    def lanes(self) -> int:
-        """f32 lanes of a vector."""
-        return TIERS[self.isa].lanes
-
-    @property
-    def dot(self) -> bool:
-        """Whether pairs of bf16 are multiplied."""
-        return self.isa == "avx512_bf16"
-
-    @property
-    def step(self) -> int:
-        """Elements of a key (or positions of a value) that one multiply takes."""
-        return 2 if self.dot else 1
-
-    @property
-    def panel(self) -> int:
-        """Query rows of a panel."""
-        return self.vectors * self.lanes
-
-    @property
-    def group(self) -> int:
-        """Heads that share one cache row."""
-        return self.heads // self.kv_heads
-
-    @property
-    def tokens(self) -> int:
-        """Most tokens of a unit."""
-        return max(1, self.rows // self.group)
-
-    @property
-    def panels(self) -> int:
-        """Most panels of a unit."""
-        return -(-self.tokens * self.group // self.panel)
-
-    # Scratch, in words of 4 bytes; every part starts on a cache line.
-
-    @property
-    def key_words(self) -> int:
-        """Words of a packed key."""
-        return self.key // self.step
-
-    @property
-    def query_steps(self) -> int:
-        """Key steps of a term of a packed query, up to whole squares of a transpose."""
-        return -(-self.key_words // self.lanes) * self.lanes
-
-    @property
-    def query_words(self) -> int:
-        """Words of a packed panel of queries, [term][key step][row]."""
-        return self.terms * self.query_steps * self.panel
-
-    @property
-    def result_words(self) -> int:
-        """Words of a panel's results, [dimension][row]."""
-        return self.value * self.panel
-
-    @property
-    def state_words(self) -> int:
-        """Words of a panel's state: positions i32, m, l, and the tile's largest score and rescaling
-        factor, [row] each.
-        """
-        return 5 * self.panel
-
-    @property
-    def offsets(self) -> dict[str, int]:
-        """Byte offsets of queries, results, states, keys, values and weights; and their end."""
-        sizes = {
-            "queries": self.panels * self.query_words,
-            "results": self.panels * self.result_words,
-            "states": self.panels * self.state_words,
-            # Queries on their way into panels take this place first.
-            "keys": max(self.keys * self.key_words, self.lanes * self.terms * self.query_steps),
-            "values": -(-self.keys // self.step) * self.value,
-            "weights": self.keys * self.panel,
-        }
-        found, at = {}, 0
-        for name, words in sizes.items():
-            found[name] = at
-            at += 4 * words + 63 & ~63
-        return found | {"end": at}
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Scratch of one worker."""
-        return self.offsets["end"]
 
 
 POSITION, MAXIMUM, SUM, TILE_MAXIMUM, FACTOR = range(5)
@@ -404,14 +268,14 @@ _ROUND = 1.5 * 2.0**23  # adding it leaves round(x) in the low mantissa bits
 def _exp2(e: Emitter, x: Value, coarse: bool) -> Value:
     """2**x for x <= 0, exactly 0 from -127 down; NaN stays NaN.
 
-    2**(x - round(x)) by its Taylor polynomial: relative error 5e-9, or 2.4e-6 if `coarse` (what is
-    rounded to bf16 next needs no more); round(x) is added to the exponent, which makes 0 of -127.
+    2**(x - round(x)) by its Taylor polynomial: relative error 6e-9, or 5e-5 if `coarse` (a 40th
+    of what rounding to bf16 adds); round(x) is added to the exponent, which makes 0 of -127.
     """
     b, count = e.b, x.type.count
     x = fmax(e, fsplat(-127.0, count), x)
     shifted = b.fadd(x, fsplat(_ROUND, count))
     r = b.fsub(x, b.fsub(shifted, fsplat(_ROUND, count)))
-    degree = 5 if coarse else 7
+    degree = 4 if coarse else 7
     terms = [math.log(2) ** power / math.factorial(power) for power in range(degree + 1)]
     total: Value = fsplat(terms[-1], count)
     for term in reversed(terms[:-1]):

@@ -327,8 +327,7 @@ class KernelBench:
 
     def _spec(self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32") -> KernelSpec:
         if case.format == "int4":
-            scale = {} if case.op in PREFILL_OPS else {"scale_bits": 16}
-            sizes = {**sizes, "group": case.group, **scale}
+            sizes = {**sizes, "group": case.group, "scale_bits": 16}
         params = tuple(sorted(sizes.items()))
         return KernelSpec(op, self.isa.name, case.format, out, params)
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,16 +37,26 @@ _WARM_STEPS = 4
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Prefill of `tokens` tokens; `compared` is FLOP/s against the peak."""
+    """Prefill of `tokens` tokens; `compared` is FLOP/s against the peak, `by_step` the seconds of
+    each step in one more, recorded prefill.
+    """
 
     tokens: int
     seconds: tuple[float, ...]
     compared: Compared
+    by_step: Mapping[int, float]
+
+    kind: ClassVar[Literal["prefill"]] = "prefill"
 
     @property
     def test(self) -> str:
         """pp512."""
         return f"pp{self.tokens}"
+
+    @property
+    def middle(self) -> int:
+        """Tokens of the prompt."""
+        return self.tokens
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -85,7 +95,8 @@ class DecodeRow:
     the streaming read.
 
     Each repetition's `waiting` and `python` are shares of its time: workers between kernels while
-    the native program runs, and everything but native programs.
+    the native program runs, and everything but native programs. `by_step` are the seconds of each
+    step of a token, medians over the repetitions.
     """
 
     tokens: int
@@ -95,6 +106,14 @@ class DecodeRow:
     waiting: tuple[float, ...]
     python: tuple[float, ...]
     ops: tuple[OpShare, ...]
+    by_step: Mapping[int, float]
+
+    kind: ClassVar[Literal["decode"]] = "decode"
+
+    @property
+    def middle(self) -> int:
+        """Tokens in the cache in the middle of a repetition."""
+        return self.context + self.tokens // 2
 
     @property
     def test(self) -> str:
@@ -155,7 +174,10 @@ class ModelBench:
             return flops / seconds[-1]
 
         compared = interleave(rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report)
-        return PromptRow(tokens, tuple(seconds), compared)
+        with self._executor.recorded() as recorder:
+            self._prefill(tokens)
+        steps = recorder.with_python("prefill.host")
+        return PromptRow(tokens, tuple(seconds), compared, steps)
 
     def decode(self, tokens: int, context: int = 0) -> DecodeRow:
         """`tokens` steps of one sequence behind `context` tokens; repetitions start at the same
@@ -181,6 +203,10 @@ class ModelBench:
             tuple((each.native - each.kernels) / each.seconds for each in steps),
             tuple(1 - each.native / each.seconds for each in steps),
             _op_shares(phase, steps, tokens),
+            {
+                step.id: median(each.by_step.get(step.id, 0.0) for each in steps) / tokens
+                for step in phase.steps
+            },
         )
 
     def _prefill(self, tokens: int) -> float:

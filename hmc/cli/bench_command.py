@@ -11,14 +11,16 @@ import click
 
 from hmc.cli.bench_arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
 from hmc.cli.bench_kernels import kernels
+from hmc.cli.bench_predict import predict
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
+from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 
 if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
     from hmc.plan import Plan
 
-_SUB_BENCHMARKS: dict[str, click.Command] = {"kernels": kernels}
+_SUB_BENCHMARKS: dict[str, click.Command] = {"kernels": kernels, "predict": predict}
 
 
 class _Bench(click.Command):
@@ -97,6 +99,11 @@ class _Bench(click.Command):
     help="Memory the streaming read goes through [default: 1 GiB or 8 x the last-level cache];"
     " small values are for tests: they stay in cache.",
 )
+@click.option(
+    "--machine",
+    metavar="FILE",
+    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
+)
 @JSON
 @click.pass_context
 def command(
@@ -113,6 +120,7 @@ def command(
     checkpoint: str | None,
     by_op: bool,
     megabytes: int,
+    machine: str | None,
     as_json: bool,
 ) -> None:
     """Measure prefill and decode of TARGET: a plan (.hmp), a model directory, or a config.json.
@@ -121,7 +129,9 @@ def command(
     repetitions, and half of the distance from the least to the most) and how near the bound that
     is: for decode the MBU, which is the weight bytes of a step over its time and over the best
     streaming read of the same minutes; for prefill the share of the register-only multiply-add
-    peak. "Outside" is the share of a decode step in which workers are in no kernel.
+    peak. "Outside" is the share of a decode step in which workers are in no kernel. Where this
+    machine's rates are known, "predicted" and its error stand beside (with --json for every step),
+    and both are kept in PLAN.measured.json.
 
     \b
     hmc bench plan.hmp -p 512,2048 -n 64
@@ -164,6 +174,9 @@ def command(
     rows: list[PromptRow | DecodeRow] = [*prompt_rows]
     if decode_row is not None:
         rows.append(decode_row)
+    compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
+    predicted = [compared.bench(row) for row in rows]
+    compared.store("hmc bench")
     reference = _reference(bench.memory.sweep.bytes_per_second, decode_row)
     model = plan.model
     facts: dict[str, Any] = {
@@ -178,16 +191,19 @@ def command(
     if as_json:
         print_json(
             {
-                "rows": [row.record() for row in rows],
+                "rows": [row.record() | more for row, more in zip(rows, predicted, strict=True)],
                 "reference_gbps": round(reference / 1e9, 3),
                 "reference": str(bench.memory.variant),
                 **facts,
                 **circumstances(ctx, plan.isa, workers),
                 "kernels": list(used),
+                **({"no_prediction": compared.reason} if compared.reason else {}),
             }
         )
         return
-    _print_rows(plan, facts["bytes"], workers, rows)
+    _print_rows(plan, facts["bytes"], workers, rows, predicted)
+    if compared.reason:
+        click.echo(compared.reason)
     click.echo(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
         f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
@@ -238,10 +254,16 @@ def _plan(
 
 
 def _print_rows(
-    plan: Plan, total: int, workers: int, rows: Sequence[PromptRow | DecodeRow]
+    plan: Plan,
+    total: int,
+    workers: int,
+    rows: Sequence[PromptRow | DecodeRow],
+    predicted: Sequence[dict[str, Any]],
 ) -> None:
     about = ("model", "size", "params", "kernels", "thr", "test")
-    figures = ("tok/s", "of bound", "outside")
+    figures: tuple[str, ...] = ("tok/s", "of bound", "outside")
+    if any(predicted):
+        figures += ("predicted", "error")
     start = (
         f"{plan.model.family} {plan.model.layers}L",
         size(total),
@@ -250,14 +272,16 @@ def _print_rows(
         workers,
     )
     lines = []
-    for row in rows:
+    for row, more in zip(rows, predicted, strict=True):
         found = row.record()
         spread = (found["max"] - found["min"]) / 2
         rates = f"{found['tokens_per_second']:.2f} ± {spread:.2f}"
         if "mbu" in found:
-            shares = (f"{found['mbu']:.1%} MBU", f"{found['outside_kernels']:.1%}")
+            shares: tuple[str, ...] = (f"{found['mbu']:.1%} MBU", f"{found['outside_kernels']:.1%}")
         else:
             shares = (f"{found['peak_share']:.1%} peak", "-")
+        if more:
+            shares += (f"{more['predicted_tokens_per_second']:.2f}", f"{more['error']:+.1%}")
         lines.append((*start, row.test, rates, *shares))
     right = ("size", "params", "thr", *figures)
     console().print(table("hmc bench", (*about, *figures), lines, numbers=right))

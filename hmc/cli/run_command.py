@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hmc.cli.output import JSON, print_json, progress, write_beside
+from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 from hmc.plan import Plan
 
 if TYPE_CHECKING:
     from hmc.runtime.engine import Engine
+    from hmc.runtime.routing import RoutingRecorder
 
 Prompt = str | list[int] | list[dict[str, Any]]
 """Text, token ids, or chat messages."""
@@ -56,6 +58,16 @@ Prompt = str | list[int] | list[dict[str, Any]]
     "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of every step."
 )
 @click.option(
+    "--record-routing",
+    type=click.Path(dir_okay=False),
+    help="Write which experts were chosen how often, for `hmc compile --routing-profile`. Slower.",
+)
+@click.option(
+    "--machine",
+    metavar="FILE",
+    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
+)
+@click.option(
     "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
 )
 @JSON
@@ -70,34 +82,70 @@ def command(
     threads: int | None,
     dummy_weights: bool,
     trace: str | None,
+    record_routing: str | None,
+    machine: str | None,
     as_json: bool,
     stop: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Write tokens from the plan PLAN: text streams to standard output, the closing figures go to
-    stderr.
+    stderr, and what the simulator predicted beside what was measured; both are kept in
+    PLAN.measured.json (`hmc report` shows it).
     """
     if sum(given is not None for given in (prompt, ids, prompts)) > 1:
         raise UsageError("give one of -p, --ids and --prompts")
     if system is not None and not chat:
         raise UsageError("--system needs --chat")
+    for option, path in (("--trace", trace), ("--record-routing", record_routing)):
+        if path is not None and not Path(path).parent.is_dir():
+            raise UsageError(f"{option} {path}: its folder does not exist")
     plan = Plan.load(plan_path)
+    if record_routing is not None and not plan.experts:
+        raise UsageError("--record-routing: this model routes nothing, it has no experts")
     from hmc.runtime.engine import Engine
+    from hmc.runtime.routing import RoutingRecorder
 
     arguments = {**sampling, "stop": list(stop) or None}
     talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
     waiting = [] if talk else list(_prompts(prompt, chat, system, ids, prompts))
+    routing = RoutingRecorder() if record_routing is not None else None
     with progress(not as_json) as report:
         engine = Engine(
-            plan, checkpoint, threads=threads, dummy_weights=dummy_weights, progress=report
+            plan,
+            checkpoint,
+            threads=threads,
+            dummy_weights=dummy_weights,
+            progress=report,
+            routing=routing,
         )
     with engine:
+        # counting takes its share of the time: there is nothing to compare then
+        workers = engine.executor.pool.workers
+        compared = None if routing else Comparison(plan, machine, workers, plan_path)
         if talk:
-            _talk(engine, system, arguments)
-            return
+            _talk(engine, system, arguments, routing)
         with _tracing(engine, trace):
             for each in waiting:
-                _answer(engine, each, arguments, as_json, many=prompts is not None)
+                if routing is not None:
+                    routing.begin()
+                show = _Show(as_json, prompts is not None, as_json and trace is None, compared)
+                _answer(engine, each, arguments, show)
+        if compared is not None:
+            compared.store("hmc run")
+    if record_routing is not None and routing is not None:
+        write_beside(record_routing, json.dumps(routing.as_json()))
+
+
+@dataclass(frozen=True)
+class _Show:
+    """How an answer is shown: as JSON (one line each of `many`), with the seconds of its `steps`,
+    and beside what prediction.
+    """
+
+    as_json: bool
+    many: bool
+    steps: bool
+    compared: Comparison | None
 
 
 @contextmanager
@@ -106,8 +154,6 @@ def _tracing(engine: Engine, path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    if not Path(path).parent.is_dir():
-        raise UsageError(f"--trace {path}: its folder does not exist")
     from hmc.runtime.trace import chrome_trace
 
     with engine.executor.recorded() as recorder:
@@ -149,14 +195,14 @@ def _prompt_file(path: Path) -> Iterator[Prompt]:
         yield value
 
 
-def _answer(
-    engine: Engine, prompt: Prompt, arguments: dict[str, Any], as_json: bool, many: bool
-) -> Any:
-    """Stream one answer (or collect it, for JSON) and print the closing line; the result."""
-    tokens = _tokens(engine, prompt)
-    if as_json:
-        result = engine.generate(tokens, **arguments)
-        record = {
+def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Show) -> None:
+    """Stream one answer (or collect it, for JSON) and print the closing lines."""
+    tokens, compared = _tokens(engine, prompt), show.compared
+    if show.as_json:
+        recorded = compared is not None and not compared.reason and show.steps
+        with engine.executor.recorded() if recorded else nullcontext() as recorder:
+            result = engine.generate(tokens, **arguments)
+        record: dict[str, Any] = {
             "text": result.text,
             "token_ids": list(result.token_ids),
             "finish_reason": result.finish_reason,
@@ -167,8 +213,15 @@ def _answer(
             },
             "kernels": list(engine.kernels_used),
         }
-        click.echo(json.dumps(record)) if many else print_json(record)
-        return result
+        if compared is not None:
+            figures = compared.run(result.timings)
+            record["prediction"] = {each.kind: each.as_json() for each in figures}
+            if not figures:
+                record["prediction"] = {"reason": compared.reason}
+            elif recorder is not None:
+                record["steps"] = compared.steps(result.timings, recorder)
+        click.echo(json.dumps(record)) if show.many else print_json(record)
+        return
     stream = engine.stream(tokens, **arguments)
     try:
         for piece in stream:
@@ -188,7 +241,8 @@ def _answer(
     )
     if result.finish_reason == "cancelled":
         sys.exit(130)
-    return result
+    if compared is not None:
+        click.echo(f"[{compared.line(compared.run(times))}]", err=True)
 
 
 def _tokens(engine: Engine, prompt: Prompt) -> str | list[int]:
@@ -210,7 +264,12 @@ def _kernels(plan: Plan) -> str:
     return f"{kernel.weight} {kernel.op} on {kernel.isa}"
 
 
-def _talk(engine: Engine, system: str | None, arguments: dict[str, Any]) -> None:
+def _talk(
+    engine: Engine,
+    system: str | None,
+    arguments: dict[str, Any],
+    routing: RoutingRecorder | None,
+) -> None:
     """Turn by turn until end of input; Ctrl-C ends an answer, a second one the conversation."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     while True:
@@ -222,6 +281,8 @@ def _talk(engine: Engine, system: str | None, arguments: dict[str, Any]) -> None
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
+        if routing is not None:
+            routing.begin()
         stream = engine.stream(_tokens(engine, messages), **arguments)
         for piece in stream:
             click.echo(piece.text, nl=False)

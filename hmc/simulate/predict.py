@@ -166,8 +166,7 @@ def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> R
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
     found = plan.phase(phase or chosen(plan, "prefill", prompt))
     calls = host_prefill(found, prompt, model)
-    # all calls but the last differ in their context alone, and time is linear in it: a few stand for
-    # all
+    # all calls but the last differ in context alone, and time is linear in it: a few stand for all
     if len(calls) <= 4:
         some, counts = calls, [1.0] * len(calls)
     else:

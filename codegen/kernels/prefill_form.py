@@ -1,0 +1,142 @@
+"""Sizes of prefill attention: its form by tier, and where its scratch holds what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import KernelSpec
+from hmc.errors import KernelError
+
+
+@dataclass(frozen=True)
+class Form:
+    """Sizes of one prefill attention kernel, and where its scratch holds what.
+
+    A panel is `vectors` vectors of query rows, a row being one (token, head); `high` keys or value
+    dimensions are multiplied at once; `keys` positions make a tile.
+    """
+
+    isa: str
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    block: int
+    terms: int
+    vectors: int
+    high: int
+    keys: int
+    rows: int
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Form:
+        """The form of `spec`; `KernelError` for sizes without a kernel."""
+        wide = TIERS[spec.isa].lanes == 16
+        form = Form(
+            isa=spec.isa,
+            heads=spec["heads"],
+            kv_heads=spec["kv_heads"],
+            key=spec["head_dim"],
+            value=spec["v_dim"],
+            block=spec["block"],
+            terms=spec.tiled("terms", 2) if spec.isa == "avx512_bf16" else 1,
+            vectors=spec.tiled("vectors", 2),
+            high=spec.tiled("high", 12 if wide else 6),
+            keys=spec.tiled("keys", 96),
+            rows=spec.tiled("rows", 256),
+        )
+        if form.heads % form.kv_heads:
+            raise KernelError(f"attention: {form.heads} heads over {form.kv_heads} key heads")
+        if form.key % 2:
+            raise KernelError("attention: key width must be even")
+        if form.keys % form.high or form.high % 2:
+            raise KernelError("attention: a key tile is a multiple of an even register tile")
+        return form
+
+    @property
+    def lanes(self) -> int:
+        """f32 lanes of a vector."""
+        return TIERS[self.isa].lanes
+
+    @property
+    def dot(self) -> bool:
+        """Whether pairs of bf16 are multiplied."""
+        return self.isa == "avx512_bf16"
+
+    @property
+    def step(self) -> int:
+        """Elements of a key (or positions of a value) that one multiply takes."""
+        return 2 if self.dot else 1
+
+    @property
+    def panel(self) -> int:
+        """Query rows of a panel."""
+        return self.vectors * self.lanes
+
+    @property
+    def group(self) -> int:
+        """Heads that share one cache row."""
+        return self.heads // self.kv_heads
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of a unit."""
+        return max(1, self.rows // self.group)
+
+    @property
+    def panels(self) -> int:
+        """Most panels of a unit."""
+        return -(-self.tokens * self.group // self.panel)
+
+    # Scratch, in words of 4 bytes; every part starts on a cache line.
+
+    @property
+    def key_words(self) -> int:
+        """Words of a packed key."""
+        return self.key // self.step
+
+    @property
+    def query_steps(self) -> int:
+        """Key steps of a term of a packed query, up to whole squares of a transpose."""
+        return -(-self.key_words // self.lanes) * self.lanes
+
+    @property
+    def query_words(self) -> int:
+        """Words of a packed panel of queries, [term][key step][row]."""
+        return self.terms * self.query_steps * self.panel
+
+    @property
+    def result_words(self) -> int:
+        """Words of a panel's results, [dimension][row]."""
+        return self.value * self.panel
+
+    @property
+    def state_words(self) -> int:
+        """Words of a panel's state: positions i32, m, l, and the tile's largest score and rescaling
+        factor, [row] each.
+        """
+        return 5 * self.panel
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """Byte offsets of queries, results, states, keys, values and weights; and their end."""
+        sizes = {
+            "queries": self.panels * self.query_words,
+            "results": self.panels * self.result_words,
+            "states": self.panels * self.state_words,
+            # Queries on their way into panels take this place first.
+            "keys": max(self.keys * self.key_words, self.lanes * self.terms * self.query_steps),
+            "values": -(-self.keys // self.step) * self.value,
+            "weights": self.keys * self.panel,
+        }
+        found, at = {}, 0
+        for name, words in sizes.items():
+            found[name] = at
+            at += 4 * words + 63 & ~63
+        return found | {"end": at}
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of one worker."""
+        return self.offsets["end"]

@@ -1,0 +1,192 @@
+"""Predicted against measured for whole models: real shapes, cut in depth (and, where a single layer
+is too large, in experts) to what memory allows, with random weights; hides the cutting.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from hmc.bench.compare import Report, silent
+from hmc.bench.model import DecodeRow, ModelBench, PromptRow, total_bytes
+from hmc.compiler import compile as compile_plan
+from hmc.errors import CapacityError, UsageError
+from hmc.machine import Machine
+from hmc.plan import Plan
+from hmc.prediction import Figure, Predictor
+from hmc.runtime.executor import Executor
+
+FORMATS = ("fp8", "bf16")
+_EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
+_FP8 = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+    "activation_scheme": "dynamic",
+}
+
+
+@dataclass(frozen=True)
+class Loads:
+    """What is measured: decode at `contexts`, `tokens` steps around each; prefill of `prompts`."""
+
+    contexts: Sequence[int] = (128, 4096)
+    prompts: Sequence[int] = (512, 2048)
+    tokens: int = 16
+    repetitions: int = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One load of one model: the figure, the parts of it by op, and for decode how much faster the
+    streaming read is now than when the machine was probed.
+    """
+
+    model: str
+    format: str
+    layers: int
+    experts: int
+    test: str
+    figure: Figure
+    ops: dict[str, tuple[float, float]]
+    drift: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; seconds of a token (decode) or of the prompt by op."""
+        return {
+            "model": self.model,
+            "format": self.format,
+            "layers": self.layers,
+            "experts": self.experts,
+            "test": self.test,
+            **self.figure.as_json(),
+            "low": self.figure.low,
+            "high": self.figure.high,
+            "memory_drift": self.drift,
+            "ops": {
+                op: {"predicted_s": predicted, "measured_s": measured}
+                for op, (predicted, measured) in self.ops.items()
+            },
+        }
+
+
+def median_error(rows: Sequence[Row]) -> float:
+    """Median of the absolute errors."""
+    return median(abs(row.figure.error) for row in rows)
+
+
+def compare(
+    config: Path,
+    form: str,
+    machine: Machine,
+    loads: Loads,
+    *,
+    memory: int,
+    layers: int = 0,
+    experts: int = 0,
+    megabytes: int = 0,
+    report: Report = silent,
+) -> Iterator[Row]:
+    """Measure the shapes of a config.json in a weight format and predict them from `machine`.
+
+    At most `memory` bytes of weights; `layers` and `experts` of each layer (0: as many as fit, all
+    of them before more layers). Raises `CapacityError` when not even one routed layer of 16 experts
+    fits.
+    """
+    longest = max((*loads.prompts, *(each + loads.tokens for each in loads.contexts)), default=1)
+    plan = cut_to_fit(config, form, longest, memory, layers, experts)
+    predictor = Predictor(plan, machine)
+    executor = Executor(plan, None, dummy_weights=True, progress=report)
+    try:
+        bench = ModelBench(
+            executor, repetitions=loads.repetitions, megabytes=megabytes, report=report
+        )
+        rows: list[PromptRow | DecodeRow] = [
+            bench.decode(loads.tokens, max(0, context - loads.tokens // 2))
+            for context in loads.contexts
+        ]
+        rows += [bench.prompt(tokens) for tokens in loads.prompts]
+    finally:
+        executor.close()
+    assert machine.rates is not None
+    read = sum(rate.value for rate in machine.rates.read)
+    routed = max((each.count for each in plan.experts), default=0)
+    for row in rows:
+        figure = predictor.figure(row.kind, row.middle, row.rates, median(row.rates))
+        ops: dict[str, tuple[float, float]] = {}
+        for step in predictor.steps(row.kind, row.middle, row.by_step):
+            predicted, measured = ops.get(step["op"], (0.0, 0.0))
+            ops[step["op"]] = (predicted + step["predicted_s"], measured + step["measured_s"])
+        name = f"pp{row.middle}" if row.kind == "prefill" else f"tg@{row.middle}"
+        drift = row.compared.reference / read if row.kind == "decode" else None
+        yield Row(plan.model.family, form, plan.model.layers, routed, name, figure, ops, drift)
+
+
+def cut_to_fit(
+    config: Path, form: str, context: int, memory: int, layers: int = 0, experts: int = 0
+) -> Plan:
+    """The plan of a model in a format, cut to `memory` bytes of weights."""
+    found = _config(config)
+    every = int(found.get("num_hidden_layers", 1))
+    while True:
+        cut = _cut(found, form, experts)
+        if layers:
+            plan = _compile(cut, context, min(layers, every))
+            if total_bytes(plan) <= memory:
+                return plan
+        else:
+            plan = _deepest(cut, context, every, memory)
+            if total_bytes(plan) <= memory:
+                return plan
+        count = next((int(cut[name]) for name in _EXPERTS if name in cut), 0)
+        if layers or experts or count <= 16:
+            raise CapacityError(
+                f"{config}, {form}: {plan.model.layers} layers take"
+                f" {total_bytes(plan) / 1e9:.1f} GB of {memory / 1e9:.1f}: cut it with --layers and"
+                " --experts, or raise --memory"
+            )
+        found = {**cut, **{name: count // 2 for name in _EXPERTS if name in cut}}
+
+
+def _deepest(cut: dict[str, Any], context: int, every: int, memory: int) -> Plan:
+    """As many layers as fit, but one with experts at least (if the model has any)."""
+    first = int(cut.get("first_k_dense_replace", 0)) + 1
+    least = _compile(cut, context, min(first, every))
+    if first >= every or total_bytes(least) > memory:
+        return least
+    more = _compile(cut, context, first + 1)
+    each = total_bytes(more) - total_bytes(least)
+    depth = min(every, first + (memory - total_bytes(least)) // each)
+    return least if depth == first else _compile(cut, context, depth)
+
+
+def _compile(cut: dict[str, Any], context: int, layers: int) -> Plan:
+    with TemporaryDirectory(prefix="hmc-bench-") as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(cut))
+        return compile_plan(path, max_context=context, dummy_weights=True, layers=layers)
+
+
+def _cut(config: dict[str, Any], form: str, experts: int) -> dict[str, Any]:
+    """The configuration in a weight format, with so many experts (0: its own)."""
+    found = {key: value for key, value in config.items() if key != "quantization_config"}
+    if form == "fp8":
+        found["quantization_config"] = _FP8
+    if experts:
+        found |= {name: experts for name in _EXPERTS if name in found}
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    source = path / "config.json" if path.is_dir() else path
+    with suppress(ValueError):
+        found = json.loads(source.read_text()) if source.is_file() else None
+        if isinstance(found, dict):
+            return found
+    raise UsageError(f"{path}: no model directory and no config.json")
