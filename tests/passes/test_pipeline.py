@@ -50,9 +50,7 @@ def test_rewrites_keep_the_values(family: str, lowering: Lowering) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_kernel_and_weight_is_decided_with_a_reason(
-    family: str, lowering: Lowering
-) -> None:
+def test_every_kernel_and_weight_is_decided_with_a_reason(family: str, lowering: Lowering) -> None:
     graph, context = lowering(family)
     run_pipeline(PIPELINE, graph, context)
     for node in graph.graph.nodes:
