@@ -44,7 +44,7 @@ def machine_here(plan: Plan, name: str | None = None) -> Machine | None:
 
 def how_to() -> str:
     """What to do where there is none."""
-    return f"no prediction: run `hmc probe -o {profile_path()}`"
+    return "no prediction: run `hmc probe` once, when nothing else runs"
 
 
 def _same(machine: Machine, here: Machine) -> bool:

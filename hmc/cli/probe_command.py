@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
+from hmc.profile import profile_path
 
 if TYPE_CHECKING:
     from hmc.probe import Measurement
@@ -17,16 +19,15 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    required=True,
     type=click.Path(dir_okay=False),
-    help="The machine file to write (.json).",
+    help="The machine file to write [default: the profile that run and bench look for].",
 )
 @click.option("--quick", is_flag=True, help="Fewer passes over less memory: rougher, in seconds.")
 @click.option(
     "--threads", type=int, metavar="N", help="Native workers [default: HMC_THREADS, or one a core]."
 )
 @JSON
-def command(output: str, quick: bool, threads: int | None, as_json: bool) -> None:
+def command(output: str | None, quick: bool, threads: int | None, as_json: bool) -> None:
     """Measure this machine: streaming reads by threads and NUMA node, decode matmuls by format and
     tokens, prefill matmuls, attention, barriers; and where PyTorch finds a GPU, its copies, memory,
     matmuls and latencies.
@@ -40,11 +41,14 @@ def command(output: str, quick: bool, threads: int | None, as_json: bool) -> Non
 
     with progress() as report:
         found = probe(QUICK if quick else FULL, threads=threads, report=report)
-    save(found.machine, output)
+    target = Path(output) if output else profile_path()
+    if output is None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    save(found.machine, target)
     if as_json:
         print_json(
             {
-                "machine": output,
+                "machine": str(target),
                 "name": found.machine.name,
                 "gpus": len(found.machine.gpus),
                 "measurements": [each.as_json() for each in found.measurements],
@@ -57,7 +61,7 @@ def command(output: str, quick: bool, threads: int | None, as_json: bool) -> Non
     ]
     columns = ("", "median", "least", "most", "of")
     console().print(table("hmc probe", columns, rows, numbers=columns[1:4]))
-    click.echo(f"{output}: {found.machine.cpu}, {len(found.machine.gpus)} GPU(s)")
+    click.echo(f"{target}: {found.machine.cpu}, {len(found.machine.gpus)} GPU(s)")
 
 
 def _three(each: Measurement) -> tuple[float, float, float]:
