@@ -32,7 +32,7 @@ RateKind = Literal["published", "data sheet", "measured", "derived", "fitted", "
 class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Rate(Frozen):

@@ -70,7 +70,7 @@ DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4}
 class Frozen(BaseModel):
     """Immutable, and strict about unknown fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ModelInfo(Frozen):

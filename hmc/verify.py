@@ -260,8 +260,12 @@ def _check_tensors(plan: Plan) -> None:
                 raise VerifyError(
                     f"experts {experts.pattern}{suffix}: columns are not one a expert"
                 )
-            for shard, offset in zip(expand_runs(runs), accumulate(offsets), strict=True):
-                inside(experts.pattern + suffix, shard, offset, count)
+            places = list(accumulate(offsets))
+            for length, shard in runs:
+                part, places = places[:length], places[length:]
+                if part and min(part) < 0:
+                    raise VerifyError(f"experts {experts.pattern}{suffix}: a negative offset")
+                inside(experts.pattern + suffix, shard, max(part, default=0), count)
 
 
 def expand_runs(runs: tuple[tuple[int, int], ...]) -> Iterator[int]:

@@ -212,11 +212,11 @@ def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, floa
     return busy
 
 
-def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph:
+def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph[int]:
     """Steps by position; an edge says that one cannot start before another ends, and weighs what
     the earlier one takes. Node -1 is the end.
     """
-    graph = networkx.DiGraph()
+    graph: networkx.DiGraph[int] = networkx.DiGraph()
     last: dict[str, int] = {}
     signalled: dict[int, int] = {}
     for position, step in enumerate(phase.steps):
