@@ -96,11 +96,18 @@ def test_table(small: None, tmp_path: Path, run: Run) -> None:
         assert part in out
 
 
+def test_the_profile_is_the_default_place(
+    small: None, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HMC_CONFIG", str(tmp_path / "config"))
+    assert run()[0] == 0
+    assert load_machine(str(tmp_path / "config" / "machine.json")).rates is not None
+
+
 def test_refusals(tmp_path: Path, run: Run) -> None:
     code, out, err = run("-o", tmp_path / "m.json", "--threads", 0)
     assert (code, out) == (2, "")
     assert "--threads 0" in err
-    assert run()[0] == 2
     with pytest.raises(PlanError, match="cannot write the machine"):
         save(detect(), tmp_path / "no" / "m.json")
 
