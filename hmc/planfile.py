@@ -9,12 +9,15 @@ the target and renames.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -101,11 +104,26 @@ def load(path: str | os.PathLike[str]) -> Plan:
         raise PlanFormatError(
             f"{source} was changed after it was made (its digest differs): compile the model again"
         )
-    try:
-        plan = Plan.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
-    verify_plan(plan)
+    with _uncollected():
+        try:
+            plan = Plan.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
+        verify_plan(plan)
     return plan
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection meanwhile: a plan of 671B parameters is 200,000 objects without a
+    cycle, and looking through them again and again is a quarter of the time of `hmc show`.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
