@@ -74,7 +74,8 @@ class Jit:
         """LLVM IR of `spec`, before optimisation."""
         if spec.op not in self._emitters:
             raise KernelError(f"no emitter for kernel {spec.op}")
-        return self._emitters[spec.op](spec)
+        with env.uncollected():
+            return self._emitters[spec.op](spec)
 
     def assembly(self, spec: KernelSpec) -> str:
         """Assembly of `spec` for the CPU its tier names: the same on every machine."""

@@ -9,15 +9,12 @@ the target and renames.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -104,7 +101,7 @@ def load(path: str | os.PathLike[str]) -> Plan:
         raise PlanFormatError(
             f"{source} was changed after it was made (its digest differs): compile the model again"
         )
-    with _uncollected():
+    with env.uncollected():
         try:
             plan = Plan.model_validate_json(text)
         except ValidationError as error:
@@ -113,17 +110,3 @@ def load(path: str | os.PathLike[str]) -> Plan:
             raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
         verify_plan(plan)
     return plan
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No garbage collection meanwhile: a plan of 671B parameters is 200,000 objects without a
-    cycle, and looking through them again and again is a quarter of the time of `hmc show`.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

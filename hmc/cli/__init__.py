@@ -6,7 +6,6 @@ Subcommands are imported when they are called, so that `hmc --help` and `hmc sho
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import NoReturn
 
 import click
 
+from hmc import env
 from hmc.errors import HmcError
 from hmc.version import VERSION
 
@@ -42,9 +42,8 @@ class _Lazy(click.Group):
             return None
         # Nobody extends hmc's models by plugins, and looking for some takes 20 ms.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
-        gc.disable()  # importing makes no garbage
-        command = importlib.import_module(f"hmc.cli.{cmd_name}_command").command
-        gc.enable()
+        with env.uncollected():
+            command = importlib.import_module(f"hmc.cli.{cmd_name}_command").command
         assert isinstance(command, click.Command)
         return command
 
