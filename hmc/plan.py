@@ -42,6 +42,7 @@ Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "l
     sort         ids -> order[i32]  tokens in the order of their experts
     experts      with attrs `range`, `count`: those experts alone, added to y by all but the first
     kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
+    kv_in        the same -> -                  and from there to the GPU that decodes
     all_gather   one input a rank -> one output a rank: the rows of all ranks (zig-zag: of 2R pieces
                  rank r holds r and 2R - 1 - r)
     split, join  rows of a batch -> those of each lane, and back
@@ -265,11 +266,12 @@ class Step(Frozen):
 
 class Phase(Frozen):
     """One way to run the model: `decode` (1..16 tokens a call) or `prefill.host` (chunks up to
-    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed) and
-    `decode.dual` (`lanes` halves of a batch that swap GPU and CPU).
+    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed),
+    `decode.dual` (`lanes` halves of a batch that swap GPU and CPU) and, with several GPUs,
+    `prefill.beside` (a prompt streamed through the last GPU while the first one decodes).
 
-    `activation_bytes` a token on the host, `device_bytes` on other devices. With `ranks` R, gpu0 to
-    gpu<R-1> share the tokens of a call; `ring` experts fit into the slots of one GPU.
+    `activation_bytes` a token on the host, `device_bytes` on other devices. With `ranks` R > 1,
+    gpu0 to gpu<R-1> share the tokens of a call; `ring` experts fit into the slots of one GPU.
     """
 
     name: str

@@ -2,8 +2,7 @@
 kind -> specs.
 
 `decode` handles up to 16 tokens a call with kernels that read each weight once; `prefill.host` any
-number, with tiled ones. Names that start with "torch:" are computed by PyTorch (latent attention in
-prefill).
+number, with tiled ones.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Target:
     scales: Mapping[str, str]
 
 
-Chosen = list[KernelSpec | str]
+Chosen = list[KernelSpec]
 
 
 def choose(node: NodeMeta, phase: str, target: Target) -> Chosen:
@@ -144,11 +143,11 @@ def _mla(node: NodeMeta, phase: str, target: Target) -> Chosen:
     sizes = {name: node.attr(name) for name in ("heads", "nope", "rope", "v_dim", "rank")}
     sizes["block"] = target.kv_block
     append = _spec("mla_append", target, sizes)
+    form, group = target.formats["kv_b"], _group(target, "kv_b")
     if phase == PREFILL:
-        return [append, "torch:mla"]
-    form = target.formats["kv_b"]
+        return [append, _spec("mla_prefill", target, sizes | group, form, "bf16")]
     sizes["tokens"] = MAX_TOKENS
-    expand = sizes | _group(target, "kv_b")
+    expand = sizes | group
     return [
         _spec("mla_absorb", target, expand, form),
         append,

@@ -13,6 +13,8 @@ from hmc.plan import Phase, Plan, Step
 from hmc.verify import EXTERNAL, expert_ranges
 
 STREAM = "prefill.stream"
+BESIDE = "prefill.beside"
+"""Streams through the last GPU alone, for a prompt that comes while gpu0 and the CPU decode."""
 
 
 def weight_sizes(plan: Plan) -> dict[str, int]:
@@ -45,22 +47,25 @@ def _walk(steps: Iterable[Step]) -> Iterable[tuple[tuple[int, str], Step]]:
         yield (layer, part), step
 
 
-def streamed_experts(plan: Plan, layer: int, rank: int, ranks: int) -> list[int]:
-    """Experts of a layer that a rank streams: its share of those that no GPU of the phase holds."""
+def streamed_experts(plan: Plan, layer: int, rank: int, gpus: tuple[int, ...]) -> list[int]:
+    """Experts of a layer that a rank streams: its share of those that none of `gpus`, the GPU of
+    each rank, holds."""
     tiers = next(each.tiers for each in plan.placement if each.layer == layer)
     away = [
         expert
         for tier, text in tiers.items()
-        if tier == "host" or int(tier[3:]) >= ranks
+        if tier == "host" or int(tier[3:]) not in gpus
         for expert in expert_ranges(text)
     ]
     away.sort()
+    ranks = len(gpus)
     return away[len(away) * rank // ranks : len(away) * (rank + 1) // ranks]
 
 
 @dataclass
 class StreamEmitter:
-    """Emits one streamed phase of `ranks` GPUs with a ring of `ring` experts in loads of `group`.
+    """Emits one streamed phase, rank r on GPU `gpus[r]`, with a ring of `ring` experts in loads of
+    `group`.
 
     `expert_bytes` by layer; `streams_dense` by rank: whether dense weights are loaded too;
     `restore` bytes of them go back to gpu0 at the end (0: they never left).
@@ -71,7 +76,7 @@ class StreamEmitter:
     expert_bytes: Mapping[int, int]
     streams_dense: tuple[bool, ...]
     restore: int
-    ranks: int
+    gpus: tuple[int, ...]
     ring: int
     group: int
     schedule: Schedule = field(default_factory=lambda: Schedule(STREAM))
@@ -79,6 +84,11 @@ class StreamEmitter:
     _gathered: dict[tuple[Value, int, int], list[Part]] = field(default_factory=dict)
     _turns: list[int] = field(default_factory=list)
     _loaded: list[dict[tuple[int, str], str]] = field(default_factory=list)
+
+    @property
+    def ranks(self) -> int:
+        """GPUs that share the prompt."""
+        return len(self.gpus)
 
     def emit(self) -> Phase:
         self._values = [{} for _ in range(self.ranks)]
@@ -152,7 +162,7 @@ class StreamEmitter:
         uses: tuple[str, ...] = (),
         resource: str = "",
     ) -> None:
-        resource = resource or f"gpu{rank}"
+        resource = resource or f"gpu{self.gpus[rank]}"
         self.schedule.add(
             step.op,
             resource,
@@ -175,18 +185,23 @@ class StreamEmitter:
             self._add(step, rank, inputs, outputs, attrs, resource="cpu")
             (name,) = (operand.buffer for operand in step.outputs.values())
             value = self._values[rank][name]
-            moved = Value(f"{value.name}.gpu{rank}", value.dtype, value.width, f"gpu{rank}")
-            self._copy(f"h2d{rank}", value, moved, attrs, step.layer)
+            moved = Value(
+                f"{value.name}.gpu{self.gpus[rank]}",
+                value.dtype,
+                value.width,
+                f"gpu{self.gpus[rank]}",
+            )
+            self._copy(f"h2d{self.gpus[rank]}", value, moved, attrs, step.layer)
             self._values[rank][name] = moved
             return
         uses = self._slots(section, step, rank)
-        outputs = self._outputs(step, rank, f"gpu{rank}")
+        outputs = self._outputs(step, rank, f"gpu{self.gpus[rank]}")
         self._add(step, rank, self._inputs(step, rank), outputs, attrs, uses)
         for role, operand in step.outputs.items():
             if operand.buffer == "logits":
                 value = outputs[role].value
                 out = Value("logits", value.dtype, value.width, external=True)
-                self._copy(f"d2h{rank}", value, out, {}, step.layer)
+                self._copy(f"d2h{self.gpus[rank]}", value, out, {}, step.layer)
 
     def _copy(
         self,
@@ -216,16 +231,30 @@ class StreamEmitter:
             inputs = self._inputs(step, rank) | {role: every[role][rank] for role in roles}
             uses = self._slots(section, step, rank)
             self._add(
-                step, rank, inputs, self._outputs(step, rank, f"gpu{rank}"), self._share(), uses
+                step,
+                rank,
+                inputs,
+                self._outputs(step, rank, f"gpu{self.gpus[rank]}"),
+                self._share(),
+                uses,
             )
-        self.schedule.add(
-            "kv_out",
-            "d2h0",
-            {role: every[role][0] for role in roles},
-            {},
-            layer=step.layer,
-            kernels=("torch:copy",),
-        )
+        self._hand_over({role: every[role][0] for role in roles}, step.layer)
+
+    def _hand_over(self, rows: Parts, layer: int) -> None:
+        """New cache rows to the host, and from there to gpu0, which decodes, where it is no rank of
+        this phase."""
+        first = self.gpus[0]
+        held = {
+            role: Part.all(
+                Value(f"cache.{layer}.{role}", part.value.dtype, part.width, external=True)
+            )
+            for role, part in rows.items()
+        }
+        away = held if first else {}
+        copy = ("torch:copy",)
+        self.schedule.add("kv_out", f"d2h{first}", rows, away, layer=layer, kernels=copy)
+        if first:
+            self.schedule.add("kv_in", "h2d0", held, {}, layer=layer, kernels=copy)
 
     def _gather(self, step: Step, role: str) -> list[Part]:
         """The rows of all ranks of one input, on every rank; once for all readers."""
@@ -240,7 +269,11 @@ class StreamEmitter:
         if key not in self._gathered:
             values = [
                 Value(
-                    f"{part.value.name}.{role}.all", "bf16", part.width, f"gpu{r}", rows=self.ranks
+                    f"{part.value.name}.{role}.all",
+                    "bf16",
+                    part.width,
+                    f"gpu{self.gpus[r]}",
+                    rows=self.ranks,
                 )
                 for r, part in enumerate(mine)
             ]
@@ -267,14 +300,14 @@ class StreamEmitter:
         for rank in range(self.ranks):
             inputs = {role: self._gather(step, role)[rank] for role in step.inputs}
             uses = self._slots(section, step, rank)
-            outputs = self._outputs(step, rank, f"gpu{rank}", rows=self.ranks)
+            outputs = self._outputs(step, rank, f"gpu{self.gpus[rank]}", rows=self.ranks)
             self._add(step, rank, inputs, outputs, {}, uses)
 
     def _experts(self, step: Step) -> None:
         parts: list[Value] = []  # of the ranks that have experts of this layer
         for rank in range(self.ranks):
-            held = expert_ranges(self._tiers[step.layer].get(f"gpu{rank}", ""))
-            away = streamed_experts(self.plan, step.layer, rank, self.ranks)
+            held = expert_ranges(self._tiers[step.layer].get(f"gpu{self.gpus[rank]}", ""))
+            away = streamed_experts(self.plan, step.layer, rank, self.gpus)
             if not held and not away:
                 continue
             x = self._gather(step, "x")[rank]
@@ -283,12 +316,12 @@ class StreamEmitter:
                 self._name(f"layers_{step.layer}_order", rank),
                 "i32",
                 int(step.attrs["top_k"]),
-                f"gpu{rank}",
+                f"gpu{self.gpus[rank]}",
                 rows=self.ranks,
             )
             self.schedule.add(
                 "sort",
-                f"gpu{rank}",
+                f"gpu{self.gpus[rank]}",
                 {"ids": inputs["ids"]},
                 {"order": Part.all(order)},
                 layer=step.layer,
@@ -299,7 +332,7 @@ class StreamEmitter:
                 self._name(step.outputs["y"].buffer, rank),
                 "f32",
                 step.outputs["y"].width,
-                f"gpu{rank}",
+                f"gpu{self.gpus[rank]}",
                 rows=self.ranks,
             )
             if held:
@@ -314,7 +347,7 @@ class StreamEmitter:
             self._values[0][buffer] = parts[0]
             return
         sums = [
-            Value(self._name(f"{buffer}.own", rank), "f32", parts[0].width, f"gpu{rank}")
+            Value(self._name(f"{buffer}.own", rank), "f32", parts[0].width, f"gpu{self.gpus[rank]}")
             for rank in range(self.ranks)
         ]
         self._link(
@@ -329,12 +362,12 @@ class StreamEmitter:
         size = self.expert_bytes[step.layer]
         turns = max(2, self.ring // self.group)
         slot = self.schedule.slot(
-            f"ring{rank}.{self._turns[rank] % turns}", f"gpu{rank}", size * self.group
+            f"ring{rank}.{self._turns[rank] % turns}", f"gpu{self.gpus[rank]}", size * self.group
         )
         self._turns[rank] += 1
         self.schedule.add(
             "load",
-            f"h2d{rank}",
+            f"h2d{self.gpus[rank]}",
             {},
             {},
             layer=step.layer,
@@ -356,10 +389,10 @@ class StreamEmitter:
             names = self._sections[section]
             size = sum(self._size[name] for name in names)
             side = f"{part}{rank}.{layer % 2}" if layer >= 0 else f"head{rank}"
-            slot = self.schedule.slot(side, f"gpu{rank}", size)
+            slot = self.schedule.slot(side, f"gpu{self.gpus[rank]}", size)
             self.schedule.add(
                 "load",
-                f"h2d{rank}",
+                f"h2d{self.gpus[rank]}",
                 {},
                 {},
                 layer=layer,

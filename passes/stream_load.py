@@ -12,6 +12,8 @@ Contract
       Latents are exchanged before attention; around the experts the unsorted rows are gathered,
       every rank routes all of them, computes its own experts and sends partial sums back: one
       gather and one exchange a layer, less than dispatch and combine while R <= top_k
+    * with several GPUs also phase `prefill.beside`: the same through the last GPU alone, whose new
+      cache rows go to gpu0 by way of the host, so that gpu0 and the CPU decode meanwhile
     * `Plan.switches` says from which prompt length on the phase is the faster one
 
 Method
@@ -31,7 +33,9 @@ import torch.fx
 from hmc.cost import Call, CostModel
 from hmc.passes.context import Budget, Context
 from hmc.passes.kernel_choice import PREFILL
+from hmc.passes.schedule import Schedule
 from hmc.passes.stream_emit import (
+    BESIDE,
     STREAM,
     StreamEmitter,
     dense_sections,
@@ -65,41 +69,51 @@ class StreamLoad:
         hosted = any("host" in placement.tiers for placement in plan.placement)
         if budget is None or not hosted:
             return
-        ranks = len(budget.usable)
-        if ranks > 1 and (plan.machine.rates is None or plan.machine.rates.link is None):
+        gpus = tuple(range(len(budget.usable)))
+        beside = gpus[-1:]  # streams a prompt while gpu0 decodes
+        if len(gpus) > 1 and (plan.machine.rates is None or plan.machine.rates.link is None):
             context.decide(
                 self.name, STREAM, "one GPU", "the machine declares no link rate between its GPUs"
             )
-            ranks = 1
-        memory = _Memory.of(plan, budget, ranks)
-        phase = self._fitted(context, plan, memory, ranks)
+            gpus = gpus[:1]
+        memory = _Memory.of(plan, budget, gpus)
+        phase = self._fitted(context, plan, memory, STREAM)
         if phase is None:
             return
-        peaks = [memory.peak(phase, rank, phase.max_tokens) for rank in range(ranks)]
-        for rank, peak in enumerate(peaks):
-            more = max(0, peak - memory.decode(rank))
+        phases, peaks = [phase], memory.peaks(phase)
+        if beside != (0,):
+            alone = _Memory.of(plan, budget, beside)
+            second = self._fitted(context, plan, alone, BESIDE)
+            if second is not None:
+                phases.append(second)
+                for gpu, peak in alone.peaks(second).items():
+                    peaks[gpu] = max(peak, peaks.get(gpu, 0))
+        for gpu, peak in sorted(peaks.items()):
+            more = max(0, peak - memory.decode(gpu))
+            names = " and ".join(each.name for each in phases)
             context.ledger.append(
                 LedgerItem(
-                    device=f"gpu{rank}",
+                    device=f"gpu{gpu}",
                     kind="streaming",
                     bytes=more,
-                    detail=f"{phase.name}: peak {peak / 1e9:.1f} GB"
-                    + (", in part where dense weights were" if memory.evicts(rank) else ""),
+                    detail=f"{names}: peak {peak / 1e9:.1f} GB"
+                    + (", in part where dense weights were" if memory.evicts and not gpu else ""),
                 )
             )
-        plan = plan.model_copy(update={"phases": (*plan.phases, phase)})
+        plan = plan.model_copy(update={"phases": (*plan.phases, *phases)})
         context.plan = self._switched(context, plan, phase).model_copy(
             update={"ledger": tuple(context.ledger), "decisions": tuple(context.decisions)}
         )
 
-    def _fitted(self, context: Context, plan: Plan, memory: _Memory, ranks: int) -> Phase | None:
+    def _fitted(self, context: Context, plan: Plan, memory: _Memory, name: str) -> Phase | None:
         """The phase with the longest ring with which the longest prompt takes as few calls as with
         the shortest."""
         size = max(memory.expert.values())
-        streamed = max(len(streamed_experts(plan, layer, 0, ranks)) for layer in memory.expert)
+        gpus = memory.gpus
+        streamed = max(len(streamed_experts(plan, layer, 0, gpus)) for layer in memory.expert)
         wanted = plan.limits.max_context
         longest = streamed
-        while longest > 2 and longest * size > memory.spare(ranks):
+        while longest > 2 and longest * size > memory.spare():
             longest = max(2, longest // 2)
 
         def emit(ring: int) -> Phase:
@@ -107,18 +121,19 @@ class StreamLoad:
                 context.bases[PREFILL],
                 plan,
                 memory.expert,
-                tuple(memory.streams_dense(rank) for rank in range(ranks)),
-                memory.budget.dense if memory.evicts(0) else 0,
-                ranks,
+                tuple(memory.streams_dense(gpu) for gpu in gpus),
+                memory.budget.dense if memory.evicts else 0,
+                gpus,
                 ring,
                 max(1, ring // _TURNS),
+                Schedule(name),
             ).emit()
 
         phase = emit(longest)
 
         def fits(ring: int) -> int:
             group = max(1, ring // _TURNS)
-            return min(memory.tokens(phase, rank, ring, group, plan) for rank in range(ranks))
+            return min(memory.tokens(phase, gpu, ring, group, plan) for gpu in gpus)
 
         calls = -(-wanted // max(1, fits(2)))
         ring = longest
@@ -130,19 +145,19 @@ class StreamLoad:
         if tokens < plan.limits.max_chunk:
             context.decide(
                 self.name,
-                STREAM,
+                name,
                 "not emitted",
                 f"a ring of 2 experts leaves room for a prompt of {tokens} tokens",
             )
             return None
         tokens = min(tokens, max(wanted, plan.limits.max_chunk))
+        each = "each GPU" if len(gpus) > 1 else f"gpu{gpus[0]}"
         context.decide(
             self.name,
-            f"ring of {STREAM}",
-            f"{ring} of the {streamed} experts a layer streams to each GPU,"
+            f"ring of {name}",
+            f"{ring} of the {streamed} experts a layer streams to {each},"
             f" {ring * size / 1e9:.1f} GB in loads of {group}",
-            f"prompts up to {tokens} tokens fit beside it ({wanted} wanted);"
-            f" {memory.reason(ranks)}",
+            f"prompts up to {tokens} tokens fit beside it ({wanted} wanted); {memory.reason()}",
         )
         return phase.model_copy(update={"max_tokens": tokens})
 
@@ -207,26 +222,28 @@ def prefill_seconds(plan: Plan) -> float:
 class _Memory:
     """Bytes of each GPU beside the ring: what stays resident, and sub-layer windows.
 
-    `window` are two slots for each kind of sub-layer; `dense` stays on gpu0 where there is room for
-    it beside a full ring, else it is streamed like on the other ranks.
+    `gpus` are those of a streamed phase; `window` are two slots for each kind of sub-layer; dense
+    weights stay on gpu0 (`keep_dense`) where there is room for them beside a full ring, else they
+    are streamed like on the others.
     """
 
     budget: Budget
+    gpus: tuple[int, ...]
     residents: tuple[int, ...]
     window: int
     expert: dict[int, int]
     keep_dense: bool
 
     @staticmethod
-    def of(plan: Plan, budget: Budget, ranks: int) -> _Memory:
+    def of(plan: Plan, budget: Budget, gpus: tuple[int, ...]) -> _Memory:
         expert: dict[int, int] = {}
         for each in plan.experts:
             expert[each.layer] = expert.get(each.layer, 0) + each.bytes + each.scale_bytes
-        residents = [0] * ranks
+        residents = [0] * len(budget.usable)
         for placement in plan.placement:
-            for rank in range(ranks):
-                held = expert_ranges(placement.tiers.get(f"gpu{rank}", ""))
-                residents[rank] += len(held) * expert[placement.layer]
+            for gpu in range(len(residents)):
+                held = expert_ranges(placement.tiers.get(f"gpu{gpu}", ""))
+                residents[gpu] += len(held) * expert[placement.layer]
         sections: dict[str, int] = {}
         for (layer, part), names in dense_sections(plan.phase(PREFILL)).items():
             if layer >= 0:
@@ -234,58 +251,62 @@ class _Memory:
                 sections[part] = max(sections.get(part, 0), size)
         window = 2 * sum(sections.values())
         room = budget.usable[0] - budget.dense - budget.cache - residents[0] - budget.workspace
-        layer = max(expert.values()) * plan.model.experts // ranks
-        keep = room >= layer + plan.limits.max_context // ranks * _TOKEN
-        return _Memory(budget, tuple(residents), window, expert, keep)
+        layer = max(expert.values()) * plan.model.experts // len(gpus)
+        keep = room >= layer + plan.limits.max_context // len(gpus) * _TOKEN
+        return _Memory(budget, gpus, tuple(residents), window, expert, keep)
 
-    def evicts(self, rank: int) -> bool:
-        """Whether dense weights leave the GPU while a prompt streams."""
-        return rank == 0 and not self.keep_dense
+    @property
+    def evicts(self) -> bool:
+        """Whether gpu0's dense weights leave it while a prompt streams."""
+        return 0 in self.gpus and not self.keep_dense
 
-    def streams_dense(self, rank: int) -> bool:
-        """Whether a rank loads the dense weights layer by layer."""
-        return rank > 0 or not self.keep_dense
+    def streams_dense(self, gpu: int) -> bool:
+        """Whether a GPU loads the dense weights layer by layer."""
+        return gpu > 0 or not self.keep_dense
 
-    def decode(self, rank: int) -> int:
+    def decode(self, gpu: int) -> int:
         """Bytes in use between prompts."""
-        dense = self.budget.dense + self.budget.cache if rank == 0 else 0
-        return dense + self.residents[rank] + self.budget.workspace
+        dense = self.budget.dense + self.budget.cache if gpu == 0 else 0
+        return dense + self.residents[gpu] + self.budget.workspace
 
-    def fixed(self, rank: int) -> int:
+    def fixed(self, gpu: int) -> int:
         """Bytes in use while a prompt streams, beside ring and activations."""
-        cache = self.budget.cache if rank == 0 else 0
-        dense = self.window if self.streams_dense(rank) else self.budget.dense
-        return cache + dense + self.residents[rank] + self.budget.workspace
+        cache = self.budget.cache if gpu == 0 else 0
+        dense = self.window if self.streams_dense(gpu) else self.budget.dense
+        return cache + dense + self.residents[gpu] + self.budget.workspace
 
-    def spare(self, ranks: int) -> int:
-        """Bytes of the smallest rank beside what is fixed."""
-        return min(self.budget.usable[rank] - self.fixed(rank) for rank in range(ranks))
+    def spare(self) -> int:
+        """Bytes of the fullest GPU beside what is fixed."""
+        return min(self.budget.usable[gpu] - self.fixed(gpu) for gpu in self.gpus)
 
-    def per_token(self, phase: Phase, rank: int, group: int, plan: Plan) -> int:
-        """Bytes one token of the call takes on a rank: its share of the arena, and the rows of one
+    def per_token(self, phase: Phase, gpu: int, group: int, plan: Plan) -> int:
+        """Bytes one token of the call takes on a GPU: its share of the arena, and the rows of one
         group of experts (gathered bf16 in, gate * up, f32 out), more than evenly many."""
         step = next(step for step in phase.steps if step.op == "experts")
         hidden, inner = int(step.attrs["k"]), int(step.attrs["n"])
         rows = plan.model.top_k * group / plan.model.experts * _SPREAD
-        arena = phase.device_bytes.get(f"gpu{rank}", 0) / phase.ranks
+        arena = phase.device_bytes.get(f"gpu{gpu}", 0) / phase.ranks
         return int(arena + rows * (6 * hidden + 4 * inner))
 
-    def tokens(self, phase: Phase, rank: int, ring: int, group: int, plan: Plan) -> int:
+    def tokens(self, phase: Phase, gpu: int, ring: int, group: int, plan: Plan) -> int:
         """Prompt tokens one call can take."""
-        free = self.budget.usable[rank] - self.fixed(rank) - ring * max(self.expert.values())
-        return max(0, free) // self.per_token(phase, rank, group, plan)
+        free = self.budget.usable[gpu] - self.fixed(gpu) - ring * max(self.expert.values())
+        return max(0, free) // self.per_token(phase, gpu, group, plan)
 
-    def peak(self, phase: Phase, rank: int, tokens: int) -> int:
-        """Bytes of a rank during a call of `tokens` tokens."""
-        slots = sum(s.bytes for s in phase.slots if s.device == f"gpu{rank}" and "ring" in s.name)
-        share = phase.device_bytes.get(f"gpu{rank}", 0) * -(-tokens // phase.ranks)
-        return self.fixed(rank) + slots + share
+    def peaks(self, phase: Phase) -> dict[int, int]:
+        """Bytes of each GPU of the phase during a call of `max_tokens` tokens."""
+        return {gpu: self._peak(phase, gpu) for gpu in self.gpus}
 
-    def reason(self, ranks: int) -> str:
+    def _peak(self, phase: Phase, gpu: int) -> int:
+        slots = sum(s.bytes for s in phase.slots if s.device == f"gpu{gpu}" and "ring" in s.name)
+        share = phase.device_bytes.get(f"gpu{gpu}", 0) * -(-phase.max_tokens // phase.ranks)
+        return self.fixed(gpu) + slots + share
+
+    def reason(self) -> str:
         """What else is on the GPUs."""
         parts = [
-            f"gpu{rank} has {self.fixed(rank) / 1e9:.1f} of {self.budget.usable[rank] / 1e9:.1f} GB"
-            f" in use otherwise{' (dense weights streamed)' if self.streams_dense(rank) else ''}"
-            for rank in range(ranks)
+            f"gpu{gpu} has {self.fixed(gpu) / 1e9:.1f} of {self.budget.usable[gpu] / 1e9:.1f} GB"
+            f" in use otherwise{' (dense weights streamed)' if self.streams_dense(gpu) else ''}"
+            for gpu in self.gpus
         ]
         return "; ".join(parts)
