@@ -17,6 +17,9 @@ from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
 
 TRANSFERS = ("h2d", "d2h")
 
+COPY_PIECE = 16 << 20
+"""Bytes of one copy of weights to a GPU: longer loads are cut, so that others get in between."""
+
 GPU_LAUNCHES: dict[str, int] = {"mla": 5, "attention": 3, "experts": 4, "sort": 4, "route": 2}
 """Kernels a GPU needs for a step: latent attention absorbs, appends, scores, joins and lifts;
 experts gather, multiply twice and scatter; a sort counts, scans and places. Others: one."""

@@ -15,7 +15,7 @@ JSON:
      "gpus": [{"name", "memory_bytes",
                "rates": {"memory": RATE, "bf16": RATE, "fp8": RATE, "attention": RATE,
                          "launch": RATE, "sync": RATE, "h2d": RATE, "d2h": RATE, "h2d_both": RATE,
-                         "d2h_both": RATE, "overlap": RATE}}]}
+                         "d2h_both": RATE, "overlap": RATE, "preempt": RATE}}]}
 
 with RATE = {"value": float, "kind": .., "source": "..", "spread": 0.03}.
 """
@@ -101,6 +101,7 @@ class GpuRates(Frozen):
     h2d, d2h            pinned copies, bytes/s, one way at a time
     h2d_both, d2h_both  the same while the other way is busy
     overlap             factor on GPU times while the CPU computes another lane
+    preempt             seconds a kernel of an urgent stream waits for running thread blocks
     """
 
     memory: Rate
@@ -114,6 +115,7 @@ class GpuRates(Frozen):
     h2d_both: Rate | None = None
     d2h_both: Rate | None = None
     overlap: Rate | None = None
+    preempt: Rate | None = None
 
 
 class NumaNode(Frozen):

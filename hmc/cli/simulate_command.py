@@ -12,7 +12,7 @@ from hmc.errors import UsageError
 from hmc.plan import Plan
 
 if TYPE_CHECKING:
-    from hmc.simulate import Prediction, Run
+    from hmc.simulate import Beside, Prediction, Run
 
 
 @click.command("simulate")
@@ -42,6 +42,12 @@ if TYPE_CHECKING:
     "--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`."
 )
 @click.option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
+@click.option(
+    "--beside",
+    "with_beside",
+    is_flag=True,
+    help="Also: the prompt streams through the last GPU while the batch decodes (two GPUs).",
+)
 @click.option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
 @JSON
 def command(
@@ -54,6 +60,7 @@ def command(
     max_context: int,
     vram: float,
     slo: str,
+    with_beside: bool,
     paper: bool,
     as_json: bool,
 ) -> None:
@@ -73,7 +80,7 @@ def command(
         raise UsageError("--batch and --concurrency say the same: give one of them")
     sequences = batch or concurrency or 1
     from hmc.detect import load_machine
-    from hmc.simulate import parse_goals, simulate
+    from hmc.simulate import beside, parse_goals, simulate
 
     if Path(target).is_dir() or Path(target).name == "config.json":
         from hmc.compiler import compile as compile_plan
@@ -95,10 +102,16 @@ def command(
         plan = plan.model_copy(update={"goals": parse_goals(slo, sequences)})
     found = simulate(plan, machine=other, prompt=prompt, context=context, batch=sequences)
     on = (other or plan.machine).name
+    load = {"prompt": found.prompt, "context": found.context, "batch": found.batch}
+    both = beside(plan, machine=other, **load) if with_beside else None
     if as_json:
-        print_json({"model": plan.model.architecture, "machine": on, **found.as_json()})
+        more = {} if both is None else {"beside": both.as_json()}
+        head = {"model": plan.model.architecture, "machine": on}
+        print_json({**head, **found.as_json(), **more})
         return
     _print(plan, on, found)
+    if both is not None:
+        _print_beside(both)
 
 
 def _print(plan: Plan, machine: str, found: Prediction) -> None:
@@ -136,6 +149,34 @@ def _print(plan: Plan, machine: str, found: Prediction) -> None:
     for verdict in found.verdicts:
         word = "met" if verdict.met else "MISSED"
         click.echo(f"goal {verdict.goal}: {word}, {verdict.predicted:.4g} {verdict.unit}")
+
+
+def _print_beside(both: Beside) -> None:
+    ratios = both.as_json()
+    rows = [
+        (
+            "time to first token",
+            f"{both.ttft_alone:.3f} s",
+            f"{both.ttft:.3f} s",
+            f"{ratios['ttft_ratio']:.3f} x",
+        ),
+        (
+            "time per token",
+            f"{both.tpot_alone * 1e3:.2f} ms",
+            f"{both.tpot * 1e3:.2f} ms",
+            f"{ratios['tpot_ratio']:.3f} x",
+        ),
+        (
+            "the slowest token",
+            f"{both.tpot_alone * 1e3:.2f} ms",
+            f"{both.tpot_worst * 1e3:.2f} ms",
+            f"{ratios['tpot_worst_ratio']:.3f} x",
+        ),
+    ]
+    many = "sequence decodes" if both.batch == 1 else "sequences decode"
+    title = f"A prompt of {both.prompt} tokens streams while {both.batch} {many}"
+    columns = ("", "alone", "together", "ratio")
+    console().print(table(title, columns, rows, numbers=columns[1:]))
 
 
 def _share(run: Run, name: str) -> str:

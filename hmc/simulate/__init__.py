@@ -5,7 +5,17 @@ The plan's own steps run over its resources (`hmc.timeline`) with the durations 
 (`hmc.cost`); nothing here knows a schedule, a model or a machine by name.
 """
 
+from hmc.simulate.beside import Beside, beside
 from hmc.simulate.goals import Verdict, parse_goals, verdicts
 from hmc.simulate.predict import Prediction, Run, simulate
 
-__all__ = ["Prediction", "Run", "Verdict", "parse_goals", "simulate", "verdicts"]
+__all__ = [
+    "Beside",
+    "Prediction",
+    "Run",
+    "Verdict",
+    "beside",
+    "parse_goals",
+    "simulate",
+    "verdicts",
+]

@@ -176,16 +176,23 @@ def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> R
     seconds = [result_seconds(found, timeline) for timeline in timelines]
     total = sum(each * count for each, count in zip(seconds, counts, strict=True))
     path = critical_path(found, timelines[-1])
-    rates = model.machine.rates
-    if found.slots and rates is not None and rates.prefill is not None:
-        total += rates.prefill.value
-        path.append(("start and hand-over", rates.prefill.value))
+    if extra := prefill_extra(found, model):
+        total += extra
+        path.append(("start and hand-over", extra))
         path.sort(key=lambda item: -item[1])
     busy: dict[str, float] = {}
     for timeline, until, count in zip(timelines, seconds, counts, strict=True):
         for name, each in busy_until(found, timeline, until).items():
             busy[name] = busy.get(name, 0.0) + each * count
     return Run(found.name, len(calls), total, busy, path)
+
+
+def prefill_extra(phase: Phase, model: CostModel) -> float:
+    """Seconds that the machine adds to a prompt of this phase outside its layers."""
+    rates = model.machine.rates
+    if not phase.slots or rates is None or rates.prefill is None:
+        return 0.0
+    return rates.prefill.value
 
 
 def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: str = "") -> Run:
