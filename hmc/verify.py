@@ -34,7 +34,7 @@ def verify_plan(plan: Plan) -> None:
         for step in phase.steps:
             _check_names(plan, phase, step, weights)
         _check_bounds(phase)
-        _check_order(phase)
+        check_order(phase)
         attended: dict[int, int] = {}
         for step in phase.steps:
             if step.op in ("attention", "mla"):
@@ -108,8 +108,10 @@ def _check_bounds(phase: Phase) -> None:
                 )
 
 
-def _check_order(phase: Phase) -> None:
-    """Walk the steps with a vector clock each: resource -> position of its last step known done.
+def check_order(phase: Phase) -> None:
+    """Raise `VerifyError` where a step of a phase is not ordered after what it needs.
+
+    Walks the steps with a vector clock each: resource -> position of its last step known done.
 
     `live` maps every buffer that holds a value to its writes and to all its uses, of each resource
     the last position; whoever takes over its bytes must come after them all, and ends its life.

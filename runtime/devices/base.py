@@ -1,0 +1,166 @@
+"""What a schedule needs of devices: memory, streams, events and clocks, whatever is behind them.
+
+Three backends implement it: `cuda` (GPUs), `host` (CPU memory and one real thread a stream, so that
+the same schedules run, and their ordering bugs show, without a GPU) and `null` (a simulated clock).
+Streams are those of a plan's resources: "cpu", "gpu<n>", "h2d<n>", "d2h<n>" and "link". A stream
+works through what it was given in order; streams know of each other only through events.
+
+Hides threads, device streams, and who waits for whom in which way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from hmc.errors import ExecutionError
+
+Work = Callable[[], None]
+
+_RESOURCE = re.compile(r"cpu|link|(?:gpu|h2d|d2h)(\d+)")
+
+
+Event = Any
+"""A point in a stream's work, opaque to callers; valid on all streams of its backend, and may be
+recorded again in every call. Waiting for one that nobody recorded yet waits for nothing.
+"""
+
+
+class Span(Protocol):
+    """When one piece of work ran; may be used again in every call."""
+
+    def seconds(self) -> tuple[float, float]:
+        """Start and end in seconds since the backend's last `begin`; known after `synchronize`."""
+        ...
+
+
+class Stream(Protocol):
+    """A queue of work that runs in order."""
+
+    @property
+    def name(self) -> str:
+        """The resource: "cpu", "gpu0", "h2d0", "d2h0", "link"."""
+        ...
+
+    def launch(self, work: Work, label: str, seconds: float = 0.0, span: Any = None) -> None:
+        """Append a piece of work. `label` names it in errors, `seconds` is what it takes on a
+        simulated clock; `span`, a `Span` of this backend, notes when it ran."""
+        ...
+
+    def wait(self, event: Event) -> None:
+        """What follows starts only after the latest `record` of the event made so far."""
+        ...
+
+    def record(self, event: Event) -> None:
+        """The event happens when all that was appended before is done."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when all that was appended is done; raises the first error of any stream (the
+        backend is to be closed then)."""
+        ...
+
+
+class Device(Protocol):
+    """One GPU, or what stands for it."""
+
+    @property
+    def name(self) -> str:
+        """The plan's name of it: "gpu0"."""
+        ...
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its tensors are."""
+        ...
+
+    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        """Uninitialised memory: u8 [nbytes], 256-byte aligned.
+
+        Raises `CapacityError` naming purpose, bytes asked and bytes free.
+        """
+        ...
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give an allocation back; `ExecutionError` for a tensor that is none."""
+        ...
+
+    @property
+    def used(self) -> int:
+        """Bytes allocated now."""
+        ...
+
+    @property
+    def peak(self) -> int:
+        """The most bytes allocated at one time."""
+        ...
+
+    def stream(self, resource: str) -> Stream:
+        """The stream of a resource, made on first use."""
+        ...
+
+    def event(self) -> Event:
+        """A new event."""
+        ...
+
+    def close(self) -> None:
+        """Free all of its memory."""
+        ...
+
+
+class Backend(Protocol):
+    """All devices of one kind, with the host's stream "cpu" and the stream "link" between them."""
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """gpu0, gpu1, ..."""
+        ...
+
+    def stream(self, resource: str) -> Stream:
+        """The stream of a resource, made on first use; `ExecutionError` for an unknown one."""
+        ...
+
+    def event(self) -> Event:
+        """A new event."""
+        ...
+
+    def span(self) -> Span:
+        """A new span."""
+        ...
+
+    def begin(self) -> None:
+        """Start the clock of a call; no stream may be at work."""
+        ...
+
+    def synchronize(self) -> None:
+        """Return when every stream is done.
+
+        The first error of any stream stops all of them: what they still had to do is dropped, the
+        backend is closed, and the error raised, as it is where it is an `HmcError`, else inside an
+        `ExecutionError` that names stream and label. A stream on which nothing ends in time is
+        reported by a `WorkerError` and not waited for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop what still waits, end the streams and free all memory. Never hangs; may be called
+        twice."""
+        ...
+
+
+def gpu_of(resource: str, gpus: int) -> int | None:
+    """The number of the GPU that a resource belongs to (None: "cpu" and "link").
+
+    Raises `ExecutionError` for a resource that `gpus` GPUs do not have.
+    """
+    found = _RESOURCE.fullmatch(resource)
+    if found is None:
+        raise ExecutionError(f"no stream is called '{resource}': cpu, link, gpu<n>, h2d<n>, d2h<n>")
+    if found[1] is None:
+        return None
+    if int(found[1]) >= gpus:
+        raise ExecutionError(f"'{resource}' is asked for, but only {gpus} GPU(s) are open")
+    return int(found[1])

@@ -1,0 +1,80 @@
+"""One device's memory and its streams, the same for every backend: it says where bytes come from.
+
+Hides alignment, and the counting of what is in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from hmc.errors import CapacityError, ExecutionError
+from hmc.runtime.devices.base import Backend, Event, Stream
+
+ALIGNMENT = 256
+"""Bytes to which every allocation is aligned and rounded up."""
+
+
+class Gpu:
+    """A `Device` of a backend. Every byte handed out is counted until it is freed."""
+
+    def __init__(
+        self,
+        name: str,
+        torch_device: torch.device,
+        backend: Backend,
+        room: Callable[[Gpu], int],
+    ) -> None:
+        """`room(gpu)` says how many bytes can still be had."""
+        self.name = name
+        self.torch_device = torch_device
+        self._backend = backend
+        self._room = room
+        self._held: dict[int, tuple[torch.Tensor, int]] = {}
+        self.used = 0
+        self.peak = 0
+
+    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        """Uninitialised memory, u8 [nbytes]; `CapacityError` where there is not so much."""
+        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        room = self._room(self)
+        refused = CapacityError(
+            f"{self.name} cannot hold {purpose}: {nbytes:,} bytes asked, {max(room, 0):,} free;"
+            " compile for less (--vram, --max-context)"
+        )
+        if size > room:
+            raise refused
+        try:
+            whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self.torch_device)
+        except torch.OutOfMemoryError as error:
+            raise refused from error
+        except RuntimeError as error:  # how the CPU's allocator says it
+            if self.torch_device.type != "cpu":
+                raise
+            raise refused from error
+        start = -whole.data_ptr() % ALIGNMENT
+        self._held[whole.untyped_storage().data_ptr()] = (whole, size)
+        self.used += size
+        self.peak = max(self.peak, self.used)
+        return whole[start : start + nbytes]
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give an allocation back; `ExecutionError` for a tensor that is none."""
+        held = self._held.pop(tensor.untyped_storage().data_ptr(), None)
+        if held is None:
+            raise ExecutionError(f"{self.name}: a tensor is freed that was not allocated here")
+        self.used -= held[1]
+
+    def stream(self, resource: str) -> Stream:
+        """The backend's stream of a resource."""
+        return self._backend.stream(resource)
+
+    def event(self) -> Event:
+        """A new event of the backend."""
+        return self._backend.event()
+
+    def close(self) -> None:
+        """Free all of its memory."""
+        self._held.clear()
+        self.used = 0

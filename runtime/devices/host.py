@@ -1,0 +1,64 @@
+"""Devices played by the CPU: plain memory of a stated size and one real thread a stream.
+
+The same schedules run here as on GPUs, so what a missing event breaks shows, above all with
+`delays`, which make streams run ahead of each other in ways that a seed reproduces.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from hmc.runtime.devices.base import gpu_of
+from hmc.runtime.devices.gpu import Gpu
+from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
+
+
+class HostBackend:
+    """A `Backend` of threads. Not safe for use from several threads."""
+
+    def __init__(
+        self, gpus: int, memory_bytes: int, *, delays: int | None = None, timeout: float = 120.0
+    ) -> None:
+        """`gpus` devices of `memory_bytes` each; `timeout` seconds as in `Board`."""
+        self._board = Board(timeout)
+        self._delays = delays
+        self.devices = tuple(
+            Gpu(f"gpu{number}", torch.device("cpu"), self, lambda gpu: memory_bytes - gpu.used)
+            for number in range(gpus)
+        )
+
+    def stream(self, resource: str) -> Worker:
+        """See `base.Backend`."""
+        worker = self._board.workers.get(resource)
+        if worker is None:
+            gpu_of(resource, len(self.devices))
+            worker = Worker(resource, self._board, self._delays)
+        return worker
+
+    def event(self) -> HostEvent:
+        """See `base.Backend`."""
+        return HostEvent()
+
+    def span(self) -> HostSpan:
+        """See `base.Backend`."""
+        return HostSpan()
+
+    def begin(self) -> None:
+        """See `base.Backend`."""
+        self._board.origin = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """See `base.Backend`."""
+        try:
+            self._board.drain(lambda: any(w.busy for w in self._board.workers.values()))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        self._board.close()
+        for device in self.devices:
+            device.close()

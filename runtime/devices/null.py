@@ -1,0 +1,112 @@
+"""Devices with a simulated clock: exact timelines without any hardware.
+
+Streams are numbers, the time at which what was appended to them ends. With `execute` the work is
+done at once, in the order in which it was appended; else it is not done at all.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hmc.errors import ExecutionError, HmcError
+from hmc.runtime.devices.base import Work, gpu_of
+from hmc.runtime.devices.gpu import Gpu
+
+
+class NullEvent:
+    """`time`: when it happens, in simulated seconds."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+
+class NullSpan:
+    """Start and end in simulated seconds."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.end = 0.0
+
+    def seconds(self) -> tuple[float, float]:
+        """See `base.Span`."""
+        return self.start, self.end
+
+
+class NullStream:
+    """A stream whose work takes the seconds it is said to take."""
+
+    def __init__(self, name: str, execute: bool) -> None:
+        self.name = name
+        self.time = 0.0
+        self._execute = execute
+
+    def launch(
+        self, work: Work, label: str, seconds: float = 0.0, span: NullSpan | None = None
+    ) -> None:
+        """See `base.Stream`; what the work raises is raised here."""
+        start = self.time
+        self.time = start + seconds
+        if span is not None:
+            span.start, span.end = start, self.time
+        if self._execute:
+            try:
+                work()
+            except HmcError:
+                raise
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                raise ExecutionError(f"{label} failed on {self.name}: {told}") from error
+
+    def wait(self, event: NullEvent) -> None:
+        """See `base.Stream`."""
+        self.time = max(self.time, event.time)
+
+    def record(self, event: NullEvent) -> None:
+        """See `base.Stream`."""
+        event.time = self.time
+
+    def synchronize(self) -> None:
+        """Nothing is ever left to do."""
+
+
+class NullBackend:
+    """A `Backend` with a simulated clock."""
+
+    def __init__(self, gpus: int, memory_bytes: int, *, execute: bool = False) -> None:
+        """`gpus` devices of `memory_bytes` each, in CPU memory."""
+        self._execute = execute
+        self._closed = False
+        self._streams: dict[str, NullStream] = {}
+        self.devices = tuple(
+            Gpu(f"gpu{number}", torch.device("cpu"), self, lambda gpu: memory_bytes - gpu.used)
+            for number in range(gpus)
+        )
+
+    def stream(self, resource: str) -> NullStream:
+        """See `base.Backend`."""
+        stream = self._streams.get(resource)
+        if stream is None:
+            gpu_of(resource, len(self.devices))
+            stream = self._streams[resource] = NullStream(resource, self._execute)
+        return stream
+
+    def event(self) -> NullEvent:
+        """See `base.Backend`."""
+        return NullEvent()
+
+    def span(self) -> NullSpan:
+        """See `base.Backend`."""
+        return NullSpan()
+
+    def begin(self) -> None:
+        """Set every clock to zero."""
+        for stream in self._streams.values():
+            stream.time = 0.0
+
+    def synchronize(self) -> None:
+        """Nothing is ever left to do; errors were raised where the work was appended."""
+
+    def close(self) -> None:
+        """See `base.Backend`."""
+        for device in self.devices:
+            device.close()

@@ -1,0 +1,240 @@
+"""Threads that work through queues, with generation-counted events between them.
+
+One lock guards everything; each worker sleeps on a condition of its own, so that nothing wakes but
+what can go on. Used by the host backend for every stream and by the CUDA backend for "cpu".
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from random import Random
+
+from hmc.errors import ExecutionError, HmcError, WorkerError
+from hmc.runtime.devices.base import Work
+
+_JOIN_SECONDS = 2.0
+"""How long `close` waits for a worker that is still in the middle of its last piece of work."""
+
+
+class HostEvent:
+    """`made` counts the records appended to queues so far, `seen` the latest one that happened."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.seen = 0
+        self.waiting: list[threading.Condition] = []
+
+
+class HostSpan:
+    """Start and end in seconds since the board's clock began."""
+
+    def __init__(self) -> None:
+        self.start = 0.0
+        self.end = 0.0
+
+    def seconds(self) -> tuple[float, float]:
+        """See `base.Span`."""
+        return self.start, self.end
+
+
+class Board:
+    """What the workers of one backend share: the lock, the first error, whether to go on."""
+
+    def __init__(self, timeout: float) -> None:
+        """`timeout`: seconds after which a backend on which nothing ends is given up."""
+        self.lock = threading.Lock()
+        self.idle = threading.Condition(self.lock)
+        self.timeout = timeout
+        self.workers: dict[str, Worker] = {}
+        self.error: BaseException | None = None
+        self.stopped = False
+        self.origin = 0.0
+        self.progress = 0.0
+
+    def fail(self, error: BaseException) -> None:
+        """Note the first error and stop everybody; the lock is held."""
+        if self.error is None:
+            self.error = error
+        self.stopped = True
+        for worker in self.workers.values():
+            worker.wake.notify_all()
+        self.idle.notify_all()
+
+    def drain(self, busy: Callable[[], bool]) -> None:
+        """Wait until nothing is `busy()`; raises the first error, or `WorkerError` where nothing
+        ended for `timeout` seconds."""
+        with self.lock:
+            self.progress = time.perf_counter()
+            while self.error is None and not self.stopped and busy():
+                left = self.progress + self.timeout - time.perf_counter()
+                if left <= 0:
+                    self.fail(WorkerError(self._stuck()))
+                else:
+                    self.idle.wait(left)
+            if self.error is not None:
+                raise self.error
+
+    def happen(self, event: HostEvent) -> None:
+        """Wait until the latest record of an event made so far has happened; raises as `drain`."""
+        made = event.made
+        with self.lock:
+            event.waiting.append(self.idle)
+        try:
+            self.drain(lambda: event.seen < made)
+        finally:
+            with self.lock:
+                event.waiting.remove(self.idle)
+
+    def _stuck(self) -> str:
+        doing = [f"{w.name} {w.doing}" for w in self.workers.values() if w.doing]
+        return (
+            f"nothing ended for {self.timeout:g} s: {'; '.join(doing)}. The devices were closed;"
+            " a lower load or a longer timeout may help"
+        )
+
+    def close(self) -> None:
+        """Stop every worker and join its thread, but one that is stuck."""
+        with self.lock:
+            self.stopped = True
+            for worker in self.workers.values():
+                worker.wake.notify_all()
+            self.idle.notify_all()
+        until = time.monotonic() + min(_JOIN_SECONDS, self.timeout)
+        for worker in self.workers.values():
+            worker.join(max(0.0, until - time.monotonic()))
+
+
+class Worker:
+    """A stream run by one thread, which starts with the first piece of work."""
+
+    def __init__(self, name: str, board: Board, delays: int | None = None) -> None:
+        """With `delays`, a seed, every piece of work starts after a pseudo-random time, the same
+        for the same seed, stream and number of the piece."""
+        self.name = name
+        self.doing = ""
+        self._board = board
+        self._delays = delays
+        self._count = 0
+        self._queue: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self.wake = threading.Condition(board.lock)
+        board.workers[name] = self
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything is left to do; the lock is held."""
+        return bool(self._queue) or bool(self.doing)
+
+    def append(self, task: Callable[[], None]) -> None:
+        """Append a task; raises the error that stopped the board."""
+        board = self._board
+        with board.lock:
+            if board.error is not None:
+                raise board.error
+            if board.stopped:
+                raise ExecutionError(f"{self.name} was closed: open the devices again")
+            self._queue.append(task)
+            if self._thread is None:
+                name = f"hmc-{self.name}"
+                self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+                self._thread.start()
+            self.wake.notify_all()
+
+    def launch(
+        self, work: Work, label: str, seconds: float = 0.0, span: HostSpan | None = None
+    ) -> None:
+        """See `base.Stream`."""
+        number = self._count
+        self._count += 1
+
+        def task() -> None:
+            if self._delays is not None:
+                time.sleep(delay(self._delays, self.name, number))
+            if self._board.stopped:
+                return
+            self.doing = f"is at {label}"
+            start = time.perf_counter()
+            try:
+                work()
+            except HmcError:
+                raise
+            except Exception as error:
+                told = f"{type(error).__name__}: {error}"
+                raise ExecutionError(f"{label} failed on {self.name}: {told}") from error
+            if span is not None:
+                span.start = start - self._board.origin
+                span.end = time.perf_counter() - self._board.origin
+
+        self.append(task)
+
+    def wait(self, event: HostEvent) -> None:
+        """See `base.Stream`."""
+        made = event.made
+        self.append(lambda: self._await(event, made))
+
+    def record(self, event: HostEvent) -> None:
+        """See `base.Stream`."""
+        event.made += 1
+        made = event.made
+        self.append(lambda: self.happened(event, made))
+
+    def synchronize(self) -> None:
+        """See `base.Stream`."""
+        self._board.drain(lambda: self.busy)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end, so long at most."""
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(seconds)
+
+    def happened(self, event: HostEvent, made: int) -> None:
+        """Mark a record of an event as done and wake who waits for it."""
+        with self._board.lock:
+            event.seen = max(event.seen, made)
+            for condition in event.waiting:
+                condition.notify_all()
+
+    def _await(self, event: HostEvent, made: int) -> None:
+        with self._board.lock:
+            if event.seen >= made:
+                return
+            self.doing = "waits for an event"
+            event.waiting.append(self.wake)
+            while event.seen < made and not self._board.stopped:
+                self.wake.wait()
+            event.waiting.remove(self.wake)
+
+    def _run(self) -> None:
+        board = self._board
+        while True:
+            with board.lock:
+                self.doing = ""
+                board.progress = time.perf_counter()
+                if not self._queue:
+                    board.idle.notify_all()
+                while not self._queue and not board.stopped:
+                    self.wake.wait()
+                if board.stopped:
+                    self._queue.clear()
+                    board.idle.notify_all()
+                    return
+                task = self._queue.popleft()
+                self.doing = "is between tasks"
+            try:
+                task()
+            except BaseException as error:  # whatever it is, the others must stop
+                with board.lock:
+                    board.fail(error)
+
+
+def delay(seed: int, stream: str, number: int) -> float:
+    """Seconds to sleep before a piece of work: mostly none or tens of microseconds, at times 300,
+    so that any two streams get ahead of each other now and then."""
+    random = Random(f"{seed}/{stream}/{number}")
+    kind = random.random()
+    if kind < 0.7:
+        return 0.0
+    return random.uniform(0, 60e-6) if kind < 0.95 else random.uniform(100e-6, 300e-6)

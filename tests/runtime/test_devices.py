@@ -1,0 +1,403 @@
+"""Backends of devices: memory, streams and events, errors and closing; CUDA against a fake."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from hmc.errors import CapacityError, ExecutionError, MachineError, WorkerError
+from hmc.runtime.devices import pinned
+from hmc.runtime.devices.cuda import CudaBackend
+from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.devices.null import NullBackend
+from hmc.runtime.devices.worker import delay
+
+MAKERS: dict[str, Callable[[int, int], HostBackend | NullBackend]] = {
+    "host": HostBackend,
+    "null": lambda gpus, size: NullBackend(gpus, size, execute=True),
+}
+
+
+@pytest.fixture(params=sorted(MAKERS))
+def backend(request: pytest.FixtureRequest) -> Iterator[HostBackend | NullBackend]:
+    made = MAKERS[request.param](2, 10_000)
+    yield made
+    made.close()
+    assert not _threads()
+
+
+def _threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hmc-")]
+
+
+def _broken() -> None:
+    raise ZeroDivisionError
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def test_memory_is_aligned_counted_and_limited(backend: HostBackend | NullBackend) -> None:
+    gpu, other = backend.devices
+    assert (gpu.name, other.name) == ("gpu0", "gpu1")
+    first = gpu.allocate(1000, "slots")
+    second = gpu.allocate(257, "an arena")
+    assert first.dtype == torch.uint8
+    assert (first.numel(), second.numel()) == (1000, 257)
+    assert first.data_ptr() % 256 == second.data_ptr() % 256 == 0
+    assert gpu.used == 1024 + 512
+    assert other.used == 0
+    with pytest.raises(CapacityError, match=r"gpu0 cannot hold caches: 9,000 bytes.*8,464 free"):
+        gpu.allocate(9000, "caches")
+    gpu.free(first)
+    gpu.free(second)
+    assert gpu.used == 0
+    assert gpu.peak == 1536
+    gpu.free(gpu.allocate(0, "nothing"))
+    gpu.allocate(9000, "caches")
+    with pytest.raises(ExecutionError, match="not allocated here"):
+        other.free(second)
+
+
+def test_memory_that_the_system_refuses_is_a_capacity_error() -> None:
+    backend = HostBackend(1, 1 << 62)
+    with pytest.raises(CapacityError, match="cannot hold the moon"):
+        backend.devices[0].allocate(1 << 61, "the moon")
+    assert backend.devices[0].used == 0
+
+
+# -- streams and events ----------------------------------------------------------------------------
+
+
+def test_streams_work_in_order_and_wait_for_events(backend: HostBackend | NullBackend) -> None:
+    done: list[str] = []
+    gpu = backend.devices[0]
+    load, compute = gpu.stream("h2d0"), backend.stream("gpu0")
+    assert backend.stream("gpu0") is compute
+    on = gpu.event()
+    backend.begin()
+    for turn in range(50):
+        load.launch(lambda turn=turn: done.append(f"load {turn}"), "load")  # type: ignore[misc]
+        load.record(on)
+        compute.wait(on)
+        compute.launch(lambda turn=turn: done.append(f"use {turn}"), "use")  # type: ignore[misc]
+    compute.synchronize()
+    backend.synchronize()
+    assert [each for each in done if "load" in each] == [f"load {n}" for n in range(50)]
+    for turn in range(50):
+        assert done.index(f"load {turn}") < done.index(f"use {turn}")
+
+
+def test_waiting_means_the_latest_record_made_so_far() -> None:
+    backend = HostBackend(1, 0)
+    gate = threading.Event()
+    done: list[int] = []
+    one, two, event = backend.stream("gpu0"), backend.stream("cpu"), backend.event()
+    two.wait(event)  # recorded by nobody yet: no wait
+    two.launch(lambda: done.append(0), "first")
+    two.synchronize()
+    one.record(event)
+    one.launch(lambda: gate.wait(10) and None, "slow")
+    two.wait(event)  # the record before the slow work, not the one after
+    one.record(event)
+    two.launch(lambda: done.append(1), "second")
+    two.synchronize()
+    assert done == [0, 1]
+    two.wait(event)
+    two.launch(lambda: done.append(2), "third")
+    time.sleep(0.02)
+    assert done == [0, 1]
+    gate.set()
+    backend.synchronize()
+    assert done == [0, 1, 2]
+    backend.close()
+
+
+def test_unknown_streams_are_refused(backend: HostBackend | NullBackend) -> None:
+    with pytest.raises(ExecutionError, match="no stream is called 'disk'"):
+        backend.stream("disk")
+    with pytest.raises(ExecutionError, match=r"only 2 GPU\(s\) are open"):
+        backend.stream("h2d2")
+    assert backend.stream("link").name == "link"
+
+
+def test_the_null_clock_moves_with_waits_and_work() -> None:
+    backend = NullBackend(1, 0)
+    load, compute = backend.stream("h2d0"), backend.stream("gpu0")
+    first, second = backend.span(), backend.span()
+    event = backend.event()
+    load.launch(lambda: pytest.fail("runs nothing"), "load", 2.5, first)
+    load.record(event)
+    compute.launch(lambda: None, "norm", 1.0)
+    compute.wait(event)
+    compute.launch(lambda: None, "use", 0.5, second)
+    backend.synchronize()
+    assert first.seconds() == (0.0, 2.5)
+    assert second.seconds() == (2.5, 3.0)
+
+
+def test_spans_of_the_host_are_measured() -> None:
+    backend = HostBackend(1, 0)
+    span = backend.span()
+    backend.begin()
+    backend.stream("gpu0").launch(lambda: time.sleep(0.01), "nap", span=span)
+    backend.synchronize()
+    start, end = span.seconds()
+    assert 0 <= start < end
+    assert end - start >= 0.01
+    backend.close()
+
+
+def test_delays_are_a_function_of_seed_stream_and_number() -> None:
+    delays = [delay(7, "gpu0", number) for number in range(500)]
+    assert delays == [delay(7, "gpu0", number) for number in range(500)]
+    assert delays != [delay(8, "gpu0", number) for number in range(500)]
+    assert delays != [delay(7, "h2d0", number) for number in range(500)]
+    assert 0 <= min(delays) <= max(delays) <= 300e-6
+    assert 10 < sum(each > 90e-6 for each in delays) < 150
+
+
+# -- errors and closing ----------------------------------------------------------------------------
+
+
+def test_the_first_error_stops_all_streams_and_reaches_synchronize() -> None:
+    backend = HostBackend(1, 1000)
+    backend.devices[0].allocate(100, "a slot")
+    done: list[int] = []
+    event = backend.event()
+    bad, other = backend.stream("gpu0"), backend.stream("h2d0")
+    gate = threading.Event()
+    bad.launch(lambda: gate.wait(10) and None, "before")
+    bad.launch(_broken, "division")
+    bad.record(event)
+    other.wait(event)
+    other.launch(lambda: done.append(1), "never")
+    gate.set()
+    with pytest.raises(ExecutionError, match="division failed on gpu0: ZeroDivisionError"):
+        backend.synchronize()
+    assert done == []
+    assert not _threads()
+    assert backend.devices[0].used == 0
+    with pytest.raises(ExecutionError, match="division failed"):
+        other.launch(lambda: done.append(2), "later")
+
+
+def test_the_null_backend_raises_at_once() -> None:
+    backend = NullBackend(1, 0, execute=True)
+    with pytest.raises(ExecutionError, match="division failed on gpu0: ZeroDivisionError"):
+        backend.stream("gpu0").launch(_broken, "division")
+
+
+def test_streams_that_wait_for_each_other_are_reported() -> None:
+    backend = HostBackend(1, 0, timeout=0.1)
+    event = backend.event()
+    stream = backend.stream("gpu0")
+    event.made = 1  # a record that never happens
+    stream.wait(event)
+    with pytest.raises(WorkerError, match=r"nothing ended for 0\.1 s: gpu0 waits for an event"):
+        backend.synchronize()
+    assert not _threads()
+
+
+def test_work_longer_in_all_than_the_timeout_is_no_error() -> None:
+    backend = HostBackend(1, 0, timeout=0.3)
+    for _ in range(8):
+        backend.stream("gpu0").launch(lambda: time.sleep(0.05), "nap")
+    backend.synchronize()
+    backend.close()
+
+
+def test_a_closed_backend_drops_work_and_takes_no_more() -> None:
+    backend = HostBackend(1, 1000)
+    gate, done = threading.Event(), []
+    stream = backend.stream("gpu0")
+    stream.launch(lambda: gate.wait(0.1) and None, "slow")
+    stream.launch(lambda: done.append(1), "dropped")
+    backend.close()
+    backend.close()
+    assert done == []
+    assert not _threads()
+    with pytest.raises(ExecutionError, match="was closed"):
+        stream.launch(lambda: None, "late")
+
+
+# -- CUDA, against a fake of what it calls ---------------------------------------------------------
+
+
+class _FakeEvent:
+    """An event of a device that is done with everything it was given at once."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+        self.time = 0.0
+
+    def record(self, stream: Any) -> None:
+        self._log.append(f"{stream.name} records")
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        self._log.append("cpu waits for a device")
+
+    def elapsed_time(self, other: _FakeEvent) -> float:
+        return (other.time - self.time) * 1e3
+
+
+class _FakeStream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name = name
+        self.idle = True
+        self._log = log
+
+    def wait_event(self, event: _FakeEvent) -> None:
+        self._log.append(f"{self.name} waits for a device")
+
+    def query(self) -> bool:
+        return self.idle
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """torch.cuda with one GPU of 1000 free bytes; `log` of what was asked of it."""
+    log: list[str] = []
+    streams: list[_FakeStream] = []
+
+    def stream(device: int) -> _FakeStream:
+        streams.append(_FakeStream(f"s{len(streams)}", log))
+        return streams[-1]
+
+    fakes: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "Stream": stream,
+        "Event": lambda enable_timing=False: _FakeEvent(log),
+        "stream": lambda stream: nullcontext(),
+        "device": lambda number: nullcontext(),
+        "current_stream": lambda number: _FakeStream("default", log),
+        "mem_get_info": lambda device: (1000, 5000),
+        "memory_reserved": lambda device: 0,
+        "memory_allocated": lambda device: 0,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return SimpleNamespace(log=log, streams=streams)
+
+
+def test_without_cuda_opening_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match=r"needs 1 GPU\(s\), and "):
+        CudaBackend(1)
+    with pytest.raises(MachineError, match="can be pinned only"):
+        pinned.pin(4096, 4096)
+
+
+def test_too_few_gpus_and_too_little_memory(cuda: SimpleNamespace) -> None:
+    with pytest.raises(MachineError, match="needs 2 GPUs, this machine has 1"):
+        CudaBackend(2)
+    backend = CudaBackend(1)
+    with pytest.raises(CapacityError, match="gpu0 cannot hold slots: 2,000 bytes asked, 1,000"):
+        backend.devices[0].allocate(2000, "slots")
+
+
+def test_events_cross_between_cpu_and_gpu(cuda: SimpleNamespace) -> None:
+    backend = CudaBackend(1)
+    cpu, gpu, load = (backend.stream(name) for name in ("cpu", "gpu0", "h2d0"))
+    given, taken = backend.event(), backend.event()
+    gate = threading.Event()
+    span = backend.span()
+    for _ in range(2):  # events and spans are used again
+        gate.clear()
+        cuda.log.clear()
+        backend.begin()
+        gpu.launch(lambda: cuda.log.append("gpu works"), "gpu", span=span)
+        gpu.record(given)
+        cpu.wait(given)
+        cpu.launch(lambda: gate.wait(10) and cuda.log.append("cpu works"), "cpu")
+        cpu.record(taken)
+        threading.Timer(0.03, gate.set).start()
+        load.wait(given)
+        load.wait(taken)  # the caller waits for the CPU
+        load.launch(lambda: cuda.log.append("load works"), "load")
+        backend.synchronize()
+        log = [each for each in cuda.log if "records" not in each]
+        assert log.index("cpu waits for a device") < log.index("cpu works")
+        assert log[-2:] == ["cpu works", "load works"]
+        assert "s1 waits for a device" in log
+        start, end = span.seconds()
+        assert 0 <= start <= end
+    backend.close()
+    assert not _threads()
+
+
+def test_the_caller_waits_for_the_cpu_work_it_needs_and_no_more(cuda: SimpleNamespace) -> None:
+    backend = CudaBackend(1, timeout=5)
+    cpu, gpu, event = backend.stream("cpu"), backend.stream("gpu0"), backend.event()
+    gate = threading.Event()
+    cpu.launch(lambda: time.sleep(0.01), "needed")
+    cpu.record(event)
+    cpu.launch(lambda: gate.wait(10) and cuda.log.append("later"), "later")
+    gpu.wait(event)
+    assert "later" not in cuda.log
+    gate.set()
+    backend.synchronize()
+    assert "later" in cuda.log
+    backend.close()
+
+
+def test_errors_on_a_gpu(cuda: SimpleNamespace) -> None:
+    backend = CudaBackend(1, timeout=0.1)
+    gpu = backend.stream("gpu0")
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("none left")
+
+    with pytest.raises(CapacityError, match="scores on gpu0 found no memory"):
+        gpu.launch(full, "scores")
+    with pytest.raises(ExecutionError, match="division failed on gpu0: ZeroDivisionError"):
+        gpu.launch(_broken, "division")
+    cuda.streams[0].idle = False
+    threading.Timer(0.3, lambda: setattr(cuda.streams[0], "idle", True)).start()
+    with pytest.raises(WorkerError, match=r"gpu0 did not end within 0\.1 s"):
+        backend.synchronize()
+
+
+def test_an_error_on_the_cpu_reaches_the_caller_that_waits(cuda: SimpleNamespace) -> None:
+    backend = CudaBackend(1)
+    event = backend.event()
+    cpu = backend.stream("cpu")
+    cpu.launch(lambda: time.sleep(0.01) or _broken(), "division")
+    cpu.record(event)
+    with pytest.raises(ExecutionError, match="division failed on cpu"):
+        backend.stream("gpu0").wait(event)
+    assert not _threads()
+
+
+def test_pinning_explains_a_refusal(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    status = 0
+
+    def answer(*arguments: Any) -> int:
+        calls.append(arguments)
+        return status
+
+    runtime = SimpleNamespace(cudaHostRegister=answer, cudaHostUnregister=answer)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    pinned.pin(4096, 8192)
+    pinned.unpin(4096)
+    assert [each[:2] for each in calls] == [(4096, 8192), (4096,)]
+    status = 2
+    limit = (65_536, 65_536)
+    monkeypatch.setattr(pinned.resource, "getrlimit", lambda kind: limit)
+    with pytest.raises(MachineError, match=r"100,000 bytes .*is 65,536 bytes; raise it"):
+        pinned.pin(4096, 100_000)
+    limit = (pinned.resource.RLIM_INFINITY,) * 2
+    with pytest.raises(MachineError, match=r"error 2\): free host memory"):
+        pinned.pin(4096, 100_000)
+    with pytest.raises(ExecutionError, match="0x1000 cannot be released"):
+        pinned.unpin(4096)
