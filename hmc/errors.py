@@ -20,7 +20,8 @@ exit code.
     |       `-- CapacityError    5   a memory budget does not hold; names the allocation
     `-- ExecutionError           6   something broke while running
         |-- KernelError          6   a kernel could not be built or run
-        `-- WorkerError          6   a native worker died or hangs
+        |-- WorkerError          6   a native worker died or hangs
+        `-- QueueFullError       6   too many requests wait already
 
 A message is one line: what is wrong, where, and what to do about it.
 """
@@ -120,3 +121,7 @@ class KernelError(ExecutionError):
 
 class WorkerError(ExecutionError):
     """A native worker died or hangs."""
+
+
+class QueueFullError(ExecutionError):
+    """Too many requests wait already; a later try may succeed."""

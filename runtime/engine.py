@@ -14,10 +14,11 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import ContextLengthError, UsageError
+from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.generation import Ends, Generation, Stream, opened
+from hmc.runtime.requests import token_ids
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.sampler import Sampler, SamplingParams
 from hmc.runtime.text import StopStrings, Text
@@ -185,22 +186,4 @@ class Engine:
         return self.text.encode(prompt)
 
     def _token_ids(self, ids: Items[int]) -> npt.NDArray[np.int32]:
-        """`ids` as i32, at least one, all in the vocabulary, no more than the context."""
-        if len(ids) == 0:
-            raise UsageError("the prompt is empty: give at least one token")
-        vocab, context = self.plan.model.vocab, self.plan.limits.max_context
-        array = np.asarray(ids)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise UsageError("token ids must be a list of whole numbers")
-        wrong = np.flatnonzero((array < 0) | (array >= vocab))
-        if len(wrong):
-            at = int(wrong[0])
-            raise UsageError(
-                f"token id {array[at]} at place {at} is outside the vocabulary: 0..{vocab - 1}"
-            )
-        if len(array) > context:
-            raise ContextLengthError(
-                f"the prompt has {len(array)} tokens, the plan's context holds {context}:"
-                " shorten it or compile with a larger --max-context"
-            )
-        return array.astype(np.int32)
+        return token_ids(ids, self.plan.model.vocab, self.plan.limits.max_context)

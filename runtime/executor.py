@@ -34,7 +34,7 @@ from hmc.runtime.weights import Home, Progress, WeightStore
 
 Logits = npt.NDArray[np.float32]
 
-_DECODE, _PREFILL = "decode", "prefill.host"
+DECODE, PREFILL = "decode", "prefill.host"
 
 
 class Executor:
@@ -113,23 +113,40 @@ class Executor:
         self._check()
         self._check_context(sequence, len(ids))
         self.kv.reserve(sequence, len(ids))
-        phase = self.phases[_PREFILL]
         # Equal chunks: a short last one would read all weights for few tokens.
-        chunks = -(-len(ids) // phase.max_tokens)
+        chunks = -(-len(ids) // self.phases[PREFILL].max_tokens)
         edges = [len(ids) * i // chunks for i in range(chunks + 1)]
         for first, last in pairwise(edges):
-            tokens = last - first
-            rows = np.arange(tokens, dtype=np.int32)
+            rows = np.arange(last - first, dtype=np.int32)
             if not every:
                 rows = rows[-1:] if last == len(ids) else rows[:0]
-            start = sequence.length
-            positions = np.arange(start, start + tokens, dtype=np.int32)
-            table = np.full(tokens, sequence.row, np.int32)
-            logits = phase.run(ids[first:last], positions, table, rows, sequence)
-            sequence.length += tokens
-            yield logits
+            yield self.append(sequence, ids[first:last], rows)
 
-    def decode(self, sequences: list[Sequence], tokens: npt.NDArray[np.int32]) -> Logits:
+    def append(
+        self,
+        sequence: Sequence,
+        ids: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+        phase: str = PREFILL,
+    ) -> Logits:
+        """Append one chunk of at most the phase's `max_tokens` tokens to a sequence: the f32 logits
+        [len(rows), vocab] of those at index `rows`, a view until the next call.
+
+        Raises `ContextLengthError` or `CapacityError` before anything is computed.
+        """
+        self._check()
+        self._check_context(sequence, len(ids))
+        self.kv.reserve(sequence, len(ids))
+        start = sequence.length
+        positions = np.arange(start, start + len(ids), dtype=np.int32)
+        table = np.full(len(ids), sequence.row, np.int32)
+        logits = self.phases[phase].run(ids, positions, table, rows, sequence)
+        sequence.length += len(ids)
+        return logits
+
+    def decode(
+        self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = DECODE
+    ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call.
 
@@ -143,7 +160,7 @@ class Executor:
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
         rows = np.arange(len(sequences), dtype=np.int32)
-        logits = self.phases[_DECODE].run(tokens, positions, table, rows)
+        logits = self.phases[phase].run(tokens, positions, table, rows)
         for sequence in sequences:
             sequence.length += 1
         return logits

@@ -21,7 +21,9 @@ from hmc.runtime.kv import Sequence
 from hmc.runtime.sampler import Sampler
 from hmc.runtime.text import StopStrings, Text
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_TAIL = 16  # prompt tokens a detokeniser may want to see
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class Generation:
     """What was generated: `token_ids` with the EOS token that ended it, `text` without it and
     without a stop string.
 
-    `finish_reason`: "stop" (EOS or a stop string), "length" (max_new_tokens or the context is full)
-    or "cancelled". `text` is "" for a checkpoint without a tokenizer.
+    `finish_reason`: "stop" (EOS or a stop string), "length" (max_new_tokens or the context is
+    full), "cancelled", or "error" (a scheduler's request that failed). `text` is "" for a
+    checkpoint without a tokenizer.
     """
 
     text: str
@@ -132,61 +135,86 @@ class Stream:
         return kind is KeyboardInterrupt
 
 
+class Answer:
+    """What one sequence has said so far: takes tokens, gives out text that is certain, knows when
+    it ends.
+
+    `reason` is None until it ends. `context` is how many tokens a sequence may hold.
+    """
+
+    def __init__(
+        self, tokenizer: Text | None, ids: npt.NDArray[np.int32], ends: Ends, context: int
+    ) -> None:
+        tail = ids[-_TAIL:].tolist()
+        self._detokenizer = tokenizer.detokenizer(tail) if tokenizer else None
+        self._ends = ends
+        # The last token is never stored, so a full context still gives one more.
+        self._most = min(ends.max_new_tokens, context - len(ids) + 1)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason: FinishReason | None = None
+
+    def push(self, token: int) -> str:
+        """Append a token; the text that became certain with it."""
+        self.tokens.append(token)
+        ended = token in self._ends.eos_token_ids
+        piece, stopped = "", False
+        if self._detokenizer is not None and not ended:
+            piece, stopped = self._ends.stop.push(self._detokenizer.push(token))
+        full = len(self.tokens) >= self._most
+        if (ended or full) and self._detokenizer is not None and not stopped:
+            rest, stopped = self._rest(self._detokenizer.flush())
+            piece += rest
+        if ended or stopped or full:
+            self.reason = "stop" if ended or stopped else "length"
+        self.text += piece
+        return piece
+
+    def _rest(self, held: str) -> tuple[str, bool]:
+        """What is left to give out once no more tokens come, and whether it holds a stop string."""
+        more, stopped = self._ends.stop.push(held)
+        return more + ("" if stopped else self._ends.stop.flush()), stopped
+
+
 @dataclass
 class _Run:
-    """The state of one generation, and the loop."""
+    """The loop of one generation, and its clock."""
 
     executor: Executor
     tokenizer: Text | None
     ids: npt.NDArray[np.int32]
     sampler: Sampler
     ends: Ends
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    reason: FinishReason = "cancelled"
     started: float = field(default_factory=time.perf_counter)
     first: float = 0.0
     last: float = 0.0
 
+    def __post_init__(self) -> None:
+        context = self.executor.plan.limits.max_context
+        self.answer = Answer(self.tokenizer, self.ids, self.ends, context)
+
     def pieces(self) -> Generator[Piece, None, None]:
         """Prefill, then sample and decode until something ends it."""
         self.started = time.perf_counter()
-        tail = self.ids[-16:].tolist()
-        detokenizer = self.tokenizer.detokenizer(tail) if self.tokenizer else None
         with opened(self.executor) as sequence:
             *_, logits = self.executor.prefill(sequence, self.ids)
             while True:
                 token = self.sampler.sample(logits[0])
-                self.tokens.append(token)
                 self.last = time.perf_counter()
                 self.first = self.first or self.last
-                ended = token in self.ends.eos_token_ids
-                piece, stopped = "", False
-                if detokenizer is not None and not ended:
-                    piece, stopped = self.ends.stop.push(detokenizer.push(token))
-                full = len(self.tokens) >= self.ends.max_new_tokens
-                full |= sequence.length >= self.executor.plan.limits.max_context
-                if (ended or full) and detokenizer is not None and not stopped:
-                    rest, stopped = self._rest(detokenizer.flush())
-                    piece += rest
-                self.text += piece
-                if ended or stopped or full:
-                    self.reason = "stop" if ended or stopped else "length"
+                piece = self.answer.push(token)
                 yield Piece(piece, (token,))
-                if ended or stopped or full:
+                if self.answer.reason is not None:
                     return
                 logits = self.executor.decode([sequence], np.array([token], np.int32))
-
-    def _rest(self, held: str) -> tuple[str, bool]:
-        """What is left to give out once no more tokens come, and whether it holds a stop string."""
-        more, stopped = self.ends.stop.push(held)
-        return more + ("" if stopped else self.ends.stop.flush()), stopped
 
     def result(self) -> Generation:
         ttft = self.first - self.started if self.first else 0.0
         total = self.last - self.started if self.last else 0.0
-        timings = Timings(len(self.ids), len(self.tokens), ttft, total)
-        return Generation(self.text, tuple(self.tokens), self.reason, timings)
+        answer = self.answer
+        timings = Timings(len(self.ids), len(answer.tokens), ttft, total)
+        reason = answer.reason or "cancelled"
+        return Generation(answer.text, tuple(answer.tokens), reason, timings)
 
 
 @contextmanager

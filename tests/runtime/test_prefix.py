@@ -1,0 +1,191 @@
+"""Prefix reuse: what is found is what was stored, nothing is lost or taken too early, and shared
+blocks are never written."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hmc.errors import CapacityError, ExecutionError
+from hmc.plan import KVLayout
+from hmc.runtime.kv import BlockAllocator, KVCache
+from hmc.runtime.prefix import PrefixIndex
+
+BLOCK = 2
+
+
+def ids(*tokens):
+    return np.array(tokens, np.int32)
+
+
+def cache(blocks=8, sequences=4, context=12):
+    layout = KVLayout(
+        kind="gqa", block=BLOCK, widths=(1, 1), layers=(0,), capacity_tokens=blocks * BLOCK
+    )
+    return KVCache(layout, sequences, context)
+
+
+def prefilled(kv, prompt):
+    """A sequence that holds the prompt, and how many of its tokens were there before."""
+    sequence = kv.open()
+    found = kv.adopt(sequence, prompt)
+    kv.reserve(sequence, len(prompt) - found)
+    sequence.length = len(prompt)
+    kv.keep(sequence, prompt)
+    return sequence, found
+
+
+def test_index_follows_the_chain_and_compares_tokens():
+    index = PrefixIndex(BLOCK)
+    assert index.add([5, 3], 0, ids(1, 2, 3, 4))
+    assert index.add([5, 3], 1, ids(1, 2, 3, 4))
+    assert index.match(ids(1, 2, 3, 4, 9), 9) == [5, 3]
+    assert index.match(ids(1, 2, 3, 4), 1) == [5]
+    assert index.match(ids(1, 2, 3), 9) == [5]
+    assert index.match(ids(3, 4, 3, 4), 9) == []
+    assert index.match(ids(1, 2, 9, 4), 9) == [5]
+    assert not index.add([7], 0, ids(1, 2))
+    assert index.add([5, 3], 1, ids(1, 2, 3, 4))
+    index.forget(3)
+    assert index.match(ids(1, 2, 3, 4), 9) == [5]
+    assert len(index) == 1
+
+
+def test_a_prompt_is_found_again_but_for_its_last_token():
+    kv = cache()
+    first, found = prefilled(kv, ids(1, 2, 3, 4, 5))
+    assert found == 0
+    blocks = list(first.blocks)
+    kv.release(first)
+    assert (kv.allocator.used, kv.allocator.cached, kv.allocator.free) == (0, 2, 6)
+    again, found = prefilled(kv, ids(1, 2, 3, 4))
+    assert found == 2  # the second block would leave nothing to compute
+    assert again.blocks[0] == blocks[0] and again.blocks[1] != blocks[1]
+    longer, found = prefilled(kv, ids(1, 2, 3, 4, 5, 6))
+    assert found == 4
+    assert longer.blocks[:2] == blocks[:2]
+    assert kv.tables[longer.row, :3].tolist() == longer.blocks
+    assert kv.allocator.used == 4  # the first block is shared by two
+    kv.release(again)
+    kv.release(longer)
+    assert kv.allocator.used == 0
+    kv.close()
+
+
+def test_only_prompt_blocks_are_kept():
+    kv = cache()
+    sequence, _ = prefilled(kv, ids(1, 2, 3))
+    kv.reserve(sequence, 3)
+    sequence.length = 6  # decoded tokens complete the second block and fill a third
+    kv.keep(sequence, ids(1, 2, 3))
+    kv.release(sequence)
+    assert (kv.allocator.cached, kv.allocator.free) == (1, 7)
+    kv.close()
+
+
+def test_the_least_recently_used_chain_goes_first_and_from_its_end():
+    kv = cache(blocks=4, context=8)
+    for prompt in (ids(1, 2, 3, 4), ids(5, 6, 7, 8)):
+        kv.release(prefilled(kv, prompt)[0])
+    kv.release(prefilled(kv, ids(9))[0])  # takes the end of the oldest chain
+    kv.release(prefilled(kv, ids(1, 2, 9))[0])  # touches its beginning
+    kv.release(prefilled(kv, ids(7, 7, 7))[0])  # two blocks: the free one, and the oldest
+    assert kv.adopt(kv.open(), ids(1, 2, 3, 4, 0)) == 2
+    assert kv.adopt(kv.open(), ids(5, 6, 7, 8, 0)) == 2
+    kv.close()
+
+
+def test_room_counts_what_is_cached_but_not_what_is_adopted():
+    kv = cache(blocks=3, context=12)
+    kv.release(prefilled(kv, ids(1, 2, 3, 4, 5))[0])
+    sequence = kv.open()
+    assert kv.adopt(sequence, ids(1, 2, 3, 4, 5)) == 4
+    with pytest.raises(CapacityError, match="4 tokens asked for, 2 of 6 free"):
+        kv.reserve(sequence, 3)
+    kv.reserve(sequence, 2)
+    with pytest.raises(ExecutionError, match="not empty"):
+        kv.adopt(sequence, ids(1, 2))
+    kv.release(sequence)
+    whole = kv.open()
+    kv.reserve(whole, 6)
+    assert (kv.allocator.used, kv.allocator.cached) == (3, 0)
+    kv.close()
+
+
+def test_shares_are_checked():
+    allocator = BlockAllocator(3)
+    (block,) = allocator.take(1)
+    allocator.share([block])
+    allocator.give_back([block])
+    assert allocator.used == 1
+    allocator.give_back([block])
+    assert allocator.used == 0
+    for wrong in (allocator.give_back, allocator.share):
+        with pytest.raises(ExecutionError, match=r"not owned|shared but free"):
+            wrong([block])
+    with pytest.raises(ExecutionError, match="not owned"):
+        allocator.keep(block)
+
+
+PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=10)
+MOVES = st.one_of(
+    st.tuples(st.just("prefill"), PROMPTS),
+    st.tuples(st.just("decode"), st.integers(0, 9)),
+    st.tuples(st.just("release"), st.integers(0, 9)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(MOVES, max_size=60))
+def test_any_history_keeps_every_sequence_intact(moves):
+    """Sequences' tokens, written through the block tables, are read back whole after every move."""
+    kv = cache(blocks=9, sequences=3, context=14)
+    stored = np.full((kv.allocator.count, BLOCK), -1)
+    held = {}
+
+    def write(sequence, token):
+        block, place = divmod(sequence.length, BLOCK)
+        stored[kv.tables[sequence.row, block], place] = token
+        sequence.length += 1
+
+    for what, value in moves:
+        if what == "prefill" and kv.rows_free:
+            prompt = np.array(value, np.int32)
+            sequence = kv.open()
+            found = kv.adopt(sequence, prompt)
+            assert found < len(prompt) and found % BLOCK == 0
+            try:
+                kv.reserve(sequence, len(prompt) - found)
+            except CapacityError:
+                kv.release(sequence)
+                continue
+            for token in value[found:]:
+                write(sequence, token)
+            kv.keep(sequence, prompt)
+            held[sequence] = list(value)
+        elif what != "prefill" and held:
+            sequence = list(held)[value % len(held)]
+            if what == "release":
+                kv.release(sequence)
+                del held[sequence]
+            elif sequence.length < 14:
+                try:
+                    kv.reserve(sequence, 1)
+                except CapacityError:
+                    continue
+                write(sequence, 7)
+                held[sequence].append(7)
+        for sequence, tokens in held.items():
+            blocks = kv.tables[sequence.row, : len(sequence.blocks)]
+            assert blocks.tolist() == sequence.blocks
+            assert stored[blocks].reshape(-1)[: len(tokens)].tolist() == tokens
+        allocator = kv.allocator
+        owned = {block for sequence in held for block in sequence.blocks}
+        assert allocator.used == len(owned)
+        assert allocator.free + allocator.cached + allocator.used == allocator.count
+    for sequence in held:
+        kv.release(sequence)
+    assert kv.allocator.used == 0
+    whole = kv.allocator.take(9)
+    assert sorted(whole) == list(range(9))  # cached or not, every block can be had
+    kv.close()
