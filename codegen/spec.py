@@ -128,10 +128,12 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "gate_up": _args("x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens"),
     # Routed experts, first half, for every (token, slot): act[t * top_k + j, n], bf16, UNweighted.
     # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses.
-    # ids i32 [tokens, top_k]; params: k (hidden), n (intermediate), top_k, experts, tokens, act.
+    # ids i32 [tokens, top_k], negative: not computed here, its row of `act` is left as it was;
+    # params: k (hidden), n (intermediate), top_k, experts, tokens, act.
     "experts_gate_up": _args("x* x_stride ids* table* act* tokens scratch*"),
     # Second half: y[t, n] = sum_j routing[t, j] * (act[t * top_k + j, :] . down[ids[t, j]][n, :]),
-    # f32. params: k (intermediate), n (hidden), top_k, experts, tokens.
+    # f32, over the slots j with ids[t, j] >= 0. params: k (intermediate), n (hidden), top_k,
+    # experts, tokens.
     "experts_down": _args("act* ids* routing* table* y* y_stride tokens scratch*"),
     # In place on x f32 [tokens, heads, head_dim]: optional per-head RMS norm (gamma = 0: none),
     # then rotary on the slice [start, start + dim) of each head; cos, sin f32 [positions, dim / 2];
@@ -178,6 +180,14 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     ),
     "mla_attention_join": _args("positions* y_latent* tokens scratch*"),
     "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
+    # The same for many tokens of one sequence (prefill), keys and values lifted by kv_b, after
+    # mla_append; positions and sequence as for attention_prefill, y bf16 [tokens, heads * v_dim];
+    # w_scale are the weight's scales. params: heads, nope, rope, v_dim, rank, block. scratch:
+    # `mla_prefill_scratch_bytes(spec)` of kernels/mla_prefill.py for every worker.
+    "mla_prefill": _args(
+        "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* y* y_stride"
+        " tokens scale~ scratch*"
+    ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax
     # over the chosen), normalise, groups, top_groups (0: no grouping); bias f32 [experts] or 0 is
@@ -192,6 +202,9 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
     # `gemm_scratch_bytes` says how many.
     "gemm": _args("x* x_stride gather* w* scale* bias* y* y_stride rows tokens scratch*"),
+    # ids i32 [tokens, top_k], negative: of no expert here -> slots and offsets of the grouped forms
+    # below, slots ascending within an expert; params: top_k, experts.
+    "sort_experts": _args("ids* slots* offsets* tokens"),
     # Many-token routed experts, tokens sorted by expert: offsets i32 [experts + 1] into `slots` i32
     # [tokens * top_k] (each = token * top_k + j, sorted by expert). Results as the small forms
     # above.

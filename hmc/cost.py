@@ -7,7 +7,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -82,22 +82,29 @@ def gqa_flops(heads: int, head_dim: int, v_dim: int, pairs: float) -> float:
     return 2.0 * heads * (head_dim + v_dim) * pairs
 
 
-def mla_flops(
+def mla_expanded_flops(
     step: Mapping[str, int | float | str], pairs: float, tokens: float, keys: float
 ) -> float:
-    """Latent attention in the cheaper of its two forms.
-
-    Expanded (DeepSeek-V3, arXiv 2412.19437, eq. 1-11): scores over nope + rope, sums over v_dim,
-    and every key's latent lifted once through kv_b: 2 rank (nope + v_dim) a head and key, where the
-    T new ones are counted with the step's weights already. Absorbed: kv_b is moved to the query and
-    the result, so scores run over rank + rope and sums over rank.
+    """Latent attention with keys and values of every head (DeepSeek-V3, arXiv 2412.19437, eq.
+    1-11): scores over nope + rope, sums over v_dim, and every key's latent lifted once through
+    kv_b: 2 rank (nope + v_dim) a head and key, where the T new ones are counted with the step's
+    weights already.
     """
     heads, nope, rope = int(step["heads"]), int(step["nope"]), int(step["rope"])
     v_dim, rank = int(step["v_dim"]), int(step["rank"])
     lifted = 2.0 * heads * rank * (nope + v_dim) * max(0.0, keys - tokens)
-    expanded = 2.0 * heads * (nope + rope + v_dim) * pairs + lifted
+    return 2.0 * heads * (nope + rope + v_dim) * pairs + lifted
+
+
+def mla_flops(
+    step: Mapping[str, int | float | str], pairs: float, tokens: float, keys: float
+) -> float:
+    """Latent attention in the cheaper of its two forms: expanded, or absorbed, where kv_b is moved
+    to the query and the result, so that scores run over rank + rope and sums over rank.
+    """
+    heads, rope, rank = int(step["heads"]), int(step["rope"]), int(step["rank"])
     absorbed = 2.0 * heads * (2 * rank + rope) * pairs
-    return min(expanded, absorbed)
+    return min(mla_expanded_flops(step, pairs, tokens, keys), absorbed)
 
 
 def kv_bytes(width: int, context: float, tokens: float, sequences: float = 1) -> float:
@@ -254,15 +261,18 @@ class CostModel:
             self._cache = cached
         return cached[1]
 
-    def _attention(self, step: Step, call: Call) -> tuple[float, float]:
+    def _attention(
+        self, step: Step, call: Call, latent: Callable[..., float] = mla_flops
+    ) -> tuple[float, float]:
         """(cache bytes, FLOPs) of an attention step; a step of R ranks has 1/R of the pairs, since
-        zig-zag pieces are balanced, but reads the cache of all tokens."""
+        zig-zag pieces are balanced, but reads the cache of all tokens. `latent` counts the FLOPs of
+        latent attention in the form that runs."""
         ranks = int(step.attrs.get("ranks", 1))
         every = call.tokens * ranks
         pairs = attended(every, call.context, call.sequences) / ranks
         keys = call.sequences * call.context + every
         if step.op == "mla":
-            flops = mla_flops(step.attrs, pairs, call.tokens, keys)
+            flops = latent(step.attrs, pairs, call.tokens, keys)
         else:
             flops = gqa_flops(
                 int(step.attrs["heads"]),
@@ -286,11 +296,15 @@ class CostModel:
             times["weights"] = weight / (read if streamed else gemv_rate(rates, form, call.tokens))
         after = 0.0
         if step.op in ("attention", "mla"):
-            cache, attention = self._attention(step, call)
+            latent = mla_expanded_flops if prefill else mla_flops
+            cache, attention = self._attention(step, call, latent)
             # What one query of each head reads of the cache leaves no time for more than its
-            # products, which run at the matmuls' rate; many queries also take exponentials.
-            speed = rates.attend.value if prefill else rates.dot.value
-            if weight:  # absorbing and lifting are kernels of their own, before and after
+            # products, which run at the matmuls' rate, and so do those of the latent kernel of
+            # prefill, which lifts keys and values by the matmuls' tiles. Many plain queries enter
+            # in two terms and take exponentials.
+            is_plain = prefill and step.op == "attention"
+            speed = rates.attend.value if is_plain else rates.dot.value
+            if weight:  # absorbing and lifting overlap with nothing else
                 after = max(times.values())
                 times = {"weights": after}
             times["cache"] = cache / read

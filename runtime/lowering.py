@@ -1,9 +1,10 @@
-"""A phase becomes segments: native programs for the pool, and Python calls where PyTorch or sorting
-is needed.
+"""A phase becomes segments: native programs for the pool, and Python calls where one must step in.
 
 The table `OPS` (runtime/ops.py) says what each step's kernels are called with; this module collects
 their records, cuts programs where Python must step in, and runs the result for any number of
-tokens: programs are built once, and only the `tokens` word of their records changes.
+tokens: programs are built once, and only the `tokens` word of their records changes. The records
+from the gather on work on the rows whose logits are wanted, so their `tokens` word is another; when
+no row is wanted the program is walked up to there.
 """
 
 from __future__ import annotations
@@ -41,19 +42,44 @@ class Call:
     past: int = 0
 
 
+PIECE_BYTES = 128 << 10
+MOST_PIECES, LEAST_PIECES = 32, 4
+TAIL = 0.25
+
 PythonStep = Callable[[Call], None]
 
 
 @dataclass
-class _Segment:
-    """Work done in one go; `per_row` segments run on the wanted rows, and not at all when none are
-    wanted.
+class _Native:
+    """A program: records [0, split) work on all tokens, the others on the wanted rows.
+
+    `counts` is what the `tokens` words of both parts hold.
     """
 
-    work: Program | PythonStep
+    program: Program
+    split: int
+    counts: tuple[int, int] = (-1, -1)
+
+    def ready(self, tokens: int, rows: int) -> npt.NDArray[np.int64]:
+        """The records to walk for so many tokens and wanted rows."""
+        end = len(self.program) if rows else self.split
+        wanted = (tokens, rows or self.counts[1])
+        if self.counts != wanted:
+            self.counts = (-1, -1)  # Ctrl-C may strike between any two of these lines
+            for start, stop, count in ((0, self.split, tokens), (self.split, end, rows)):
+                if start < stop:
+                    self.program.patch_all(start, stop, tokens=count)
+            self.counts = wanted if rows else (tokens, -1)
+        return self.program.records[:end]
+
+
+@dataclass
+class _Call:
+    """A Python call for a step, on all tokens or on the wanted rows."""
+
+    function: PythonStep
     per_row: bool
-    tokens: int = -1
-    step: int = -1
+    step: int
 
 
 class Lowering:
@@ -73,11 +99,10 @@ class Lowering:
         self.plan, self.phase, self.store, self.kv, self.tables = plan, phase, store, kv, tables
         self.workers, self.routing = workers, routing
         self.arena = Arena(phase)
-        self.segments: list[_Segment] = []
+        self.segments: list[_Native | _Call] = []
         self._jit = jit
         self._builder = ProgramBuilder()
-        self._empty = True
-        self._per_row = False
+        self._split = -1  # records of the program so far that work on all tokens; -1: all
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
         """The kernels of a step by op."""
@@ -93,12 +118,15 @@ class Lowering:
         *,
         reads: Iterable[Operand | Hashable],
         writes: Iterable[Operand | Hashable],
+        streamed: int = 0,
         **args: int | float,
     ) -> None:
         """Append a record. `reads` and `writes` name operands, or workspaces and caches by any
         other name.
 
-        `tokens` is filled in when the program runs.
+        `tokens` is filled in when the program runs. `streamed` are the bytes of weights that all
+        workers together read once: many, and they are read in pieces, so that workers finish at the
+        same time although memory does not serve them alike.
         """
         if "tokens" in (arg.name for arg in ARGS[spec.op]):
             args["tokens"] = 0
@@ -111,28 +139,29 @@ class Lowering:
             tag=step.id,
             reads=frozenset().union(*read),
             writes=frozenset().union(*written),
+            pieces=_pieces(streamed, self.workers),
         )
-        self._empty = False
 
     def python(self, step: Step, function: PythonStep) -> None:
         """Append a call for a step, made after all records so far are done."""
         self._cut()
-        self.segments.append(_Segment(function, self._per_row, step=step.id))
+        self.segments.append(_Call(function, self._split >= 0, step.id))
 
     def rows_begin(self) -> None:
         """From here on, records work on the wanted rows instead of all tokens."""
-        self._cut()
-        self._per_row = True
+        self._split = len(self._builder)
 
-    def finish(self) -> list[_Segment]:
+    def finish(self) -> list[_Native | _Call]:
         """All segments in order."""
         self._cut()
         return self.segments
 
     def _cut(self) -> None:
-        if not self._empty:
-            self.segments.append(_Segment(self._builder.build(), self._per_row))
-        self._builder, self._empty = ProgramBuilder(), True
+        if size := len(self._builder):
+            split = size if self._split < 0 else self._split
+            self.segments.append(_Native(self._builder.build(), split))
+        self._builder = ProgramBuilder()
+        self._split = min(self._split, 0)
 
 
 OpFunction = Callable[[Lowering, Step], None]
@@ -157,18 +186,13 @@ class LoweredPhase:
     @property
     def kernels(self) -> tuple[str, ...]:
         """Symbols of the native kernels in this phase, and the names of what PyTorch computes."""
-        native = {
-            kernel.spec.symbol
-            for segment in self._segments
-            if isinstance(segment.work, Program)
-            for kernel in segment.work.kernels
-        }
+        native = {kernel.spec.symbol for program in self.programs for kernel in program.kernels}
         return tuple(sorted(native | {key for key in self._keys if key.startswith("torch:")}))
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """The native programs, in order; tags are step ids."""
-        return tuple(s.work for s in self._segments if isinstance(s.work, Program))
+        return tuple(each.program for each in self._segments if isinstance(each, _Native))
 
     def run(
         self,
@@ -196,28 +220,35 @@ class LoweredPhase:
         self.arena.span[1] = tokens
         call = Call(tokens, len(rows), sequence, int(positions[0]))
         for segment in self._segments:
-            count = call.rows if segment.per_row else call.tokens
-            if count:
-                self._run(segment, count, call)
+            if isinstance(segment, _Call):
+                self._call(segment, call)
+            elif len(records := segment.ready(call.tokens, call.rows)):
+                self._walk(records)
         self.ran = True
         return self.arena.logits[: len(rows)]
 
-    def _run(self, segment: _Segment, count: int, call: Call) -> None:
-        work = segment.work
-        if not isinstance(work, Program):
-            if self.recorder is None:
-                work(call)
-            else:
-                self.recorder.call(self.name, segment.step, partial(work, call), work.__name__)
+    def _call(self, segment: _Call, call: Call) -> None:
+        if segment.per_row and not call.rows:
             return
-        if segment.tokens != count:
-            segment.tokens = -1  # Ctrl-C may strike between the two lines that follow
-            work.patch_all(tokens=count)
-            segment.tokens = count
         if self.recorder is None:
-            self._pool.run(work.records)
+            segment.function(call)
         else:
-            self.recorder.run(self.name, work.records)
+            work = partial(segment.function, call)
+            self.recorder.call(self.name, segment.step, work, segment.function.__name__)
+
+    def _walk(self, records: npt.NDArray[np.int64]) -> None:
+        if self.recorder is None:
+            self._pool.run(records)
+        else:
+            self.recorder.run(self.name, records)
+
+
+def _pieces(streamed: int, workers: int) -> tuple[int, int]:
+    """In how many pieces a worker's share is cut, and how many of them are its own."""
+    count = min(streamed // (workers * PIECE_BYTES), MOST_PIECES)
+    if workers == 1 or count < LEAST_PIECES:
+        return 0, 0
+    return count, count - max(1, round(count * TAIL))
 
 
 def spec_of(kernel: Kernel) -> KernelSpec:

@@ -2,25 +2,23 @@
 records.
 
 A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, attention for
-few queries or many (of which latent attention is PyTorch's). Operands and roles are those of the
-table in hmc/plan.py, argument names those of codegen/spec.py.
+few queries or many. Operands and roles are those of the table in hmc/plan.py, argument names those
+of codegen/spec.py.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
-import torch
 
 from hmc.codegen.kernels.attention import attention_scratch_bytes
 from hmc.codegen.kernels.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.grouped import grouped_scratch_bytes
 from hmc.codegen.kernels.mla import mla_scratch_bytes
+from hmc.codegen.kernels.mla_prefill import mla_prefill_scratch_bytes
 from hmc.codegen.kernels.prefill_attention import prefill_attention_scratch_bytes
+from hmc.codegen.spec import KernelSpec
 from hmc.plan import Operand, Step
-from hmc.runtime.attention import Latent, Past, latent
 from hmc.runtime.lowering import Call, Lowering, OpFunction
 
 
@@ -104,6 +102,7 @@ def _linear(low: Lowering, step: Step) -> None:
         scale=low.store.scale_address(step.weights["weight"]),
         bias=low.tables.vector(step.weights.get("bias")),
         rows=int(step.attrs["n"]),
+        streamed=step.weight_bytes if op == "linear" else 0,
         **_at(low, x=x, y=y),
         **extra,
     )
@@ -121,7 +120,16 @@ def _gate_up(low: Lowering, step: Step) -> None:
     ((op, spec),) = low.specs(step).items()
     if op == "gate_up":
         rows = int(step.attrs["n"])
-        low.add(step, spec, reads=[x], writes=[y], rows=rows, **places, **_at(low, x=x, y=y))
+        low.add(
+            step,
+            spec,
+            reads=[x],
+            writes=[y],
+            streamed=step.weight_bytes,
+            rows=rows,
+            **places,
+            **_at(low, x=x, y=y),
+        )
         return
     # The many-token form is that of experts: here one, which all tokens go to.
     assert low.arena.packed(y)
@@ -220,8 +228,7 @@ def _mla(low: Lowering, step: Step) -> None:
     paged = _paged(low, positions)
     held = low.kv.address(step.layer, 0)
     kv_b = step.weights["kv_b"]
-    heads, nope, rope, v_dim, rank = _ints(step, "heads", "nope", "rope", "v_dim", "rank")
-    sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
+    heads, rank, scale = *_ints(step, "heads", "rank"), float(step.attrs["scale"])
     low.add(
         step,
         specs["mla_append"],
@@ -231,20 +238,26 @@ def _mla(low: Lowering, step: Step) -> None:
         **paged,
         **_at(low, latent=narrow, k_rope=k_rope),
     )
-    if "torch:mla" in step.kernels:
-        tensor = low.kv.tensor(step.layer, 0)
-
-        def attend(call: Call) -> None:
-            queries, result = (low.arena.tensor(x, call.tokens) for x in (q, y))
-            rows = partial(low.store.rows, kv_b)
-            latent(queries, tensor, rows, _past(call), result, sizes)
-
-        low.python(step, attend)
+    w, w_scale = low.store.address(kv_b), low.store.scale_address(kv_b)
+    if spec := specs.get("mla_prefill"):
+        low.add(
+            step,
+            spec,
+            reads=[q, positions, cache],
+            writes=[y],
+            cache=held,
+            w=w,
+            w_scale=w_scale,
+            scale=scale,
+            scratch=_private(low, spec.op, mla_prefill_scratch_bytes(spec)),
+            **paged,
+            **_at(low, q=q, y=y),
+        )
         return
     tokens = low.arena.max_tokens
-    weight = {"w": low.store.address(kv_b), "scale": low.store.scale_address(kv_b)}
-    inner = low.arena.workspace("q_latent", 4 * tokens * sizes.heads * sizes.rank)
-    outer = low.arena.workspace("y_latent", 2 * tokens * sizes.heads * sizes.rank)
+    weight = {"w": w, "scale": w_scale}
+    inner = low.arena.workspace("q_latent", 4 * tokens * heads * rank)
+    outer = low.arena.workspace("y_latent", 2 * tokens * heads * rank)
     low.add(
         step,
         specs["mla_absorb"],
@@ -266,7 +279,7 @@ def _mla(low: Lowering, step: Step) -> None:
         q_latent=inner,
         cache=held,
         y_latent=outer,
-        scale=sizes.scale,
+        scale=scale,
         scratch=scratch,
         **paged,
         **_at(low, q=q),
@@ -328,38 +341,40 @@ def _experts(low: Lowering, step: Step) -> None:
         back = specs["experts_down"]
         scratch = low.arena.workspace("experts", experts_scratch_bytes(back))
         common |= {"ids": low.arena.address(ids), "scratch": scratch}
-        low.add(step, into, reads=[x, ids], writes=["act"], **common, **_at(low, x=x))
+        third = step.weight_bytes // 3  # gate, up and down are equally large
+        low.add(
+            step,
+            into,
+            reads=[x, ids],
+            writes=["act"],
+            streamed=2 * third,
+            **common,
+            **_at(low, x=x),
+        )
         low.add(
             step,
             back,
             reads=["act", ids, routing],
             writes=[y, "experts"],
+            streamed=third,
             routing=low.arena.address(routing),
             **common,
             **_at(low, y=y),
         )
         return
-    slots = np.zeros(tokens * top_k, np.int32)
-    offsets = np.zeros(experts + 1, np.int32)
-
-    def sort(call: Call) -> None:
-        """Slots sorted by expert, ascending within each; every buffer is read where the kernels
-        will read it.
-        """
-        chosen = low.arena.tensor(ids, call.tokens).numpy().reshape(-1)
-        slots[: len(chosen)] = np.argsort(chosen, kind="stable")
-        np.cumsum(np.bincount(chosen, minlength=experts), out=offsets[1:])
-
-    low.python(step, sort)
-    back = specs["grouped_down"]
-    common |= {
-        "slots": low.tables.array(("slots", low.phase.name, step.id), slots),
-        "offsets": low.tables.array(("offsets", low.phase.name, step.id), offsets),
+    # Not a choice of the plan's: the form that takes experts one by one needs them in order.
+    sort = KernelSpec.of("sort_experts", into.isa, top_k=top_k, experts=experts)
+    order = {
+        "slots": low.arena.workspace("slots", 4 * tokens * top_k),
+        "offsets": low.arena.workspace("offsets", 4 * (experts + 1)),
     }
+    low.add(step, sort, reads=[ids], writes=["order"], ids=low.arena.address(ids), **order)
+    back = specs["grouped_down"]
+    common |= order
     low.add(
         step,
         into,
-        reads=[x],
+        reads=[x, "order"],
         writes=["act"],
         scratch=_private(low, into.op, grouped_scratch_bytes(into)),
         **common,
@@ -368,7 +383,7 @@ def _experts(low: Lowering, step: Step) -> None:
     low.add(
         step,
         back,
-        reads=["act", routing],
+        reads=["act", "order", routing],
         writes=[y],
         routing=low.arena.address(routing),
         scratch=_private(low, back.op, grouped_scratch_bytes(back)),
@@ -410,11 +425,6 @@ def _paged(low: Lowering, positions: Operand) -> dict[str, int]:
         "sequence": int(low.arena.sequence.ctypes.data),
         "positions": low.arena.address(positions),
     }
-
-
-def _past(call: Call) -> Past:
-    assert call.sequence is not None
-    return Past(torch.tensor(call.sequence.blocks), call.past, call.tokens)
 
 
 def _private(low: Lowering, name: str, bytes_per_worker: int) -> int:

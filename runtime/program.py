@@ -29,9 +29,10 @@ class Program:
     """
 
     def __init__(self, kernels: list[Kernel], blocks: list[bytes], meta: np.ndarray) -> None:
-        sizes = [-(-len(block) // _LINE_BYTES) * _LINE_BYTES for block in blocks]
+        # Before each block a line for the record's ticket.
+        sizes = [-(-len(block) // _LINE_BYTES) * _LINE_BYTES + _LINE_BYTES for block in blocks]
         table = 8 * walker.RECORD_WORDS * len(kernels)
-        offsets = np.cumsum([-(-table // _LINE_BYTES) * _LINE_BYTES, *sizes])
+        offsets = np.cumsum([(-(-table // _LINE_BYTES) + 1) * _LINE_BYTES, *sizes])
         raw = np.zeros(int(offsets[-1]) + _LINE_BYTES, np.uint8)
         shift = -raw.ctypes.data % _LINE_BYTES
         memory = raw[shift : shift + int(offsets[-1])]
@@ -40,7 +41,7 @@ class Program:
         self._words = memory.view(np.int64)
         self._first = offsets[:-1] // 8
         self._kernels = tuple(kernels)
-        self._fields: dict[str, tuple[str, np.ndarray]] = {}
+        self._fields: dict[tuple[int, int, str], tuple[str, np.ndarray]] = {}
         # A view of the memory that holds the blocks too: who keeps the records keeps what they
         # point at.
         self.records = self._words[: table // 8].reshape(-1, walker.RECORD_WORDS)
@@ -59,7 +60,7 @@ class Program:
     @property
     def barriers(self) -> int:
         """Records that wait for all earlier ones."""
-        return int((self.records[:, 2] & walker.BARRIER).sum())
+        return int(np.count_nonzero(self.records[:, 2] & walker.BARRIER))
 
     def find(self, tag: int) -> list[int]:
         """Indices of the records with `tag`, in order."""
@@ -83,28 +84,31 @@ class Program:
             else:
                 raise ValueError(f"record {index}: kernel {op} has no argument {name}")
 
-    def patch_all(self, **fields: int | float) -> None:
-        """Set arguments by name in every record that has them; `ValueError` when none has.
+    def patch_all(self, start: int = 0, stop: int | None = None, /, **fields: int | float) -> None:
+        """Set arguments by name in every record of [start, stop) that has them (default: all);
+        `ValueError` when none has.
 
-        An argument name must mean the same kind of word throughout the program.
+        An argument name must mean the same kind of word throughout these records.
         """
+        stop = len(self) if stop is None else stop
         for name, value in fields.items():
-            if name not in self._fields:
-                self._fields[name] = self._places(name)
-            kind, places = self._fields[name]
+            key = (start, stop, name)
+            if key not in self._fields:
+                self._fields[key] = self._places(*key)
+            kind, places = self._fields[key]
             self._words[places] = _word(value, kind)
 
-    def _places(self, name: str) -> tuple[str, np.ndarray]:
+    def _places(self, start: int, stop: int, name: str) -> tuple[str, np.ndarray]:
         found = [
             (arg.kind, int(self._first[index]) + place)
-            for index, kernel in enumerate(self._kernels)
-            for place, arg in enumerate(ARGS[kernel.spec.op])
+            for index in range(start, stop)
+            for place, arg in enumerate(ARGS[self._kernels[index].spec.op])
             if arg.name == name
         ]
         kinds = {kind for kind, _ in found}
         if len(kinds) != 1:
             why = "names words of different kinds" if kinds else "is no argument"
-            raise ValueError(f"{name} {why} in this program")
+            raise ValueError(f"{name} {why} in records {start} to {stop} of this program")
         return kinds.pop(), np.array([place for _, place in found])
 
 
@@ -131,9 +135,12 @@ class ProgramBuilder:
         tag: int,
         reads: Iterable[Hashable] = (),
         writes: Iterable[Hashable] = (),
+        pieces: tuple[int, int] = (0, 0),
     ) -> int:
         """Append a record and return its index. `args` as `spec.pack` makes it; weights need not be
-        named.
+        named. `pieces`: each worker's share is cut in so many, of which it keeps so many for
+        itself; who is done first takes of the rest (only for kernels that split by
+        `Emitter.split`, and nothing else, and have no scratch for each worker).
 
         A record's own share may be read and written by the same worker only, so a buffer named on
         both sides (in place) needs no barrier of its own. Raises `ValueError` when `args` does not
@@ -147,9 +154,12 @@ class ProgramBuilder:
             )
         read = frozenset(reads) - self._private
         written = frozenset(writes) - self._private
-        flags = 0
+        count, kept = pieces
+        if not 0 <= kept <= count <= walker.PIECES_MASK:
+            raise ValueError(f"record {len(self._kernels)}: {kept} of {count} pieces")
+        flags = count << walker.PIECES | kept << walker.KEPT
         if (read | written) & self._written or written & self._read:
-            flags = walker.BARRIER
+            flags |= walker.BARRIER
             self._read.clear()
             self._written.clear()
         self._read |= read
@@ -158,6 +168,9 @@ class ProgramBuilder:
         self._blocks.append(args)
         self._meta.append((flags, tag))
         return len(self._kernels) - 1
+
+    def __len__(self) -> int:
+        return len(self._kernels)
 
     def build(self) -> Program:
         """The program so far."""

@@ -15,11 +15,13 @@ from hmc.codegen.kernels import (
     grouped,
     linear,
     mla,
+    mla_prefill,
     norm,
     peak,
     prefill_attention,
     rotary,
     route,
+    sort_experts,
     stream,
 )
 from hmc.codegen.spec import KernelSpec
@@ -71,6 +73,9 @@ REFERENCES |= {
 }
 
 # What lies between the matmuls.
-for _module in (embed, norm, rotary, attention, prefill_attention, mla, route, argmax):
+for _module in (
+    *(embed, norm, rotary, attention, prefill_attention, mla, mla_prefill),
+    *(route, sort_experts, argmax),
+):
     EMITTERS |= _module.EMITTERS
     REFERENCES |= _module.REFERENCES

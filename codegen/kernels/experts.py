@@ -5,7 +5,8 @@ Every worker groups the (token, slot) pairs by expert on its own stack, in order
 appearance, and takes its share: of first halves a contiguous slice of all rows of all active
 experts laid end to end; of second halves the same rows of every active expert. Second halves leave
 one f32 row for each pair in `scratch`; only then are a token's rows weighted and added, in the
-order of its slots, so that a token's result does not depend on its neighbours.
+order of its slots, so that a token's result does not depend on its neighbours. Slots whose id is
+negative belong to experts that are computed elsewhere: they are left out of all this.
 """
 
 from __future__ import annotations
@@ -104,14 +105,15 @@ def emit_experts_down(spec: KernelSpec) -> str:
             total = e.local(kind, ir.Constant(kind, None if width > 1 else 0.0))
             with e.for_range(0, top_k) as slot:
                 pair = b.add(first, slot)
-                place = b.add(b.add(b.mul(groups.position(e, pair), const(n)), start), index)
-                share = e.load(e.arg["routing"], pair, F32)
-                if width == 1:
-                    value = e.load(e.arg["scratch"], place, F32)
-                else:
-                    share = e.splat(share, width)
-                    value = e.load_vec(e.arg["scratch"], place, F32, width)
-                b.store(e.fma(share, value, b.load(total)), total)
+                with b.if_then(b.icmp_signed(">=", _id(e, pair), const(0))):
+                    place = b.add(b.add(b.mul(groups.position(e, pair), const(n)), start), index)
+                    share = e.load(e.arg["routing"], pair, F32)
+                    if width == 1:
+                        value = e.load(e.arg["scratch"], place, F32)
+                    else:
+                        share = e.splat(share, width)
+                        value = e.load_vec(e.arg["scratch"], place, F32, width)
+                    b.store(e.fma(share, value, b.load(total)), total)
             e.store(b.load(total), e.arg["y"], b.add(y, index))
     return e.finish()
 
@@ -121,8 +123,8 @@ def _pointers(e: Emitter, count: int) -> Value:
 
 
 class Groups:
-    """The (token, slot) pairs of `ids`, grouped by expert: i32 arrays on the stack, and the code
-    that fills them.
+    """The (token, slot) pairs of `ids` that have an expert, grouped by it: i32 arrays on the stack,
+    and the code that fills them.
 
     `active` groups (i64) in order of first appearance, pairs (token * top_k + slot) ascending in
     each.
@@ -142,8 +144,7 @@ class Groups:
             e.store(e.zeros(I32, 16), group_of, expert)
         # Count: group_of[expert] is group + 1, _start[group + 1] its size.
         active = e.local(I64, const(0))
-        with e.for_range(0, self.pairs) as pair:
-            expert = b.sext(e.load(e.arg["ids"], pair, I32), I64)
+        with self._chosen(e) as (pair, expert):
             with b.if_then(b.icmp_signed("==", _at(e, group_of, expert), const(0))):
                 new = b.load(active)
                 b.store(b.add(new, const(1)), active)
@@ -160,13 +161,21 @@ class Groups:
             size = _at(e, self._start, b.add(group, const(1)))
             _put(e, b.load(total), self._start, b.add(group, const(1)))
             b.store(b.add(b.load(total), size), total)
-        with e.for_range(0, self.pairs) as pair:
-            group = _at(e, group_of, b.sext(e.load(e.arg["ids"], pair, I32), I64))
+        with self._chosen(e) as (pair, expert):
+            group = _at(e, group_of, expert)
             place = _at(e, self._start, group)
             _put(e, pair, self._order, place)
             _put(e, place, self._position, pair)
             _put(e, b.add(place, const(1)), self._start, group)
         _put(e, const(0), self._start, const(0))
+
+    @contextmanager
+    def _chosen(self, e: Emitter) -> Iterator[tuple[Value, Value]]:
+        """A loop over the pairs that have an expert: yields (pair, expert)."""
+        with e.for_range(0, self.pairs) as pair:
+            expert = _id(e, pair)
+            with e.b.if_then(e.b.icmp_signed(">=", expert, const(0))):
+                yield pair, expert
 
     def start(self, e: Emitter, index: Value) -> Value:
         """Place of the first pair of group `index`."""
@@ -177,7 +186,7 @@ class Groups:
         return e.b.sub(_at(e, self._start, e.b.add(index, const(1))), self.start(e, index))
 
     def position(self, e: Emitter, pair: Value) -> Value:
-        """Place of `pair` among all, group after group."""
+        """Place of `pair`, which must have an expert, among all, group after group."""
         return _at(e, self._position, pair)
 
     @contextmanager
@@ -197,6 +206,11 @@ class Groups:
         return e.b.inttoptr(e.load(e.arg["table"], e.b.add(place, const(column)), I64), BYTES)
 
 
+def _id(e: Emitter, pair: Value) -> Value:
+    """The expert of `pair`; negative: none here."""
+    return _at(e, e.arg["ids"], pair)
+
+
 def _at(e: Emitter, array: Value, index: Value) -> Value:
     return e.b.sext(e.load(array, index, I32), I64)
 
@@ -209,23 +223,24 @@ def experts_gate_up(
     x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
 ) -> np.ndarray:
     """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
-    N].
+    N], zero for negative ids.
     """
-    rows = [
-        gate_up(x[token : token + 1], gate[expert], up[expert])[0]
-        for token, chosen in enumerate(ids)
-        for expert in chosen
-    ]
-    return np.array(rows)
+    act = np.zeros((ids.size, len(gate[0])))
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            token = pair // ids.shape[1]
+            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert])[0]
+    return act
 
 
 def experts_down(
     act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
 ) -> np.ndarray:
     """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
-    summed over J.
+    summed over the J whose ids are not negative.
     """
-    tokens, slots = ids.shape
-    parts = [down[expert] @ row for expert, row in zip(ids.reshape(-1), act, strict=True)]
-    y: np.ndarray = (np.array(parts).reshape(tokens, slots, -1) * routing[:, :, None]).sum(1)
+    y = np.zeros((len(ids), len(down[0])))
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * (down[expert] @ act[pair])
     return y

@@ -3,7 +3,8 @@
 Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and
 product happen where the sums are. Workers share (expert, panel) in one line, by tokens. Down: each
 worker owns a slice of output rows for all experts and adds `routing * result` to y in ascending
-expert order: no second pass, no atomics, and the same sums for any number of workers.
+expert order: no second pass, no atomics, and the same sums for any number of workers. Slots that
+`sort_experts` left out (experts computed elsewhere) add nothing.
 """
 
 from __future__ import annotations
@@ -229,29 +230,29 @@ def _expert(
 def grouped_gate_up(
     x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
 ) -> np.ndarray:
-    """Reference, f64: x [T, K], ids [T, J], experts [N, K]; silu(gate x) * (up x), [T * J, N]."""
-    rows = []
-    for token, chosen in enumerate(ids):
-        for expert in chosen:
-            value = gate[expert] @ x[token]
-            rows.append(value * _sigmoid(value) * (up[expert] @ x[token]))
-    return np.array(rows)
+    """Reference, f64: x [T, K], ids [T, J], experts [N, K]; silu(gate x) * (up x), [T * J, N].
+
+    Zero for negative ids, whose rows the kernel leaves alone.
+    """
+    act = np.zeros((ids.size, len(gate[0])))
+    for slot, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            value = gate[expert] @ x[slot // ids.shape[1]]
+            act[slot] = value * _sigmoid(value) * (up[expert] @ x[slot // ids.shape[1]])
+    return act
 
 
 def grouped_down(
     act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
 ) -> np.ndarray:
-    """Reference, f64: act [T * J, K], routing [T, J], experts [N, K]; y [T, N], summed over J."""
-    slots = ids.shape[1]
-    return np.array(
-        [
-            sum(
-                routing[t, j] * (down[expert] @ act[t * slots + j])
-                for j, expert in enumerate(chosen)
-            )
-            for t, chosen in enumerate(ids)
-        ]
-    )
+    """Reference, f64: act [T * J, K], routing [T, J], experts [N, K]; y [T, N], summed over the J
+    whose ids are not negative.
+    """
+    y = np.zeros((len(ids), len(down[0])))
+    for slot, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            y[slot // ids.shape[1]] += routing.reshape(-1)[slot] * (down[expert] @ act[slot])
+    return y
 
 
 def _sigmoid(value: np.ndarray) -> np.ndarray:

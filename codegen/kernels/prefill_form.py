@@ -31,20 +31,32 @@ class Form:
 
     @staticmethod
     def of(spec: KernelSpec) -> Form:
-        """The form of `spec`; `KernelError` for sizes without a kernel."""
+        """The form of `attention_prefill`; `KernelError` for sizes without a kernel."""
+        return Form._of(spec, spec["kv_heads"], spec["head_dim"], terms=2, keys=96, rows=256)
+
+    @staticmethod
+    def of_latent(spec: KernelSpec) -> Form:
+        """The form of `mla_prefill`, every head with keys and values of its own; `KernelError` for
+        sizes without a kernel. Units are long, since each makes its keys anew.
+        """
+        key = spec["nope"] + spec["rope"]
+        return Form._of(spec, spec["heads"], key, terms=1, keys=192, rows=2048)
+
+    @staticmethod
+    def _of(spec: KernelSpec, kv_heads: int, key: int, *, terms: int, keys: int, rows: int) -> Form:
         wide = TIERS[spec.isa].lanes == 16
         form = Form(
             isa=spec.isa,
             heads=spec["heads"],
-            kv_heads=spec["kv_heads"],
-            key=spec["head_dim"],
+            kv_heads=kv_heads,
+            key=key,
             value=spec["v_dim"],
             block=spec["block"],
-            terms=spec.tiled("terms", 2) if spec.isa == "avx512_bf16" else 1,
+            terms=spec.tiled("terms", terms) if spec.isa == "avx512_bf16" else 1,
             vectors=spec.tiled("vectors", 2),
             high=spec.tiled("high", 12 if wide else 6),
-            keys=spec.tiled("keys", 96),
-            rows=spec.tiled("rows", 256),
+            keys=spec.tiled("keys", keys),
+            rows=spec.tiled("rows", rows),
         )
         if form.heads % form.kv_heads:
             raise KernelError(f"attention: {form.heads} heads over {form.kv_heads} key heads")

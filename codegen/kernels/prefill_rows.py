@@ -1,4 +1,4 @@
-"""Operands of a unit of prefill attention: packing queries, keys and values, writing results.
+"""A unit of prefill attention: packing its queries, writing its results.
 
 Rows of a unit are (token, head of the group), token by token. Rows past the last repeat it, so that
 every lane computes something and writing it again changes nothing.
@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 
 from hmc.codegen.interleave import transpose
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const
 from hmc.codegen.kernels.attend_scores import round_bf16
 from hmc.codegen.kernels.prefill_form import Form
 from hmc.codegen.kernels.prefill_tiles import LOWEST, MAXIMUM, SUM
-from hmc.codegen.vector import for_strips, fsplat, isplat, load_part, store_f32, store_part
+from hmc.codegen.vector import for_strips, fsplat, load_part, store_f32, store_part
 
 _BYTES = I8.as_pointer()
 
 
 class Unit:
-    """`count` tokens from `first` on against the cache rows of `kv_head`; `past` positions lie
-    before token 0.
+    """`count` tokens from `first` on against the keys of `kv_head`; `past` positions lie before
+    token 0. `end` is the first position that none of them sees.
     """
 
     def __init__(
@@ -28,7 +28,6 @@ class Unit:
         e: Emitter,
         form: Form,
         scratch: Value,
-        table: Value,
         past: Value,
         first: Value,
         count: Value,
@@ -36,8 +35,7 @@ class Unit:
     ) -> None:
         b = e.b
         self.e, self.form = e, form
-        self.scratch, self._kv_head, self._first = scratch, kv_head, first
-        self._table = b.bitcast(table, _BYTES)
+        self.scratch, self.kv_head, self._first = scratch, kv_head, first
         self._position = b.add(past, first)
         self.end = b.add(self._position, count)
         self._rows = b.mul(count, const(form.group))
@@ -58,7 +56,7 @@ class Unit:
         row = self.e.minimum(row, b.sub(self._rows, const(1)))
         return b.add(self._position, b.udiv(row, const(self.form.group)))
 
-    def _part(self, name: str, index: Value, words: int) -> Value:
+    def part(self, name: str, index: Value, words: int) -> Value:
         """Address of piece `index`, of `words` words, of a part of the scratch."""
         e, b = self.e, self.e.b
         offset = b.add(const(self.form.offsets[name]), b.mul(index, const(4 * words)))
@@ -72,7 +70,7 @@ class Unit:
         row = b.add(b.mul(panel, const(form.panel)), b.mul(vector, const(form.lanes)))
         row = self.e.minimum(b.add(row, lane), b.sub(self._rows, const(1)))
         token = b.add(self._first, b.udiv(row, const(form.group)))
-        head = b.add(b.mul(self._kv_head, const(form.group)), b.urem(row, const(form.group)))
+        head = b.add(b.mul(self.kv_head, const(form.group)), b.urem(row, const(form.group)))
         return token, head
 
     def pack_queries(self) -> None:
@@ -80,8 +78,8 @@ class Unit:
         e, b, form = self.e, self.e.b, self.form
         lanes = form.lanes
         with e.for_range(0, self.panels) as panel:
-            state = self._part("states", panel, form.state_words)
-            results = self._part("results", panel, form.result_words)
+            state = self.part("states", panel, form.state_words)
+            results = self.part("results", panel, form.result_words)
             with e.for_range(0, const(form.result_words), lanes) as index:
                 e.store(e.zeros(F32, lanes), results, index, align=4)
             with e.for_range(0, form.vectors) as vector:
@@ -90,8 +88,8 @@ class Unit:
                 for field, value in ((MAXIMUM, LOWEST), (SUM, 0.0)):
                     where = b.add(at, const(field * form.panel))
                     e.store(fsplat(value, lanes), state, where, align=4)
-                source = self._part("keys", const(0), 0)
-                queries = self._part("queries", panel, form.query_words)
+                source = self.part("keys", const(0), 0)
+                queries = self.part("queries", panel, form.query_words)
                 word = I32 if form.dot else F32
                 with e.for_range(0, const(form.terms * form.query_steps), lanes) as step:
                     rows = [
@@ -129,7 +127,7 @@ class Unit:
             e.store(b.trunc(position, I32), positions, lane, align=4)
             source = self._query(token, head)
             after = self._query(*self._row_index(panel, vector, b.add(lane, const(form.lanes))))
-            target = self._part("keys", lane, form.terms * form.query_steps)
+            target = self.part("keys", lane, form.terms * form.query_steps)
 
             def split(start: Value, size: int, way: int) -> None:
                 for ahead in range(0, size, 16):  # no hardware prefetcher foresees the next token
@@ -145,63 +143,6 @@ class Unit:
 
             for_strips(e, form.key, square, split)
 
-    # -- keys and values ---------------------------------------------------------------------------
-
-    def _cache_row(self, position: Value) -> Value:
-        """Row of the cache, counted over blocks, heads and slots."""
-        e, b, form = self.e, self.e.b, self.form
-        number = b.sext(e.load(self._table, b.udiv(position, const(form.block)), I32), I64)
-        row = b.add(b.mul(number, const(form.kv_heads)), self._kv_head)
-        return b.add(b.mul(row, const(form.block)), b.urem(position, const(form.block)))
-
-    def pack_keys(self, start: Value) -> None:
-        """Keys and values of the positions from `start` on that the unit sees, up to a tile.
-
-        keys[position][key step]; values[position][dimension], in the dot form pairs of positions,
-        0 for a second one that the unit does not see.
-        """
-        e, b, form = self.e, self.e.b, self.form
-        keys = self._part("keys", const(0), 0)
-        values = self._part("values", const(0), 0)
-        stop = e.minimum(self.end, b.add(start, const(form.keys)))
-        word = I32 if form.dot else F32
-        lanes = form.lanes
-        with e.for_range(start, stop) as position:
-            row = self._cache_row(position)
-            source = e.at(e.arg["k_cache"], b.mul(row, const(form.key)), I16)
-            target = e.at(keys, b.mul(b.sub(position, start), const(form.key_words)), word)
-
-            def copy(index: Value, count: int, way: int) -> None:
-                if form.dot:
-                    part = load_part(e, source, index, I16, count, 2 * lanes)
-                    store_part(e, part, target, index, count)
-                else:
-                    part = load_part(e, source, index, I16, count, lanes)
-                    store_part(e, e.bf16_to_f32(part), target, index, count)
-
-            for_strips(e, form.key, form.step * lanes, copy, 2)
-        with e.for_range(start, stop, form.step) as position:
-            pair = [self._cache_row(position)]
-            if form.dot:
-                second = b.add(position, const(1))
-                is_seen = b.icmp_signed("<", second, stop)
-                pair.append(self._cache_row(b.select(is_seen, second, position)))
-                high = e.splat(b.select(is_seen, I32(0xFFFF0000), I32(0)), lanes)
-            rows = [e.at(e.arg["v_cache"], b.mul(row, const(form.value)), I16) for row in pair]
-            at = b.mul(b.udiv(b.sub(position, start), const(form.step)), const(form.value))
-            into = e.at(values, at, word)
-
-            def mix(index: Value, count: int, way: int) -> None:
-                parts = [load_part(e, row, index, I16, count, lanes) for row in rows]
-                if form.dot:
-                    low, top = (b.zext(part, vec(I32, lanes)) for part in parts)
-                    top = b.and_(b.shl(top, isplat(16, lanes)), high)
-                    store_part(e, b.or_(low, top), into, index, count)
-                else:
-                    store_part(e, e.bf16_to_f32(parts[0]), into, index, count)
-
-            for_strips(e, form.value, lanes, mix, 2)
-
     # -- results -----------------------------------------------------------------------------------
 
     def write_results(self) -> None:
@@ -212,8 +153,8 @@ class Unit:
             e.for_range(0, self.panels) as panel,
             e.for_range(0, form.vectors) as vector,
         ):
-            state = self._part("states", panel, form.state_words)
-            results = self._part("results", panel, form.result_words)
+            state = self.part("states", panel, form.state_words)
+            results = self.part("results", panel, form.result_words)
             at = b.mul(vector, const(lanes))
             total = e.load_vec(state, b.add(at, const(SUM * form.panel)), F32, lanes, align=4)
             share = b.fdiv(fsplat(1.0, lanes), total)

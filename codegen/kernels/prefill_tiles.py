@@ -152,7 +152,7 @@ class Tiles:
                         score = e.load_vec(source, at, F32, lanes, align=4)
                         weights.append(_exp2(e, b.fsub(score, tops[v]), form.dot))
                     if form.dot:
-                        word = _pair(e, *weights)
+                        word = bf16_pair(e, *weights)
                         total = dot_pairs(e, b.load(sums[v]), word, isplat(0x3F803F80, lanes))
                     else:
                         (word,) = weights
@@ -284,7 +284,7 @@ def _exp2(e: Emitter, x: Value, coarse: bool) -> Value:
     return b.bitcast(b.add(b.bitcast(total, vec(I32, count)), exponent), x.type)
 
 
-def _pair(e: Emitter, low: Value, high: Value) -> Value:
+def bf16_pair(e: Emitter, low: Value, high: Value) -> Value:
     """bf16 pairs (i32 lanes) of two f32 vectors, rounded to nearest even."""
     lanes = low.type.count
     both = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", vec(BF16, 2 * lanes), high, low)

@@ -146,6 +146,50 @@ def test_a_token_is_the_same_alone_and_in_a_batch(jit: Jit, isa: str) -> None:
         np.testing.assert_array_equal(again, y[part])
 
 
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS)
+def test_slots_of_experts_elsewhere_add_nothing(
+    jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int
+) -> None:
+    """Two subsets of the experts give what all of them give; a token without a slot gives 0."""
+    need(isa)
+    layer = Layer(isa, weight, hidden, inner, group)
+    for tokens, workers in [(1, 2), (7, 1), (16, 3)]:
+        x = guarded(activations(layer.rng, tokens, hidden, hidden))
+        ids = layer.choose(tokens)
+        routing = floats(layer.rng, tokens, TOP_K)
+        whole_act = layer.gate_up(jit, x, ids, workers)
+        whole = layer.down(jit, whole_act, ids, routing, workers)
+        total = np.zeros_like(whole)
+        for low in (True, False):
+            here = (ids < EXPERTS // 3) == low
+            some = guarded(np.where(here, ids, -1).astype(np.int32))
+            act = layer.gate_up(jit, x, some, workers)
+            rows = here.reshape(-1)
+            np.testing.assert_array_equal(act[rows], whole_act[rows])
+            assert (act[~rows] == 77).all()
+            act[~rows] = 0x7FC0  # NaN: what nobody may use
+            y = layer.down(jit, act, some, routing, workers)
+            assert (y[~here.any(axis=1)] == 0).all()
+            exact = REFERENCES["experts_down"](
+                from_bf16(whole_act), some, routing.astype(np.float64), layer.values(2)
+            )
+            assert np.abs(y - exact).max() <= 1e-5 * np.abs(whole).max()
+            total += y
+        assert np.abs(total - whole).max() <= 1e-6 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_no_slot_at_all(jit: Jit, isa: str) -> None:
+    need(isa)
+    layer = Layer(isa, *FORMATS[1])
+    x = guarded(activations(layer.rng, 3, layer.hidden, layer.hidden))
+    ids, routing = guarded(np.full((3, TOP_K), -1, np.int32)), floats(layer.rng, 3, TOP_K)
+    act = layer.gate_up(jit, x, ids, workers=2)
+    assert (act == 77).all()
+    assert (layer.down(jit, act, ids, routing, workers=2) == 0).all()
+
+
 def test_repeated_experts(jit: Jit) -> None:
     """Ids that a broken router might give: one expert in every slot."""
     need("avx2")

@@ -11,6 +11,7 @@ from prefill_data import FORMATS, Stored, activations, address, from_bf16, need,
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.grouped import grouped_down, grouped_gate_up, grouped_scratch_bytes
+from hmc.codegen.kernels.sort_experts import sort_experts
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.errors import KernelError
 
@@ -23,10 +24,8 @@ def route(rng: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray
     choice = [1, 0, 2, 3, 5, 6]
     ids = np.stack([rng.permutation(choice)[:TOP_K] for _ in range(tokens)])
     ids[: tokens // 2, 0] = 1
-    flat = ids.reshape(-1)
-    slots = np.argsort(flat, kind="stable").astype(np.int32)
-    offsets = np.searchsorted(flat[slots], np.arange(EXPERTS + 1)).astype(np.int32)
-    return ids, slots, offsets
+    slots, offsets = sort_experts(ids, EXPERTS)
+    return ids, slots.astype(np.int32), offsets.astype(np.int32)
 
 
 def table_of(experts: list[tuple[Stored, Stored, Stored]]) -> np.ndarray:
@@ -67,7 +66,7 @@ def both(
 ) -> tuple[np.ndarray, np.ndarray]:
     """act bf16 bits [tokens * top_k, inner] and y f32 [tokens, hidden]."""
     hidden, inner = pair[0]["k"], pair[0]["n"]
-    act = np.full((len(slots), inner), 0x7FC0, np.uint16)
+    act = np.full((len(x) * TOP_K, inner), 0x7FC0, np.uint16)
     y = np.full((len(x), hidden + 1), np.nan, np.float32)
     scratch = [np.full(workers * grouped_scratch_bytes(spec), 0xFF, np.uint8) for spec in pair]
     shared = {"slots": address(slots), "offsets": address(offsets), "table": address(table)}
@@ -138,6 +137,31 @@ def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:
         act, y = both(jit, pair, x, routing, slots, offsets, table, workers)
         assert np.array_equal(act, alone[0])
         assert np.array_equal(y, alone[1])
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_slots_of_experts_elsewhere_add_nothing(jit: Jit, isa: str) -> None:
+    need(isa)
+    rng = np.random.default_rng(6)
+    hidden, inner, tokens = 136, 40, 30
+    shapes = ((inner, hidden),) * 2 + ((hidden, inner),)
+    experts = [tuple(stored(rng, "fp8", *shape) for shape in shapes) for _ in range(EXPERTS)]
+    table, pair = table_of(experts), specs(isa, "fp8", hidden, inner)  # type: ignore[arg-type]
+    ids, slots, offsets = route(rng, tokens)
+    routing = rng.uniform(0, 1, ids.shape).astype(np.float32)
+    x = activations(rng, tokens, hidden, hidden)
+    whole_act, whole = both(jit, pair, x, routing, slots, offsets, table, 2)
+    total = np.zeros_like(whole)
+    for here in (ids < 2, ids >= 2):
+        some = np.where(here, ids, -1)
+        slots, offsets = (part.astype(np.int32) for part in sort_experts(some, EXPERTS))
+        assert len(slots) == here.sum()
+        act, y = both(jit, pair, x, routing, slots, offsets, table, 2)
+        assert np.array_equal(act[here.reshape(-1)], whole_act[here.reshape(-1)])
+        assert (act[~here.reshape(-1)] == 0x7FC0).all()
+        assert (y[~here.any(axis=1)] == 0).all()
+        total += y
+    assert np.abs(total - whole).max() <= 1e-5 * np.abs(whole).max()
 
 
 def test_an_unknown_activation_is_refused(jit: Jit) -> None:
