@@ -1,0 +1,37 @@
+"""What each step of a schedule computes on a device, by PyTorch: the literal table `OPS`.
+
+An op function takes a phase's memory (`base.Bound`) and a step, and returns what the step does in a
+call. It works on any device, keeps no order (that is the schedule's) and leaves the stream it is
+launched on to the caller. Operands and roles are those of the table in hmc/plan.py.
+"""
+
+from __future__ import annotations
+
+from hmc.runtime.device_ops import attention, dense, exchange, moe
+from hmc.runtime.device_ops.base import Bound, OpFunction, Work
+
+OPS: dict[str, OpFunction] = {
+    "embed": dense.embed,
+    "gather_rows": dense.gather_rows,
+    "norm": dense.norm,
+    "add": dense.add,
+    "add_norm": dense.add_norm,
+    "linear": dense.linear,
+    "gate_up": dense.gate_up,
+    "rotary": dense.rotary,
+    "attention": attention.attention,
+    "mla": attention.mla,
+    "route": moe.route,
+    "sort": moe.sort,
+    "experts": moe.experts,
+    "copy": exchange.copy,
+    "load": exchange.load,
+    "kv_out": exchange.kv_out,
+    "kv_in": exchange.kv_in,
+    "all_gather": exchange.all_gather,
+    "exchange": exchange.exchange,
+    "split": exchange.split,
+    "join": exchange.join,
+}
+
+__all__ = ["OPS", "Bound", "OpFunction", "Work"]

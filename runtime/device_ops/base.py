@@ -1,0 +1,92 @@
+"""What an op function is given, and what it makes of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from hmc.plan import Operand, Phase, Plan, Step
+from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.kv import KVCache
+from hmc.runtime.ranks_link import Link
+from hmc.runtime.shares import Call, Share
+
+Work = Callable[[Call], None]
+"""What a step does in one run of its phase, on at least one row of its share."""
+
+Routed = dict[str, tuple[torch.Tensor, list[int]]]
+"""By the name of an `order` buffer: the call's slots sorted by expert, and where each expert's
+begin."""
+
+
+class Bound(Protocol):
+    """One phase's memory, as its steps see it. Everything but the counts of rows is fixed."""
+
+    plan: Plan
+    phase: Phase
+    kv: KVCache
+    sorted: Routed
+    link: Link | None
+    """The way to the other ranks of the phase, where they are processes of their own."""
+
+    def share(self, step: Step) -> Share:
+        """The rows the step works on."""
+        ...
+
+    def device(self, step: Step) -> str:
+        """Where the step computes: "gpu<n>", "host"; of a link the rank 0's."""
+        ...
+
+    def tensor(self, operand: Operand) -> torch.Tensor:
+        """All rows of an operand's columns, [rows, width]; a view. A call uses the first ones."""
+        ...
+
+    def matrix(self, step: Step, role: str) -> Matrix:
+        """A matrix of the step, resident or in its slot."""
+        ...
+
+    def vector(self, step: Step, role: str) -> torch.Tensor | None:
+        """A vector of the step in its stored format; None where it has none of this role."""
+        ...
+
+    def experts(self, step: Step) -> dict[int, tuple[Matrix, Matrix, Matrix]]:
+        """gate, up and down of the experts the step computes, resident or in its slot."""
+        ...
+
+    def adds(self, step: Step) -> bool:
+        """Whether an experts step adds to what earlier ones left in y."""
+        ...
+
+    def cache(self, layer: int, part: int) -> torch.Tensor:
+        """One tensor of the home GPU's cache: bf16 [tokens, width]."""
+        ...
+
+    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
+        """Cache rows of the tokens before a call's, in order: bf16 [past, width]."""
+        ...
+
+    def share_past(self, call: Call, layer: int, part: int) -> None:
+        """Give the other ranks what `before` needs, or take it from rank 0."""
+        ...
+
+    def place(self, operand: Operand) -> str:
+        """The device an operand's buffer is on."""
+        ...
+
+    def home(self, device: str) -> bool:
+        """Whether the cache is on this device."""
+        ...
+
+    def copies(self, step: Step) -> list[tuple[int, torch.Tensor]]:
+        """What a load moves: host address of each piece, and where on the device it goes."""
+        ...
+
+
+OpFunction = Callable[[Bound, Step], Work]
+
+
+def ints(step: Step, *names: str) -> tuple[int, ...]:
+    """Attributes of a step as integers."""
+    return tuple(int(step.attrs[name]) for name in names)

@@ -1,0 +1,143 @@
+"""y = x W^T on a device, one function for every stored format; hides how formats become products.
+
+Operands are bf16, sums f32, and stored weights stay intact:
+
+    bf16        the device's own product with f32 result
+    f32         f32 product (routers, which are small)
+    fp16, fp8,  each weight, times its scale, as the sum of two bf16 numbers: 16 significant bits,
+    int4        exact for fp16 and int4, within 2^-17 of fp8's code times f32 scale. Two products
+                instead of one; a single bf16 rounding of code times scale would lose 2^-9, as much
+                as rounding x, and the kernels on the CPU do not lose it. Rows are expanded `_BYTES`
+                at a time.
+    fp8 on      on devices with block-scaled products (SM90) `torch._scaled_mm`, with x as the sum
+    CUDA        of two E4M3 numbers, each with a scale a row and 128 columns: together they keep the
+                8 significant bits of bf16 but for values far below their block's largest. On others
+                Triton's kernel, where Triton is there, scales each 128 columns' sum (triton_fp8.py)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hmc.plan import Format
+from hmc.runtime.device_ops import triton_fp8
+
+_BYTES = 64 << 20
+_BLOCK = 128
+_E4M3_LARGEST = 448.0
+_BLOCK_SCALED = {(9, 0)}
+"""Compute capabilities whose `_scaled_mm` takes a scale for every 128 columns."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A stored weight [N, K] on a device.
+
+    `data` as stored (fp8 [N, K]; int4 words i32 [N, ceil(K / 8)]), `scale` f32 [ceil(N/128),
+    ceil(K/128)] of fp8, f32 or bf16 [N, K / group] of int4.
+    """
+
+    data: torch.Tensor
+    format: Format
+    shape: tuple[int, int]
+    scale: torch.Tensor | None = None
+    group: int = 0
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) as f32 [n, K]."""
+        if self.format != "int4":
+            found = self.data[first:last].to(torch.float32)
+        else:
+            shifts = torch.arange(0, 32, 4, device=self.data.device, dtype=torch.int32)
+            words = self.data[first:last, :, None] >> shifts & 15
+            found = (words - 8).flatten(1)[:, : self.shape[1]].to(torch.float32)
+        if self.scale is None:
+            return found
+        if self.format == "int4":
+            spread = self.scale[first:last]
+        else:
+            start = first // self.group
+            spread = self.scale[start : -(-last // self.group)]
+            spread = spread.repeat_interleave(self.group, 0)[first - start * self.group :]
+            spread = spread[: last - first]
+        spread = spread.to(torch.float32).repeat_interleave(self.group, 1)
+        return found * spread[:, : self.shape[1]]
+
+
+def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
+    """f32 [T, N] = x bf16 [T, K] times the transpose of `w`."""
+    if w.format == "bf16":
+        return product(x, w.data)
+    if w.format == "f32":
+        return x.to(torch.float32) @ w.data.t()
+    form = fp8_form(w, x.device) if w.format == "fp8" else "split"
+    if form == "triton":
+        assert w.scale is not None
+        return triton_fp8.matmul(x.contiguous(), w.data, w.scale)
+    if form == "scaled_mm":
+        return _scaled(x, w)
+    return _split(x, w)
+
+
+def fp8_form(w: Matrix, device: torch.device) -> str:
+    """How an fp8 matrix is multiplied on a device: "triton", "scaled_mm" or "split"."""
+    if device.type != "cuda" or w.group != _BLOCK:
+        return "split"
+    whole = w.shape[0] % _BLOCK == 0 and w.shape[1] % _BLOCK == 0
+    if whole and torch.cuda.get_device_capability(device) in _BLOCK_SCALED:
+        return "scaled_mm"
+    return "triton" if triton_fp8.available() else "split"
+
+
+def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """f32 [T, N] = x bf16 [T, K] times the transpose of bf16 [N, K], summed in f32."""
+    if x.device.type == "cuda":
+        return torch.mm(x, w.t(), out_dtype=torch.float32)
+    return x.to(torch.float32) @ w.to(torch.float32).t()
+
+
+def _split(x: torch.Tensor, w: Matrix) -> torch.Tensor:
+    rows, columns = w.shape
+    result = x.new_empty((len(x), rows), dtype=torch.float32)
+    step = max(1, _BYTES // (8 * columns))
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        exact = w.rows(first, last)
+        high = exact.to(torch.bfloat16)
+        low = exact.sub_(high).to(torch.bfloat16)
+        result[:, first:last] = product(x, high).add_(product(x, low))
+    return result
+
+
+def two_terms(x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """x bf16 [T, K] as two E4M3 tensors [T, K], each with f32 scales [T, K / 128]: their scaled sum
+    is x.
+    """
+    left = x.to(torch.float32).view(len(x), -1, _BLOCK)
+    terms = []
+    for _ in range(2):
+        # powers of two: scaling back and forth is exact
+        largest = left.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+        scale = torch.exp2((largest / _E4M3_LARGEST).log2().ceil())
+        codes = (left / scale).to(torch.float8_e4m3fn)
+        left = left - codes.to(torch.float32) * scale
+        terms.append((codes.view(x.shape), scale[..., 0]))
+    return tuple(terms)
+
+
+def _scaled(x: torch.Tensor, w: Matrix) -> torch.Tensor:
+    assert w.scale is not None
+    result = None
+    for codes, scale in two_terms(x):
+        part = torch._scaled_mm(
+            codes,
+            w.data.t(),
+            scale_a=scale.t().contiguous().t(),  # rows of blocks side by side, as cuBLAS asks
+            scale_b=w.scale.t(),
+            out_dtype=torch.float32,
+        )
+        result = part if result is None else result + part
+    assert result is not None
+    return result

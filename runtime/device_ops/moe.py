@@ -1,0 +1,145 @@
+"""The mixture of experts on a device: routing, sorting, and the experts that are there.
+
+Experts are computed one after the other over the rows routed to them, so an expert's weights are
+read once a step. How many rows each has is needed on the host: this waits for the device once a
+sort (once an experts step where no sort precedes it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import silu
+
+from hmc.plan import Step
+from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.matmul import matmul
+from hmc.runtime.shares import Call
+
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
+_TAKEN = -(2**31)
+_ROWS = 4096
+"""Rows of one expert computed at a time: bounds what lies between its two matmuls."""
+
+
+def route(bound: Bound, step: Step) -> Work:
+    """Expert ids and weights of every row, best first; ties go to the lower id."""
+    logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
+    ids, routing = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
+    bias = bound.vector(step, "bias")
+    top_k, scoring, groups, top_groups = ints(step, "top_k", "scoring", "groups", "top_groups")
+    normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
+
+    def work(call: Call) -> None:
+        count = call.count(share)
+        chosen, weights = routed(
+            logits[:count].to(torch.float32),
+            None if bias is None else bias.to(torch.float32),
+            top_k=top_k,
+            scoring=scoring,
+            normalise=normalise,
+            groups=groups,
+            top_groups=top_groups,
+        )
+        ids[:count].copy_(chosen)
+        routing[:count].copy_(weights * factor)
+
+    return work
+
+
+def routed(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    top_k: int,
+    scoring: int,
+    normalise: bool,
+    groups: int,
+    top_groups: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids i64, weights f32) [T, top_k] of f32 logits [T, experts], with the order of scores and
+    the ties of codegen/kernels/route.py.
+    """
+    if scoring == SOFTMAX:
+        scores = logits.softmax(-1)
+    else:
+        scores = logits.sigmoid() if scoring == SIGMOID else logits
+    choice = scores if bias is None else scores + bias
+    keys = ordered_keys(choice)
+    if top_groups:
+        best = choice.view(len(choice), groups, -1).topk(2, -1).values
+        worth = ordered_keys(best[..., 0] + best[..., 1])
+        kept = _best(worth, top_groups)
+        out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
+        keys = keys.masked_fill(out.repeat_interleave(choice.shape[1] // groups, 1), _TAKEN)
+    ids = _best(keys, top_k)
+    weights = scores.gather(1, ids)
+    if scoring == SOFTMAX_CHOSEN:
+        weights = weights.softmax(-1)
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights
+
+
+def ordered_keys(values: torch.Tensor) -> torch.Tensor:
+    """i32 ordered as f32 `values` are: NaN as -inf, both zeros equal, all above `_TAKEN`."""
+    clean = values.masked_fill(values.isnan(), float("-inf")) + 0.0
+    bits = clean.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & (2**31 - 1))
+
+
+def _best(keys: torch.Tensor, count: int) -> torch.Tensor:
+    return keys.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def sort(bound: Bound, step: Step) -> Work:
+    """Slots (token * top_k + rank of its expert) in the order of their experts."""
+    ids, order = bound.tensor(step.inputs["ids"]), bound.tensor(step.outputs["order"])
+    share, name = bound.share(step), step.outputs["order"].buffer
+    experts = bound.plan.model.experts
+
+    def work(call: Call) -> None:
+        count = call.count(share)
+        slots, edges = by_expert(ids[:count], experts)
+        order[:count].view(-1).copy_(slots)
+        bound.sorted[name] = order[:count].view(-1), edges
+
+    return work
+
+
+def by_expert(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
+    """Slots i64 sorted by expert, ascending within each, and where those of every expert begin
+    [experts + 1]; negative ids come first and belong to none.
+    """
+    flat = ids.reshape(-1)
+    found, slots = flat.sort(stable=True)
+    edges = torch.searchsorted(found, torch.arange(experts + 1, dtype=found.dtype).to(found.device))
+    return slots, edges.tolist()
+
+
+def experts(bound: Bound, step: Step) -> Work:
+    """y = the weighted sum over those of a row's experts that the step has, added to y where
+    earlier steps have others.
+    """
+    x, ids, routing = (bound.tensor(step.inputs[role]) for role in ("x", "ids", "routing"))
+    y, share, weights = bound.tensor(step.outputs["y"]), bound.share(step), bound.experts(step)
+    count_all, top_k = ints(step, "experts", "top_k")
+    order = step.inputs["order"].buffer if "order" in step.inputs else ""
+    adds = bound.adds(step)
+
+    def work(call: Call) -> None:
+        count = call.count(share)
+        total = y[:count]
+        if not adds:
+            total.zero_()
+        slots, edges = bound.sorted[order] if order else by_expert(ids[:count], count_all)
+        factors = routing[:count].reshape(-1)
+        for expert, (gate, up, down) in weights.items():
+            for first in range(edges[expert], edges[expert + 1], _ROWS):
+                mine = slots[first : min(first + _ROWS, edges[expert + 1])].long()
+                tokens = mine // top_k
+                rows = x[tokens]
+                act = silu(matmul(rows, gate)).mul_(matmul(rows, up)).to(torch.bfloat16)
+                # an expert has a token once, so no two rows of one call add to the same place
+                total.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
+
+    return work

@@ -1,0 +1,410 @@
+"""Ops on device buffers against float64, and which rows of a call a share is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+
+from hmc.blocks.attention import Rotary
+from hmc.blocks.dense import RMSNorm
+from hmc.codegen.kernels.route import route as route_reference
+from hmc.errors import ExecutionError
+from hmc.plan import KVLayout, Operand, Step
+from hmc.runtime.device_ops import OPS, attention, matmul, moe, triton_fp8
+from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.kv import KVCache
+from hmc.runtime.shares import ALL, Call, Needs, Share, gathered, make_call, of_share
+
+T, GPU = 23, "gpu0"
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- shares ----------------------------------------------------------------------------------------
+
+
+@given(
+    tokens=some.integers(2, 300), of=some.integers(1, 5), kind=some.sampled_from(("rank", "lane"))
+)
+def test_shares_part_the_call(tokens: int, of: int, kind: Any) -> None:
+    whole = torch.arange(tokens)[:, None]
+    shares = [Share(kind, index, of) for index in range(of)]
+    parts = [of_share(whole, share, tokens) for share in shares]
+    assert sorted(torch.cat(parts)[:, 0].tolist()) == list(range(tokens))
+    for share, part in zip(shares, parts, strict=True):
+        assert len(part) <= share.capacity(tokens)
+    back = torch.full_like(whole, -1)
+    gathered(zip(shares, parts, strict=True), back, tokens)
+    assert torch.equal(back, whole)
+
+
+def test_ranks_zig_zag() -> None:
+    assert Share("rank", 0, 2).pieces(10) == ((0, 2), (7, 10))
+    assert Share("rank", 1, 2).pieces(10) == ((2, 5), (5, 7))
+
+
+@pytest.fixture
+def kv() -> KVCache:
+    return KVCache(
+        KVLayout(kind="gqa", block=4, widths=(16, 16), layers=(0,), capacity_tokens=256), 4, 64
+    )
+
+
+def call_of(kv: KVCache, lengths: list[tuple[int, int]], wanted: list[int], **options: int) -> Call:
+    """A call of sequences (past, new tokens)."""
+    positions, tables = [], []
+    for past, new in lengths:
+        sequence = kv.open()
+        kv.reserve(sequence, past + new)
+        positions += range(past, past + new)
+        tables += [sequence.row] * new
+    ranks = options.get("ranks", 1)
+    shares = [Share("rank", r, ranks) for r in range(ranks)] if ranks > 1 else [ALL]
+    needs = Needs(GPU, frozenset((share, GPU) for share in shares), {GPU: shares[0]})
+    i32 = lambda values: np.array(values, np.int32)  # noqa: E731
+    return make_call(
+        kv,
+        needs,
+        {GPU: torch.device("cpu")},
+        i32(positions),
+        i32(positions),
+        i32(tables),
+        i32(wanted),
+        **options,
+    )
+
+
+def test_calls_that_cannot_be_shared_are_refused(kv: KVCache) -> None:
+    with pytest.raises(ExecutionError, match="3 tokens cannot be shared by 2 GPUs"):
+        call_of(kv, [(0, 3)], [2], ranks=2)
+    with pytest.raises(ExecutionError, match="logits are wanted of token 4, which another GPU"):
+        call_of(kv, [(0, 10)], [9, 4], ranks=2)
+    with pytest.raises(ExecutionError, match="must follow each other in a call of their own"):
+        call_of(kv, [(0, 2), (0, 2)], [0])
+
+
+# -- matmul ----------------------------------------------------------------------------------------
+
+
+def stored(form: str, rows: int, columns: int) -> Matrix:
+    """A random matrix of a stored format."""
+    values = random(rows, columns, seed=3)
+    if form == "fp8":
+        scale = random(-(-rows // 128), -(-columns // 128), seed=4).abs() + 0.01
+        return Matrix(values.to(torch.float8_e4m3fn), "fp8", (rows, columns), scale, 128)
+    if form == "int4":
+        words = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
+        scale = (random(rows, columns // 32, seed=4).abs() + 0.01).to(torch.bfloat16)
+        return Matrix(words, "int4", (rows, columns), scale, 32)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32}[form]
+    return Matrix(values.to(kind), form, (rows, columns))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["bf16", "fp16", "f32", "fp8", "int4"])
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (200, 192), (7, 320)])
+def test_products_keep_stored_weights_intact(
+    form: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matmul, "_BYTES", 8 * columns * 60)  # slices that cut 128-row blocks
+    w, x = stored(form, rows, columns), random(T, columns).to(torch.bfloat16)
+    exact = w.rows(0, rows).double()
+    expected = x.double() @ exact.T
+    found = matmul.matmul(x, w).double()
+    assert (found - expected).norm() / expected.norm() < 2e-6
+    if form in ("fp8", "int4"):  # a single rounding of code times scale would not do
+        once = x.double() @ exact.to(torch.bfloat16).double().T
+        assert (once - expected).norm() / expected.norm() > 5e-4
+
+
+def test_int4_rows_are_codes_less_eight_times_scale() -> None:
+    w = stored("int4", 3, 64)
+    assert w.scale is not None
+    nibble = int(w.data[1, 4]) >> 12 & 15  # column 35
+    assert w.rows(1, 2)[0, 35] == (nibble - 8) * w.scale[1, 1].float()
+
+
+def test_two_e4m3_terms_are_a_bf16_value() -> None:
+    x = (random(9, 256) * torch.tensor(2.0) ** random(9, 256, seed=5).round()).to(torch.bfloat16)
+    total = torch.zeros(9, 256)
+    for codes, scale in matmul.two_terms(x):
+        assert codes.dtype == torch.float8_e4m3fn and scale.shape == (9, 2)
+        total += codes.float() * scale.repeat_interleave(128, 1)
+    largest = x.float().abs().view(9, 2, 128).amax(-1).repeat_interleave(128, 1)
+    assert ((total - x.float()).abs() <= largest * 2.0**-15).all()
+    assert torch.equal(total, x.float()) or (total == x.float()).float().mean() > 0.9
+
+
+def test_the_form_of_an_fp8_product_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, ragged = stored("fp8", 128, 256), stored("fp8", 100, 256)
+    cuda, there = torch.device("cuda"), {"triton": True}
+    monkeypatch.setattr(triton_fp8, "available", lambda: there["triton"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert matmul.fp8_form(whole, torch.device("cpu")) == "split"
+    assert matmul.fp8_form(whole, cuda) == "scaled_mm"
+    assert matmul.fp8_form(ragged, cuda) == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
+    assert matmul.fp8_form(whole, cuda) == "triton"
+    there["triton"] = False
+    assert matmul.fp8_form(whole, cuda) == "split"
+
+
+# -- routing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("scoring", "groups", "top_groups"), [(0, 0, 0), (1, 4, 2), (1, 0, 0), (2, 0, 0)]
+)
+def test_routes_as_the_kernel_does(scoring: int, groups: int, top_groups: int, bias: bool) -> None:
+    logits = random(T, 32)
+    logits[3] = 0.0  # ties everywhere
+    logits[4, 5:9] = logits[4].max() + 1
+    extra = random(32, seed=2) * 0.1 if bias else None
+    form = {"top_k": 6, "scoring": scoring, "groups": groups, "top_groups": top_groups}
+    ids, weights = moe.routed(logits, extra, normalise=True, **form)
+    expected, shares = route_reference(
+        logits.numpy(), None if extra is None else extra.numpy(), normalise=True, factor=1.0, **form
+    )
+    assert np.array_equal(ids.numpy(), expected)
+    assert np.allclose(weights.numpy(), shares, atol=1e-6)
+
+
+def test_infinite_and_undefined_logits_give_valid_ids() -> None:
+    logits = torch.full((2, 8), float("nan"))
+    logits[1, 6] = float("-inf")
+    ids, _ = moe.routed(logits, None, top_k=3, scoring=2, normalise=False, groups=4, top_groups=2)
+    assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_slots_are_sorted_by_expert_and_negative_ids_left_out() -> None:
+    ids = torch.tensor([[2, 0], [-1, 2], [1, -1]], dtype=torch.int32)
+    slots, edges = moe.by_expert(ids, 4)
+    assert edges == [2, 3, 4, 6, 6]
+    assert slots[2:].tolist() == [1, 4, 0, 3]
+
+
+# -- steps over buffers ----------------------------------------------------------------------------
+
+
+@dataclass
+class Buffers:
+    """A `Bound` of plain tensors."""
+
+    values: dict[str, torch.Tensor]
+    weights: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    caches: list[torch.Tensor] = field(default_factory=list)
+    part: Share = ALL
+    adding: bool = False
+    sorted: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Any:
+        return SimpleNamespace(constants=self.constants, model=SimpleNamespace(experts=8))
+
+    def share(self, step: Step) -> Share:
+        return self.part
+
+    def device(self, step: Step) -> str:
+        return GPU
+
+    def home(self, device: str) -> bool:
+        return True
+
+    def tensor(self, operand: Operand) -> torch.Tensor:
+        return self.values[operand.buffer][:, operand.column : operand.column + operand.width]
+
+    def matrix(self, step: Step, role: str) -> Any:
+        return self.weights[role]
+
+    def vector(self, step: Step, role: str) -> Any:
+        return self.weights.get(role)
+
+    def experts(self, step: Step) -> Any:
+        return self.weights["experts"]
+
+    def adds(self, step: Step) -> bool:
+        return self.adding
+
+    def cache(self, layer: int, part: int) -> torch.Tensor:
+        return self.caches[part]
+
+
+def step_of(op: str, buffers: Buffers, outputs: str, **attrs: int | float | str) -> Step:
+    """A step over all columns of every buffer."""
+    operands = {
+        name: Operand(buffer=name, width=value.shape[1]) for name, value in buffers.values.items()
+    }
+    out = outputs.split()
+    return Step(
+        id=0,
+        op=op,
+        layer=0,
+        resource=GPU,
+        inputs={name: part for name, part in operands.items() if name not in out or name == "x"},
+        outputs={name: operands[name] for name in out},
+        attrs=attrs,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [0, 1])
+@pytest.mark.parametrize("gamma", [False, True])
+def test_rotary_rotates_in_place(kv: KVCache, interleaved: int, gamma: bool) -> None:
+    heads, width, start = 3, 24, 8
+    inverse = tuple(10000.0 ** -(i / 8) for i in range(8))
+    norm = RMSNorm(width, 1e-5, heads) if gamma else None
+    if norm is not None:
+        norm.gamma.data = 1 + 0.1 * random(width)
+    block = Rotary(
+        heads, width, inverse, start=start, interleaved=bool(interleaved), factor=1.5, norm=norm
+    )
+    x = random(T, heads * width)
+    call = call_of(kv, [(9, T)], [0])
+    expected = block(x, torch.arange(9, 9 + T))
+    weights = {} if norm is None else {"gamma": norm.gamma.data}
+    buffers = Buffers({"x": x}, weights, {"rope": inverse})
+    numbers = {"heads": heads, "head_dim": width, "start": start, "dim": 16, "eps": 1e-5}
+    step = step_of(
+        "rotary", buffers, "x", rope="rope", factor=1.5, interleaved=interleaved, **numbers
+    )
+    OPS["rotary"](buffers, step)(call)  # type: ignore[arg-type]
+    assert torch.allclose(x, expected.detach(), atol=1e-6)
+
+
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int, scale: float, window: int
+) -> torch.Tensor:
+    """Attention in float64 of q [T, h, d] at positions past.. over k, v [past + T, kv, .]."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (part.double().repeat_interleave(group, 1) for part in (k, v))
+    scores = torch.einsum("thd,shd->hts", q.double(), keys) * scale
+    at, key = torch.arange(past, past + len(q))[:, None], torch.arange(len(k))[None]
+    hidden = key > at
+    if window:
+        hidden = hidden | (key <= at - window)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, values).flatten(1)
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("past", [0, 13])
+def test_attention_sees_the_past_and_this_call(
+    kv: KVCache, past: int, window: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setattr(attention, "_BYTES", 4 * (past + T) * 3)  # three queries at a time
+    heads, kv_heads, dim = 4, 2, 8
+    call = call_of(kv, [(past, T)], [0])
+    k, v = (random(past + T, 16, seed=s).to(torch.bfloat16) for s in (1, 2))
+    caches = [torch.full((256, 16), float("nan"), dtype=torch.bfloat16) for _ in range(2)]
+    for cache, values in zip(caches, (k, v), strict=True):
+        cache[call.past_slots] = values[:past]
+    values = {"q": random(T, 32), "k": k[past:].float(), "v": v[past:].float()}
+    buffers = Buffers({**values, "y": torch.zeros(T, 32, dtype=torch.bfloat16)}, caches=caches)
+    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "window": window}
+    step = step_of("attention", buffers, "y", scale=0.3, **numbers)
+    OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
+    q = values["q"].view(T, heads, dim)
+    expected = reference(q, k.view(-1, kv_heads, dim), v.view(-1, kv_heads, dim), past, 0.3, window)
+    assert (buffers.values["y"].double() - expected).norm() / expected.norm() < 4e-3
+    assert torch.equal(caches[0][call.slots], k[past:])  # appended where the tables say
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_attention_of_a_batch_reads_each_ones_past(
+    kv: KVCache, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setattr(attention, "_BYTES", 1)  # one sequence at a time
+    pasts = [0, 17, 6]
+    call = call_of(kv, [(past, 1) for past in pasts], [0])
+    caches = [torch.zeros(256, 16, dtype=torch.bfloat16) for _ in range(2)]
+    new = [random(3, 16, seed=s).to(torch.bfloat16) for s in (1, 2)]
+    kept = []
+    for row, past in enumerate(pasts):
+        at = np.arange(past)
+        slots = torch.from_numpy(kv.tables[call.tables[row], at // 4].astype(np.int64) * 4 + at % 4)
+        mine = []
+        for part in (0, 1):
+            old = random(past, 16, seed=10 * row + part).to(torch.bfloat16)
+            caches[part][slots] = old
+            mine.append(torch.cat((old, new[part][row : row + 1])).view(-1, 2, 8))
+        kept.append(mine)
+    values = {"q": random(3, 32), "k": new[0].float(), "v": new[1].float()}
+    buffers = Buffers({**values, "y": torch.zeros(3, 32)}, caches=caches)
+    numbers = {"heads": 4, "kv_heads": 2, "head_dim": 8, "window": 0}
+    step = step_of("attention", buffers, "y", scale=0.3, **numbers)
+    OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
+    for row, (k, v) in enumerate(kept):
+        q = values["q"][row].view(1, 4, 8)
+        expected = reference(q, k, v, pasts[row], 0.3, 0)[0]
+        assert torch.allclose(buffers.values["y"][row].double(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("past", "tokens"), [(0, T), (40, 2), (5, T)])
+@pytest.mark.parametrize("small", [False, True])
+def test_latent_attention_in_both_forms(
+    kv: KVCache, past: int, tokens: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        monkeypatch.setattr(attention, "_BYTES", 4 * (past + tokens) * 5)
+    heads, nope, rope, v_dim, rank = 3, 8, 4, 6, 16
+    call = call_of(kv, [(past, tokens)], [0])
+    rows = random(past + tokens, rank + rope, seed=1).to(torch.bfloat16)
+    cache = torch.full((256, rank + rope), float("nan"), dtype=torch.bfloat16)
+    cache[call.past_slots] = rows[:past]
+    w = stored("bf16", heads * (nope + v_dim), rank)
+    new = rows[past:]
+    values = {"q": random(tokens, heads * (nope + rope)), "latent": new[:, :rank].clone()}
+    values |= {"k_rope": new[:, rank:].float(), "y": torch.zeros(tokens, heads * v_dim)}
+    buffers = Buffers(values, {"kv_b": w}, caches=[cache])
+    numbers = {"heads": heads, "nope": nope, "rope": rope, "v_dim": v_dim, "rank": rank}
+    step = step_of("mla", buffers, "y", scale=0.2, **numbers)
+    OPS["mla"](buffers, step)(call)  # type: ignore[arg-type]
+    parts = (rows[:, :rank].double() @ w.data.double().T).view(-1, heads, nope + v_dim)
+    shared = rows[:, None, rank:].double().expand(-1, heads, -1)
+    keys = torch.cat((parts[..., :nope], shared), -1)
+    q = values["q"].view(tokens, heads, -1)
+    expected = reference(q, keys, parts[..., nope:], past, 0.2, 0)
+    assert torch.allclose(values["y"].double(), expected, atol=1e-4)
+    assert torch.equal(cache[call.slots], new)
+
+
+def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moe, "_ROWS", 3)
+    call = call_of(kv, [(0, T)], [0])
+    weights = {
+        e: tuple(
+            Matrix(random(*shape, seed=9 * e + i).to(torch.bfloat16) / 8, "bf16", shape)
+            for i, shape in enumerate(((12, 16), (12, 16), (16, 12)))
+        )
+        for e in range(8)
+    }
+    x, routing = random(T, 16).to(torch.bfloat16), random(T, 2, seed=7).abs()
+    ids = torch.stack([torch.randperm(8)[:2] for _ in range(T)]).to(torch.int32)
+    values = {"x": x, "ids": ids, "routing": routing, "y": torch.full((T, 16), 99.0)}
+    for adding, mine in ((False, (0, 3, 5)), (True, (1, 2, 4, 6, 7))):
+        buffers = Buffers(values, {"experts": {e: weights[e] for e in mine}}, adding=adding)
+        step = step_of("experts", buffers, "y", experts=8, top_k=2)
+        step = step.model_copy(
+            update={"inputs": {k: v for k, v in step.inputs.items() if k != "y"}}
+        )
+        OPS["experts"](buffers, step)(call)  # type: ignore[arg-type]
+    expected = torch.zeros(T, 16, dtype=torch.float64)
+    for token in range(T):
+        for slot in range(2):
+            gate, up, down = (m.data.double() for m in weights[int(ids[token, slot])])
+            row = x[token].double()
+            act = (torch.nn.functional.silu(gate @ row) * (up @ row)).to(torch.bfloat16).double()
+            expected[token] += routing[token, slot] * (down @ act)
+    assert (values["y"] - expected).norm() / expected.norm() < 2e-3
