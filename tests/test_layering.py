@@ -20,9 +20,10 @@ ALLOWED: dict[str, set[str]] = {
     "hmc/models": CORE | {"blocks", "checkpoint", "models"},
     "passes": CORE | {"blocks", "checkpoint", "passes", "codegen.spec"},
     "codegen": {"errors", "env", "codegen"},
+    "hmc/serve": {"errors", "plan", "verify", "version", "runtime", "serve"},
     "runtime": CORE - {"graph", "printer"} | {"detect", "checkpoint", "codegen", "runtime"},
 }
-FORBIDDEN_LIBRARIES = {"codegen": {"torch"}, "hmc/checkpoint": {"torch"}}
+FORBIDDEN_LIBRARIES = {"codegen": {"torch"}, "hmc/checkpoint": {"torch"}, "hmc/serve": {"torch"}}
 
 
 def _imports(path: Path) -> list[tuple[str, bool]]:

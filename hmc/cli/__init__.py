@@ -1,5 +1,5 @@
-"""The command line: `hmc compile | run | show | simulate | bench | doctor | ...`; maps every error
-to one line and an exit code.
+"""The command line: `hmc compile | run | show | serve | bench | simulate | doctor | ...`; maps
+every error to one line and an exit code.
 
 Subcommands are imported when they are called, so that `hmc --help` and `hmc show` never load torch.
 """
@@ -21,6 +21,7 @@ _COMMANDS = {
     "compile": "Compile a model directory into a plan.",
     "run": "Write tokens from a plan.",
     "show": "Show what a plan holds, and why.",
+    "serve": "Serve a plan over HTTP to OpenAI's clients.",
     "bench": "Measure a plan, a model shape, or single kernels.",
     "simulate": "Predict what a plan or a model will do on a machine.",
     "doctor": "Show what hmc finds on this machine and what it will use.",

@@ -12,6 +12,8 @@ import click
 from hmc.cli.bench_arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
 from hmc.cli.bench_kernels import kernels
 from hmc.cli.bench_predict import predict
+from hmc.cli.bench_serve import serve
+from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -20,7 +22,11 @@ if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
     from hmc.plan import Plan
 
-_SUB_BENCHMARKS: dict[str, click.Command] = {"kernels": kernels, "predict": predict}
+_SUB_BENCHMARKS: dict[str, click.Command] = {
+    "kernels": kernels,
+    "predict": predict,
+    "serve": serve,
+}
 
 
 class _Bench(click.Command):
@@ -80,7 +86,16 @@ class _Bench(click.Command):
     "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
 )
 @click.option("--repetitions", default=5, show_default=True, metavar="R")
+@click.option(
+    "--phase",
+    "phases",
+    multiple=True,
+    metavar="NAME",
+    help="Run prompts or decoding by this phase of the plan, whatever its switch-over points say:"
+    " prefill.stream, decode.dual; may be repeated.",
+)
 @THREADS
+@DEVICES
 @click.option(
     "--home",
     type=click.Choice(["mapped", "arena"]),
@@ -115,7 +130,9 @@ def command(
     dummy_weights: bool,
     layers: int,
     repetitions: int,
+    phases: tuple[str, ...],
     threads: int | None,
+    devices: str,
     home: str,
     checkpoint: str | None,
     by_op: bool,
@@ -154,6 +171,7 @@ def command(
         longest = max((*lengths, context + tokens))
         plan = _plan(target, longest, dummy_weights, layers, threads, report)
         check_tests(plan, lengths, tokens, context)
+        named = _named(plan, phases)
         executor = Executor(
             plan,
             Path(checkpoint or plan.checkpoint.path),
@@ -161,10 +179,15 @@ def command(
             dummy_weights=dummy_weights,
             home=home,  # type: ignore[arg-type]
             progress=report,
+            devices=devices,  # type: ignore[arg-type]
         )
         try:
             bench = ModelBench(
-                executor, repetitions=repetitions, megabytes=megabytes, report=report
+                executor,
+                repetitions=repetitions,
+                megabytes=megabytes,
+                phases=named,
+                report=report,
             )
             prompt_rows = [bench.prompt(length) for length in lengths]
             decode_row = bench.decode(tokens, context) if tokens else None
@@ -197,6 +220,7 @@ def command(
                 **facts,
                 **circumstances(ctx, plan.isa, workers),
                 "kernels": list(used),
+                "phases": dict(bench.calls),
                 **({"no_prediction": compared.reason} if compared.reason else {}),
             }
         )
@@ -215,6 +239,14 @@ def command(
 def _reference(sweep: float, decode: DecodeRow | None) -> float:
     """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
     return sweep if decode is None else decode.compared.reference
+
+
+def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
+    """The phases asked for, by "prefill" or "decode"."""
+    there = [phase.name for phase in plan.phases]
+    if unknown := [name for name in names if name not in there]:
+        raise UsageError(f"--phase {unknown[0]}: the plan has {', '.join(there)}")
+    return {name.partition(".")[0]: name for name in names}
 
 
 def _plan(

@@ -63,10 +63,11 @@ class Comparison:
     def bench(self, row: PromptRow | DecodeRow) -> dict[str, Any]:
         """The prediction of a row as its JSON has it, with the steps; {} where there is none."""
         record = row.record()
-        found = self._figure(row.kind, row.middle, row.rates, record["tokens_per_second"])
+        rate = record["tokens_per_second"]
+        found = self._figure(row.kind, row.middle, row.rates, rate, row.phase)
         if not found or self._predictor is None:
             return {}
-        steps = self._predictor.steps(row.kind, row.middle, row.by_step)
+        steps = self._predictor.steps(row.kind, row.middle, row.by_step, row.phase)
         return {
             "predicted_tokens_per_second": round(found[0].predicted, 3),
             "error": round(found[0].error, 4),
@@ -78,8 +79,10 @@ class Comparison:
         if self._predictor is None:
             return {}
         tokens = max(1, times.new_tokens - 1)
-        decode = {step: each / tokens for step, each in recorder.with_python("decode").items()}
-        prompt = recorder.with_python("prefill.host")
+        first = self._predictor.phase("prefill", times.prompt_tokens)
+        later = self._predictor.phase("decode", 1)
+        decode = {step: each / tokens for step, each in recorder.with_python(later).items()}
+        prompt = recorder.with_python(first)
         middle = times.prompt_tokens + times.new_tokens // 2
         return {
             "prefill": self._predictor.steps("prefill", times.prompt_tokens, prompt),
@@ -107,12 +110,12 @@ class Comparison:
             click.echo(f"[{problem}]", err=True)
 
     def _figure(
-        self, kind: Kind, tokens: int, rates: Sequence[float], measured: float
+        self, kind: Kind, tokens: int, rates: Sequence[float], measured: float, phase: str = ""
     ) -> list[Figure]:
         if self._predictor is None:
             return []
         try:
-            found = self._predictor.figure(kind, tokens, rates, measured)
+            found = self._predictor.figure(kind, tokens, rates, measured, phase)
         except MachineError as error:
             self._predictor, self.reason = None, f"no prediction: {error}"
             return []

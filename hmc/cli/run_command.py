@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, print_json, progress, write_beside
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -54,6 +55,7 @@ Prompt = str | list[int] | list[dict[str, Any]]
     "--checkpoint", type=click.Path(file_okay=False), help="Model directory, if it has moved."
 )
 @click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
+@DEVICES
 @click.option(
     "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of every step."
 )
@@ -80,6 +82,7 @@ def command(
     prompts: str | None,
     checkpoint: str | None,
     threads: int | None,
+    devices: str,
     dummy_weights: bool,
     trace: str | None,
     record_routing: str | None,
@@ -117,6 +120,7 @@ def command(
             dummy_weights=dummy_weights,
             progress=report,
             routing=routing,
+            devices=devices,  # type: ignore[arg-type]
         )
     with engine:
         # counting takes its share of the time: there is nothing to compare then
@@ -198,6 +202,7 @@ def _prompt_file(path: Path) -> Iterator[Prompt]:
 def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Show) -> None:
     """Stream one answer (or collect it, for JSON) and print the closing lines."""
     tokens, compared = _tokens(engine, prompt), show.compared
+    before = engine.executor.calls.copy()
     if show.as_json:
         recorded = compared is not None and not compared.reason and show.steps
         with engine.executor.recorded() if recorded else nullcontext() as recorder:
@@ -211,6 +216,7 @@ def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Sh
                 "prompt_tokens_per_second": result.timings.prompt_tokens_per_second,
                 "decode_tokens_per_second": result.timings.decode_tokens_per_second,
             },
+            "phases": dict(engine.executor.calls - before),
             "kernels": list(engine.kernels_used),
         }
         if compared is not None:
@@ -236,7 +242,7 @@ def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Sh
         f"[prompt {times.prompt_tokens} tokens, {times.prompt_tokens_per_second:.1f} tok/s |"
         f" TTFT {times.ttft_s:.2f} s | {len(result.token_ids)} tokens,"
         f" {times.decode_tokens_per_second:.1f} tok/s | {result.finish_reason} |"
-        f" {_kernels(engine.plan)}]",
+        f" {_phases(engine.executor.calls - before)} | {_kernels(engine.plan)}]",
         err=True,
     )
     if result.finish_reason == "cancelled":
@@ -259,9 +265,15 @@ def _kernels(plan: Plan) -> str:
     avx512_bf16`.
     """
     steps = plan.phase("decode").steps
-    key = next((s.kernels[0] for s in steps if s.op == "experts"), steps[-1].kernels[0])
-    kernel = plan.kernels[key]
+    native = [s for s in steps if any(key in plan.kernels for key in s.kernels)]
+    step = next((s for s in native if s.op == "experts"), native[-1])
+    kernel = plan.kernels[step.kernels[0]]
     return f"{kernel.weight} {kernel.op} on {kernel.isa}"
+
+
+def _phases(calls: Mapping[str, int]) -> str:
+    """The phases that ran and how often: `prefill.stream, decode x 12`."""
+    return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in calls.items())
 
 
 def _talk(

@@ -1,0 +1,96 @@
+"""`hmc serve`: a plan behind an OpenAI-compatible HTTP server."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hmc.cli.bench_arguments import THREADS, at_least
+from hmc.errors import UsageError
+from hmc.plan import Plan
+
+
+@click.command("serve")
+@click.argument("plan_path", metavar="PLAN")
+@click.option("--checkpoint", metavar="DIR", help="Model directory, if it has moved.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; give a key too."
+)
+@click.option("--port", default=8000, show_default=True, metavar="N", help="0: any free port.")
+@click.option(
+    "--api-key", metavar="KEY", help="What clients have to send [default: HMC_API_KEY, else none]."
+)
+@click.option(
+    "--max-queue", default=64, show_default=True, metavar="N", help="Requests that may wait."
+)
+@click.option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
+@click.option(
+    "--watchdog",
+    default=300.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A step longer than this hangs: requests fail, /health says why.",
+)
+@THREADS
+@click.option(
+    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
+)
+def command(
+    plan_path: str,
+    checkpoint: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    max_queue: int,
+    served_name: str | None,
+    watchdog: float,
+    threads: int | None,
+    dummy_weights: bool,
+) -> None:
+    """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
+
+    SIGTERM or Ctrl-C finishes what has been accepted and ends; a second one ends at once.
+
+    \b
+    hmc serve plan.hmp --port 8000
+    curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
+         -d '{"model": "plan", "prompt": "In the beginning"}'
+    """
+    at_least("--max-queue", max_queue, 1)
+    if threads is not None:
+        at_least("--threads", threads, 1)
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: must be within 0..65535")
+    if not watchdog > 0:
+        raise UsageError(f"--watchdog {watchdog:g}: must be more than 0 seconds")
+    key = api_key if api_key is not None else os.environ.get("HMC_API_KEY")
+    if api_key == "":
+        raise UsageError("--api-key: it is empty")
+    plan = Plan.load(plan_path)
+    server = _extras()
+    settings = server.Settings(
+        name=served_name or Path(plan_path).stem,
+        checkpoint=checkpoint,
+        threads=threads,
+        dummy_weights=dummy_weights,
+        api_key=key or None,
+        max_queue=max_queue,
+        watchdog_seconds=watchdog,
+    )
+    server.serve(plan, settings, host, port)
+
+
+def _extras() -> Any:
+    """hmc.serve.server, which needs packages that hmc alone does not bring."""
+    try:
+        from hmc.serve import server
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "hmc":
+            raise
+        raise UsageError(
+            f"hmc serve needs the package {error.name}: pip install 'hmc[serve]'"
+        ) from error
+    return server

@@ -1,0 +1,246 @@
+"""The ASGI application: routes, the key, bounded bodies and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from hmc.errors import HmcError
+from hmc.serve import prepare
+from hmc.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from hmc.serve.faults import ApiError, bad_request, of_error, of_validation
+from hmc.serve.generate import Generations
+from hmc.serve.live import live, plan_facts
+from hmc.serve.metrics import CONTENT_TYPE, Metrics
+from hmc.serve.service import Service
+from hmc.version import VERSION
+
+_OPEN = {"/", "/health"}
+_PAGE = Path(__file__).parent / "page" / "index.html"
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+    " connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none';"
+    " form-action 'none'"
+)
+
+Handler = Callable[[Request], Awaitable[Response]]
+Form = TypeVar("Form", bound=Body)
+
+
+def application(service: Service, failed: Callable[[], None]) -> Starlette:
+    """The application; it begins and closes the service. `failed` is called, in another thread,
+    when loading fails.
+    """
+    routes = _Routes(service)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.begin(failed)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)
+
+    table: list[tuple[str, str, Handler]] = [
+        ("/", "GET", routes.page),
+        ("/v1/models", "GET", routes.models),
+        ("/v1/models/{name:path}", "GET", routes.model),
+        ("/v1/chat/completions", "POST", routes.chat),
+        ("/v1/completions", "POST", routes.completions),
+        ("/tokenize", "POST", routes.tokenize),
+        ("/detokenize", "POST", routes.detokenize),
+        ("/health", "GET", routes.health),
+        ("/metrics", "GET", routes.metrics),
+        ("/version", "GET", routes.version),
+        ("/live", "GET", routes.live),
+        ("/live/plan", "GET", routes.facts),
+    ]
+    return Starlette(
+        routes=[
+            Route(path, routes.guarded(path, handler), methods=[method])
+            for path, method, handler in table
+        ],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error, Exception: _fault},
+    )
+
+
+class _Routes:
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._metrics = Metrics(service)
+        self._generations = Generations(service, self._metrics)
+        self._facts = plan_facts(service.plan, service.settings.name)
+        key = service.settings.api_key
+        self._key = None if key is None else f"Bearer {key}".encode()
+
+    def guarded(self, path: str, handler: Handler) -> Handler:
+        """The handler behind the key check, with its errors answered and counted."""
+
+        async def answer(request: Request) -> Response:
+            try:
+                if path not in _OPEN:
+                    self._check_key(request)
+                response = await handler(request)
+            except ApiError as error:
+                response = error.response()
+            except ValidationError as error:
+                response = of_validation(error).response()
+            except HmcError as error:
+                response = of_error(error).response()
+            except ClientDisconnect:
+                response = Response(status_code=499)  # nobody reads it
+            self._metrics.http.labels(path, str(response.status_code)).inc()
+            return response
+
+        return answer
+
+    async def page(self, _: Request) -> Response:
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        return Response(_PAGE.read_bytes(), media_type="text/html", headers=headers)
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        self._check_model(request.path_params["name"])
+        return JSONResponse(self._model())
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._body(request, CompletionBody)
+        self._check_model(body.model)
+        return await self._generations.completions(request, body)
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatBody)
+        self._check_model(body.model)
+        return await self._generations.chat(request, body)
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await self._body(request, TokenizeBody)
+        self._check_model(body.model)
+        text = self._text()
+        if (body.prompt is None) == (body.messages is None):
+            raise bad_request("give prompt or messages")
+        if body.messages is not None:
+            tokens = text.encode_chat(prepare.messages(self._service, body.messages))
+        else:
+            tokens = text.encode(body.prompt, special=body.add_special_tokens)
+        most = self._service.plan.limits.max_context
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await self._body(request, DetokenizeBody)
+        self._check_model(body.model)
+        text = self._text()
+        vocab = self._service.plan.model.vocab
+        if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
+            raise bad_request(f"token id {wrong[0]} is outside 0..{vocab - 1}", "tokens")
+        return JSONResponse({"prompt": text.decode(body.tokens)})
+
+    async def health(self, _: Request) -> Response:
+        service = self._service
+        state = service.state
+        answer: dict[str, Any] = {"status": state}
+        if state != "ready":
+            answer |= {"reason": service.reason, "progress": round(service.progress, 3)}
+        return JSONResponse(answer, 200 if state == "ready" else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": VERSION})
+
+    async def live(self, _: Request) -> Response:
+        return JSONResponse(live(self._service))
+
+    async def facts(self, _: Request) -> Response:
+        return JSONResponse(self._facts)
+
+    async def _body(self, request: Request, form: type[Form]) -> Form:
+        """The body, read no further than the limit."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "the body must be sent with Content-Type: application/json")
+        most = self._service.settings.max_body_bytes
+        parts, total = [], 0
+        async for part in request.stream():
+            total += len(part)
+            if total > most:
+                raise ApiError(
+                    413,
+                    f"the body has more than {most} bytes",
+                    code="body_too_large",
+                    headers={"Connection": "close"},
+                )
+            parts.append(part)
+        return form.model_validate_json(b"".join(parts))
+
+    def _check_key(self, request: Request) -> None:
+        if self._key is None:
+            return
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, self._key):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong: send Authorization: Bearer KEY",
+                kind="authentication_error",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    def _check_model(self, name: str | None) -> None:
+        served = self._service.settings.name
+        if name is not None and name != served:
+            raise ApiError(
+                404,
+                f"the model {name!r} is not served here; {served!r} is",
+                kind="not_found_error",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._service.settings.name,
+            "object": "model",
+            "created": self._service.created,
+            "owned_by": "hmc",
+            "max_model_len": self._service.plan.limits.max_context,
+        }
+
+    def _text(self) -> Any:
+        engine, _ = self._service.ready()
+        if engine.text is None:
+            raise bad_request("this checkpoint has no tokenizer")
+        return engine.text
+
+
+async def _fault(_: Request, error: Exception) -> Response:
+    """A mistake of ours; the server's log gets the traceback."""
+    text = f"the server made a mistake: {type(error).__name__}: {error}"
+    return ApiError(500, text, kind="server_error", code="internal_error").response()
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown routes and methods."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    message = {
+        404: f"no such route: {path}",
+        405: f"{request.method} is not allowed on {path}",
+    }.get(error.status_code, str(error.detail))
+    fault = ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    return fault.response()

@@ -1,0 +1,97 @@
+"""Answers held to a grammar: JSON schemas and tool calls as masks over the vocabulary; hides
+llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+
+from hmc.errors import ExecutionError, UsageError
+from hmc.serve.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# One spelling of white space: free choice lets a model that is at a loss write blanks for ever.
+_SPELLING: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer; may be used from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary, vocab: int, eos: Sequence[int]) -> None:
+        """`vocab` is the width of the logits."""
+        if not eos:
+            raise UsageError("a constrained answer needs a model with an end-of-text token")
+        self._vocab, self._eos = vocab, tuple(eos)
+        self._tokenizer = llguidance.LLTokenizer(
+            str(vocabulary.path.resolve()), n_vocab=vocab, eos_token=list(eos)
+        )
+
+    def json(self, schema: dict[str, Any]) -> str:
+        """The grammar of JSON documents that satisfy a schema; `UsageError` for one that cannot be
+        compiled.
+        """
+        return self._checked(llguidance.LLMatcher.grammar_from_json_schema(schema, None, _SPELLING))
+
+    def either(self, parts: Sequence[tuple[str, dict[str, Any], str]]) -> str:
+        """The grammar of a literal text, a JSON document by a schema and another literal text, by
+        any one of `parts`.
+        """
+        rules = [f"start: {' | '.join(f'part{i}' for i in range(len(parts)))}"]
+        for number, (before, schema, after) in enumerate(parts):
+            schema = {**schema, "x-guidance": _SPELLING}
+            words = [f"%json {json.dumps(schema)}"]
+            words = ([json.dumps(before)] if before else []) + words
+            words += [json.dumps(after)] if after else []
+            rules.append(f"part{number}: {' '.join(words)}")
+        return self._checked(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)))
+
+    def mask(self, grammar: str) -> GrammarMask:
+        """A mask for one answer."""
+        return GrammarMask(self._tokenizer, grammar, self._vocab, self._eos)
+
+    def _checked(self, grammar: str) -> str:
+        failed, faults = llguidance.LLMatcher.validate_grammar_with_warnings(
+            grammar, self._tokenizer
+        )
+        if failed:
+            raise UsageError(f"the schema cannot be used: {' '.join(faults[0].split())[:300]}")
+        return grammar
+
+
+class GrammarMask:
+    """Which tokens may come next, for a scheduler's request; remembers what it has seen."""
+
+    def __init__(
+        self, tokenizer: llguidance.LLTokenizer, grammar: str, vocab: int, eos: tuple[int, ...]
+    ) -> None:
+        self._matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+        self._vocab = vocab
+        self._end = np.zeros(vocab, np.bool_)
+        self._end[list(eos)] = True
+        self._seen = 0
+
+    def __call__(self, generated: list[int]) -> npt.NDArray[np.bool_]:
+        """bool [vocab] of the tokens allowed after `generated`; `ExecutionError` when the grammar
+        gives up.
+        """
+        for token in generated[self._seen :]:
+            self._matcher.consume_token(token)
+        self._seen = len(generated)
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            return self._end
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise ExecutionError(f"the grammar failed: {self._matcher.get_error()}")
+        return np.unpackbits(bits, count=self._vocab, bitorder="little").astype(np.bool_)

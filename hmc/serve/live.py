@@ -1,0 +1,85 @@
+"""/live: what the page shows of the plan and of the work under way."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+from hmc.plan import Plan
+from hmc.serve.service import Service
+from hmc.verify import expert_ranges
+
+
+def live(service: Service) -> dict[str, Any]:
+    """The figures now; `placement` is in `plan_facts`, since it does not change."""
+    result: dict[str, Any] = {
+        "time": time.time(),
+        "state": service.state,
+        "reason": service.reason,
+        "progress": service.progress,
+    }
+    if service.scheduler is None:
+        return result
+    stats = service.scheduler.stats()
+    waits = sorted(service.ttft)
+    lanes = {phase.name: phase.lanes for phase in service.plan.phases}
+    result["scheduler"] = {
+        "running": stats.running,
+        "prefilling": stats.prefilling,
+        "waiting": stats.waiting,
+        "batch": stats.batch,
+        "phase": stats.phase,
+        "lanes": lanes.get(stats.phase, 1),
+        "kv_used": stats.kv_used,
+        "kv_cached": stats.kv_cached,
+        "kv_total": stats.kv_total,
+        "tokens_generated": stats.tokens_generated,
+        "prompt_tokens": stats.prompt_tokens,
+        "prefix_tokens": stats.prefix_tokens,
+        "steps": stats.steps,
+        "step_seconds": statistics.median(stats.step_seconds) if stats.recent else None,
+        "step_age": stats.step_age,
+        "step_seconds_total": stats.step_seconds_total,
+        "executor_seconds": stats.executor_seconds,
+        "finished": dict(stats.finished),
+    }
+    result["ttft"] = (
+        {"median": statistics.median(waits), "last": service.ttft[-1], "requests": len(waits)}
+        if waits
+        else None
+    )
+    return result
+
+
+def plan_facts(plan: Plan, name: str) -> dict[str, Any]:
+    """What does not change: the model, its limits, and where the experts of each layer are."""
+    return {
+        "name": name,
+        "architecture": plan.model.architecture,
+        "layers": plan.model.layers,
+        "vocab": plan.model.vocab,
+        "experts": plan.model.experts,
+        "top_k": plan.model.top_k,
+        "parameters": plan.model.parameters,
+        "active_parameters": plan.model.active_parameters,
+        "isa": plan.isa,
+        "max_context": plan.limits.max_context,
+        "max_batch": plan.limits.max_batch,
+        "phases": [{"name": phase.name, "lanes": phase.lanes} for phase in plan.phases],
+        "placement": [
+            {"layer": each.layer, "tiers": {t: _runs(text) for t, text in each.tiers.items()}}
+            for each in plan.placement
+        ],
+    }
+
+
+def _runs(text: str) -> list[tuple[int, int]]:
+    """First and last expert of each run."""
+    runs: list[tuple[int, int]] = []
+    for expert in sorted(expert_ranges(text)):
+        if runs and expert == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], expert)
+        else:
+            runs.append((expert, expert))
+    return runs

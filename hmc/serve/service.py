@@ -1,0 +1,200 @@
+"""The engine behind the server: loaded in a thread, driven by one scheduler, watched for steps that
+hang; hides who starts and ends them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hmc.errors import ExecutionError, HmcError, WorkerError
+from hmc.plan import Plan
+from hmc.runtime.engine import Engine
+from hmc.runtime.scheduler import Scheduler
+from hmc.serve.faults import ApiError, bad_request
+from hmc.serve.grammar import Grammars
+from hmc.serve.tools import Form, form_of
+from hmc.serve.vocabulary import Vocabulary
+
+State = Literal["loading", "ready", "unhealthy", "draining"]
+
+_WATCH_SECONDS = 1.0
+_RECENT = 128
+_CLOSE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve a plan; see `hmc serve --help`."""
+
+    name: str
+    checkpoint: str | None = None
+    threads: int | None = None
+    dummy_weights: bool = False
+    api_key: str | None = None
+    max_queue: int = 64
+    watchdog_seconds: float = 300.0
+    keep_alive_seconds: float = 15.0
+    max_body_bytes: int = 16 << 20
+
+
+class Service:
+    """`begin` loads the engine in a thread; `close` ends everything. All else is for the event loop
+    and may be called in any state.
+    """
+
+    def __init__(self, plan: Plan, settings: Settings) -> None:
+        self.plan, self.settings = plan, settings
+        self.created = int(time.time())
+        self.vocabulary: Vocabulary | None = None
+        self.ttft: deque[float] = deque(maxlen=_RECENT)
+        self.failure: HmcError | None = None
+        self._engine: Engine | None = None
+        self._scheduler: Scheduler | None = None
+        self._grammars: Grammars | None = None
+        self._form: Form | None = None
+        self._progress = ("", 0, 1)
+        self._hung = ""
+        self._draining = False
+        self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    def begin(self, failed: Callable[[], None]) -> None:
+        """Load in a thread; `failed` is called there if that fails, and `failure` says why."""
+        for name, work in (("load", lambda: self._load(failed)), ("watch", self._watch)):
+            thread = threading.Thread(target=work, name=f"hmc-serve-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def state(self) -> State:
+        """Loading, ready, unhealthy (see `reason`), or draining."""
+        if self._hung or (self._scheduler is not None and self._scheduler.failure is not None):
+            return "unhealthy"
+        if self._draining:
+            return "draining"
+        return "loading" if self._scheduler is None else "ready"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready; "" when it is."""
+        scheduler = self._scheduler
+        if self._hung:
+            return self._hung
+        if scheduler is not None and scheduler.failure is not None:
+            return str(scheduler.failure)
+        if self._draining:
+            return "the server is shutting down"
+        what, done, total = self._progress
+        share = f": {what} {done / max(total, 1):.0%}" if what else ""
+        return f"the model is loading{share}" if scheduler is None else ""
+
+    @property
+    def progress(self) -> float:
+        """The share of the step of loading under way, 0..1; 1 when loaded."""
+        _, done, total = self._progress
+        return 1.0 if self._scheduler is not None else min(1.0, done / max(total, 1))
+
+    @property
+    def scheduler(self) -> Scheduler | None:
+        """The scheduler, once loaded."""
+        return self._scheduler
+
+    def ready(self) -> tuple[Engine, Scheduler]:
+        """What answers requests; a 503 when there is none."""
+        if self.state != "ready" or self._engine is None or self._scheduler is None:
+            raise ApiError(
+                503,
+                self.reason,
+                kind="server_error",
+                code=self.state,
+                headers={"Retry-After": "5"},
+            )
+        return self._engine, self._scheduler
+
+    def grammars(self) -> Grammars:
+        """Compiles grammars for this model; a 400 when it has no tokenizer."""
+        engine, _ = self.ready()
+        if self.vocabulary is None:
+            raise bad_request("this checkpoint has no tokenizer: answers cannot be constrained")
+        with self._lock:
+            if self._grammars is None:
+                vocab = self.plan.model.vocab
+                self._grammars = Grammars(self.vocabulary, vocab, engine.eos_token_ids)
+            return self._grammars
+
+    def form(self) -> Form:
+        """How this model writes tool calls; `UsageError` when it does not know tools."""
+        engine, _ = self.ready()
+        if engine.text is None or engine.text.chat is None:
+            raise bad_request("this checkpoint has no chat template")
+        if self._form is None:
+            self._form = form_of(engine.text.chat)
+        return self._form
+
+    def drain(self) -> None:
+        """Refuse new requests; those accepted go on."""
+        self._draining = True
+
+    def close(self) -> None:
+        """End all requests, the scheduler and the engine. A step that hangs is left behind."""
+        self._draining = True
+        self._closing.set()
+        with self._lock:
+            engine, scheduler = self._engine, self._scheduler
+        if scheduler is not None:
+            scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
+        if engine is not None and not self._hung:
+            engine.close()
+
+    def _load(self, failed: Callable[[], None]) -> None:
+        def report(what: str, done: int, total: int) -> None:
+            self._progress = (what, done, total)
+
+        try:
+            engine = Engine(
+                self.plan,
+                self.settings.checkpoint,
+                threads=self.settings.threads,
+                dummy_weights=self.settings.dummy_weights,
+                progress=report,
+            )
+            if engine.text is not None:
+                path = self.settings.checkpoint or self.plan.checkpoint.path
+                self.vocabulary = Vocabulary(Path(path))
+            scheduler = Scheduler(engine.executor, max_queue=self.settings.max_queue)
+            scheduler.start()
+        except HmcError as error:
+            self.failure = error
+            failed()
+            return
+        except Exception as fault:  # whatever it is, the server must not wait for ever
+            self.failure = ExecutionError(f"loading failed: {type(fault).__name__}: {fault}")
+            self.failure.__cause__ = fault
+            failed()
+            return
+        with self._lock:
+            self._engine, self._scheduler = engine, scheduler
+        if self._closing.is_set():  # too late: nobody else will end it
+            self.close()
+
+    def _watch(self) -> None:
+        """The watchdog: a step that takes too long ends all requests and turns /health."""
+        limit = self.settings.watchdog_seconds
+        while not self._closing.wait(min(_WATCH_SECONDS, limit / 4)):
+            scheduler = self._scheduler
+            if scheduler is None or scheduler.stuck_for <= limit:
+                continue
+            self._hung = f"a step has been running for more than {limit:g} s"
+            print(f"hmc: {self._hung}; what the threads do:", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
+            scheduler.abandon(WorkerError(self._hung))
+            return
