@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 from pathlib import Path
+from typing import Literal
 
 import psutil
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ KERNEL_FLAGS = (
 """CPU flags that any kernel tier, present or planned, may ask for; as /proc/cpuinfo spells them."""
 
 
+_CAP_IPC_LOCK = 14  # Linux's number of the right to lock memory without a limit
 _NAMED = Path(__file__).parent / "machines"
 
 
@@ -84,6 +87,33 @@ def memory_limit() -> int:
     total = int(psutil.virtual_memory().total)
     limit, _ = _cgroup()
     return total if limit is None else min(total, limit)
+
+
+def locked_memory() -> tuple[int | None, int]:
+    """(limit, in use): bytes this process may lock in memory, and has locked; no limit is None."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used = int(status.get("VmLck", "0 kB").split()[0]) << 10
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    privileged = int(status.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1
+    return None if privileged or limit == resource.RLIM_INFINITY else limit, used
+
+
+def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
+    """Whether the kernel gives transparent huge pages to memory that asks for them: private memory
+    ("enabled") or memory files ("shmem_enabled").
+    """
+    try:
+        text = (Path("/sys/kernel/mm/transparent_hugepage") / setting).read_text()
+    except OSError:
+        return False  # a kernel without transparent huge pages
+    return any(f"[{word}]" in text for word in ("always", "within_size", "advise", "madvise"))
+
+
+def free_huge_pages() -> int:
+    """Pages of 2 MiB that were reserved by the administrator and nobody uses or will use."""
+    folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    free = _integer(folder / "free_hugepages") or 0
+    return max(0, free - (_integer(folder / "resv_hugepages") or 0))
 
 
 def _cgroup() -> tuple[int | None, int]:

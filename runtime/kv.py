@@ -135,7 +135,12 @@ class KVCache:
     `tables` is i32 [sequences, blocks a sequence can need]; kernels read it in place.
     """
 
-    def __init__(self, layout: KVLayout, sequences: int, max_context: int) -> None:
+    def __init__(
+        self, layout: KVLayout, sequences: int, max_context: int, memory: Block | None = None
+    ) -> None:
+        """In `memory` of at least `cache_bytes(layout)`, owned from now on, else in a block of its
+        own.
+        """
         self.layout = layout
         self.block = layout.block
         self._prefixes = PrefixIndex(layout.block)
@@ -145,17 +150,16 @@ class KVCache:
         self._rows = list(range(sequences - 1, -1, -1))
         self._per_sequence = -(-max_context // layout.block)
         self.tables: npt.NDArray[np.int32] = np.zeros((sequences, self._per_sequence), np.int32)
-        tensor_bytes = [
-            aligned(2 * width * layout.block * self.allocator.count, LINE)
-            for width in layout.widths
-        ]
+        tensor_bytes = _tensor_bytes(layout)
         self._offsets: dict[tuple[int, int], int] = {}
         end = 0
         for layer in layout.layers:
             for part, size in enumerate(tensor_bytes):
                 self._offsets[layer, part] = end
                 end += size
-        self._memory = Block(end, f"KV cache of {self.capacity_tokens} tokens")
+        self._memory = memory or Block(end, f"KV cache of {self.capacity_tokens} tokens")
+        if self._memory.size < end:
+            raise ExecutionError(f"a KV cache of {end:,} bytes in {self._memory.size:,}")
 
     @property
     def capacity_tokens(self) -> int:
@@ -258,3 +262,14 @@ class KVCache:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
+
+
+def cache_bytes(layout: KVLayout) -> int:
+    """Bytes of memory of a `KVCache`."""
+    return len(layout.layers) * sum(_tensor_bytes(layout))
+
+
+def _tensor_bytes(layout: KVLayout) -> list[int]:
+    """Bytes of each tensor of a layer."""
+    blocks = -(-layout.capacity_tokens // layout.block)
+    return [aligned(2 * width * layout.block * blocks, LINE) for width in layout.widths]

@@ -3,9 +3,11 @@ mapping, copying, faking.
 
     mapped   the shards themselves in the page cache: instant start, nothing copied, shared by all
              processes
-    arena    copied once into huge pages, every tensor 64-byte aligned: reads faster, takes the
-             memory for itself
-    dummy    no shard data: random weights of the real shapes, for benchmarks
+    arena    read once into a memory file (of huge pages where the system gives them to such
+             files: `arena.pages` says), every tensor 64-byte aligned: can be pinned, takes its
+             memory once for all processes that attach it
+    dummy    no shard data: random weights of the real shapes, for benchmarks; shared when made
+             with the home "arena"
 
 Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights
 are widened to f32 (1/16384 of the weights' size), because kernels read f32 scales.
@@ -14,9 +16,6 @@ are widened to f32 (1/16384 of the weights' size), because kernels read f32 scal
 from __future__ import annotations
 
 import ctypes
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -24,20 +23,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hmc.checkpoint.headers import read_fingerprint
 from hmc.checkpoint.mapped import MappedShards
 from hmc.detect import available_bytes
-from hmc.errors import CapacityError, PlanMismatchError, UsageError
+from hmc.errors import CapacityError, UsageError
 from hmc.plan import ExpertWeights, Plan, Weight
-from hmc.runtime.fill import copy_spans, fill_dummy
-from hmc.runtime.memory import Block, aligned
+from hmc.runtime.fill import Progress, copy_spans, fill_dummy, read_spans
+from hmc.runtime.memory import Block
+from hmc.runtime.tensor_groups import (
+    Addresses,
+    Key,
+    TensorGroup,
+    check_checkpoint,
+    layout,
+    tensor_groups,
+)
+from hmc.runtime.weight_arena import WeightArena
+
+__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "view"]
 
 Home = Literal["mapped", "arena"]
 Role = Literal["gate", "up", "down"]
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is done, and how much there is (bytes)."""
-
-Addresses = npt.NDArray[np.int64]
 
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
 _TORCH = {
@@ -49,30 +54,6 @@ _TORCH = {
 }
 
 
-@dataclass(frozen=True)
-class TensorGroup:
-    """Tensors of one shape and format: one plain weight, or one projection of all experts of a
-    layer; or their scales.
-
-    Tensor i is `nbytes` at `offsets[i]` of shard `shards[i]`. `format` is the stored one ("scale"
-    for scales, then `widen` says that they are bf16 to be made f32). `fan_in` is the K of the
-    matmul, 0 for vectors.
-    """
-
-    key: tuple[str | int, ...]
-    format: str
-    nbytes: int
-    shards: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    fan_in: int = 0
-    widen: bool = False
-
-    @property
-    def home_bytes(self) -> int:
-        """Bytes of one tensor as kernels read it."""
-        return 2 * self.nbytes if self.widen else self.nbytes
-
-
 class WeightStore:
     """Addresses of a plan's weights; valid until `close`."""
 
@@ -80,8 +61,8 @@ class WeightStore:
         self,
         plan: Plan,
         groups: list[TensorGroup],
-        places: dict[tuple[str | int, ...], Addresses],
-        owners: list[Block | MappedShards],
+        places: dict[Key, Addresses],
+        owners: list[Block | MappedShards | WeightArena],
         home: str,
     ) -> None:
         self._weights = {weight.name: weight for weight in plan.weights}
@@ -90,6 +71,7 @@ class WeightStore:
         self._owners = owners
         self.home = home
         self.bytes = sum(len(group.shards) * group.nbytes for group in groups)
+        self.arena = next((each for each in owners if isinstance(each, WeightArena)), None)
 
     @staticmethod
     def open(
@@ -100,15 +82,16 @@ class WeightStore:
         home: Home = "mapped",
         progress: Progress | None = None,
     ) -> WeightStore:
-        """Map, copy or fake the weights of `plan`.
+        """Map, read or fake the weights of `plan`.
 
         Raises `PlanMismatchError` when `directory` is not the checkpoint the plan was made from,
-        `ShardError` when a shard is missing, `CapacityError` when a copy or dummy weights do not
-        fit the memory that is free now, and `UsageError` when there is no directory to read.
+        `ShardError` when a shard is missing, `CapacityError` when an arena or dummy weights do not
+        fit the memory that is free now (nothing has been read then), and `UsageError` when there is
+        no directory to read.
         """
         groups = tensor_groups(plan)
         if dummy:
-            return _open_dummy(plan, groups, progress)
+            return _open_dummy(plan, groups, home, progress)
         if plan.checkpoint.dummy:
             raise UsageError(
                 "this plan was made from a config.json without weights: run it with dummy weights,"
@@ -117,21 +100,26 @@ class WeightStore:
         if directory is None:
             raise UsageError("no checkpoint directory is given")
         check_checkpoint(plan, directory)
-        shards = plan.checkpoint.shards
-        mapped = MappedShards(directory, [(shard.name, shard.size) for shard in shards])
-        try:
-            bases = np.array([mapped.address(i, 0, s.size) for i, s in enumerate(shards)])
-            source = {group.key: bases[group.shards] + group.offsets for group in groups}
-            copied = [group for group in groups if home == "arena" or group.widen]
-            block, places = _layout(copied, f"{home} weights" if home == "arena" else "scales")
-            copy_spans(copied, source, places, progress)
-        except BaseException:
-            mapped.close()
-            raise
-        if home == "arena":
-            mapped.close()
-            return WeightStore(plan, groups, places, [block], home)
-        return WeightStore(plan, groups, source | places, [mapped, block], home)
+        if home == "mapped":
+            return _open_mapped(plan, groups, directory, progress)
+        with WeightArena.create(plan, groups, home) as arena:
+            shards = [directory / shard.name for shard in plan.checkpoint.shards]
+            read_spans(groups, shards, arena.places, progress)
+            arena.keep()
+        return WeightStore(plan, groups, arena.places, [arena], home)
+
+    @staticmethod
+    def attach(plan: Plan, descriptor: int) -> WeightStore:
+        """The arena another process filled for the same weights, read-only; nothing is read, copied
+        or converted. `descriptor` (its `arena.descriptor`, as this process has it) stays the
+        caller's.
+
+        Raises `PlanMismatchError` when it holds other weights, `ExecutionError` when it is no
+        filled arena.
+        """
+        groups = tensor_groups(plan)
+        arena = WeightArena.attach(plan, groups, descriptor)
+        return WeightStore(plan, groups, arena.places, [arena], arena.home)
 
     def address(self, name: str) -> int:
         """Address of a weight's data; `KeyError` for an unknown name."""
@@ -213,83 +201,39 @@ def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tens
     return torch.frombuffer(raw, dtype=dtype, count=count).view(shape)
 
 
-def check_checkpoint(plan: Plan, directory: Path) -> None:
-    """Raise `PlanMismatchError` naming the first file that is not as it was when the plan was made.
-
-    Sizes and header hashes pin every offset; the data itself is not read. Absent shards are a
-    `ShardError`.
-    """
-    config = directory / "config.json"
+def _open_mapped(
+    plan: Plan, groups: list[TensorGroup], directory: Path, progress: Progress | None
+) -> WeightStore:
+    shards = plan.checkpoint.shards
+    mapped = MappedShards(directory, [(shard.name, shard.size) for shard in shards])
     try:
-        digest = hashlib.sha256(config.read_bytes()).hexdigest()
-    except OSError as error:
-        raise PlanMismatchError(
-            f"{config}: {error.strerror}: this is not the checkpoint the plan was made from"
-        ) from error
-    if digest != plan.checkpoint.config_sha256:
-        raise PlanMismatchError(f"{config}: changed since the plan was made: compile it again")
-    for shard in plan.checkpoint.shards:
-        path = directory / shard.name
-        found = read_fingerprint(path)
-        if found.size != shard.size:
-            raise PlanMismatchError(
-                f"{path}: has {found.size} bytes, had {shard.size} when the plan was made:"
-                " the checkpoint changed, compile it again"
-            )
-        if found.header_sha256 != shard.header_sha256:
-            raise PlanMismatchError(
-                f"{path}: its header differs from the one the plan was made for: the checkpoint"
-                " changed, compile it again"
-            )
+        bases = np.array([mapped.address(i, 0, s.size) for i, s in enumerate(shards)])
+        source = {group.key: bases[group.shards] + group.offsets for group in groups}
+        copied = [group for group in groups if group.widen]
+        block, places = _private(copied, "scales")
+        copy_spans(copied, source, places, progress)
+    except BaseException:
+        mapped.close()
+        raise
+    return WeightStore(plan, groups, source | places, [mapped, block], "mapped")
 
 
-def tensor_groups(plan: Plan) -> list[TensorGroup]:
-    """Every tensor the plan names, weights before their scales."""
-    groups = []
-    for w in plan.weights:
-        fan_in = w.shape[-1] if len(w.shape) > 1 else 0
-        one = np.array([w.shard]), np.array([w.offset])
-        groups.append(TensorGroup(("weight", w.name), w.format, w.bytes, *one, fan_in))
-        if w.scale_dtype:
-            one = np.array([w.scale_shard]), np.array([w.scale_offset])
-            groups.append(_scales(("scale", w.name), w, *one, fan_in))
-    for e in plan.experts:
-        columns = _expand(e.shards, e.count), np.cumsum(e.offsets or (0,) * e.count)
-        key = ("expert", e.layer, e.role)
-        groups.append(TensorGroup(key, e.format, e.bytes, *columns, e.shape[-1]))
-        if e.scale_dtype:
-            columns = (
-                _expand(e.scale_shards, e.count),
-                np.cumsum(e.scale_offsets or (0,) * e.count),
-            )
-            groups.append(_scales(("expert scale", e.layer, e.role), e, *columns, e.shape[-1]))
-    return groups
+def _open_dummy(
+    plan: Plan, groups: list[TensorGroup], home: Home, progress: Progress | None
+) -> WeightStore:
+    if home == "arena":
+        with WeightArena.create(plan, groups, "dummy") as arena:
+            fill_dummy(groups, arena.places, progress)
+            arena.keep()
+        return WeightStore(plan, groups, arena.places, [arena], "dummy")
+    block, places = _private(groups, "dummy weights")
+    fill_dummy(groups, places, progress)
+    return WeightStore(plan, groups, places, [block], "dummy")
 
 
-def _scales(
-    key: tuple[str | int, ...],
-    owner: Weight | ExpertWeights,
-    shards: npt.NDArray[np.int64],
-    offsets: npt.NDArray[np.int64],
-    fan_in: int,
-) -> TensorGroup:
-    widen = owner.format == "fp8" and owner.scale_dtype == "BF16"
-    name = f"{owner.format} scale"
-    return TensorGroup(key, name, owner.scale_bytes, shards, offsets, fan_in, widen)
-
-
-def _expand(runs: tuple[tuple[int, int], ...], count: int) -> npt.NDArray[np.int64]:
-    if not runs:
-        return np.full(count, -1, np.int64)
-    counts, values = zip(*runs, strict=True)
-    return np.repeat(np.array(values, np.int64), counts)
-
-
-def _layout(
-    groups: list[TensorGroup], purpose: str
-) -> tuple[Block, dict[tuple[str | int, ...], Addresses]]:
-    """A block that holds `groups`, each tensor at a 64-byte boundary, and where each is."""
-    total = sum(len(group.shards) * aligned(group.home_bytes) for group in groups)
+def _private(groups: list[TensorGroup], purpose: str) -> tuple[Block, dict[Key, Addresses]]:
+    """A block that holds `groups`, and the address of each tensor."""
+    offsets, total = layout(groups)
     free = available_bytes()
     if total > free:
         raise CapacityError(
@@ -297,15 +241,4 @@ def _layout(
             " free: run fewer layers, or on a machine with more memory"
         )
     block = Block(total, purpose)
-    places, end = {}, block.address
-    for group in groups:
-        size = aligned(group.home_bytes)
-        places[group.key] = end + size * np.arange(len(group.shards), dtype=np.int64)
-        end += len(group.shards) * size
-    return block, places
-
-
-def _open_dummy(plan: Plan, groups: list[TensorGroup], progress: Progress | None) -> WeightStore:
-    block, places = _layout(groups, "dummy weights")
-    fill_dummy(groups, places, progress)
-    return WeightStore(plan, groups, places, [block], "dummy")
+    return block, {key: block.address + places for key, places in offsets.items()}

@@ -2,11 +2,15 @@
 programs are reused.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import hmc
+from hmc.codegen import walker
+from hmc.codegen.spec import ARGS
 from hmc.errors import ExecutionError
 from hmc.plan import Buffer, Operand, Phase, Step
 from hmc.runtime.arena import Arena
@@ -80,18 +84,20 @@ def test_workspaces_are_shared_by_name_and_size(arena):
     assert arena.inputs("ids").tolist() == [4] * 7
 
 
-def test_a_decode_step_is_two_native_programs(checkpoint):
-    """One call for the layers and one for the wanted rows; a barrier between a write and its
-    reader.
-    """
-    plan = hmc.compile(checkpoint("deepseek_v3", "fp8"), max_context=64)
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
+def test_a_phase_is_one_native_program(checkpoint, family):
+    """One call for the layers and the wanted rows; a barrier between a write and its reader."""
+    plan = hmc.compile(checkpoint(family, "fp8"), max_context=64)
     with hmc.Engine(plan) as engine:
+        for phase in engine.executor.phases.values():
+            (program,) = phase.programs
+            assert isinstance(program, Program)
+            assert 0 < program.barriers < len(program)
         decode = engine.executor.phases["decode"]
-        layers, rows = decode.programs
-        assert isinstance(layers, Program)
-        assert [kernel.spec.op for kernel in rows.kernels] == ["gather_rows", "norm", "linear"]
-        assert rows.barriers == 2
-        assert 0 < layers.barriers < len(layers)
+        (program,) = decode.programs
+        ops = [kernel.spec.op for kernel in program.kernels]
+        assert ops[-3:] == ["gather_rows", "norm", "linear"]
+        assert (program.records[-3:, 2] == walker.BARRIER).all()
         for number in (0, 17):
             tokens = np.zeros(number, np.int32)
             with pytest.raises(ExecutionError, match=r"takes 1\.\.16 tokens"):
@@ -101,17 +107,29 @@ def test_a_decode_step_is_two_native_programs(checkpoint):
 def test_prefill_without_wanted_rows_reads_no_output_weights(checkpoint):
     plan = hmc.compile(checkpoint("qwen3_moe", "bf16"), max_context=128, max_chunk=32)
     with hmc.Engine(plan) as engine:
-        run, asked = engine.executor, []
+        run, walked = engine.executor, []
         prefill = run.phases["prefill.host"]
-        plain = prefill._run
-        prefill._run = lambda segment, count, call: (
-            asked.append((segment.per_row, count)),
-            plain(segment, count, call),
+        (program,) = prefill.programs
+        pool = prefill._pool
+        prefill._pool = SimpleNamespace(
+            run=lambda records: (walked.append(_tokens(program, len(records))), pool.run(records))
         )
         sequence = run.open()
         ids = np.arange(3, 73, dtype=np.int32)
         shapes = [logits.shape for logits in run.prefill(sequence, ids)]
         run.release(sequence)
         assert shapes == [(0, 503), (0, 503), (1, 503)]
-        assert {count for per_row, count in asked if not per_row} == {23, 24}
-        assert [count for per_row, count in asked if per_row] == [1]
+        # The last three records gather, norm and multiply the wanted rows.
+        assert [len(set(counts)) for counts in walked] == [1, 1, 2]
+        assert sum(max(counts) for counts in walked) == 70
+        assert walked[2][-3:] == [1, 1, 1]
+
+
+def _tokens(program, count):
+    """The `tokens` words of the first `count` records that have one."""
+    result = []
+    for index in range(count):
+        names = [arg.name for arg in ARGS[program.kernels[index].spec.op]]
+        if "tokens" in names:
+            result.append(int(program.args_view(index)[names.index("tokens")]))
+    return result

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import hmc
 from hmc.errors import CapacityError, PlanMismatchError, ShardError, UsageError
 from hmc.runtime import fill, weights
-from hmc.runtime.weights import WeightStore, tensor_groups
+from hmc.runtime.tensor_groups import tensor_groups
+from hmc.runtime.weights import WeightStore
 
 
 def raw(address, size):

@@ -1,0 +1,374 @@
+"""The prefill process: what a single process computes, over one copy of everything, and no way to
+hang on it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hmc
+from hmc.errors import (
+    ContextLengthError,
+    ExecutionError,
+    MachineError,
+    PlanMismatchError,
+    UsageError,
+    WorkerError,
+)
+from hmc.planfile import save
+from hmc.runtime.executor import Executor
+from hmc.runtime.kv import KVCache, cache_bytes
+from hmc.runtime.prefill_cpus import divide_cpus
+from hmc.runtime.prefill_worker import PrefillWorker
+from hmc.runtime.shared import SharedBlock
+from hmc.runtime.topology import Node, Topology
+from hmc.runtime.weights import WeightStore
+
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-kjv"
+CPUS = tuple(sorted(os.sched_getaffinity(0)))[:2]
+LONG = 60.0
+
+
+class Pair:
+    """A decoding executor and a prefill process beside it."""
+
+    def __init__(self, plan, directory, executor, cache, worker):
+        self.plan, self.directory = plan, directory
+        self.executor, self.cache, self.worker = executor, cache, worker
+
+    def begin(self, ids):
+        sequence = self.executor.open()
+        return self.more(sequence, ids)
+
+    def more(self, sequence, ids):
+        self.executor.kv.reserve(sequence, len(ids))
+        return sequence, self.worker.start(sequence.blocks, sequence.length, ids)
+
+    def ended(self, sequence, ids):
+        sequence.length += len(ids)
+
+    def decode(self, sequence, logits, steps=6):
+        """The greedy tokens that follow, and their logits."""
+        tokens, rows = [int(np.argmax(logits))], [logits]
+        for _ in range(steps):
+            rows.append(self.executor.decode([sequence], np.array(tokens[-1:], np.int32))[0].copy())
+            tokens.append(int(np.argmax(rows[-1])))
+        return tokens, np.stack(rows)
+
+    def alone(self, ids):
+        """The same by the executor itself."""
+        sequence = self.executor.open()
+        for part in self.executor.prefill(sequence, ids):
+            logits = part[0].copy() if len(part) else None
+        found = self.decode(sequence, logits)
+        self.executor.release(sequence)
+        return found
+
+
+@contextmanager
+def opened(directory, home="arena", **options):
+    plan = hmc.compile(directory, **options)
+    cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
+    kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
+    executor = Executor(plan, directory, home=home, kv=kv, cpus=CPUS)
+    try:
+        with PrefillWorker(plan, directory, executor.store, cache, cpus=CPUS) as worker:
+            yield Pair(plan, directory, executor, cache, worker)
+    finally:
+        executor.close()
+        kv.close()
+
+
+@pytest.fixture(scope="module")
+def pair():
+    with opened(TINY, max_context=256, max_chunk=16) as found:
+        yield found
+
+
+def prompt(pair, tokens, seed=0):
+    random = np.random.default_rng(seed)
+    return random.integers(3, pair.plan.model.vocab, tokens).astype(np.int32)
+
+
+def same(found, expected):
+    assert found[0] == expected[0]
+    assert np.array_equal(found[1], expected[1])
+
+
+def test_logits_and_what_is_decoded_after_them_are_those_of_one_process(pair):
+    ids = prompt(pair, 100)
+    sequence, job = pair.begin(ids)
+    logits = job.wait(LONG)
+    assert job.tokens == job.total == 100 and job.over
+    pair.ended(sequence, ids)
+    same(pair.decode(sequence, logits), pair.alone(ids))
+    # A second turn, after tokens that the parent decoded.
+    more = prompt(pair, 21, seed=1)
+    past = sequence.length
+    _, job = pair.more(sequence, more)
+    found = job.wait(LONG)
+    sequence.length = past
+    expected = [part.copy() for part in pair.executor.prefill(sequence, more)][-1][0]
+    assert np.array_equal(found, expected)
+    pair.executor.release(sequence)
+    assert pair.executor.kv.allocator.used == 0
+
+
+def test_another_family_with_mapped_shards(checkpoint):
+    with opened(checkpoint("qwen3_moe", "fp8"), "mapped", max_context=128, max_chunk=24) as pair:
+        ids = prompt(pair, 77)
+        sequence, job = pair.begin(ids)
+        logits = job.wait(LONG)
+        pair.ended(sequence, ids)
+        same(pair.decode(sequence, logits), pair.alone(ids))
+
+
+def test_jobs_queue_in_order_while_the_parent_decodes(pair):
+    prompts = [prompt(pair, tokens, seed=tokens) for tokens in (90, 17, 64)]
+    other, busy = prompt(pair, 30, seed=9), pair.executor.open()
+    expected = [pair.alone(ids) for ids in prompts]
+    expected_busy = pair.alone(other)
+    for part in pair.executor.prefill(busy, other):
+        first = part[0].copy() if len(part) else None
+    begun = [pair.begin(ids) for ids in prompts]
+    same(pair.decode(busy, first), expected_busy)
+    assert [job.wait(LONG) is None for _, job in reversed(begun)] == [False] * 3
+    for (sequence, job), ids, each in zip(begun, prompts, expected, strict=True):
+        pair.ended(sequence, ids)
+        same(pair.decode(sequence, job.poll()), each)
+        pair.executor.release(sequence)
+    pair.executor.release(busy)
+
+
+def until(condition):
+    limit = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def stopped(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+
+
+def pause(pair):
+    os.kill(pair.worker.pid, signal.SIGSTOP)
+    until(lambda: stopped(pair.worker.pid))
+
+
+def test_a_cancelled_job_writes_no_more(pair):
+    ids = prompt(pair, 240)
+    pair.worker.wait_ready(LONG)
+    pause(pair)
+    sequence, job = pair.begin(ids)
+    waiting, queued = pair.begin(prompt(pair, 40))
+    last, next_job = pair.begin(prompt(pair, 50, seed=3))
+    assert job.poll() is None and job.wait(0.01) is None
+    assert pair.worker.silent_seconds > 0
+    os.kill(pair.worker.pid, signal.SIGCONT)
+    queued.cancel()
+    job.cancel()
+    assert job.over and queued.over
+    with pytest.raises(ExecutionError, match="cancelled"):
+        queued.poll()
+    written = job.tokens
+    before = pair.executor.kv.tensor(0, 0).clone()
+    assert next_job.wait(LONG) is not None
+    after = pair.executor.kv.tensor(0, 0)
+    for block in (*sequence.blocks, *waiting.blocks):
+        assert before[block].equal(after[block])
+    assert queued.tokens == 0 and written <= 240
+    for each in (sequence, waiting, last):
+        pair.executor.release(each)
+    job.cancel()  # of what is over: nothing
+    assert pair.worker.silent_seconds == 0
+
+
+def test_cancel_takes_effect_in_the_middle(pair):
+    ids = prompt(pair, 250)
+    pair.worker.wait_ready(LONG)
+    for _ in range(20):  # a fast process may be through before it is told
+        sequence, job = pair.begin(ids)
+        until(lambda job=job: job.poll() is not None or job.tokens)
+        job.cancel()
+        pair.executor.release(sequence)
+        if job.tokens < job.total:
+            break
+    assert 0 < job.tokens < job.total
+
+
+def test_a_killed_process_is_named_and_replaced(pair):
+    ids = prompt(pair, 200)
+    expected = pair.alone(ids)
+    pair.worker.wait_ready(LONG)
+    pause(pair)
+    sequence, job = pair.begin(ids)
+    os.kill(pair.worker.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"signal 9 \(SIGKILL\)"):
+        job.wait(LONG)
+    with pytest.raises(WorkerError, match="restart"):
+        pair.worker.start(sequence.blocks, 0, ids)
+    job.cancel()
+    pair.worker.restart()
+    again = pair.worker.start(sequence.blocks, 0, ids)  # before it is ready
+    logits = again.wait(LONG)
+    pair.ended(sequence, ids)
+    same(pair.decode(sequence, logits), expected)
+    pair.executor.release(sequence)
+
+
+def test_a_process_that_does_not_answer_ends_with_close(checkpoint):
+    with opened(checkpoint("qwen3_moe", "fp8"), max_context=128) as pair:
+        pair.worker.wait_ready(LONG)
+        pid = pair.worker.pid
+        pause(pair)
+        _, job = pair.begin(prompt(pair, 20))
+        began = time.monotonic()
+        pair.worker.close()
+        pair.worker.close()
+        assert time.monotonic() - began < 10
+        assert not Path(f"/proc/{pid}").exists()
+        with pytest.raises(WorkerError, match="closed"):
+            job.poll()
+
+
+def test_bad_jobs_are_refused(pair):
+    block = pair.plan.kv.block
+    ids = prompt(pair, block + 1)
+    start = pair.worker.start
+    with pytest.raises(ContextLengthError):
+        start(range(17), 256 - block, ids)
+    with pytest.raises(ExecutionError, match=f"{block + 1} tokens in 1 cache blocks"):
+        start([0], 0, ids)
+    with pytest.raises(ExecutionError, match="cache blocks"):
+        start([0, 10**6], 0, ids)
+    with pytest.raises(ExecutionError, match="cache blocks"):
+        start(range(256 // block + 1), 0, ids)
+    with pytest.raises(UsageError, match="at least one"):
+        start([0], 0, ids[:0])
+    with pytest.raises(UsageError, match="token ids"):
+        start([0, 1], 0, ids + 10**6)
+
+
+def maps(pid, name):
+    """(Rss, Pss, Private) bytes of the mappings of a memory file."""
+    found, inside = {"Rss": 0, "Pss": 0, "Private_Dirty": 0, "Private_Clean": 0}, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        head, *rest = line.split()
+        if not head.endswith(":"):
+            inside = name in line
+        elif inside and head[:-1] in found:
+            found[head[:-1]] += int(rest[0]) << 10
+    return found["Rss"], found["Pss"], found["Private_Dirty"] + found["Private_Clean"]
+
+
+def test_weights_and_cache_are_there_once(pair):
+    ids = prompt(pair, 200)
+    sequence, job = pair.begin(ids)
+    job.wait(LONG)
+    pair.alone(ids)
+    for name in ("memfd:hmc arena weights", "memfd:hmc KV cache"):
+        mine, its = maps(os.getpid(), name), maps(pair.worker.pid, name)
+        assert its[0] > 0 and its[2] == 0, name
+        assert mine[1] + its[1] <= max(mine[0], its[0]) + 4096, name
+    pair.executor.release(sequence)
+
+
+def test_dummies_are_shared_in_an_arena_only(checkpoint):
+    directory = checkpoint("qwen3_moe", "fp8")
+    plan = hmc.compile(directory, max_context=64)
+    cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
+    with pytest.raises(UsageError, match="arena"):
+        PrefillWorker(plan, None, WeightStore.open(plan, None, dummy=True), cache, cpus=CPUS)
+    store = WeightStore.open(plan, None, dummy=True, home="arena")
+    ids = np.arange(3, 40, dtype=np.int32)
+    with PrefillWorker(plan, None, store, cache, cpus=CPUS[:1]) as worker:
+        found = worker.start([1], 0, ids).wait(LONG)
+    executor = Executor(plan, None, store=store, threads=1)
+    expected = list(executor.prefill(executor.open(), ids))[-1][0]
+    assert np.array_equal(found, expected)
+    executor.close(), store.close(), cache.close()
+
+
+def test_a_process_that_cannot_begin_says_why(checkpoint):
+    plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=64)
+    other = hmc.compile(checkpoint("mixtral", "fp8"), max_context=64)
+    store = WeightStore.open(other, None, dummy=True, home="arena")
+    cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
+    with PrefillWorker(plan, None, store, cache, cpus=CPUS) as worker:
+        job = worker.start([0], 0, np.array([3, 4], np.int32))
+        with pytest.raises(PlanMismatchError, match="other weights"):
+            worker.wait_ready(LONG)
+        with pytest.raises(PlanMismatchError):
+            job.poll()
+    store.close(), cache.close()
+
+
+PARENT = """
+import sys, time
+from pathlib import Path
+from hmc.planfile import load
+from hmc.runtime.kv import cache_bytes
+from hmc.runtime.prefill_worker import PrefillWorker
+from hmc.runtime.shared import SharedBlock
+from hmc.runtime.weights import WeightStore
+directory, plan = Path(sys.argv[1]), load(sys.argv[2])
+store = WeightStore.open(plan, directory, home="arena")
+cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
+options = dict(cpus=[int(sys.argv[3])])
+ready = PrefillWorker(plan, directory, store, cache, **options)
+ready.wait_ready()
+starting = PrefillWorker(plan, directory, store, cache, **options)
+print(ready.pid, starting.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_parent_takes_its_processes_along(pair, tmp_path):
+    save(pair.plan, tmp_path / "p.hmp")
+    files = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", PARENT, str(TINY), str(tmp_path / "p.hmp"), str(CPUS[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        pids = list(map(int, parent.stdout.readline().split()))
+        assert len(pids) == 2 and not any(map(ended, pids))
+        parent.kill()
+    until(lambda: all(map(ended, pids)))
+    assert set(os.listdir("/dev/shm")) <= files
+
+
+def ended(pid):
+    """Whether it is gone, or dead and not yet waited for by whoever inherited it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def machine(*nodes):
+    return Topology(tuple(Node(i, cores) for i, cores in enumerate(nodes)), ())
+
+
+def test_cores_are_divided_whole_and_over_all_nodes():
+    two = machine(tuple((i, i + 16) for i in range(8)), tuple((i, i + 16) for i in range(8, 16)))
+    decode, prefill = divide_cpus(two, 16, 0.25)
+    assert (len(decode), len(prefill)) == (12, 4)
+    assert [two.node_of(cpu) for cpu in prefill] == [0, 0, 1, 1]
+    assert [two.node_of(cpu) for cpu in decode] == [0] * 6 + [1] * 6
+    decode, prefill = divide_cpus(two, 32, 0.5)  # with siblings
+    assert sorted(decode + prefill) == list(range(32))
+    assert {cpu % 16 for cpu in decode}.isdisjoint(cpu % 16 for cpu in prefill)
+    for share, expected in ((0.01, 1), (0.99, 15)):
+        assert len(divide_cpus(two, 16, share)[1]) == expected
+    uneven = machine(((0,), (1,), (2,)), ((3,),))
+    assert divide_cpus(uneven, 4, 0.5) == ((2, 3), (0, 1))
+    with pytest.raises(MachineError, match="two cores"):
+        divide_cpus(machine(((0, 1),)), 2, 0.5)
+    with pytest.raises(ValueError, match="share"):
+        divide_cpus(two, 4, 1.0)

@@ -1,0 +1,273 @@
+"""Memory that processes share: one copy, sealed, gone with its last user; and the limit on locking
+it.
+"""
+
+import ctypes
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hmc
+from hmc import detect
+from hmc.errors import CapacityError, ExecutionError, MachineError, PlanMismatchError, ShardError
+from hmc.planfile import save
+from hmc.runtime import memory, shared, weight_arena
+from hmc.runtime.memory import HUGE_PAGE, Block, pin_check
+from hmc.runtime.shared import SharedBlock, huge_bytes, proportional_bytes
+from hmc.runtime.tensor_groups import layout, tensor_groups
+from hmc.runtime.weights import WeightStore
+
+SIZE = 192 << 20
+
+CHILD = """
+import sys
+from hmc.runtime.shared import SharedBlock
+block = SharedBlock.attach(int(sys.argv[1]), int(sys.argv[2]), "test")
+print(int(block.array[::4096].sum(dtype=int)), flush=True)
+sys.stdin.read()
+"""
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_two_processes_have_one_copy():
+    before, files = proportional_bytes([os.getpid()]), os.listdir("/dev/shm")
+    block = SharedBlock(SIZE, "test")
+    block.array[:] = 3
+    alone = proportional_bytes([os.getpid()])
+    assert alone - before > 0.9 * SIZE
+    command = [sys.executable, "-c", CHILD, str(block.descriptor), str(SIZE)]
+    with subprocess.Popen(
+        command, stdin=-1, stdout=-1, pass_fds=[block.descriptor], text=True
+    ) as child:
+        assert int(child.stdout.readline()) == 3 * SIZE // 4096
+        both = proportional_bytes([os.getpid(), child.pid])
+        child.stdin.close()
+    assert both - alone < SIZE / 2, "the child's interpreter, not its own copy"
+    assert os.listdir("/dev/shm") == files
+    block.close()
+    assert proportional_bytes([os.getpid()]) - before < SIZE / 2
+
+
+def test_attached_memory_is_the_same_and_what_is_read_only_stays_so():
+    block = SharedBlock(5000, "test")
+    assert block.address % HUGE_PAGE == 0 and not block.array.any()
+    reader = SharedBlock.attach(block.descriptor, 5000, "reader")
+    writer = SharedBlock.attach(block.descriptor, 5000, "writer", write=True)
+    writer.array[4999] = 7
+    assert block.array[4999] == reader.array[4999] == 7
+    with pytest.raises(ValueError, match="read-only"):
+        reader.array[0] = 1
+    with pytest.raises(PermissionError):
+        os.ftruncate(block.descriptor, 0)
+    with pytest.raises(ExecutionError, match="are expected"):
+        SharedBlock.attach(block.descriptor, 3 * HUGE_PAGE, "another size")
+    with pytest.raises(ExecutionError, match="no memory file"):
+        SharedBlock.attach(10**6, 5000, "nothing")
+    block.close()  # the others keep it
+    assert reader.array[4999] == 7
+    reader.close(), writer.close()
+
+
+def test_close_gives_back_under_living_views():
+    count = descriptors()
+    block = SharedBlock(SIZE, "test")
+    block.array[:] = 1
+    view, address = block.array[:], block.address
+    used = proportional_bytes([os.getpid()])
+    block.close()
+    block.close()
+    assert used - proportional_bytes([os.getpid()]) > 0.9 * SIZE
+    assert not view[::4096].any() and ctypes.string_at(address, 1) == b"\0"
+    assert descriptors() == count
+    SharedBlock(100, "dropped")
+    gc.collect()
+    assert descriptors() == count
+
+
+@pytest.mark.parametrize("kind", [Block, SharedBlock])
+def test_pages_are_as_stated(kind):
+    block = kind(8 * HUGE_PAGE, "test")
+    block.array[:] = 1
+    if block.pages == "normal":
+        assert huge_bytes(block) == 0
+    elif block.pages == "reserved":
+        assert huge_bytes(block) == 8 * HUGE_PAGE
+    setting = "enabled" if kind is Block else "shmem_enabled"
+    if not detect.free_huge_pages():
+        assert block.pages == ("advised" if detect.huge_by_advice(setting) else "normal")
+    block.close()
+
+
+def test_reserved_pages_are_taken_only_where_they_suffice(monkeypatch):
+    asked = []
+    plain = os.memfd_create
+    monkeypatch.setattr(shared, "free_huge_pages", lambda: 2)
+    monkeypatch.setattr(
+        os, "memfd_create", lambda name, flags: (asked.append(flags), plain(name, flags))[1]
+    )
+    SharedBlock(3 * HUGE_PAGE, "too much").close()
+    assert [bool(flags & os.MFD_HUGETLB) for flags in asked] == [False]
+    asked.clear()
+    block = SharedBlock(2 * HUGE_PAGE, "fits")
+    # Where the pool is not really there, the kernel says so and normal pages are taken.
+    assert bool(asked[0] & os.MFD_HUGETLB)
+    assert (block.pages == "reserved") == (len(asked) == 1)
+    block.array[:] = 1
+    block.close()
+
+
+def test_no_address_space_is_a_capacity_error():
+    for kind in (Block, SharedBlock):
+        with pytest.raises(CapacityError, match=r"far too much: .* GiB cannot be mapped"):
+            kind(1 << 60, "far too much")
+
+
+def test_a_process_that_is_gone_has_no_memory():
+    with pytest.raises(ExecutionError, match="memory of process"):
+        proportional_bytes([2**22 + 1])
+
+
+def test_pinning_is_checked_and_explained(monkeypatch):
+    monkeypatch.setattr(memory, "locked_memory", lambda: (1000, 300))
+    pin_check(700)
+    with pytest.raises(MachineError, match=r"weights: 701 bytes .* is 1,000 bytes, 300 .*raise it"):
+        pin_check(701, "weights")
+    with pytest.raises(MachineError, match="memlock"):
+        Block(4096, "test").lock()
+    monkeypatch.setattr(memory, "locked_memory", lambda: (None, 0))
+    pin_check(1 << 60)
+
+
+def test_the_limit_is_this_process_s():
+    limited = """
+import ctypes, resource
+from hmc.detect import locked_memory
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+print(locked_memory())
+"""
+    found = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
+    capable = int(
+        next(
+            line.split()[1]
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("CapEff")
+        ),
+        16,
+    )
+    assert found.stdout.strip() == ("(None, 0)" if capable >> 14 & 1 else "(65536, 0)")
+
+
+def test_locked_blocks_are_counted_and_given_back():
+    block = Block(1 << 20, "test")
+    _, before = detect.locked_memory()
+    limit, _ = detect.locked_memory()
+    if limit is not None and limit - before < 1 << 20:
+        pytest.skip(f"the limit on locked memory is {limit} bytes")
+    block.lock()
+    assert detect.locked_memory()[1] - before == 1 << 20
+    block.close()
+    assert detect.locked_memory()[1] == before
+
+
+ATTACH = """
+import sys
+from hmc.planfile import load
+from hmc.runtime.weights import WeightStore
+plan = load(sys.argv[1])
+store = WeightStore.attach(plan, int(sys.argv[2]))
+weight = plan.weights[0]
+print(store.home, float(store.tensor(weight.name).float().sum()), flush=True)
+"""
+
+
+def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
+    directory = checkpoint("deepseek_v3", "fp8")
+    plan = hmc.compile(directory)
+    store = WeightStore.open(plan, directory, home="arena")
+    descriptor = store.arena.descriptor
+    mapped = WeightStore.open(plan, directory)
+    attached = WeightStore.attach(plan, descriptor)
+    address, size = attached.arena.span
+    assert address % HUGE_PAGE == 0 and size > attached.bytes
+    assert attached.home == "arena" and mapped.arena is None
+    for weight in plan.weights:
+        for one, two in ((mapped.address, attached.address),):
+            assert ctypes.string_at(one(weight.name), weight.bytes) == ctypes.string_at(
+                two(weight.name), weight.bytes
+            )
+    assert np.array_equal(
+        attached.expert_table(1) - attached.arena.span[0],
+        store.expert_table(1) - store.arena.span[0],
+    )
+    save(plan, tmp_path / "p.hmp")
+    found = subprocess.run(
+        [sys.executable, "-c", ATTACH, str(tmp_path / "p.hmp"), str(descriptor)],
+        pass_fds=[descriptor],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    expected = float(mapped.tensor(plan.weights[0].name).float().sum())
+    assert found.stdout.split() == ["arena", str(expected)]
+    store.close()
+    assert ctypes.string_at(attached.address(plan.weights[0].name), 64)  # lives on
+    attached.close(), mapped.close()
+
+
+def test_only_a_filled_arena_of_these_weights_is_attached(checkpoint, monkeypatch):
+    plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=64)
+    other = hmc.compile(checkpoint("qwen3_moe", "bf16"))
+    longer = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=128)
+    store = WeightStore.open(plan, None, dummy=True, home="arena")
+    assert store.home == "dummy"
+    WeightStore.attach(longer, store.arena.descriptor).close()
+    with pytest.raises(PlanMismatchError, match="other weights"):
+        WeightStore.attach(other, store.arena.descriptor)
+    real = WeightStore.open(plan, Path(plan.checkpoint.path), home="arena")
+    assert WeightStore.attach(plan, real.arena.descriptor).home == "arena"
+    _, size = store.arena.span
+    empty = SharedBlock(size, "test")
+    with pytest.raises(ExecutionError, match="never filled"):
+        WeightStore.attach(plan, empty.descriptor)
+    with open(os.devnull) as file, pytest.raises(ExecutionError, match="no weight arena"):
+        WeightStore.attach(plan, file.fileno())
+    for each in (store, real, empty):
+        each.close()
+
+
+def test_what_does_not_fit_is_refused_before_it_is_touched(checkpoint, monkeypatch):
+    directory = checkpoint("qwen3_moe", "fp8")
+    plan = hmc.compile(directory)
+    count = descriptors()
+    monkeypatch.setattr(weight_arena, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: 0)
+    with pytest.raises(CapacityError, match=r"arena weights: .* GiB are needed"):
+        WeightStore.open(plan, directory, home="arena")
+    assert descriptors() == count
+    _, size = layout(tensor_groups(plan))
+    monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: size // HUGE_PAGE + 2)
+    WeightStore.open(plan, directory, home="arena").close()
+
+
+def test_a_shard_that_shrinks_while_it_is_read_is_named(checkpoint, tmp_path, monkeypatch):
+    for path in checkpoint("qwen3_moe", "fp8").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    plan = hmc.compile(tmp_path)
+    shard = tmp_path / plan.checkpoint.shards[0].name
+    count = descriptors()
+    monkeypatch.setattr("hmc.runtime.weights.check_checkpoint", lambda plan, directory: None)
+    os.truncate(shard, shard.stat().st_size // 2)
+    with pytest.raises(ShardError, match=f"{shard.name}: ends at byte"):
+        WeightStore.open(plan, tmp_path, home="arena")
+    shard.unlink()
+    with pytest.raises(ShardError, match="missing"):
+        WeightStore.open(plan, tmp_path, home="arena")
+    assert descriptors() == count
