@@ -58,7 +58,9 @@ class Emitter:
     """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the
     loaded arguments.
 
-    `ptr` arguments arrive as i8*, `int` as i64, `f32` as float. `e.worker` and `e.workers` are i64.
+    `ptr` arguments arrive as i8*, `int` as i64, `f32` as float. `e.worker`, `e.workers` and
+    `e.span` are i64: the call does the shares of workers `worker` to `worker + span - 1`. Only
+    kernels whose records are cut in pieces see a span other than 1, and those use `split`.
     """
 
     def __init__(self, spec: KernelSpec) -> None:
@@ -69,7 +71,7 @@ class Emitter:
         self._entry = self.function.append_basic_block("entry")
         body = self.function.append_basic_block("body")
         self.b = ir.IRBuilder(body)
-        block, self.worker, self.workers = self.function.args
+        block, self.worker, self.workers, self.span = self.function.args
         self.arg: dict[str, Value] = {}
         for index, arg in enumerate(ARGS[spec.op]):
             word = self.b.load(self.b.gep(block, [const(index)]), name=arg.name)
@@ -154,13 +156,13 @@ class Emitter:
             yield index, 1
 
     def split(self, total: Value, multiple: int = 1) -> tuple[Value, Value]:
-        """This worker's share [start, stop) of `total` items, in whole groups of `multiple` (the
+        """This call's share [start, stop) of `total` items, in whole groups of `multiple` (the
         last may be ragged).
         """
         b = self.b
         groups = b.sdiv(b.add(total, const(multiple - 1)), const(multiple))
         first = b.sdiv(b.mul(groups, self.worker), self.workers)
-        last = b.sdiv(b.mul(groups, b.add(self.worker, const(1))), self.workers)
+        last = b.sdiv(b.mul(groups, b.add(self.worker, self.span)), self.workers)
         return (
             self.minimum(b.mul(first, const(multiple)), total),
             self.minimum(b.mul(last, const(multiple)), total),

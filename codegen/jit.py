@@ -26,12 +26,11 @@ from hmc.codegen.isa import TIERS, Isa, require
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 
-KERNEL_TYPE = ir.FunctionType(
-    ir.VoidType(), [ir.IntType(64).as_pointer(), ir.IntType(64), ir.IntType(64)]
-)
-"""`void kernel(i64* args, i64 worker, i64 workers)`."""
+KERNEL_TYPE = ir.FunctionType(ir.VoidType(), [ir.IntType(64).as_pointer(), *[ir.IntType(64)] * 3])
+"""`void kernel(i64* args, i64 worker, i64 workers, i64 span)`: the shares of workers `worker` to
+`worker + span - 1` of `workers`."""
 
-_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+_PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 3)
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Kernel:
     spec: KernelSpec
     address: int
 
-    def __call__(self, args: bytes, worker: int = 0, workers: int = 1) -> None:
+    def __call__(self, args: bytes, worker: int = 0, workers: int = 1, span: int = 1) -> None:
         """Run in the calling thread (the GIL is released); for tests and probes."""
         buffer = ctypes.create_string_buffer(args, len(args))
-        _PROTOTYPE(self.address)(ctypes.addressof(buffer), worker, workers)
+        _PROTOTYPE(self.address)(ctypes.addressof(buffer), worker, workers, span)
 
 
 class Jit:

@@ -1,10 +1,12 @@
 """What a kernel is (`KernelSpec`) and how it is called (`ARGS`): the contract between passes,
 codegen and runtime.
 
-Every kernel has one native signature, `void kernel(i64* args, i64 worker, i64 workers)`: `args` is
-a packed block of 64-bit words laid out as `ARGS[op]` says, `worker` of `workers` is who calls. All
-workers call the same kernel with the same block and each does its share, so a kernel splits its own
-work; it never synchronises. A reader of what a kernel wrote must be ordered after it by a barrier
+Every kernel has one native signature, `void kernel(i64* args, i64 worker, i64 workers, i64 span)`:
+`args` is a packed block of 64-bit words laid out as `ARGS[op]` says, `worker` of `workers` is who
+calls. All workers call the same kernel with the same block and each does its share, so a kernel
+splits its own work; it never synchronises. Kernels that stream weights (linear, gate_up, experts_*)
+take any pieces of the work instead: shares `worker` to `worker + span - 1` of `workers`; for all
+others `span` is 1. A reader of what a kernel wrote must be ordered after it by a barrier
 (runtime/program.py places them).
 
 Conventions: activations are row-major, one row a token, `*_stride` in elements; f32 between ops,

@@ -2,9 +2,10 @@
 and the barrier.
 
 A program is an array of records, int64 [n, 4]: kernel address, argument block address, flags, tag.
-Every worker walks every record and does its share of each. Workers and caller meet in one control
-block of int64 words, whose layout are the constants below; words that different threads write lie
-`LINE` words (two cache lines, since the adjacent-line prefetcher pairs them) apart.
+Every worker walks every record and does its share of each (codegen/pieces.py). Workers and caller
+meet in one control block of int64 words, whose layout are the constants below; words that different
+threads write lie `LINE` words (two cache lines, since the adjacent-line prefetcher pairs them)
+apart.
 
 Ordering: the caller publishes by exchanging GENERATION (release), workers load it (acquire). A
 worker's share is released by its decrement of PENDING; whoever takes the last one exchanges
@@ -24,6 +25,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import I1, I32, I64, Emitter, Value, const
 from hmc.codegen.jit import KERNEL_TYPE
+from hmc.codegen.pieces import share
 from hmc.codegen.spec import KernelSpec
 
 RECORD_WORDS = 4
@@ -100,8 +102,7 @@ def emit_worker_loop(spec: KernelSpec) -> str:
         slot = b.mul(b.add(b.mul(index, e.workers), e.worker), const(2))
         with b.if_then(traced):
             b.store(_ticks(e), b.gep(stamps, [slot]))
-        kernel = b.inttoptr(address, KERNEL_TYPE.as_pointer())
-        b.call(kernel, [b.inttoptr(block, I64.as_pointer()), e.worker, e.workers])
+        share(e, b.inttoptr(address, KERNEL_TYPE.as_pointer()), block, flags)
         with b.if_then(traced):
             b.store(_ticks(e), b.gep(stamps, [b.add(slot, const(1))]))
     b.store_atomic(const(0), mine, "monotonic", 8)

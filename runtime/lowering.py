@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import ARGS, KernelSpec, pack
+from hmc.codegen.tiles import GRAIN
 from hmc.errors import ExecutionError
 from hmc.plan import Kernel, Operand, Phase, Plan, Step
 from hmc.runtime.arena import Arena
@@ -42,9 +43,11 @@ class Call:
     past: int = 0
 
 
-PIECE_BYTES = 128 << 10
-MOST_PIECES, LEAST_PIECES = 32, 4
-TAIL = 0.25
+_PIECE_BYTES = 128 << 10
+"""Least bytes of a piece: every call of a kernel first brings its inputs into order."""
+_LEAST_PIECES, _MOST_PIECES = 4, 32
+_DRAWN = 0.25
+"""Part of its pieces that a worker leaves to whoever is free."""
 
 PythonStep = Callable[[Call], None]
 
@@ -118,14 +121,15 @@ class Lowering:
         *,
         reads: Iterable[Operand | Hashable],
         writes: Iterable[Operand | Hashable],
-        streamed: int = 0,
+        weight_bytes: int = 0,
+        weight_rows: int = 0,
         **args: int | float,
     ) -> None:
         """Append a record. `reads` and `writes` name operands, or workspaces and caches by any
         other name.
 
-        `tokens` is filled in when the program runs. `streamed` are the bytes of weights that all
-        workers together read once: many, and they are read in pieces, so that workers finish at the
+        `tokens` is filled in when the program runs. Where a kernel that works in pieces reads many
+        `weight_bytes` (in `weight_rows`), workers read them in pieces, so that they finish at the
         same time although memory does not serve them alike.
         """
         if "tokens" in (arg.name for arg in ARGS[spec.op]):
@@ -139,7 +143,7 @@ class Lowering:
             tag=step.id,
             reads=frozenset().union(*read),
             writes=frozenset().union(*written),
-            pieces=_pieces(streamed, self.workers),
+            pieces=_pieces(weight_bytes, weight_rows, self.workers),
         )
 
     def python(self, step: Step, function: PythonStep) -> None:
@@ -243,12 +247,15 @@ class LoweredPhase:
             self.recorder.run(self.name, records)
 
 
-def _pieces(streamed: int, workers: int) -> tuple[int, int]:
-    """In how many pieces a worker's share is cut, and how many of them are its own."""
-    count = min(streamed // (workers * PIECE_BYTES), MOST_PIECES)
-    if workers == 1 or count < LEAST_PIECES:
+def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:
+    """In how many pieces a worker's share of `size` bytes is cut, and how many of them are its own;
+    none is smaller than the kernels split.
+    """
+    count = min(size // _PIECE_BYTES, rows // GRAIN) // workers
+    if workers == 1 or count < _LEAST_PIECES:
         return 0, 0
-    return count, count - max(1, round(count * TAIL))
+    count = min(count, _MOST_PIECES)
+    return count, count - round(count * _DRAWN)
 
 
 def spec_of(kernel: Kernel) -> KernelSpec:

@@ -16,9 +16,11 @@ import numpy as np
 
 from hmc.codegen import walker
 from hmc.codegen.jit import Kernel
+from hmc.codegen.pieces import TICKET
+from hmc.codegen.pieces import flags as share_flags
 from hmc.codegen.spec import ARGS
 
-_LINE_BYTES = 64
+_LINE_BYTES = 8 * TICKET
 
 
 class Program:
@@ -154,10 +156,7 @@ class ProgramBuilder:
             )
         read = frozenset(reads) - self._private
         written = frozenset(writes) - self._private
-        count, kept = pieces
-        if not 0 <= kept <= count <= walker.PIECES_MASK:
-            raise ValueError(f"record {len(self._kernels)}: {kept} of {count} pieces")
-        flags = count << walker.PIECES | kept << walker.KEPT
+        flags = share_flags(*pieces)
         if (read | written) & self._written or written & self._read:
             flags |= walker.BARRIER
             self._read.clear()

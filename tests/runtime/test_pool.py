@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
+from hmc.codegen import walker
 from hmc.codegen.ir import I64, Emitter, const
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit, Kernel
@@ -29,6 +30,8 @@ SIZE = 1013
 TEST_ARGS = {
     # y[i] = 3 x[(i + shift) mod n] + z[i]: reads other workers' shares of x.
     "test_mix": (Arg("x", "ptr"), Arg("z", "ptr"), Arg("y", "ptr"), Arg("n"), Arg("shift")),
+    # y[i] += 1.
+    "test_count": (Arg("y", "ptr"), Arg("n")),
     # Worker `victim` ends its thread behind Python's back; the others do nothing.
     "test_exit": (Arg("victim"),),
     # Worker 0 spins until the word at `flag` is not 0.
@@ -44,6 +47,14 @@ def emit_mix(spec: KernelSpec) -> str:
         x = e.load(e.arg["x"], b.srem(b.add(i, e.arg["shift"]), n), I64)
         z = e.load(e.arg["z"], i, I64)
         e.store(b.add(b.mul(x, const(3)), z), e.arg["y"], i)
+    return e.finish()
+
+
+def emit_count(spec: KernelSpec) -> str:
+    e = Emitter(spec)
+    start, stop = e.split(e.arg["n"])
+    with e.for_range(start, stop) as i:
+        e.store(e.b.add(e.load(e.arg["y"], i, I64), const(1)), e.arg["y"], i)
     return e.finish()
 
 
@@ -72,7 +83,12 @@ def emit_hang(spec: KernelSpec) -> str:
 @pytest.fixture(scope="module")
 def jit() -> Iterator[Jit]:
     ARGS.update(TEST_ARGS)
-    tests = {"test_mix": emit_mix, "test_exit": emit_exit, "test_hang": emit_hang}
+    tests = {
+        "test_mix": emit_mix,
+        "test_count": emit_count,
+        "test_exit": emit_exit,
+        "test_hang": emit_hang,
+    }
     yield Jit({**EMITTERS, **tests})
     for name in TEST_ARGS:
         del ARGS[name]
@@ -87,11 +103,18 @@ def kernel(jit: Jit, op: str) -> Kernel:
 
 
 def add_mix(
-    builder: ProgramBuilder, mix: Kernel, buffers: np.ndarray, x: int, z: int, y: int, shift: int
+    builder: ProgramBuilder,
+    mix: Kernel,
+    buffers: np.ndarray,
+    x: int,
+    z: int,
+    y: int,
+    shift: int,
+    pieces: tuple[int, int] = (0, 0),
 ) -> None:
     address = [int(buffers[i].ctypes.data) for i in (x, z, y)]
     args = words(*address, buffers.shape[1], shift)
-    builder.add(mix, args, tag=len(args), reads=(x, z), writes=(y,))
+    builder.add(mix, args, tag=len(args), reads=(x, z), writes=(y,), pieces=pieces)
 
 
 def random_program(
@@ -104,7 +127,8 @@ def random_program(
     for _ in range(records):
         x, z, y = choose.sample(range(len(buffers)), 3)
         shift = choose.randrange(buffers.shape[1])
-        add_mix(builder, mix, buffers, x, z, y, shift)
+        pieces = choose.choice([(0, 0), (4, 3), (8, 0), (5, 5), (40, 30)])
+        add_mix(builder, mix, buffers, x, z, y, shift, pieces)
         expected[y] = 3 * np.roll(expected[x], -shift) + expected[z]
     return builder.build(), expected
 
@@ -179,8 +203,44 @@ def test_the_trace_is_ordered(jit: Jit, threads: int) -> None:
     assert (trace[:, :, 1] >= trace[:, :, 0]).all()
     assert (trace[1:, :, 0] >= trace[:-1, :, 1]).all()
     # After a barrier nobody starts before everybody is through with what came before.
-    for index in np.flatnonzero(program.records[:, 2]):
+    for index in np.flatnonzero(program.records[:, 2] & walker.BARRIER):
         assert trace[index, :, 0].min() >= trace[:index, :, 1].max()
+
+
+def test_every_piece_is_done_once_by_any_pool(jit: Jit) -> None:
+    """Run after run, by pools of several sizes: tickets start anew each time."""
+    counts = np.zeros((6, SIZE), np.int64)
+    builder = ProgramBuilder()
+    for row, pieces in enumerate([(0, 0), (1, 0), (3, 1), (7, 7), (64, 48), (2000, 5)]):
+        args = words(int(counts[row].ctypes.data), SIZE)
+        builder.add(kernel(jit, "test_count"), args, tag=row, pieces=pieces)
+    program, runs = builder.build(), 0
+    for threads in (2, 1, 5, 3, 2):
+        with Pool(jit, ISA, threads, cpus=[w % 2 for w in range(threads)]) as pool:
+            for _ in range(20):
+                pool.run(program.records)
+                runs += 1
+                assert (counts == runs).all()
+
+
+def test_who_is_free_does_the_pieces_of_who_is_not(jit: Jit) -> None:
+    """Worker 0 is held up in the record before; worker 1 does all pieces that 0 has not kept."""
+    flag, counts = ctypes.c_int64(0), np.zeros(100, np.int64)
+    builder = ProgramBuilder()
+    builder.add(kernel(jit, "test_hang"), words(ctypes.addressof(flag)), tag=0)
+    args = words(int(counts.ctypes.data), len(counts))
+    builder.add(kernel(jit, "test_count"), args, tag=1, pieces=(10, 8))
+    program = builder.build()
+    with Pool(jit, ISA, 2) as pool:
+        runner = threading.Thread(target=pool.run, args=(program.records,))
+        runner.start()
+        deadline = time.monotonic() + 10
+        while counts.sum() < 60 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert counts.tolist() == [0] * 40 + [1] * 60
+        flag.value = 1
+        runner.join()
+    assert (counts == 1).all()
 
 
 def test_the_tsc_runs_at_a_plausible_rate(jit: Jit) -> None:

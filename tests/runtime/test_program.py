@@ -1,3 +1,4 @@
+import ctypes
 import struct
 from collections.abc import Sequence
 
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from hmc.codegen import walker
 from hmc.codegen.jit import Kernel
+from hmc.codegen.pieces import TICKET
+from hmc.codegen.pieces import flags as flags_of
 from hmc.codegen.spec import ARGS, KernelSpec, pack
 from hmc.runtime.program import ProgramBuilder
 
@@ -108,8 +111,37 @@ def test_patch_changes_words_in_place() -> None:
     assert program.args_view(0).tobytes() == norm_args(2, -2.0)
     assert program.args_view(2).tobytes() == norm_args(2, -2.0)
     assert struct.unpack("<f", program.args_view(2).tobytes()[-8:-4]) == (-2.0,)
+    program.patch_all(0, 1, tokens=7)
+    program.patch_all(1, 3, tokens=8)
+    assert program.args_view(0).tobytes() == norm_args(7, -2.0)
+    assert program.args_view(2).tobytes() == norm_args(8, -2.0)
+    with pytest.raises(ValueError, match="tokens is no argument in records 1 to 2"):
+        program.patch_all(1, 2, tokens=8)
     assert (program.records == before).all()
     assert (program.records[:, 2] & walker.BARRIER == 0).all()
+
+
+def test_pieces_are_flags_and_have_a_ticket() -> None:
+    builder = ProgramBuilder()
+    builder.add(FILL, fill_args(), tag=0, writes="a", pieces=(32, 24))
+    builder.add(FILL, fill_args(), tag=0, reads="a", pieces=(32, 24))
+    builder.add(FILL, fill_args(), tag=0)
+    program = builder.build()
+    first, second, third = (int(word) for word in program.records[:, 2])
+    assert first == flags_of(32, 24) != 0
+    assert second == first | walker.BARRIER
+    assert third == 0
+    assert program.barriers == 1
+    # Where a ticket lies there is nothing else: each record's line before its block is zero.
+    for address in program.records[:, 1].tolist():
+        line = ctypes.string_at(address - 8 * TICKET, 8 * TICKET)
+        assert line == bytes(8 * TICKET)
+
+
+@pytest.mark.parametrize("pieces", [(3, 4), (-1, 0), (1 << 16, 0), (4, -1)])
+def test_odd_pieces_are_refused(pieces: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="a share of"):
+        ProgramBuilder().add(FILL, fill_args(), tag=0, pieces=pieces)
 
 
 def test_wrong_arguments_are_refused() -> None:

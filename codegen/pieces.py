@@ -1,0 +1,66 @@
+"""A worker's share of a record, whole or in pieces that the workers even out among themselves.
+
+A record in pieces keeps most of them for the worker in whose share they lie, which does these in
+one call, front to back; the last pieces of every share are drawn by whoever is free. So workers
+finish at the same time although memory does not serve them alike, and a share stays one stream.
+What a kernel computes of a row does not depend on who computes it, so results do not either.
+"""
+
+from __future__ import annotations
+
+from hmc.codegen.ir import I64, Emitter, Value, const
+
+TICKET = 8
+"""Words from a record's ticket, 0 at first, to its argument block, which is on another line."""
+
+_COUNT, _KEPT, _MASK = 8, 24, 0xFFFF
+
+
+def flags(count: int, kept: int) -> int:
+    """Flags of a record: each worker's share is cut in `count` pieces, of which it keeps `kept` for
+    itself; 0, 0: it is whole. `ValueError` for numbers that make no sense.
+    """
+    if not 0 <= kept <= count <= _MASK:
+        raise ValueError(f"a share of {count} pieces, {kept} of them kept")
+    return count << _COUNT | kept << _KEPT
+
+
+def share(e: Emitter, kernel: Value, block: Value, word: Value) -> None:
+    """Call the kernel for this worker's share of the record whose flags are `word`."""
+    b = e.b
+    args = b.inttoptr(block, I64.as_pointer())
+    pieces, kept = (b.and_(b.lshr(word, const(shift)), const(_MASK)) for shift in (_COUNT, _KEPT))
+    whole = b.icmp_unsigned("==", pieces, const(0))
+    with b.if_else(whole, likely=True) as (alone, cut):
+        with alone:
+            b.call(kernel, [args, e.worker, e.workers, const(1)])
+        with cut:
+            of = b.mul(pieces, e.workers)
+            b.call(kernel, [args, b.mul(pieces, e.worker), of, kept])
+            _tickets(e, kernel, args, pieces, kept, of)
+
+
+def _tickets(e: Emitter, kernel: Value, args: Value, pieces: Value, kept: Value, of: Value) -> None:
+    """Draw pieces that no worker has kept, one by one, until there are none.
+
+    Every worker draws in vain once, so the last of all draws is known by its number: it resets the
+    tickets for the program's next run.
+    """
+    b = e.b
+    ticket = b.gep(args, [const(-TICKET)])
+    free = b.mul(b.sub(pieces, kept), e.workers)
+    last = b.sub(b.add(free, e.workers), const(1))
+    head, body, done = (b.append_basic_block(f"draw.{name}") for name in ("head", "body", "done"))
+    b.branch(head)
+    b.position_at_end(head)
+    drawn = b.atomic_rmw("add", ticket, const(1), "monotonic")
+    b.cbranch(b.icmp_unsigned("<", drawn, free), body, done)
+    b.position_at_end(body)
+    # By turns from each worker's range, where the workers are just then.
+    owner, place = b.urem(drawn, e.workers), b.udiv(drawn, e.workers)
+    first = b.add(b.add(b.mul(pieces, owner), kept), place)
+    b.call(kernel, [args, first, of, const(1)])
+    b.branch(head)
+    b.position_at_end(done)
+    with b.if_then(b.icmp_unsigned("==", drawn, last), likely=False):
+        b.store_atomic(const(0), ticket, "monotonic", 8)
