@@ -391,6 +391,7 @@ import numpy as np
 import test_pool as t
 from hmc.codegen.jit import Jit
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 t.ARGS.update(t.TEST_ARGS)
 jit = Jit({{**t.EMITTERS, "test_mix": t.emit_mix}})
 buffers = np.random.default_rng(0).integers(0, 1 << 60, (6, 503))
