@@ -40,6 +40,7 @@ def compile(
     concurrency: int = 1,
     slo: str = "",
     routing_profile: str | Path = "",
+    ring: int = 0,
 ) -> Plan:
     """Compile the model directory `path` into a plan.
 
@@ -47,7 +48,8 @@ def compile(
     sequence (0: what fits); `dummy_weights` needs config.json alone and makes a plan to be run with
     random weights; `layers` cuts the depth of such a plan (0: all); `threads` native workers (0:
     one a core). With GPUs, `vram` GB of each may be used (0: all), the cache holds `concurrency`
-    sequences, and `routing_profile` names recorded routing. `slo` are goals such as
+    sequences, `routing_profile` names recorded routing, and `ring` experts (at least 2; 0: as many
+    as pay) fit into the slots of a streamed prefill. `slo` are goals such as
     "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
     would lift it. Raises subclasses of `HmcError`.
     """
@@ -57,6 +59,8 @@ def compile(
         )
     if vram < 0 or concurrency < 1:
         raise UsageError("vram must not be negative, concurrency not below 1")
+    if ring < 0 or ring == 1:
+        raise UsageError(f"ring={ring}: 2 experts at least, one computed while one is loaded")
     goals = parse_goals(slo, concurrency)
     if layers and not dummy_weights:
         raise UsageError("--layers cuts the depth of a model with dummy weights only")
@@ -79,6 +83,7 @@ def compile(
             threads=threads,
             vram=int(vram * 1e9),
             concurrency=concurrency,
+            ring=ring,
             profile=_profile(routing_profile, graph),
         ),
     )

@@ -17,11 +17,10 @@ from hmc.errors import HmcError
 from hmc.machine import Machine
 from hmc.plan import Plan
 from hmc.report import measured as store
-from hmc.simulate.predict import run_decode, run_prefill
+from hmc.simulate.predict import chosen, run_decode, run_prefill
 from hmc.timeline import host_prefill, run
 
 Kind = Literal["prefill", "decode"]
-_PHASES: dict[Kind, str] = {"prefill": "prefill.host", "decode": "decode"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ class Figure:
 
 
 class Predictor:
-    """Predictions of what the runtime does with a plan: its CPU phases on the rates of `machine`.
+    """Predictions of what the runtime does with a plan on the rates of `machine`, by the phase that
+    the plan's switch-over points choose, or by one named.
 
     Raises `MachineError` when these lack what the plan uses.
     """
@@ -63,21 +63,31 @@ class Predictor:
         self.plan = plan
         self._model = CostModel(plan, machine)
 
-    def rate(self, kind: Kind, tokens: int) -> float:
+    def phase(self, kind: Kind, tokens: int) -> str:
+        """The phase of a prompt of `tokens`, or of decoding so many sequences."""
+        return chosen(self.plan, kind, tokens)
+
+    def rate(self, kind: Kind, tokens: int, phase: str = "") -> float:
         """Tokens a second of a load."""
-        phase = _PHASES[kind]
+        phase = phase or self.phase(kind, tokens if kind == "prefill" else 1)
         if kind == "prefill":
             return tokens / run_prefill(self.plan, self._model, tokens, phase).seconds
         return 1 / run_decode(self.plan, self._model, tokens, 1, phase).seconds
 
-    def figure(self, kind: Kind, tokens: int, rates: Sequence[float], measured: float) -> Figure:
+    def figure(
+        self, kind: Kind, tokens: int, rates: Sequence[float], measured: float, phase: str = ""
+    ) -> Figure:
         """The prediction of a load beside its median rate and all its rates."""
-        predicted = self.rate(kind, tokens)
+        predicted = self.rate(kind, tokens, phase)
         return Figure(kind, tokens, predicted, measured, min(rates), max(rates))
 
-    def steps(self, kind: Kind, tokens: int, measured: Mapping[int, float]) -> list[dict[str, Any]]:
-        """Seconds of every step in the order of the plan, of a whole prompt or of one token."""
-        phase = self.plan.phase(_PHASES[kind])
+    def steps(
+        self, kind: Kind, tokens: int, measured: Mapping[int, float], name: str = ""
+    ) -> list[dict[str, Any]]:
+        """Seconds of every step in the order of the phase (`name`, or the plan's choice), of a
+        whole prompt or of one token.
+        """
+        phase = self.plan.phase(name or self.phase(kind, tokens if kind == "prefill" else 1))
         if kind == "prefill":
             calls = host_prefill(phase, tokens, self._model)
         else:

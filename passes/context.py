@@ -25,7 +25,8 @@ class Options:
     """What the user asks of a compilation; 0 means: let the passes decide.
 
     `vram` bytes of each GPU may be used (0: all); the cache holds `concurrency` sequences of
-    `max_context` tokens; `profile` are recorded routing counts.
+    `max_context` tokens; `ring` experts fit into the slots of a streamed prefill; `profile` are
+    recorded routing counts.
     """
 
     max_context: int = 0
@@ -35,6 +36,7 @@ class Options:
     kv_block: int = 64
     vram: int = 0
     concurrency: int = 1
+    ring: int = 0
     profile: RoutingProfile | None = None
 
 

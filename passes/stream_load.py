@@ -17,7 +17,8 @@ Contract
     * `Plan.switches` says from which prompt length on the phase is the faster one
 
 Method
-    1. ring: a layer's experts, halved until the longest prompt's activations fit, down to 2
+    1. ring: as asked for; else a layer's experts, halved until the longest prompt's activations
+       fit, down to 2
     2. walk the steps of `prefill.host`; emit for every rank loads, computation and exchanges
     3. tokens one call can take: what memory is left for activations
     4. switch-over: bisect the prompt length at which the cost model's timelines cross
@@ -112,7 +113,8 @@ class StreamLoad:
         gpus = memory.gpus
         streamed = max(len(streamed_experts(plan, layer, 0, gpus)) for layer in memory.expert)
         wanted = plan.limits.max_context
-        longest = streamed
+        asked = min(context.options.ring, streamed)
+        longest = asked or streamed
         while longest > 2 and longest * size > memory.spare():
             longest = max(2, longest // 2)
 
@@ -137,7 +139,7 @@ class StreamLoad:
 
         calls = -(-wanted // max(1, fits(2)))
         ring = longest
-        while ring > 2 and wanted > calls * fits(ring):
+        while not asked and ring > 2 and wanted > calls * fits(ring):
             ring = max(2, ring // 2)
         if ring != longest:
             phase = emit(ring)

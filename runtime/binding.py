@@ -12,8 +12,8 @@ none of its business: `works` may run whenever the plan's events allow. One call
 at a time and one of a decode phase: phases of a kind share the same memory.
 
 A phase shared by ranks keeps the cache on gpu0: other ranks read the past of a prompt's later calls
-from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the steps
-of the link's rank alone are bound, and the past is sent to ranks that have no cache.
+from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the
+link's rank alone is bound, and the past is sent to ranks that have no cache.
 """
 
 from __future__ import annotations

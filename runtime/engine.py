@@ -16,8 +16,11 @@ import numpy.typing as npt
 
 from hmc.errors import UsageError
 from hmc.plan import Plan
+from hmc.runtime.device_phase import Devices
+from hmc.runtime.devices.base import Backend
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.generation import Ends, Generation, Stream, opened
+from hmc.runtime.kv import KVCache
 from hmc.runtime.requests import token_ids
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.sampler import Sampler, SamplingParams
@@ -32,8 +35,11 @@ class Engine:
     `ExecutionError`.
 
     `checkpoint` defaults to the directory the plan was made from. `dummy_weights` runs random
-    weights of the plan's shapes. `home` says where weights live: "mapped" (in the page cache) or
-    "arena" (copied to huge pages). `routing` counts the experts chosen.
+    weights of the plan's shapes. `home` says where weights live: "mapped" (in the page cache),
+    "arena" (copied to huge pages) or "shared" (in a memory file). `routing` counts the experts
+    chosen. `devices` run what a plan has for GPUs: "auto" and "cuda" are this machine's GPUs,
+    "host" plays them on the CPU (`delays`, a seed, shakes the order of what is not ordered). A `kv`
+    given from outside stays the caller's; `cpus` are the workers' places, instead of `threads`.
     """
 
     def __init__(
@@ -46,6 +52,10 @@ class Engine:
         home: Home = "mapped",
         progress: Progress | None = None,
         routing: RoutingRecorder | None = None,
+        devices: Devices | Backend = "auto",
+        delays: int | None = None,
+        kv: KVCache | None = None,
+        cpus: Items[int] | None = None,
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
@@ -61,6 +71,10 @@ class Engine:
             home=home,
             progress=progress,
             routing=routing,
+            devices=devices,
+            delays=delays,
+            kv=kv,
+            cpus=cpus,
         )
 
     def logits(self, token_ids: Items[int]) -> Logits:

@@ -7,9 +7,10 @@ at a time; a scheduler may keep several open and decode them together.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +22,30 @@ from hmc.codegen.isa import TIERS, require
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.detect import available_bytes, memory_limit
-from hmc.errors import CapacityError, ContextLengthError, ExecutionError, MachineError
+from hmc.errors import CapacityError, ContextLengthError, ExecutionError, UsageError
 from hmc.plan import Plan
+from hmc.runtime.device_phase import DevicePhase, DevicePhases, Devices, on_devices
+from hmc.runtime.devices.base import Backend
+from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
 from hmc.runtime.routing import RoutingRecorder
+from hmc.runtime.scheduler_policy import (
+    DECODE,
+    PREFILL,
+    chunk_tokens,
+    decode_phase,
+    prefill_phase,
+)
 from hmc.runtime.tables import Tables
 from hmc.runtime.trace import Recorder
 from hmc.runtime.weights import Home, Progress, WeightStore
 
-Logits = npt.NDArray[np.float32]
+__all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
-DECODE, PREFILL = "decode", "prefill.host"
+Logits = npt.NDArray[np.float32]
 
 
 class Executor:
@@ -52,27 +63,64 @@ class Executor:
         home: Home = "mapped",
         progress: Progress | None = None,
         routing: RoutingRecorder | None = None,
+        store: WeightStore | None = None,
+        kv: KVCache | None = None,
+        cpus: Items[int] | None = None,
+        only: str | None = None,
+        devices: Devices | Backend = "auto",
+        delays: int | None = None,
     ) -> None:
         """With `routing`, every expert chosen is counted there (and programs end at every router).
-        Raises `MachineError` (ISA), `CapacityError` (memory), and what `WeightStore.open` raises.
+        A `store` and a `kv` given from outside (shared with other processes) are used as they are
+        and stay the caller's; memory is checked without a `store` only. `cpus` are the workers'
+        places, instead of `threads`. `only` names the one phase to make ready.
+        `devices` run what a plan has for GPUs (see `device_phase.Devices`; those given from outside
+        are closed with the rest); `delays`, a seed, makes played ones run ahead of each other.
+
+        Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`
+        raises.
         """
+        phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan
         require(plan.isa)
-        _require_cpu_steps(plan)
-        check_memory(plan, dummy_weights or home == "arena")
+        wanting = [phase for phase in phases if on_devices(phase)]
+        played = bool(wanting) and (devices == "host" or isinstance(devices, HostBackend))
+        if store is None:
+            check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
             build((spec_of(kernel) for kernel in plan.kernels.values()), progress)
             jit = Jit(EMITTERS)
-            self.pool = stack.enter_context(Pool(jit, TIERS[plan.isa], threads or plan.threads))
-            self.store = WeightStore.open(
+            self.pool = stack.enter_context(
+                Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
+            )
+            self.store = store or WeightStore.open(
                 plan, directory, dummy=dummy_weights, home=home, progress=progress
             )
-            stack.callback(self.store.close)
-            self.kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
-            stack.callback(self.kv.close)
+            if store is None:
+                stack.callback(self.store.close)
+            self.kv = kv or KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
+            if kv is None:
+                stack.callback(self.kv.close)
             tables = Tables(plan, self.store)
-            self.phases: dict[str, LoweredPhase] = {}
-            for phase in plan.phases:
+            self.phases: dict[str, LoweredPhase | DevicePhase] = {}
+            if wanting:
+                opened = DevicePhases(
+                    plan,
+                    wanting,
+                    devices,
+                    self.store,
+                    self.kv,
+                    tables,
+                    jit,
+                    self.pool,
+                    delays=delays,
+                    routing=routing,
+                )
+                stack.enter_context(opened)
+                self.phases.update(opened.phases)
+            for phase in phases:
+                if on_devices(phase):
+                    continue
                 lowering = Lowering(
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
@@ -83,6 +131,7 @@ class Executor:
             self._stack = stack.pop_all()
         self._tables = tables
         self._open = True
+        self.calls: Counter[str] = Counter()
 
     @property
     def kernels_used(self) -> tuple[str, ...]:
@@ -102,9 +151,15 @@ class Executor:
         self.kv.release(sequence)
 
     def prefill(
-        self, sequence: Sequence, ids: npt.NDArray[np.int32], *, every: bool = False
+        self,
+        sequence: Sequence,
+        ids: npt.NDArray[np.int32],
+        *,
+        every: bool = False,
+        phase: str = "",
     ) -> Iterator[Logits]:
-        """Append the tokens `ids` (at least one) to a sequence, chunk by chunk.
+        """Append the tokens `ids` (at least one) to a sequence, chunk by chunk, by the phase that
+        scheduler_policy.py chooses or the one named.
 
         Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next
         chunk) with `every`, else [0, vocab], and [1, vocab] after the last. Raises
@@ -113,14 +168,16 @@ class Executor:
         self._check()
         self._check_context(sequence, len(ids))
         self.kv.reserve(sequence, len(ids))
-        # Equal chunks: a short last one would read all weights for few tokens.
-        chunks = -(-len(ids) // self.phases[PREFILL].max_tokens)
-        edges = [len(ids) * i // chunks for i in range(chunks + 1)]
-        for first, last in pairwise(edges):
+        name = phase or prefill_phase(self.plan, len(ids), every=every)
+        self._require(name)
+        first = 0
+        while first < len(ids):
+            last = first + chunk_tokens(self.plan, name, len(ids) - first, 0)
             rows = np.arange(last - first, dtype=np.int32)
             if not every:
                 rows = rows[-1:] if last == len(ids) else rows[:0]
-            yield self.append(sequence, ids[first:last], rows)
+            yield self.append(sequence, ids[first:last], rows, name)
+            first = last
 
     def append(
         self,
@@ -140,15 +197,16 @@ class Executor:
         start = sequence.length
         positions = np.arange(start, start + len(ids), dtype=np.int32)
         table = np.full(len(ids), sequence.row, np.int32)
-        logits = self.phases[phase].run(ids, positions, table, rows, sequence)
+        logits = self._require(phase).run(ids, positions, table, rows, sequence)
+        self.calls[phase] += 1
         sequence.length += len(ids)
         return logits
 
     def decode(
-        self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = DECODE
+        self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
-        until the next call.
+        until the next call. By the phase that scheduler_policy.py chooses, or the one named.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
         anything runs.
@@ -160,7 +218,9 @@ class Executor:
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
         rows = np.arange(len(sequences), dtype=np.int32)
-        logits = self.phases[phase].run(tokens, positions, table, rows)
+        name = phase or decode_phase(self.plan, len(sequences))
+        logits = self._require(name).run(tokens, positions, table, rows)
+        self.calls[name] += 1
         for sequence in sequences:
             sequence.length += 1
         return logits
@@ -183,6 +243,12 @@ class Executor:
         self._open = False
         self._stack.close()
 
+    def _require(self, name: str) -> LoweredPhase | DevicePhase:
+        """A phase by its name."""
+        if name not in self.phases:
+            raise UsageError(f"no phase {name} here: there are {', '.join(self.phases)}")
+        return self.phases[name]
+
     def _check(self) -> None:
         if not self._open:
             raise ExecutionError("the engine is closed")
@@ -196,27 +262,15 @@ class Executor:
             )
 
 
-def _require_cpu_steps(plan: Plan) -> None:
-    """Raise `MachineError` when a phase that is to run here computes on anything but the CPU."""
-    for phase in plan.phases:
-        for step in phase.steps:
-            if step.resource != "cpu":
-                raise MachineError(
-                    f"the plan is for {plan.machine.name}: phase {phase.name} computes on"
-                    f" {step.resource}, and this version runs CPU plans only; compile with"
-                    " --machine auto on the machine that is to run it"
-                )
-
-
-def check_memory(plan: Plan, own_weights: bool) -> None:
+def check_memory(plan: Plan, own_weights: bool, *, gpus_too: bool = False) -> None:
     """Raise `CapacityError` naming the largest allocation when the plan's host memory does not fit
     this machine.
 
     Mapped weights may be dropped and read again, so they count against all memory; the rest against
-    what is free now.
+    what is free now. With `gpus_too` the memory of GPUs is taken here as well: they are played.
     """
-    items = [item for item in plan.ledger if item.device == "host"]
-    weights = [item for item in items if item.detail == "weights"]
+    items = [item for item in plan.ledger if gpus_too or item.device == "host"]
+    weights = [item for item in items if item.device == "host" and item.detail == "weights"]
     own = items if own_weights else [item for item in items if item not in weights]
     cases = (
         (own, available_bytes(), "free"),

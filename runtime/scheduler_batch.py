@@ -1,7 +1,7 @@
 """The requests being computed, and one step of them all: a chunk of a prompt, then a token for
 every running sequence; hides places in the cache, sampling and what a fault ends.
 
-Everything here runs in the thread that owns the executor, but for `Job.end`. A fault in what
+Everything here runs in the thread that owns the executor. A fault in what
 belongs to one request (its sampler, mask, text or listener) ends that request alone; a fault of the
 executor is raised by `Batch.step` and concerns all.
 """
@@ -13,115 +13,86 @@ import numpy.typing as npt
 
 from hmc.errors import CapacityError, ExecutionError, HmcError
 from hmc.runtime.executor import Executor
-from hmc.runtime.generation import Answer, FinishReason, Generation, Timings
 from hmc.runtime.kv import Sequence
 from hmc.runtime.logprobs import token_logprob
-from hmc.runtime.requests import Request, Ticket, TokenLogprob, Update
-from hmc.runtime.scheduler_policy import chunk_tokens, decode_phase, prefill_phase
-from hmc.runtime.scheduler_stats import Clock, Meter
+from hmc.runtime.prefill_worker import PrefillWorker
+from hmc.runtime.scheduler_job import Job, as_error
+from hmc.runtime.scheduler_policy import (
+    chunk_tokens,
+    decode_phase,
+    in_own_process,
+    prefill_phase,
+)
+from hmc.runtime.scheduler_prefill import PrefillsBeside, PrefillState
+from hmc.runtime.scheduler_stats import Meter
 
 _NO_ROWS = np.zeros(0, np.int32)
-
-
-class Job:
-    """A request on its way: its ticket, its answer so far and its clock."""
-
-    def __init__(
-        self,
-        request: Request,
-        ids: npt.NDArray[np.int32],
-        ticket: Ticket,
-        context: int,
-        meter: Meter,
-        clock: Clock,
-    ) -> None:
-        self.request, self.ids, self.ticket = request, ids, ticket
-        self.answer = Answer(request.text, ids, request.ends, context)
-        self.sequence: Sequence | None = None
-        self.phase = ""
-        self.cached = 0
-        self.scored: list[TokenLogprob] | None = [] if request.prompt_logprobs else None
-        # The last token is sampled, not stored.
-        self.most_tokens = min(len(ids) + max(request.ends.max_new_tokens - 1, 0), context)
-        self._meter, self._clock = meter, clock
-        self._began = clock()
-        self._first = self._last = 0.0
-
-    def stamp(self) -> None:
-        """A token has been sampled now."""
-        self._last = self._clock()
-        self._first = self._first or self._last
-
-    def tell(self, piece: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
-        """Give an update to the listener, whose error is raised."""
-        if self.request.listener is not None and not self.ticket.done:
-            self.request.listener(self._update(piece, tokens, logprobs))
-
-    def end(
-        self,
-        reason: FinishReason,
-        error: HmcError | None = None,
-        piece: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-    ) -> None:
-        """The last update, then those who wait are woken; from any thread, only the first call
-        counts.
-        """
-        if not self.ticket.claim():
-            return
-        if self.request.listener is not None:
-            try:
-                self.request.listener(self._update(piece, tokens, logprobs, reason, error))
-            except Exception as fault:  # the caller's own code: anything may come
-                reason, error = "error", error or as_error(self, "listener", fault)
-        answer = self.answer
-        tokens = tuple(answer.tokens)
-        self._meter.ended(reason)
-        self.ticket.settle(Generation(answer.text, tokens, reason, self._timings()), error)
-
-    def _update(
-        self,
-        piece: str,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...],
-        reason: FinishReason | None = None,
-        error: HmcError | None = None,
-    ) -> Update:
-        scored, self.scored = self.scored, None
-        return Update(
-            piece=piece,
-            token_ids=tokens,
-            logprobs=logprobs,
-            prompt_logprobs=None if scored is None else tuple(scored),
-            finish_reason=reason,
-            error=error,
-            cached_tokens=self.cached,
-            timings=None if reason is None else self._timings(),
-        )
-
-    def _timings(self) -> Timings:
-        ttft = self._first - self._began if self._first else 0.0
-        total = self._last - self._began if self._last else 0.0
-        return Timings(len(self.ids), len(self.answer.tokens), ttft, total)
+_TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 
 
 class Batch:
-    """`prefilling` is the request whose prompt is computed, one at a time, first come first served;
-    `running` those that decode.
+    """`prefilling` is the request whose prompt is computed here, one at a time, first come first
+    served; `running` those that decode; the prompts of others are with the prefill process, if
+    there is one.
     """
 
-    def __init__(self, executor: Executor, meter: Meter, *, prefix_cache: bool) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        meter: Meter,
+        *,
+        prefix_cache: bool,
+        prefill: PrefillWorker | None = None,
+        silence: float = 0.0,
+    ) -> None:
+        """`silence` is how many seconds the process of `prefill` may not be heard of."""
         self.prefilling: Job | None = None
         self.running: list[Job] = []
         self._executor, self._meter, self._reuse = executor, meter, prefix_cache
+        self._beside: PrefillsBeside[Job] | None = None
+        if prefill is not None:
+            self._beside = PrefillsBeside(
+                prefill, grown=self._keep, release=self._release, silence=silence
+            )
         self._full = False  # the cache was, and nothing has been released since
 
     @property
     def jobs(self) -> list[Job]:
         """All of them."""
         prefilling = self.prefilling
-        return [*self.running, *([] if prefilling is None else [prefilling])]
+        here = [] if prefilling is None else [prefilling]
+        return [*self.running, *here, *self.beside]
+
+    @property
+    def beside(self) -> list[Job]:
+        """Those whose prompts are with the prefill process."""
+        return [] if self._beside is None else self._beside.owners
+
+    @property
+    def prefill(self) -> PrefillState | None:
+        """The prefill process now."""
+        return None if self._beside is None else self._beside.state()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody holds blocks of the cache, not even the process for a prompt that was
+        cancelled.
+        """
+        return not self.jobs and (self._beside is None or self._beside.empty)
+
+    @property
+    def waits(self) -> bool:
+        """Whether only the prefill process has something to do."""
+        return not self.running and self.prefilling is None and not self.empty
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until the next step while there is nothing to compute here; None: there is no
+        prefill process to look after.
+        """
+        if self._beside is None:
+            return None
+        return _TEND_IDLE_SECONDS if self._beside.empty else _TEND_SECONDS
 
     def admit(self, job: Job) -> bool:
         """Give the request a row and all the blocks it may come to need; False when it has to wait.
@@ -129,7 +100,7 @@ class Batch:
         Reserving the worst case means that a request that has begun is never short of room.
         """
         kv = self._executor.kv
-        if self.prefilling is not None or not kv.rows_free or (self._full and self.running):
+        if self.prefilling is not None or not kv.rows_free or (self._full and not self.empty):
             return False
         sequence = self._executor.open()
         if self._reuse and not job.request.prompt_logprobs:
@@ -137,23 +108,36 @@ class Batch:
         try:
             kv.reserve(sequence, job.most_tokens - sequence.length)
         except CapacityError:
-            self._executor.release(sequence)
+            self._release(sequence)
             job.cached, self._full = 0, True
             return False
         self._meter.reused(job.cached)
         job.sequence = sequence
-        job.phase = prefill_phase(self._executor.plan, len(job.ids) - job.cached)
-        self.prefilling = job
+        job.phase = prefill_phase(
+            self._executor.plan,
+            len(job.ids) - job.cached,
+            every=job.scored is not None,
+            decoding=len(self.running),
+        )
+        left, every = len(job.ids) - job.cached, job.scored is not None
+        if self._beside is not None and in_own_process(
+            self._executor.plan, job.phase, left, every=every
+        ):
+            self._beside.start(job, sequence, job.ids)
+        else:
+            self.prefilling = job
         return True
 
     def step(self) -> None:
-        """End what has been cancelled, compute a chunk of a prompt, then decode. Raises what the
-        executor raises.
+        """End what has been cancelled, take what the prefill process has done, compute a chunk of
+        a prompt, then decode. Raises what the executor raises.
         """
         for job in self.jobs:
             if job.ticket.cancelled:
                 self._leave(job)
                 job.end("cancelled")
+        if self._beside is not None:
+            self._take(self._beside)
         if self.prefilling is not None:
             self._prefill(self.prefilling)
         if self.running:
@@ -164,6 +148,25 @@ class Batch:
         for job in self.jobs:
             self._leave(job)
             job.end("error", error)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until the prefill process has let go of the cache, two seconds at most: then it is
+        ended.
+        """
+        if self._beside is not None:
+            self._beside.finish()
+
+    def _take(self, beside: PrefillsBeside[Job]) -> None:
+        for arrival in beside.tend():
+            job = arrival.owner
+            self.running.append(job)
+            if arrival.logits is not None:
+                self._meter.handed_over(len(job.ids) - job.cached)
+                self._begin(job, arrival.logits)
+            else:
+                self._leave(job)
+                job.end("error", arrival.error)
 
     def _prefill(self, job: Job) -> None:
         sequence = job.sequence
@@ -177,8 +180,7 @@ class Batch:
         with self._meter.call(job.phase, prefilled=count):
             ids = job.ids[first : first + count]
             logits = self._executor.append(sequence, ids, rows, job.phase)
-        if self._reuse:
-            self._executor.kv.keep(sequence, job.ids)
+        self._keep(sequence, job.ids)
         if job.scored is not None:
             top = job.request.logprobs or 0
             for row, token in zip(logits, job.ids[first + 1 :].tolist(), strict=False):
@@ -187,11 +189,15 @@ class Batch:
             return
         self.running.append(job)
         self.prefilling = None
+        self._begin(job, logits[-1])
+
+    def _begin(self, job: Job, logits: npt.NDArray[np.float32]) -> None:
+        """The prompt of a running request is in the cache."""
         if job.request.ends.max_new_tokens < 1:
             self._leave(job)
             job.end("length")
         else:
-            self._advance(job, logits[-1])
+            self._advance(job, logits)
 
     def _decode(self) -> None:
         jobs = list(self.running)
@@ -232,25 +238,25 @@ class Batch:
 
     def _leave(self, job: Job) -> None:
         """Free the request's place."""
+        sequence, job.sequence = job.sequence, None
+        if self._beside is not None and job in self._beside.owners:
+            self._beside.drop(job)  # and releases when the process has let go
+            return
         if job is self.prefilling:
             self.prefilling = None
         else:
             self.running.remove(job)
-        if job.sequence is not None:
-            self._executor.release(job.sequence)
-            job.sequence = None
+        if sequence is not None:
+            self._release(sequence)
+
+    def _keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
+        """What a prefill has stored of a prompt may serve others."""
+        if self._reuse:
+            self._executor.kv.keep(sequence, ids)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._executor.release(sequence)
         self._full = False
-
-
-def as_error(job: Job, part: str, fault: Exception) -> HmcError:
-    """`fault` if it is one of ours, else an `ExecutionError` that names the request and `part`."""
-    if isinstance(fault, HmcError):
-        return fault
-    error = ExecutionError(
-        f"request {job.ticket.id}: its {part} raised {type(fault).__name__}: {fault}"
-    )
-    error.__cause__ = fault
-    return error
 
 
 def _masked(job: Job, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

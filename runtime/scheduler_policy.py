@@ -1,13 +1,21 @@
-"""Which phase computes a prompt or a decode step, and how much of a prompt goes into one chunk.
+"""Which phase computes a prompt or a decode step, and how much of a prompt goes into one chunk; one
+place for the engine and the scheduler.
 
 The policy, as far as the phases of a plan allow it:
     * the plan's switch-over points choose the phase: for a prompt by the tokens left to compute,
       for a decode step by the number of sequences. Without switches: `prefill.host` and `decode`.
+    * a prompt of which every token's logits are wanted, and one with too few tokens for the GPUs
+      that share a phase, run in `prefill.host`.
+    * a prompt that would stream its weights while others decode does so beside them where the plan
+      has a phase for that (`prefill.beside`).
     * a prompt in `prefill.host` runs in chunks. Alone, they are as long as the plan allows; while
       others decode, a quarter of it, and after each chunk every running sequence gets a token. So
       nobody waits for more than a quarter chunk between two tokens, however long the prompt is.
       A chunk reads nearly all experts whatever its length, so much shorter ones would make the
       prompt late without making the others faster.
+    * with a prefill process beside the scheduler, it takes the prompts in `prefill.host` that are
+      longer than a whole chunk and of which the last logits alone are wanted. Shorter ones would
+      not gain: beside decode they delay every other by four quarter chunks at most.
     * any other prefill phase streams the weights once for all it is given: such a prompt goes in
       one call as far as the phase takes it.
 """
@@ -17,14 +25,28 @@ from __future__ import annotations
 from typing import Literal
 
 from hmc.plan import Plan
-from hmc.runtime.executor import DECODE, PREFILL
 
+DECODE, PREFILL, BESIDE = "decode", "prefill.host", "prefill.beside"
 _BESIDE_DECODE = 4
 
 
-def prefill_phase(plan: Plan, tokens: int) -> str:
-    """The phase for a prompt of which `tokens` are left to compute."""
-    return _phase(plan, "prefill", tokens, PREFILL)
+def prefill_phase(plan: Plan, tokens: int, *, every: bool = False, decoding: int = 0) -> str:
+    """The phase for a prompt of which `tokens` are left to compute, `every` one's logits wanted or
+    the last one's alone, while `decoding` sequences decode.
+    """
+    found = PREFILL if every else _phase(plan, "prefill", tokens, PREFILL)
+    if found == PREFILL:
+        return found
+    if decoding and any(phase.name == BESIDE for phase in plan.phases):
+        return BESIDE
+    return found if tokens >= 2 * plan.phase(found).ranks else PREFILL
+
+
+def in_own_process(plan: Plan, phase: str, tokens: int, *, every: bool) -> bool:
+    """Whether a prefill process, where there is one, computes a prompt of that `phase` of which
+    `tokens` are left.
+    """
+    return phase == PREFILL and not every and tokens > plan.limits.max_chunk
 
 
 def decode_phase(plan: Plan, batch: int) -> str:

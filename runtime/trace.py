@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hmc.plan import Plan
+from hmc.plan import Plan, Step
 from hmc.runtime.pool import Pool
 
 
@@ -39,6 +39,18 @@ class PythonRun:
     stop: int
 
 
+@dataclass(frozen=True)
+class ScheduledRun:
+    """One run of a schedule over several streams: of each of its steps, start and end in
+    CLOCK_MONOTONIC nanoseconds.
+    """
+
+    phase: str
+    steps: tuple[Step, ...]
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
 class Recorder:
     """Collects runs; `by_step` and `native_seconds` sum them up."""
 
@@ -47,6 +59,7 @@ class Recorder:
         self._tick, self._nanosecond = pool.clock()
         self.programs: list[ProgramRun] = []
         self.calls: list[PythonRun] = []
+        self.schedules: list[ScheduledRun] = []
 
     def run(self, phase: str, records: npt.NDArray[np.int64]) -> None:
         """Run a program's records with time stamps."""
@@ -60,6 +73,18 @@ class Recorder:
         function()
         self.calls.append(PythonRun(phase, step, name, start, time.monotonic_ns()))
 
+    def scheduled(
+        self,
+        phase: str,
+        steps: Iterable[Step],
+        start: Iterable[float],
+        stop: Iterable[float],
+        began: int,
+    ) -> None:
+        """Note when the steps of a schedule ran: seconds since `began`, CLOCK_MONOTONIC ns."""
+        first, last = (tuple(began + round(t * 1e9) for t in times) for times in (start, stop))
+        self.schedules.append(ScheduledRun(phase, tuple(steps), first, last))
+
     def by_step(self, phase: str = "") -> dict[int, float]:
         """Seconds in kernels by step (of one phase, or of all), averaged over the workers."""
         result: dict[int, float] = defaultdict(float)
@@ -72,8 +97,17 @@ class Recorder:
         return dict(result)
 
     def with_python(self, phase: str) -> dict[int, float]:
-        """`by_step` of a phase and the seconds of its steps' Python segments."""
-        result = self.by_step(phase)
+        """Seconds of the steps of a phase: kernels and Python segments, or where it runs as a
+        schedule, from the start to the end of each.
+        """
+        result: dict[int, float] = defaultdict(float)
+        for run in self.schedules:
+            if run.phase == phase:
+                for step, start, stop in zip(run.steps, run.start, run.stop, strict=True):
+                    result[step.id] += (stop - start) / 1e9
+        if result:
+            return dict(result)
+        result |= self.by_step(phase)
         for call in self.calls:
             if call.phase == phase:
                 result[call.step] = result.get(call.step, 0.0) + (call.stop - call.start) / 1e9
@@ -93,7 +127,9 @@ class Recorder:
 
 
 def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
-    """The recorded runs in Chrome's trace event format: a row a worker, and one for Python."""
+    """The recorded runs in Chrome's trace event format: a row a worker, one for Python, and
+    one for each stream of a schedule.
+    """
     events: list[dict[str, Any]] = []
     workers = 0
     for run in recorder.programs:
@@ -110,7 +146,17 @@ def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
     for call in recorder.calls:
         start, stop = (recorder.since_start(each) for each in (call.start, call.stop))
         events.append(_event(call.name, call.phase, workers, start, stop))
+    streams = sorted({step.resource for run in recorder.schedules for step in run.steps})
+    rows = {name: workers + 1 + number for number, name in enumerate(streams)}
+    for schedule in recorder.schedules:
+        for step, first, last in zip(schedule.steps, schedule.start, schedule.stop, strict=True):
+            start, stop = recorder.since_start(first), recorder.since_start(last)
+            events.append(
+                _event(step.op, schedule.phase, rows[step.resource], start, stop)
+                | {"args": {"step": step.id, "layer": step.layer}}
+            )
     names = [f"worker {number}" for number in range(workers)] + ["Python"]
+    names += [f"stream {name}" for name in streams]
     events += [
         {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": name}}
         for number, name in enumerate(names)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,6 +32,7 @@ from hmc.plan import Phase, Plan
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import Sequence as CacheSequence
 from hmc.runtime.sampler import Sampler, SamplingParams
+from hmc.runtime.scheduler_policy import DECODE, PREFILL, decode_phase, prefill_phase
 
 _WARM_STEPS = 4
 
@@ -45,6 +47,7 @@ class PromptRow:
     seconds: tuple[float, ...]
     compared: Compared
     by_step: Mapping[int, float]
+    phase: str = PREFILL
 
     kind: ClassVar[Literal["prefill"]] = "prefill"
 
@@ -107,6 +110,7 @@ class DecodeRow:
     python: tuple[float, ...]
     ops: tuple[OpShare, ...]
     by_step: Mapping[int, float]
+    phase: str = DECODE
 
     kind: ClassVar[Literal["decode"]] = "decode"
 
@@ -153,11 +157,14 @@ class ModelBench:
         *,
         repetitions: int = 5,
         megabytes: int = 0,
+        phases: Mapping[str, str] = MappingProxyType({}),
         report: Report = silent,
     ) -> None:
-        """Runs the sweep for the streaming read (`megabytes` a pass, 0: as MemoryReference)."""
+        """Runs the sweep for the streaming read (`megabytes` a pass, 0: as MemoryReference).
+        `phases` names the phase of every "prefill" or "decode"; else the plan's switches do.
+        """
         self.plan, self._executor, self._repetitions = executor.plan, executor, repetitions
-        self._report = report
+        self._report, self._phases = report, phases
         jit, isa = Jit(EMITTERS), TIERS[self.plan.isa]
         self.memory = MemoryReference(executor.pool, jit, isa, megabytes=megabytes, report=report)
         self.peak = PeakReference(executor.pool, jit, isa)
@@ -176,13 +183,14 @@ class ModelBench:
         compared = interleave(rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report)
         with self._executor.recorded() as recorder:
             self._prefill(tokens)
-        steps = recorder.with_python("prefill.host")
-        return PromptRow(tokens, tuple(seconds), compared, steps)
+        name = self._phases.get("prefill") or prefill_phase(self.plan, tokens)
+        steps = recorder.with_python(name)
+        return PromptRow(tokens, tuple(seconds), compared, steps, name)
 
     def decode(self, tokens: int, context: int = 0) -> DecodeRow:
         """`tokens` steps of one sequence behind `context` tokens; repetitions start at the same
         place."""
-        phase = self.plan.phase("decode")
+        phase = self.plan.phase(self._decode_phase)
         size = active_bytes(self.plan)
         steps: list[_Steps] = []
         with self._sequence(context) as sequence:
@@ -207,14 +215,25 @@ class ModelBench:
                 step.id: median(each.by_step.get(step.id, 0.0) for each in steps) / tokens
                 for step in phase.steps
             },
+            phase.name,
         )
+
+    @property
+    def calls(self) -> Mapping[str, int]:
+        """How often each phase has run."""
+        return self._executor.calls
+
+    @property
+    def _decode_phase(self) -> str:
+        return self._phases.get("decode") or decode_phase(self.plan, 1)
 
     def _prefill(self, tokens: int) -> float:
         ids = self._ids(tokens)
         sequence = self._executor.open()
         try:
             start = time.perf_counter()
-            *_, logits = self._executor.prefill(sequence, ids)
+            phase = self._phases.get("prefill", "")
+            *_, logits = self._executor.prefill(sequence, ids, phase=phase)
             seconds = time.perf_counter() - start
         finally:
             self._executor.release(sequence)
@@ -227,12 +246,14 @@ class ModelBench:
         with self._executor.recorded() as recorder:
             start = time.perf_counter()
             for index in range(tokens):
-                logits = self._executor.decode([sequence], ids[index : index + 1])
+                token = ids[index : index + 1]
+                logits = self._executor.decode([sequence], token, self._decode_phase)
                 sampler.sample(logits[0])  # takes its time; what comes next is random all the same
             seconds = time.perf_counter() - start
         _check(logits)
-        by_step = recorder.by_step()
-        return _Steps(seconds, recorder.native_seconds(), sum(by_step.values()), by_step)
+        kernels = sum(recorder.by_step().values())
+        by_step = recorder.with_python(self._decode_phase)
+        return _Steps(seconds, recorder.native_seconds(), kernels, by_step)
 
     def _warm(self) -> None:
         """Read what prompts and steps read, so that no measured one maps pages or compiles."""

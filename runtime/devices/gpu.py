@@ -32,6 +32,7 @@ class Gpu:
         self._backend = backend
         self._room = room
         self._held: dict[int, tuple[torch.Tensor, int]] = {}
+        self._closed = False
         self.used = 0
         self.peak = 0
 
@@ -60,7 +61,10 @@ class Gpu:
         return whole[start : start + nbytes]
 
     def free(self, tensor: torch.Tensor) -> None:
-        """Give an allocation back; `ExecutionError` for a tensor that is none."""
+        """Give an allocation back; `ExecutionError` for a tensor that is none. After `close` there
+        is nothing left to give back."""
+        if self._closed:
+            return
         held = self._held.pop(tensor.untyped_storage().data_ptr(), None)
         if held is None:
             raise ExecutionError(f"{self.name}: a tensor is freed that was not allocated here")
@@ -76,5 +80,6 @@ class Gpu:
 
     def close(self) -> None:
         """Free all of its memory."""
+        self._closed = True
         self._held.clear()
         self.used = 0

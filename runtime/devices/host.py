@@ -7,6 +7,7 @@ The same schedules run here as on GPUs, so what a missing event breaks shows, ab
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -19,14 +20,21 @@ class HostBackend:
     """A `Backend` of threads. Not safe for use from several threads."""
 
     def __init__(
-        self, gpus: int, memory_bytes: int, *, delays: int | None = None, timeout: float = 120.0
+        self,
+        gpus: int,
+        memory_bytes: int | Sequence[int],
+        *,
+        delays: int | None = None,
+        timeout: float = 120.0,
     ) -> None:
-        """`gpus` devices of `memory_bytes` each; `timeout` seconds as in `Board`."""
+        """`gpus` devices of `memory_bytes` each, or of one entry each; `timeout` seconds as in
+        `Board`."""
         self._board = Board(timeout)
         self._delays = delays
+        sizes = [memory_bytes] * gpus if isinstance(memory_bytes, int) else memory_bytes
         self.devices = tuple(
-            Gpu(f"gpu{number}", torch.device("cpu"), self, lambda gpu: memory_bytes - gpu.used)
-            for number in range(gpus)
+            Gpu(f"gpu{number}", torch.device("cpu"), self, _room(size))
+            for number, size in zip(range(gpus), sizes, strict=True)
         )
 
     def stream(self, resource: str) -> Worker:
@@ -62,3 +70,7 @@ class HostBackend:
         self._board.close()
         for device in self.devices:
             device.close()
+
+
+def _room(size: int) -> Callable[[Gpu], int]:
+    return lambda gpu: size - gpu.used

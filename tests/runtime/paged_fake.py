@@ -69,13 +69,14 @@ class PagedFake:
         )
         phases = {
             PREFILL: SimpleNamespace(max_tokens=chunk),
-            "prefill.stream": SimpleNamespace(max_tokens=context),
+            "prefill.stream": SimpleNamespace(max_tokens=context, ranks=1),
             DECODE: SimpleNamespace(max_tokens=batch),
         }
         self.plan = SimpleNamespace(
             limits=SimpleNamespace(max_context=context, max_chunk=chunk, max_batch=batch),
             model=SimpleNamespace(vocab=VOCAB),
             switches=switches,
+            phases=(),
             kv=layout,
             phase=phases.__getitem__,
         )

@@ -238,6 +238,9 @@ class Buffers:
     def cache(self, layer: int, part: int) -> torch.Tensor:
         return self.caches[part]
 
+    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
+        return self.caches[part][call.past_slots]
+
 
 def step_of(op: str, buffers: Buffers, outputs: str, **attrs: int | float | str) -> Step:
     """A step over all columns of every buffer."""

@@ -1,0 +1,172 @@
+"""Processes of ranks: what is counted, what is refused, and how every fault ends in one error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import faulty_rank
+import numpy as np
+import pytest
+from checkpoints import prompt
+from rank_bench import Bench, bench
+from split_plans import STREAM, split_plan
+
+from hmc.errors import CapacityError, ExecutionError, HmcError, UsageError, WorkerError
+from hmc.plan import Plan
+from hmc.runtime.ranks import RankGroup, open_ranks
+from hmc.runtime.weights import WeightStore
+
+IDS = np.array(prompt(45), np.int32)
+
+
+@contextmanager
+def faulty(fault: str) -> Iterator[None]:
+    """Ranks started meanwhile have the fault."""
+    command = (sys.executable, faulty_rank.__file__, fault)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hmc.runtime.ranks_process.COMMAND", command)
+        yield
+
+
+def gone(pids: dict[int, int]) -> None:
+    """No process is left, not even unreaped."""
+    assert pids
+    for pid in pids.values():
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def fails(found: Bench, seconds: float) -> HmcError:
+    """The error of a prefill, which ends in time and leaves no process."""
+    pids, began = found.group.pids, time.monotonic()
+    with pytest.raises(HmcError) as caught:
+        found.by_processes(found.kv.open(), IDS)
+    assert time.monotonic() - began < seconds
+    gone(pids)
+    with pytest.raises(HmcError) as again:
+        found.group.wait_ready()
+    assert str(again.value) == str(caught.value) or "rank 0 failed" in str(again.value)
+    return caught.value
+
+
+def wide(checkpoint: Callable[..., Path]) -> Path:
+    """Every token has all 8 experts."""
+    sizes = {"num_experts_per_tok": 8, "num_local_experts": 8}
+    return checkpoint("mixtral", "bf16", layers=2, **sizes)
+
+
+def test_bytes_are_exact_and_a_lost_rank_can_be_started_again(
+    checkpoint: Callable[..., Path],
+) -> None:
+    with bench(wide(checkpoint), 2) as found:
+        first = found.by_processes(found.kv.open(), IDS)
+        rows = found.group.traffic()
+        assert [(row.rank, row.layer) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+        pieces = [0, 11, 22, 33, 45]  # of 45 tokens: rank 0 has 11 + 12, rank 1 the rest
+        shares = [pieces[1] + pieces[4] - pieces[3], pieces[3] - pieces[1]]
+        held = {0: 0, 1: 0}
+        for step in found.plan.phase(STREAM).steps:
+            if step.op == "experts" and step.layer == 0:
+                held[int(step.resource[3:])] += int(step.attrs["count"])
+        for row in rows:
+            other = 1 - row.rank
+            assert row.gathered == 2 * 192 * max(shares)
+            assert row.exchanged == 2 * 192 * shares[other]
+            assert row.dispatched == 2 * 192 * shares[row.rank] * held[other]
+            assert row.combined == 2 * 192 * shares[other] * held[row.rank]
+            assert 2 * row.experts <= row.dispatch_combine
+            assert row.past == 0
+
+        os.kill(found.group.pids[1], signal.SIGKILL)
+        os.waitid(os.P_PID, found.group.pids[1], os.WEXITED | os.WNOWAIT)
+        assert "was killed by signal 9" in str(fails(found, 10))
+        found.group.restart()
+        np.testing.assert_array_equal(found.by_processes(found.kv.open(), IDS), first)
+        pids = found.group.pids
+    gone(pids)
+
+
+def test_a_rank_killed_in_the_middle_of_a_prefill(checkpoint: Callable[..., Path]) -> None:
+    sizes = {"num_experts_per_tok": 4}
+    directory = checkpoint("mixtral", "bf16", layers=2, **sizes)
+    with faulty("slow"), bench(directory, 4) as found:
+        found.group.wait_ready()
+        killer = threading.Timer(0.7, os.kill, (found.group.pids[2], signal.SIGKILL))
+        killer.start()
+        error = fails(found, 10)
+        killer.join()
+        assert isinstance(error, WorkerError)
+        assert "rank 2 (process" in str(error)
+        assert "SIGKILL" in str(error)
+
+
+def test_a_rank_that_raises(checkpoint: Callable[..., Path]) -> None:
+    with faulty("raise"), bench(wide(checkpoint), 2) as found:
+        error = fails(found, 60)
+        assert isinstance(error, ExecutionError)
+        assert str(error).startswith("rank 1: ")
+        assert "(sort, layer 1) failed on gpu1: ValueError: a fault for a test" in str(error)
+
+
+def test_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
+    with faulty("hang"), bench(wide(checkpoint), 2, seconds=3) as found:
+        found.group.wait_ready()
+        error = fails(found, 12)
+        assert isinstance(error, WorkerError)
+        assert "rank 1 (process" in str(error)
+        assert "(sort, layer 1)" in str(error)
+
+
+def test_a_rank_that_is_stopped(checkpoint: Callable[..., Path]) -> None:
+    with bench(wide(checkpoint), 2, seconds=3) as found:
+        found.by_processes(found.kv.open(), IDS)
+        os.kill(found.group.pids[1], signal.SIGSTOP)
+        error = fails(found, 12)
+        assert "rank 1 (process" in str(error)
+        assert "does not answer" in str(error)
+
+
+def test_a_rank_without_enough_memory(checkpoint: Callable[..., Path]) -> None:
+    directory = wide(checkpoint)
+    plan = split_plan(directory, gpus=2)
+    gpus = (plan.machine.gpus[0], plan.machine.gpus[1].model_copy(update={"memory_bytes": 1 << 18}))
+    plan = plan.model_copy(update={"machine": plan.machine.model_copy(update={"gpus": gpus})})
+    with shared(plan, directory) as group:
+        pids = group.pids
+        with pytest.raises(CapacityError, match="rank 1: gpu1 cannot hold"):
+            group.wait_ready()
+        gone(pids)
+
+
+def test_what_cannot_be_shared_is_refused(checkpoint: Callable[..., Path]) -> None:
+    directory = checkpoint("mixtral", "bf16", layers=2)
+    store = WeightStore.open(split_plan(directory, gpus=2), directory)
+
+    def refused(plan: Plan, count: int, words: str, weights: WeightStore = store) -> None:
+        with pytest.raises(UsageError, match=words):
+            open_ranks(plan, count, store=weights, directory=directory)
+
+    plan = split_plan(directory, gpus=2)
+    refused(plan, 4, "4 ranks are asked for, but the plan shares prompts between 2 GPUs")
+    refused(split_plan(directory, gpus=1), 2, "shares no prompt between GPUs")
+    refused(split_plan(directory, gpus=4), 4, "4 ranks, but a token has 2 experts")
+    dummy = WeightStore.open(plan, None, dummy=True)
+    refused(plan, 2, "private memory cannot be shared", dummy)
+    dummy.close()
+    store.close()
+
+
+@contextmanager
+def shared(plan: Plan, directory: Path) -> Iterator[RankGroup]:
+    """The ranks of a plan, without rank 0's part."""
+    store = WeightStore.open(plan, directory)
+    with open_ranks(plan, store=store, directory=directory, threads=1) as group:
+        yield group
+    store.close()

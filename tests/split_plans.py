@@ -1,0 +1,77 @@
+"""Small checkpoints compiled for GPUs of chosen sizes, so that some experts are on them and the
+rest streams or stays on the host; needs no GPU, since a plan is only data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.fx
+
+from hmc.compiler import compile as compile_plan
+from hmc.detect import load_machine
+from hmc.graph import meta
+from hmc.machine import Machine
+from hmc.passes import Context
+from hmc.passes.budget import divide
+from hmc.passes.context import Budget, stored_bytes
+from hmc.plan import Plan, Switch
+
+STREAM, DUAL, BESIDE = "prefill.stream", "decode.dual", "prefill.beside"
+
+
+@lru_cache
+def machine(gpus: int) -> Machine:
+    """This machine's CPU with GPUs and rates of a named machine."""
+    found, named = load_machine("auto"), load_machine("epyc9355-rtx5090x2")
+    assert named.rates is not None
+    rates = named.rates.model_copy(update={"read": named.rates.read[:1] * len(found.nodes)})
+    return found.model_copy(
+        update={"name": "test", "gpus": (named.gpus * 2)[:gpus], "rates": rates}
+    )
+
+
+def split_plan(
+    directory: Path,
+    *,
+    gpus: int = 1,
+    held: float = 0.5,
+    beside: int = 1 << 28,
+    switches: bool = False,
+    **options: Any,
+) -> Plan:
+    """A plan with `held` of the routed experts on the GPUs, `beside` bytes of each for streaming;
+    both decode phases are taken. With `switches`, prompts of 16 tokens stream, and two sequences
+    are decoded in two lanes, whatever is predicted.
+    """
+
+    def budget(graph: torch.fx.GraphModule, about: Context) -> Budget:
+        found = divide(graph, about)
+        assert found is not None
+        size = sum(
+            stored_bytes(about.source(weight)[0]) * weight.experts
+            for node in graph.graph.nodes
+            for weight in meta(node).weights
+            if weight.experts
+        )
+        room = int(held * size / gpus)
+        usable = [room + found.workspace + beside] * gpus
+        usable[0] += found.dense + found.cache
+        return replace(found, usable=tuple(usable), experts=(room,) * gpus)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("hmc.passes.expert_placement.divide", budget)
+        patched.setattr("hmc.passes.dual_batch.WORTHWHILE", 0.0)
+        settings = {"max_context": 256, "max_chunk": 64, "threads": 2, **options}
+        plan = compile_plan(directory, machine=machine(gpus), **settings)
+    names = {phase.name for phase in plan.phases}
+    if not switches or STREAM not in names:
+        return plan
+    points = [Switch(kind="prefill", phase=STREAM, tokens=16)]
+    if DUAL in names:
+        points.append(Switch(kind="decode", phase=DUAL, tokens=2))
+    return plan.model_copy(update={"switches": tuple(points)})
