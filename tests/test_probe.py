@@ -89,18 +89,14 @@ def test_the_file_plans_and_predicts(small: None, tmp_path: Path, run: Run) -> N
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
 
 
-def test_table(small: None, tmp_path: Path, run: Run) -> None:
-    code, out, _ = run("-o", tmp_path / "m.json")
-    assert code == 0
-    for part in ("hmc probe", "gemv", "fp8 96x256", "GB/s", "GFLOP/s", "us", "0 GPU"):
-        assert part in out
-
-
-def test_the_profile_is_the_default_place(
+def test_the_table_and_the_default_place(
     small: None, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HMC_CONFIG", str(tmp_path / "config"))
-    assert run()[0] == 0
+    code, out, _ = run()
+    assert code == 0
+    for part in ("hmc probe", "gemv", "fp8 96x256", "GB/s", "GFLOP/s", "us", "0 GPU"):
+        assert part in out
     assert load_machine(str(tmp_path / "config" / "machine.json")).rates is not None
 
 
