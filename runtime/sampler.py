@@ -18,11 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ExecutionError, UsageError
+from hmc.runtime.largest import largest, nucleus
 
+Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-_FIRST_CANDIDATES = 1024  # top-p looks at this many tokens before it sorts more
+_BLOCK = 512  # weights that are summed at once before a draw
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class SamplingParams:
     """How to choose tokens; the defaults change nothing about the model's distribution but take its
     mode (greedy).
 
-    temperature         >= 0; 0 is greedy top_k               >= 0; 0 is off; tokens that tie with
-    the k-th stay top_p               0 < p <= 1; the smallest set of likeliest tokens whose
-    probability reaches p; 1 is off min_p               0 <= p <= 1; tokens at least p times as
-    likely as the likeliest; 0 is off repetition_penalty  > 0; positive logits of seen tokens
-    (prompt and answer) are divided by it, negative ones
-                        multiplied (CTRL, arXiv:1909.05858); 1 is off
+    temperature         >= 0; 0 is greedy
+    top_k               >= 0; 0 is off; tokens that tie with the k-th stay
+    top_p               0 < p <= 1; the smallest set of likeliest tokens whose probability reaches
+                        p, of equally likely ones the lowest ids; 1 is off
+    min_p               0 <= p <= 1; tokens at least p times as likely as the likeliest; 0 is off
+    repetition_penalty  > 0; positive logits of seen tokens (prompt and answer) are divided by it,
+                        negative ones multiplied (CTRL, arXiv:1909.05858); 1 is off
     seed                >= 0, or None for one from the operating system
     """
 
@@ -101,74 +104,98 @@ class Sampler:
 
         Raises `ExecutionError` when the logits hold a NaN or no finite value.
         """
-        ids, probabilities = self.candidates(logits)
-        token = int(ids[0])
+        scores, likeliest = self._scores(logits)
+        token = likeliest
         if not self._params.greedy:
-            cumulative = np.cumsum(probabilities)
-            drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], "right")
-            token = int(ids[min(int(drawn), len(ids) - 1)])
+            ids, weights = self._survivors(scores, float(scores[likeliest]))
+            drawn = _drawn(weights, self._random.random())
+            token = drawn if ids is None else int(ids[drawn])
         if self._params.repetition_penalty != 1:
-            self._seen = np.union1d(self._seen, [token])
+            self._see(token)
         return token
 
     def candidates(self, logits: npt.NDArray[np.float32]) -> tuple[Ids, Floats]:
         """Ids that survive every filter, likeliest first unless no filter is on, and their f64
         probabilities (sum 1).
         """
-        params = self._params
-        scores = np.asarray(logits, dtype=np.float64)
-        if not np.isfinite(scores.max()):  # a NaN anywhere makes the maximum NaN
+        scores, likeliest = self._scores(logits)
+        if self._params.greedy:
+            return np.array([likeliest]), np.ones(1)
+        ids, weights = self._survivors(scores, float(scores[likeliest]))
+        if ids is None:
+            ids = np.arange(len(weights))
+        else:
+            order = np.lexsort((ids, -weights))
+            ids, weights = ids[order], weights[order]
+        return ids, weights / weights.sum()
+
+    def _scores(self, logits: npt.NDArray[np.float32]) -> tuple[Reals, int]:
+        """The logits, penalised (and f64 then), and where the first of the largest is."""
+        scores: Reals = np.asarray(logits)
+        penalty = self._params.repetition_penalty
+        if penalty != 1 or scores.dtype not in (np.float32, np.float64):
+            scores = scores.astype(np.float64)
+        if penalty != 1:
+            old = scores[self._seen]
+            with np.errstate(over="ignore"):
+                scores[self._seen] = np.where(old < 0, old * penalty, old / penalty)
+        likeliest = int(scores.argmax())  # of a NaN, where there is one
+        if not np.isfinite(scores[likeliest]):
             raise ExecutionError("the model's logits hold NaN or infinity: no token can be chosen")
-        if params.repetition_penalty != 1:
-            scores = _penalised(scores, self._seen, params.repetition_penalty)
-        if params.greedy:
-            return np.array([np.argmax(scores)]), np.ones(1)
-        weights = np.exp((scores - scores.max()) / params.temperature)
-        ids = np.arange(len(weights))
+        return scores, likeliest
+
+    def _survivors(self, scores: Reals, peak: float) -> tuple[Ids | None, Floats]:
+        """Ids that survive every filter (None: all) and their weights, that of the likeliest 1.
+
+        Exponentials are what takes time: where a filter allows it, only those of a few candidates
+        are computed.
+        """
+        params = self._params
+        ids: Ids | None = None
         if params.top_k:
-            ids = _top_k(weights, params.top_k)
+            ids = largest(scores, params.top_k)
+        elif params.top_p == 1 and params.min_p > 0:
+            # A bit lower than the bound, which is then applied to the weights themselves.
+            low = peak + params.temperature * (math.log(params.min_p) - 1e-5)
+            low = max(low - 1e-6 * abs(low), float(np.finfo(scores.dtype).min))
+            ids = np.flatnonzero(scores >= scores.dtype.type(low))
+        with np.errstate(over="ignore", under="ignore"):
+            some = scores if ids is None else scores[ids]
+            weights: Floats = np.subtract(some, peak, dtype=np.float64)
+            if params.temperature != 1:
+                weights /= params.temperature
+            np.exp(weights, out=weights)
         if params.top_p < 1:
-            ids = _top_p(ids, weights, params.top_p)
+            kept = nucleus(weights, params.top_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
         if params.min_p > 0:
-            ids = ids[weights[ids] >= params.min_p * weights[ids].max()]
-        chosen = weights[ids]
-        return ids, chosen / chosen.sum()
+            kept = np.flatnonzero(weights >= params.min_p)
+            ids, weights = kept if ids is None else ids[kept], weights[kept]
+        return ids, weights
+
+    def _see(self, token: int) -> None:
+        place = int(np.searchsorted(self._seen, token))
+        if place == len(self._seen) or self._seen[place] != token:
+            self._seen = np.insert(self._seen, place, token)
 
 
-def _penalised(scores: Floats, seen: Ids, penalty: float) -> Floats:
-    old = scores[seen]
-    scores = scores.copy()
-    scores[seen] = np.where(old < 0, old * penalty, old / penalty)
-    return scores
+def _drawn(weights: Floats, uniform: float) -> int:
+    """The position where the running sum of f64 weights [n] passes `uniform` (0 <= uniform < 1) of
+    their sum: never one whose weight is 0.
 
-
-def _top_k(weights: Floats, k: int) -> Ids:
-    """Ids of the k largest weights and of those that tie with the k-th, largest first."""
-    if k >= len(weights):
-        return _by_weight(np.arange(len(weights)), weights)
-    smallest = np.partition(weights, -k)[-k]
-    return _by_weight(np.flatnonzero(weights >= smallest), weights)
-
-
-def _top_p(ids: Ids, weights: Floats, p: float) -> Ids:
-    """The shortest run of `ids`, likeliest first, whose share of the weight is at least p.
-
-    A vocabulary has 10^5 tokens and the run is short as a rule, so only as many are sorted as are
-    needed.
+    A running sum costs ten times a plain one, so only that of one block is made.
     """
-    target = p * weights[ids].sum()
-    count = min(_FIRST_CANDIDATES, len(ids))
-    while True:
-        first = ids[np.argpartition(-weights[ids], count - 1)[:count]]
-        first = _by_weight(first, weights)
-        cumulative = np.cumsum(weights[first])
-        if cumulative[-1] >= target or count == len(ids):
-            return first[: int(np.searchsorted(cumulative, target)) + 1]
-        count = min(8 * count, len(ids))
-
-
-def _by_weight(ids: Ids, weights: Floats) -> Ids:
-    return ids[np.lexsort((ids, -weights[ids]))]
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)))
+    target = uniform * sums[-1]
+    block = int(np.searchsorted(sums, target, "right"))
+    if block:
+        target -= sums[block - 1]
+    begin = block * _BLOCK
+    within = np.cumsum(weights[begin : begin + _BLOCK])
+    # Rounding may leave the block's running sum a little below its plain sum: then its last
+    # positive weight is meant.
+    last = np.searchsorted(within, within[-1])
+    return begin + int(min(np.searchsorted(within, target, "right"), last))
 
 
 def _number(name: str, value: object, valid: Any, text: str) -> None:

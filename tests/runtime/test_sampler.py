@@ -1,5 +1,7 @@
 """The sampler against transformers' filters, against plain numpy, and against its own promises."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +73,85 @@ def test_draws_follow_the_distribution():
     assert (np.abs(counts - 20_000 * expected) < 4.5 * spread + 1).all()
 
 
+SETTINGS = [
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 1.5, "top_p": 0.97, "min_p": 0.02},
+    {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.3},
+    {"temperature": 1.2, "top_k": 700, "repetition_penalty": 0.8},
+]
+
+
+def by_definition(row, prompt, temperature, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """Probabilities f64 [vocab], everything sorted and nothing saved."""
+    scores = row.astype(np.float64)
+    for token in set(prompt):
+        factor = repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
+        scores[token] *= factor
+    order = np.argsort(-scores, kind="stable")
+    weights = np.exp((scores - scores.max()) / temperature)
+    if top_k:
+        weights[scores < scores[order[min(top_k, len(row)) - 1]]] = 0
+    if top_p < 1:
+        count = np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum()) + 1
+        weights[order[count:]] = 0
+    weights[weights < min_p] = 0
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize("vocab", [40, 151_936])
+@pytest.mark.parametrize("how", SETTINGS)
+def test_distribution_is_that_of_the_definition(vocab, how):
+    """The probabilities exactly, and the draws by a chi-square test over groups of tokens."""
+    row, prompt = logits(vocab, vocab), [3, 5, 5, 11]
+    row[7] = -np.inf
+    expected = by_definition(row, prompt, **how)
+    sampler = Sampler(SamplingParams(**how, seed=9), prompt)
+    np.testing.assert_allclose(dense(sampler, row), expected, rtol=1e-9, atol=1e-15)
+
+    draws = 1500 if vocab < 1000 else 600
+    tokens = [Sampler(SamplingParams(**how, seed=s), prompt).sample(row) for s in range(draws)]
+    assert expected[tokens].min() > 0
+    # Groups of about a twentieth of the draws each, likeliest tokens first.
+    order = np.argsort(-expected, kind="stable")
+    ends = np.minimum(np.cumsum(expected[order]) * 20, 19).astype(int)
+    group = np.empty(vocab, int)
+    group[order] = ends
+    due = draws * np.bincount(group, expected, minlength=20)
+    got = np.bincount(group[tokens], minlength=20)[due > 5]
+    due = due[due > 5]
+    chi_square = ((got - due) ** 2 / due).sum()
+    freedom = max(len(due) - 1, 1)
+    assert chi_square < freedom + 5 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+def test_draw_depends_on_seed_and_logits_alone(how):
+    """Not on where the row lies, nor on who else samples in between."""
+    rows = np.stack([logits(i, 20_000) for i in range(6)])
+    alone = Sampler(SamplingParams(**how, seed=4), [1, 2])
+    expected = [alone.sample(row.copy()) for row in rows]
+    among = Sampler(SamplingParams(**how, seed=4), [1, 2])
+    other = Sampler(SamplingParams(1.0, top_p=0.5, seed=5))
+    spaced = np.zeros((6, 20_001), np.float32)
+    spaced[:, 1:] = rows
+    before = spaced.copy()
+    actual = []
+    for row in spaced:
+        other.sample(row[1:])
+        actual.append(among.sample(row[1:]))
+    assert actual == expected
+    np.testing.assert_array_equal(spaced, before)
+
+
+def test_stream_of_a_seed_is_fixed():
+    row = np.zeros(4096, np.float32)  # no rounding: every weight is 1
+    sampler = Sampler(SamplingParams(1.0, seed=11))
+    stream = np.random.Generator(np.random.PCG64(11)).random(50)
+    assert [sampler.sample(row) for _ in range(50)] == np.floor(stream * 4096).astype(int).tolist()
+
+
 def test_greedy_takes_the_lowest_of_equal_ids_and_keeps_no_random_state():
     row = np.array([0, 5, 1, 5], np.float32)
     assert [Sampler(SamplingParams()).sample(row) for _ in range(3)] == [1, 1, 1]
@@ -103,12 +184,59 @@ def test_masked_tokens_are_never_drawn():
     assert {sampler.sample(row) for _ in range(100)} == {3, 9}
 
 
+@pytest.mark.parametrize("how", [{}, *SETTINGS])
+@pytest.mark.parametrize("vocab", [1000, 9000])
+def test_a_mask_leaves_only_its_tokens(how, vocab):
+    row = np.full(vocab, -np.inf, np.float32)
+    row[[3, 9, 700]] = [1, 1, 0.9]
+    ids, probabilities = Sampler(SamplingParams(**how), [3]).candidates(row)
+    assert {3, 9, 700} >= set(ids[probabilities > 0])
+    # Where a filter is on, masked tokens are not even candidates.
+    assert len(ids) <= 3 or how == {"temperature": 1.0}
+
+
+def test_tokens_that_tie_with_the_kth_stay():
+    row = logits(2, 5000)
+    row[[10, 4999, 300]] = 50
+    row[[40, 4000]] = 49
+    ids, _ = Sampler(SamplingParams(1.0, top_k=4)).candidates(row)
+    assert ids.tolist() == [10, 300, 4999, 40, 4000]
+    ids, _ = Sampler(SamplingParams(1.0, top_k=2)).candidates(row)
+    assert ids.tolist() == [10, 300, 4999]
+
+
+def test_a_token_of_no_probability_is_never_drawn(monkeypatch):
+    """Not even by the least and the largest number of the stream, when tokens at the ends are
+    masked.
+    """
+    row = logits(0, 3000)
+    row[:600] = row[1400:] = -np.inf
+    for uniform, expected in ((0.0, 600), (1 - 2**-53, 1399)):
+        sampler = Sampler(SamplingParams(1.0, seed=1))
+        monkeypatch.setattr(sampler, "_random", SimpleNamespace(random=lambda u=uniform: u))
+        assert sampler.sample(row) == expected
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
+@pytest.mark.parametrize("rest", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"min_p": 1.0}, {"top_k": 3}])
+def test_extreme_temperatures(temperature, rest):
+    row = logits(5, 3000)
+    token = Sampler(SamplingParams(temperature, **rest, seed=2)).sample(row)
+    if temperature < 1:
+        assert token == row.argmax()
+    else:
+        assert np.isfinite(row[token])
+
+
+@pytest.mark.parametrize("how", [{}, *SETTINGS])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_bad_logits_raise(bad):
+def test_bad_logits_raise(bad, how):
     row = logits(0, 9)
     row[4] = bad
     with pytest.raises(ExecutionError, match="NaN"):
-        Sampler(SamplingParams()).sample(row)
+        Sampler(SamplingParams(**how), [4]).sample(row)
+    with pytest.raises(ExecutionError, match="NaN"):
+        Sampler(SamplingParams(**how)).sample(np.full(9, -np.inf, np.float32))
 
 
 @pytest.mark.parametrize(
