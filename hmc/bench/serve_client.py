@@ -22,6 +22,7 @@ _TIMEOUT = 3600.0
 class Reply:
     """How one request went: seconds to the first and to the last token, tokens of the output; or
     the `error`. Time counts from its arrival, with a limit of concurrency from its sending.
+    `stamps` are the seconds since the run began at which its parts came.
     """
 
     shot: Shot
@@ -30,6 +31,7 @@ class Reply:
     total: float = 0.0
     tokens: int = 0
     error: str = ""
+    stamps: tuple[float, ...] = ()
 
     @property
     def tpot(self) -> float | None:
@@ -54,11 +56,21 @@ class Target:
         found: dict[str, Any] = self._get("/live")["scheduler"]
         return found
 
-    def run(self, shots: Sequence[Shot], *, concurrency: int, seed: int) -> list[Reply]:
-        """Send every request at its time, at most `concurrency` at once (0: no limit)."""
-        return asyncio.run(self._run(shots, concurrency, seed))
+    def steps(self) -> dict[str, Any]:
+        """How many steps the scheduler has made, and the times of the latest."""
+        return self._get("/live/steps")
 
-    async def _run(self, shots: Sequence[Shot], concurrency: int, seed: int) -> list[Reply]:
+    def run(
+        self, shots: Sequence[Shot], *, concurrency: int, seed: int, stream: bool = True
+    ) -> list[Reply]:
+        """Send every request at its time, at most `concurrency` at once (0: no limit). Without
+        `stream` an answer comes as a whole: its first token is the last.
+        """
+        return asyncio.run(self._run(shots, concurrency, seed, stream))
+
+    async def _run(
+        self, shots: Sequence[Shot], concurrency: int, seed: int, stream: bool
+    ) -> list[Reply]:
         random = np.random.default_rng(seed)
         prompts = [prompt_ids(shot.prompt, self.vocab, random) for shot in shots]
         gate = asyncio.Semaphore(concurrency or len(shots))
@@ -73,23 +85,30 @@ class Target:
                 await asyncio.sleep(max(0.0, arrival - time.perf_counter()))
                 async with gate:
                     sent = time.perf_counter() if concurrency else arrival
-                    return await self._one(client, shot, prompt, sent, sent - began)
+                    return await self._one(client, shot, prompt, sent, began, stream)
 
             return await asyncio.gather(*map(one, shots, prompts))
 
     async def _one(
-        self, client: httpx.AsyncClient, shot: Shot, prompt: list[int], sent: float, begun: float
+        self,
+        client: httpx.AsyncClient,
+        shot: Shot,
+        prompt: list[int],
+        sent: float,
+        began: float,
+        stream: bool,
     ) -> Reply:
+        begun = sent - began
         body = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": shot.output,
             "temperature": 0,
             "ignore_eos": True,
-            "stream": True,
+            "stream": stream,
             "return_token_ids": True,
         }
-        first = last = 0.0
+        stamps: list[float] = []
         tokens = 0
         try:
             async with client.stream("POST", "/v1/completions", json=body) as reply:
@@ -97,19 +116,19 @@ class Target:
                     text = (await reply.aread()).decode("utf-8", "replace")
                     return Reply(shot, begun, error=_message(reply.status_code, text))
                 async for line in reply.aiter_lines():
-                    if not line.startswith("data: {"):
+                    if not line.startswith("data: {" if stream else "{"):
                         continue
-                    event = json.loads(line[6:])
+                    event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         return Reply(shot, begun, error=str(event["error"]["message"]))
-                    last = time.perf_counter()
-                    first = first or last
+                    stamps.append(time.perf_counter() - began)
                     tokens += sum(len(choice["token_ids"]) for choice in event["choices"])
         except httpx.HTTPError as error:
             return Reply(shot, begun, error=f"{type(error).__name__}: {error}")
         if not tokens:
             return Reply(shot, begun, error="the answer holds no tokens")
-        return Reply(shot, begun, first - sent, last - sent, tokens)
+        first, last = stamps[0] - begun, stamps[-1] - begun
+        return Reply(shot, begun, first, last, tokens, stamps=tuple(stamps))
 
     def _get(self, route: str) -> dict[str, Any]:
         try:

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -21,6 +23,8 @@ from hmc.version import VERSION
 
 if TYPE_CHECKING:
     from hmc.bench.serve_load import Lengths, Shot
+
+_LINES = 200  # of a server's messages that are kept
 
 
 @click.command("serve")
@@ -50,6 +54,13 @@ if TYPE_CHECKING:
     help="Instead: one prompt (the longest of --prompt) beside N decoding requests (the shortest,"
     " with the longest --output), against both alone.",
 )
+@click.option(
+    "--streams",
+    default=0,
+    metavar="N",
+    help="Instead: N answers at once (the shortest of --prompt, the longest of --output), for the"
+    " server's share of a decode step.",
+)
 @click.option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
 @click.option("--seed", default=0, show_default=True, metavar="N")
 @click.option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
@@ -66,6 +77,7 @@ def serve(
     outputs: str,
     trace: str | None,
     prefill: int,
+    streams: int,
     slo: str,
     seed: int,
     api_key: str | None,
@@ -82,10 +94,12 @@ def serve(
     hmc bench serve http://127.0.0.1:8000 --rate 2 --slo ttft=30s,tps=20
     hmc bench serve plan.hmp --concurrency 4 --prompt 128-1024 --output 64-256
     hmc bench serve plan.hmp --prefill 2 --prompt 32-1024
+    hmc bench serve plan.hmp --streams 32 --prompt 16 --output 64
     """
     try:
         from hmc.bench.serve import beside, load
         from hmc.bench.serve_client import Target
+        from hmc.bench.serve_streams import streams as measure_streams
     except ModuleNotFoundError as error:
         raise UsageError(
             f"hmc bench serve needs the package {error.name}: pip install 'hmc[serve]'"
@@ -96,11 +110,14 @@ def serve(
         ("-n", requests, 1),
         ("--concurrency", concurrency, 0),
         ("--prefill", prefill, 0),
+        ("--streams", streams, 0),
         ("--seed", seed, 0),
     ):
         at_least(option, value, least)
     if rate is not None and not rate > 0:
         raise UsageError(f"--rate {rate:g}: must be more than 0 requests a second")
+    if prefill and streams:
+        raise UsageError("--prefill and --streams are two measurements: give one of them")
     mixes = Lengths.read("--prompt", prompts), Lengths.read("--output", outputs)
     goals = Slo.read(slo)
     shots = _shots(requests, rate, mixes, trace, seed)
@@ -122,12 +139,18 @@ def serve(
                 output=mixes[1].most,
                 seed=seed,
             ).as_json()
+        elif streams:
+            found = measure_streams(
+                server, streams, prompt=mixes[0].least, output=mixes[1].most, seed=seed
+            ).as_json()
         else:
             found = load(server, shots, concurrency=concurrency, seed=seed, slo=goals).as_json()
     if as_json:
         print_json({**found, **about})
     elif prefill:
         _print_beside(found)
+    elif streams:
+        _print_streams(found)
     else:
         _print_load(found)
     if found.get("failed") and found["failed"] == found["requests"]:
@@ -170,15 +193,26 @@ def _served(target: str, options: list[str]) -> Iterator[str]:
     command = [sys.executable, "-m", "hmc", "serve", target, "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
+        said: deque[str] = deque(maxlen=_LINES)
+        found = None
+        for line in process.stderr:
+            said.append(line)
+            if found := re.search(r" on (http://\S+)$", line.strip()):
+                break
+        if found is None:
+            raise ExecutionError(f"hmc serve: {''.join(said).strip()}")
+        # Somebody has to read what it says, or it waits for room in the pipe.
+        reader = threading.Thread(target=said.extend, args=(process.stderr,))
+        reader.start()
         try:
-            line = process.stderr.readline()
-            found = re.search(r" on (http://\S+)$", line.strip())
-            if found is None:
-                raise ExecutionError(f"hmc serve: {(line + process.stderr.read()).strip()}")
             wait_ready(found[1], lambda: process.poll() is None)
             yield found[1]
         finally:
+            crashed = process.poll()
             process.terminate()
+            reader.join()
+            if crashed is not None:
+                click.echo(f"hmc serve ended with status {crashed}: {''.join(said)}", err=True)
 
 
 def _print_load(found: dict[str, Any]) -> None:
@@ -221,6 +255,29 @@ def _print_beside(found: dict[str, Any]) -> None:
     ]
     columns = ("ms", "alone", "together", "change")
     console().print(table("One prompt beside decoding", columns, rows, numbers=columns[1:]))
+
+
+def _print_streams(found: dict[str, Any]) -> None:
+    rows = [
+        ("a step, as clients see it", found["step"], ""),
+        ("the executor undisturbed", found["undisturbed"], 1 - found["server_share"]),
+        ("the server: the rest", found["step"] - found["undisturbed"], found["server_share"]),
+        ("- within the scheduler's step", *_part(found, "scheduler_share")),
+        ("- between the scheduler's steps", *_part(found, "between_share")),
+        ("- the executor's calls, later", found["executor"] - found["undisturbed"], ""),
+        ("the client's processor time", *_part(found, "client_share")),
+    ]
+    columns = ("ms", "a step", "share")
+    cells = [
+        (label, _milliseconds(seconds), f"{share:.1%}" if share != "" else "")
+        for label, seconds, share in rows
+    ]
+    title = f"{found['streams']} streams, {found['steps']} steps of all"
+    console().print(table(title, columns, cells, numbers=columns[1:]))
+
+
+def _part(found: dict[str, Any], name: str) -> tuple[float, float]:
+    return found[name] * found["step"], found[name]
 
 
 def _milliseconds(seconds: float | None) -> str:

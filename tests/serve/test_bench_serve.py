@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from hmc.bench.serve import Result, percentiles
 from hmc.bench.serve_client import Reply
 from hmc.bench.serve_load import Lengths, Shot, Slo, poisson, trace
+from hmc.bench.serve_streams import full_steps, pace
 from hmc.cli import cli
-from hmc.errors import HmcError, UsageError
+from hmc.errors import ExecutionError, HmcError, UsageError
 
 
 def _bench(*arguments: str) -> dict[str, Any]:
@@ -98,3 +99,29 @@ def test_a_plan_is_served_for_the_test_and_failures_show(plan_path: Path, live: 
     assert isinstance(refused.exception, HmcError) and "context" in str(refused.exception)
     nobody = CliRunner().invoke(cli, ["bench", "serve", "http://127.0.0.1:9", "-n", "2"])
     assert isinstance(nobody.exception, UsageError)
+
+
+def test_shares_of_a_step_come_from_steps_of_all_streams() -> None:
+    full, alone, beside = [0.1, 0.09, 2, 0], [9.0, 9.0, 1, 0], [9.0, 9.0, 2, 5]
+    found = {"steps": 50, "recent": [[9.0, 9.0, 2, 0]] * 20 + [alone, beside] + [full] * 8}
+    assert full_steps(found, 40, 2) == (pytest.approx(0.1), pytest.approx(0.09), 8)
+    with pytest.raises(ExecutionError, match="only 7 steps"):
+        full_steps(found, 43, 2)
+    shot = Shot(0, 4, 20)
+    late = Reply(shot, 0.0, stamps=tuple(5 + 0.1 * i for i in range(20)))
+    early = Reply(shot, 0.0, stamps=tuple(1 + 0.5 * i for i in range(8)) + late.stamps[:12])
+    assert pace([late, early]) == pytest.approx(0.1)
+    with pytest.raises(ExecutionError, match="same time"):
+        pace([late, Reply(shot, 0.0, stamps=(1.0, 2.0))])
+
+
+def test_streams_on_a_live_server(live: Any) -> None:
+    found = _bench(live.url, "--streams", "3", "--prompt", "8", "--output", "60")
+    assert found["streams"] == 3 and found["steps"] >= 8
+    assert 0 < found["executor"] < found["scheduler"]
+    assert found["step"] > 0 and found["client_cpu"] > 0
+    assert found["server_share"] == 1 - found["undisturbed"] / found["step"]
+    too_many = CliRunner().invoke(
+        cli, ["bench", "serve", live.url, "--streams", "3", "--output", "2"]
+    )
+    assert isinstance(too_many.exception, HmcError) and "--output" in str(too_many.exception)
