@@ -64,8 +64,15 @@ def _check_names(plan: Plan, phase: Phase, step: Step, weights: set[str]) -> Non
         if name not in weights:
             raise VerifyError(f"{where}: {role} names weight {name}, which the plan does not hold")
     for key in step.kernels:
-        if not key.startswith("torch:") and key not in plan.kernels:
+        if key.startswith("torch:"):
+            continue
+        if key not in plan.kernels:
             raise VerifyError(f"{where}: kernel {key} is not in the plan")
+        limit = dict(plan.kernels[key].params).get("tokens", phase.max_tokens)
+        if phase.max_tokens > limit:
+            raise VerifyError(
+                f"{where}: kernel {key} takes {limit} tokens a call, its phase {phase.max_tokens}"
+            )
     if step.op == "rotary" and str(step.attrs.get("rope")) not in plan.constants:
         raise VerifyError(f"{where}: rotary constant {step.attrs.get('rope')} is not in the plan")
 

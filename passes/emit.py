@@ -25,6 +25,7 @@ from typing import ClassVar
 
 import torch.fx
 
+from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import PassFailedError
 from hmc.graph import meta
 from hmc.passes.context import Context
@@ -57,7 +58,8 @@ class Emit:
         assert limits is not None and kv is not None
         constants: dict[str, tuple[float, ...]] = {}
         phases = []
-        for name, tokens in ((PREFILL, limits.max_chunk), (DECODE, limits.max_batch)):
+        step = min(limits.max_batch, MAX_TOKENS)  # more sequences take several steps
+        for name, tokens in ((PREFILL, limits.max_chunk), (DECODE, step)):
             phase = PhaseBuilder(name, context, constants).build(graph, tokens)
             context.bases[name] = phase
             if context.budget is not None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
+from hmc.runtime.ranks import check_gpus
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.scheduler_policy import (
     DECODE,
@@ -69,6 +71,7 @@ class Executor:
         only: str | None = None,
         devices: Devices | Backend = "auto",
         delays: int | None = None,
+        gpus: int | None = None,
     ) -> None:
         """With `routing`, every expert chosen is counted there (and programs end at every router).
         A `store` and a `kv` given from outside (shared with other processes) are used as they are
@@ -76,13 +79,18 @@ class Executor:
         places, instead of `threads`. `only` names the one phase to make ready.
         `devices` run what a plan has for GPUs (see `device_phase.Devices`; those given from outside
         are closed with the rest); `delays`, a seed, makes played ones run ahead of each other.
+        With `gpus`, which is how many the plan shares prompts between, each has a process for that
+        (runtime/ranks.py); without, this one drives all.
 
-        Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`
-        raises.
+        Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open` and
+        `open_ranks` raise.
         """
         phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan
         require(plan.isa)
+        if gpus is not None:
+            own = home == "arena" or (dummy_weights and home != "shared")
+            check_gpus(plan, gpus, private=store is None and own)
         wanting = [phase for phase in phases if on_devices(phase)]
         played = bool(wanting) and (devices == "host" or isinstance(devices, HostBackend))
         if store is None:
@@ -103,6 +111,8 @@ class Executor:
                 stack.callback(self.kv.close)
             tables = Tables(plan, self.store)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
+            self.pinned = ""
+            """What of the weights is pinned for GPUs, in words; empty where nothing is."""
             if wanting:
                 opened = DevicePhases(
                     plan,
@@ -115,7 +125,10 @@ class Executor:
                     self.pool,
                     delays=delays,
                     routing=routing,
+                    gpus=gpus,
+                    directory=directory,
                 )
+                self.pinned = opened.pinned
                 stack.enter_context(opened)
                 self.phases.update(opened.phases)
             for phase in phases:
@@ -206,7 +219,8 @@ class Executor:
         self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
-        until the next call. By the phase that scheduler_policy.py chooses, or the one named.
+        until the next call. By the phase that scheduler_policy.py chooses, or the one named; more
+        sequences than a call of it takes go in several.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
         anything runs.
@@ -217,13 +231,19 @@ class Executor:
             self.kv.reserve(sequence, 1)
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
-        rows = np.arange(len(sequences), dtype=np.int32)
         name = phase or decode_phase(self.plan, len(sequences))
-        logits = self._require(name).run(tokens, positions, table, rows)
-        self.calls[name] += 1
+        found = self._require(name)
+        calls = -(-len(sequences) // found.max_tokens)
+        edges = [len(sequences) * i // calls for i in range(calls + 1)]
+        parts = []
+        for part in (slice(first, last) for first, last in pairwise(edges)):
+            rows = np.arange(part.stop - part.start, dtype=np.int32)
+            logits = found.run(tokens[part], positions[part], table[part], rows)
+            parts.append(logits if calls == 1 else logits.copy())
+            self.calls[name] += 1
         for sequence in sequences:
             sequence.length += 1
-        return logits
+        return parts[0] if calls == 1 else np.concatenate(parts)
 
     @contextmanager
     def recorded(self) -> Iterator[Recorder]:

@@ -198,3 +198,9 @@ def test_buffers_in_use_together_never_share_bytes(plan: Plan) -> None:
 def test_plan_file_is_readable_by_all(plan: Plan, tmp_path: Path) -> None:
     plan.save(tmp_path / "a.hmp")
     assert os.stat(tmp_path / "a.hmp").st_mode & 0o444 == 0o444
+
+
+def test_calls_larger_than_a_kernel_takes_are_refused(plan: Plan) -> None:
+    wide = _with_phase(plan, lambda phase: {"max_tokens": phase.max_tokens + 1})
+    with pytest.raises(VerifyError, match="takes 16 tokens a call"):
+        verify_plan(wide)

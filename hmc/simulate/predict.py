@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import networkx
 
@@ -196,17 +197,20 @@ def prefill_extra(phase: Phase, model: CostModel) -> float:
 
 
 def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: str = "") -> Run:
-    """One decode step of `batch` sequences with `context` tokens each."""
+    """One token of each of `batch` sequences with `context` tokens before it, in as many calls as
+    the phase takes.
+    """
     found = plan.phase(phase or chosen(plan, "decode", batch))
-    call = Call(batch, context, batch)
-    timeline = run(found, call, model)
-    return Run(
-        found.name,
-        1,
-        until := result_seconds(found, timeline),
-        busy_until(found, timeline, until),
-        critical_path(found, timeline),
-    )
+    calls = -(-batch // found.max_tokens)
+    edges = [batch * i // calls for i in range(calls + 1)]
+    total, busy = 0.0, dict[str, float]()
+    for size in (last - first for first, last in pairwise(edges)):
+        timeline = run(found, Call(size, context, size), model)
+        until = result_seconds(found, timeline)
+        total += until
+        for name, seconds in busy_until(found, timeline, until).items():
+            busy[name] = busy.get(name, 0.0) + seconds
+    return Run(found.name, calls, total, busy, critical_path(found, timeline))
 
 
 def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, float]:

@@ -135,6 +135,17 @@ def test_a_batch_gives_the_tokens_of_each_alone(
         assert np.array_equal(one, other)
 
 
+def test_more_sequences_than_a_step_takes(checkpoint: Callable[..., Path]) -> None:
+    prompts = [prompt(length) for length in range(2, 22)]
+    plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), concurrency=len(prompts), max_context=64)
+    assert plan.phase("decode").max_tokens < len(prompts) <= plan.limits.max_batch
+    with hmc.Engine(plan) as engine:
+        alone = [engine.decode_logits(ids) for ids in prompts]
+        together = _decode_together(engine, prompts)
+    for one, other in zip(alone, together, strict=True):
+        assert np.array_equal(one, other)
+
+
 def _decode_together(engine: hmc.Engine, prompts: list[list[int]]) -> list[Floats]:
     """Logits of every prompt, token by token, all prompts that are not yet done in one call."""
     sequences = [engine.executor.open() for _ in prompts]
