@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +31,7 @@ from hmc.errors import ExecutionError
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
 from hmc.runtime.binding_host import HostSteps, is_native
 from hmc.runtime.binding_memory import HOME, Device, GpuMemory, device_of, kind_of, row_capacity
+from hmc.runtime.binding_pinned import Pinner, pin_weights
 from hmc.runtime.binding_walk import walked
 from hmc.runtime.binding_weights import Expert, Packed
 from hmc.runtime.device_ops import OPS, Work
@@ -53,18 +53,6 @@ _WHOLE = {"load", "kv_out", "kv_in", "all_gather", "exchange", "split", "join"}
 """Ops that do something whatever the rows of their share; all others need at least one."""
 
 
-class Pinner(Protocol):
-    """Makes host memory known to a GPU, so that copies from and to it need not wait."""
-
-    def pin(self, address: int, nbytes: int) -> None:
-        """Register a range; `MachineError` when the system refuses."""
-        ...
-
-    def unpin(self, address: int) -> None:
-        """Forget a range."""
-        ...
-
-
 class Binding:
     """Owns the device memory of a plan; a context manager, `close` frees all of it."""
 
@@ -83,9 +71,10 @@ class Binding:
         link: Link | None = None,
     ) -> None:
         """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
-        as planned). With `pinner`, host buffers are pinned; with `link`, phases of several ranks
-        are bound for the link's rank only. Raises `CapacityError` naming what does
-        not fit, and `ExecutionError` when a device that the plan computes on is missing.
+        as planned). With `pinner`, host buffers and the weights that GPUs stream are pinned;
+        with `link`, phases of several ranks are bound for the link's rank only. Raises
+        `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
+        computes on is missing, and `MachineError` where the system refuses to pin.
         """
         tokens = dict(max_tokens or {phase.name: phase.max_tokens for phase in plan.phases})
         found = {device.name: device for device in devices}
@@ -98,6 +87,8 @@ class Binding:
         if missing := sorted(needed - set(found)):
             raise ExecutionError(f"the plan computes on {', '.join(missing)}: no such device")
         self.phases: dict[str, BoundPhase] = {}
+        self.pinned = ""
+        """What of the weights is pinned, in words; empty where nothing is."""
         with ExitStack() as stack:
             memory = {}
             for name in sorted(needed):
@@ -121,6 +112,9 @@ class Binding:
                     for address, size in phase.pinnable:
                         pinner.pin(address, size)
                         stack.callback(pinner.unpin, address)
+            if pinner is not None:
+                pieces = [piece for each in memory.values() for piece in each.streamed]
+                self.pinned = pin_weights(pinner, store, pieces, stack)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Binding:

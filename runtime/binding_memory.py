@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from hmc.plan import Phase, Plan, Step
-from hmc.runtime.binding_weights import ALIGN, Packed
+from hmc.runtime.binding_weights import ALIGN, Packed, Piece
 from hmc.runtime.kv import KVCache
 from hmc.runtime.memory import aligned
 from hmc.runtime.shares import Share
@@ -114,6 +114,12 @@ class GpuMemory:
         for tensor in self._taken:
             self.device.free(tensor)
         self._taken = []
+
+    @property
+    def streamed(self) -> list[Piece]:
+        """What loads copy from the host in every call."""
+        loads = [*self.loads.values(), *([self.packed] if self.evicts else [])]
+        return [piece for packed in loads for piece in packed.pieces]
 
     def external(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Memory beside the arena, for results of a few rows."""

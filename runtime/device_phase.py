@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Literal
 
@@ -33,6 +34,7 @@ from hmc.runtime.kv import KVCache
 from hmc.runtime.kv import Sequence as CacheSequence
 from hmc.runtime.lowering import spec_of
 from hmc.runtime.pool import Pool
+from hmc.runtime.ranks import GroupRunner, RankGroup, open_ranks
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.schedule import Measured, ScheduleRunner
 from hmc.runtime.shares import Call, Ints
@@ -74,10 +76,16 @@ def open_devices(
 
 class DevicePhase:
     """One phase, ready to run: `bound` is its memory and what its steps do. `last` says when they
-    ran in the latest recorded call."""
+    ran in the latest recorded call.
+
+    With a `group`, a phase that is bound with its link runs on all ranks."""
 
     def __init__(
-        self, bound: BoundPhase, backend: Backend, routing: RoutingRecorder | None = None
+        self,
+        bound: BoundPhase,
+        backend: Backend,
+        routing: RoutingRecorder | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         self.name = bound.phase.name
         self.max_tokens = bound.max_tokens
@@ -86,7 +94,11 @@ class DevicePhase:
         self.bound = bound
         self._recorder: Recorder | None = None
         works = list(bound.works) if routing is None else _counted(bound, routing)
-        self._runner = ScheduleRunner(bound.phase, backend, works)
+        self.runner: ScheduleRunner | GroupRunner
+        if group is None or bound.link is None:
+            self.runner = ScheduleRunner(bound.phase, backend, works)
+        else:
+            self.runner = group.runner(bound, backend, works)
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -120,10 +132,10 @@ class DevicePhase:
         call = self.bound.call(ids, positions, tables, rows)
         with _interrupts_held():
             if self._recorder is None:
-                self._runner.run_untimed(call)
+                self.runner.run_untimed(call)
             else:
                 began = time.monotonic_ns()
-                self.last = measured = self._runner.run(call)
+                self.last = measured = self.runner.run(call)
                 steps = [self.bound.phase.steps[position] for position in measured.positions]
                 self._recorder.scheduled(self.name, steps, measured.start, measured.finish, began)
             self.ran = True
@@ -146,15 +158,33 @@ class DevicePhases:
         *,
         delays: int | None = None,
         routing: RoutingRecorder | None = None,
+        gpus: int | None = None,
+        directory: Path | None = None,
     ) -> None:
-        """Devices given from outside are closed with the rest. Raises `MachineError`,
-        `CapacityError` naming what does not fit, `KernelError`.
+        """Devices given from outside are closed with the rest. With `gpus` > 1 the phase that GPUs
+        share is run by as many processes, one a GPU: this one and others, which share `store` or
+        map the shards in `directory`. Raises `MachineError`, `CapacityError` naming what does not
+        fit, `KernelError`, and what `open_ranks` raises.
         """
         with ExitStack() as stack:
             backend = (
                 open_devices(plan, phases, devices, delays) if isinstance(devices, str) else devices
             )
             stack.callback(backend.close)
+            cuda = isinstance(backend, CudaBackend)
+            group = None
+            if gpus is not None and gpus > 1 and any(phase.ranks > 1 for phase in phases):
+                group = stack.enter_context(
+                    open_ranks(
+                        plan,
+                        gpus,
+                        "cuda" if cuda else "host",
+                        store=store,
+                        directory=directory,
+                        threads=max(1, pool.workers // gpus),
+                        delays=delays,
+                    )
+                )
             binding = stack.enter_context(
                 Binding(
                     plan,
@@ -165,12 +195,17 @@ class DevicePhases:
                     jit,
                     pool,
                     max_tokens={phase.name: phase.max_tokens for phase in phases},
-                    pinner=pinned if isinstance(backend, CudaBackend) else None,
+                    pinner=pinned if cuda else None,
+                    link=None if group is None else group.link,
                 )
             )
             self.phases = {
-                name: DevicePhase(bound, backend, routing) for name, bound in binding.phases.items()
+                name: DevicePhase(bound, backend, routing, group)
+                for name, bound in binding.phases.items()
             }
+            if group is not None:
+                group.wait_ready()
+            self.pinned = binding.pinned
             self._stack = stack.pop_all()
 
     def __enter__(self) -> DevicePhases:

@@ -40,6 +40,8 @@ class Engine:
     chosen. `devices` run what a plan has for GPUs: "auto" and "cuda" are this machine's GPUs,
     "host" plays them on the CPU (`delays`, a seed, shakes the order of what is not ordered). A `kv`
     given from outside stays the caller's; `cpus` are the workers' places, instead of `threads`.
+    `gpus` gives each of the plan's GPUs a process for the prompts they share; without, one process
+    drives all. A rank process that dies ends such prompts with a `WorkerError`.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Engine:
         delays: int | None = None,
         kv: KVCache | None = None,
         cpus: Items[int] | None = None,
+        gpus: int | None = None,
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
@@ -75,6 +78,7 @@ class Engine:
             delays=delays,
             kv=kv,
             cpus=cpus,
+            gpus=gpus,
         )
 
     def logits(self, token_ids: Items[int]) -> Logits:

@@ -96,9 +96,32 @@ def open_ranks(
     if store.arena is None and store.home != "mapped":
         raise UsageError(
             f"{store.home} weights in private memory cannot be shared with other ranks: open them"
-            ' with home="shared"'
+            ' with home="shared" (--home shared)'
         )
     return RankGroup(plan, phase, devices, store, directory, threads, seconds, delays)
+
+
+def check_gpus(plan: Plan, gpus: int, private: bool = False) -> None:
+    """Refuse another number of GPUs, each driven by a process, than prompts are shared between, and
+    several with `private` weights: `UsageError` saying what the plan is for, or what to do."""
+    ranks = max(phase.ranks for phase in plan.phases)
+    if gpus == ranks and plan.machine.gpus:
+        if private and gpus > 1:
+            raise UsageError(
+                f"--gpus {gpus}: weights in private memory cannot be shared with other processes:"
+                " give --home shared"
+            )
+        return
+    if not plan.machine.gpus:
+        found = "uses no GPU"
+    elif ranks == 1:
+        found = "gives every prompt to one GPU: give --gpus 1"
+    else:
+        found = f"shares prompts between {ranks} GPUs: give --gpus {ranks}"
+    raise UsageError(
+        f"--gpus {gpus}: the plan for {plan.machine.name} {found}, or compile one for a machine"
+        f" with {max(gpus, 1)}"
+    )
 
 
 class RankGroup:
@@ -237,6 +260,11 @@ class GroupRunner:
         counted = self._routing.counted(bound.works if works is None else works)
         self._runner = ScheduleRunner(bound.phase, backend, counted)
         self.place = backend.devices[0].torch_device
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The processes of ranks 1.."""
+        return self._group.pids
 
     def run(self, call: Call) -> Measured:
         """As `ScheduleRunner.run`; times are those of rank 0. Raises `WorkerError` naming a rank

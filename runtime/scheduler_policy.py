@@ -6,8 +6,9 @@ The policy, as far as the phases of a plan allow it:
       for a decode step by the number of sequences. Without switches: `prefill.host` and `decode`.
     * a prompt of which every token's logits are wanted, and one with too few tokens for the GPUs
       that share a phase, run in `prefill.host`.
-    * a prompt that would stream its weights while others decode does so beside them where the plan
-      has a phase for that (`prefill.beside`).
+    * a prompt that would stream its weights while others decode does so beside them, where the plan
+      has a phase for that (`prefill.beside`) and the caller can run the two at the same time. Where
+      decode would wait for it, `prefill.stream` is over sooner: it has all GPUs.
     * a prompt in `prefill.host` runs in chunks. Alone, they are as long as the plan allows; while
       others decode, a quarter of it, and after each chunk every running sequence gets a token. So
       nobody waits for more than a quarter chunk between two tokens, however long the prompt is.
@@ -30,14 +31,17 @@ DECODE, PREFILL, BESIDE = "decode", "prefill.host", "prefill.beside"
 _BESIDE_DECODE = 4
 
 
-def prefill_phase(plan: Plan, tokens: int, *, every: bool = False, decoding: int = 0) -> str:
+def prefill_phase(
+    plan: Plan, tokens: int, *, every: bool = False, decoding: int = 0, beside: bool = False
+) -> str:
     """The phase for a prompt of which `tokens` are left to compute, `every` one's logits wanted or
-    the last one's alone, while `decoding` sequences decode.
+    the last one's alone, while `decoding` sequences decode; `beside` says that the caller computes
+    a prompt and decode steps at the same time.
     """
     found = PREFILL if every else _phase(plan, "prefill", tokens, PREFILL)
     if found == PREFILL:
         return found
-    if decoding and any(phase.name == BESIDE for phase in plan.phases):
+    if beside and decoding and any(phase.name == BESIDE for phase in plan.phases):
         return BESIDE
     return found if tokens >= 2 * plan.phase(found).ranks else PREFILL
 

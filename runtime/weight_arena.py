@@ -24,7 +24,7 @@ _MAGIC = b"hmc weights 1\n"
 
 
 class WeightArena:
-    """`places` are the addresses of every tensor; `home` says where the bytes came from ("arena":
+    """`places` are the addresses of every tensor; `home` says where the bytes came from ("shared":
     the checkpoint, or "dummy"). In a `with`, closed at its end unless `keep` was called.
     """
 
@@ -79,6 +79,11 @@ class WeightArena:
     def span(self) -> tuple[int, int]:
         """Address and bytes of the whole, to be pinned."""
         return self._block.address, self._block.size
+
+    @property
+    def writeable(self) -> bool:
+        """Whether this process may write it: it was created here, not attached."""
+        return bool(self._block.array.flags.writeable)
 
     def lock(self) -> None:
         """Keep it in memory; `MachineError` where the limit on locked memory refuses."""

@@ -13,7 +13,7 @@ from hmc.cli.bench_arguments import COMMAND_LINE, THREADS, at_least, circumstanc
 from hmc.cli.bench_kernels import kernels
 from hmc.cli.bench_predict import predict
 from hmc.cli.bench_serve import serve
-from hmc.cli.devices import DEVICES
+from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -96,13 +96,8 @@ class _Bench(click.Command):
 )
 @THREADS
 @DEVICES
-@click.option(
-    "--home",
-    type=click.Choice(["mapped", "arena"]),
-    default="mapped",
-    show_default=True,
-    help="Weights in the page cache, or copied to huge pages.",
-)
+@GPUS
+@HOME
 @click.option("--checkpoint", metavar="DIR", help="Model directory of a plan, if it has moved.")
 @click.option(
     "--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to."
@@ -133,6 +128,7 @@ def command(
     phases: tuple[str, ...],
     threads: int | None,
     devices: str,
+    gpus: int | None,
     home: str,
     checkpoint: str | None,
     by_op: bool,
@@ -180,7 +176,10 @@ def command(
             home=home,  # type: ignore[arg-type]
             progress=report,
             devices=devices,  # type: ignore[arg-type]
+            gpus=gpus,
         )
+        if executor.pinned:
+            click.echo(f"[{executor.pinned}]", err=True)
         try:
             bench = ModelBench(
                 executor,

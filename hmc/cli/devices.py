@@ -1,4 +1,4 @@
-"""The option `--devices` of the commands that run plans."""
+"""The options of the commands that run plans: what runs them, and where their weights are."""
 
 from __future__ import annotations
 
@@ -11,4 +11,21 @@ DEVICES = click.option(
     show_default=True,
     help="What runs a plan's GPU steps: this machine's GPUs (auto, cuda), or threads and memory of"
     " the CPU in their place (host), for tests and debugging.",
+)
+
+GPUS = click.option(
+    "--gpus",
+    type=int,
+    metavar="N",
+    help="Drive each of the N GPUs that share long prompts by a process of its own; N is the plan's"
+    " [default: one process drives all].",
+)
+
+HOME = click.option(
+    "--home",
+    type=click.Choice(["mapped", "arena", "shared"]),
+    default="mapped",
+    show_default=True,
+    help="Weights in the page cache, copied to huge pages, or to a memory file that the processes"
+    " of --gpus share.",
 )

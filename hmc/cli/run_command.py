@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.devices import DEVICES
+from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.cli.output import JSON, print_json, progress, write_beside
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -56,6 +56,8 @@ Prompt = str | list[int] | list[dict[str, Any]]
 )
 @click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
 @DEVICES
+@GPUS
+@HOME
 @click.option(
     "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of every step."
 )
@@ -83,6 +85,8 @@ def command(
     checkpoint: str | None,
     threads: int | None,
     devices: str,
+    gpus: int | None,
+    home: str,
     dummy_weights: bool,
     trace: str | None,
     record_routing: str | None,
@@ -121,8 +125,12 @@ def command(
             progress=report,
             routing=routing,
             devices=devices,  # type: ignore[arg-type]
+            gpus=gpus,
+            home=home,  # type: ignore[arg-type]
         )
     with engine:
+        if engine.executor.pinned:
+            click.echo(f"[{engine.executor.pinned}]", err=True)
         # counting takes its share of the time: there is nothing to compare then
         workers = engine.executor.pool.workers
         compared = None if routing else Comparison(plan, machine, workers, plan_path)

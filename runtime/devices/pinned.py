@@ -13,10 +13,12 @@ import torch
 from hmc.errors import ExecutionError, MachineError
 
 _PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU of the process
+_READ_ONLY = 8  # cudaHostRegisterReadOnly: the process cannot write it, the GPUs will not
 
 
-def pin(address: int, nbytes: int) -> None:
+def pin(address: int, nbytes: int, *, read_only: bool = False) -> None:
     """Pin [address, address + nbytes) for all GPUs; `unpin` before the memory is unmapped.
+    `read_only` is for weights that the process cannot write, such as mapped shards.
 
     Raises `MachineError` where the system refuses, with the limit on locked memory where that is
     too small for the range. (Most drivers do not count pinned memory against that limit, so a
@@ -24,9 +26,15 @@ def pin(address: int, nbytes: int) -> None:
     """
     if not torch.cuda.is_available():
         raise MachineError("memory can be pinned only where PyTorch finds a GPU: see `nvidia-smi`")
-    status = int(_cudart().cudaHostRegister(address, nbytes, _PORTABLE))
+    flags = _PORTABLE | (_READ_ONLY if read_only else 0)
+    status = int(_cudart().cudaHostRegister(address, nbytes, flags))
     if status == 0:
         return
+    if read_only:
+        raise MachineError(
+            f"{nbytes:,} bytes of weights that this process only reads cannot be pinned for the"
+            f" GPUs (CUDA error {status}): read them into its own memory with --home arena"
+        )
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit != resource.RLIM_INFINITY and limit < nbytes:
         raise MachineError(
@@ -34,10 +42,7 @@ def pin(address: int, nbytes: int) -> None:
             f" is {limit:,} bytes; raise it with `ulimit -l unlimited` or in"
             " /etc/security/limits.conf (memlock)"
         )
-    raise MachineError(
-        f"{nbytes:,} bytes cannot be pinned (CUDA error {status}): free host memory, or do without"
-        " pinning a mapped file (weights in an arena can be pinned)"
-    )
+    raise MachineError(f"{nbytes:,} bytes cannot be pinned (CUDA error {status}): free host memory")
 
 
 def unpin(address: int) -> None:
