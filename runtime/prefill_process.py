@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import weakref
@@ -17,6 +18,8 @@ from hmc.errors import WorkerError
 from hmc.runtime.prefill_messages import Command, Report, Setup
 
 _END_SECONDS = 1.0
+_SEND_LIMIT = struct.pack("ll", 2, 0)
+"""A struct timeval: a process that does not read for so long is stopped or worse."""
 
 
 class PrefillProcess:
@@ -27,6 +30,7 @@ class PrefillProcess:
 
     def __init__(self, setup: Setup) -> None:
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _SEND_LIMIT)
         with theirs, os.fdopen(os.memfd_create("hmc setup"), "w+b") as file:
             pickle.dump(setup, file)
             file.seek(0)  # it reads on where this process is
@@ -48,7 +52,7 @@ class PrefillProcess:
         return self._process.pid
 
     def send(self, command: Command) -> None:
-        """Raises `WorkerError` when it is gone."""
+        """Raises `WorkerError` when it is gone, or takes nothing for two seconds."""
         try:
             self._connection.send(command)
         except OSError:

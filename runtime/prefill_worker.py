@@ -3,7 +3,7 @@ hides its queue of jobs and what it says of them.
 
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
     kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
-    executor = Executor(plan, directory, home="arena", kv=kv, cpus=decode_cpus)
+    executor = Executor(plan, directory, home="shared", kv=kv, cpus=decode_cpus)
     with PrefillWorker(plan, directory, executor.store, cache, cpus=prefill_cpus) as worker:
         executor.kv.reserve(sequence, len(ids))
         job = worker.start(sequence.blocks, sequence.length, ids)
@@ -96,6 +96,11 @@ class Job:
         A process that does not answer within a minute is killed (and all its jobs fail). A job that
         is over stays as it is.
         """
+        self.stop()
+        self._worker._await_end(self)
+
+    def stop(self) -> None:
+        """Have it cancelled, without waiting for that; it is `over` when `poll` has said so."""
         self._worker._cancel(self)
 
 
@@ -111,7 +116,7 @@ class PrefillWorker:
         *,
         cpus: Iterable[int],
     ) -> None:
-        """Start a process on `cpus` that shares `store` (an arena, or mapped shards of `directory`)
+        """Start a process on `cpus` that shares `store` (shared, or mapped shards of `directory`)
         and the cache in `cache`. It takes a while to be ready; jobs may be started before.
 
         `UsageError` when the weights are neither: private dummies cannot be shared.
@@ -119,7 +124,7 @@ class PrefillWorker:
         if store.arena is None and store.home != "mapped":
             raise UsageError(
                 f"{store.home} weights in private memory cannot be shared with a prefill process:"
-                ' open them with home="arena"'
+                ' open them with home="shared"'
             )
         self._plan, self._cache, self._store = plan, cache, store
         self._directory = None if directory is None else str(directory.absolute())
@@ -167,6 +172,13 @@ class PrefillWorker:
     def pid(self) -> int:
         """The process's number."""
         return self._process.pid
+
+    @property
+    def trouble(self) -> HmcError | None:
+        """Why the process is gone; None while it lives."""
+        with self._lock:
+            self._listen(0.0)
+            return self._trouble
 
     @property
     def silent_seconds(self) -> float:
@@ -255,6 +267,8 @@ class PrefillWorker:
                 job._error = _cancelled()
                 return
             self._send(Cancel(job._start.job))
+
+    def _await_end(self, job: Job) -> None:
         limit = time.monotonic() + _CANCEL_SECONDS
         while not job.over:
             self._listen(_POLL_SECONDS)

@@ -4,7 +4,8 @@ thread, its locks, and how everything ends.
 The thread's loop: end what was cancelled, admit the first in the queue if there is room for the
 whole of it, compute one chunk of its prompt, then one token for every running sequence
 (runtime/scheduler_batch.py; the policy is in runtime/scheduler_policy.py). First come, first
-served: nobody overtakes a request that waits for room.
+served: nobody overtakes a request that waits for room. With a prefill process, long prompts are
+computed there while the loop goes on, and join the running ones when they are done.
 
     scheduler = Scheduler(engine.executor)
     scheduler.start()
@@ -23,8 +24,11 @@ from types import TracebackType
 
 from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, UsageError
 from hmc.runtime.executor import Executor
+from hmc.runtime.prefill_worker import PrefillWorker
 from hmc.runtime.requests import Request, Ticket, token_ids
-from hmc.runtime.scheduler_batch import Batch, Job
+from hmc.runtime.scheduler_batch import Batch
+from hmc.runtime.scheduler_job import Job
+from hmc.runtime.scheduler_prefill import PrefillState
 from hmc.runtime.scheduler_stats import Clock, Meter, SchedulerStats
 
 _CLOSE_SECONDS = 10.0
@@ -43,9 +47,13 @@ class Scheduler:
         max_queue: int = 64,
         prefix_cache: bool = True,
         clock: Clock = time.perf_counter,
+        prefill: PrefillWorker | None = None,
+        prefill_silence: float = 300.0,
     ) -> None:
         """At most `max_queue` requests wait. `prefix_cache` shares cache blocks between prompts
-        that begin alike.
+        that begin alike. `prefill`, over the executor's weights and cache, computes long prompts;
+        from `start` to `close` it is the scheduler's, which replaces its process when that dies or
+        is not heard of for `prefill_silence` seconds, and ends it when it hangs at `close`.
         """
         if max_queue < 1:
             raise UsageError(f"max_queue={max_queue}: must be at least 1")
@@ -53,11 +61,18 @@ class Scheduler:
         self._max_queue = max_queue
         self._clock = clock
         self._meter = Meter(clock)
-        self._batch = Batch(executor, self._meter, prefix_cache=prefix_cache)
+        self._batch = Batch(
+            executor,
+            self._meter,
+            prefix_cache=prefix_cache,
+            prefill=prefill,
+            silence=prefill_silence,
+        )
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._numbers = count()
         self._draining = self._closing = False
+        self._blocked = False  # the first in the queue has found no room
         self._resting = True  # the thread has nothing to do, and has ended all it had
         self._failure: HmcError | None = None
         self._thread: threading.Thread | None = None
@@ -107,10 +122,16 @@ class Scheduler:
         return self._meter.snapshot(
             self._executor.kv.allocator,
             running=len(self._batch.running),
-            prefilling=int(self._batch.prefilling is not None),
+            prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside),
             waiting=len(self._queue),
             error=str(self._failure or ""),
+            prefill=self._batch.prefill,
         )
+
+    @property
+    def prefill(self) -> PrefillState | None:
+        """The prefill process now; None: there is none."""
+        return self._batch.prefill
 
     @property
     def failure(self) -> HmcError | None:
@@ -191,16 +212,23 @@ class Scheduler:
             self.abandon(error)
         if self._failure is not None:
             self._batch.fail(self._failure)
+        else:
+            self._batch.finish()
 
     def _wait(self) -> bool:
-        """Sleep until there is work; False when there will be none."""
+        """Sleep until there is work, or the prefill process is to be looked after; False when there
+        will be nothing to do.
+        """
         with self._changed:
             while self._failure is None and not self._queue and not self._batch.jobs:
                 self._resting = True
                 self._changed.notify_all()
                 if self._closing:
                     return False
-                self._changed.wait()
+                if not self._changed.wait(self._batch.patience):
+                    break
+            if self._batch.waits and (self._blocked or not self._queue):
+                self._changed.wait(self._batch.patience)
             self._resting = False
             return self._failure is None
 
@@ -209,10 +237,12 @@ class Scheduler:
         with self._changed:
             job = self._queue[0] if self._queue else None
         if job is None:
+            self._blocked = False
             return
-        empty = not self._batch.jobs
+        empty = self._batch.empty
         admitted = self._batch.admit(job)
-        if not admitted and not empty:
+        self._blocked = not admitted and not empty
+        if self._blocked:
             return
         with self._changed:
             if self._queue:  # empty after `abandon`, which has ended the job

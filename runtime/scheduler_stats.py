@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hmc.runtime.kv import BlockAllocator
+from hmc.runtime.scheduler_prefill import PrefillState
 
 _RECENT = 256
 
@@ -42,6 +43,7 @@ class SchedulerStats:
     phase, step_age                phase being computed ("": none), seconds since the step began
     finished                       ended requests by finish reason
     error                          why the scheduler has stopped; "": it works
+    prefill                        the prefill process; None: there is none
     """
 
     running: int
@@ -63,6 +65,7 @@ class SchedulerStats:
     step_age: float
     finished: Mapping[str, int]
     error: str
+    prefill: PrefillState | None = None
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
@@ -92,6 +95,7 @@ class Meter:
         self._executor_seconds = self._step_seconds = 0.0
         self._phase = ""
         self._batch = self._steps = 0
+        self._called = False
         self._tokens = self._prompt_tokens = self._prefix_hits = self._prefix_tokens = 0
 
     @property
@@ -102,7 +106,8 @@ class Meter:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step for the length of a `with`."""
+        """A step for the length of a `with`; counted if it called the executor."""
+        self._called = False
         self._inside, self._decoded, self._prefilled = 0.0, 0, 0
         self._began = self._clock()
         try:
@@ -110,16 +115,19 @@ class Meter:
         finally:
             seconds = self._clock() - self._began
             self._began = None
-            with self._lock:
-                self._steps += 1
-                self._step_seconds += seconds
-                self._executor_seconds += self._inside
-                self._recent.append(StepTime(seconds, self._inside, self._decoded, self._prefilled))
+            if self._called:
+                with self._lock:
+                    self._steps += 1
+                    self._step_seconds += seconds
+                    self._executor_seconds += self._inside
+                    self._recent.append(
+                        StepTime(seconds, self._inside, self._decoded, self._prefilled)
+                    )
 
     @contextmanager
     def call(self, phase: str, *, decoded: int = 0, prefilled: int = 0) -> Iterator[None]:
         """A call of the executor for the length of a `with`; counted when it succeeds."""
-        self._phase = phase
+        self._phase, self._called = phase, True
         began = self._clock()
         try:
             yield
@@ -130,6 +138,10 @@ class Meter:
         self._batch = decoded or self._batch
         self._prefilled += prefilled
         self._prompt_tokens += prefilled
+
+    def handed_over(self, tokens: int) -> None:
+        """Count prompt tokens that a prefill process computed."""
+        self._prompt_tokens += tokens
 
     def sampled(self) -> None:
         """Count a generated token."""
@@ -153,6 +165,7 @@ class Meter:
         prefilling: int,
         waiting: int,
         error: str,
+        prefill: PrefillState | None = None,
     ) -> SchedulerStats:
         """The figures now, with those that the meter does not know."""
         with self._lock:
@@ -176,4 +189,5 @@ class Meter:
                 step_age=self.step_age,
                 finished=dict(self._finished),
                 error=error,
+                prefill=prefill,
             )

@@ -1,13 +1,15 @@
-"""Where the weights are: addresses of every tensor of a plan, from one of three homes; hides
+"""Where the weights are: addresses of every tensor of a plan, from one of four homes; hides
 mapping, copying, faking.
 
     mapped   the shards themselves in the page cache: instant start, nothing copied, shared by all
              processes
-    arena    read once into a memory file (of huge pages where the system gives them to such
-             files: `arena.pages` says), every tensor 64-byte aligned: can be pinned, takes its
+    arena    read once into private memory of huge pages, every tensor 64-byte aligned: the fastest
+             to read
+    shared   the same in a memory file (of huge pages where the system gives them to such files:
+             `arena.pages` says; elsewhere slower to fill and to read): can be pinned, takes its
              memory once for all processes that attach it
-    dummy    no shard data: random weights of the real shapes, for benchmarks; shared when made
-             with the home "arena"
+    dummy    no shard data: random weights of the real shapes, for benchmarks; in a memory file when
+             made with the home "shared", else private
 
 Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights
 are widened to f32 (1/16384 of the weights' size), because kernels read f32 scales.
@@ -41,7 +43,7 @@ from hmc.runtime.weight_arena import WeightArena
 
 __all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "view"]
 
-Home = Literal["mapped", "arena"]
+Home = Literal["mapped", "arena", "shared"]
 Role = Literal["gate", "up", "down"]
 
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
@@ -85,7 +87,7 @@ class WeightStore:
         """Map, read or fake the weights of `plan`.
 
         Raises `PlanMismatchError` when `directory` is not the checkpoint the plan was made from,
-        `ShardError` when a shard is missing, `CapacityError` when an arena or dummy weights do not
+        `ShardError` when a shard is missing, `CapacityError` when copied or dummy weights do not
         fit the memory that is free now (nothing has been read then), and `UsageError` when there is
         no directory to read.
         """
@@ -102,8 +104,10 @@ class WeightStore:
         check_checkpoint(plan, directory)
         if home == "mapped":
             return _open_mapped(plan, groups, directory, progress)
+        shards = [directory / shard.name for shard in plan.checkpoint.shards]
+        if home == "arena":
+            return _open_private(plan, groups, shards, progress)
         with WeightArena.create(plan, groups, home) as arena:
-            shards = [directory / shard.name for shard in plan.checkpoint.shards]
             read_spans(groups, shards, arena.places, progress)
             arena.keep()
         return WeightStore(plan, groups, arena.places, [arena], home)
@@ -218,10 +222,22 @@ def _open_mapped(
     return WeightStore(plan, groups, source | places, [mapped, block], "mapped")
 
 
+def _open_private(
+    plan: Plan, groups: list[TensorGroup], shards: list[Path], progress: Progress | None
+) -> WeightStore:
+    block, places = _private(groups, "arena weights")
+    try:
+        read_spans(groups, shards, places, progress)
+    except BaseException:
+        block.close()
+        raise
+    return WeightStore(plan, groups, places, [block], "arena")
+
+
 def _open_dummy(
     plan: Plan, groups: list[TensorGroup], home: Home, progress: Progress | None
 ) -> WeightStore:
-    if home == "arena":
+    if home == "shared":
         with WeightArena.create(plan, groups, "dummy") as arena:
             fill_dummy(groups, arena.places, progress)
             arena.keep()

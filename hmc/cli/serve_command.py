@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 from hmc.cli.bench_arguments import THREADS, at_least
 from hmc.errors import UsageError
 from hmc.plan import Plan
+from hmc.profile import machine_here
 
 
 @click.command("serve")
@@ -36,6 +37,17 @@ from hmc.plan import Plan
 )
 @THREADS
 @click.option(
+    "--prefill-process",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compute long prompts in a process beside the decoding, on cores of its own; auto: where"
+    " the machine's rates predict that it helps.",
+)
+@click.option(
+    "--prefill-threads", type=int, metavar="N", help="Of the threads, those of that process."
+)
+@click.option(
     "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
 )
 def command(
@@ -48,6 +60,8 @@ def command(
     served_name: str | None,
     watchdog: float,
     threads: int | None,
+    prefill_process: Literal["auto", "on", "off"],
+    prefill_threads: int | None,
     dummy_weights: bool,
 ) -> None:
     """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
@@ -62,6 +76,8 @@ def command(
     at_least("--max-queue", max_queue, 1)
     if threads is not None:
         at_least("--threads", threads, 1)
+    if prefill_threads is not None and prefill_process == "off":
+        raise UsageError("--prefill-threads: there is no such process with --prefill-process off")
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be within 0..65535")
     if not watchdog > 0:
@@ -70,7 +86,14 @@ def command(
     if api_key == "":
         raise UsageError("--api-key: it is empty")
     plan = Plan.load(plan_path)
-    server = _extras()
+    server, disaggregation = _extras()
+    decision = disaggregation.decide(
+        plan,
+        prefill_process,
+        machine=machine_here(plan) if prefill_process != "off" else None,
+        threads=threads,
+        prefill_threads=prefill_threads,
+    )
     settings = server.Settings(
         name=served_name or Path(plan_path).stem,
         checkpoint=checkpoint,
@@ -79,13 +102,17 @@ def command(
         api_key=key or None,
         max_queue=max_queue,
         watchdog_seconds=watchdog,
+        prefill=decision,
     )
     server.serve(plan, settings, host, port)
 
 
-def _extras() -> Any:
-    """hmc.serve.server, which needs packages that hmc alone does not bring."""
+def _extras() -> tuple[Any, Any]:
+    """hmc.serve.server, which needs packages that hmc alone does not bring, and what decides on
+    its processes.
+    """
     try:
+        from hmc.runtime import disaggregation
         from hmc.serve import server
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "hmc":
@@ -93,4 +120,4 @@ def _extras() -> Any:
         raise UsageError(
             f"hmc serve needs the package {error.name}: pip install 'hmc[serve]'"
         ) from error
-    return server
+    return server, disaggregation

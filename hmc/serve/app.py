@@ -6,6 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ from hmc.serve import prepare
 from hmc.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, bad_request, of_error, of_validation
 from hmc.serve.generate import Generations
-from hmc.serve.live import live, plan_facts
+from hmc.serve.live import live, plan_facts, step_times
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
 from hmc.serve.service import Service
 from hmc.version import VERSION
@@ -65,6 +66,7 @@ def application(service: Service, failed: Callable[[], None]) -> Starlette:
         ("/version", "GET", routes.version),
         ("/live", "GET", routes.live),
         ("/live/plan", "GET", routes.facts),
+        ("/live/steps", "GET", routes.steps),
     ]
     return Starlette(
         routes=[
@@ -153,6 +155,8 @@ class _Routes:
         service = self._service
         state = service.state
         answer: dict[str, Any] = {"status": state}
+        if service.scheduler is not None and (prefill := service.scheduler.prefill) is not None:
+            answer["prefill_process"] = asdict(prefill)
         if state != "ready":
             answer |= {"reason": service.reason, "progress": round(service.progress, 3)}
         return JSONResponse(answer, 200 if state == "ready" else 503)
@@ -165,6 +169,9 @@ class _Routes:
 
     async def live(self, _: Request) -> Response:
         return JSONResponse(live(self._service))
+
+    async def steps(self, _: Request) -> Response:
+        return JSONResponse(step_times(self._service))
 
     async def facts(self, _: Request) -> Response:
         return JSONResponse(self._facts)

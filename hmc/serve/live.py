@@ -1,9 +1,10 @@
-"""/live: what the page shows of the plan and of the work under way."""
+"""/live: what the page shows of the plan and of the work under way, and the times of its steps."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import asdict
 from typing import Any
 
 from hmc.plan import Plan
@@ -18,11 +19,14 @@ def live(service: Service) -> dict[str, Any]:
         "state": service.state,
         "reason": service.reason,
         "progress": service.progress,
+        "prefill": {"decision": service.settings.prefill.reason, "process": None},
     }
     if service.scheduler is None:
         return result
     stats = service.scheduler.stats()
     waits = sorted(service.ttft)
+    if stats.prefill is not None:
+        result["prefill"]["process"] = asdict(stats.prefill)
     lanes = {phase.name: phase.lanes for phase in service.plan.phases}
     result["scheduler"] = {
         "running": stats.running,
@@ -50,6 +54,16 @@ def live(service: Service) -> dict[str, Any]:
         else None
     )
     return result
+
+
+def step_times(service: Service) -> dict[str, Any]:
+    """Steps made so far, and of the latest ones [seconds, seconds in the executor, sequences
+    decoded, prompt tokens computed], oldest first.
+    """
+    _, scheduler = service.ready()
+    stats = scheduler.stats()
+    recent = [[s.seconds, s.executor, s.decoded, s.prefilled] for s in stats.recent]
+    return {"steps": stats.steps, "recent": recent}
 
 
 def plan_facts(plan: Plan, name: str) -> dict[str, Any]:

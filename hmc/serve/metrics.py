@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from hmc.runtime.generation import Timings
+from hmc.runtime.scheduler_prefill import PrefillState
 from hmc.runtime.scheduler_stats import SchedulerStats
 from hmc.serve.service import Service
 
@@ -67,10 +68,26 @@ class _Scheduler:
             return
         stats = service.scheduler.stats()
         yield from _gauges(stats)
+        if stats.prefill is not None:
+            yield from _prefill(stats.prefill)
         finished = CounterMetricFamily("hmc_requests", "Requests ended", labels=("reason",))
         for reason, count in sorted(stats.finished.items()):
             finished.add_metric((reason,), count)
         yield finished
+
+
+def _prefill(state: PrefillState) -> Iterator[Metric]:
+    """The prefill process."""
+    for name, help_text, value in (
+        ("up", "1 while the prefill process runs", float(state.alive)),
+        ("prompts", "Prompts with the prefill process", state.prompts),
+        ("tokens", "Tokens in the cache of the prompt it computes", state.tokens),
+        ("silent_seconds", "Seconds it has not been heard of with a prompt", state.silent_seconds),
+    ):
+        yield GaugeMetricFamily(f"hmc_prefill_process_{name}", help_text, value=value)
+    yield CounterMetricFamily(
+        "hmc_prefill_process_restarts", "Prefill processes replaced", value=state.restarts
+    )
 
 
 def _gauges(stats: SchedulerStats) -> Iterator[Metric]:

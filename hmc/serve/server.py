@@ -93,6 +93,7 @@ def serve(plan: Plan, settings: Settings, host: str, port: int) -> None:
                 file=sys.stderr,
             )
         print(f"hmc: serving {settings.name} on http://{address}:{bound}", file=sys.stderr)
+        print(f"hmc: {settings.prefill.reason}", file=sys.stderr)
         sys.stderr.flush()
         server.run(sockets=[listener])
     if server.service.failure is not None:

@@ -10,12 +10,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.plan import Plan
+from hmc.runtime.disaggregation import Decision, Disaggregated
 from hmc.runtime.engine import Engine
 from hmc.runtime.scheduler import Scheduler
 from hmc.serve.faults import ApiError, bad_request
@@ -28,6 +30,8 @@ State = Literal["loading", "ready", "unhealthy", "draining"]
 _WATCH_SECONDS = 1.0
 _RECENT = 128
 _CLOSE_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+_ONE_PROCESS = Decision(None, "prefill process: off")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Settings:
     watchdog_seconds: float = 300.0
     keep_alive_seconds: float = 15.0
     max_body_bytes: int = 16 << 20
+    prefill: Decision = _ONE_PROCESS
 
 
 class Service:
@@ -56,7 +61,7 @@ class Service:
         self.vocabulary: Vocabulary | None = None
         self.ttft: deque[float] = deque(maxlen=_RECENT)
         self.failure: HmcError | None = None
-        self._engine: Engine | None = None
+        self._opened: Disaggregated | None = None
         self._scheduler: Scheduler | None = None
         self._grammars: Grammars | None = None
         self._form: Form | None = None
@@ -110,7 +115,7 @@ class Service:
 
     def ready(self) -> tuple[Engine, Scheduler]:
         """What answers requests; a 503 when there is none."""
-        if self.state != "ready" or self._engine is None or self._scheduler is None:
+        if self.state != "ready" or self._opened is None or self._scheduler is None:
             raise ApiError(
                 503,
                 self.reason,
@@ -118,7 +123,7 @@ class Service:
                 code=self.state,
                 headers={"Retry-After": "5"},
             )
-        return self._engine, self._scheduler
+        return self._opened.engine, self._scheduler
 
     def grammars(self) -> Grammars:
         """Compiles grammars for this model; a 400 when it has no tokenizer."""
@@ -145,33 +150,25 @@ class Service:
         self._draining = True
 
     def close(self) -> None:
-        """End all requests, the scheduler and the engine. A step that hangs is left behind."""
+        """End all requests, the scheduler, the prefill process and the engine. A step that hangs is
+        left behind.
+        """
         self._draining = True
         self._closing.set()
         with self._lock:
-            engine, scheduler = self._engine, self._scheduler
+            opened, scheduler = self._opened, self._scheduler
         if scheduler is not None:
             scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
-        if engine is not None and not self._hung:
-            engine.close()
+        if opened is not None and self._hung and opened.worker is not None:
+            opened.worker.close()
+        if opened is not None and not self._hung:
+            opened.close()
 
     def _load(self, failed: Callable[[], None]) -> None:
-        def report(what: str, done: int, total: int) -> None:
-            self._progress = (what, done, total)
-
         try:
-            engine = Engine(
-                self.plan,
-                self.settings.checkpoint,
-                threads=self.settings.threads,
-                dummy_weights=self.settings.dummy_weights,
-                progress=report,
-            )
-            if engine.text is not None:
-                path = self.settings.checkpoint or self.plan.checkpoint.path
-                self.vocabulary = Vocabulary(Path(path))
-            scheduler = Scheduler(engine.executor, max_queue=self.settings.max_queue)
-            scheduler.start()
+            with ExitStack() as stack:
+                opened, scheduler = self._open(stack)
+                stack.pop_all()
         except HmcError as error:
             self.failure = error
             failed()
@@ -182,9 +179,41 @@ class Service:
             failed()
             return
         with self._lock:
-            self._engine, self._scheduler = engine, scheduler
+            self._opened, self._scheduler = opened, scheduler
         if self._closing.is_set():  # too late: nobody else will end it
             self.close()
+
+    def _open(self, stack: ExitStack) -> tuple[Disaggregated, Scheduler]:
+        """Everything that answers requests; `stack` closes it again."""
+
+        def report(what: str, done: int, total: int) -> None:
+            self._progress = (what, done, total)
+
+        opened = stack.enter_context(
+            Disaggregated(
+                self.plan,
+                self.settings.checkpoint,
+                division=self.settings.prefill.division,
+                threads=self.settings.threads,
+                dummy_weights=self.settings.dummy_weights,
+                progress=report,
+            )
+        )
+        if opened.worker is not None:
+            report("starting the prefill process", 0, 1)
+            while not (opened.worker.wait_ready(_POLL_SECONDS) or self._closing.is_set()):
+                pass
+        if opened.engine.text is not None:
+            path = self.settings.checkpoint or self.plan.checkpoint.path
+            self.vocabulary = Vocabulary(Path(path))
+        scheduler = Scheduler(
+            opened.engine.executor,
+            max_queue=self.settings.max_queue,
+            prefill=opened.worker,
+            prefill_silence=self.settings.watchdog_seconds,
+        )
+        scheduler.start()
+        return opened, scheduler
 
     def _watch(self) -> None:
         """The watchdog: a step that takes too long ends all requests and turns /health."""

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from hmc.plan import Step
@@ -236,7 +236,7 @@ def _attend(
     kv_heads, d] and values [S, kv_heads, v]."""
     tokens, total, group = len(q), len(keys), q.shape[1] // keys.shape[1]
     v_dim = values.shape[2]
-    mask: torch.Tensor = causal_lower_right(tokens, total)
+    mask = _lower_right(tokens, total)
     if window:
         mask = _later(total - tokens, tokens, total, q.device, window).to(q.dtype)
     if (missing := q.shape[2] - v_dim) > 0:  # fused kernels want one width
@@ -250,6 +250,13 @@ def _attend(
         enable_gqa=group > 1,
     )
     return found[0, ..., :v_dim].transpose(0, 1).flatten(1)
+
+
+def _lower_right(tokens: int, total: int) -> torch.Tensor:
+    """PyTorch's mask that fused kernels know without one being made. Its module loads
+    torch._dynamo, more than a second: only who attends on a device shall wait for it."""
+    found: torch.Tensor = import_module("torch.nn.attention.bias").causal_lower_right(tokens, total)
+    return found
 
 
 def _later(

@@ -73,7 +73,7 @@ class Pair:
 
 
 @contextmanager
-def opened(directory, home="arena", **options):
+def opened(directory, home="shared", **options):
     plan = hmc.compile(directory, **options)
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
     kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
@@ -274,7 +274,7 @@ def test_weights_and_cache_are_there_once(pair):
     sequence, job = pair.begin(ids)
     job.wait(LONG)
     pair.alone(ids)
-    for name in ("memfd:hmc arena weights", "memfd:hmc KV cache"):
+    for name in ("memfd:hmc shared weights", "memfd:hmc KV cache"):
         mine, its = maps(os.getpid(), name), maps(pair.worker.pid, name)
         assert its[0] > 0 and its[2] == 0, name
         assert mine[1] + its[1] <= max(mine[0], its[0]) + 4096, name
@@ -285,9 +285,9 @@ def test_dummies_are_shared_in_an_arena_only(checkpoint):
     directory = checkpoint("qwen3_moe", "fp8")
     plan = hmc.compile(directory, max_context=64)
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
-    with pytest.raises(UsageError, match="arena"):
+    with pytest.raises(UsageError, match="shared"):
         PrefillWorker(plan, None, WeightStore.open(plan, None, dummy=True), cache, cpus=CPUS)
-    store = WeightStore.open(plan, None, dummy=True, home="arena")
+    store = WeightStore.open(plan, None, dummy=True, home="shared")
     ids = np.arange(3, 40, dtype=np.int32)
     with PrefillWorker(plan, None, store, cache, cpus=CPUS[:1]) as worker:
         found = worker.start([1], 0, ids).wait(LONG)
@@ -300,7 +300,7 @@ def test_dummies_are_shared_in_an_arena_only(checkpoint):
 def test_a_process_that_cannot_begin_says_why(checkpoint):
     plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=64)
     other = hmc.compile(checkpoint("mixtral", "fp8"), max_context=64)
-    store = WeightStore.open(other, None, dummy=True, home="arena")
+    store = WeightStore.open(other, None, dummy=True, home="shared")
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
     with PrefillWorker(plan, None, store, cache, cpus=CPUS) as worker:
         job = worker.start([0], 0, np.array([3, 4], np.int32))
@@ -320,7 +320,7 @@ from hmc.runtime.prefill_worker import PrefillWorker
 from hmc.runtime.shared import SharedBlock
 from hmc.runtime.weights import WeightStore
 directory, plan = Path(sys.argv[1]), load(sys.argv[2])
-store = WeightStore.open(plan, directory, home="arena")
+store = WeightStore.open(plan, directory, home="shared")
 cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
 options = dict(cpus=[int(sys.argv[3])])
 ready = PrefillWorker(plan, directory, store, cache, **options)

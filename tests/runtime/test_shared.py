@@ -191,13 +191,13 @@ print(store.home, float(store.tensor(weight.name).float().sum()), flush=True)
 def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
     directory = checkpoint("deepseek_v3", "fp8")
     plan = hmc.compile(directory)
-    store = WeightStore.open(plan, directory, home="arena")
+    store = WeightStore.open(plan, directory, home="shared")
     descriptor = store.arena.descriptor
     mapped = WeightStore.open(plan, directory)
     attached = WeightStore.attach(plan, descriptor)
     address, size = attached.arena.span
     assert address % HUGE_PAGE == 0 and size > attached.bytes
-    assert attached.home == "arena" and mapped.arena is None
+    assert attached.home == "shared" and mapped.arena is None
     for weight in plan.weights:
         for one, two in ((mapped.address, attached.address),):
             assert ctypes.string_at(one(weight.name), weight.bytes) == ctypes.string_at(
@@ -216,7 +216,7 @@ def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
         check=True,
     )
     expected = float(mapped.tensor(plan.weights[0].name).float().sum())
-    assert found.stdout.split() == ["arena", str(expected)]
+    assert found.stdout.split() == ["shared", str(expected)]
     store.close()
     assert ctypes.string_at(attached.address(plan.weights[0].name), 64)  # lives on
     attached.close(), mapped.close()
@@ -226,13 +226,13 @@ def test_only_a_filled_arena_of_these_weights_is_attached(checkpoint, monkeypatc
     plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=64)
     other = hmc.compile(checkpoint("qwen3_moe", "bf16"))
     longer = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=128)
-    store = WeightStore.open(plan, None, dummy=True, home="arena")
+    store = WeightStore.open(plan, None, dummy=True, home="shared")
     assert store.home == "dummy"
     WeightStore.attach(longer, store.arena.descriptor).close()
     with pytest.raises(PlanMismatchError, match="other weights"):
         WeightStore.attach(other, store.arena.descriptor)
-    real = WeightStore.open(plan, Path(plan.checkpoint.path), home="arena")
-    assert WeightStore.attach(plan, real.arena.descriptor).home == "arena"
+    real = WeightStore.open(plan, Path(plan.checkpoint.path), home="shared")
+    assert WeightStore.attach(plan, real.arena.descriptor).home == "shared"
     _, size = store.arena.span
     empty = SharedBlock(size, "test")
     with pytest.raises(ExecutionError, match="never filled"):
@@ -249,12 +249,12 @@ def test_what_does_not_fit_is_refused_before_it_is_touched(checkpoint, monkeypat
     count = descriptors()
     monkeypatch.setattr(weight_arena, "available_bytes", lambda: 10_000)
     monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: 0)
-    with pytest.raises(CapacityError, match=r"arena weights: .* GiB are needed"):
-        WeightStore.open(plan, directory, home="arena")
+    with pytest.raises(CapacityError, match=r"shared weights: .* GiB are needed"):
+        WeightStore.open(plan, directory, home="shared")
     assert descriptors() == count
     _, size = layout(tensor_groups(plan))
     monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: size // HUGE_PAGE + 2)
-    WeightStore.open(plan, directory, home="arena").close()
+    WeightStore.open(plan, directory, home="shared").close()
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_named(checkpoint, tmp_path, monkeypatch):
@@ -266,8 +266,8 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(checkpoint, tmp_path, mo
     monkeypatch.setattr("hmc.runtime.weights.check_checkpoint", lambda plan, directory: None)
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(ShardError, match=f"{shard.name}: ends at byte"):
-        WeightStore.open(plan, tmp_path, home="arena")
+        WeightStore.open(plan, tmp_path, home="shared")
     shard.unlink()
     with pytest.raises(ShardError, match="missing"):
-        WeightStore.open(plan, tmp_path, home="arena")
+        WeightStore.open(plan, tmp_path, home="shared")
     assert descriptors() == count

@@ -45,7 +45,7 @@ def copy(checkpoint, tmp_path):
     return target, hmc.compile(target)
 
 
-@pytest.mark.parametrize("home", ["mapped", "arena"])
+@pytest.mark.parametrize("home", ["mapped", "arena", "shared"])
 @pytest.mark.parametrize("scales", [torch.float32, torch.bfloat16])
 def test_every_address_holds_the_checkpoint(checkpoint, home, scales):
     directory = checkpoint("deepseek_v3", "fp8", shards=2, scale_dtype=scales)
@@ -62,7 +62,7 @@ def test_every_address_holds_the_checkpoint(checkpoint, home, scales):
             assert np.array_equal(found, expected.flatten().numpy())
         else:
             assert store.scale_address(weight.name) == 0
-        if home == "arena":
+        if home != "mapped":
             assert store.address(weight.name) % 64 == 0
     for layer in {e.layer for e in plan.experts}:
         table = store.expert_table(layer)
@@ -76,7 +76,7 @@ def test_every_address_holds_the_checkpoint(checkpoint, home, scales):
                 expected = tensors[name + "_scale_inv"].float().flatten().numpy()
                 found = raw(int(scale), expected.nbytes).view(np.float32)
                 assert np.array_equal(found, expected)
-    if home == "arena":
+    if home != "mapped":
         assert seen[-1][1] == seen[-1][2] >= store.bytes
     store.close()
 

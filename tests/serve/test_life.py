@@ -39,7 +39,7 @@ def test_while_loading_health_tells_the_progress_and_a_failure_ends_the_server(
         go_on.wait(20)
         raise ShardError("model.safetensors is gone")
 
-    monkeypatch.setattr(service, "Engine", load)
+    monkeypatch.setattr(service, "Disaggregated", load)
     with start(plan, Settings(name="tiny")) as live:
         time.sleep(0.1)
         health = httpx.get(f"{live.url}/health")
@@ -171,6 +171,10 @@ def test_errors_of_startup_are_one_line(plan_path: Path, tmp_path: Path) -> None
     assert busy.stderr.count("\n") == 1
     gone = run(str(plan_path), "--port", "0", "--checkpoint", str(tmp_path / "nowhere"))
     assert gone.returncode > 2
-    assert [line.startswith("hmc: error: ") for line in gone.stderr.splitlines()] == [False, True]
+    assert [line.startswith("hmc: error: ") for line in gone.stderr.splitlines()] == [
+        False,
+        False,
+        True,
+    ]
     (tmp_path / "no.hmp").write_text("nothing")
     assert run(str(tmp_path / "no.hmp")).returncode == 5
