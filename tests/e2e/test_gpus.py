@@ -115,6 +115,7 @@ def test_the_command_line(
     assert out == ""
 
 
+@pytest.mark.slow
 def test_bench_takes_the_processes_too(
     plan: Plan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

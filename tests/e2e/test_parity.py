@@ -65,7 +65,7 @@ BEST, *OTHERS = [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags
 """The kernel tiers this machine can run."""
 
 CASES = [(family, quant, BEST) for family in FAMILIES for quant in ("bf16", "fp8", "int4")] + [
-    (family, quant, isa)
+    pytest.param(family, quant, isa, marks=[] if quant == "fp8" else [pytest.mark.slow])
     for isa in OTHERS
     for family, quant in (("deepseek_v3", "fp8"), ("qwen3_moe", "bf16"), ("mixtral", "int4"))
 ]

@@ -169,6 +169,7 @@ def test_a_killed_process_is_replaced_and_nobody_notices(both, scheduler):
     until(lambda: scheduler.prefill.restarts == 2 and scheduler.prefill.ready)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_kills_twice_fails_alone(both, scheduler):
     ids, other = prompt(both, 400, seed=11), prompt(both, 300, seed=12)
     expected = alone(both, other, 5)
@@ -220,6 +221,7 @@ def test_blocks_of_a_cancelled_prompt_are_free_when_the_process_has_let_go(both,
     until(lambda: allocator.used == 0)
 
 
+@pytest.mark.slow
 def test_closing_does_not_wait_for_a_hung_process(both):
     executor = both.engine.executor
     both.worker.wait_ready(WAIT)
@@ -302,6 +304,7 @@ def mappings(pid, name):
     return found["Rss"], found["Pss"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dummy", [False, True])
 def test_weights_and_cache_are_in_memory_once(checkpoint, dummy):
     plan = hmc.compile(checkpoint("qwen3_moe", "fp8"), max_context=512, max_chunk=64, threads=2)

@@ -121,6 +121,7 @@ def test_logits_and_what_is_decoded_after_them_are_those_of_one_process(pair):
     assert pair.executor.kv.allocator.used == 0
 
 
+@pytest.mark.slow
 def test_another_family_with_mapped_shards(checkpoint):
     with opened(checkpoint("qwen3_moe", "fp8"), "mapped", max_context=128, max_chunk=24) as pair:
         ids = prompt(pair, 77)
@@ -191,6 +192,7 @@ def test_a_cancelled_job_writes_no_more(pair):
     assert pair.worker.silent_seconds == 0
 
 
+@pytest.mark.slow
 def test_cancel_takes_effect_in_the_middle(pair):
     ids = prompt(pair, 250)
     pair.worker.wait_ready(LONG)
@@ -224,6 +226,7 @@ def test_a_killed_process_is_named_and_replaced(pair):
     pair.executor.release(sequence)
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_answer_ends_with_close(checkpoint):
     with opened(checkpoint("qwen3_moe", "fp8"), max_context=128) as pair:
         pair.worker.wait_ready(LONG)
@@ -269,6 +272,7 @@ def maps(pid, name):
     return found["Rss"], found["Pss"], found["Private_Dirty"] + found["Private_Clean"]
 
 
+@pytest.mark.slow
 def test_weights_and_cache_are_there_once(pair):
     ids = prompt(pair, 200)
     sequence, job = pair.begin(ids)
@@ -281,6 +285,7 @@ def test_weights_and_cache_are_there_once(pair):
     pair.executor.release(sequence)
 
 
+@pytest.mark.slow
 def test_dummies_are_shared_in_an_arena_only(checkpoint):
     directory = checkpoint("qwen3_moe", "fp8")
     plan = hmc.compile(directory, max_context=64)

@@ -111,6 +111,7 @@ def test_a_rank_killed_in_the_middle_of_a_prefill(checkpoint: Callable[..., Path
         assert "SIGKILL" in str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises(checkpoint: Callable[..., Path]) -> None:
     with faulty("raise"), bench(wide(checkpoint), 2) as found:
         error = fails(found, 60)
@@ -128,6 +129,7 @@ def test_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
         assert "(sort, layer 1)" in str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_without_enough_memory(checkpoint: Callable[..., Path]) -> None:
     directory = wide(checkpoint)
     plan = split_plan(directory, gpus=2)
@@ -140,6 +142,7 @@ def test_a_rank_without_enough_memory(checkpoint: Callable[..., Path]) -> None:
         gone(pids)
 
 
+@pytest.mark.slow
 def test_closing_ends_the_processes_before_they_are_ready(checkpoint: Callable[..., Path]) -> None:
     directory = wide(checkpoint)
     with shared(split_plan(directory, gpus=2), directory) as group:

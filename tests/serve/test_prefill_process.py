@@ -93,6 +93,7 @@ def test_a_killed_process_is_replaced(beside: Any) -> None:
     assert now["restarts"] == 1 and now["pid"] != before["pid"]
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_begin_ends_the_server(
     chunked: Plan, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
