@@ -257,7 +257,7 @@ def test_run_refuses_a_plan_for_a_gpu(model: Path, run: Run, tmp_path: Path) -> 
     path = tmp_path / "gpu.hmp"
     assert run("compile", model, "-o", path, "--machine", "epyc9355-rtx5090")[0] == 0
     code, _, err = run("run", path, "--ids", "1")
-    assert_one_line(code, err, 5, "epyc9355-rtx5090", "CPU plans only")
+    assert_one_line(code, err, 5, "epyc9355-rtx5090", "--devices host")
 
 
 def test_run_refuses_too_little_memory(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,7 +35,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[HostBackend | NullBacken
 
 
 def _threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("hmc-")]
+    """Threads of streams; other tests of this process may keep an engine, with threads hmc-0..."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if re.fullmatch(r"hmc-(cpu|link|(gpu|h2d|d2h)\d+)", name)]
 
 
 def _broken() -> None:

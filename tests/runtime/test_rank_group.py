@@ -120,6 +120,7 @@ def test_a_rank_that_raises(checkpoint: Callable[..., Path]) -> None:
         assert "(sort, layer 1) failed on gpu1: ValueError: a fault for a test" in str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
     with faulty("hang"), bench(wide(checkpoint), 2, seconds=2) as found:
         found.group.wait_ready()
