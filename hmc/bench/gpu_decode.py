@@ -1,0 +1,110 @@
+"""Section of the GPU check: decoding by GPU and CPU together beside what each takes alone, and two
+lanes beside one.
+
+What a side takes alone is the busy time of its stream in recorded steps of the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+from hmc.bench.gpu_plans import DECODE, DUAL, HOST, only, resident
+from hmc.bench.gpu_rows import Clock, Row
+from hmc.bench.gpu_sizes import Bench, token_ids
+from hmc.cost import CostModel
+from hmc.errors import ExecutionError
+from hmc.runtime.device_phase import DevicePhase
+from hmc.runtime.executor import Executor
+from hmc.runtime.kv import Sequence as CacheSequence
+from hmc.simulate.predict import run_decode
+
+_BATCHES = (1, 2, 4)
+_WARM = 2
+_CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A step: seconds as a whole, and busy seconds of GPU and CPU; medians."""
+
+    seconds: float
+    gpu: float
+    cpu: float
+
+
+def measure_steps(executor: Executor, phase: str, batch: int, steps: int) -> Decoded:
+    """`steps` decode steps of `batch` sequences, as many recorded after as many that are not."""
+    found = executor.phases[phase]
+    if not isinstance(found, DevicePhase):
+        raise ExecutionError(f"{phase} does not run on devices here")
+    places = found.bound.phase.steps
+    sequences = _opened(executor, batch)
+    try:
+        seconds = [_step(executor, sequences, phase, n) for n in range(_WARM + steps)][_WARM:]
+        busy: dict[str, list[float]] = {"gpu0": [], "cpu": []}
+        with executor.recorded():
+            for number in range(steps):
+                _step(executor, sequences, phase, number)
+                call = found.last
+                assert call is not None
+                for name, each in busy.items():
+                    spans = zip(call.positions, call.start, call.finish, strict=True)
+                    each.append(sum(b - a for at, a, b in spans if places[at].resource == name))
+    finally:
+        for sequence in sequences:
+            executor.release(sequence)
+    return Decoded(median(seconds), median(busy["gpu0"]), median(busy["cpu"]))
+
+
+def decode(bench: Bench, name: str, clock: Clock) -> Iterator[Row]:
+    """One sequence, then batches in one lane and in two."""
+    section = f"decode {name}"
+    clock.check("compiling")
+    plan = bench.model(name, _CONTEXT).divided(DECODE, DUAL)
+    model = CostModel(plan, bench.machine)
+    held = f"{resident(plan):.0%} of the experts resident"
+    with bench.running(name, only(plan, HOST, DECODE, DUAL)) as executor:
+        for batch in _BATCHES:
+            single = 0.0
+            for phase in (DECODE, DUAL) if batch > 1 else (DECODE,):
+                clock.check(f"{phase} of {batch}")
+                found = measure_steps(executor, phase, batch, bench.sizes.decode_steps)
+                rate = batch / found.seconds
+                case = f"{phase}, batch {batch}"
+
+                def row(
+                    against: str,
+                    reference: float,
+                    note: str = "",
+                    case: str = case,
+                    rate: float = rate,
+                ) -> Row:
+                    return Row(section, case, "tokens", rate, "tok/s", against, reference, "", note)
+
+                yield row("GPU part alone", batch / found.gpu, held)
+                yield row("CPU part alone", batch / found.cpu)
+                if phase == DUAL:
+                    yield row("one lane", single)
+                predicted = run_decode(plan, model, bench.sizes.chunk, batch, phase).seconds
+                yield row("predicted", batch / predicted)
+                single = rate
+
+
+def _opened(executor: Executor, batch: int) -> list[CacheSequence]:
+    """Sequences with a chunk of context."""
+    sequences = [executor.open() for _ in range(batch)]
+    for seed, sequence in enumerate(sequences):
+        ids = token_ids(executor.plan.limits.max_chunk, executor.plan.model.vocab, seed)
+        for _ in executor.prefill(sequence, ids, phase=HOST):
+            pass
+    return sequences
+
+
+def _step(executor: Executor, sequences: list[CacheSequence], phase: str, seed: int) -> float:
+    tokens = token_ids(len(sequences), executor.plan.model.vocab, seed)
+    start = time.perf_counter()
+    executor.decode(sequences, tokens, phase)
+    return time.perf_counter() - start
