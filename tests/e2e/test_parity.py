@@ -91,6 +91,7 @@ def test_logits_are_as_close_as_transformers_in_bf16(
         assert quant in ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["fp16", "f32"])
 def test_other_stored_formats(quant: str, checkpoint: Callable[..., Path]) -> None:
     directory = checkpoint("qwen3_moe", quant)

@@ -209,6 +209,7 @@ def test_the_models_of_the_figures_are_the_bundled_ones() -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_plan_of_all_layers_stays_small(tmp_path: Path) -> None:
     plan = plan_for("kimi-k2", TWO, 0)
     plan.save(tmp_path / "kimi.hmp")
