@@ -9,7 +9,7 @@ never move between lanes).
 
     tier          fp8                      bf16       int4                   fp16, f32
     avx512_bf16   byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
-    avx512, avx2  through FP16; f32 multiply-add everywhere
+    avx512, avx2  shifts and masks to f32 in place (unpack.py), f32 multiply-add
 
 The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
 magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
@@ -26,10 +26,21 @@ import numpy as np
 from llvmlite import ir
 from numpy.typing import NDArray
 
-from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
-from hmc.codegen.vector import lanes_mask
+from hmc.codegen.unpack import (
+    FP8_ACTIVATIONS,
+    FP8_RESULT,
+    bf16_vectors,
+    fp8_largest,
+    fp8_poison,
+    fp8_vectors,
+    int4_vectors,
+    order,
+    unit_of,
+)
+from hmc.codegen.vector import fsplat, lanes_mask
 from hmc.codegen.weights import masked_vec, row_bytes, splat_int, weights_f32
 
 
@@ -61,7 +72,7 @@ class Dot:
         if self.spec.weight == "fp8":
             return FP8_BLOCK
         if self.spec.weight == "int4":
-            return 128 if self.paired else self.group
+            return 128 if self.paired else max(self.unit, self.group)
         return 4 * self.width
 
     @property
@@ -106,7 +117,7 @@ class Dot:
     def _order(self) -> list[int]:
         """Where lane i of the prepared activations comes from, for one unit of them."""
         if not self.paired:
-            return list(range(self.lanes))
+            return order(self.spec.weight, self.lanes)
         if self.spec.weight == "fp8":
             lanes = [
                 [16 * lane + half * 8 + i for lane in range(4) for i in range(8)] for half in (0, 1)
@@ -135,6 +146,8 @@ class Dot:
             )
             if not self.paired:
                 vector = e.bf16_to_f32(vector)
+                if self.spec.weight == "fp8":
+                    vector = b.fmul(vector, fsplat(FP8_ACTIVATIONS, self.lanes))
             e.store(vector, prepared, b.add(k, const(start)), align=32)
 
     def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
@@ -148,21 +161,59 @@ class Dot:
 
     @property
     def unit(self) -> int:
-        """Weights decoded together: one vector's worth of bytes, or one vector of f32."""
-        return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight] if self.paired else self.lanes
+        """Weights decoded together: one vector's worth of bytes (fp16: one vector of f32)."""
+        if self.paired:
+            return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight]
+        return unit_of(self.spec.weight, self.lanes)
+
+    def load(self, e: Emitter, row: Value, k: Value, valid: int) -> Value:
+        """The unit at element `k` of the row at `row` as it is stored, of which `valid` weights are
+        read; behind them are zeros.
+        """
+        weight, b = self.spec.weight, e.b
+        if weight == "fp8":
+            return masked_vec(e, row, k, I8, self.unit, valid)
+        if weight == "bf16":
+            return masked_vec(e, row, k, I16, self.unit, valid)
+        if weight == "int4" and self.paired:
+            return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
+        if weight == "int4":
+            return masked_vec(e, row, b.lshr(k, const(3)), I32, self.lanes, -(-valid // 8))
+        return weights_f32(e, weight, row, k, min(valid, self.lanes))[0]
+
+    def decode(self, e: Emitter, codes: Value) -> list[Value]:
+        """The vectors of weights of what `load` loaded."""
+        weight = self.spec.weight
+        if self.paired:
+            pairs = {"fp8": _fp8_pairs, "int4": _int4_pairs}
+            return pairs[weight](e, codes) if weight in pairs else [codes]
+        vectors = {"fp8": fp8_vectors, "bf16": bf16_vectors, "int4": int4_vectors}
+        return vectors[weight](e, codes) if weight in vectors else [codes]
 
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        """The unit at element `k` of the row at `row`, of which `valid` weights are read and the
-        rest is zero.
-        """
-        if not self.paired:
-            return weights_f32(e, self.spec.weight, row, k, min(valid, self.lanes))
-        if self.spec.weight == "fp8":
-            return _fp8_pairs(e, masked_vec(e, row, k, I8, 64, valid))
-        if self.spec.weight == "int4":
-            words = masked_vec(e, row, e.b.lshr(k, const(2)), I16, 32, -(-valid // 4))
-            return _int4_pairs(e, words)
-        return [masked_vec(e, row, k, I16, 32, valid)]
+        """`decode` of `load`."""
+        return self.decode(e, self.load(e, row, k, valid))
+
+    @property
+    def checked(self) -> bool:
+        """Whether `decode` does not see NaN codes, so that a row's codes must be `watched`."""
+        return not self.paired and self.spec.weight == "fp8"
+
+    def unseen(self, e: Emitter) -> Value:
+        """What `watched` starts from."""
+        return e.zeros(I8, self.unit)
+
+    def watched(self, e: Emitter, seen: Value, codes: Value) -> Value:
+        """`seen`, and what `load` loaded."""
+        return fp8_largest(e, seen, codes)
+
+    def poisoned(self, e: Emitter, totals: list[Value], seen: Value) -> list[Value]:
+        """A row's totals: NaN where a code that was `watched` is."""
+        poison = fp8_poison(e, seen)
+        return [
+            e.b.bitcast(e.b.or_(e.b.bitcast(total, poison.type), poison), total.type)
+            for total in totals
+        ]
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` + weights * activations, lane by lane (pair by pair)."""
@@ -203,12 +254,17 @@ class Dot:
         index = b.udiv(k, const(per))
         if self._scale_bytes == 4:
             if count == 1:
-                return e.splat(e.load(scales, index, F32), self.lanes)
+                one = e.load(scales, index, F32)
+                if self.spec.weight == "fp8" and not self.paired:
+                    one = b.fmul(one, fconst(FP8_RESULT))
+                return e.splat(one, self.lanes)
             few = masked_vec(e, scales, index, F32, count, valid_groups)
         elif count == 1:
             return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
-        else:
+        elif self.lanes == 16:
             return self._spread(e, masked_vec(e, scales, index, I16, count, valid_groups))
+        else:
+            few = e.bf16_to_f32(masked_vec(e, scales, index, I16, count, valid_groups))
         spread = lanes_mask([lane * count // self.lanes for lane in range(self.lanes)])
         return b.shuffle_vector(few, ir.Constant(few.type, ir.Undefined), spread)
 

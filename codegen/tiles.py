@@ -150,10 +150,21 @@ class Tiles:
         """(rows of a run summed up together, runs) for a tile: the best first, then for what is
         left over.
         """
-        accumulators = 8 if self.dot.lanes == 16 else 4
-        streams = min(self._streams, max(2, accumulators // tokens))
+        if self.dot.lanes == 16:
+            streams = min(self._streams, max(2, 8 // tokens))
+        elif self.dot.scaled:  # 16 registers: decoded weights need half of them
+            streams = min(self._streams, 2 if tokens <= 2 else 1)
+        else:
+            streams = min(self._streams, max(2, 4 // tokens))
         batch = max(1, min(self.rows, 8 // tokens))
         return list(dict.fromkeys([(batch, streams), (1, streams), (1, 1)]))
+
+    def _ways(self, tokens: int) -> int:
+        """Chunks of a row summed up at once: one, or two where there are too few sums under way to
+        hide the latency of a multiply-add. Every chunk has a sum of its own, so results are the
+        same.
+        """
+        return 2 if self.dot.scaled and self.dot.lanes == 8 and tokens == 1 else 1
 
     def _rows(
         self, e: Emitter, x: list[Value], batch: int, streams: int, row: Value, places: _Run
@@ -163,21 +174,32 @@ class Tiles:
         zero = e.zeros(F32, dot.lanes)
         rows = [b.add(row, b.mul(places.rows, const(stream))) for stream in range(streams)]
         totals = [[[e.local(zero.type) for _ in x] for _ in range(batch)] for _ in rows]
+        seen = [e.local(dot.unseen(e).type) for _ in rows] if dot.checked else []
         whole = dot.k // dot.chunk * dot.chunk
+        step = dot.chunk * self._ways(len(x))
         for r in range(batch):
             lines = [total[r] for total in totals]
             for line in lines:
                 for slot in line:
                     b.store(zero, slot)
+            for slot in seen:
+                b.store(dot.unseen(e), slot)
             current = [b.add(first, const(r)) for first in rows]
             bases = [e.offset(places.w, b.mul(one, const(dot.row_bytes))) for one in current]
             scales = [dot.scale_row(e, places.scale, one) for one in current] if dot.scaled else []
             left = b.mul(b.sub(places.end, current[0]), const(dot.row_bytes))
-            with e.for_range(0, whole, dot.chunk) as k:
-                self._prefetch(e, bases, k, left, places.beyond)
-                self._chunk(e, bases, scales, x, lines, k, dot.chunk)
-            if whole < dot.k:
-                self._chunk(e, bases, scales, x, lines, const(whole), dot.k - whole)
+            block = _Block(bases, scales, x, lines, seen)
+            with e.for_range(0, whole // step * step, step) as k:
+                chunks = [b.add(k, const(start)) for start in range(0, step, dot.chunk)]
+                for chunk in chunks:
+                    self._prefetch(e, bases, chunk, left, places.beyond)
+                self._chunks(e, block, chunks, dot.chunk)
+            for start in range(whole // step * step, dot.k, dot.chunk):
+                self._chunks(e, block, [const(start)], min(dot.chunk, dot.k - start))
+            for line, slot in zip(lines, seen, strict=bool(seen)):
+                sums = dot.poisoned(e, [b.load(total) for total in line], b.load(slot))
+                for value, total in zip(sums, line, strict=True):
+                    b.store(value, total)
         for stream, first in enumerate(rows):
             for token in range(len(x)):
                 sums = reduce_rows(e, [b.load(line[token]) for line in totals[stream]])
@@ -202,39 +224,55 @@ class Tiles:
             for line in range(0, dot.chunk_bytes, 64):
                 e.prefetch(e.offset(base, b.add(at, const(line))), _L2)
 
-    def _chunk(
-        self,
-        e: Emitter,
-        bases: list[Value],
-        scales: list[Value],
-        x: list[Value],
-        totals: list[list[Value]],
-        k: Value,
-        valid: int,
-    ) -> None:
-        """Add the chunk at element `k` of the rows at `bases` to `totals` [row][token]."""
+    def _chunks(self, e: Emitter, block: _Block, chunks: list[Value], valid: int) -> None:
+        """Add the chunks at elements `chunks`, `valid` weights of each, to the block's totals."""
         b, dot = e.b, self.dot
+        lines = [(r, chunk) for chunk in chunks for r in range(len(block.bases))]
         if dot.scaled:
-            sums = [[e.zeros(F32, dot.lanes)] * len(line) for line in totals]
+            sums = [[e.zeros(F32, dot.lanes)] * len(block.x) for _ in lines]
         else:
-            sums = [[b.load(slot) for slot in line] for line in totals]
+            sums = [[b.load(slot) for slot in block.totals[r]] for r, _ in lines]
+        # Rows side by side share the loads of activations, where there are registers for it.
+        many = dot.lanes == 16
+        groups = [list(range(len(lines)))] if many else [[i] for i in range(len(lines))]
         for start in range(0, valid, dot.unit):
-            at = b.add(k, const(start))
-            rows = [dot.weights(e, base, at, valid - start) for base in bases]
-            for token, prepared in enumerate(x):
-                for step in range(len(rows[0])):
-                    activations = dot.activations(e, prepared, at, step)
-                    for line, weights in zip(sums, rows, strict=True):
-                        line[token] = dot.multiply(e, line[token], weights[step], activations)
-        for r, line in enumerate(sums):
+            for group in groups:
+                at = [b.add(lines[i][1], const(start)) for i in group]
+                weights = []
+                for i, place in zip(group, at, strict=True):
+                    r = lines[i][0]
+                    codes = dot.load(e, block.bases[r], place, valid - start)
+                    if dot.checked:
+                        slot = block.seen[r]
+                        b.store(dot.watched(e, b.load(slot), codes), slot)
+                    weights.append(dot.decode(e, codes))
+                for token, prepared in enumerate(block.x):
+                    for step in range(len(weights[0])):
+                        activations = dot.activations(e, prepared, at[0], step)
+                        for i, row in zip(group, weights, strict=True):
+                            sums[i][token] = dot.multiply(e, sums[i][token], row[step], activations)
+        for (r, chunk), line in zip(lines, sums, strict=True):
             if dot.scaled:
-                factor = dot.scale(e, scales[r], k, valid)
+                factor = dot.scale(e, block.scales[r], chunk, valid)
                 line = [
                     e.fma(value, factor, b.load(slot))
-                    for value, slot in zip(line, totals[r], strict=True)
+                    for value, slot in zip(line, block.totals[r], strict=True)
                 ]
-            for value, slot in zip(line, totals[r], strict=True):
+            for value, slot in zip(line, block.totals[r], strict=True):
                 b.store(value, slot)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows that are summed up side by side: their addresses and those of their scales, the prepared
+    tokens `x`, the slots of their totals [row][token] and of what is watched of each row.
+    """
+
+    bases: list[Value]
+    scales: list[Value]
+    x: list[Value]
+    totals: list[list[Value]]
+    seen: list[Value]
 
 
 @dataclass(frozen=True)

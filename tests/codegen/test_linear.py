@@ -144,4 +144,5 @@ def test_instructions(jit: Jit) -> None:
         assert "zmm" in text["avx512", weight] and "vfmadd" in text["avx512", weight]
         assert "zmm" not in text["avx2", weight] and "vfmadd" in text["avx2", weight]
     for isa in ("avx512", "avx2"):
-        assert "vcvtph2ps" in text[isa, "fp8"]
+        assert "vpsraw" in text[isa, "fp8"] and "vcvtph2ps" not in text[isa, "fp8"]
+        assert "vpshufb" in text[isa, "int4"]
