@@ -1,6 +1,7 @@
 # make demo   set up, compile the bundled tiny MoE, show its plan, let it write a paragraph
 # make test   set up, lint, type-check, run the test suite
 # make test-all  the same with the slow tests and all seeds and requests
+# make test-eval  lm-eval's client against a live server, with lm-eval installed as well
 # make check  lint and types alone
 # make gpu-check  on a machine with a GPU: parity, speed and predictions in under 10 minutes, one
 #             table; GPU_PYTHON=python3 takes the machine's own packages, GPU_ARGS="--devices host"
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
 DEMO := build/demo
 
-.PHONY: demo test test-all check gpu-check clean
+.PHONY: demo test test-all test-eval check gpu-check clean
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,10 @@ $(VENV)/base: pyproject.toml
 
 $(VENV)/test: $(VENV)/base
 	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/eval: $(VENV)/test
+	$(BIN)/pip install --quiet --editable ".[test,eval]"
 	touch $@
 
 demo: $(VENV)/base
@@ -41,6 +46,9 @@ test: check
 
 test-all: check
 	HMC_TEST_SEEDS=1000 HMC_TEST_REQUESTS=2000 $(BIN)/pytest -n 2 -m "slow or not slow"
+
+test-eval: $(VENV)/eval
+	$(BIN)/pytest tests/serve/test_lm_eval.py
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/base)
 	$(GPU_PYTHON) -m hmc.bench.gpu_check $(GPU_ARGS)

@@ -25,8 +25,8 @@ Kind = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Figure:
-    """Tokens a second of one load: a prompt of `tokens`, or one sequence decoding behind `tokens`
-    (the middle of the run).
+    """Tokens a second of one load: a prompt of `tokens`, or `batch` sequences decoding together,
+    each behind `tokens` (the middle of the run).
     """
 
     kind: Kind
@@ -35,6 +35,7 @@ class Figure:
     measured: float
     low: float
     high: float
+    batch: int = 1
 
     @property
     def error(self) -> float:
@@ -46,6 +47,7 @@ class Figure:
         return {
             "kind": self.kind,
             "tokens": self.tokens,
+            **({"batch": self.batch} if self.batch > 1 else {}),
             "predicted_tokens_per_second": self.predicted,
             "measured_tokens_per_second": self.measured,
             "error": self.error,
@@ -67,31 +69,42 @@ class Predictor:
         """The phase of a prompt of `tokens`, or of decoding so many sequences."""
         return chosen(self.plan, kind, tokens)
 
-    def rate(self, kind: Kind, tokens: int, phase: str = "") -> float:
+    def rate(self, kind: Kind, tokens: int, phase: str = "", batch: int = 1) -> float:
         """Tokens a second of a load."""
-        phase = phase or self.phase(kind, tokens if kind == "prefill" else 1)
+        phase = phase or self.phase(kind, tokens if kind == "prefill" else batch)
         if kind == "prefill":
             return tokens / run_prefill(self.plan, self._model, tokens, phase).seconds
-        return 1 / run_decode(self.plan, self._model, tokens, 1, phase).seconds
+        return batch / run_decode(self.plan, self._model, tokens, batch, phase).seconds
 
     def figure(
-        self, kind: Kind, tokens: int, rates: Sequence[float], measured: float, phase: str = ""
+        self,
+        kind: Kind,
+        tokens: int,
+        rates: Sequence[float],
+        measured: float,
+        phase: str = "",
+        batch: int = 1,
     ) -> Figure:
         """The prediction of a load beside its median rate and all its rates."""
-        predicted = self.rate(kind, tokens, phase)
-        return Figure(kind, tokens, predicted, measured, min(rates), max(rates))
+        predicted = self.rate(kind, tokens, phase, batch)
+        return Figure(kind, tokens, predicted, measured, min(rates), max(rates), batch)
 
     def steps(
-        self, kind: Kind, tokens: int, measured: Mapping[int, float], name: str = ""
+        self,
+        kind: Kind,
+        tokens: int,
+        measured: Mapping[int, float],
+        name: str = "",
+        batch: int = 1,
     ) -> list[dict[str, Any]]:
         """Seconds of every step in the order of the phase (`name`, or the plan's choice), of a
-        whole prompt or of one token.
+        whole prompt or of one token of each of `batch` sequences.
         """
-        phase = self.plan.phase(name or self.phase(kind, tokens if kind == "prefill" else 1))
+        phase = self.plan.phase(name or self.phase(kind, tokens if kind == "prefill" else batch))
         if kind == "prefill":
             calls = host_prefill(phase, tokens, self._model)
         else:
-            calls = [Call(1, tokens, 1)]
+            calls = [Call(batch, tokens, batch)]
         timelines = [run(phase, call, self._model) for call in calls]
         return [
             {
@@ -114,6 +127,7 @@ def keep(plan_path: str | os.PathLike[str], plan: Plan, figures: Sequence[Figure
         store.Measured(
             kind=each.kind,
             tokens=each.tokens,
+            batch=each.batch,
             tokens_per_second=each.measured,
             low=each.low,
             high=each.high,

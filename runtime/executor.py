@@ -23,7 +23,13 @@ from hmc.codegen.isa import TIERS, require
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.detect import available_bytes, memory_limit
-from hmc.errors import CapacityError, ContextLengthError, ExecutionError, UsageError
+from hmc.errors import (
+    CapacityError,
+    ContextLengthError,
+    ExecutionError,
+    MachineError,
+    UsageError,
+)
 from hmc.plan import Plan
 from hmc.runtime.device_phase import DevicePhase, DevicePhases, Devices, on_devices
 from hmc.runtime.devices.base import Backend
@@ -87,7 +93,7 @@ class Executor:
         """
         phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan
-        require(plan.isa)
+        _require(plan)
         if gpus is not None:
             own = home == "arena" or (dummy_weights and home != "shared")
             check_gpus(plan, gpus, private=store is None and own)
@@ -280,6 +286,16 @@ class Executor:
                 f"{total} tokens exceed the plan's context of {limit}: shorten the prompt or"
                 " compile with a larger --max-context"
             )
+
+
+def _require(plan: Plan) -> None:
+    """The plan's kernel tier; `MachineError` names what this CPU lacks, and the plan's machine."""
+    try:
+        require(plan.isa)
+    except MachineError as error:
+        raise MachineError(
+            f"{error}. The plan is for {plan.machine.name}: compile one with --machine auto"
+        ) from error
 
 
 def check_memory(plan: Plan, own_weights: bool, *, gpus_too: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hmc.bench.compare import Compared, interleave
+from hmc.bench.compare import Compared, in_turn, interleave
 from hmc.bench.kernels import Case, KernelBench, cases_of
 from hmc.bench.matrices import Matrices, MatrixShape
 from hmc.bench.model import active_bytes, prefill_flops, total_bytes
@@ -98,8 +99,19 @@ def test_values_and_references_take_turns() -> None:
     assert told[-1] == ("it", 3, 3)
 
 
+def test_several_take_turns() -> None:
+    clock = iter(range(100))
+
+    def now() -> float:
+        return float(next(clock))
+
+    first, second = in_turn([now, now], now, 2, "it")
+    assert first == Compared(values=(1.0, 5.0), before=(0.0, 4.0), after=(2.0, 6.0))
+    assert second == Compared(values=(3.0, 7.0), before=(2.0, 6.0), after=(4.0, 8.0))
+
+
 def test_drift_cancels_in_the_ratio() -> None:
-    found = Compared(values=(1.5, 2.5, 3.5), references=(2.0, 4.0, 6.0, 8.0))
+    found = Compared(values=(1.5, 2.5, 3.5), before=(2.0, 4.0, 6.0), after=(4.0, 6.0, 8.0))
     assert found.ratio == 0.5
     assert found.value == 2.5
     assert found.reference == 5.0
@@ -241,14 +253,26 @@ def test_a_config_alone_is_benched_with_dummy_weights(config: Path, run: Run) ->
     assert {"machine", "isa", "date", "command", "reference", "kernels"} <= set(found)
 
 
+def test_bytes_of_a_batch_are_those_of_distinct_experts(config: Path) -> None:
+    """8 experts of which a token takes 2: two tokens choose 3.5 on average."""
+    plan = compile_plan(config, dummy_weights=True, max_context=64)
+    experts = sum(s.weight_bytes for s in plan.phase("decode").steps if s.op == "experts")
+    top_k, count = plan.model.top_k, plan.model.experts
+    distinct = count * (1 - (1 - top_k / count) ** 2)
+    more = experts * (distinct / top_k - 1)
+    assert active_bytes(plan, 2) - active_bytes(plan) == pytest.approx(more, abs=1)
+    assert 0 < more < experts
+
+
 def test_a_plan_is_benched_as_a_table(config: Path, tmp_path: Path, run: Run) -> None:
     plan = compile_plan(config, dummy_weights=True, max_context=64)
     plan.save(tmp_path / "plan.hmp")
     code, out, err = run(
         *(tmp_path / "plan.hmp", "--dummy-weights", "-p", 0, "-n", 2, "--by-op"),
-        *("--repetitions", 1, "--megabytes", 1),
+        *("--batch", "1,3", "--repetitions", 1, "--megabytes", 1),
     )
     assert code == 0, err
+    assert re.search(r"^tg2x3: \d+\.\d\d x the tokens/s of tg2$", out, re.MULTILINE), out
     for part in ("qwen3_moe 3L", "tg2", "MBU", "streaming read", "us a token", "experts"):
         assert part in out
     assert "pp" not in out

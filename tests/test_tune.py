@@ -297,7 +297,7 @@ def test_what_cannot_run_is_told(plan: Plan) -> None:
 
 
 def test_turns_won() -> None:
-    assert won(Compared((3.0, 1.0, 3.0, 2.0), (2.0, 2.0, 2.0, 2.0, 2.0))) == 0.5
+    assert won(Compared((3.0, 1.0, 3.0, 2.0), (2.0,) * 4, (2.0,) * 4)) == 0.5
 
 
 def test_candidates_fit_the_plan(plan: Plan, hybrid: Plan) -> None:

@@ -5,7 +5,7 @@ nothing is compared but neighbours in time.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Rate = Callable[[], float]
@@ -21,10 +21,24 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Compared:
-    """Rates in the order in which they were measured: reference i, value i, reference i + 1."""
+    """Rates in the order in which they were measured, and the reference right before and right
+    after each.
+    """
 
     values: tuple[float, ...]
-    references: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    @property
+    def references(self) -> tuple[float, ...]:
+        """All of them."""
+        return (*self.before, *self.after[-1:])
+
+    @property
+    def quotients(self) -> tuple[float, ...]:
+        """Each value over the mean of the references around it."""
+        around = zip(self.values, self.before, self.after, strict=True)
+        return tuple(2 * value / (before + after) for value, before, after in around)
 
     @property
     def value(self) -> float:
@@ -38,9 +52,8 @@ class Compared:
 
     @property
     def ratio(self) -> float:
-        """Median of each value over the mean of the references right before and after it."""
-        around = zip(self.values, self.references, self.references[1:], strict=False)
-        return statistics.median(2 * value / (before + after) for value, before, after in around)
+        """Median of the quotients."""
+        return statistics.median(self.quotients)
 
 
 def interleave(
@@ -48,11 +61,28 @@ def interleave(
 ) -> Compared:
     """`repetitions` values, each between two passes of the reference; both are warmed up by the
     caller."""
-    references = [reference()]
-    values = []
+    (found,) = in_turn([value], reference, repetitions, what, report)
+    return found
+
+
+def in_turn(
+    values: Sequence[Rate], reference: Rate, repetitions: int, what: str, report: Report = silent
+) -> list[Compared]:
+    """As `interleave` for several that take turns, so that their ratios to each other come from the
+    same minutes too."""
+    befores: list[list[float]] = [[] for _ in values]
+    found: list[list[float]] = [[] for _ in values]
+    afters: list[list[float]] = [[] for _ in values]
+    last = reference()
     for number in range(repetitions):
         report(what, number, repetitions)
-        values.append(value())
-        references.append(reference())
+        for value, before, rates, after in zip(values, befores, found, afters, strict=True):
+            before.append(last)
+            rates.append(value())
+            last = reference()
+            after.append(last)
     report(what, repetitions, repetitions)
-    return Compared(tuple(values), tuple(references))
+    return [
+        Compared(tuple(rates), tuple(before), tuple(after))
+        for before, rates, after in zip(befores, found, afters, strict=True)
+    ]

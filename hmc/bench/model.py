@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from hmc.bench.compare import Compared, Report, interleave, silent
+from hmc.bench.compare import Compared, Report, in_turn, interleave, silent
 from hmc.bench.reference import MemoryReference, PeakReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
+from hmc.cost import distinct_experts
 from hmc.errors import ContextLengthError, ExecutionError, UsageError
 from hmc.plan import Phase, Plan
 from hmc.runtime.executor import Executor
@@ -94,8 +95,8 @@ class OpShare:
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """`tokens` tokens one by one after `context` others; `compared` is bytes/s of weights against
-    the streaming read.
+    """`tokens` tokens one by one after `context` others, of each of `batch` sequences at once;
+    `compared` is bytes/s of weights against the streaming read, `rates` tokens/s of all together.
 
     Each repetition's `waiting` and `python` are shares of its time: workers between kernels while
     the native program runs, and everything but native programs. `by_step` are the seconds of each
@@ -111,6 +112,7 @@ class DecodeRow:
     ops: tuple[OpShare, ...]
     by_step: Mapping[int, float]
     phase: str = DECODE
+    batch: int = 1
 
     kind: ClassVar[Literal["decode"]] = "decode"
 
@@ -121,8 +123,9 @@ class DecodeRow:
 
     @property
     def test(self) -> str:
-        """tg64, or tg64@4096 behind 4096 tokens of context."""
-        return f"tg{self.tokens}" + (f"@{self.context}" if self.context else "")
+        """tg64, tg64@4096 behind 4096 tokens of context, tg64x4 of four sequences at once."""
+        several = f"x{self.batch}" if self.batch > 1 else ""
+        return f"tg{self.tokens}{several}" + (f"@{self.context}" if self.context else "")
 
     @property
     def mbu(self) -> float:
@@ -141,6 +144,7 @@ class DecodeRow:
             "outside_kernels": round(self.outside_kernels, 4),
             "waiting": round(median(self.waiting), 4),
             "python": round(median(self.python), 4),
+            "batch": self.batch,
             "gbps": round(self.compared.value / 1e9, 3),
             "reference_gbps": round(self.compared.reference / 1e9, 3),
             "ops": [op.record() for op in self.ops],
@@ -187,26 +191,42 @@ class ModelBench:
         steps = recorder.with_python(name)
         return PromptRow(tokens, tuple(seconds), compared, steps, name)
 
-    def decode(self, tokens: int, context: int = 0) -> DecodeRow:
-        """`tokens` steps of one sequence behind `context` tokens; repetitions start at the same
-        place."""
-        phase = self.plan.phase(self._decode_phase)
-        size = active_bytes(self.plan)
-        steps: list[_Steps] = []
-        with self._sequence(context) as sequence:
+    def decode(self, tokens: int, context: int = 0, batch: int = 1) -> DecodeRow:
+        """`decodes` of one batch."""
+        (row,) = self.decodes(tokens, context, [batch])
+        return row
 
-            def rate() -> float:
-                sequence.length = context
-                steps.append(self._steps(sequence, tokens))
-                return size * tokens / steps[-1].seconds
+    def decodes(self, tokens: int, context: int, batches: Sequence[int]) -> list[DecodeRow]:
+        """`tokens` steps of so many sequences at once, each behind `context` tokens, for each of
+        `batches`, which take turns; repetitions start at the same place."""
+        steps: list[list[_Steps]] = [[] for _ in batches]
+        with self._sequences(context, max(batches)) as sequences:
 
-            compared = interleave(
-                rate, self.memory.rate, self._repetitions, f"tg{tokens}", self._report
-            )
+            def turn(index: int, size: int) -> Callable[[], float]:
+                def rate() -> float:
+                    mine = sequences[: batches[index]]
+                    for sequence in mine:
+                        sequence.length = context
+                    steps[index].append(self._steps(mine, tokens))
+                    return size * tokens / steps[index][-1].seconds
+
+                return rate
+
+            turns = [turn(i, active_bytes(self.plan, batch)) for i, batch in enumerate(batches)]
+            name = f"tg{tokens}"
+            compared = in_turn(turns, self.memory.rate, self._repetitions, name, self._report)
+        return [
+            self._row(tokens, context, *each) for each in zip(batches, compared, steps, strict=True)
+        ]
+
+    def _row(
+        self, tokens: int, context: int, batch: int, compared: Compared, steps: Sequence[_Steps]
+    ) -> DecodeRow:
+        phase = self.plan.phase(self._decode_phase(batch))
         return DecodeRow(
             tokens,
             context,
-            tuple(tokens / each.seconds for each in steps),
+            tuple(batch * tokens / each.seconds for each in steps),
             compared,
             tuple((each.native - each.kernels) / each.seconds for each in steps),
             tuple(1 - each.native / each.seconds for each in steps),
@@ -216,6 +236,7 @@ class ModelBench:
                 for step in phase.steps
             },
             phase.name,
+            batch,
         )
 
     @property
@@ -223,9 +244,8 @@ class ModelBench:
         """How often each phase has run."""
         return self._executor.calls
 
-    @property
-    def _decode_phase(self) -> str:
-        return self._phases.get("decode") or decode_phase(self.plan, 1)
+    def _decode_phase(self, batch: int) -> str:
+        return self._phases.get("decode") or decode_phase(self.plan, batch)
 
     def _prefill(self, tokens: int) -> float:
         ids = self._ids(tokens)
@@ -240,46 +260,57 @@ class ModelBench:
         _check(logits)
         return seconds
 
-    def _steps(self, sequence: CacheSequence, tokens: int) -> _Steps:
-        ids = self._ids(tokens)
+    def _steps(self, sequences: Sequence[CacheSequence], tokens: int) -> _Steps:
+        count, phase = len(sequences), self._decode_phase(len(sequences))
+        ids = self._ids(tokens * count).reshape(tokens, count)
         sampler = Sampler(SamplingParams())  # greedy
         with self._executor.recorded() as recorder:
             start = time.perf_counter()
-            for index in range(tokens):
-                token = ids[index : index + 1]
-                logits = self._executor.decode([sequence], token, self._decode_phase)
-                sampler.sample(logits[0])  # takes its time; what comes next is random all the same
+            for token in ids:
+                logits = self._executor.decode(list(sequences), token, phase)
+                for row in logits:  # takes its time; what comes next is random all the same
+                    sampler.sample(row)
             seconds = time.perf_counter() - start
         _check(logits)
         kernels = sum(recorder.by_step().values())
-        by_step = recorder.with_python(self._decode_phase)
+        by_step = recorder.with_python(phase)
         return _Steps(seconds, recorder.native_seconds(), kernels, by_step)
 
     def _warm(self) -> None:
         """Read what prompts and steps read, so that no measured one maps pages or compiles."""
         limits = self.plan.limits
         self._prefill(min(limits.max_chunk, limits.max_context))
-        with self._sequence(0) as sequence:
-            self._steps(sequence, min(_WARM_STEPS, limits.max_context))
+        with self._sequences(0, 1) as sequences:
+            self._steps(sequences, min(_WARM_STEPS, limits.max_context))
 
     @contextmanager
-    def _sequence(self, context: int) -> Iterator[CacheSequence]:
-        sequence = self._executor.open()
+    def _sequences(self, context: int, count: int) -> Iterator[list[CacheSequence]]:
+        sequences: list[CacheSequence] = []
         try:
-            if context:
-                for _ in self._executor.prefill(sequence, self._ids(context)):
-                    pass
-            yield sequence
+            for _ in range(count):
+                sequences.append(self._executor.open())
+                if context:
+                    for _ in self._executor.prefill(sequences[-1], self._ids(context)):
+                        pass
+            yield sequences
         finally:
-            self._executor.release(sequence)
+            for sequence in sequences:
+                self._executor.release(sequence)
 
     def _ids(self, count: int) -> npt.NDArray[np.int32]:
         return self._random.integers(0, self.plan.model.vocab, count, np.int32)
 
 
-def check_tests(plan: Plan, prompts: Sequence[int], tokens: int, context: int) -> None:
+def check_tests(
+    plan: Plan, prompts: Sequence[int], tokens: int, context: int, batches: Sequence[int] = (1,)
+) -> None:
     """Raise `ContextLengthError` when a test is longer than the plan's context, `UsageError` when
-    there is none."""
+    there is none or it has more sequences than the plan."""
+    if max(batches) > plan.limits.max_batch:
+        raise UsageError(
+            f"--batch {max(batches)}: the plan takes {plan.limits.max_batch} sequences; compile it"
+            " with a larger --concurrency"
+        )
     if not prompts and not tokens:
         raise UsageError("nothing to measure: give -p or -n")
     longest = max((*prompts, context + tokens))
@@ -290,9 +321,18 @@ def check_tests(plan: Plan, prompts: Sequence[int], tokens: int, context: int) -
         )
 
 
-def active_bytes(plan: Plan) -> int:
-    """Bytes of weights and scales that one token of the decode phase reads."""
-    return sum(step.weight_bytes for step in plan.phase("decode").steps)
+def active_bytes(plan: Plan, batch: int = 1) -> int:
+    """Bytes of weights and scales that a decode step of `batch` tokens reads: of the experts the
+    distinct ones that so many tokens are expected to choose.
+    """
+    total = 0.0
+    for step in plan.phase("decode").steps:
+        chosen = 1.0
+        if step.op == "experts" and batch > 1:
+            experts, top_k = int(step.attrs["experts"]), int(step.attrs["top_k"])
+            chosen = distinct_experts(experts, top_k, batch) / top_k
+        total += step.weight_bytes * chosen
+    return round(total)
 
 
 def total_bytes(plan: Plan) -> int:

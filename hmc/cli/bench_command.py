@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -78,6 +79,14 @@ class _Bench(click.Command):
     help="Tokens in the cache before decoding.",
 )
 @click.option(
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    metavar="N,..",
+    help="Sequences that decode at once; several numbers take turns.",
+)
+@click.option(
     "--dummy-weights",
     is_flag=True,
     help="Random weights of the real shapes: config.json is enough.",
@@ -122,6 +131,7 @@ def command(
     prompts: str,
     tokens: int,
     context: int,
+    batches: str,
     dummy_weights: bool,
     layers: int,
     repetitions: int,
@@ -148,12 +158,13 @@ def command(
 
     \b
     hmc bench plan.hmp -p 512,2048 -n 64
-    hmc bench config.json --dummy-weights --layers 8
+    hmc bench config.json --dummy-weights --layers 8 -p 0 --batch 1,2,4,6
     hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,4
     """
     lengths = [length for length in numbers("-p", prompts, least=0) if length]
     at_least("-n", tokens, 0)
     at_least("--context", context, 0)
+    at_once = numbers("--batch", batches, least=1)
     at_least("--repetitions", repetitions, 1)
     at_least("--megabytes", megabytes, 0)
     if threads is not None:
@@ -165,8 +176,8 @@ def command(
 
     with progress() as report:
         longest = max((*lengths, context + tokens))
-        plan = _plan(target, longest, dummy_weights, layers, threads, report)
-        check_tests(plan, lengths, tokens, context)
+        plan = _plan(target, longest, max(at_once), dummy_weights, layers, threads, report)
+        check_tests(plan, lengths, tokens, context, at_once)
         named = _named(plan, phases)
         executor = Executor(
             plan,
@@ -189,17 +200,15 @@ def command(
                 report=report,
             )
             prompt_rows = [bench.prompt(length) for length in lengths]
-            decode_row = bench.decode(tokens, context) if tokens else None
+            decode_rows = bench.decodes(tokens, context, at_once) if tokens else []
             workers, used = executor.pool.workers, executor.kernels_used
         finally:
             executor.close()
-    rows: list[PromptRow | DecodeRow] = [*prompt_rows]
-    if decode_row is not None:
-        rows.append(decode_row)
+    rows: list[PromptRow | DecodeRow] = [*prompt_rows, *decode_rows]
     compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
-    reference = _reference(bench.memory.sweep.bytes_per_second, decode_row)
+    reference = _reference(bench.memory.sweep.bytes_per_second, decode_rows)
     model = plan.model
     facts: dict[str, Any] = {
         "model": f"{model.architecture}, {model.layers} layers",
@@ -231,13 +240,15 @@ def command(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
         f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
     )
-    if by_op and decode_row is not None:
-        _print_ops(decode_row)
+    _print_batches(decode_rows)
+    if by_op:
+        for row in decode_rows:
+            _print_ops(row)
 
 
-def _reference(sweep: float, decode: DecodeRow | None) -> float:
+def _reference(sweep: float, decodes: Sequence[DecodeRow]) -> float:
     """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
-    return sweep if decode is None else decode.compared.reference
+    return decodes[0].compared.reference if decodes else sweep
 
 
 def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
@@ -251,12 +262,13 @@ def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
 def _plan(
     target: str,
     longest: int,
+    batch: int,
     dummy_weights: bool,
     layers: int,
     threads: int | None,
     report: Report,
 ) -> Plan:
-    """TARGET as a plan: loaded, or compiled for a context of `longest` tokens."""
+    """TARGET as a plan: loaded, or compiled for `batch` sequences of `longest` tokens."""
     from hmc.plan import Plan
 
     path = Path(target)
@@ -276,6 +288,7 @@ def _plan(
     plan = compile_plan(
         path,
         max_context=longest,
+        concurrency=batch,
         dummy_weights=dummy_weights,
         layers=layers,
         threads=threads or 0,
@@ -316,6 +329,15 @@ def _print_rows(
         lines.append((*start, row.test, rates, *shares))
     right = ("size", "params", "thr", *figures)
     console().print(table("hmc bench", (*about, *figures), lines, numbers=right))
+
+
+def _print_batches(rows: Sequence[DecodeRow]) -> None:
+    """What several sequences at once gain over the first number of them, turn by turn."""
+    first = rows[0] if rows else None
+    for row in rows[1:]:
+        assert first is not None
+        gain = median(now / then for now, then in zip(row.rates, first.rates, strict=True))
+        click.echo(f"{row.test}: {gain:.2f} x the tokens/s of {first.test}")
 
 
 def _print_ops(row: DecodeRow) -> None:

@@ -64,10 +64,11 @@ class Comparison:
         """The prediction of a row as its JSON has it, with the steps; {} where there is none."""
         record = row.record()
         rate = record["tokens_per_second"]
-        found = self._figure(row.kind, row.middle, row.rates, rate, row.phase)
+        batch = row.batch if row.kind == "decode" else 1
+        found = self._figure(row.kind, row.middle, row.rates, rate, row.phase, batch)
         if not found or self._predictor is None:
             return {}
-        steps = self._predictor.steps(row.kind, row.middle, row.by_step, row.phase)
+        steps = self._predictor.steps(row.kind, row.middle, row.by_step, row.phase, batch)
         return {
             "predicted_tokens_per_second": round(found[0].predicted, 3),
             "error": round(found[0].error, 4),
@@ -110,12 +111,18 @@ class Comparison:
             click.echo(f"[{problem}]", err=True)
 
     def _figure(
-        self, kind: Kind, tokens: int, rates: Sequence[float], measured: float, phase: str = ""
+        self,
+        kind: Kind,
+        tokens: int,
+        rates: Sequence[float],
+        measured: float,
+        phase: str = "",
+        batch: int = 1,
     ) -> list[Figure]:
         if self._predictor is None:
             return []
         try:
-            found = self._predictor.figure(kind, tokens, rates, measured, phase)
+            found = self._predictor.figure(kind, tokens, rates, measured, phase, batch)
         except MachineError as error:
             self._predictor, self.reason = None, f"no prediction: {error}"
             return []

@@ -138,9 +138,7 @@ def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
 
 def _scaled(row: Row, reference: float) -> tuple[float, ...]:
     """Each pass over its neighbouring references, times `reference`."""
-    found = row.compared
-    around = zip(found.values, found.references, found.references[1:], strict=False)
-    return tuple(2 * value / (before + after) * reference for value, before, after in around)
+    return tuple(each * reference for each in row.compared.quotients)
 
 
 def _expert_extra(rows: Sequence[Row], memory: float) -> Measurement | None:

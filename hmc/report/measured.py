@@ -29,7 +29,7 @@ from hmc.planfile import canonical_json
 from hmc.report.predictions import Load
 
 _FORMAT = "hmc-measured"
-_TEST = re.compile(r"(?P<kind>pp|tg)(?P<tokens>\d+)(@(?P<context>\d+))?")
+_TEST = re.compile(r"(?P<kind>pp|tg)(?P<tokens>\d+)(x(?P<batch>\d+))?(@(?P<context>\d+))?")
 
 
 class Measured(BaseModel):
@@ -104,6 +104,7 @@ def of_bench(path: str | os.PathLike[str]) -> list[Measured]:
         values = {
             "kind": "prefill" if prefill else "decode",
             "tokens": tokens if prefill else int(match["context"] or 0) + tokens // 2,
+            "batch": int(match["batch"] or 1),
             "tokens_per_second": row.get("tokens_per_second"),
             "low": row.get("min"),
             "high": row.get("max"),

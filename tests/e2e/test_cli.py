@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hmc.cli import main
+from hmc.detect import load_machine
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -254,10 +255,22 @@ def test_run_refuses_a_machine_without_the_isa(
 
 
 def test_run_refuses_a_plan_for_a_gpu(model: Path, run: Run, tmp_path: Path) -> None:
-    path = tmp_path / "gpu.hmp"
-    assert run("compile", model, "-o", path, "--machine", "epyc9355-rtx5090")[0] == 0
+    path, machine = tmp_path / "gpu.hmp", tmp_path / "machine.json"
+    found = load_machine("epyc9355-rtx5090")
+    machine.write_text(
+        found.model_copy(update={"flags": load_machine("auto").flags}).model_dump_json()
+    )
+    assert run("compile", model, "-o", path, "--machine", machine)[0] == 0
     code, _, err = run("run", path, "--ids", "1")
     assert_one_line(code, err, 5, "epyc9355-rtx5090", "--devices host")
+
+
+def test_run_refuses_kernels_that_the_cpu_lacks(
+    plan: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmc.codegen.isa.cpu_flags", lambda: frozenset({"avx2"}))
+    code, _, err = run("run", plan, "-p", "x")
+    assert_one_line(code, err, 5, "needs", "fma", "which this CPU lacks", "--machine auto")
 
 
 def test_run_refuses_too_little_memory(

@@ -1,5 +1,5 @@
 """lm-eval's local-completions client against a live server: what it scores and what it is answered
-is what the engine computes. Needs `pip install 'lm-eval[api]'`, which the test extra leaves out.
+is what the engine computes. `make test-eval` runs it: lm-eval is an extra of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TASKS = Path(__file__).parent / "lm_eval_task"
 CONTEXT = 512
 
 pytestmark = pytest.mark.skipif(
-    find_spec("lm_eval") is None, reason="needs lm-eval: pip install 'lm-eval[api]'"
+    find_spec("lm_eval") is None, reason="needs lm-eval: make test-eval"
 )
 
 
