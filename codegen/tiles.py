@@ -147,8 +147,8 @@ class Tiles:
                 b.store(b.add(first, b.mul(run, const(streams))), at)
 
     def _shapes(self, tokens: int) -> list[tuple[int, int]]:
-        """(rows of a run summed up together, runs) for a tile: the best first, then for what is
-        left over.
+        """(rows of a run whose lanes are summed up together, runs) for a tile, then for the rows
+        that are left over at a ragged end.
         """
         if self.dot.lanes == 16:
             streams = min(self._streams, max(2, 8 // tokens))
@@ -157,7 +157,7 @@ class Tiles:
         else:
             streams = min(self._streams, max(2, 4 // tokens))
         batch = max(1, min(self.rows, 8 // tokens))
-        return list(dict.fromkeys([(batch, streams), (1, streams), (1, 1)]))
+        return list(dict.fromkeys([(batch, streams), (1, 1)]))
 
     def _ways(self, tokens: int) -> int:
         """Chunks of a row summed up at once: one, or two where there are too few sums under way to
@@ -169,43 +169,53 @@ class Tiles:
     def _rows(
         self, e: Emitter, x: list[Value], batch: int, streams: int, row: Value, places: _Run
     ) -> None:
-        """`batch` rows from `row` on of each of `streams` runs, times the tokens `x`."""
-        b, dot = e.b, self.dot
+        """`batch` rows from `row` on of each of `streams` runs, times the tokens `x`: a loop at run
+        time, since each of its rounds is hundreds of instructions that have to be compiled.
+        """
+        b, dot, tokens = e.b, self.dot, len(x)
         zero = e.zeros(F32, dot.lanes)
         rows = [b.add(row, b.mul(places.rows, const(stream))) for stream in range(streams)]
-        totals = [[[e.local(zero.type) for _ in x] for _ in range(batch)] for _ in rows]
-        seen = [e.local(dot.unseen(e).type) for _ in rows] if dot.checked else []
-        whole = dot.k // dot.chunk * dot.chunk
-        step = dot.chunk * self._ways(len(x))
-        for r in range(batch):
-            lines = [total[r] for total in totals]
-            for line in lines:
-                for slot in line:
-                    b.store(zero, slot)
-            for slot in seen:
-                b.store(dot.unseen(e), slot)
-            current = [b.add(first, const(r)) for first in rows]
-            bases = [e.offset(places.w, b.mul(one, const(dot.row_bytes))) for one in current]
-            scales = [dot.scale_row(e, places.scale, one) for one in current] if dot.scaled else []
-            left = b.mul(b.sub(places.end, current[0]), const(dot.row_bytes))
-            block = _Block(bases, scales, x, lines, seen)
-            with e.for_range(0, whole // step * step, step) as k:
-                chunks = [b.add(k, const(start)) for start in range(0, step, dot.chunk)]
-                for chunk in chunks:
-                    self._prefetch(e, bases, chunk, left, places.beyond)
-                self._chunks(e, block, chunks, dot.chunk)
-            for start in range(whole // step * step, dot.k, dot.chunk):
-                self._chunks(e, block, [const(start)], min(dot.chunk, dot.k - start))
-            for line, slot in zip(lines, seen, strict=bool(seen)):
-                sums = dot.poisoned(e, [b.load(total) for total in line], b.load(slot))
-                for value, total in zip(sums, line, strict=True):
-                    b.store(value, total)
-        for stream, first in enumerate(rows):
-            for token in range(len(x)):
-                sums = reduce_rows(e, [b.load(line[token]) for line in totals[stream]])
+        held = [[e.local(zero.type, count=batch) for _ in x] for _ in rows]
+        with e.for_range(0, batch) as r:
+            current = [b.add(first, r) for first in rows]
+            for line, sums in zip(held, self._row_of_each(e, x, current, places), strict=True):
+                for slot, value in zip(line, sums, strict=True):
+                    b.store(value, b.gep(slot, [r]))
+        for first, line in zip(rows, held, strict=True):
+            for token in range(tokens):
+                slots = [b.gep(line[token], [const(r)]) for r in range(batch)]
+                sums = reduce_rows(e, [b.load(slot) for slot in slots])
                 target = b.add(b.mul(const(token), places.out_stride), b.sub(first, places.start))
                 pointer = b.bitcast(b.gep(places.out, [target]), sums.type.as_pointer())
                 b.store(sums, pointer, align=4)
+
+    def _row_of_each(
+        self, e: Emitter, x: list[Value], rows: list[Value], places: _Run
+    ) -> list[list[Value]]:
+        """Lanes of the sums [row][token] of one row of each run times the tokens `x`."""
+        b, dot = e.b, self.dot
+        zero = e.zeros(F32, dot.lanes)
+        totals = [[e.local(zero.type, zero) for _ in x] for _ in rows]
+        seen = [e.local(dot.unseen(e).type, dot.unseen(e)) for _ in rows] if dot.checked else []
+        whole = dot.k // dot.chunk * dot.chunk
+        step = dot.chunk * self._ways(len(x))
+        bases = [e.offset(places.w, b.mul(row, const(dot.row_bytes))) for row in rows]
+        scales = [dot.scale_row(e, places.scale, row) for row in rows] if dot.scaled else []
+        left = b.mul(b.sub(places.end, rows[0]), const(dot.row_bytes))
+        block = _Block(bases, scales, x, totals, seen)
+        with e.for_range(0, whole // step * step, step) as k:
+            chunks = [b.add(k, const(start)) for start in range(0, step, dot.chunk)]
+            for chunk in chunks:
+                self._prefetch(e, bases, chunk, left, places.beyond)
+            self._chunks(e, block, chunks, dot.chunk)
+        for start in range(whole // step * step, dot.k, dot.chunk):
+            self._chunks(e, block, [const(start)], min(dot.chunk, dot.k - start))
+        found = [[b.load(total) for total in line] for line in totals]
+        if dot.checked:
+            found = [
+                dot.poisoned(e, line, b.load(slot)) for line, slot in zip(found, seen, strict=True)
+            ]
+        return found
 
     def _prefetch(
         self, e: Emitter, bases: list[Value], k: Value, left: Value, beyond: Value
