@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.fx
 
-from hmc import models
+from hmc import env, models
 from hmc.checkpoint import Checkpoint
 from hmc.codegen.isa import best_isa
 from hmc.detect import load_machine
@@ -87,7 +87,8 @@ def compile(
             profile=_profile(routing_profile, graph),
         ),
     )
-    run_pipeline(PIPELINE, graph, context)
+    with env.uncollected():
+        run_pipeline(PIPELINE, graph, context)
     assert context.plan is not None
     plan = context.plan.model_copy(update={"goals": goals})
     require_goals(plan)

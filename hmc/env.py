@@ -79,7 +79,7 @@ def threads() -> int:
 @contextmanager
 def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile, for work that makes many objects and keeps them: loading a
-    plan and emitting IR spend a third to a half of their time in collections that find nothing.
+    plan, emitting IR and passes spend up to a half of their time in collections that find nothing.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -154,11 +154,21 @@ class Schedule:
                 offset=EXTERNAL if region is None else offsets[id(region)],
                 device=value.device,
             )
+        operands: dict[Part, Operand] = {}
+
+        def operands_of(parts: Parts) -> dict[str, Operand]:
+            for part in parts.values():
+                if part not in operands:
+                    operands[part] = Operand(
+                        buffer=names[part.value], column=part.column, width=part.width
+                    )
+            return {role: operands[part] for role, part in parts.items()}
+
         steps = [
             draft.step.model_copy(
                 update={
-                    "inputs": _operands(draft.inputs, names),
-                    "outputs": _operands(draft.outputs, names),
+                    "inputs": operands_of(draft.inputs),
+                    "outputs": operands_of(draft.outputs),
                 }
             )
             for draft in self._drafts
@@ -283,13 +293,6 @@ def _offsets(regions: Iterable[_Region]) -> tuple[dict[int, int], dict[str, int]
         offsets[id(region)] = totals.get(region.device, 0)
         totals[region.device] = offsets[id(region)] + region.bytes
     return offsets, totals
-
-
-def _operands(parts: Parts, names: Mapping[Value, str]) -> dict[str, Operand]:
-    return {
-        role: Operand(buffer=names[part.value], column=part.column, width=part.width)
-        for role, part in parts.items()
-    }
 
 
 def _with_events(steps: list[Step], before: list[set[int]]) -> list[Step]:

@@ -247,9 +247,10 @@ class _Memory:
                 held = expert_ranges(placement.tiers.get(f"gpu{gpu}", ""))
                 residents[gpu] += len(held) * expert[placement.layer]
         sections: dict[str, int] = {}
+        sizes = weight_sizes(plan)
         for (layer, part), names in dense_sections(plan.phase(PREFILL)).items():
             if layer >= 0:
-                size = sum(weight_sizes(plan)[name] for name in names)
+                size = sum(sizes[name] for name in names)
                 sections[part] = max(sections.get(part, 0), size)
         window = 2 * sum(sections.values())
         room = budget.usable[0] - budget.dense - budget.cache - residents[0] - budget.workspace
