@@ -137,11 +137,21 @@ def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
     return points[-1][1]
 
 
-def cpu_expert_seconds(rates: CpuRates, form: str, size: float, tokens: float = 1) -> float:
-    """One routed expert of `size` bytes on the CPU in decode: its bytes at the gemv rate and the
-    barrier between its halves.
+def expert_rate(rates: CpuRates, form: str, tokens: float) -> float:
+    """Weight bytes/s of routed experts in decode at `tokens` tokens a call: the gemv rate, times
+    what one token's experts reach of one token's gemv. Many small matrices that begin and end run
+    slower than a large one.
     """
-    return size / gemv_rate(rates, form, tokens) + _rate(rates.expert, 0.0)
+    own = next((each.rate.value for each in rates.experts if each.format == form), None)
+    share = 1.0 if own is None else own / gemv_rate(rates, form, 1)
+    return share * gemv_rate(rates, form, tokens)
+
+
+def cpu_expert_seconds(rates: CpuRates, form: str, size: float, tokens: float = 1) -> float:
+    """One routed expert of `size` bytes on the CPU in decode: its bytes at the experts' rate and
+    the barrier between its halves.
+    """
+    return size / expert_rate(rates, form, tokens) + _rate(rates.expert, 0.0)
 
 
 def gpu_expert_seconds(rates: GpuRates, size: float) -> float:
@@ -293,7 +303,8 @@ class CostModel:
         if weight:
             dense = form in ("", "f32", "fp16")
             streamed = prefill or dense or step.op == "embed"
-            times["weights"] = weight / (read if streamed else gemv_rate(rates, form, call.tokens))
+            rate = expert_rate if step.op == "experts" else gemv_rate
+            times["weights"] = weight / (read if streamed else rate(rates, form, call.tokens))
         after = 0.0
         if step.op in ("attention", "mla"):
             latent = mla_expanded_flops if prefill else mla_flops

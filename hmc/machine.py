@@ -69,6 +69,8 @@ class CpuRates(Frozen):
     dot           prefill matmuls, FLOP/s
     attend        attention over the cache, FLOP/s
     record        seconds one record of a native program takes beyond its work (dispatch, barrier)
+    experts       routed experts in decode, weight bytes/s by format, one token each (without a
+                  format: as its gemv)
     expert        seconds one routed expert takes beyond its bytes (barrier between its halves)
     handoff       seconds until the CPU takes up work that another resource signalled
     overlap       factor on CPU times while a GPU computes another lane
@@ -82,6 +84,7 @@ class CpuRates(Frozen):
     dot: Rate
     attend: Rate
     record: Rate
+    experts: tuple[GemvRate, ...] = ()
     expert: Rate | None = None
     handoff: Rate | None = None
     overlap: Rate | None = None

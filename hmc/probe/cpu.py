@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -97,7 +98,7 @@ def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | Non
     """Linears and experts of decode, matmuls and grouped experts of prefill, as `hmc bench kernels`
     measures them."""
     cases = [Case("linear", form, *_LINEAR, tokens) for form in formats for tokens in effort.tokens]
-    cases += [Case("experts", formats[0], *shape, 1) for shape in _EXPERTS]
+    cases += [Case("experts", form, *shape, 1) for form in formats for shape in _EXPERTS]
     dense = [form for form in formats if form != "int4"]
     cases += [Case("gemm", form, *_LINEAR, _CHUNK) for form in dense]
     cases += [Case("grouped", form, *_EXPERTS[0], _CHUNK) for form in formats[:1]]
@@ -127,8 +128,7 @@ def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
     yield Measurement(
         "dot", "FLOP/s", tuple(each.median for each in prefill), "prefill matmuls as above"
     )
-    if (extra := _expert_extra(rows, memory)) is not None:
-        yield extra
+    yield from _experts(rows, memory)
 
 
 def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
@@ -141,22 +141,33 @@ def _scaled(row: Row, reference: float) -> tuple[float, ...]:
     return tuple(each * reference for each in row.compared.quotients)
 
 
-def _expert_extra(rows: Sequence[Row], memory: float) -> Measurement | None:
-    """Seconds of a routed expert beyond its bytes at the gemv rate, at each shape; None where the
-    noise is larger."""
-    gemv = {
-        row.case.format: median(_scaled(row, memory))
-        for row in rows
-        if row.case.op == "linear" and row.case.tokens == 1
-    }
-    extras = []
-    for row in rows:
-        if row.case.op == "experts":
-            size = sum(shape.bytes for shape in row.case.matrices)
-            extras.append(size / median(_scaled(row, memory)) - size / gemv[row.case.format])
-    if not all(each > 0 for each in extras):
-        return None
-    return Measurement("expert", "s", tuple(extras), "a routed expert beyond its bytes")
+def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
+    """Bytes/s of routed experts by format, and the seconds of one beyond its bytes.
+
+    A small and a large expert tell both apart: seconds = bytes / rate + rest. Where that leaves
+    nothing (noise), the large one's rate stands alone.
+    """
+    rests = []
+    for form, group in groupby((r for r in rows if r.case.op == "experts"), key=_format):
+        found = sorted(
+            (sum(shape.bytes for shape in row.case.matrices), _scaled(row, memory)) for row in group
+        )
+        size, rates = found[-1]
+        seconds, rest = size / median(rates), 0.0
+        if len(found) > 1:
+            small = found[0][0]
+            slope = (seconds - small / median(found[0][1])) / (size - small)
+            rest = max(0.0, seconds - slope * size)
+        rests.append(rest)
+        share = seconds / (seconds - rest)
+        detail = f"{form}, one token, {size / 1e6:.1f} MB each, without the rest"
+        yield Measurement("experts", "B/s", tuple(share * rate for rate in rates), detail)
+    if all(rest > 0 for rest in rests):
+        yield Measurement("expert", "s", tuple(rests), "the rest: a routed expert beyond its bytes")
+
+
+def _format(row: Row) -> str:
+    return row.case.format
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -247,6 +258,7 @@ def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
     for each in found:
         by_name.setdefault(each.what, []).append(each)
     linear = [row.case for row in rows if row.case.op == "linear"]
+    formats = dict.fromkeys(row.case.format for row in rows if row.case.op == "experts")
 
     def optional(name: str) -> Rate | None:
         return by_name[name][0].rate() if name in by_name else None
@@ -260,6 +272,10 @@ def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
         dot=by_name["dot"][0].rate(),
         attend=by_name["attend"][0].rate(),
         record=by_name["record"][0].rate(),
+        experts=tuple(
+            GemvRate(format=form, tokens=1, rate=each.rate())
+            for form, each in zip(formats, by_name["experts"], strict=True)
+        ),
         expert=optional("expert"),
         link=optional("link"),
         link_latency=optional("link_latency"),
