@@ -59,6 +59,8 @@ _MODEL: dict[str, Any] = {
 }
 """Qwen3-30B-A3B's heads in a model that is otherwise small: what attention is measured with."""
 _CHUNK, _CONTEXT = 512, 2048
+_MEMORY_BOUND = 0.6
+"""Share of the streaming read from which on a decode kernel is taken to wait for memory."""
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -107,9 +109,10 @@ def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | Non
 
 
 def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
-    """What the rows say, in the unit of each. Rates drift by half within minutes on shared
+    """What the rows say, in the unit of each. Memory drifts by half within minutes on shared
     machines, so each pass counts relative to the reference before and after it, times the median of
-    all references: the rates of one file belong together.
+    all references: the rates of one file belong together. Decode kernels that are far from the
+    memory's rate are bound by instructions, and count as they are.
     """
     memory = median(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
     peak = median(r for row in rows if row.case.op in PREFILL_OPS for r in row.compared.references)
@@ -137,7 +140,10 @@ def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
 
 
 def _scaled(row: Row, reference: float) -> tuple[float, ...]:
-    """Each pass over its neighbouring references, times `reference`."""
+    """Each pass over its neighbouring references, times `reference`; of decode kernels only where
+    memory binds them."""
+    if row.case.op in DECODE_OPS and row.compared.ratio < _MEMORY_BOUND:
+        return row.compared.values
     return tuple(each * reference for each in row.compared.quotients)
 
 

@@ -42,7 +42,9 @@ def _compile(directory: Path, target: Path) -> tuple[dict[str, object], int]:
     return json.loads(done.stdout), int(done.stderr.split()[-1]) * 1024
 
 
-def test_671b_compiles_small_and_deterministically(checkpoint_671b: Path, tmp_path: Path) -> None:
+def test_671b_compiles_small_and_deterministically_and_is_refused_before_it_is_mapped(
+    checkpoint_671b: Path, tmp_path: Path
+) -> None:
     one, two = tmp_path / "one.hmp", tmp_path / "two.hmp"
     report, peak = _compile(checkpoint_671b, one)
     _compile(checkpoint_671b, two)
@@ -54,14 +56,8 @@ def test_671b_compiles_small_and_deterministically(checkpoint_671b: Path, tmp_pa
     assert len(plan.checkpoint.shards) == 135
     assert sum(experts.count for experts in plan.experts) == 58 * 3 * 256
     assert abs(plan.model.parameters / 671e9 - 1) < 0.001
-
-
-def test_671b_is_refused_for_memory_before_anything_is_mapped(
-    checkpoint_671b: Path, tmp_path: Path
-) -> None:
-    _compile(checkpoint_671b, tmp_path / "plan.hmp")
     done = subprocess.run(
-        [sys.executable, "-m", "hmc", "run", str(tmp_path / "plan.hmp"), "--ids", "1"],
+        [sys.executable, "-m", "hmc", "run", str(one), "--ids", "1"],
         capture_output=True,
         text=True,
         check=False,
