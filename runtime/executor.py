@@ -102,7 +102,8 @@ class Executor:
         if store is None:
             check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
-            build((spec_of(kernel) for kernel in plan.kernels.values()), progress)
+            used = {key for phase in phases for step in phase.steps for key in step.kernels}
+            build((spec_of(k) for key, k in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
             self.pool = stack.enter_context(
                 Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
