@@ -207,6 +207,8 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # ids i32 [tokens, top_k], negative: of no expert here -> slots and offsets of the grouped forms
     # below, slots ascending within an expert; params: top_k, experts.
     "sort_experts": _args("ids* slots* offsets* tokens"),
+    # out i32 [tokens, top_k] = ids where mask i32 [experts] is not 0, else -1; params: top_k.
+    "resident_ids": _args("ids* mask* out* tokens"),
     # Many-token routed experts, tokens sorted by expert: offsets i32 [experts + 1] into `slots` i32
     # [tokens * top_k] (each = token * top_k + j, sorted by expert). Results as the small forms
     # above.
@@ -220,6 +222,12 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "stream_fill": _args("base* size value"),
     # Register-only dot products: rounds of the tier's widest multiply-add. sink f32 [workers].
     "dot_peak": _args("rounds sink*"),
+    # Waits until the word at `flag` (32 bits) has reached `epoch`, or the one at `abort` is not 0:
+    # then `given_up` is set, and the program ends there. Spins for `spin` ticks, then looks now and
+    # then. flag_set lets the word be `epoch`. See kernels/flags.py; only in records of
+    # `ProgramBuilder.await_flag` and `set_flag`.
+    "flag_wait": _args("given_up flag* epoch abort* spin"),
+    "flag_set": _args("flag* epoch"),
     # The native pool itself (codegen/walker.py): the block is the pool's control block, not an
     # argument block.
     "worker_loop": (),

@@ -31,10 +31,16 @@ from hmc.codegen.spec import KernelSpec
 RECORD_WORDS = 4
 BARRIER = 1
 """Flag of a record: every earlier record is finished by all workers before it starts."""
+GATE = 2
+"""Flag of a record: when worker 0 is through and the first word of its arguments is not 0, the
+program ends, for all workers at the next barrier."""
 
 LINE = 16
 # Written by the caller while the workers are idle (STOP: any time), read by all.
 GENERATION, PROGRAM, LENGTH, TRACE, STOP, IDLE_SPIN, BARRIER_SPIN = range(7)
+ENDS = 7
+"""The program ends at the first barrier before this record or a later one: its length, or less
+where worker 0 found a gate given up. A worker that is still leaving an earlier barrier stays."""
 POLL_SECONDS, POLL_NANOSECONDS = 8, 9
 """A timespec: how long the caller, or a worker at a barrier, sleeps before it looks around."""
 SLEEPERS = 1 * LINE
@@ -83,7 +89,7 @@ def emit_worker_loop(spec: KernelSpec) -> str:
     _wait(e, GENERATION, b.load(seen), IDLE_SPIN, SLEEPERS)
     generation = b.load_atomic(_word(e, GENERATION), "acquire", 8)
     b.store(generation, seen)
-    walk = b.append_basic_block("walk")
+    walk, walked = b.append_basic_block("walk"), b.append_basic_block("walked")
     b.cbranch(_stopped(e), leave, walk)
 
     b.position_at_end(walk)
@@ -98,13 +104,26 @@ def emit_worker_loop(spec: KernelSpec) -> str:
         barrier = b.icmp_unsigned("!=", b.and_(flags, const(BARRIER)), const(0))
         with b.if_then(barrier):
             _barrier(e, phase, leave)
+            ends = b.load_atomic(_word(e, ENDS), "acquire", 8)
+            go_on = b.append_basic_block("go_on")
+            b.cbranch(b.icmp_signed("<=", ends, index), walked, go_on)
+            b.position_at_end(go_on)
         b.store_atomic(b.add(index, const(1)), mine, "monotonic", 8)
         slot = b.mul(b.add(b.mul(index, e.workers), e.worker), const(2))
         with b.if_then(traced):
             b.store(_ticks(e), b.gep(stamps, [slot]))
         share(e, b.inttoptr(address, KERNEL_TYPE.as_pointer()), block, flags)
+        gate = b.icmp_unsigned("!=", b.and_(flags, const(GATE)), const(0))
+        first = b.icmp_signed("==", e.worker, const(0))
+        with b.if_then(b.and_(gate, first), likely=False):
+            given_up = b.load(b.inttoptr(block, I64.as_pointer()))
+            with b.if_then(b.icmp_unsigned("!=", given_up, const(0)), likely=False):
+                b.store_atomic(b.add(index, const(1)), _word(e, ENDS), "release", 8)
         with b.if_then(traced):
             b.store(_ticks(e), b.gep(stamps, [b.add(slot, const(1))]))
+    b.branch(walked)
+
+    b.position_at_end(walked)
     b.store_atomic(const(0), mine, "monotonic", 8)
     left = b.atomic_rmw("sub", _word(e, PENDING), const(1), "acq_rel")
     with b.if_then(b.icmp_unsigned("==", left, const(1))):

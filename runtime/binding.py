@@ -29,14 +29,17 @@ import torch
 from hmc.codegen.jit import Jit
 from hmc.errors import ExecutionError
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
-from hmc.runtime.binding_host import HostSteps, is_native
+from hmc.runtime.binding_host import HostSteps
 from hmc.runtime.binding_memory import HOME, Device, GpuMemory, device_of, kind_of, row_capacity
 from hmc.runtime.binding_pinned import Pinner, pin_weights
 from hmc.runtime.binding_walk import walked
 from hmc.runtime.binding_weights import Expert, Packed
+from hmc.runtime.crossing import Crossing, is_native
 from hmc.runtime.device_ops import OPS, Work
 from hmc.runtime.device_ops.base import Routed
 from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.devices.flags import Flags
+from hmc.runtime.host_program import HostProgram
 from hmc.runtime.kv import KVCache
 from hmc.runtime.lowering import LoweredPhase
 from hmc.runtime.memory import Block
@@ -199,6 +202,10 @@ class BoundPhase:
     def native(self) -> list[LoweredPhase]:
         """The CPU's native steps, each a program of its own."""
         return self._host.lowered
+
+    def program(self, crossing: Crossing, flags: Flags) -> HostProgram:
+        """The CPU's steps of a crossing as one native program."""
+        return self._host.program(crossing, flags, self._shares)
 
     @property
     def pinnable(self) -> list[tuple[int, int]]:

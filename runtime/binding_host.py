@@ -1,9 +1,12 @@
-"""The CPU's steps of a schedule: native kernels on host buffers; hides that each step is a program
-of its own, lowered like a phase of a CPU plan.
+"""The CPU's steps of a schedule: native kernels on host buffers, lowered as a CPU plan's are.
+
+Each step is a program of its own, which Python calls, or all of them are one program that meets
+devices by flags.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import numpy as np
@@ -12,7 +15,10 @@ import torch
 from hmc.codegen.jit import Jit
 from hmc.plan import Buffer, Operand, Phase, Plan, Step
 from hmc.runtime.arena import Arena
+from hmc.runtime.crossing import Crossing, is_native
 from hmc.runtime.device_ops.base import Work
+from hmc.runtime.devices.flags import Flags
+from hmc.runtime.host_program import HostProgram
 from hmc.runtime.kv import KVCache
 from hmc.runtime.lowering import LoweredPhase, Lowering
 from hmc.runtime.ops import OPS
@@ -20,10 +26,8 @@ from hmc.runtime.pool import Pool
 from hmc.runtime.shares import Call, Share
 from hmc.runtime.tables import Tables
 from hmc.runtime.weights import WeightStore
-from hmc.verify import EXTERNAL, expert_ranges
+from hmc.verify import EXTERNAL
 
-_HERE = "here"
-"""Ids of the experts a step has, -1 in place of others."""
 _NONE = np.zeros(0, np.int32)
 
 
@@ -47,10 +51,9 @@ class HostSteps:
         buffers += [
             Buffer(name=name, dtype="i32", width=1, offset=EXTERNAL) for name in sorted(names)
         ]
-        buffers += [
-            Buffer(name=_HERE, dtype="i32", width=plan.model.top_k, offset=EXTERNAL),
-            Buffer(name="logits", dtype="f32", width=1, offset=EXTERNAL),  # of no native step here
-        ]
+        buffers.append(  # of no native step here
+            Buffer(name="logits", dtype="f32", width=1, offset=EXTERNAL)
+        )
         native = tuple(
             _plain(step) for step in phase.steps if step.resource == "cpu" and is_native(step)
         )
@@ -62,27 +65,29 @@ class HostSteps:
 
     def work(self, step: Step, share: Share) -> Work:
         """What a native step does in a call."""
-        one = self._phase.model_copy(update={"steps": (_plain(step),)})
-        lowering = Lowering(
-            self._plan, one, self._store, self._kv, self._tables, self._jit, self._pool.workers
-        )
-        lowering.arena.close()
-        lowering.arena = self.arena
-        lowered = LoweredPhase(lowering, OPS, self._pool)
+        lowered = LoweredPhase(self._lowering((_plain(step),)), OPS, self._pool)
         self.lowered.append(lowered)
-        mask = self._mask(step)
 
         def work(call: Call) -> None:
-            if not (count := call.count(share)):
+            if not call.count(share):
                 return
             at = np.concatenate([np.arange(*piece) for piece in share.pieces(call.tokens)])
-            if mask is not None:
-                chosen = self.arena.tensor(step.inputs["ids"], count).numpy()
-                here = self.arena.inputs(_HERE)[: chosen.size].reshape(chosen.shape)
-                np.copyto(here, np.where(mask[chosen], chosen, -1))
             lowered.run(call.ids[at], call.positions[at], call.tables[at], _NONE)
 
         return work
+
+    def program(self, crossing: Crossing, flags: Flags, shares: Mapping[int, Share]) -> HostProgram:
+        """The steps of a crossing as one program; `shares` by step id."""
+        steps = [step for step in self._phase.steps if step.id in crossing.steps]
+        return HostProgram(
+            self._lowering(tuple(steps)),
+            OPS,
+            self._pool,
+            steps,
+            crossing,
+            flags,
+            [shares[step.id] for step in steps],
+        )
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """All rows of a host buffer's columns."""
@@ -101,26 +106,19 @@ class HostSteps:
         """Give the memory back."""
         self._stack.close()
 
-    def _mask(self, step: Step) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
-        """Which experts the step has; None: all."""
-        if "range" not in step.attrs:
-            return None
-        mask = np.zeros(int(step.attrs["experts"]), np.bool_)
-        mask[expert_ranges(str(step.attrs["range"]))] = True
-        return mask
-
-
-def is_native(step: Step) -> bool:
-    """Whether a step on "cpu" is the native kernels' (rows of lanes are moved by PyTorch)."""
-    return not any(key.startswith("torch:") for key in step.kernels)
+    def _lowering(self, steps: tuple[Step, ...]) -> Lowering:
+        """A lowering of some steps that computes in the arena of all."""
+        some = self._phase.model_copy(update={"steps": steps})
+        lowering = Lowering(
+            self._plan, some, self._store, self._kv, self._tables, self._jit, self._pool.workers
+        )
+        lowering.arena.close()
+        lowering.arena = self.arena
+        return lowering
 
 
 def _plain(step: Step) -> Step:
     """The step with inputs under the names a CPU phase has."""
-    inputs = dict(step.inputs)
-    for role, operand in inputs.items():
-        if step.op == "embed" and role == "ids":
-            inputs[role] = Operand(buffer="ids", width=1)
-        elif role == "ids" and "range" in step.attrs:
-            inputs[role] = Operand(buffer=_HERE, width=operand.width)
-    return step.model_copy(update={"inputs": inputs})
+    if step.op != "embed":
+        return step
+    return step.model_copy(update={"inputs": {"ids": Operand(buffer="ids", width=1)}})

@@ -24,12 +24,14 @@ from hmc.codegen.jit import Jit
 from hmc.errors import MachineError
 from hmc.plan import Phase, Plan, Step
 from hmc.runtime.binding import Binding, BoundPhase
-from hmc.runtime.binding_memory import device_of
+from hmc.runtime.binding_memory import device_of, kind_of
+from hmc.runtime.crossing import crossing
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host_program import HostProgram
 from hmc.runtime.kv import KVCache
 from hmc.runtime.kv import Sequence as CacheSequence
 from hmc.runtime.lowering import spec_of
@@ -78,7 +80,8 @@ class DevicePhase:
     """One phase, ready to run: `bound` is its memory and what its steps do. `last` says when they
     ran in the latest recorded call.
 
-    With a `group`, a phase that is bound with its link runs on all ranks."""
+    With a `group`, a phase that is bound with its link runs on all ranks. `handover` says in words
+    how the CPU and the devices of a decode phase wait for each other."""
 
     def __init__(
         self,
@@ -95,8 +98,12 @@ class DevicePhase:
         self._recorder: Recorder | None = None
         works = list(bound.works) if routing is None else _counted(bound, routing)
         self.runner: ScheduleRunner | GroupRunner
+        self.program: HostProgram | None = None
+        self.handover = ""
+        if kind_of(bound.phase) == "decode":
+            self.program, self.handover = _program(bound, backend)
         if group is None or bound.link is None:
-            self.runner = ScheduleRunner(bound.phase, backend, works)
+            self.runner = ScheduleRunner(bound.phase, backend, works, program=self.program)
         else:
             self.runner = group.runner(bound, backend, works)
 
@@ -115,7 +122,7 @@ class DevicePhase:
     @recorder.setter
     def recorder(self, recorder: Recorder | None) -> None:
         self._recorder = recorder
-        for native in self.bound.native:
+        for native in (*self.bound.native, *([self.program] if self.program else ())):
             native.recorder = recorder
 
     def run(
@@ -206,6 +213,8 @@ class DevicePhases:
             if group is not None:
                 group.wait_ready()
             self.pinned = binding.pinned
+            found = (phase.handover for phase in self.phases.values())
+            self.handover = "; ".join(filter(None, found))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> DevicePhases:
@@ -223,6 +232,23 @@ class DevicePhases:
         """End the streams and free all memory; a second call does nothing."""
         self.phases = {}
         self._stack.close()
+
+
+def _program(bound: BoundPhase, backend: Backend) -> tuple[HostProgram | None, str]:
+    """The CPU's steps of a phase as one program, and in words whether there is one."""
+    across = crossing(bound.phase)
+    if across is None:
+        return None, ""
+    count, steps = len(across.flags), len(across.steps)
+    try:
+        flags = backend.flags(count)
+    except MachineError as error:
+        return None, f"{bound.phase.name}: CPU and GPUs wait for each other in Python, for {error}"
+    return (
+        bound.program(across, flags),
+        f"{bound.phase.name}: {steps} CPU steps in one native program, {count} flags to and from"
+        " GPUs",
+    )
 
 
 def _counted(bound: BoundPhase, routing: RoutingRecorder) -> list[Work]:

@@ -120,6 +120,8 @@ class Executor:
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
             """What of the weights is pinned for GPUs, in words; empty where nothing is."""
+            self.handover = ""
+            """How CPU and GPUs wait for each other in decode, in words; empty without GPUs."""
             if wanting:
                 opened = DevicePhases(
                     plan,
@@ -135,7 +137,7 @@ class Executor:
                     gpus=gpus,
                     directory=directory,
                 )
-                self.pinned = opened.pinned
+                self.pinned, self.handover = opened.pinned, opened.handover
                 stack.enter_context(opened)
                 self.phases.update(opened.phases)
             for phase in phases:

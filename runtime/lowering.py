@@ -22,6 +22,7 @@ from hmc.codegen.tiles import GRAIN
 from hmc.errors import ExecutionError
 from hmc.plan import Kernel, Operand, Phase, Plan, Step
 from hmc.runtime.arena import Arena
+from hmc.runtime.devices.flags import Flags
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.pool import Pool
 from hmc.runtime.program import Program, ProgramBuilder
@@ -150,6 +151,28 @@ class Lowering:
         """Append a call for a step, made after all records so far are done."""
         self._cut()
         self.segments.append(_Call(function, self._split >= 0, step.id))
+
+    def await_flag(self, step: Step, flags: Flags, number: int, spin: int) -> None:
+        """Append a wait for a flag, before the records of a step; workers spin so many ticks."""
+        kernel = self._jit.get(KernelSpec.of("flag_wait", self.plan.isa))
+        self._builder.await_flag(
+            kernel, flags.address(number), flags.abort_address, spin, tag=step.id
+        )
+
+    def set_flag(self, step: Step, flags: Flags, number: int) -> None:
+        """Append what sets a flag, after the records of a step."""
+        kernel = self._jit.get(KernelSpec.of("flag_set", self.plan.isa))
+        self._builder.set_flag(kernel, flags.address(number), tag=step.id)
+
+    @property
+    def records(self) -> int:
+        """Records of the program so far."""
+        return len(self._builder)
+
+    def whole_program(self) -> Program:
+        """The program of all records; only where no Python call stands between them."""
+        assert not self.segments
+        return self._builder.build()
 
     def rows_begin(self) -> None:
         """From here on, records work on the wanted rows instead of all tokens."""

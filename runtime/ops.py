@@ -8,6 +8,8 @@ of codegen/spec.py.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from hmc.codegen.kernels.attention import attention_scratch_bytes
@@ -20,6 +22,7 @@ from hmc.codegen.kernels.prefill_attention import prefill_attention_scratch_byte
 from hmc.codegen.spec import KernelSpec
 from hmc.plan import Operand, Step
 from hmc.runtime.lowering import Call, Lowering, OpFunction
+from hmc.verify import expert_ranges
 
 
 def _embed(low: Lowering, step: Step) -> None:
@@ -339,15 +342,19 @@ def _experts(low: Lowering, step: Step) -> None:
     into = specs.get("experts_gate_up") or specs["grouped_gate_up"]
     act = low.arena.workspace("act", 2 * tokens * top_k * into["n"])
     common = {"table": table, "act": act}
+    chosen: Operand | Hashable = ids
+    ids_at = low.arena.address(ids)
+    if "range" in step.attrs:
+        chosen, ids_at = _resident(low, step, into.isa)
     if into.op == "experts_gate_up":
         back = specs["experts_down"]
         scratch = low.arena.workspace("experts", experts_scratch_bytes(back))
-        common |= {"ids": low.arena.address(ids), "scratch": scratch}
+        common |= {"ids": ids_at, "scratch": scratch}
         third = step.weight_bytes // 3  # gate, up and down are equally large
         low.add(
             step,
             into,
-            reads=[x, ids],
+            reads=[x, chosen],
             writes=["act"],
             weight_bytes=2 * third,
             weight_rows=top_k * into["n"],
@@ -357,7 +364,7 @@ def _experts(low: Lowering, step: Step) -> None:
         low.add(
             step,
             back,
-            reads=["act", ids, routing],
+            reads=["act", chosen, routing],
             writes=[y, "experts"],
             weight_bytes=third,
             weight_rows=back["n"],
@@ -372,7 +379,7 @@ def _experts(low: Lowering, step: Step) -> None:
         "slots": low.arena.workspace("slots", 4 * tokens * top_k),
         "offsets": low.arena.workspace("offsets", 4 * (experts + 1)),
     }
-    low.add(step, sort, reads=[ids], writes=["order"], ids=low.arena.address(ids), **order)
+    low.add(step, sort, reads=[chosen], writes=["order"], ids=ids_at, **order)
     back = specs["grouped_down"]
     common |= order
     low.add(
@@ -429,6 +436,26 @@ def _paged(low: Lowering, positions: Operand) -> dict[str, int]:
         "sequence": int(low.arena.sequence.ctypes.data),
         "positions": low.arena.address(positions),
     }
+
+
+def _resident(low: Lowering, step: Step, isa: str) -> tuple[str, int]:
+    """Append the record that leaves out the experts which a step does not have; name and address
+    of the ids it makes."""
+    ids, some = step.inputs["ids"], str(step.attrs["range"])
+    top_k, experts = _ints(step, "top_k", "experts")
+    mask = np.zeros(experts, np.int32)
+    mask[expert_ranges(some)] = 1
+    out = low.arena.workspace("resident", 4 * low.arena.max_tokens * top_k)
+    low.add(
+        step,
+        KernelSpec.of("resident_ids", isa, top_k=top_k),
+        reads=[ids],
+        writes=["resident"],
+        ids=low.arena.address(ids),
+        mask=low.tables.array(("resident", step.layer, some), mask),
+        out=out,
+    )
+    return "resident", out
 
 
 def _private(low: Lowering, name: str, bytes_per_worker: int) -> int:

@@ -42,7 +42,8 @@ class Pool:
     runtime/topology.py.
 
     idle_spin      seconds a worker spins for the next program before it sleeps
-    barrier_spin   seconds a worker spins at a barrier within a program before it sleeps
+    barrier_spin   seconds a worker spins at a barrier within a program, or for a flag, before it
+                   sleeps
     watchdog       seconds one record may take before `run` raises `WorkerError`; None: no limit
 
     Both spins are cut to a microsecond when workers share CPUs: they would only delay each other.
@@ -86,9 +87,9 @@ class Pool:
         for worker in self._team:
             worker.thread.start()
 
-    def run(self, records: np.ndarray, trace: np.ndarray | None = None) -> None:
+    def run(self, records: np.ndarray, trace: np.ndarray | None = None) -> bool:
         """Walk `records` (int64 [n, 4], walker's layout) once; returns when every worker is
-        through.
+        through: whether to the end, or only to a flag that was given up.
 
         `trace`, int64 [n, workers, 2], receives the time stamp counter at start and end of each
         record. Raises `WorkerError` when a worker died or a record exceeds the watchdog: the pool
@@ -112,7 +113,7 @@ class Pool:
                 raise WorkerError(self._broken or "the worker pool is closed")
             words = self._control.words
             words[walker.PROGRAM] = records.ctypes.data
-            words[walker.LENGTH] = len(records)
+            words[walker.LENGTH] = words[walker.ENDS] = len(records)
             words[walker.TRACE] = 0 if trace is None else trace.ctypes.data
             self._control.running = (records, trace)
             try:
@@ -120,6 +121,12 @@ class Pool:
                 self._finish()
             finally:
                 self._finish()  # again: Ctrl-C may strike between any two lines of Python
+            return int(words[walker.ENDS]) == len(records)
+
+    @property
+    def spin_ticks(self) -> int:
+        """How long a worker spins within a program, in ticks of the time stamp counter."""
+        return int(self._control.words[walker.BARRIER_SPIN])
 
     def seconds(self, trace: np.ndarray) -> float:
         """From the first worker's first stamp to the last worker's last."""

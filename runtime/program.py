@@ -18,7 +18,7 @@ from hmc.codegen import walker
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pieces import TICKET
 from hmc.codegen.pieces import flags as share_flags
-from hmc.codegen.spec import ARGS
+from hmc.codegen.spec import ARGS, pack
 
 _LINE_BYTES = 8 * TICKET
 
@@ -128,6 +128,7 @@ class ProgramBuilder:
         self._meta: list[tuple[int, int]] = []
         self._read: set[Hashable] = set()
         self._written: set[Hashable] = set()
+        self._gated = False
 
     def add(
         self,
@@ -138,11 +139,13 @@ class ProgramBuilder:
         reads: Iterable[Hashable] = (),
         writes: Iterable[Hashable] = (),
         pieces: tuple[int, int] = (0, 0),
+        alone: bool = False,
     ) -> int:
         """Append a record and return its index. `args` as `spec.pack` makes it; weights need not be
         named. `pieces`: each worker's share is cut in so many, of which it keeps so many for
         itself; who is done first takes of the rest (only for kernels that split by
-        `Emitter.split`, and nothing else, and have no scratch for each worker).
+        `Emitter.split`, and nothing else, and have no scratch for each worker). A record `alone`
+        starts when all earlier ones are finished, whatever they read and wrote.
 
         A record's own share may be read and written by the same worker only, so a buffer named on
         both sides (in place) needs no barrier of its own. Raises `ValueError` when `args` does not
@@ -157,7 +160,9 @@ class ProgramBuilder:
         read = frozenset(reads) - self._private
         written = frozenset(writes) - self._private
         flags = share_flags(*pieces)
-        if (read | written) & self._written or written & self._read:
+        behind = bool((read | written) & self._written or written & self._read)
+        if behind or alone or self._gated:
+            self._gated = False
             flags |= walker.BARRIER
             self._read.clear()
             self._written.clear()
@@ -167,6 +172,21 @@ class ProgramBuilder:
         self._blocks.append(args)
         self._meta.append((flags, tag))
         return len(self._kernels) - 1
+
+    def await_flag(self, kernel: Kernel, flag: int, abort: int, spin: int, *, tag: int) -> int:
+        """Append a record of `flag_wait`: later ones start when the flag at address `flag` has
+        reached `epoch`, which is patched before a run. It waits for no earlier record."""
+        self._gated = False  # of flags that follow each other the last one's barrier does for all
+        args = pack("flag_wait", given_up=0, flag=flag, epoch=0, abort=abort, spin=spin)
+        index = self.add(kernel, args, tag=tag)
+        self._meta[index] = (self._meta[index][0] | walker.GATE, tag)
+        self._gated = True
+        return index
+
+    def set_flag(self, kernel: Kernel, flag: int, *, tag: int) -> int:
+        """Append a record of `flag_set`: the flag becomes `epoch` when all earlier records are
+        finished."""
+        return self.add(kernel, pack("flag_set", flag=flag, epoch=0), tag=tag, alone=True)
 
     def __len__(self) -> int:
         return len(self._kernels)

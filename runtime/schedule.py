@@ -1,24 +1,54 @@
 """Runs the steps of a phase on the streams of a backend, and says when each of them ran.
 
 Every step is handed to the stream of its resource in program order: the waits for its events, what
-it does, the record of its signal. What a step does is bound elsewhere; this module hides streams,
-events, and which part of a phase is one rank's.
+it does, the record of its signal. With a native program for the CPU's steps, that is handed over
+once a call in their place, and what crosses between it and devices are flags. What a step does is
+bound elsewhere; this module hides streams, events, and which part of a phase is one rank's.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from hmc.errors import ExecutionError, VerifyError
 from hmc.plan import Operand, Phase, Step
+from hmc.runtime.crossing import Crossing
 from hmc.runtime.devices.base import Backend, Event, Span, Stream
+from hmc.runtime.devices.flags import Flags
 from hmc.verify import check_order
 
 Bound = Callable[[Any], None]
 """What a step does with a call of its phase."""
+
+
+class Program(Protocol):
+    """Steps on "cpu" that one call does together (runtime/host_program.py)."""
+
+    @property
+    def crossing(self) -> Crossing:
+        """Which steps, and what crosses."""
+        ...
+
+    @property
+    def flags(self) -> Flags:
+        """Flags of the runner's backend."""
+        ...
+
+    def takes(self, call: Any) -> bool:
+        """Whether it can do a call; else its steps are done one by one."""
+        ...
+
+    def run(self, call: Any, *, timed: bool = False) -> None:
+        """Do all steps of a call."""
+        ...
+
+    def times(self) -> dict[int, tuple[float, float]]:
+        """By step id, start and end in the last timed call, in seconds of CLOCK_MONOTONIC."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,8 @@ class _Ready:
     seconds: float
     span: Span
     signal: Event | None
+    flag_waits: tuple[int, ...] = ()
+    flag: int | None = None
 
 
 class ScheduleRunner:
@@ -58,9 +90,11 @@ class ScheduleRunner:
         works: Sequence[Bound],
         seconds: Sequence[float] | None = None,
         rank: int | None = None,
+        program: Program | None = None,
     ) -> None:
         """`works[i]` is what step i of the phase does, `seconds[i]` what it takes on a simulated
-        clock. With `rank`, only that rank's part of the phase is run here (see `part_of_rank`).
+        clock. With `rank`, only that rank's part of the phase is run here (see `part_of_rank`);
+        with a `program`, its steps are done by it in the calls it takes.
 
         Raises `ExecutionError` where works are missing or the backend has fewer GPUs than the
         phase, `VerifyError` where a step waits for an event that no earlier step signals.
@@ -95,14 +129,22 @@ class ScheduleRunner:
                 )
             )
         self._steps = tuple(steps)
+        self._program, self._phase = program, mine
+        self._crossed = () if program is None else self._across(program)
+        self._began = 0.0
 
     def run(self, call: Any) -> Measured:
         """Run every step with `call` and return when all are done.
 
         Raises what `Backend.synchronize` raises; the backend is closed then.
         """
-        self._run(call, timed=True)
-        times = [step.span.seconds() for step in self._steps]
+        program = self._run(call, timed=True)
+        known = {} if program is None else program.times()
+        times = []
+        for step, ready in zip(self._phase.steps, self._steps, strict=True):
+            start, end = known.get(step.id) or ready.span.seconds()
+            began = self._began if step.id in known else 0.0
+            times.append((start - began, end - began))
         return Measured(
             self.positions, tuple(start for start, _ in times), tuple(end for _, end in times)
         )
@@ -111,21 +153,71 @@ class ScheduleRunner:
         """As `run`, without what measuring costs: two events a step on a GPU."""
         self._run(call, timed=False)
 
-    def _run(self, call: Any, *, timed: bool) -> None:
+    def _run(self, call: Any, *, timed: bool) -> Program | None:
+        """Do a call; the program that took part in it."""
+        program = self._program
+        if program is not None and not program.takes(call):
+            program = None
         try:
             self._backend.begin()
-            for step in self._steps:
-                stream = step.stream
-                for event in step.waits:
-                    stream.wait(event)
-                span = step.span if timed else None
-                stream.launch(partial(step.work, call), step.label, step.seconds, span)
-                if step.signal is not None:
-                    stream.record(step.signal)
+            self._began = time.monotonic()
+            if program is None:
+                for step in self._steps:
+                    self._hand_over(step, call, step.span if timed else None)
+            else:
+                self._meet(program, call, timed)
             self._backend.synchronize()
         except BaseException:
             self._backend.close()
             raise
+        return program
+
+    def _hand_over(self, step: _Ready, call: Any, span: Span | None) -> None:
+        for event in step.waits:
+            step.stream.wait(event)
+        step.stream.launch(partial(step.work, call), step.label, step.seconds, span)
+        if step.signal is not None:
+            step.stream.record(step.signal)
+
+    def _meet(self, program: Program, call: Any, timed: bool) -> None:
+        """Hand everything over with the program in place of its steps."""
+        flags = program.flags
+        flags.advance()
+        for step in self._crossed:
+            if step is None:
+                work = partial(program.run, call, timed=timed)
+                label = f"phase {self._phase.name}, the CPU's steps in one program"
+                self._backend.stream("cpu").launch(work, label)
+                continue
+            for number in step.flag_waits:
+                step.stream.wait_flag(flags, number)
+            self._hand_over(step, call, step.span if timed else None)
+            if step.flag is not None:
+                step.stream.set_flag(flags, step.flag)
+
+    def _across(self, program: Program) -> tuple[_Ready | None, ...]:
+        """The steps with flags for the events that cross; None: the program, at its first step."""
+        crossing = program.crossing
+        flags = crossing.flags
+        result: list[_Ready | None] = []
+        for step, ready in zip(self._phase.steps, self._steps, strict=True):
+            if step.id in crossing.steps:
+                if None not in result:
+                    result.append(None)
+                continue
+            waits = zip(step.waits, ready.waits, strict=True)
+            result.append(
+                replace(
+                    ready,
+                    waits=tuple(mark for event, mark in waits if event in crossing.events),
+                    signal=ready.signal if step.signal in crossing.events else None,
+                    flag_waits=tuple(
+                        flags[event] for event in step.waits if event not in crossing.events
+                    ),
+                    flag=flags.get(step.signal),
+                )
+            )
+        return tuple(result)
 
 
 def part_of_rank(phase: Phase, rank: int) -> Phase:

@@ -15,13 +15,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hmc.codegen import walker
 from hmc.plan import Plan, Step
 from hmc.runtime.pool import Pool
+
+WAIT = -1
+"""In place of a step: a wait for a device."""
 
 
 @dataclass(frozen=True)
 class ProgramRun:
-    """One run of a program: `steps` i64 [n], each record's step; `ticks` i64 [n, workers, 2]."""
+    """One run of a program: `steps` i64 [n], each record's step, or `WAIT` where worker 0 waits for
+    a flag; `ticks` i64 [n, workers, 2]."""
 
     phase: str
     steps: npt.NDArray[np.int64]
@@ -61,11 +66,13 @@ class Recorder:
         self.calls: list[PythonRun] = []
         self.schedules: list[ScheduledRun] = []
 
-    def run(self, phase: str, records: npt.NDArray[np.int64]) -> None:
+    def run(self, phase: str, records: npt.NDArray[np.int64]) -> ProgramRun:
         """Run a program's records with time stamps."""
         ticks = np.empty((len(records), self._pool.workers, 2), np.int64)
         self._pool.run(records, ticks)
-        self.programs.append(ProgramRun(phase, records[:, 3].copy(), ticks))
+        waits = records[:, 2] & walker.GATE != 0
+        self.programs.append(ProgramRun(phase, np.where(waits, WAIT, records[:, 3]), ticks))
+        return self.programs[-1]
 
     def call(self, phase: str, step: int, function: Callable[[], None], name: str) -> None:
         """Make a call and note how long it took."""
@@ -93,7 +100,8 @@ class Recorder:
                 continue
             inside = (run.ticks[:, :, 1] - run.ticks[:, :, 0]).mean(axis=1) / self._pool.tsc_hz
             for step, seconds in zip(run.steps.tolist(), inside.tolist(), strict=True):
-                result[step] += seconds
+                if step != WAIT:
+                    result[step] += seconds
         return dict(result)
 
     def with_python(self, phase: str) -> dict[int, float]:
@@ -137,6 +145,9 @@ def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
         times = recorder.microseconds(run.ticks)
         workers = max(workers, times.shape[1])
         for number, stamps in zip(run.steps.tolist(), times.tolist(), strict=True):
+            if number == WAIT:
+                events.append(_event("wait for a device", run.phase, 0, *stamps[0]))
+                continue
             step = steps[number]
             for worker, (start, stop) in enumerate(stamps):
                 events.append(

@@ -10,6 +10,7 @@ from hmc.codegen.kernels import (
     attention,
     embed,
     experts,
+    flags,
     gate_up,
     gemm,
     grouped,
@@ -19,6 +20,7 @@ from hmc.codegen.kernels import (
     norm,
     peak,
     prefill_attention,
+    resident_ids,
     rotary,
     route,
     sort_experts,
@@ -72,10 +74,11 @@ REFERENCES |= {
     "grouped_down": grouped.grouped_down,
 }
 
-# What lies between the matmuls.
+# What lies between the matmuls, and between CPU and devices.
 for _module in (
     *(embed, norm, rotary, attention, prefill_attention, mla, mla_prefill),
-    *(route, sort_experts, argmax),
+    *(route, sort_experts, resident_ids, argmax),
+    flags,
 ):
     EMITTERS |= _module.EMITTERS
     REFERENCES |= _module.REFERENCES

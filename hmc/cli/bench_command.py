@@ -189,8 +189,8 @@ def command(
             devices=devices,  # type: ignore[arg-type]
             gpus=gpus,
         )
-        if executor.pinned:
-            click.echo(f"[{executor.pinned}]", err=True)
+        for told in filter(None, (executor.pinned, executor.handover)):
+            click.echo(f"[{told}]", err=True)
         try:
             bench = ModelBench(
                 executor,

@@ -129,8 +129,8 @@ def command(
             home=home,  # type: ignore[arg-type]
         )
     with engine:
-        if engine.executor.pinned:
-            click.echo(f"[{engine.executor.pinned}]", err=True)
+        for told in filter(None, (engine.executor.pinned, engine.executor.handover)):
+            click.echo(f"[{told}]", err=True)
         # counting takes its share of the time: there is nothing to compare then
         workers = engine.executor.pool.workers
         compared = None if routing else Comparison(plan, machine, workers, plan_path)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from hmc.errors import ExecutionError
+from hmc.runtime.devices.flags import Flags
 
 Work = Callable[[], None]
 
@@ -56,6 +57,15 @@ class Stream(Protocol):
 
     def record(self, event: Event) -> None:
         """The event happens when all that was appended before is done."""
+        ...
+
+    def set_flag(self, flags: Flags, number: int) -> None:
+        """A flag's event has happened in this call when all that was appended before is done."""
+        ...
+
+    def wait_flag(self, flags: Flags, number: int) -> None:
+        """What follows starts only when a flag's event has happened in this call (see
+        `Flags.advance`), whoever sets it."""
         ...
 
     def synchronize(self) -> None:
@@ -129,6 +139,11 @@ class Backend(Protocol):
 
     def span(self) -> Span:
         """A new span."""
+        ...
+
+    def flags(self, count: int) -> Flags:
+        """Flags by which streams and native programs meet. They are given up when a stream fails
+        or the backend is closed. `MachineError` where the devices cannot do that."""
         ...
 
     def begin(self) -> None:

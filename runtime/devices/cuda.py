@@ -6,7 +6,8 @@ Device streams are fed by the caller's thread. What crosses between the CPU and 
 * a device stream that waits for CPU work makes the caller's thread wait until that work is done,
   since a device can wait only for what was handed to it already. This cannot hang: what the CPU
   work waits for precedes it in the program, so the GPUs have it. It ends the look-ahead at that
-  point, which costs little: later steps of other streams hardly ever do without the CPU's result.
+  point, which costs little: later steps of other streams hardly ever do without the CPU's result;
+* by a flag, whoever waits does so without Python: a stream by an operation on pinned memory.
 
 Importing this needs no GPU; opening it without one is a `MachineError`.
 """
@@ -19,7 +20,10 @@ import torch
 
 from hmc.errors import CapacityError, ExecutionError, HmcError, MachineError, WorkerError
 from hmc.runtime.devices.base import Event, Work, gpu_of
+from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
+from hmc.runtime.devices.pinned import pinned
+from hmc.runtime.devices.stream_memory import StreamMemory
 from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
 
 CLOSE_SECONDS = 2.0
@@ -118,6 +122,16 @@ class CudaStream:
         mark.record(self.stream)
         event.device = mark
 
+    def set_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        memory = self._backend.memory()
+        memory.write(self.stream, self.number, flags.address(number), flags.epoch)
+
+    def wait_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        memory = self._backend.memory()
+        memory.wait(self.stream, self.number, flags.address(number), flags.epoch)
+
     def synchronize(self) -> None:
         """See `base.Stream`."""
         self._backend.finish((self,))
@@ -146,6 +160,7 @@ class CudaBackend:
         self._home = home
         self._streams: dict[str, CudaStream] = {}
         self._origins: dict[int, torch.cuda.Event] = {}
+        self._memory: StreamMemory | None = None
         self.devices = tuple(
             Gpu(f"gpu{number}", torch.device("cuda", number), self, _room) for number in range(gpus)
         )
@@ -168,6 +183,24 @@ class CudaBackend:
     def span(self) -> CudaSpan:
         """See `base.Backend`."""
         return CudaSpan()
+
+    def flags(self, count: int) -> Flags:
+        """See `base.Backend`. Tried out on every GPU before."""
+        memory = self.memory()
+        for number in range(len(self.devices)):
+            trial = Flags(1, pinned(Flags.bytes(1), "a flag"))
+            trial.advance()
+            stream = torch.cuda.Stream(device=number)  # type: ignore[no-untyped-call]
+            memory.probe(stream, number, trial)
+        made = Flags(count, pinned(Flags.bytes(count), "flags"))
+        self._board.flags.append(made)
+        return made
+
+    def memory(self) -> StreamMemory:
+        """The driver's operations on memory; `MachineError` where it has none."""
+        if self._memory is None:
+            self._memory = StreamMemory()
+        return self._memory
 
     def begin(self) -> None:
         """See `base.Backend`. Each GPU has its own zero, taken one after the other: times of two

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hmc.runtime.devices.base import gpu_of
+from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
 
@@ -52,6 +53,12 @@ class HostBackend:
     def span(self) -> HostSpan:
         """See `base.Backend`."""
         return HostSpan()
+
+    def flags(self, count: int) -> Flags:
+        """See `base.Backend`."""
+        made = Flags(count)
+        self._board.flags.append(made)
+        return made
 
     def begin(self) -> None:
         """See `base.Backend`."""

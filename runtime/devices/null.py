@@ -10,6 +10,7 @@ import torch
 
 from hmc.errors import ExecutionError, HmcError
 from hmc.runtime.devices.base import Work, gpu_of
+from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 
 
@@ -35,10 +36,12 @@ class NullSpan:
 class NullStream:
     """A stream whose work takes the seconds it is said to take."""
 
-    def __init__(self, name: str, execute: bool) -> None:
+    def __init__(self, name: str, execute: bool, flagged: dict[int, float]) -> None:
+        """`flagged`: when the event of the flag at an address happens, for all streams."""
         self.name = name
         self.time = 0.0
         self._execute = execute
+        self._flagged = flagged
 
     def launch(
         self, work: Work, label: str, seconds: float = 0.0, span: NullSpan | None = None
@@ -65,6 +68,15 @@ class NullStream:
         """See `base.Stream`."""
         event.time = self.time
 
+    def set_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        self._flagged[flags.address(number)] = self.time
+        flags.set(number, flags.epoch)
+
+    def wait_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        self.time = max(self.time, self._flagged.get(flags.address(number), 0.0))
+
     def synchronize(self) -> None:
         """Nothing is ever left to do."""
 
@@ -77,6 +89,7 @@ class NullBackend:
         self._execute = execute
         self._closed = False
         self._streams: dict[str, NullStream] = {}
+        self._flagged: dict[int, float] = {}
         self.devices = tuple(
             Gpu(f"gpu{number}", torch.device("cpu"), self, lambda gpu: memory_bytes - gpu.used)
             for number in range(gpus)
@@ -87,7 +100,7 @@ class NullBackend:
         stream = self._streams.get(resource)
         if stream is None:
             gpu_of(resource, len(self.devices))
-            stream = self._streams[resource] = NullStream(resource, self._execute)
+            stream = self._streams[resource] = NullStream(resource, self._execute, self._flagged)
         return stream
 
     def event(self) -> NullEvent:
@@ -97,6 +110,10 @@ class NullBackend:
     def span(self) -> NullSpan:
         """See `base.Backend`."""
         return NullSpan()
+
+    def flags(self, count: int) -> Flags:
+        """See `base.Backend`."""
+        return Flags(count)
 
     def begin(self) -> None:
         """Set every clock to zero."""

@@ -14,7 +14,10 @@ from random import Random
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.runtime.devices.base import Work
+from hmc.runtime.devices.flags import Flags
 
+_SPINS, _NAP_SECONDS = 20, 20e-6
+"""A worker looks at a flag so often before it naps between two looks."""
 _JOIN_SECONDS = 2.0
 """How long `close` waits for a worker that is still in the middle of its last piece of work."""
 
@@ -49,6 +52,7 @@ class Board:
         self.idle = threading.Condition(self.lock)
         self.timeout = timeout
         self.workers: dict[str, Worker] = {}
+        self.flags: list[Flags] = []
         self.error: BaseException | None = None
         self.stopped = False
         self.origin = 0.0
@@ -58,10 +62,7 @@ class Board:
         """Note the first error and stop everybody; the lock is held."""
         if self.error is None:
             self.error = error
-        self.stopped = True
-        for worker in self.workers.values():
-            worker.wake.notify_all()
-        self.idle.notify_all()
+        self._stop()
 
     def drain(self, busy: Callable[[], bool]) -> None:
         """Wait until nothing is `busy()`; raises the first error, or `WorkerError` where nothing
@@ -98,13 +99,19 @@ class Board:
     def close(self) -> None:
         """Stop every worker and join its thread, but one that is stuck."""
         with self.lock:
-            self.stopped = True
-            for worker in self.workers.values():
-                worker.wake.notify_all()
-            self.idle.notify_all()
+            self._stop()
         until = time.monotonic() + min(_JOIN_SECONDS, self.timeout)
         for worker in self.workers.values():
             worker.join(max(0.0, until - time.monotonic()))
+
+    def _stop(self) -> None:
+        """Let nobody wait or begin any longer; the lock is held."""
+        self.stopped = True
+        for flags in self.flags:
+            flags.abort()
+        for worker in self.workers.values():
+            worker.wake.notify_all()
+        self.idle.notify_all()
 
 
 class Worker:
@@ -181,6 +188,16 @@ class Worker:
         made = event.made
         self.append(lambda: self.happened(event, made))
 
+    def set_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        epoch = flags.epoch
+        self.append(lambda: flags.set(number, epoch))
+
+    def wait_flag(self, flags: Flags, number: int) -> None:
+        """See `base.Stream`."""
+        epoch = flags.epoch
+        self.append(lambda: self._await_flag(flags, number, epoch))
+
     def synchronize(self) -> None:
         """See `base.Stream`."""
         self._board.drain(lambda: self.busy)
@@ -206,6 +223,13 @@ class Worker:
             while event.seen < made and not self._board.stopped:
                 self.wake.wait()
             event.waiting.remove(self.wake)
+
+    def _await_flag(self, flags: Flags, number: int, epoch: int) -> None:
+        self.doing = f"waits for flag {number}"
+        looks = 0
+        while not flags.reached(number, epoch) and not self._board.stopped:
+            looks += 1
+            time.sleep(0 if looks < _SPINS else _NAP_SECONDS)
 
     def _run(self) -> None:
         board = self._board

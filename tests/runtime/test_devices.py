@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from hmc.errors import CapacityError, ExecutionError, MachineError, WorkerError
-from hmc.runtime.devices import pinned
+from hmc.runtime.devices import cuda as cuda_module
+from hmc.runtime.devices import pinned, stream_memory
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.null import NullBackend
@@ -253,8 +255,9 @@ class _FakeEvent:
 
 
 class _FakeStream:
-    def __init__(self, name: str, log: list[str]) -> None:
+    def __init__(self, name: str, log: list[str], number: int = 0) -> None:
         self.name = name
+        self.cuda_stream = number
         self.idle = True
         self._log = log
 
@@ -264,6 +267,9 @@ class _FakeStream:
     def query(self) -> bool:
         return self.idle
 
+    def synchronize(self) -> None:
+        assert self.idle
+
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -272,7 +278,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     streams: list[_FakeStream] = []
 
     def stream(device: int) -> _FakeStream:
-        streams.append(_FakeStream(f"s{len(streams)}", log))
+        streams.append(_FakeStream(f"s{len(streams)}", log, len(streams)))
         return streams[-1]
 
     fakes: dict[str, Any] = {
@@ -336,6 +342,79 @@ def test_events_cross_between_cpu_and_gpu(cuda: SimpleNamespace) -> None:
         assert 0 <= start <= end
     backend.close()
     assert not _threads()
+
+
+@pytest.fixture
+def driver(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The driver's library: operations on memory are done at once, and noted in the log. GPUs see
+    host memory 1 GiB further on."""
+    shift = 1 << 30
+
+    def pointer(found: Any, address: int, flags: int) -> int:
+        found._obj.value = address + shift
+        return 0
+
+    def write(stream: int, address: int, value: int, flags: int) -> int:
+        cuda.log.append(f"stream {stream} writes {value}")
+        ctypes.c_uint32.from_address(address - shift).value = value
+        return fake.status
+
+    def wait(stream: int, address: int, value: int, flags: int) -> int:
+        cuda.log.append(f"stream {stream} waits for {value}")
+        return fake.status
+
+    fake = SimpleNamespace(
+        cuMemHostGetDevicePointer_v2=pointer,
+        cuStreamWriteValue32_v2=write,
+        cuStreamWaitValue32_v2=wait,
+        status=0,
+    )
+    monkeypatch.setattr(stream_memory.ctypes, "CDLL", lambda name: fake)
+    plain = lambda nbytes, purpose: torch.empty(nbytes, dtype=torch.uint8)  # noqa: E731
+    monkeypatch.setattr(cuda_module, "pinned", plain)
+    return fake
+
+
+def test_streams_of_a_gpu_meet_the_cpu_at_flags(
+    cuda: SimpleNamespace, driver: SimpleNamespace
+) -> None:
+    backend = CudaBackend(1)
+    flags = backend.flags(3)
+    gpu = backend.stream("gpu0")
+    for epoch in (1, 2):
+        cuda.log.clear()
+        flags.advance()
+        assert not flags.reached(2, flags.epoch)
+        gpu.wait_flag(flags, 0)
+        gpu.set_flag(flags, 2)
+        assert cuda.log == [f"stream 1 waits for {epoch}", f"stream 1 writes {epoch}"]
+        assert flags.reached(2, flags.epoch)
+        assert not flags.reached(0, flags.epoch)
+    backend.close()
+    assert flags.aborted
+    assert flags.reached(0, flags.epoch)  # streams that still wait go on
+
+
+def test_a_driver_without_operations_on_memory_is_told(
+    cuda: SimpleNamespace, driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.status = 801
+    with pytest.raises(MachineError, match=r"cannot write a flag \(CUDA error 801\)"):
+        CudaBackend(1).flags(1)
+    driver.status = 0
+    driver.cuStreamWriteValue32_v2 = lambda *arguments: 0
+    with pytest.raises(MachineError, match="gpu0 writes no flags into host memory"):
+        CudaBackend(1).flags(1)
+    del driver.cuStreamWaitValue32_v2
+    with pytest.raises(MachineError, match="driver has no cuStreamWaitValue32_v2: update it"):
+        CudaBackend(1).flags(1)
+
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(stream_memory.ctypes, "CDLL", missing)
+    with pytest.raises(MachineError, match=r"libcuda\.so\.1 cannot be loaded"):
+        CudaBackend(1).flags(1)
 
 
 def test_the_caller_waits_for_the_cpu_work_it_needs_and_no_more(cuda: SimpleNamespace) -> None:

@@ -1,0 +1,37 @@
+"""`resident_ids`: the experts a token is routed to, -1 in place of those that are elsewhere, for a
+step that computes some of a layer's experts only. Each worker does its share of the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from hmc.codegen.ir import I32, I64, Emitter, const
+from hmc.codegen.spec import KernelSpec
+
+
+def emit_resident_ids(spec: KernelSpec) -> str:
+    """IR of `resident_ids`; param top_k."""
+    e = Emitter(spec)
+    b = e.b
+    start, stop = (b.mul(edge, const(spec["top_k"])) for edge in e.split(e.arg["tokens"]))
+    with e.for_range(start, stop) as pair:
+        expert = e.load(e.arg["ids"], pair, I32, align=4)
+        here = e.load(e.arg["mask"], b.sext(expert, I64), I32, align=4)
+        held = b.icmp_unsigned("!=", here, ir.Constant(I32, 0))
+        chosen = b.select(held, expert, ir.Constant(I32, -1))
+        e.store(chosen, e.arg["out"], pair, align=4)
+    return e.finish()
+
+
+def resident_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Reference: ids i32 [T, J], mask [experts]; i32 [T, J]."""
+    return np.where(mask[ids] != 0, ids, -1).astype(np.int32)
+
+
+EMITTERS: dict[str, Callable[[KernelSpec], str]] = {"resident_ids": emit_resident_ids}
+REFERENCES: dict[str, Callable[..., Any]] = {"resident_ids": resident_ids}
