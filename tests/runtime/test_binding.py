@@ -246,7 +246,7 @@ RANKS = [("qwen3_moe", "fp8"), ("mixtral", "bf16"), ("deepseek_v3", "fp8")]
 
 
 @pytest.mark.parametrize(("family", "quant"), RANKS)
-@pytest.mark.parametrize("beside", [1 << 30, 3 << 20])
+@pytest.mark.parametrize("beside", [1 << 30, pytest.param(3 << 20, marks=pytest.mark.slow)])
 def test_a_prompt_shared_by_two_ranks(
     family: str,
     quant: str,

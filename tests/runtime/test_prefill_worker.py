@@ -336,6 +336,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_its_processes_along(pair, tmp_path):
     save(pair.plan, tmp_path / "p.hmp")
     files = set(os.listdir("/dev/shm"))
