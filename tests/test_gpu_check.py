@@ -49,6 +49,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "SMALL", TINY)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_the_whole_check_runs_on_the_host(
     rates: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

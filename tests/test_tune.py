@@ -311,6 +311,7 @@ def test_candidates_fit_the_plan(plan: Plan, hybrid: Plan) -> None:
 # -- on this machine -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tiles_and_chunks_leave_greedy_output_alone(plan: Plan) -> None:
     with Runner(plan, prompt=40, context=20, tokens=3) as runner:
         expected = runner.greedy()

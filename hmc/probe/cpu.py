@@ -163,7 +163,7 @@ def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
         if len(found) > 1:
             small = found[0][0]
             slope = (seconds - small / median(found[0][1])) / (size - small)
-            rest = max(0.0, seconds - slope * size)
+            rest = max(0.0, seconds - slope * size) if slope > 0 else 0.0
         rests.append(rest)
         share = seconds / (seconds - rest)
         detail = f"{form}, one token, {size / 1e6:.1f} MB each, without the rest"

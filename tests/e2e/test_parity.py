@@ -64,7 +64,11 @@ def assert_no_worse(cases: list[tuple[Floats, Floats, Floats]]) -> None:
 BEST, *OTHERS = [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
 """The kernel tiers this machine can run."""
 
-CASES = [(family, quant, BEST) for family in FAMILIES for quant in ("bf16", "fp8", "int4")] + [
+CASES = [
+    pytest.param(family, quant, BEST, marks=[pytest.mark.slow] if quant == last else [])
+    for family, last in (("qwen3_moe", "int4"), ("mixtral", "fp8"), ("deepseek_v3", ""))
+    for quant in ("bf16", "fp8", "int4")
+] + [
     pytest.param(family, quant, isa, marks=[] if quant == "fp8" else [pytest.mark.slow])
     for isa in OTHERS
     for family, quant in (("deepseek_v3", "fp8"), ("qwen3_moe", "bf16"), ("mixtral", "int4"))

@@ -201,12 +201,12 @@ class Errors:
 
 CASES = [
     ("qwen3_moe", "fp8"),
-    ("qwen3_moe", "bf16"),
     ("mixtral", "bf16"),
-    ("mixtral", "fp8"),
     ("deepseek_v3", "fp8"),
-    ("deepseek_v3", "bf16"),
     ("qwen3_moe", "int4"),
+    pytest.param("qwen3_moe", "bf16", marks=pytest.mark.slow),
+    pytest.param("mixtral", "fp8", marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", "bf16", marks=pytest.mark.slow),
 ]
 
 
@@ -344,7 +344,7 @@ def test_a_prompt_streamed_by_the_second_gpu_is_decoded_by_the_first(
         rows.check()
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_greedy_text_is_the_cpu_plans(gpus: int, compiled: Callable[..., Plan]) -> None:
     directory = Path(__file__).parents[2] / "examples" / "tiny-kjv"
     plan = compiled(directory, gpus)

@@ -89,7 +89,7 @@ def paused(worker):
             os.kill(pid, signal.SIGCONT)
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize("prefix_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_mixed_requests_answer_as_if_alone(both, prefix_cache):
     vocab = both.engine.plan.model.vocab
     made = [*prompts(18, 300, vocab), *prompts(6, CHUNK, vocab, seed=2)]
@@ -186,6 +186,7 @@ def test_a_prompt_that_kills_twice_fails_alone(both, scheduler):
     assert tokens_of(waiting) == expected
 
 
+@pytest.mark.slow
 def test_a_hung_process_is_killed(both):
     ids = prompt(both, 400, seed=13)
     expected = alone(both, ids, 6)
@@ -265,6 +266,7 @@ def test_a_failing_executor_ends_prompts_beside_too(both, monkeypatch):
     both.worker.restart()
 
 
+@pytest.mark.slow
 def test_a_storm_of_cancellations_leaves_nothing_behind(both, scheduler):
     rng = random.Random(1)
     made = prompts(14, 200, both.engine.plan.model.vocab, seed=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -138,11 +139,16 @@ def test_streaming_takes_the_larger_of_transfer_and_computation(tokens: int) -> 
 # -- the host backend: order -----------------------------------------------------------------------
 
 
+ALL_SEEDS = int(os.environ.get("HMC_TEST_SEEDS", "300"))
+"""Delay patterns of all phases together (give 1000 to search)."""
+
+
 @pytest.mark.parametrize(
-    ("name", "seeds"),
-    [("stream, one GPU", 300), ("stream, two GPUs", 250), ("decode", 400), ("dual", 50)],
+    ("name", "percent"),
+    [("stream, one GPU", 30), ("stream, two GPUs", 25), ("decode", 40), ("dual", 5)],
 )
-def test_every_step_finds_what_it_needs_under_any_delays(name: str, seeds: int) -> None:
+def test_every_step_finds_what_it_needs_under_any_delays(name: str, percent: int) -> None:
+    seeds = ALL_SEEDS * percent // 100
     phase = PHASES[name]()
     stamps = Stamps(phase)
     works = stamps.works()
