@@ -60,7 +60,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hmc.machine import Machine
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 DType = Literal["f32", "bf16", "i32"]
 Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
@@ -220,11 +220,16 @@ class Buffer(Frozen):
 
 
 class Slot(Frozen):
-    """A region of device memory that weights pass through: filled by a load, used, filled again."""
+    """A region of device memory that weights pass through: filled by a load, used, filled again.
+
+    `offset` bytes from where the phase's memory on the device begins. Slots that share bytes, and
+    one that reaches into the activations (`Phase.arena_at`), hold what was put there last.
+    """
 
     name: str
     device: str
     bytes: Count
+    offset: Count = 0
 
 
 class Operand(Frozen):
@@ -270,7 +275,8 @@ class Phase(Frozen):
     `decode.dual` (`lanes` halves of a batch that swap GPU and CPU) and, with several GPUs,
     `prefill.beside` (a prompt streamed through the last GPU while the first one decodes).
 
-    `activation_bytes` a token on the host, `device_bytes` on other devices. With `ranks` R > 1,
+    `activation_bytes` a token on the host, `device_bytes` on other devices, whose arenas begin
+    `arena_at` bytes after the phase's memory there (hmc/device_memory.py). With `ranks` R > 1,
     gpu0 to gpu<R-1> share the tokens of a call; `ring` experts fit into the slots of one GPU.
     """
 
@@ -281,6 +287,7 @@ class Phase(Frozen):
     steps: tuple[Step, ...]
     slots: tuple[Slot, ...] = ()
     device_bytes: dict[str, Count] = {}
+    arena_at: dict[str, Count] = {}
     ranks: Annotated[int, Field(ge=1)] = 1
     lanes: Annotated[int, Field(ge=1)] = 1
     ring: Count = 0

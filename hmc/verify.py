@@ -6,8 +6,8 @@ reuse       bytes of the activation arena are not written while another buffer l
 in use
 bounds      operands lie inside their buffers, buffers inside the arena, tensors inside their shards
 names       weights, kernels, constants and events that steps name exist
-slots       weights are used from a slot that a load filled with them before, and no load fills a
-slot while it is in use (ON and OFF events)
+slots       weights are used from a slot that a load filled with them before, and no load fills
+bytes that are in use, be it by another slot or by activations (ON and OFF events)
 placement   every expert of every layer is in exactly one tier
 cache       the attention steps' layers are the KV layout's
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 from hmc.errors import VerifyError
-from hmc.plan import DTYPE_BYTES, Buffer, Phase, Plan, Step
+from hmc.plan import DTYPE_BYTES, Buffer, Phase, Plan, Slot, Step
 
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
@@ -127,9 +127,7 @@ def check_order(phase: Phase) -> None:
     last_on: dict[str, int] = {}
     signalled: dict[int, int] = {}
     live: dict[str, tuple[dict[str, int], dict[str, int]]] = {}
-    slots: dict[str, tuple[frozenset[str], dict[str, int], dict[str, int]]] = {
-        slot.name: (frozenset(), {}, {}) for slot in phase.slots
-    }
+    slots = _Slots(phase)
     buffers = {buffer.name: buffer for buffer in phase.buffers}
     resources = [step.resource for step in phase.steps]
     for position, step in enumerate(phase.steps):
@@ -169,41 +167,96 @@ def check_order(phase: Phase) -> None:
                             f"{where}: {name} reuses bytes of {other} while it is in use"
                         )
                     del live[other]
+                slots.cover(buffers[name], done, where)
                 live[name] = ({}, {})
             live[name][0][step.resource] = position
         for operand in (*step.inputs.values(), *step.outputs.values()):
             if operand.buffer in live:
                 live[operand.buffer][1][step.resource] = position
-        _check_slots(step, position, slots, done, where)
+        slots.use(step, position, done, where)
+        for device in slots.fill(step, position, done, where):
+            for name in [each for each in live if buffers[each].device == device]:
+                if buffers[name].offset == EXTERNAL:
+                    continue
+                if not done(live[name][1]):
+                    raise VerifyError(f"{where}: fills bytes of {name} while it is in use")
+                del live[name]
 
 
-def _check_slots(
-    step: Step,
-    position: int,
-    slots: dict[str, tuple[frozenset[str], dict[str, int], dict[str, int]]],
-    done: Callable[[dict[str, int]], bool],
-    where: str,
-) -> None:
-    """`slots` maps a slot to what it holds, its load, and its load and uses together."""
-    for name in (*step.fills, *step.uses):
-        if name not in slots:
-            raise VerifyError(f"{where}: slot {name} is not declared")
-    held: frozenset[str] = frozenset()
-    for name in step.uses:
-        content, load, touched = slots[name]
-        if not load:
-            raise VerifyError(f"{where}: uses slot {name} before anything filled it")
-        if not done(load):
-            raise VerifyError(f"{where}: uses slot {name} without waiting for its load")
-        held |= content
-        touched[step.resource] = position
-    if step.uses and (missing := _content(step) - held):
-        raise VerifyError(f"{where}: its slots do not hold {min(missing)}")
-    for name in step.fills:
-        if not done(slots[name][2]):
+_Done = Callable[[dict[str, int]], bool]
+"""Whether the positions given, each the last of its resource, are known to be done."""
+
+
+class _Slots:
+    """What the slots of a phase hold while its steps are walked, and who loaded and uses it."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._known = {slot.name: slot for slot in phase.slots}
+        self._sharing = slots_sharing(phase.slots)
+        self._over = {
+            slot.name
+            for slot in phase.slots
+            if slot.offset + slot.bytes > phase.arena_at.get(slot.device, 0)
+        }
+        self._content: dict[str, frozenset[str]] = {}
+        self._load: dict[str, dict[str, int]] = {}
+        self._touched: dict[str, dict[str, int]] = {}
+
+    def use(self, step: Step, position: int, done: _Done, where: str) -> None:
+        """Check what a step reads from slots."""
+        held: frozenset[str] = frozenset()
+        for name in step.uses:
+            self._check(name, where)
+            if name not in self._load:
+                raise VerifyError(f"{where}: uses slot {name} before anything filled it")
+            if not done(self._load[name]):
+                raise VerifyError(f"{where}: uses slot {name} without waiting for its load")
+            held |= self._content[name]
+            self._touched[name][step.resource] = position
+        if step.uses and (missing := _content(step) - held):
+            raise VerifyError(f"{where}: its slots do not hold {min(missing)}")
+
+    def fill(self, step: Step, position: int, done: _Done, where: str) -> set[str]:
+        """Check what a step loads; the devices whose activations it overwrites."""
+        for name in step.fills:
+            self._check(name, where)
+            for other in self._sharing[name]:
+                self._end(other, done, where)
+            mine = {step.resource: position}
+            self._content[name] = _content(step)
+            self._load[name], self._touched[name] = mine, dict(mine)
+        return {self._known[name].device for name in step.fills if name in self._over}
+
+    def cover(self, buffer: Buffer, done: _Done, where: str) -> None:
+        """Check a buffer that begins to live: it may lie over slots that reach into the arena."""
+        for name in self._over:
+            if buffer.offset != EXTERNAL and self._known[name].device == buffer.device:
+                self._end(name, done, where)
+
+    def _end(self, name: str, done: _Done, where: str) -> None:
+        if not done(self._touched.get(name, {})):
             raise VerifyError(f"{where}: fills slot {name} while it is in use")
-        mine = {step.resource: position}
-        slots[name] = (_content(step), mine, dict(mine))
+        for table in (self._content, self._load, self._touched):
+            table.pop(name, None)
+
+    def _check(self, name: str, where: str) -> None:
+        if name not in self._known:
+            raise VerifyError(f"{where}: slot {name} is not declared")
+
+
+def slots_sharing(slots: Iterable[Slot]) -> dict[str, list[str]]:
+    """By slot, those of its device that share bytes with it, itself among them."""
+    every = list(slots)
+    return {
+        slot.name: [
+            other.name
+            for other in every
+            if other.device == slot.device
+            and other.offset < slot.offset + slot.bytes
+            and slot.offset < other.offset + other.bytes
+        ]
+        for slot in every
+    }
 
 
 def _content(step: Step) -> frozenset[str]:

@@ -9,6 +9,7 @@ from hmc.passes.fp8_lowering import Fp8Lowering
 from hmc.passes.fuse import Fuse
 from hmc.passes.manager import run_pipeline
 from hmc.passes.memory_ledger import MemoryLedger
+from hmc.passes.phase_memory import PhaseMemory
 from hmc.passes.stream_load import StreamLoad
 
 PIPELINE: tuple[Pass, ...] = (
@@ -18,8 +19,9 @@ PIPELINE: tuple[Pass, ...] = (
     ExpertPlacement(),
     MemoryLedger(),
     Emit(),
-    StreamLoad(),
     DualBatch(),
+    StreamLoad(),
+    PhaseMemory(),
 )
 
 __all__ = ["PIPELINE", "Context", "Options", "Pass", "run_pipeline"]

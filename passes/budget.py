@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch.fx
 
+from hmc.device_memory import SCRATCH
 from hmc.errors import CapacityError, UsageError
 from hmc.graph import meta
 from hmc.passes.context import Budget, Context, stored_bytes
@@ -16,8 +17,6 @@ from hmc.passes.memory_ledger import DEFAULT_CONTEXT, cache_layout, weight_kinds
 
 _RESERVE = 0.04
 """Share of a GPU's memory left to its driver, its libraries and fragmentation."""
-_WORKSPACE = 256 << 20
-"""Bytes for the activations of decode and of a prefill chunk, and for logits."""
 _SMALLEST = 1_024
 
 
@@ -47,13 +46,15 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     experts = kinds.pop("routed experts", 0)
     dense = sum(kinds.values()) - _table_bytes(graph, context)
     per_token = cache_layout(graph, context).bytes_per_token
-    tokens = _tokens(context, usable[0], dense, per_token)
+    stream_token = stream_bytes_per_token(graph)
+    workspace = _workspace(context, stream_token)
+    tokens = _tokens(context, usable[0], dense, workspace, per_token)
     if tokens == 0:
         return None
-    cache = per_token * tokens * options.concurrency
-    room = [usable[0] - dense - cache - _WORKSPACE, *(each - _WORKSPACE for each in usable[1:])]
+    cache = per_token * (tokens * options.concurrency + _partial_blocks(context))
+    room = [usable[0] - dense - cache - workspace, *(each - SCRATCH for each in usable[1:])]
     if sum(room) >= experts or not experts:
-        return Budget(usable, dense, cache, _WORKSPACE, 0, tuple(room), tokens)
+        return Budget(usable, dense, cache, workspace, 0, tuple(room), tokens, stream_token)
     layer = max(
         sum(
             stored_bytes(context.source(weight)[0]) * weight.experts
@@ -63,11 +64,23 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
         if meta(node).kind == "experts"
     )
     ranks = len(usable)
-    held = stream_bytes_per_token(graph) * tokens // ranks + 2 * _section(kinds, context)
-    left = [usable[0] - held - cache, *(each - held for each in usable[1:])]
+    held = stream_token * tokens // ranks + 2 * _section(kinds, context)
+    left = [usable[0] - held - cache - workspace, *(each - held - SCRATCH for each in usable[1:])]
     ring = max(0, min(layer // ranks, *left))
     room = [max(0, min(one, other - ring)) for one, other in zip(room, left, strict=True)]
-    return Budget(usable, dense, cache, _WORKSPACE, ring, tuple(room), tokens)
+    return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, stream_token)
+
+
+def _partial_blocks(context: Context) -> int:
+    """Tokens of cache that many sequences at once may waste in blocks that are not full."""
+    return context.options.kv_block * (context.options.max_batch - 1)
+
+
+def _workspace(context: Context, token: int) -> int:
+    """Bytes of gpu0 for temporaries, activations of a decode step and of a prefill chunk, and their
+    logits."""
+    rows = context.options.max_chunk + 3 * context.options.max_batch  # decode and streamed phases
+    return SCRATCH + rows * (token + 4 * context.info.vocab)
 
 
 def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
@@ -101,7 +114,7 @@ def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
     )
 
 
-def _tokens(context: Context, usable: int, dense: int, per_token: int) -> int:
+def _tokens(context: Context, usable: int, dense: int, workspace: int, per_token: int) -> int:
     """Context length that fits gpu0, or what was asked for; 0: the dense part is too large."""
     options, model = context.options, context.info.context
     if options.max_context and model and options.max_context > model:
@@ -109,14 +122,14 @@ def _tokens(context: Context, usable: int, dense: int, per_token: int) -> int:
             f"--max-context {options.max_context}: the model's context is {model} tokens"
             " (max_position_embeddings)"
         )
-    free = usable - dense - _WORKSPACE
+    free = usable - dense - workspace - per_token * _partial_blocks(context)
     fits = max(0, free) // (per_token * options.concurrency)
     limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:
         need = asked * per_token * options.concurrency
-        lifts = [f"a GPU with {(dense + _WORKSPACE + need) / (1 - _RESERVE) / 1e9:.0f} GB"]
+        lifts = [f"a GPU with {(dense + workspace + need) / (1 - _RESERVE) / 1e9:.0f} GB"]
         if fits >= _SMALLEST:
             lifts.insert(0, f"--max-context {fits // 256 * 256}")
         if options.concurrency > 1 and (alone := free // (per_token * asked)) >= 1:
@@ -133,8 +146,9 @@ def _tokens(context: Context, usable: int, dense: int, per_token: int) -> int:
             "expert_placement",
             "GPUs",
             "unused",
-            f"attention, shared experts and norms take {dense / 1e9:.1f} GB and leave room for a"
-            f" cache of {fits} tokens in {have}",
+            f"attention, shared experts and norms take {dense / 1e9:.1f} GB, activations, logits"
+            f" and temporaries {workspace / 1e9:.1f} GB: they leave room for a cache of {fits} tokens"
+            f" in {have}",
         )
         return 0
     return asked or min(fits // 256 * 256, limit)

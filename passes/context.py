@@ -45,7 +45,7 @@ class Budget:
     """How a hybrid plan divides its GPUs, in bytes: `dense` and `cache` on gpu0 for decode,
     `workspace` on each, `experts` left for resident experts on each; `usable` of each GPU in all.
     The cache holds `tokens` tokens of each sequence, and streamed prefill may have `ring` bytes of
-    slots.
+    slots and takes `stream_token` bytes of activations a token, roughly.
     """
 
     usable: tuple[int, ...]
@@ -55,6 +55,7 @@ class Budget:
     ring: int
     experts: tuple[int, ...]
     tokens: int
+    stream_token: int
 
 
 @dataclass

@@ -26,7 +26,6 @@ import torch.fx
 
 from hmc.cost import Call, CostModel
 from hmc.passes.context import Context
-from hmc.passes.emit import activation_items
 from hmc.passes.hybrid import Lane
 from hmc.passes.kernel_choice import DECODE
 from hmc.passes.schedule import Schedule
@@ -81,7 +80,6 @@ class DualBatch:
         context.decide(
             self.name, DUAL, f"taken at {', '.join(map(str, better))} sequences", numbers
         )
-        context.ledger.extend(item for item in activation_items(phase) if item.bytes)
         switches = [Switch(kind="decode", phase=DECODE, tokens=1)]
         for batch, won in wins.items():
             name = DUAL if won else DECODE
@@ -91,7 +89,6 @@ class DualBatch:
             update={
                 "phases": (*plan.phases, phase),
                 "switches": (*plan.switches, *switches),
-                "ledger": tuple(context.ledger),
                 "decisions": tuple(context.decisions),
             }
         )

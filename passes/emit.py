@@ -36,8 +36,6 @@ from hmc.plan import (
     CheckpointInfo,
     ExpertWeights,
     Kernel,
-    LedgerItem,
-    Phase,
     Plan,
     ShardInfo,
     Weight,
@@ -65,7 +63,6 @@ class Emit:
             if context.budget is not None:
                 phase = hybrid_phase(phase, {each.layer: each for each in context.placement})
             phases.append(phase)
-            context.ledger.extend(activation_items(phase))
         context.plan = Plan(
             hmc_version=VERSION,
             model=context.info,
@@ -91,24 +88,9 @@ class Emit:
                 for key, spec in sorted(context.kernels.items())
             },
             phases=tuple(phases),
-            ledger=tuple(context.ledger),
+            ledger=(),
             decisions=tuple(context.decisions),
         )
-
-
-def activation_items(phase: Phase) -> list[LedgerItem]:
-    """The phase's activation arenas: ledger items, one a device."""
-    arenas = {"host": phase.activation_bytes, **phase.device_bytes}
-    return [
-        LedgerItem(
-            device=device,
-            kind="activations",
-            bytes=size * phase.max_tokens,
-            detail=f"{phase.name}: {phase.max_tokens} tokens x {size} B",
-        )
-        for device, size in arenas.items()
-        if size or device == "host"
-    ]
 
 
 def _checkpoint(context: Context) -> CheckpointInfo:

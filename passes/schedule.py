@@ -4,7 +4,8 @@ events that order them. Hides buffer reuse, events, and the vector clocks behind
 Used by the passes that emit schedules with GPUs. A value is written once, or again in place; a
 *region* of a device's activation arena is reused as soon as no later step of the program reads
 what lives there. Whatever order a step needs beyond the order of its own resource becomes one
-event, unless another wait implies it.
+event, unless another wait implies it. Slots of weights lie one after the other, the arena after
+them; some lie over all of these.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
+from hmc.device_memory import slot_offsets
 from hmc.plan import DTYPE_BYTES, Buffer, DType, Operand, Phase, Slot, Step
-from hmc.verify import EXTERNAL
+from hmc.verify import EXTERNAL, slots_sharing
 
 _ALIGN = 64
 _LAYER = re.compile(r"layers_\d+_")
@@ -75,6 +78,17 @@ class _Region:
     touched: dict[str, int] = field(default_factory=dict)
 
 
+Lies = Literal["beside", "over slots", "over all"]
+"""Where a slot is: beside the others; over those, from the first on; or over activations too."""
+
+
+@dataclass(frozen=True)
+class _SlotDraft:
+    device: str
+    bytes: int
+    lies: Lies
+
+
 @dataclass
 class Schedule:
     """One phase in the making: `add` steps in program order, then `finish`.
@@ -85,7 +99,7 @@ class Schedule:
 
     name: str
     _drafts: list[_Draft] = field(default_factory=list)
-    _slots: dict[str, Slot] = field(default_factory=dict)
+    _slots: dict[str, _SlotDraft] = field(default_factory=dict)
 
     def add(
         self,
@@ -123,20 +137,17 @@ class Schedule:
         )
         self._drafts.append(_Draft(step, dict(inputs), dict(outputs)))
 
-    def slot(self, name: str, device: str, size: int) -> str:
+    def slot(self, name: str, device: str, size: int, lies: Lies = "beside") -> str:
         """Declare a slot, or make a declared one as large as `size` bytes; returns its name."""
         known = self._slots.get(name)
         if known is None or known.bytes < size:
-            self._slots[name] = Slot(name=name, device=device, bytes=size)
+            self._slots[name] = _SlotDraft(device, size, lies)
         return name
-
-    def slots_of(self, device: str) -> tuple[str, ...]:
-        """Names of the slots declared on a device."""
-        return tuple(name for name, slot in self._slots.items() if slot.device == device)
 
     def finish(self, max_tokens: int, *, ranks: int = 1, lanes: int = 1, ring: int = 0) -> Phase:
         """The phase: buffers placed, events assigned."""
         homes, regions, hazards = self._place()
+        slots, arena_at = self._placed_slots()
         offsets, totals = _offsets(regions)
         buffers: dict[str, Buffer] = {}
         names: dict[Value, str] = {}
@@ -178,13 +189,31 @@ class Schedule:
             max_tokens=max_tokens,
             activation_bytes=totals.pop("host", 0),
             buffers=tuple(buffers.values()),
-            steps=tuple(_with_events(steps, self._dependencies(hazards))),
-            slots=tuple(self._slots.values()),
+            steps=tuple(_with_events(steps, self._dependencies(hazards, slots, arena_at))),
+            slots=tuple(slots.values()),
             device_bytes=totals,
+            arena_at=arena_at,
             ranks=ranks,
             lanes=lanes,
             ring=ring,
         )
+
+    def _placed_slots(self) -> tuple[dict[str, Slot], dict[str, int]]:
+        """The slots by name, and where activations begin on devices that have slots."""
+        offsets: dict[str, int] = {}
+        arena_at: dict[str, int] = {}
+        for device in dict.fromkeys(slot.device for slot in self._slots.values()):
+            here = {name: slot for name, slot in self._slots.items() if slot.device == device}
+            under = {name: slot for name, slot in here.items() if slot.lies != "over all"}
+            places, arena_at[device] = slot_offsets(
+                [(slot.bytes, slot.lies != "beside") for slot in under.values()]
+            )
+            offsets |= dict.fromkeys(here, 0) | dict(zip(under, places, strict=True))
+        slots = {
+            name: Slot(name=name, device=slot.device, bytes=slot.bytes, offset=offsets[name])
+            for name, slot in self._slots.items()
+        }
+        return slots, arena_at
 
     def _place(
         self,
@@ -237,13 +266,22 @@ class Schedule:
                     free[value.device].append(home)
         return homes, regions, hazards
 
-    def _dependencies(self, hazards: Mapping[int, Iterable[int]]) -> list[set[int]]:
+    def _dependencies(
+        self,
+        hazards: Mapping[int, Iterable[int]],
+        slots: Mapping[str, Slot],
+        arena_at: Mapping[str, int],
+    ) -> list[set[int]]:
         """By position, the earlier positions that must be done: writes before reads, uses before
-        writes in place, the last tenant before the next, loads before uses before loads. Of one
-        resource only the last counts."""
+        writes in place, the last tenant before the next, loads before uses before loads of any slot
+        that shares bytes, and all activations before a load over them. Of one resource only the
+        last counts."""
         writes: dict[Value, dict[str, int]] = {}
         touched: dict[Value, dict[str, int]] = {}
-        slots: dict[str, tuple[int, dict[str, int]]] = {}
+        loads: dict[str, int] = {}
+        used: dict[str, dict[str, int]] = {}
+        computed: dict[str, dict[str, int]] = {}
+        sharing = slots_sharing(slots.values())
         result = []
         for position, draft in enumerate(self._drafts):
             resource = draft.step.resource
@@ -254,16 +292,19 @@ class Schedule:
                 before.update(touched.get(part.value, {}).values())
             for part in (*draft.inputs.values(), *draft.outputs.values()):
                 touched.setdefault(part.value, {})[resource] = position
+                computed.setdefault(part.value.device, {})[resource] = position
             for part in draft.outputs.values():
                 writes.setdefault(part.value, {})[resource] = position
             for name in draft.step.uses:
-                load, uses = slots[name]
-                before.add(load)
-                uses[resource] = position
+                before.add(loads[name])
+                used[name][resource] = position
             for name in draft.step.fills:
-                if name in slots:
-                    before.update(slots[name][1].values())
-                slots[name] = (position, {resource: position})
+                for other in sharing[name]:
+                    before.update(used.get(other, {}).values())
+                device = slots[name].device
+                if slots[name].offset + slots[name].bytes > arena_at[device]:
+                    before.update(computed.get(device, {}).values())
+                loads[name], used[name] = position, {resource: position}
             before.discard(position)
             result.append(before)
         return result

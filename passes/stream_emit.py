@@ -4,12 +4,13 @@ order. What is streamed, and how much, is decided in `stream_load.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from hmc.device_memory import HOME, expert_bytes, packed_bytes, resident_names
 from hmc.passes.context import ranges
 from hmc.passes.schedule import Part, Parts, Schedule, Value
-from hmc.plan import Phase, Plan, Step
+from hmc.plan import ExpertWeights, Phase, Plan, Step, Weight
 from hmc.verify import EXTERNAL, expert_ranges
 
 STREAM = "prefill.stream"
@@ -17,9 +18,28 @@ BESIDE = "prefill.beside"
 """Streams through the last GPU alone, for a prompt that comes while gpu0 and the CPU decode."""
 
 
-def weight_sizes(plan: Plan) -> dict[str, int]:
-    """Stored bytes of every dense weight, with scales."""
-    return {weight.name: weight.bytes + weight.scale_bytes for weight in plan.weights}
+_TURNS = 8
+"""Loads that a ring is divided into: each is long enough for full bandwidth, and the first one
+short enough to start with."""
+
+
+def ring_turns(ring: int) -> tuple[int, int]:
+    """Experts of one load into a ring of `ring` experts, and the slots that makes."""
+    group = max(1, ring // _TURNS)
+    return group, max(2, ring // group)
+
+
+def stored(weight: Weight | ExpertWeights) -> int:
+    """Bytes of a tensor in the checkpoint, with scales."""
+    return weight.bytes + weight.scale_bytes
+
+
+def stored_expert_bytes(plan: Plan) -> dict[int, int]:
+    """Stored bytes of one routed expert, by layer."""
+    found: dict[int, int] = {}
+    for each in plan.experts:
+        found[each.layer] = found.get(each.layer, 0) + stored(each)
+    return found
 
 
 def dense_sections(phase: Phase) -> dict[tuple[int, str], list[str]]:
@@ -64,26 +84,18 @@ def streamed_experts(plan: Plan, layer: int, rank: int, gpus: tuple[int, ...]) -
 
 @dataclass
 class StreamEmitter:
-    """Emits one streamed phase, rank r on GPU `gpus[r]`, with a ring of `ring` experts in loads of
-    `group`.
+    """Emits one streamed phase, rank r on GPU `gpus[r]`, with a ring of `ring` experts.
 
-    `expert_bytes` by layer; `streams_dense` by rank: whether dense weights are loaded too;
-    `restore` bytes of them go back to gpu0 at the end (0: they never left).
+    `streams_dense` by rank: whether dense weights are loaded too. Where they leave gpu0 for that
+    they are brought back at the end.
     """
 
     base: Phase
     plan: Plan
-    expert_bytes: Mapping[int, int]
     streams_dense: tuple[bool, ...]
-    restore: int
     gpus: tuple[int, ...]
     ring: int
-    group: int
-    schedule: Schedule = field(default_factory=lambda: Schedule(STREAM))
-    _values: list[dict[str, Value]] = field(default_factory=list)
-    _gathered: dict[tuple[Value, int, int], list[Part]] = field(default_factory=dict)
-    _turns: list[int] = field(default_factory=list)
-    _loaded: list[dict[tuple[int, str], str]] = field(default_factory=list)
+    name: str = STREAM
 
     @property
     def ranks(self) -> int:
@@ -91,13 +103,17 @@ class StreamEmitter:
         return len(self.gpus)
 
     def emit(self) -> Phase:
-        self._values = [{} for _ in range(self.ranks)]
+        self.schedule = Schedule(self.name)
+        self._values: list[dict[str, Value]] = [{} for _ in range(self.ranks)]
+        self._gathered: dict[tuple[Value, int, int], list[Part]] = {}
         self._turns = [0] * self.ranks
-        self._loaded = [{} for _ in range(self.ranks)]
+        self._loaded: list[dict[tuple[int, str], str]] = [{} for _ in range(self.ranks)]
         self._buffers = {buffer.name: buffer for buffer in self.base.buffers}
         self._tiers = {each.layer: each.tiers for each in self.plan.placement}
         self._sections = dense_sections(self.base)
-        self._size = weight_sizes(self.plan)
+        self._weights = {weight.name: weight for weight in self.plan.weights}
+        self._stored = stored_expert_bytes(self.plan)
+        self._held = expert_bytes(self.plan)
         routers = {step.inputs["logits"].buffer for step in self.base.steps if step.op == "route"}
         for section, step in _walk(self.base.steps):
             if step.op == "experts":
@@ -337,8 +353,8 @@ class StreamEmitter:
             )
             if held:
                 self._add(step, rank, inputs, {"y": Part.all(y)}, _some(held))
-            for first in range(0, len(away), self.group):
-                turn = away[first : first + self.group]
+            for first in range(0, len(away), ring_turns(self.ring)[0]):
+                turn = away[first : first + ring_turns(self.ring)[0]]
                 slot = self._load_experts(step, rank, turn)
                 self._add(step, rank, inputs, {"y": Part.all(y)}, _some(turn), (slot,))
             parts.append(y)
@@ -359,10 +375,10 @@ class StreamEmitter:
     # -- loads -------------------------------------------------------------------------------------
 
     def _load_experts(self, step: Step, rank: int, turn: list[int]) -> str:
-        size = self.expert_bytes[step.layer]
-        turns = max(2, self.ring // self.group)
+        size, held = self._stored[step.layer], self._held[step.layer]
+        group, turns = ring_turns(self.ring)
         slot = self.schedule.slot(
-            f"ring{rank}.{self._turns[rank] % turns}", f"gpu{self.gpus[rank]}", size * self.group
+            f"ring{rank}.{self._turns[rank] % turns}", f"gpu{self.gpus[rank]}", held * group
         )
         self._turns[rank] += 1
         self.schedule.add(
@@ -387,9 +403,15 @@ class StreamEmitter:
         if section not in self._loaded[rank]:
             layer, part = section
             names = self._sections[section]
-            size = sum(self._size[name] for name in names)
+            weights = [self._weights[name] for name in names]
             side = f"{part}{rank}.{layer % 2}" if layer >= 0 else f"head{rank}"
-            slot = self.schedule.slot(side, f"gpu{self.gpus[rank]}", size)
+            # what follows the last layer needs no room of its own: the others are done by then
+            slot = self.schedule.slot(
+                side,
+                f"gpu{self.gpus[rank]}",
+                packed_bytes(weights),
+                "beside" if layer >= 0 else "over slots",
+            )
             self.schedule.add(
                 "load",
                 f"h2d{self.gpus[rank]}",
@@ -398,27 +420,27 @@ class StreamEmitter:
                 layer=layer,
                 weights={str(number): name for number, name in enumerate(names)},
                 kernels=("torch:copy",),
-                weight_bytes=size,
+                weight_bytes=sum(stored(weight) for weight in weights),
                 fills=(slot,),
             )
             self._loaded[rank][section] = slot
         return (self._loaded[rank][section],)
 
     def _finish(self) -> None:
-        """Put gpu0's dense weights back where the slots were."""
-        if not self.restore:
+        """Put gpu0's dense weights back where slots and activations were."""
+        if HOME not in [f"gpu{gpu}" for gpu in self.gpus] or not self.streams_dense[0]:
             return
-        slots = tuple(name for name in self.schedule.slots_of("gpu0"))
-        whole = self.schedule.slot("dense0", "gpu0", self.restore)
+        weights = [self._weights[name] for name in resident_names(self.plan.phases, HOME)]
+        whole = self.schedule.slot("dense0", HOME, packed_bytes(weights), "over all")
         self.schedule.add(
             "load",
             "h2d0",
             {},
             {},
-            attrs={"what": "dense weights of decode, over the slots"},
+            attrs={"what": "dense weights of decode, over slots and activations"},
             kernels=("torch:copy",),
-            weight_bytes=self.restore,
-            fills=(whole, *slots),
+            weight_bytes=sum(stored(weight) for weight in weights),
+            fills=(whole,),
         )
 
 

@@ -27,10 +27,11 @@ import numpy.typing as npt
 import torch
 
 from hmc.codegen.jit import Jit
+from hmc.device_memory import HOME, device_of, wanted_rows
 from hmc.errors import ExecutionError
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
 from hmc.runtime.binding_host import HostSteps
-from hmc.runtime.binding_memory import HOME, Device, GpuMemory, device_of, kind_of, row_capacity
+from hmc.runtime.binding_memory import Device, GpuMemory
 from hmc.runtime.binding_pinned import Pinner, pin_weights
 from hmc.runtime.binding_walk import walked
 from hmc.runtime.binding_weights import Expert, Packed
@@ -159,9 +160,7 @@ class BoundPhase:
         self._past: dict[tuple[int, int], torch.Tensor] = {}
         self._memory, self._host = memory, host
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
-        streamed = any(step.op == "load" for step in phase.steps)
-        limit = plan.limits.max_batch if streamed else plan.limits.max_chunk
-        self.max_wanted = min(max_tokens, max(limit, plan.limits.max_batch))
+        self.max_wanted = wanted_rows(plan, phase, max_tokens)
         width = self._buffers[_LOGITS].width
         self._result = Block(4 * width * self.max_wanted, f"{phase.name} logits")
         self._logits = self._result.array.view(np.float32).reshape(self.max_wanted, width)
@@ -237,12 +236,8 @@ class BoundPhase:
         if buffer.device == "host":
             return self._host.tensor(operand)
         size = DTYPE_BYTES[buffer.dtype] * buffer.width
-        capacity = row_capacity(self.phase, self.max_tokens)
-        end = self.phase.device_bytes[buffer.device] * capacity
-        start = buffer.offset * capacity
-        rows = min(self.max_tokens, (end - start) // size)  # a rank's share, or all ranks' rows
-        raw = self._memory[buffer.device].arenas[kind_of(self.phase)][start : start + rows * size]
-        return raw.view(_TORCH[buffer.dtype]).view(rows, buffer.width)[:, columns]
+        raw = self._memory[buffer.device].rows(self.phase, buffer.offset, size)
+        return raw.view(_TORCH[buffer.dtype])[:, columns]
 
     def matrix(self, step: Step, role: str) -> Matrix:
         """A matrix of the step, resident or in its slot."""
@@ -261,7 +256,8 @@ class BoundPhase:
         memory = self._memory[self.device(step)]
         if step.uses:
             load = self._holding[step.id][step.uses[0]]
-            return memory.loads[self.phase.name, load].experts(self._slot(step, step.uses[0]))
+            slot = memory.slot(self.phase.name, load, step.uses[0])
+            return memory.loads[self.phase.name, load].experts(slot)
         packed, raw = memory.experts[step.layer]
         return packed.experts(raw)
 
@@ -309,7 +305,8 @@ class BoundPhase:
         memory = self._memory[self.device(step)]
         if not step.weights:
             return memory.packed.copies(memory.weights)
-        return memory.loads[self.phase.name, step.id].copies(self._slot(step, step.fills[0]))
+        slot = memory.slot(self.phase.name, step.id, step.fills[0])
+        return memory.loads[self.phase.name, step.id].copies(slot)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -321,16 +318,14 @@ class BoundPhase:
             return work
         return lambda call: work(call) if call.count(share) else None
 
-    def _slot(self, step: Step, name: str) -> torch.Tensor:
-        return self._memory[self.device(step)].slots[self.phase.name, name]
-
     def _place(self, step: Step, name: str) -> tuple[Packed, torch.Tensor]:
         """The packed weights that hold `name` for the step, and their bytes."""
         memory = self._memory[self.device(step)]
         for slot in step.uses:
-            packed = memory.loads[self.phase.name, self._holding[step.id][slot]]
+            load = self._holding[step.id][slot]
+            packed = memory.loads[self.phase.name, load]
             if name in packed:
-                return packed, self._slot(step, slot)
+                return packed, memory.slot(self.phase.name, load, slot)
         return memory.packed, memory.weights
 
     def _external(self, buffer: Buffer) -> torch.Tensor:

@@ -9,13 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from hmc.device_memory import aligned, scale_form
 from hmc.plan import ExpertWeights, Format, Weight
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.memory import aligned
 from hmc.runtime.weights import Role, WeightStore, view
-
-ALIGN = 256
-"""Bytes tensors are aligned to on devices."""
 
 Expert = tuple[Matrix, Matrix, Matrix]
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
@@ -46,23 +43,13 @@ class _Form:
     group: int
     nbytes: int
     scale: torch.dtype | None
-    scale_shape: tuple[int, int]
+    scale_shape: tuple[int, ...]
 
     @staticmethod
     def of(weight: Weight | ExpertWeights) -> _Form:
-        if not weight.scale_dtype:
-            return _Form(weight.format, weight.shape, 0, weight.bytes, None, (0, 0))
-        per_row = weight.group if weight.format == "fp8" else 1
-        rows, columns = weight.shape
-        narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
-        return _Form(
-            weight.format,
-            weight.shape,
-            weight.group,
-            weight.bytes,
-            torch.bfloat16 if narrow else torch.float32,  # fp8's are widened by the store
-            (-(-rows // per_row), -(-columns // weight.group)),
-        )
+        size, *shape = scale_form(weight)
+        scale = {0: None, 2: torch.bfloat16, 4: torch.float32}[size]
+        return _Form(weight.format, weight.shape, weight.group, weight.bytes, scale, tuple(shape))
 
     @property
     def scale_bytes(self) -> int:
@@ -87,7 +74,7 @@ class _Form:
 
 
 class Packed:
-    """Weights or experts one after the other, every tensor at a multiple of `ALIGN` bytes.
+    """Weights or experts one after the other, every tensor at a multiple of 256 bytes.
 
     `pieces` say what to copy where, `nbytes` how much room that takes.
     """
@@ -159,7 +146,7 @@ class Packed:
             places.append(self.nbytes)
             if size:
                 self.pieces.append(Piece(address, self.nbytes, size))
-                self.nbytes += aligned(size, ALIGN)
+                self.nbytes += aligned(size)
         return form, places[0], places[1]
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.codegen.jit import Jit
+from hmc.device_memory import device_of, kind_of
 from hmc.errors import MachineError
 from hmc.plan import Phase, Plan, Step
 from hmc.runtime.binding import Binding, BoundPhase
-from hmc.runtime.binding_memory import device_of, kind_of
 from hmc.runtime.crossing import crossing
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.devices import pinned

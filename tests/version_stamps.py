@@ -2,8 +2,8 @@
 
 Each step checks, when it begins and when it ends, that all it reads still holds exactly what
 program order says, and then stamps what it writes with its position. Bytes are those of the
-activation arenas, so that buffers that reuse each other's bytes are told apart; external buffers
-and slots are cells of their own.
+activation arenas and of the slots, so that what shares bytes is told apart; external buffers are
+cells of their own. A slot that reaches into the activations covers all of them.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ class Stamps:
     def __init__(self, phase: Phase) -> None:
         self.phase = phase
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
-        self._cells: dict[tuple[object, ...], list[int]] = {}
         edges: dict[str, set[int]] = {}
         for step in phase.steps:
             for operand in (*step.inputs.values(), *step.outputs.values()):
                 device, first, last = self._extent(operand)
                 edges.setdefault(device, set()).update((first, last))
+        self._slots = {slot.name: slot for slot in phase.slots}
+        for slot in phase.slots:
+            ends = (slot.offset, slot.offset + slot.bytes)
+            edges.setdefault(f"slots of {slot.device}", set()).update(ends)
         self._edges = {device: sorted(places) for device, places in edges.items()}
         self._number: dict[tuple[str, int], int] = {}
         for device, places in self._edges.items():
             for first, _ in pairwise(places):
                 self._number[device, first] = len(self._number)
-        for slot in phase.slots:
-            self._number[slot.name, -1] = len(self._number)
         self.cells = [-1] * len(self._number)
         self._slow = self._ahead = -1
         self._overtaken = threading.Event()
@@ -61,11 +62,18 @@ class Stamps:
         return buffer.name if outside else buffer.device, start, start + operand.width * size
 
     def _of(self, operands: Any, slots: tuple[str, ...]) -> list[int]:
-        found = [self._number[name, -1] for name in slots]
+        found = []
+        for slot in (self._slots[name] for name in slots):
+            end = slot.offset + slot.bytes
+            found += self._cells_of(f"slots of {slot.device}", slot.offset, end)
+            if end > self.phase.arena_at[slot.device]:
+                found += self._cells_of(slot.device, 0, max(self._edges[slot.device]))
         for operand in operands:
-            device, first, last = self._extent(operand)
-            found += [self._number[device, at] for at in self._edges[device] if first <= at < last]
+            found += self._cells_of(*self._extent(operand))
         return found
+
+    def _cells_of(self, place: str, first: int, last: int) -> list[int]:
+        return [self._number[place, at] for at in self._edges[place] if first <= at < last]
 
     def _expect(self) -> list[tuple[list[tuple[int, int]], list[int]]]:
         """For every step what it reads as (cell, stamp), and the cells it writes."""

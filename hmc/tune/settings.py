@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hmc.errors import UsageError
-from hmc.passes.emit import activation_items
+from hmc.passes.phase_memory import accounted
 from hmc.plan import Decision, Kernel, Plan
 
 PREFILL = "prefill.host"
@@ -111,17 +111,13 @@ def _chunked(plan: Plan, tokens: int) -> Plan:
             f"--set chunk={tokens}: the plan's context is {plan.limits.max_context} tokens"
         )
     phase = plan.phase(PREFILL).model_copy(update={"max_tokens": tokens})
-    kept = [
-        item
-        for item in plan.ledger
-        if item.kind != "activations" or not item.detail.startswith(f"{PREFILL}:")
-    ]
-    return plan.model_copy(
-        update={
-            "limits": plan.limits.model_copy(update={"max_chunk": tokens}),
-            "phases": tuple(phase if each.name == PREFILL else each for each in plan.phases),
-            "ledger": (*kept, *activation_items(phase)),
-        }
+    return accounted(
+        plan.model_copy(
+            update={
+                "limits": plan.limits.model_copy(update={"max_chunk": tokens}),
+                "phases": tuple(phase if each.name == PREFILL else each for each in plan.phases),
+            }
+        )
     )
 
 

@@ -218,7 +218,7 @@ def test_pins_are_made_where_the_held_out_part_agrees(
     routed = [n.meta["hmc"] for n in graph.graph.nodes if n.meta["hmc"].kind == "experts"]
     expert = sum(stored_bytes(context.source(weight)[0]) for weight in routed[0].weights)
     room = 4 * len(routed) * expert  # for four experts of each layer
-    budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024)
+    budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024, 1024)
     monkeypatch.setattr(expert_placement, "divide", lambda graph, context: budget)
     context.machine = named(ONE)
     PIPELINE[3].run(graph, context)

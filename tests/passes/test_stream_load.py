@@ -169,7 +169,7 @@ def test_the_timeline_is_the_larger_of_transfer_and_computation(
 
 
 def test_timeline_of_a_small_phase_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
-    plan = plan_for("qwen3-30b-a3b", TWO, 2, vram=1.7, max_context=4096)
+    plan = plan_for("qwen3-30b-a3b", TWO, 2, vram=2.2, max_context=4096)
     phase = plan.phase(STREAM)
     timeline = schedule(phase, lambda step: Cost(2.0 if step.op == "load" else 1.0, "unit"))
     lines = [

@@ -47,8 +47,10 @@ class FakeDevice:
     name: str
     torch_device: torch.device = CPU
     used: dict[int, torch.Tensor] = field(default_factory=dict)
+    bytes: int = 0
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        self.bytes += nbytes
         raw = torch.full((nbytes + 256,), 255, dtype=torch.uint8)
         start = -raw.data_ptr() % 256
         found = raw[start : start + nbytes]
@@ -117,6 +119,11 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
         binding = stack.enter_context(Binding(plan, devices, store, kv, tables, jit, pool))
         cpu = Executor(host, directory, threads=2)
         stack.callback(cpu.close)
+        for device in devices:
+            ledger = {i.kind: i.bytes for i in plan.ledger if i.device == device.name}
+            counted = sum(i.bytes for i in plan.ledger if i.device == device.name)
+            more = device.bytes - (counted - ledger["scratch"])
+            assert abs(more) < 256 * len(device.used), "the ledger counts what is allocated"
         yield Bench(plan, binding, kv, cpu, devices)
     assert not any(device.used for device in devices)
 
@@ -220,7 +227,7 @@ def test_every_phase_computes_what_the_cpu_plan_does(
     directory = checkpoint(family, quant)
     plan = compiled(directory)
     assert {"host", "gpu0"} <= {tier for each in plan.placement for tier in each.tiers}
-    assert [phase.name for phase in plan.phases] == [HOST, DECODE, STREAM, DUAL]
+    assert [phase.name for phase in plan.phases] == [HOST, DECODE, DUAL, STREAM]
     with bench(directory, plan) as found:
         phases = found.binding.phases
         long, short = ids_of(75), ids_of(40, 3)

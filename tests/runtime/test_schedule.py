@@ -26,7 +26,7 @@ STREAM, DUAL = "prefill.stream", "decode.dual"
 
 def _small(machine: str, layers: int = 2) -> Plan:
     """Streams on one and on two GPUs, and decodes with experts on both sides."""
-    return plan_for("qwen3-30b-a3b", machine, layers, vram=1.7, max_context=4096)
+    return plan_for("qwen3-30b-a3b", machine, layers, vram=2.2, max_context=4096)
 
 
 def _dual() -> Plan:

@@ -98,7 +98,7 @@ def test_gemv_rates_lie_between_the_measured_points() -> None:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return plan_for("deepseek-v3", ONE, 10, vram=30)
+    return plan_for("deepseek-v3", ONE, 10, vram=31)
 
 
 def _experts(plan: Plan, phase: str) -> Step:
