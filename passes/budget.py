@@ -147,8 +147,8 @@ def _tokens(context: Context, usable: int, dense: int, workspace: int, per_token
             "GPUs",
             "unused",
             f"attention, shared experts and norms take {dense / 1e9:.1f} GB, activations, logits"
-            f" and temporaries {workspace / 1e9:.1f} GB: they leave room for a cache of {fits} tokens"
-            f" in {have}",
+            f" and temporaries {workspace / 1e9:.1f} GB: what is left of {have} holds a cache of"
+            f" {fits} tokens",
         )
         return 0
     return asked or min(fits // 256 * 256, limit)
