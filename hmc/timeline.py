@@ -8,7 +8,7 @@ place of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -34,42 +34,71 @@ class Timeline:
 
 
 def run(phase: Phase, call: Call, model: CostModel) -> Timeline:
-    """The timeline of one call of a phase. Steps of equal cost are costed once."""
-    known: dict[tuple[object, ...], Cost] = {}
+    """The timeline of one call of a phase."""
+    return PhaseTimer(phase, model).run(call)
 
-    def cost_of(step: Step) -> Cost:
-        layer = step.layer if call.profile and step.op == "experts" else step.layer < 0
-        key = (
-            step.op,
-            step.resource,
-            layer,
-            step.weight_bytes,
-            step.flops,
-            bool(step.waits),
-            tuple(step.attrs.items()),
-            tuple((role, o.width) for role, o in step.inputs.items()),
-            tuple((role, o.width) for role, o in step.outputs.items()),
-        )
-        if key not in known:
-            known[key] = model.step(phase, step, call)
-        return known[key]
 
-    return schedule(phase, cost_of)
+class PhaseTimer:
+    """Timelines of many calls of a phase. Steps of equal cost are found, and costed, once."""
+
+    def __init__(self, phase: Phase, model: CostModel) -> None:
+        self._phase, self._model = phase, model
+        self._alike: dict[bool, list[int]] = {}
+
+    def run(self, call: Call) -> Timeline:
+        """The timeline of one call."""
+        alike = self._first_alike(bool(call.profile))
+        known: dict[int, Cost] = {}
+        costs = []
+        for step, first in zip(self._phase.steps, alike, strict=True):
+            if first not in known:
+                known[first] = self._model.step(self._phase, step, call)
+            costs.append(known[first])
+        return scheduled(self._phase, costs)
+
+    def _first_alike(self, profiled: bool) -> list[int]:
+        """By position, the first step that costs the same in every call; with a profile of routing,
+        experts of every layer cost their own."""
+        if profiled not in self._alike:
+            seen: dict[tuple[object, ...], int] = {}
+            self._alike[profiled] = [
+                seen.setdefault(_key(step, profiled), position)
+                for position, step in enumerate(self._phase.steps)
+            ]
+        return self._alike[profiled]
+
+
+def _key(step: Step, profiled: bool) -> tuple[object, ...]:
+    return (
+        step.op,
+        step.resource,
+        step.layer if profiled and step.op == "experts" else step.layer < 0,
+        step.weight_bytes,
+        step.flops,
+        bool(step.waits),
+        tuple(step.attrs.items()),
+        tuple((role, o.width) for role, o in step.inputs.items()),
+        tuple((role, o.width) for role, o in step.outputs.items()),
+    )
 
 
 def schedule(phase: Phase, cost_of: Callable[[Step], Cost]) -> Timeline:
     """The timeline with given costs."""
+    return scheduled(phase, [cost_of(step) for step in phase.steps])
+
+
+def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
+    """The timeline with given costs, by position."""
     free: dict[str, tuple[float, int]] = {}
     signalled: dict[int, tuple[float, int]] = {}
-    start, finish, cause, costs = [], [], [], []
+    start, finish, cause = [], [], []
     busy: dict[str, float] = {}
-    for position, step in enumerate(phase.steps):
+    for position, (step, cost) in enumerate(zip(phase.steps, costs, strict=True)):
         ready, because = free.get(step.resource, (0.0, -1))
         for event in step.waits:
             when, who = signalled[event]
             if when > ready:
                 ready, because = when, who
-        cost = cost_of(step)
         end = ready + cost.seconds
         free[step.resource] = (end, position)
         if step.signal >= 0:
@@ -78,7 +107,6 @@ def schedule(phase: Phase, cost_of: Callable[[Step], Cost]) -> Timeline:
         start.append(ready)
         finish.append(end)
         cause.append(because)
-        costs.append(cost)
     return Timeline(tuple(start), tuple(finish), tuple(cause), tuple(costs), busy)
 
 

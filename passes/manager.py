@@ -1,5 +1,5 @@
-"""Runs passes: lints, recompiles, verifies, times, dumps and diffs after each; names the pass that
-failed.
+"""Runs passes: verifies, times, dumps and diffs after each, lints and recompiles where one changed
+the graph; names the pass that failed.
 
 Passes themselves do none of this. The properties a pass requires are checked against what earlier
 ones established.
@@ -35,10 +35,12 @@ def run_pipeline(
             )
         decided = len(context.decisions)
         started = time.perf_counter()
+        shape = _shape(graph)
         try:
             each.run(graph, context)
-            graph.graph.lint()
-            graph.recompile()
+            if _shape(graph) != shape:
+                graph.graph.lint()
+                graph.recompile()
             verify_graph(graph)
         except VerifyError as error:
             raise VerifyError(f"after pass {each.name}: {error}") from error
@@ -95,6 +97,11 @@ def verify_graph(graph: torch.fx.GraphModule) -> None:
             )
         if found.width <= 0 and found.kind not in ("input", "output"):
             raise VerifyError(f"node {node.name} ({found.kind}) has no width")
+
+
+def _shape(graph: torch.fx.GraphModule) -> list[tuple[object, ...]]:
+    """Everything that code made from the graph depends on."""
+    return [(node, node.op, node.target, node.args, node.kwargs) for node in graph.graph.nodes]
 
 
 def _wants_text() -> bool:

@@ -4,6 +4,7 @@ pass alone.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
@@ -234,8 +235,7 @@ class PhaseBuilder:
                 if not apart and offset < stop and start < offset + life.bytes:
                     offset = stop
             offsets[name] = offset
-            placed.append((offset, offset + life.bytes, life))
-            placed.sort(key=lambda item: item[0])
+            insort(placed, (offset, offset + life.bytes, life), key=lambda item: item[0])
         return offsets, max((stop for _, stop, _ in placed), default=0)
 
 
