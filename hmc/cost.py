@@ -360,7 +360,7 @@ class CostModel:
         both = rates.h2d_both if kind == "h2d" else rates.d2h_both
         speed = both if both is not None and phase.lanes > 1 else alone
         if step.op == "load":
-            moved = float(step.weight_bytes)
+            moved = float(step.weight_bytes) * self._chosen_share(step, call)
         else:
             sizes = self._widths(phase)
             moved = self._rows(step, call) * sum(
@@ -368,6 +368,18 @@ class CostModel:
             )
         seconds = moved / speed.value + rates.sync.value
         return Cost(seconds, kind, {"pcie": moved}, {}, 1)
+
+    def _chosen_share(self, step: Step, call: Call) -> float:
+        """Of the experts a load is for, those expected to be chosen where it brings only these."""
+        if "top_k" not in step.attrs:
+            return 1.0
+        experts, top_k = int(step.attrs["experts"]), int(step.attrs["top_k"])
+        here = int(step.attrs["count"])
+        profile = (call.profile or {}).get(step.layer)
+        if profile is None:
+            return distinct_experts(experts, top_k, call.tokens, here) / here
+        chances = [profile[each] for each in _range(step, experts)]
+        return distinct_of_profile(chances, call.tokens) / here
 
     def _exchange(self, step: Step, phase: Phase, call: Call) -> Cost:
         """Each rank sends the rows it has to every other: (R - 1) times the bytes of 1/R of the

@@ -7,7 +7,7 @@
                phase that ends with loading the dense weights again begins where they begin, and
                they are away while it runs; others begin behind them
     decode     activations of the decode phases, beside those of a prefill
-    results    logits, of the rows that are wanted
+    results    logits, of the rows that are wanted: one for prefill phases, one for those of decode
     scratch    temporaries of operations, which work through their rows in blocks
 
 Hides how tensors are padded, which phases share bytes, and how many rows a rank has.
@@ -108,6 +108,15 @@ def wanted_rows(plan: Plan, phase: Phase, tokens: int) -> int:
     return min(tokens, max(most, plan.limits.max_batch))
 
 
+def result_bytes(phase: Phase, device: str, rows: int) -> list[tuple[str, int]]:
+    """Buffers on a device for results of `rows` rows, with the bytes they take."""
+    return [
+        (buffer.name, aligned(DTYPE_BYTES[buffer.dtype] * buffer.width * rows))
+        for buffer in phase.buffers
+        if buffer.device == device and buffer.offset == EXTERNAL
+    ]
+
+
 def slot_offsets(sizes: Sequence[tuple[int, bool]]) -> tuple[list[int], int]:
     """Where slots of (bytes, lies over the others) begin, and where the last one ends: those that
     lie over others at 0, the rest one after the other."""
@@ -127,7 +136,8 @@ class DeviceMemory:
     weights: int
     region: int
     decode: int
-    results: int
+    results: Mapping[str, int]
+    """By kind of phase ("prefill", "decode")."""
     begins: Mapping[str, int]
     """By prefill phase, where in the region its slots begin."""
 
@@ -137,7 +147,8 @@ class DeviceMemory:
         chosen = [plan.phase(name) for name in phases]
         known = {weight.name: weight for weight in plan.weights}
         weights = packed_bytes(known[name] for name in resident_names(chosen, device))
-        begins, ends, decode, results = {}, [weights], 0, 0
+        begins, ends, decode = {}, [weights], 0
+        results = {"decode": 0, "prefill": 0}
         for phase in chosen:
             tokens = phases[phase.name]
             arena = phase.device_bytes.get(device, 0) * rank_rows(tokens, phase.ranks)
@@ -148,11 +159,9 @@ class DeviceMemory:
                 slots = [s.offset + s.bytes for s in phase.slots if s.device == device]
                 at = phase.arena_at.get(device, 0)
                 ends.append(start + max([at + arena, *slots]))
-            results += sum(
-                aligned(DTYPE_BYTES[b.dtype] * b.width * wanted_rows(plan, phase, tokens))
-                for b in phase.buffers
-                if b.device == device and b.offset == EXTERNAL
-            )
+            rows = wanted_rows(plan, phase, tokens)
+            mine = sum(size for _, size in result_bytes(phase, device, rows))
+            results[kind_of(phase)] = max(results[kind_of(phase)], mine)
         return DeviceMemory(
             experts=_experts(plan, device),
             cache=_cache(plan) if device == HOME else 0,
@@ -166,7 +175,7 @@ class DeviceMemory:
     @property
     def beside(self) -> int:
         """Bytes of everything but the region."""
-        return self.experts + self.cache + self.decode + self.results + SCRATCH
+        return self.experts + self.cache + self.decode + sum(self.results.values()) + SCRATCH
 
 
 def _experts(plan: Plan, device: str) -> int:

@@ -38,7 +38,8 @@ Step ops (operands by role; f32 unless said; T tokens in the call; roles in brac
 Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "link"):
 
     copy         any -> the same roles on another device (h2d: host to GPU, d2h: back)
-    load         - -> -             the weights named, or experts `range` of the layer, into a slot
+    load         [order] -> -       the weights named, or experts `range` of the layer, into a slot;
+                 with `order` those of them alone that a token chose
     sort         ids -> order[i32]  tokens in the order of their experts
     experts      with attrs `range`, `count`: those experts alone, added to y by all but the first
     kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
@@ -271,7 +272,9 @@ class Step(Frozen):
 
 class Phase(Frozen):
     """One way to run the model: `decode` (1..16 tokens a call) or `prefill.host` (chunks up to
-    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed),
+    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed;
+    of shorter prompts also by phases `prefill.stream.<n>`, with a longer ring, and
+    `prefill.stream.chosen`, with chosen experts alone),
     `decode.dual` (`lanes` halves of a batch that swap GPU and CPU) and, with several GPUs,
     `prefill.beside` (a prompt streamed through the last GPU while the first one decodes).
 

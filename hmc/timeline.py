@@ -72,7 +72,7 @@ def _key(step: Step, profiled: bool) -> tuple[object, ...]:
     return (
         step.op,
         step.resource,
-        step.layer if profiled and step.op == "experts" else step.layer < 0,
+        step.layer if profiled and "range" in step.attrs else step.layer < 0,
         step.weight_bytes,
         step.flops,
         bool(step.waits),

@@ -79,7 +79,7 @@ def _partial_blocks(context: Context) -> int:
 def _workspace(context: Context, token: int) -> int:
     """Bytes of gpu0 for temporaries, activations of a decode step and of a prefill chunk, and their
     logits."""
-    rows = context.options.max_chunk + 3 * context.options.max_batch  # decode and streamed phases
+    rows = context.options.max_chunk + context.options.max_batch
     return SCRATCH + rows * (token + 4 * context.info.vocab)
 
 

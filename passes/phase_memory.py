@@ -71,7 +71,7 @@ def _device_items(plan: Plan, device: str, stored: int) -> list[LedgerItem]:
         ("padding", held - stored, "tensors begin at multiples of 256 bytes, FP8 scales are f32"),
         ("activations", found.decode, "decode phases, one at a time"),
         ("streaming", found.region - found.weights, detail),
-        ("logits", found.results, "of the rows wanted"),
+        ("logits", sum(found.results.values()), "of the rows wanted"),
         ("scratch", SCRATCH, "temporaries of operations, in blocks of rows"),
     ]
     return [

@@ -14,6 +14,8 @@ from hmc.plan import ExpertWeights, Phase, Plan, Step, Weight
 from hmc.verify import EXTERNAL, expert_ranges
 
 STREAM = "prefill.stream"
+CHOSEN = "prefill.stream.chosen"
+"""For prompts too short to choose nearly all experts: those alone are loaded."""
 BESIDE = "prefill.beside"
 """Streams through the last GPU alone, for a prompt that comes while gpu0 and the CPU decode."""
 
@@ -86,6 +88,7 @@ def streamed_experts(plan: Plan, layer: int, rank: int, gpus: tuple[int, ...]) -
 class StreamEmitter:
     """Emits one streamed phase, rank r on GPU `gpus[r]`, with a ring of `ring` experts.
 
+    With `chosen`, of routed experts only those are loaded that some token of the call chose.
     `streams_dense` by rank: whether dense weights are loaded too. Where they leave gpu0 for that
     they are brought back at the end.
     """
@@ -94,8 +97,9 @@ class StreamEmitter:
     plan: Plan
     streams_dense: tuple[bool, ...]
     gpus: tuple[int, ...]
-    ring: int
+    ring: int = 2
     name: str = STREAM
+    chosen: bool = False
 
     @property
     def ranks(self) -> int:
@@ -355,7 +359,7 @@ class StreamEmitter:
                 self._add(step, rank, inputs, {"y": Part.all(y)}, _some(held))
             for first in range(0, len(away), ring_turns(self.ring)[0]):
                 turn = away[first : first + ring_turns(self.ring)[0]]
-                slot = self._load_experts(step, rank, turn)
+                slot = self._load_experts(step, rank, turn, inputs["order"])
                 self._add(step, rank, inputs, {"y": Part.all(y)}, _some(turn), (slot,))
             parts.append(y)
         buffer = step.outputs["y"].buffer
@@ -374,7 +378,7 @@ class StreamEmitter:
 
     # -- loads -------------------------------------------------------------------------------------
 
-    def _load_experts(self, step: Step, rank: int, turn: list[int]) -> str:
+    def _load_experts(self, step: Step, rank: int, turn: list[int], order: Part) -> str:
         size, held = self._stored[step.layer], self._held[step.layer]
         group, turns = ring_turns(self.ring)
         slot = self.schedule.slot(
@@ -384,16 +388,20 @@ class StreamEmitter:
         self.schedule.add(
             "load",
             f"h2d{self.gpus[rank]}",
-            {},
+            {"order": order} if self.chosen else {},
             {},
             layer=step.layer,
             weights=step.weights,
-            attrs=_some(turn),
+            attrs=_some(turn) | (self._choice(step) if self.chosen else {}),
             kernels=("torch:copy",),
             weight_bytes=size * len(turn),
             fills=(slot,),
         )
         return slot
+
+    @staticmethod
+    def _choice(step: Step) -> dict[str, int | float | str]:
+        return {role: step.attrs[role] for role in ("experts", "top_k")}
 
     def _slots(self, section: tuple[int, str], step: Step, rank: int) -> tuple[str, ...]:
         """The slot of a dense step's weights, loaded at the section's first step; none where they

@@ -12,6 +12,9 @@ Contract
       Latents are exchanged before attention; around the experts the unsorted rows are gathered,
       every rank routes all of them, computes its own experts and sends partial sums back: one
       gather and one exchange a layer, less than dispatch and combine while R <= top_k
+    * where the longest prompt leaves room for a short ring only, shorter ones have a phase of their
+      own with a longer one, `prefill.stream.<tokens>`; where prompts are worth streaming that are
+      too short to choose nearly all experts, `prefill.stream.chosen` loads those chosen alone
     * with several GPUs also phase `prefill.beside`: the same through the last GPU alone, whose new
       cache rows go to gpu0 by way of the host, so that gpu0 and the CPU decode meanwhile
     * what is streamed to gpu0 lies where decode has its dense weights, unless all fits beside them;
@@ -23,7 +26,8 @@ Method
        fit, down to 2
     2. walk the steps of `prefill.host`; emit for every rank loads, computation and exchanges
     3. tokens one call can take: what memory is left for activations
-    4. switch-over: bisect the prompt length at which the cost model's timelines cross
+    4. longer rings, and loading chosen experts alone, where the cost model finds them faster
+    5. switch-over: the prompt length at which the cost model's timelines cross
 """
 
 from __future__ import annotations
@@ -33,20 +37,20 @@ from typing import ClassVar
 
 import torch.fx
 
-from hmc.cost import Call, CostModel
-from hmc.device_memory import expert_bytes
+from hmc.cost import distinct_experts
 from hmc.passes.context import Context
 from hmc.passes.kernel_choice import PREFILL
-from hmc.passes.stream_emit import (
-    BESIDE,
-    STREAM,
-    StreamEmitter,
-    ring_turns,
-    streamed_experts,
-)
+from hmc.passes.stream_emit import BESIDE, CHOSEN, STREAM, StreamEmitter
 from hmc.passes.stream_memory import StreamMemory
-from hmc.plan import Phase, Plan, Switch
-from hmc.timeline import host_prefill, result_seconds, run
+from hmc.passes.stream_switch import STEP, PrefillTimes
+from hmc.plan import Phase, Switch
+
+_LENGTHS = tuple(1024 * tokens for tokens in (4, 8, 16, 24, 32, 48, 64, 96))
+"""Prompts by which rings are compared."""
+_FEW = 4
+"""Steps of prompt lengths where not all experts are chosen yet."""
+WORTHWHILE = 1.03
+"""Predicted speed-up from which on another phase for some prompts is worth its place."""
 
 
 @dataclass(frozen=True)
@@ -70,31 +74,47 @@ class StreamLoad:
                 self.name, STREAM, "one GPU", "the machine declares no link rate between its GPUs"
             )
             gpus = gpus[:1]
-        phase = self._fitted(context, plan, StreamMemory.of(plan, budget, gpus), STREAM)
+        memory = StreamMemory.of(plan, budget, gpus)
+        emitter = StreamEmitter(context.bases[PREFILL], plan, memory.streams_dense, gpus)
+        phase = self._fitted(context, memory, emitter)
         if phase is None:
             return
-        phases = [phase]
+        times = PrefillTimes(plan)
+        longer = self._longer_ring(context, memory, emitter, phase, times)
+        streams = [phase] if longer is None else [longer, phase]
+        first = times.crossing(streams[0])
+        if first:
+            chosen = self._chosen_alone(context, memory, emitter, streams[0], first, times)
+            if chosen is not None:
+                streams.insert(0, chosen)
+                first = times.crossing(chosen, _FEW)
+        switches = self._switches(context, times, streams, first)
+        added = streams[::-1]
         if beside != (0,):
-            second = self._fitted(context, plan, StreamMemory.of(plan, budget, beside), BESIDE)
-            phases += [] if second is None else [second]
-        plan = plan.model_copy(update={"phases": (*plan.phases, *phases)})
-        context.plan = self._switched(context, plan, phase).model_copy(
-            update={"decisions": tuple(context.decisions)}
+            alone = StreamMemory.of(plan, budget, beside)
+            second = self._fitted(
+                context,
+                alone,
+                replace(emitter, streams_dense=alone.streams_dense, gpus=beside, name=BESIDE),
+            )
+            added += [] if second is None else [second]
+        context.plan = plan.model_copy(
+            update={
+                "phases": (*plan.phases, *added),
+                "switches": (*plan.switches, *switches),
+                "decisions": tuple(context.decisions),
+            }
         )
 
     def _fitted(
-        self, context: Context, plan: Plan, memory: StreamMemory, name: str
+        self, context: Context, memory: StreamMemory, emitter: StreamEmitter
     ) -> Phase | None:
         """The phase with the longest ring with which the longest prompt takes as few calls as with
         the shortest."""
-        gpus, held = memory.gpus, expert_bytes(plan)
-        streamed = max(len(streamed_experts(plan, layer, 0, gpus)) for layer in held)
-        wanted = plan.limits.max_context
+        limits, name = memory.plan.limits, emitter.name
+        streamed, wanted = memory.streamed, limits.max_context
         asked = min(context.options.ring, streamed)
-        emitter = StreamEmitter(
-            context.bases[PREFILL], plan, memory.streams_dense, gpus, asked or streamed, name
-        )
-        phase = emitter.emit()
+        phase = replace(emitter, ring=asked or streamed).emit()
         calls = -(-wanted // max(1, memory.tokens(phase, 2)))
         ring = phase.ring
         while not asked and ring > 2 and wanted > calls * memory.tokens(phase, ring):
@@ -102,7 +122,7 @@ class StreamLoad:
         tokens = memory.tokens(phase, ring)
         if ring != phase.ring:
             phase = replace(emitter, ring=ring).emit()
-        if tokens < plan.limits.max_chunk:
+        if tokens < limits.max_chunk:
             context.decide(
                 self.name,
                 name,
@@ -111,70 +131,138 @@ class StreamLoad:
                 f" {memory.reason(phase)}",
             )
             return None
-        tokens = min(tokens, max(wanted, plan.limits.max_chunk))
-        each = "each GPU" if len(gpus) > 1 else f"gpu{gpus[0]}"
+        tokens = min(tokens, max(wanted, limits.max_chunk))
         context.decide(
             self.name,
             f"ring of {name}",
-            f"{ring} of the {streamed} experts a layer streams to {each},"
-            f" {ring * max(held.values()) / 1e9:.1f} GB in loads of {ring_turns(ring)[0]}",
+            memory.ring_text(ring),
             f"prompts up to {tokens} tokens fit beside it ({wanted} wanted);"
             f" {memory.reason(phase)}",
         )
         return phase.model_copy(update={"max_tokens": tokens})
 
-    def _switched(self, context: Context, plan: Plan, phase: Phase) -> Plan:
-        """The plan with the prompt length from which on streaming is faster."""
-        model = CostModel(plan)
-        host = plan.phase(PREFILL)
-        # a chunk's time grows linearly with the context before it: two points tell the rest
-        far = max(plan.limits.max_context, 2 * host.max_tokens)
-        low, high = (
-            result_seconds(host, run(host, Call(host.max_tokens, at), model)) for at in (0, far)
-        )
-
-        def on_host(tokens: int) -> float:
-            return sum(
-                (low + (high - low) * call.context / far) * call.tokens / host.max_tokens
-                for call in host_prefill(host, tokens, model)
+    def _longer_ring(
+        self,
+        context: Context,
+        memory: StreamMemory,
+        emitter: StreamEmitter,
+        base: Phase,
+        times: PrefillTimes,
+    ) -> Phase | None:
+        """The phase for prompts short enough to leave room for a longer ring, where that is faster:
+        with a short one loads wait for attention, whose layer they cannot be ahead of."""
+        rings = []
+        ring = base.ring
+        while ring < memory.streamed and not context.options.ring:
+            ring = min(memory.streamed, 2 * ring)
+            most = min(memory.tokens(base, ring), base.max_tokens)
+            rings.append((ring, most // 1024 * 1024 or most))
+        before = times.stalled(base, _LENGTHS, WORTHWHILE) if rings else {}
+        best, found, saved = 0.0, None, ""
+        for ring, most in rings:
+            if not (lengths := [tokens for tokens in before if tokens <= most]):
+                continue
+            phase = replace(emitter, ring=ring, name=f"{STREAM}.{most}").emit()
+            after = {tokens: times.streamed(phase, tokens) for tokens in lengths}
+            gains = {tokens: before[tokens] / after[tokens] for tokens in lengths}
+            total = sum(gain - 1 for gain in gains.values())
+            if max(gains.values()) >= WORTHWHILE and total > best:
+                best, found = total, phase.model_copy(update={"max_tokens": most})
+                saved = "; ".join(
+                    f"{tokens} tokens take {after[tokens]:.2f} s instead of {before[tokens]:.2f} s"
+                    for tokens in lengths
+                )
+        if found is not None:
+            context.decide(
+                self.name,
+                f"ring of {found.name}",
+                memory.ring_text(found.ring),
+                saved,
             )
+        return found
 
-        def streamed(tokens: int) -> float:
-            return result_seconds(phase, run(phase, Call(tokens), model)) + prefill_seconds(plan)
+    def _chosen_alone(
+        self,
+        context: Context,
+        memory: StreamMemory,
+        emitter: StreamEmitter,
+        every: Phase,
+        last: int,
+        times: PrefillTimes,
+    ) -> Phase | None:
+        """The phase that loads only experts some token chose, where prompts are worth streaming
+        that are too short to choose nearly all of them: of fewer than `last` tokens, from which on
+        `every` expert may as well be loaded. Its loads wait for the router, so the link is idle
+        meanwhile."""
+        model, link = memory.plan.model, times.link_seconds(every)
+        lengths = range(_FEW, last, _FEW)
+        share = {
+            tokens: distinct_experts(model.experts, model.top_k, tokens) / model.experts
+            for tokens in (*lengths, last)
+        }
+        subject, choice = "loading chosen experts alone", "no phase of its own"
+        if not any(
+            WORTHWHILE * share[tokens] * link < min(link, times.host(tokens)) for tokens in lengths
+        ):
+            reason = (
+                f"prompts of {last} tokens, the shortest worth streaming, choose {share[last]:.1%}"
+                " of a layer's experts; shorter ones are computed sooner on the host"
+            )
+            context.decide(self.name, subject, choice, reason)
+            return None
+        phase = replace(emitter, ring=every.ring, name=CHOSEN, chosen=True).emit()
+        phase = phase.model_copy(update={"max_tokens": every.max_tokens})
+        first = times.crossing(phase, _FEW)
+        end = times.overtaken(phase, every, first, _FEW) if first else 0
+        gains = {
+            tokens: min(times.host(tokens), times.streamed(every, tokens))
+            / times.streamed(phase, tokens)
+            for tokens in lengths
+            if first <= tokens <= end
+        }
+        best = max(gains, key=lambda tokens: gains[tokens], default=0)
+        if not best or gains[best] < WORTHWHILE:
+            reason = f"{PREFILL} below {last} tokens and loading all from there on is as fast"
+            context.decide(self.name, subject, choice, reason)
+            return None
+        reason = (
+            f"{best} tokens choose {share[best]:.1%} of a layer's experts and take"
+            f" {times.streamed(phase, best):.2f} s; {PREFILL} takes {times.host(best):.2f} s, with"
+            f" all experts loaded it is {times.streamed(every, best):.2f} s"
+        )
+        context.decide(self.name, subject, f"from {first} to {end} tokens", reason)
+        return phase.model_copy(update={"max_tokens": end})
 
-        first, last = 0, phase.max_tokens // 64
-        if streamed(last * 64) >= on_host(last * 64):
+    def _switches(
+        self, context: Context, times: PrefillTimes, streams: list[Phase], first: int
+    ) -> tuple[Switch, ...]:
+        """From how many tokens on each phase is used: streamed ones, which take ever longer
+        prompts, from `first` on; none where the host is always faster (0)."""
+        phase = streams[0]
+        if not first:
+            most = phase.max_tokens // STEP * STEP
             context.decide(
                 self.name,
                 "switch-over",
                 f"{PREFILL} for every prompt",
-                f"at {last * 64} tokens streaming takes {streamed(last * 64):.2f} s, the host"
-                f" {on_host(last * 64):.2f} s",
+                f"at {most} tokens streaming takes {times.streamed(phase, most):.2f} s, the host"
+                f" {times.host(most):.2f} s",
             )
-            return plan
-        while last - first > 1:
-            middle = (first + last) // 2
-            if streamed(middle * 64) < on_host(middle * 64):
-                last = middle
-            else:
-                first = middle
-        tokens = last * 64
+            return ()
+        twice = min(2 * first, phase.max_tokens)
         context.decide(
             self.name,
             "switch-over",
-            f"{STREAM} from {tokens} prompt tokens on",
-            f"streaming takes {streamed(tokens):.2f} s there and {PREFILL} {on_host(tokens):.2f} s;"
-            f" at twice the length {streamed(min(2 * tokens, phase.max_tokens)):.2f} s and"
-            f" {on_host(min(2 * tokens, phase.max_tokens)):.2f} s",
+            f"{phase.name} from {first} prompt tokens on",
+            f"streaming takes {times.streamed(phase, first):.2f} s there and {PREFILL}"
+            f" {times.host(first):.2f} s; at twice the length {times.streamed(phase, twice):.2f} s"
+            f" and {times.host(twice):.2f} s",
         )
-        switches = (
+        starts = [first, *(max(first, each.max_tokens + 1) for each in streams[:-1])]
+        return (
             Switch(kind="prefill", phase=PREFILL, tokens=1),
-            Switch(kind="prefill", phase=STREAM, tokens=tokens),
+            *(
+                Switch(kind="prefill", phase=each.name, tokens=tokens)
+                for each, tokens in zip(streams, starts, strict=True)
+            ),
         )
-        return plan.model_copy(update={"switches": (*plan.switches, *switches)})
-
-
-def prefill_seconds(plan: Plan) -> float:
-    """What the machine adds to every streamed prefill."""
-    rates = plan.machine.rates
-    return 0.0 if rates is None or rates.prefill is None else rates.prefill.value

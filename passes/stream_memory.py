@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hmc.device_memory import DeviceMemory, expert_bytes, slot_offsets
 from hmc.passes.context import Budget
-from hmc.passes.stream_emit import ring_turns
+from hmc.passes.stream_emit import ring_turns, streamed_experts
 from hmc.plan import Phase, Plan
 
 
@@ -37,6 +37,21 @@ class StreamMemory:
     def streams_dense(self) -> tuple[bool, ...]:
         """By rank: whether its GPU loads the dense weights layer by layer."""
         return tuple(gpu > 0 or not self.keep_dense for gpu in self.gpus)
+
+    @property
+    def streamed(self) -> int:
+        """The most experts of a layer that one GPU streams."""
+        layers = [each.layer for each in self.plan.placement]
+        return max(len(streamed_experts(self.plan, layer, 0, self.gpus)) for layer in layers)
+
+    def ring_text(self, ring: int) -> str:
+        """A ring in words."""
+        each = "each GPU" if len(self.gpus) > 1 else f"gpu{self.gpus[0]}"
+        size = ring * max(expert_bytes(self.plan).values())
+        return (
+            f"{ring} of the {self.streamed} experts a layer streams to {each},"
+            f" {size / 1e9:.1f} GB in loads of {ring_turns(ring)[0]}"
+        )
 
     def room(self, phase: Phase, gpu: int) -> int:
         """Bytes of a GPU for the phase's slots and activations."""

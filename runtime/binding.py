@@ -308,6 +308,12 @@ class BoundPhase:
         slot = memory.slot(self.phase.name, step.id, step.fills[0])
         return memory.loads[self.phase.name, step.id].copies(slot)
 
+    def copies_of_experts(self, step: Step) -> dict[int, list[tuple[int, torch.Tensor]]]:
+        """What a load of experts moves, by expert."""
+        memory = self._memory[self.device(step)]
+        slot = memory.slot(self.phase.name, step.id, step.fills[0])
+        return memory.loads[self.phase.name, step.id].copies_of_experts(slot)
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _bound(self, step: Step) -> Work:
@@ -335,7 +341,8 @@ class BoundPhase:
                 found = view(self._result.address, torch.float32, shape)
             elif buffer.device in self._memory:
                 size = DTYPE_BYTES[buffer.dtype] * buffer.width * self.max_wanted
-                raw = self._memory[buffer.device].external(size, f"{self.phase.name} {buffer.name}")
+                memory = self._memory[buffer.device]
+                raw = memory.result(self.phase, buffer.name, self.max_wanted)
                 found = raw[:size].view(_TORCH[buffer.dtype]).view(self.max_wanted, buffer.width)
             else:
                 raise ExecutionError(f"a device step reads {buffer.name}, which stays on the host")

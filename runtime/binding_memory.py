@@ -18,6 +18,7 @@ from hmc.device_memory import (
     kind_of,
     rank_rows,
     resident_names,
+    result_bytes,
 )
 from hmc.plan import Phase, Plan, Step
 from hmc.runtime.binding_weights import Packed, Piece
@@ -88,6 +89,10 @@ class GpuMemory:
                 if slot.device == device.name
             }
             self._decode = self._allocate(self._layout.decode, "activations of decode")
+            self._results = {
+                kind: self._allocate(size, f"logits of {kind}")
+                for kind, size in self._layout.results.items()
+            }
             self.caches: dict[tuple[int, int], torch.Tensor] = {}
             if held:
                 self._cache(kv)
@@ -107,9 +112,14 @@ class GpuMemory:
         loads = [*self.loads.values(), *([self.packed] if self._evicts else [])]
         return [piece for packed in loads for piece in packed.pieces]
 
-    def external(self, nbytes: int, purpose: str) -> torch.Tensor:
-        """Memory beside the arena, for results of a few rows."""
-        return self._allocate(nbytes, purpose)
+    def result(self, phase: Phase, name: str, rows: int) -> torch.Tensor:
+        """Memory beside the arena for `rows` rows of a buffer of results: u8 [bytes]."""
+        start = 0
+        for each, size in result_bytes(phase, self.device.name, rows):
+            if each == name:
+                return self._results[kind_of(phase)][start : start + size]
+            start += size
+        raise KeyError(f"phase {phase.name} has no buffer {name} on {self.device.name}")
 
     def slot(self, phase: str, load: int, name: str) -> torch.Tensor:
         """The bytes of a slot of a phase that load step `load` fills: u8 [what it brings]."""

@@ -84,6 +84,7 @@ class Packed:
         self.nbytes = 0
         self._weights: dict[str, tuple[_Form, int, int]] = {}
         self._experts: dict[int, tuple[tuple[_Form, int, int], ...]] = {}
+        self._of_expert: dict[int, slice] = {}
 
     @staticmethod
     def weights(store: WeightStore, names: Iterable[str]) -> Packed:
@@ -102,9 +103,11 @@ class Packed:
         table = store.expert_table(layer)
         for expert in experts:
             row = table[expert].tolist()
+            first = len(packed.pieces)
             packed._experts[expert] = tuple(
                 packed._put(form, row[2 * i], row[2 * i + 1]) for i, form in enumerate(forms)
             )
+            packed._of_expert[expert] = slice(first, len(packed.pieces))
         return packed
 
     def __contains__(self, name: str) -> bool:
@@ -134,6 +137,11 @@ class Packed:
     def copies(self, raw: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Host address and target of every piece."""
         return [(p.address, raw[p.start : p.start + p.nbytes]) for p in self.pieces]
+
+    def copies_of_experts(self, raw: torch.Tensor) -> dict[int, list[tuple[int, torch.Tensor]]]:
+        """As `copies`, by expert."""
+        every = self.copies(raw)
+        return {expert: every[pieces] for expert, pieces in self._of_expert.items()}
 
     def fill(self, raw: torch.Tensor) -> None:
         """Copy every piece now."""

@@ -66,7 +66,7 @@ def open_ranks(
     seconds: float = _SECONDS,
     delays: int | None = None,
 ) -> RankGroup:
-    """Start the processes of ranks 1.. for the phase of `plan` that several GPUs share.
+    """Start the processes of ranks 1.. for the phases of `plan` that several GPUs share.
 
     `count` is how many ranks are wanted (default: the plan's). They share `store`: an arena, or
     mapped shards of `directory`. `threads` are each rank's on the CPU, `seconds` how long one may
@@ -81,7 +81,7 @@ def open_ranks(
             f"the plan for {plan.machine.name} shares no prompt between GPUs: compile one for a"
             " machine with several"
         )
-    phase = shared[0]
+    phase = shared[0]  # all are shared by the same GPUs
     if count not in (None, phase.ranks):
         raise UsageError(
             f"{count} ranks are asked for, but the plan shares prompts between {phase.ranks} GPUs:"
@@ -92,13 +92,14 @@ def open_ranks(
             f"{phase.ranks} ranks, but a token has {plan.model.top_k} experts: gathering every"
             " token on every rank pays with up to as many ranks; compile for fewer GPUs"
         )
-    _check_exchanges(phase)
+    for each in shared:
+        _check_exchanges(each)
     if store.arena is None and store.home != "mapped":
         raise UsageError(
             f"{store.home} weights in private memory cannot be shared with other ranks: open them"
             ' with home="shared" (--home shared)'
         )
-    return RankGroup(plan, phase, devices, store, directory, threads, seconds, delays)
+    return RankGroup(plan, shared, devices, store, directory, threads, seconds, delays)
 
 
 def check_gpus(plan: Plan, gpus: int, private: bool = False) -> None:
@@ -125,12 +126,12 @@ def check_gpus(plan: Plan, gpus: int, private: bool = False) -> None:
 
 
 class RankGroup:
-    """The ranks of one phase; this process is rank 0. A context manager."""
+    """The ranks of the phases that they share; this process is rank 0. A context manager."""
 
     def __init__(
         self,
         plan: Plan,
-        phase: Phase,
+        phases: Sequence[Phase],
         devices: Literal["cuda", "host"],
         store: WeightStore,
         directory: Path | None,
@@ -138,8 +139,8 @@ class RankGroup:
         seconds: float,
         delays: int | None,
     ) -> None:
-        self.ranks = phase.ranks
-        self.link = Link(0, phase.ranks, seconds)
+        self.ranks = phases[0].ranks
+        self.link = Link(0, self.ranks, seconds)
         self._seconds = seconds
         self._store = store
         arena = store.arena
@@ -147,17 +148,17 @@ class RankGroup:
             canonical_json(plan),
             None if directory is None else str(directory.absolute()),
             None if arena is None else arena.descriptor,
-            phase.name,
+            tuple(phase.name for phase in phases),
             0,
             devices,
-            threads or max(1, env.threads() // phase.ranks),
+            threads or max(1, env.threads() // self.ranks),
             "",
             seconds,
             os.getpid(),
             delays,
         )
-        self._counts: list[Counts] = [Counter() for _ in range(phase.ranks)]
-        self._runner: GroupRunner | None = None
+        self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]
+        self._runners: dict[str, GroupRunner] = {}
         self._joined = False
         self._crew: Crew
         self._launch()
@@ -165,24 +166,24 @@ class RankGroup:
     def runner(
         self, bound: BoundPhase, backend: Backend, works: Sequence[Work] | None = None
     ) -> GroupRunner:
-        """What runs rank 0's part of the phase, `bound` with this group's link, and makes the other
+        """What runs rank 0's part of a phase, `bound` with this group's link, and makes the other
         ranks run theirs. `works`: those of `bound`, or made of them.
         """
         if bound.link is not self.link:
             raise ExecutionError(
                 f"phase {bound.phase.name} is not bound with the link of its ranks"
             )
-        self._runner = GroupRunner(self, bound, backend, works)
-        return self._runner
+        runner = self._runners[bound.phase.name] = GroupRunner(self, bound, backend, works)
+        return runner
 
     def prefill(
         self, ids: Ints, positions: Ints, tables: Ints, wanted: Ints
     ) -> npt.NDArray[np.float32]:
-        """One call of the phase by all ranks, as `BoundPhase.call` describes it: f32 logits [rows
-        wanted, vocab], a view until the next call."""
-        if self._runner is None:
+        """One call by all ranks of the phase that was bound last, as `BoundPhase.call` describes
+        it: f32 logits [rows wanted, vocab], a view until the next call."""
+        if not self._runners:
             raise ExecutionError("rank 0's part is not bound yet: see RankGroup.runner")
-        return self._runner.prefill(ids, positions, tables, wanted)
+        return list(self._runners.values())[-1].prefill(ids, positions, tables, wanted)
 
     def wait_ready(self) -> None:
         """Wait until all ranks can be called; raises why one cannot begin."""
@@ -191,9 +192,9 @@ class RankGroup:
             return
         self._crew.collect(Ready, _START_SECONDS)
         self._crew.tell(Join())
-        assert self._runner is not None
+        place = next(iter(self._runners.values())).place
         try:
-            self.link.connect(Path(self._setup.store) / "ranks", self._runner.place)
+            self.link.connect(Path(self._setup.store) / "ranks", place)
         except WorkerError as error:
             self._crew.suspect(0, str(error))
             raise self._crew.settle() from error
@@ -286,7 +287,7 @@ class GroupRunner:
     def _together(self, call: Call, run: Callable[[Call], _T]) -> _T:
         group, crew = self._group, self._group._crew
         group.wait_ready()
-        crew.tell(Prefill(call.ids, call.past))
+        crew.tell(Prefill(self._bound.phase.name, call.ids, call.past))
         try:
             found = run(call)
         except BaseException as error:

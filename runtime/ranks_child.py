@@ -55,11 +55,11 @@ _PARENT_CHECK_SECONDS = 1.0
 
 
 class Rank:
-    """One rank's part of a phase, bound and ready to be run; `close` frees everything."""
+    """One rank's part of some phases, bound and ready to be run; `close` frees everything."""
 
     def __init__(self, setup: Setup) -> None:
         plan = Plan.model_validate_json(setup.plan)
-        ranks = plan.phase(setup.phase).ranks
+        ranks = plan.phase(setup.phases[0]).ranks
         self.link = Link(setup.rank, ranks, setup.seconds)
         self._setup = setup
         self._doing: dict[str, str] = {}
@@ -87,15 +87,12 @@ class Rank:
                     Tables(plan, store),
                     jit,
                     pool,
-                    max_tokens={setup.phase: plan.phase(setup.phase).max_tokens},
+                    max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
                     pinner=pinned if setup.devices == "cuda" else None,
                     link=self.link,
                 )
             )
-            self._bound: BoundPhase = binding.phases[setup.phase]
-            self._routing = Routing(self._bound, setup.rank)
-            works = self._noted(self._routing.counted(self._bound.works))
-            self._runner = ScheduleRunner(self._bound.phase, self.backend, works)
+            self._parts = {name: self._ready(bound) for name, bound in binding.phases.items()}
             stack.callback(self.link.close)
             self._stack = stack.pop_all()
 
@@ -108,16 +105,21 @@ class Rank:
         """Run this rank's part of a call."""
         positions = np.arange(command.past, command.past + len(command.ids), dtype=np.int32)
         nothing = np.zeros(0, np.int32)
-        call = self._bound.call(command.ids, positions, np.zeros_like(positions), nothing)
-        self._runner.run_untimed(call)
-        return Done(self.link.take() + self._routing.take())
+        bound, routing, runner = self._parts[command.phase]
+        runner.run_untimed(bound.call(command.ids, positions, np.zeros_like(positions), nothing))
+        return Done(self.link.take() + routing.take())
+
+    def _ready(self, bound: BoundPhase) -> tuple[BoundPhase, Routing, ScheduleRunner]:
+        routing = Routing(bound, self._setup.rank)
+        works = self._noted(bound, routing.counted(bound.works))
+        return bound, routing, ScheduleRunner(bound.phase, self.backend, works)
 
     @property
     def doing(self) -> str:
         """The steps under way."""
         return "; ".join(self._doing.values()) or "is idle"
 
-    def _noted(self, works: list[Work]) -> list[Work]:
+    def _noted(self, bound: BoundPhase, works: list[Work]) -> list[Work]:
         """The works, with `doing` kept true."""
 
         def noted(step: Step, work: Work) -> Work:
@@ -128,8 +130,7 @@ class Rank:
 
             return both
 
-        steps = self._bound.phase.steps
-        return [noted(step, work) for step, work in zip(steps, works, strict=True)]
+        return [noted(step, work) for step, work in zip(bound.phase.steps, works, strict=True)]
 
     def close(self) -> None:
         """Free everything."""

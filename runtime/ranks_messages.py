@@ -16,16 +16,16 @@ from hmc.runtime.ranks_traffic import Counts
 class Setup:
     """What a rank needs to begin, left for it in a memory file; descriptors as it has them.
 
-    `plan` is the plan's JSON. `weights` is the arena, None for shards it maps itself from
-    `directory`. `store` is the file by which the ranks find each other, `seconds` how long one may
-    keep the others waiting. `parent` is the process whose end is to be its own; `delays` a seed of
-    the streams' random delays (devices played by the CPU).
+    `plan` is the plan's JSON, `phases` names those that the ranks share. `weights` is the arena,
+    None for shards it maps itself from `directory`. `store` is the file by which the ranks find
+    each other, `seconds` how long one may keep the others waiting. `parent` is the process whose
+    end is to be its own; `delays` a seed of the streams' random delays (devices played by the CPU).
     """
 
     plan: str
     directory: str | None
     weights: int | None
-    phase: str
+    phases: tuple[str, ...]
     rank: int
     devices: Literal["cuda", "host"]
     threads: int
@@ -42,8 +42,9 @@ class Join:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Compute your part of a call of i32 `ids` after `past` tokens of a sequence."""
+    """Compute your part of a call of a phase: i32 `ids` after `past` tokens of a sequence."""
 
+    phase: str
     ids: npt.NDArray[np.int32]
     past: int
 

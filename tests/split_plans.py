@@ -15,24 +15,37 @@ import torch.fx
 from hmc.compiler import compile as compile_plan
 from hmc.detect import load_machine
 from hmc.graph import meta
-from hmc.machine import Machine
+from hmc.machine import Machine, Rate
 from hmc.passes import Context
 from hmc.passes.budget import divide
 from hmc.passes.context import Budget, stored_bytes
 from hmc.plan import Plan, Switch
 
 STREAM, DUAL, BESIDE = "prefill.stream", "decode.dual", "prefill.beside"
+CHOSEN = "prefill.stream.chosen"
 
 
 @lru_cache
-def machine(gpus: int) -> Machine:
-    """This machine's CPU with GPUs and rates of a named machine."""
+def machine(gpus: int, slow: bool = False) -> Machine:
+    """This machine's CPU with GPUs and rates of a named machine; `slow`: so slow a CPU that the
+    shortest prompts are better streamed, and so slow a link that every expert left out counts."""
     found, named = load_machine("auto"), load_machine("epyc9355-rtx5090x2")
     assert named.rates is not None
     rates = named.rates.model_copy(update={"read": named.rates.read[:1] * len(found.nodes)})
-    return found.model_copy(
-        update={"name": "test", "gpus": (named.gpus * 2)[:gpus], "rates": rates}
-    )
+    installed = named.gpus * 2
+    if slow:
+        rates = rates.model_copy(update={"dot": _rate(1e6), "prefill": _rate(1e-9)})
+        link = {"h2d": _rate(1e6)}
+        installed = tuple(
+            gpu.model_copy(update={"rates": gpu.rates.model_copy(update=link)})
+            for gpu in installed
+            if gpu.rates is not None
+        )
+    return found.model_copy(update={"name": "test", "gpus": installed[:gpus], "rates": rates})
+
+
+def _rate(value: float) -> Rate:
+    return Rate(value=value, kind="assumed", source="test")
 
 
 def split_plan(
@@ -42,11 +55,13 @@ def split_plan(
     held: float = 0.5,
     beside: int = 1 << 28,
     switches: bool = False,
+    slow: bool = False,
     **options: Any,
 ) -> Plan:
     """A plan with `held` of the routed experts on the GPUs, `beside` bytes of each for streaming;
     both decode phases are taken. With `switches`, prompts of 16 tokens stream, and two sequences
-    are decoded in two lanes, whatever is predicted.
+    are decoded in two lanes, whatever is predicted. With `slow`, prompts stream that are too
+    short to choose all experts.
     """
 
     def budget(graph: torch.fx.GraphModule, about: Context) -> Budget:
@@ -67,7 +82,7 @@ def split_plan(
         patched.setattr("hmc.passes.expert_placement.divide", budget)
         patched.setattr("hmc.passes.dual_batch.WORTHWHILE", 0.0)
         settings = {"max_context": 256, "max_chunk": 64, "threads": 2, **options}
-        plan = compile_plan(directory, machine=machine(gpus), **settings)
+        plan = compile_plan(directory, machine=machine(gpus, slow), **settings)
     names = {phase.name for phase in plan.phases}
     if not switches or STREAM not in names:
         return plan

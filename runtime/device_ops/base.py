@@ -83,6 +83,10 @@ class Bound(Protocol):
         """What a load moves: host address of each piece, and where on the device it goes."""
         ...
 
+    def copies_of_experts(self, step: Step) -> dict[int, list[tuple[int, torch.Tensor]]]:
+        """The same by expert, of a load of experts."""
+        ...
+
 
 OpFunction = Callable[[Bound, Step], Work]
 

@@ -34,18 +34,41 @@ def copy(bound: Bound, step: Step) -> Work:
 
 
 def load(bound: Bound, step: Step) -> Work:
-    """Weights from the host's one copy into a slot, or the dense ones back to their place."""
-    pieces = [
+    """Weights from the host's one copy into a slot, or the dense ones back to their place; with an
+    `order`, experts that some token of the call chose, and no others."""
+    if "order" in step.inputs:
+        return _load_chosen(bound, step, step.inputs["order"].buffer)
+    pieces = _cut(bound.copies(step))
+
+    def work(call: Call) -> None:
+        _move(pieces)
+
+    return work
+
+
+def _load_chosen(bound: Bound, step: Step, order: str) -> Work:
+    experts = {expert: _cut(found) for expert, found in bound.copies_of_experts(step).items()}
+
+    def work(call: Call) -> None:
+        _, edges = bound.sorted[order]
+        for expert, pieces in experts.items():
+            if edges[expert] < edges[expert + 1]:
+                _move(pieces)
+
+    return work
+
+
+def _cut(copies: list[tuple[int, torch.Tensor]]) -> list[tuple[int, torch.Tensor]]:
+    return [
         (address + first, target[first : first + COPY_PIECE])
-        for address, target in bound.copies(step)
+        for address, target in copies
         for first in range(0, len(target), COPY_PIECE)
     ]
 
-    def work(call: Call) -> None:
-        for address, target in pieces:
-            target.copy_(view(address, torch.uint8, (len(target),)), non_blocking=True)
 
-    return work
+def _move(pieces: list[tuple[int, torch.Tensor]]) -> None:
+    for address, target in pieces:
+        target.copy_(view(address, torch.uint8, (len(target),)), non_blocking=True)
 
 
 def kv_out(bound: Bound, step: Step) -> Work:

@@ -138,6 +138,70 @@ def test_the_ring_shrinks_with_memory_and_the_plan_stays_sound() -> None:
     assert 2 <= rings[-1] < 256
 
 
+def test_shorter_prompts_have_a_longer_ring() -> None:
+    plan = plan_for("deepseek-v3", ONE, 6, vram=14, max_context=98_304)
+    base = plan.phase(STREAM)
+    (longer,) = (
+        phase
+        for phase in plan.phases
+        if phase.name.startswith(f"{STREAM}.") and phase.name.rpartition(".")[2].isdigit()
+    )
+    assert base.ring < longer.ring <= 256
+    assert longer.max_tokens < base.max_tokens
+    assert longer.name == f"{STREAM}.{longer.max_tokens}"
+    model, tokens = CostModel(plan), 16_384
+    with_longer = run_prefill(plan, model, tokens, longer.name).seconds
+    assert 1.03 * with_longer <= run_prefill(plan, model, tokens, STREAM).seconds
+    points = [(s.phase, s.tokens) for s in plan.switches if s.kind == "prefill"]
+    assert [name for name, _ in points] == ["prefill.host", longer.name, STREAM]
+    assert points[2][1] == longer.max_tokens + 1
+    assert run_prefill(plan, model, tokens).phase == longer.name
+    (reason,) = [d.reason for d in plan.decisions if d.subject == f"ring of {longer.name}"]
+    assert "16384 tokens take" in reason
+
+
+def test_a_ring_that_was_asked_for_is_the_only_one() -> None:
+    plan = plan_for("deepseek-v3", ONE, 6, vram=14, max_context=98_304, ring=16)
+    streams = [phase for phase in plan.phases if phase.name.startswith(STREAM)]
+    assert [(phase.name, phase.ring) for phase in streams] == [(STREAM, 16)]
+
+
+def test_chosen_experts_alone_are_loaded_where_that_pays() -> None:
+    machine = with_rate(named(ONE), dot=2e11, prefill=1e-6)
+    plan = compile_plan(
+        CONFIGS / "deepseek-v3", machine=machine, dummy_weights=True, layers=6, vram=24
+    )
+    name = f"{STREAM}.chosen"
+    phase, model = plan.phase(name), CostModel(plan)
+    starts = {s.phase: s.tokens for s in plan.switches if s.kind == "prefill"}
+    assert list(starts) == ["prefill.host", name, STREAM]
+    assert starts[STREAM] == phase.max_tokens + 1
+    for step in phase.steps:
+        if step.op == "load" and "range" in step.attrs:
+            assert step.inputs["order"].width == 8
+            few = model.step(phase, step, Call(8)).bytes["pcie"]
+            assert 0.15 * step.weight_bytes < few < 0.3 * step.weight_bytes  # 1 - (31/32)^8
+    tokens = starts[name] + 8
+    mine = run_prefill(plan, model, tokens, name).seconds
+    assert mine < run_prefill(plan, model, tokens, "prefill.host").seconds
+    assert mine < run_prefill(plan, model, tokens, STREAM).seconds
+    waits = [
+        (at, event)
+        for at, event in waits_of(phase)
+        if phase.steps[at].op == "load" and phase.steps[at].inputs
+    ]
+    at, event = waits[0]  # the router's word, which the load needs
+    with pytest.raises(VerifyError, match=r"phase prefill\.stream\.chosen, step"):
+        verify_plan(with_phase(plan, name, lambda each: without_wait(each, at, event)))
+
+
+def test_nothing_is_loaded_by_choice_on_the_test_bed() -> None:
+    plan = _plan(ONE)
+    assert not [phase for phase in plan.phases if phase.name.endswith(".chosen")]
+    (why,) = [d.reason for d in plan.decisions if d.subject == "loading chosen experts alone"]
+    assert "choose 100.0% of a layer's experts" in why
+
+
 @pytest.mark.parametrize(("load", "compute"), [(1.0, 0.02), (0.5, 0.5), (0.02, 1.0)])
 def test_the_timeline_is_the_larger_of_transfer_and_computation(
     load: float, compute: float

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.fx
 from checkpoints import prompt
+from split_plans import CHOSEN, split_plan
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
@@ -28,6 +29,7 @@ from hmc.passes.budget import divide
 from hmc.passes.context import Budget, stored_bytes
 from hmc.plan import Plan
 from hmc.runtime.binding import Binding, BoundPhase
+from hmc.runtime.device_ops import exchange
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.pool import Pool
@@ -253,7 +255,7 @@ RANKS = [("qwen3_moe", "fp8"), ("mixtral", "bf16"), ("deepseek_v3", "fp8")]
 
 
 @pytest.mark.parametrize(("family", "quant"), RANKS)
-@pytest.mark.parametrize("beside", [1 << 30, pytest.param(3 << 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("beside", [1 << 30, pytest.param(1 << 18, marks=pytest.mark.slow)])
 def test_a_prompt_shared_by_two_ranks(
     family: str,
     quant: str,
@@ -329,6 +331,43 @@ def test_a_ring_shorter_than_a_layers_experts(
         # the dense weights are back where the slots were
         rows.add(found.run(host, [(found.kv.open(), ids)]), expected)
         rows.check()
+
+
+@pytest.mark.parametrize(
+    ("family", "gpus"), [("deepseek_v3", 2), pytest.param("qwen3_moe", 1, marks=pytest.mark.slow)]
+)
+def test_a_short_prompt_loads_the_experts_it_chooses(
+    family: str, gpus: int, checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkpoint(family, "fp8")
+    plan = split_plan(directory, gpus=gpus, held=0.3, slow=True)
+    phase = plan.phase(CHOSEN)
+    steps = {step.id: step for step in phase.steps}
+    loads = [step for step in phase.steps if step.op == "load" and "range" in step.attrs]
+    assert all(step.inputs["order"].buffer for step in loads)
+    moved: list[int] = []
+    real = exchange._move
+    monkeypatch.setattr(exchange, "_move", lambda pieces: (moved.append(len(pieces)), real(pieces)))
+    with bench(directory, plan) as found:
+        bound, ids = found.binding.phases[CHOSEN], ids_of(4)
+        wanted = expected = 0
+        rows = Errors()
+        moved.clear()
+        got = found.run(bound, [(found.kv.open(), ids)], np.array([3], np.int32))
+        rows.add(got, host_logits(found, ids)[3:])
+        rows.check()
+        for step in steps.values():
+            if step.op == "load" and "range" in step.attrs:
+                _, edges = bound.sorted[step.inputs["order"].buffer]
+                held = bound.copies_of_experts(step)
+                expected += len(held)
+                # `sorted` is of the last layer that used the buffer
+                if step.layer == plan.kv.layers[-1]:
+                    wanted += sum(edges[e] < edges[e + 1] for e in held)
+        last = [step.layer == plan.kv.layers[-1] for step in loads]
+        assert 0 < wanted < sum(last) * max(int(step.attrs["count"]) for step in loads)
+        dense = sum(step.op == "load" for step in phase.steps) - len(loads)
+        assert 0 < len(moved) - dense < expected
 
 
 def test_a_prompt_streamed_by_the_second_gpu_is_decoded_by_the_first(
