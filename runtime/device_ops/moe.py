@@ -11,14 +11,16 @@ import torch
 from torch.nn.functional import silu
 
 from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
-from hmc.runtime.device_ops.matmul import matmul
+from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
 from hmc.runtime.shares import Call
 
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
 _TAKEN = -(2**31)
-_ROWS = 4096
-"""Rows of one expert computed at a time: bounds what lies between its two matmuls."""
+_ROUTED = 4 * 4 + (4 + 8) * 2
+"""Bytes of a logit in `routed`: itself, score, choice and key, and what a sort makes of the key and
+its place, twice."""
 
 
 def route(bound: Bound, step: Step) -> Work:
@@ -29,19 +31,21 @@ def route(bound: Bound, step: Step) -> Work:
     top_k, scoring, groups, top_groups = ints(step, "top_k", "scoring", "groups", "top_groups")
     normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
 
+    row = _ROUTED * logits.shape[1]
+
     def work(call: Call) -> None:
-        count = call.count(share)
-        chosen, weights = routed(
-            logits[:count].to(torch.float32),
-            None if bias is None else bias.to(torch.float32),
-            top_k=top_k,
-            scoring=scoring,
-            normalise=normalise,
-            groups=groups,
-            top_groups=top_groups,
-        )
-        ids[:count].copy_(chosen)
-        routing[:count].copy_(weights * factor)
+        for part in scratch.blocks(0, call.count(share), row):
+            chosen, weights = routed(
+                logits[part].to(torch.float32),
+                None if bias is None else bias.to(torch.float32),
+                top_k=top_k,
+                scoring=scoring,
+                normalise=normalise,
+                groups=groups,
+                top_groups=top_groups,
+            )
+            ids[part].copy_(chosen)
+            routing[part].copy_(weights * factor)
 
     return work
 
@@ -92,7 +96,10 @@ def _best(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sort(bound: Bound, step: Step) -> Work:
-    """Slots (token * top_k + rank of its expert) in the order of their experts."""
+    """Slots (token * top_k + rank of its expert) in the order of their experts.
+
+    A sort is of all rows at once: some 40 bytes a slot.
+    """
     ids, order = bound.tensor(step.inputs["ids"]), bound.tensor(step.outputs["order"])
     share, name = bound.share(step), step.outputs["order"].buffer
     experts = bound.plan.model.experts
@@ -125,6 +132,7 @@ def experts(bound: Bound, step: Step) -> Work:
     count_all, top_k = ints(step, "experts", "top_k")
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
     adds = bound.adds(step)
+    row = max((_expert_row(expert, x.device) for expert in weights.values()), default=1)
 
     def work(call: Call) -> None:
         count = call.count(share)
@@ -134,12 +142,22 @@ def experts(bound: Bound, step: Step) -> Work:
         slots, edges = bound.sorted[order] if order else by_expert(ids[:count], count_all)
         factors = routing[:count].reshape(-1)
         for expert, (gate, up, down) in weights.items():
-            for first in range(edges[expert], edges[expert + 1], _ROWS):
-                mine = slots[first : min(first + _ROWS, edges[expert + 1])].long()
+            for part in scratch.blocks(edges[expert], edges[expert + 1], row):
+                mine = slots[part].long()
                 tokens = mine // top_k
                 rows = x[tokens]
-                act = silu(matmul(rows, gate)).mul_(matmul(rows, up)).to(torch.bfloat16)
+                act = silu(matmul(rows, gate), inplace=True).mul_(matmul(rows, up))
+                act = act.to(torch.bfloat16)
                 # an expert has a token once, so no two rows of one call add to the same place
                 total.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
 
     return work
+
+
+def _expert_row(expert: tuple[Matrix, Matrix, Matrix], device: torch.device) -> int:
+    """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
+    product with what the second makes, or the activations in bf16 with what the last makes."""
+    gate, up, down = expert
+    hidden, width = gate.shape
+    inner = 4 * hidden + row_bytes(up, device)
+    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down, device))
