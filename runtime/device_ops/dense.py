@@ -54,7 +54,8 @@ def norm(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):
-            y[part].copy_(normed(x[part].unflatten(1, (groups, -1)), gamma, eps).flatten(1))
+            chunks = x[part].view(part.stop - part.start, groups, -1)
+            y[part].copy_(normed(chunks, gamma, eps).flatten(1))
 
     return work
 
@@ -148,7 +149,7 @@ def rotary(bound: Bound, step: Step) -> Work:
     def work(call: Call) -> None:
         positions = call.rows[share, device].positions
         for part in scratch.blocks(0, call.count(share), row):
-            place = x[part].unflatten(1, (heads, head_dim))
+            place = x[part].view(part.stop - part.start, heads, head_dim)
             whole = place.to(torch.float32)
             if gamma is not None:
                 whole = normed(whole, gamma, eps)

@@ -20,7 +20,7 @@ from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.ranks_link import Link
 from hmc.runtime.ranks_traffic import Kind, feeds_attention
-from hmc.runtime.shares import ALL, Call, Share, of_share
+from hmc.runtime.shares import Call, Share, of_share
 from hmc.runtime.weights import view
 
 

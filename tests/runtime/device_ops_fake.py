@@ -70,10 +70,21 @@ class Buffers:
     part: Share = ALL
     adding: bool = False
     sorted: dict[str, Any] = field(default_factory=dict)
+    phase: Any = None
+    kv: Any = None
+    link: Any = None
 
     @property
     def plan(self) -> Any:
-        return SimpleNamespace(constants=self.constants, model=SimpleNamespace(experts=8))
+        widths = [cache.shape[1] for cache in self.caches]
+        return SimpleNamespace(
+            constants=self.constants,
+            model=SimpleNamespace(experts=8),
+            kv=SimpleNamespace(widths=widths),
+        )
+
+    def place(self, operand: Operand) -> str:
+        return operand.buffer
 
     def share(self, step: Step) -> Share:
         return self.part
@@ -121,5 +132,3 @@ def step_of(op: str, buffers: Buffers, outputs: str, **attrs: int | float | str)
         outputs={name: operands[name] for name in out},
         attrs=attrs,
     )
-
-

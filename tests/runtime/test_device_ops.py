@@ -16,10 +16,11 @@ from hmc.blocks.dense import RMSNorm
 from hmc.codegen.kernels.route import route as route_reference
 from hmc.errors import ExecutionError
 from hmc.plan import KVLayout
-from hmc.runtime.device_ops import OPS, attention, matmul, moe, triton_fp8
+from hmc.runtime.device_ops import OPS, matmul, moe, scratch, triton_fp8
+from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.kv import KVCache
-from hmc.runtime.shares import Share, gathered, of_share
+from hmc.runtime.shares import Share, of_share
 
 T = 23
 
@@ -33,12 +34,25 @@ T = 23
 def test_shares_part_the_call(tokens: int, of: int, kind: Any) -> None:
     whole = torch.arange(tokens)[:, None]
     shares = [Share(kind, index, of) for index in range(of)]
-    parts = [of_share(whole, share, tokens) for share in shares]
+    parts = [of_share(whole, share, tokens, slice(0, tokens)) for share in shares]
     assert sorted(torch.cat(parts)[:, 0].tolist()) == list(range(tokens))
     for share, part in zip(shares, parts, strict=True):
         assert len(part) <= share.capacity(tokens)
     back = torch.full_like(whole, -1)
-    gathered(zip(shares, parts, strict=True), back, tokens)
+    for share, part in zip(shares, parts, strict=True):
+        gathered(share, part, back, tokens, slice(0, len(part)))
+    assert torch.equal(back, whole)
+
+
+@given(tokens=some.integers(2, 60), of=some.integers(1, 3), rows=some.integers(1, 30))
+def test_shares_part_the_call_in_blocks(tokens: int, of: int, rows: int) -> None:
+    whole = torch.arange(tokens)[:, None]
+    back = torch.full_like(whole, -1)
+    for index in range(of):
+        share = Share("rank", index, of)
+        for first in range(0, share.capacity(tokens), rows):
+            block = slice(first, first + rows)
+            gathered(share, of_share(whole, share, tokens, block), back, tokens, block)
     assert torch.equal(back, whole)
 
 
@@ -71,7 +85,7 @@ def test_calls_that_cannot_be_shared_are_refused(kv: KVCache) -> None:
 def test_products_keep_stored_weights_intact(
     form: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "_BYTES", 8 * columns * 60)  # slices that cut 128-row blocks
+    monkeypatch.setattr(scratch, "BYTES", 4 * 12 * columns * 60)  # slices cut 128-row blocks
     w, x = stored(form, rows, columns), random(T, columns).to(torch.bfloat16)
     exact = w.rows(0, rows).double()
     expected = x.double() @ exact.T
@@ -198,7 +212,7 @@ def test_attention_sees_the_past_and_this_call(
     kv: KVCache, past: int, window: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 4 * (past + T) * 3)  # three queries at a time
+        monkeypatch.setattr(scratch, "BYTES", 4000)  # a query or so at a time
     heads, kv_heads, dim = 4, 2, 8
     call = call_of(kv, [(past, T)], [0])
     k, v = (random(past + T, 16, seed=s).to(torch.bfloat16) for s in (1, 2))
@@ -221,7 +235,7 @@ def test_attention_of_a_batch_reads_each_ones_past(
     kv: KVCache, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 1)  # one sequence at a time
+        monkeypatch.setattr(scratch, "BYTES", 1)  # one sequence at a time
     pasts = [0, 17, 6]
     call = call_of(kv, [(past, 1) for past in pasts], [0])
     caches = [torch.zeros(256, 16, dtype=torch.bfloat16) for _ in range(2)]
@@ -253,7 +267,7 @@ def test_latent_attention_in_both_forms(
     kv: KVCache, past: int, tokens: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 4 * (past + tokens) * 5)
+        monkeypatch.setattr(scratch, "BYTES", 40_000)  # a head, and some queries
     heads, nope, rope, v_dim, rank = 3, 8, 4, 6, 16
     call = call_of(kv, [(past, tokens)], [0])
     rows = random(past + tokens, rank + rope, seed=1).to(torch.bfloat16)
@@ -277,7 +291,7 @@ def test_latent_attention_in_both_forms(
 
 
 def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "_ROWS", 3)
+    monkeypatch.setattr(scratch, "BYTES", 3 * 400)  # three rows or so
     call = call_of(kv, [(0, T)], [0])
     weights = {
         e: tuple(
