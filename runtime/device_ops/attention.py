@@ -64,11 +64,10 @@ def attention(bound: Bound, step: Step) -> Work:
     ) -> None:
         number = mine.shape[1]
         keys, values = (
-            _seen(bound, step, call, part, columns, (new[:, columns],), kind).unflatten(
-                1, (number, -1)
-            )
+            _seen(bound, step, call, part, columns, (new[:, columns],), kind)
             for part, (columns, new) in enumerate(zip(parts, (k, v), strict=True))
         )
+        keys, values = (each.view(len(each), number, -1) for each in (keys, values))
         # fused kernels on CUDA know where later positions are; only a window is told by a mask
         of_score = _HIDDEN if window or kind == torch.float32 else 0
         for part, high, low in _chunks(rows, window, number * of_row, of_score):
@@ -83,7 +82,7 @@ def attention(bound: Bound, step: Step) -> Work:
         of_key = number * (of_place if kind == _CACHED else 2 * of_place) + _HIDDEN
         for part, reach, hidden in _batches(rows, number * of_row, of_key, window):
             keys, values = (
-                cache[:, columns][reach].unflatten(2, (number, -1)).transpose(1, 2).to(kind)
+                cache[:, columns][reach].view(*reach.shape, number, -1).transpose(1, 2).to(kind)
                 for cache, columns in zip(caches, parts, strict=True)
             )
             mask = hidden[:, None, None].to(kind)
@@ -173,8 +172,8 @@ def _latent(
     of_score = _HIDDEN if seen.dtype == torch.float32 else 0
     for heads, into, out in _head_groups(kv_b, s, of_head, seen.dtype):
         number = heads.stop - heads.start
-        keys, values = seen.(
-            seen.new_empty(total, number, wide),seen.new_zeros(total, number, max(wide, s.v_dim)))
+        keys = seen.new_empty(total, number, wide)
+        values = seen.new_zeros(total, number, max(wide, s.v_dim))
         keys[..., : s.nope] = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
         keys[..., s.nope :] = seen[:, None, s.rank :]
         values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
