@@ -79,8 +79,9 @@ def attention(bound: Bound, step: Step) -> Work:
         call: Call, rows: Rows, mine: torch.Tensor, parts: list[slice], result: torch.Tensor
     ) -> None:
         number = mine.shape[1]
-        of_key = number * (of_place if kind == _CACHED else 2 * of_place) + _HIDDEN
-        for part, reach, hidden in _batches(rows, number * of_row, of_key, window):
+
+        def some(part: slice) -> None:
+            reach, hidden = _reached(rows, part, window)
             keys, values = (
                 cache[:, columns][reach].view(*reach.shape, number, -1).transpose(1, 2).to(kind)
                 for cache, columns in zip(caches, parts, strict=True)
@@ -90,6 +91,10 @@ def attention(bound: Bound, step: Step) -> Work:
                 mine[part].to(kind), keys, values, attn_mask=mask, scale=scale
             )
             result[part] = found.flatten(1).to(result.dtype)
+
+        of_key = number * (of_place if kind == _CACHED else 2 * of_place) + _HIDDEN
+        for part in _batches(rows, number * of_row, of_key):
+            some(part)
 
     return work
 
@@ -156,31 +161,64 @@ def _latent(
     absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.rank + s.rope)
     if absorb < expand:
         of_head = s.expanded(size) + s.absorbed(size) + _SCORE * total
-        for heads, into, out in _head_groups(kv_b, s, of_head, seen.dtype):
-            number = heads.stop - heads.start
-            of_row, of_score = number * s.absorbed(size), number * _SCORE + _HIDDEN
-            for part, high, _ in _chunks(rows, 0, of_row, of_score):
-                mine = queries[part, heads].to(seen.dtype)
-                inner = torch.einsum("thn,hnr->thr", mine[..., : s.nope], into)
-                hidden = _later(high - len(mine), len(mine), high, seen.device)
-                mine = torch.cat((inner, mine[..., s.nope :]), -1)
-                mixed = _over_latents(mine, seen[:high], hidden, s)
-                result[part, heads] = torch.einsum("thr,hvr->thv", mixed, out).to(result.dtype)
+        for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+            _absorbed(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s), result[:, heads], s)
         return
     # keys, values as wide (fused kernels want one width), and one of them before it has its place
     of_head = s.expanded(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
-    of_score = _HIDDEN if seen.dtype == torch.float32 else 0
-    for heads, into, out in _head_groups(kv_b, s, of_head, seen.dtype):
-        number = heads.stop - heads.start
-        keys = seen.new_empty(total, number, wide)
-        values = seen.new_zeros(total, number, max(wide, s.v_dim))
-        keys[..., : s.nope] = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
-        keys[..., s.nope :] = seen[:, None, s.rank :]
-        values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
-        for part, high, _ in _chunks(rows, 0, 3 * number * wide * size, of_score):
-            mine = queries[part, heads].to(seen.dtype)
-            found = _attend(mine, keys[:high], values[:high], s.scale, 0)
-            result[part, heads] = found.view(len(mine), number, -1)[..., : s.v_dim]
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        _expanded(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s), result[:, heads], s)
+
+
+def _absorbed(
+    rows: Rows,
+    queries: torch.Tensor,
+    seen: torch.Tensor,
+    kv_b: torch.Tensor,
+    result: torch.Tensor,
+    s: Latent,
+) -> None:
+    """As `_latent` for some heads, their keys and values never made."""
+    kind, number = seen.dtype, queries.shape[1]
+    weight = kv_b.to(kind)
+    into, out = weight[:, : s.nope], weight[:, s.nope :]
+
+    def some(part: slice, high: int) -> None:
+        mine = queries[part].to(kind)
+        inner = torch.einsum("thn,hnr->thr", mine[..., : s.nope], into)
+        mine = torch.cat((inner, mine[..., s.nope :]), -1)
+        hidden = _later(high - len(mine), len(mine), high, seen.device)
+        mixed = _over_latents(mine, seen[:high], hidden, s)
+        result[part] = torch.einsum("thr,hvr->thv", mixed, out).to(result.dtype)
+
+    of_row, of_score = number * s.absorbed(kind.itemsize), number * _SCORE + _HIDDEN
+    for part, high, _ in _chunks(rows, 0, of_row, of_score):
+        some(part, high)
+
+
+def _expanded(
+    rows: Rows,
+    queries: torch.Tensor,
+    seen: torch.Tensor,
+    kv_b: torch.Tensor,
+    result: torch.Tensor,
+    s: Latent,
+) -> None:
+    """As `_latent` for some heads, their keys and values made of all rows."""
+    kind, number, total = seen.dtype, queries.shape[1], len(seen)
+    weight = kv_b.to(kind)
+    into, out = weight[:, : s.nope], weight[:, s.nope :]
+    wide = s.nope + s.rope
+    keys = seen.new_empty(total, number, wide)
+    values = seen.new_zeros(total, number, max(wide, s.v_dim))
+    keys[..., : s.nope] = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
+    keys[..., s.nope :] = seen[:, None, s.rank :]
+    values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
+    of_row = number * kind.itemsize * (wide + 2 * values.shape[2])
+    for part, high, _ in _chunks(rows, 0, of_row, _HIDDEN if kind == torch.float32 else 0):
+        found = _attend(queries[part].to(kind), keys[:high], values[:high], s.scale, 0)
+        result[part] = found.view(-1, number, values.shape[2])[..., : s.v_dim]
+        del found
 
 
 def _over_latents(
@@ -209,32 +247,32 @@ def _latent_batch(
     wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
     found = torch.empty_like(wide[..., : s.rank])
     of_head = s.expanded(size) + rows.count * s.absorbed(size)
-    for heads, into, _ in _head_groups(kv_b, s, of_head, kind):
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        into = _of_heads(kv_b, heads, s)[:, : s.nope].to(kind)
         mine = queries[:, heads, : s.nope].to(kind)
         wide[:, heads, : s.rank] = torch.einsum("thn,hnr->thr", mine, into)
+        del mine, into
     wide[..., s.rank :] = queries[..., s.nope :]
-    for part, reach, hidden in _batches(rows, 0, of_latent + s.heads * _SCORE + _HIDDEN, 0):
+
+    def some(part: slice) -> None:
+        reach, hidden = _reached(rows, part, 0)
         seen = cache[reach].to(kind)
-        of_head = len(seen) * longest * _SCORE
-        for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        of_scores = len(seen) * longest * _SCORE
+        for heads in scratch.blocks(0, s.heads, of_scores, scratch.quarter()):
             found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s)
-    of_head = s.expanded(size) + rows.count * s.absorbed(size)
-    for heads, _, out in _head_groups(kv_b, s, of_head, kind):
-        mixed = torch.einsum("thr,hvr->thv", found[:, heads], out)
-        result[:, heads] = mixed.to(result.dtype)
 
-
-def _head_groups(
-    kv_b: Matrix, s: Latent, of_head: int, kind: torch.dtype
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Heads, their key rows [h, nope, rank] and value rows [h, v_dim, rank], as many at a time as
-    `of_head` bytes each allow."""
-    per_head = s.nope + s.v_dim
+    for part in _batches(rows, 0, of_latent + s.heads * _SCORE + _HIDDEN):
+        some(part)
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        rows = kv_b.rows(heads.start * per_head, heads.stop * per_head)
-        weight = rows.view(-1, per_head, s.rank).to(kind)
-        del rows
-        yield heads, weight[:, : s.nope], weight[:, s.nope :]
+        out = _of_heads(kv_b, heads, s)[:, s.nope :].to(kind)
+        result[:, heads] = torch.einsum("thr,hvr->thv", found[:, heads], out).to(result.dtype)
+        del out
+
+
+def _of_heads(kv_b: Matrix, heads: slice, s: Latent) -> torch.Tensor:
+    """The rows of some heads in f32 [h, nope + v_dim, rank]: those of keys, then of values."""
+    rows = kv_b.rows(heads.start * (s.nope + s.v_dim), heads.stop * (s.nope + s.v_dim))
+    return rows.view(-1, s.nope + s.v_dim, s.rank)
 
 
 def _kind(device: torch.device) -> torch.dtype:
@@ -339,19 +377,21 @@ def _later(
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def _batches(
-    rows: Rows, of_row: int, of_place: int, window: int
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Sequences, the cache rows each sees [n, longest], and what is added to their scores: 0 or
-    -inf; as many as bytes for each sequence and for each of its rows allow."""
+def _batches(rows: Rows, of_row: int, of_place: int) -> Iterator[slice]:
+    """Some sequences: as many as bytes for each and for each of its cache rows allow."""
+    assert rows.reach is not None
+    of_sequence = of_row + rows.reach.shape[1] * of_place
+    return scratch.blocks(0, rows.count, of_sequence, scratch.quarter())
+
+
+def _reached(rows: Rows, part: slice, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache rows that some sequences see [n, longest], and what is added to their scores: 0 or
+    -inf."""
     assert rows.reach is not None and rows.lengths is not None
-    longest = rows.reach.shape[1]
-    place = torch.arange(longest, device=rows.reach.device)[None]
-    of_sequence = of_row + longest * of_place
-    for part in scratch.blocks(0, rows.count, of_sequence, scratch.quarter()):
-        lengths = rows.lengths[part, None]
-        hidden = place >= lengths
-        if window:
-            hidden |= place < lengths - window
-        never = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
-        yield part, rows.reach[part], never
+    reach, lengths = rows.reach[part], rows.lengths[part, None]
+    place = torch.arange(reach.shape[1], device=reach.device)[None]
+    hidden = place >= lengths
+    if window:
+        hidden |= place < lengths - window
+    never = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
+    return reach, never

@@ -88,13 +88,16 @@ def add_norm(bound: Bound, step: Step) -> Work:
     total, share = _sum(bound, step), bound.share(step)
     h_out, y = (bound.tensor(step.outputs[role]) for role in ("h_out", "y"))
     gamma, eps = _gamma(bound, step), float(step.attrs["eps"])
-    row = max(_SUMMED, _NORMED) * y.shape[1] + 16
+    row = max(_SUMMED, 4 + _NORMED) * y.shape[1] + 16
+
+    def block(part: slice) -> None:
+        found = total(part)
+        h_out[part].copy_(found)
+        y[part].copy_(normed(found, gamma, eps))
 
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):
-            found = total(part)
-            h_out[part].copy_(found)
-            y[part].copy_(normed(found, gamma, eps))
+            block(part)
 
     return work
 
@@ -105,10 +108,13 @@ def linear(bound: Bound, step: Step) -> Work:
     w, bias, share = bound.matrix(step, "weight"), bound.vector(step, "bias"), bound.share(step)
     row = row_bytes(w, x.device)
 
+    def block(part: slice) -> None:
+        found = matmul(x[part], w)
+        y[part].copy_(found if bias is None else found.add_(bias.to(torch.float32)))
+
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):
-            found = matmul(x[part], w)
-            y[part].copy_(found if bias is None else found.add_(bias.to(torch.float32)))
+            block(part)
 
     return work
 
@@ -119,10 +125,13 @@ def gate_up(bound: Bound, step: Step) -> Work:
     gate, up, share = bound.matrix(step, "gate"), bound.matrix(step, "up"), bound.share(step)
     row = 4 * gate.shape[0] + row_bytes(up, x.device)
 
+    def block(part: slice) -> None:
+        act = torch.nn.functional.silu(matmul(x[part], gate), inplace=True)
+        y[part].copy_(act.mul_(matmul(x[part], up)))
+
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):
-            act = torch.nn.functional.silu(matmul(x[part], gate), inplace=True)
-            y[part].copy_(act.mul_(matmul(x[part], up)))
+            block(part)
 
     return work
 
@@ -146,21 +155,24 @@ def rotary(bound: Bound, step: Step) -> Work:
     # two products, then the pair and its two halves side by side; of the row: angles and the like
     row = heads * (_NORMED * head_dim + 4 * (dim + dim)) + 4 * 5 * (dim // 2)
 
+    def block(part: slice, positions: torch.Tensor) -> None:
+        place = x[part].view(part.stop - part.start, heads, head_dim)
+        whole = place.to(torch.float32)
+        if gamma is not None:
+            whole = normed(whole, gamma, eps)
+            place.copy_(whole)
+        angle = (positions[part].to(torch.float32)[:, None] * inverse)[:, None]
+        cos, sin = angle.cos() * factor, angle.sin() * factor
+        old = whole[..., turning]
+        a, b = (old[..., 0::2], old[..., 1::2]) if interleaved else old.chunk(2, -1)
+        pair = (a * cos - b * sin, b * cos + a * sin)
+        turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
+        place[..., turning].copy_(turned)
+
     def work(call: Call) -> None:
         positions = call.rows[share, device].positions
         for part in scratch.blocks(0, call.count(share), row):
-            place = x[part].view(part.stop - part.start, heads, head_dim)
-            whole = place.to(torch.float32)
-            if gamma is not None:
-                whole = normed(whole, gamma, eps)
-                place.copy_(whole)
-            angle = (positions[part].to(torch.float32)[:, None] * inverse)[:, None]
-            cos, sin = angle.cos() * factor, angle.sin() * factor
-            old = whole[..., turning]
-            a, b = (old[..., 0::2], old[..., 1::2]) if interleaved else old.chunk(2, -1)
-            pair = (a * cos - b * sin, b * cos + a * sin)
-            turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-            place[..., turning].copy_(turned)
+            block(part, positions)
 
     return work
 

@@ -60,22 +60,25 @@ def kv_out(bound: Bound, step: Step) -> Work:
 
     row = _KV_ROW * sum(part.shape[1] for part in found.values())
 
+    def block(some: slice, slots: torch.Tensor) -> None:
+        rows = {
+            role: part[some].to(torch.bfloat16).to("cpu", non_blocking=False)
+            for role, part in found.items()
+        }
+        parts = (
+            (rows["k"], rows["v"])
+            if "k" in rows
+            else (torch.cat((rows["latent"], rows["k_rope"]), 1),)
+        )
+        block, place = slots // bound.kv.block, slots % bound.kv.block
+        for part, values in enumerate(parts):
+            target = bound.kv.tensor(step.layer, part, heads)
+            target[block, :, place] = values.view(len(values), heads, -1)
+
     def work(call: Call) -> None:
         slots = torch.from_numpy(call.host_slots)
         for some in scratch.blocks(0, call.tokens, row):
-            rows = {
-                role: part[some].to(torch.bfloat16).to("cpu", non_blocking=False)
-                for role, part in found.items()
-            }
-            parts = (
-                (rows["k"], rows["v"])
-                if "k" in rows
-                else (torch.cat((rows["latent"], rows["k_rope"]), 1),)
-            )
-            block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block
-            for part, values in enumerate(parts):
-                target = bound.kv.tensor(step.layer, part, heads)
-                target[block, :, place] = values.view(len(values), heads, -1)
+            block(some, slots[some])
 
     return work
 
@@ -96,8 +99,9 @@ def kv_in(bound: Bound, step: Step) -> Work:
             cache = bound.cache(step.layer, part)
             for some in scratch.blocks(0, call.tokens, _KV_ROW * cache.shape[1]):
                 block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block
-                rows = whole[block, :, place].flatten(1).to(cache.device)
-                cache.index_copy_(0, call.slots[some], rows)
+                cache.index_copy_(
+                    0, call.slots[some], whole[block, :, place].flatten(1).to(cache.device)
+                )
 
     return work
 
@@ -149,12 +153,15 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
     past = {"k": 0, "latent": 0, "v": 1}.get(reader)
     row = (1 + link.ranks) * whole.shape[1] * whole.element_size()  # what is sent and all found
 
+    def block(call: Call, some: slice) -> None:
+        found = link.gather(part[some].to(whole.dtype), step.layer, kind)
+        for share, theirs in zip(shares, found, strict=True):
+            gathered(share, theirs, whole, call.tokens, some)
+
     def work(call: Call) -> None:
         rows = max(call.count(share) for share in shares)  # padded: others may have more
         for some in scratch.blocks(0, rows, row):
-            found = link.gather(part[some].to(whole.dtype), step.layer, kind)
-            for share, theirs in zip(shares, found, strict=True):
-                gathered(share, theirs, whole, call.tokens, some)
+            block(call, some)
         if past is not None and call.past:
             bound.share_past(call, step.layer, past)
 
@@ -171,7 +178,7 @@ def exchange(bound: Bound, step: Step) -> Work:
     sums = [(Share("rank", r, ranks), bound.tensor(step.outputs[f"y{r}"])) for r in range(ranks)]
     homes = [bound.place(operand) for operand in step.inputs.values()]
     places = [bound.place(step.outputs[f"y{r}"]) for r in range(ranks)]
-    row = 2 * parts[0].shape[1]  # bf16
+    row = (2 + 4) * parts[0].shape[1]  # in bf16, which the CPU makes f32 to add it
 
     def work(call: Call) -> None:
         for (share, target), place in zip(sums, places, strict=True):
@@ -192,14 +199,15 @@ def _exchange_over(link: Link, bound: Bound, step: Step) -> Work:
     """As `exchange`, with the partial sums of other processes."""
     part, total = (bound.tensor(side[f"{role}{link.rank}"]) for side, role in _sides(step))
     shares = [Share("rank", rank, link.ranks) for rank in range(link.ranks)]
-    # in bf16 what is sent, twice, and what is found; in f32 rows of two pieces, two ranks' at most
-    row = part.shape[1] * (3 * 2 * (link.ranks - 1) + 2 * 4)
+    # in bf16 what is sent, twice, and what is found; in f32 rows of two pieces, two ranks' at most,
+    # and what the CPU makes of a bf16 row to add it
+    row = part.shape[1] * (3 * 2 * (link.ranks - 1) + 3 * 4)
 
     def work(call: Call) -> None:
         counts = [call.count(share) for share in shares]
         for some in scratch.blocks(0, max(counts), row):  # as many with every rank
-            sums = link.partial_sums(part, call.tokens, step.layer, some)
-            _sum(sums, total[some.start : min(some.stop, counts[link.rank])])
+            mine = total[some.start : min(some.stop, counts[link.rank])]
+            _sum(link.partial_sums(part, call.tokens, step.layer, some), mine)
 
     return work
 

@@ -26,7 +26,7 @@ import torch
 from hmc.plan import Format
 from hmc.runtime.device_ops import scratch, triton_fp8
 
-_BLOCK = 128
+_BLOCK, _TILE = 128, 64
 _E4M3_LARGEST = 448.0
 _BLOCK_SCALED = {(9, 0)}
 """Compute capabilities whose `_scaled_mm` takes a scale for every 128 columns."""
@@ -101,8 +101,9 @@ def row_bytes(w: Matrix, device: torch.device) -> int:
 
 def _expanded(columns: int) -> int:
     """Rows of a weight that `_split` expands at a time: in f32 with scales, or as f32 with two bf16
-    terms (and on the CPU one of them in f32)."""
-    return max(1, scratch.quarter() // ((4 + 2 + 2 + 4) * columns))
+    terms (and on the CPU one of them in f32). Products like whole tiles."""
+    rows = max(1, scratch.quarter() // ((4 + 2 + 2 + 4) * columns))
+    return rows - rows % _TILE if rows > _TILE else rows
 
 
 def fp8_form(w: Matrix, device: torch.device) -> str:
@@ -128,11 +129,15 @@ def _split(x: torch.Tensor, w: Matrix) -> torch.Tensor:
     step = _expanded(columns)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        exact = w.rows(first, last)
-        high = exact.to(torch.bfloat16)
-        low = exact.sub_(high).to(torch.bfloat16)
-        result[:, first:last] = product(x, high).add_(product(x, low))
+        result[:, first:last] = _exactly(x, w.rows(first, last))
     return result
+
+
+def _exactly(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """f32 [T, n] = x bf16 [T, K] times the transpose of `exact` f32 [n, K], which is used up."""
+    high = exact.to(torch.bfloat16)
+    low = exact.sub_(high).to(torch.bfloat16)
+    return product(x, high).add_(product(x, low))
 
 
 _TERMS = 4 + 4 + 2 + 1

@@ -16,6 +16,8 @@ from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
 from hmc.runtime.shares import Call
 
+Expert = tuple[Matrix, Matrix, Matrix]
+"""gate, up and down."""
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
 _TAKEN = -(2**31)
 _ROUTED = 4 * 4 + (4 + 8) * 2
@@ -33,19 +35,22 @@ def route(bound: Bound, step: Step) -> Work:
 
     row = _ROUTED * logits.shape[1]
 
+    def block(part: slice) -> None:
+        chosen, weights = routed(
+            logits[part].to(torch.float32),
+            None if bias is None else bias.to(torch.float32),
+            top_k=top_k,
+            scoring=scoring,
+            normalise=normalise,
+            groups=groups,
+            top_groups=top_groups,
+        )
+        ids[part].copy_(chosen)
+        routing[part].copy_(weights * factor)
+
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):
-            chosen, weights = routed(
-                logits[part].to(torch.float32),
-                None if bias is None else bias.to(torch.float32),
-                top_k=top_k,
-                scoring=scoring,
-                normalise=normalise,
-                groups=groups,
-                top_groups=top_groups,
-            )
-            ids[part].copy_(chosen)
-            routing[part].copy_(weights * factor)
+            block(part)
 
     return work
 
@@ -134,6 +139,17 @@ def experts(bound: Bound, step: Step) -> Work:
     adds = bound.adds(step)
     row = max((_expert_row(expert, x.device) for expert in weights.values()), default=1)
 
+    def block(
+        expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
+    ) -> None:
+        gate, up, down = expert
+        tokens = mine // top_k
+        rows = x[tokens]
+        act = silu(matmul(rows, gate), inplace=True).mul_(matmul(rows, up))
+        act = act.to(torch.bfloat16)
+        # an expert has a token once, so no two rows of one block add to the same place
+        into.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
+
     def work(call: Call) -> None:
         count = call.count(share)
         total = y[:count]
@@ -141,20 +157,14 @@ def experts(bound: Bound, step: Step) -> Work:
             total.zero_()
         slots, edges = bound.sorted[order] if order else by_expert(ids[:count], count_all)
         factors = routing[:count].reshape(-1)
-        for expert, (gate, up, down) in weights.items():
+        for expert, own in weights.items():
             for part in scratch.blocks(edges[expert], edges[expert + 1], row):
-                mine = slots[part].long()
-                tokens = mine // top_k
-                rows = x[tokens]
-                act = silu(matmul(rows, gate), inplace=True).mul_(matmul(rows, up))
-                act = act.to(torch.bfloat16)
-                # an expert has a token once, so no two rows of one call add to the same place
-                total.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
+                block(own, slots[part].long(), factors, total)
 
     return work
 
 
-def _expert_row(expert: tuple[Matrix, Matrix, Matrix], device: torch.device) -> int:
+def _expert_row(expert: Expert, device: torch.device) -> int:
     """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
     product with what the second makes, or the activations in bf16 with what the last makes."""
     gate, up, down = expert

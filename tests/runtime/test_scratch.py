@@ -209,7 +209,9 @@ def between_ranks(op: str) -> Case:
         values[f"y{rank}"] = whole
     buffers = Buffers(values, phase=SimpleNamespace(ranks=2, steps=[]))
     return Case(
-        step_of(op, buffers, "y0 y1"), buffers, call_of(paged(T, 16, 16), [(0, T)], [T - 1], ranks=2)
+        step_of(op, buffers, "y0 y1"),
+        buffers,
+        call_of(paged(T, 16, 16), [(0, T)], [T - 1], ranks=2),
     )
 
 
@@ -247,7 +249,13 @@ def test_temporaries_keep_to_their_bytes(name: str, monkeypatch: pytest.MonkeyPa
     whole.work()
     monkeypatch.setattr(scratch, "BYTES", SMALL)
     found = peak(parts.work)
-    print(f"PEAK {name}: {found / SMALL:.2f} least {parts.least/SMALL:.2f}", [ (a.float()-b.float()).abs().max().item() for a, b in zip(whole.memory, parts.memory, strict=True)])
+    print(
+        f"PEAK {name}: {found / SMALL:.2f} least {parts.least / SMALL:.2f}",
+        [
+            (a.float() - b.float()).abs().max().item()
+            for a, b in zip(whole.memory, parts.memory, strict=True)
+        ],
+    )
     for a, b in zip(whole.memory, parts.memory, strict=True):
         assert torch.equal(a, b)
     assert found <= 2 * SMALL + parts.least
