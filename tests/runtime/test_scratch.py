@@ -1,4 +1,7 @@
-"""What ops make in passing keeps to `scratch.BYTES`, and does not depend on it."""
+"""What ops make in passing keeps to `scratch.BYTES`, and results do not depend on it.
+
+On the CPU: what copies between two GPUs make on the way is not seen here.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from hmc.runtime.shares import Call
 
 SMALL = 1 << 20
 T = 3001
-K, N = 384, 512
+K, N = 256, 512
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -243,24 +246,31 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+# Products of other shapes may take other kernels of the library, whose sums have another order.
+ROUNDED = {"experts", "attention", "attention with a past", "attention in a window", "mla"}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_keep_to_their_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = CASES[name](), CASES[name]()
     whole.work()
     monkeypatch.setattr(scratch, "BYTES", SMALL)
-    found = peak(parts.work)
-    print(
-        f"PEAK {name}: {found / SMALL:.2f} least {parts.least / SMALL:.2f}",
-        [
-            (a.float() - b.float()).abs().max().item()
-            for a, b in zip(whole.memory, parts.memory, strict=True)
-        ],
-    )
-    for a, b in zip(whole.memory, parts.memory, strict=True):
-        assert torch.equal(a, b)
-    assert found <= 2 * SMALL + parts.least
+    assert peak(parts.work) <= 2 * SMALL + parts.least
+    for expected, found in zip(whole.memory, parts.memory, strict=True):
+        if name in ROUNDED:
+            assert (found - expected).norm() <= 1e-6 * expected.norm()
+        else:
+            assert torch.equal(found, expected)
 
 
-def test_two_terms_keep_to_what_a_row_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_terms_take_what_a_row_counts() -> None:
     x = bf16(1000, 1024)
     assert peak(lambda: matmul.two_terms(x)) <= matmul._TERMS * x.numel()
+
+
+def test_blocks_are_as_long_as_they_may_be_and_equally() -> None:
+    assert list(scratch.blocks(3, 3, 1)) == []
+    assert list(scratch.blocks(0, 7, 0)) == [slice(0, 7)]
+    assert list(scratch.blocks(1, 11, 10, 45)) == [slice(1, 5), slice(5, 9), slice(9, 11)]
+    assert list(scratch.blocks(0, 5, 10, 40)) == [slice(0, 3), slice(3, 5)]
+    assert [each.stop for each in scratch.blocks(0, 2, scratch.BYTES + 1)] == [1, 2]
