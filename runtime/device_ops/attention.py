@@ -1,16 +1,16 @@
 """Attention on a device over this call's tokens and the cached past, in bounded memory; hides the
 paged cache, masks and latent attention's two forms.
 
-A call of one sequence reads its own tokens' keys from the buffers (all ranks' where they share the
-call) and the past from the cache of the home GPU. A call of many sequences, one token each, reads
-everything from the cache, padded to the longest. New rows are put into the cache first, in bf16,
-and read as bf16 from the buffers too, so that later calls see what this one saw.
+New rows are put into the home GPU's cache first, in bf16, and read from there; by other GPUs of a
+call from the buffers, rounded likewise, so that later calls see what this one saw. A call of many
+sequences, one token each, reads the cache padded to the longest.
 
 Products are bf16 with f32 sums on CUDA (PyTorch's fused kernels), f32 on the CPU.
 
 What some heads read of the whole context takes a quarter of `scratch.BYTES`, what some rows or
 sequences make of it another; but one head, one row and one sequence is the least. Latent attention
-has the context's latents besides: 2 (rank + rope) bytes a position, on the CPU twice as much.
+has the context's latents besides, 2 (rank + rope) bytes a position, on the CPU thrice as much; and
+for a batch its absorbed queries and results, 2 heads (2 rank + rope) bytes a sequence.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        _append(call, rows, (k, v), caches)
+        _append(call, rows, ((k,), (v,)), caches)
         longest = call.past + call.tokens if rows.reach is None else rows.reach.shape[1]
         for some in scratch.blocks(0, kv_heads, longest * of_place, scratch.quarter()):
             mine = queries[: rows.count, some]
@@ -110,9 +110,9 @@ class Latent:
     rank: int
     scale: float
 
-    def expanded(self, size: int) -> int:
-        """Bytes of one head's part of kv_b: as f32 with scales, and as two operands."""
-        return (self.nope + self.v_dim) * self.rank * (4 + 4 + 2 * size)
+    def kv_b(self, size: int) -> int:
+        """Bytes of one head's part of kv_b."""
+        return (self.nope + self.v_dim) * self.rank * size
 
     def absorbed(self, size: int) -> int:
         """Bytes of one head of one query: itself, absorbed, wide, its latents and its result."""
@@ -129,11 +129,10 @@ def mla(bound: Bound, step: Step) -> Work:
     sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
     caches = [bound.cache(step.layer, 0)] if home else []
-    places = [part for cache in caches for part in (cache[:, :rank], cache[:, rank:])]
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        _append(call, rows, (latent, k_rope), places)
+        _append(call, rows, ((latent, k_rope),), caches)
         queries = q[: rows.count].view(rows.count, heads, nope + rope)
         result = y[: rows.count].view(rows.count, heads, v_dim)
         if rows.reach is None:
@@ -160,14 +159,19 @@ def _latent(
     expand = total * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * wide
     absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.rank + s.rope)
     if absorb < expand:
-        of_head = s.expanded(size) + s.absorbed(size) + _SCORE * total
+        of_head = s.kv_b(size) + s.absorbed(size) + _SCORE * total
         for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-            _absorbed(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s), result[:, heads], s)
+            own = _of_heads(kv_b, heads, s, seen.dtype)
+            _absorbed(rows, queries[:, heads], seen, own, result[:, heads], s)
+            del own
         return
-    # keys, values as wide (fused kernels want one width), and one of them before it has its place
-    of_head = s.expanded(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
+    # kv_b also in another order; keys, values as wide (fused kernels want one width), and one of
+    # them before it has its place
+    of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        _expanded(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s), result[:, heads], s)
+        own = _of_heads(kv_b, heads, s, seen.dtype)
+        _expanded(rows, queries[:, heads], seen, own, result[:, heads], s)
+        del own
 
 
 def _absorbed(
@@ -180,8 +184,7 @@ def _absorbed(
 ) -> None:
     """As `_latent` for some heads, their keys and values never made."""
     kind, number = seen.dtype, queries.shape[1]
-    weight = kv_b.to(kind)
-    into, out = weight[:, : s.nope], weight[:, s.nope :]
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
 
     def some(part: slice, high: int) -> None:
         mine = queries[part].to(kind)
@@ -206,8 +209,7 @@ def _expanded(
 ) -> None:
     """As `_latent` for some heads, their keys and values made of all rows."""
     kind, number, total = seen.dtype, queries.shape[1], len(seen)
-    weight = kv_b.to(kind)
-    into, out = weight[:, : s.nope], weight[:, s.nope :]
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
     wide = s.nope + s.rope
     keys = seen.new_empty(total, number, wide)
     values = seen.new_zeros(total, number, max(wide, s.v_dim))
@@ -246,9 +248,9 @@ def _latent_batch(
     of_latent = cache.shape[1] * (size if kind == _CACHED else 2 + size)
     wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
     found = torch.empty_like(wide[..., : s.rank])
-    of_head = s.expanded(size) + rows.count * s.absorbed(size)
+    of_head = s.kv_b(size) + rows.count * s.absorbed(size)
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        into = _of_heads(kv_b, heads, s)[:, : s.nope].to(kind)
+        into = _of_heads(kv_b, heads, s, kind)[:, : s.nope]
         mine = queries[:, heads, : s.nope].to(kind)
         wide[:, heads, : s.rank] = torch.einsum("thn,hnr->thr", mine, into)
         del mine, into
@@ -264,15 +266,19 @@ def _latent_batch(
     for part in _batches(rows, 0, of_latent + s.heads * _SCORE + _HIDDEN):
         some(part)
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        out = _of_heads(kv_b, heads, s)[:, s.nope :].to(kind)
+        out = _of_heads(kv_b, heads, s, kind)[:, s.nope :]
         result[:, heads] = torch.einsum("thr,hvr->thv", found[:, heads], out).to(result.dtype)
         del out
 
 
-def _of_heads(kv_b: Matrix, heads: slice, s: Latent) -> torch.Tensor:
-    """The rows of some heads in f32 [h, nope + v_dim, rank]: those of keys, then of values."""
-    rows = kv_b.rows(heads.start * (s.nope + s.v_dim), heads.stop * (s.nope + s.v_dim))
-    return rows.view(-1, s.nope + s.v_dim, s.rank)
+def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> torch.Tensor:
+    """The rows of some heads [h, nope + v_dim, rank]: those of keys, then of values."""
+    per_head = s.nope + s.v_dim
+    first, last = heads.start * per_head, heads.stop * per_head
+    found = kv_b.data.new_empty((last - first, s.rank), dtype=kind)
+    for part in scratch.blocks(first, last, (4 + 4) * s.rank, 2 * scratch.quarter()):
+        found[part.start - first : part.stop - first] = kv_b.rows(part.start, part.stop)
+    return found.view(-1, per_head, s.rank)
 
 
 def _kind(device: torch.device) -> torch.dtype:
@@ -281,15 +287,20 @@ def _kind(device: torch.device) -> torch.dtype:
 
 
 def _append(
-    call: Call, rows: Rows, new: tuple[torch.Tensor, ...], caches: list[torch.Tensor]
+    call: Call,
+    rows: Rows,
+    new: tuple[tuple[torch.Tensor, ...], ...],
+    caches: list[torch.Tensor],
 ) -> None:
-    """Put new rows into the home GPU's caches (none elsewhere): those of the whole call where it is
-    one sequence's, else those of the share."""
+    """Put new rows, of columns side by side, into each of the home GPU's caches (none elsewhere):
+    those of the whole call where it is one sequence's, else those of the share."""
     single = rows.reach is None
     count, slots = (call.tokens, call.slots) if single else (rows.count, rows.slots)
-    for part, cache in zip(new, caches, strict=False):
-        for some in scratch.blocks(0, count, 2 * part.shape[1], scratch.quarter()):
-            cache.index_copy_(0, slots[some], part[some].to(_CACHED))
+    for cache, parts in zip(caches, new, strict=False):
+        for some in scratch.blocks(0, count, (4 + 2) * cache.shape[1], scratch.quarter()):
+            mine = [part[some] for part in parts]
+            together = mine[0] if len(mine) == 1 else torch.cat(mine, 1)
+            cache.index_copy_(0, slots[some], together.to(_CACHED))
 
 
 def _seen(
@@ -301,13 +312,16 @@ def _seen(
     new: tuple[torch.Tensor, ...],
     kind: torch.dtype,
 ) -> torch.Tensor:
-    """Cache rows [past + T, width] of every position up to the call's last: `columns` of those
-    before the call, and `new` side by side, rounded as the cache rounds them."""
+    """Cache rows [past + T, width] of every position up to the call's last: `columns` of them. Away
+    from the cache those of this call are `new` side by side, rounded as the cache rounds them."""
+    if bound.home(bound.device(step)):
+        slots = torch.cat((call.past_slots, call.slots)) if call.past else call.slots
+        return bound.cache(step.layer, part)[:, columns][slots].to(kind)
     width = columns.stop - columns.start
     found = new[0].new_empty((call.past + call.tokens, width), dtype=kind)
     if call.past:
         # of GPUs in other processes only the rows are known, and not the cache
-        paged = bound.link is None or bound.home(bound.device(step))
+        paged = bound.link is None
         past = bound.cache(step.layer, part) if paged else bound.before(call, step.layer, part)
         for some in scratch.blocks(0, call.past, 2 * 2 * width, scratch.quarter()):
             rows = past[:, columns]
@@ -315,8 +329,7 @@ def _seen(
     place = found[call.past :]
     for each in new:
         for some in scratch.blocks(0, call.tokens, 2 * each.shape[1], scratch.quarter()):
-            rows = each[some] if kind == _CACHED else each[some].to(_CACHED)
-            place[some, : each.shape[1]] = rows
+            place[some, : each.shape[1]] = each[some].to(_CACHED)
         place = place[:, each.shape[1] :]
     return found
 
