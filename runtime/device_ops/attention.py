@@ -161,17 +161,27 @@ def _latent(
     if absorb < expand:
         of_head = s.kv_b(size) + s.absorbed(size) + _SCORE * total
         for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-            own = _of_heads(kv_b, heads, s, seen.dtype)
-            _absorbed(rows, queries[:, heads], seen, own, result[:, heads], s)
-            del own
+            _absorbed(
+                rows,
+                queries[:, heads],
+                seen,
+                _of_heads(kv_b, heads, s, seen.dtype),
+                result[:, heads],
+                s,
+            )
         return
     # kv_b also in another order; keys, values as wide (fused kernels want one width), and one of
     # them before it has its place
     of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        own = _of_heads(kv_b, heads, s, seen.dtype)
-        _expanded(rows, queries[:, heads], seen, own, result[:, heads], s)
-        del own
+        _expanded(
+            rows,
+            queries[:, heads],
+            seen,
+            _of_heads(kv_b, heads, s, seen.dtype),
+            result[:, heads],
+            s,
+        )
 
 
 def _absorbed(
