@@ -68,33 +68,33 @@ class Link:
         options._devices = [kind.create_device(hostname="127.0.0.1")]
         return kind(meeting, self.rank, self.ranks, options)
 
-    def gather(self, part: torch.Tensor, rows: int, layer: int, kind: Kind) -> list[torch.Tensor]:
-        """`rows` rows of every rank, by rank, on the wire's device: [rows, width] as `part` is."""
-        sent = part[:rows].to(self._wire).contiguous()
+    def gather(self, part: torch.Tensor, layer: int, kind: Kind) -> list[torch.Tensor]:
+        """Every rank's `part`, by rank, on the wire's device; of the same shape and type on all."""
+        sent = part.to(self._wire).contiguous()
         found = [torch.empty_like(sent) for _ in range(self.ranks)]
         self._done("allgather", [[_raw(each) for each in found]], [_raw(sent)])
         self._counts[layer, kind] += (self.ranks - 1) * sent.numel() * sent.element_size()
         return found
 
-    def partial_sums(self, part: torch.Tensor, tokens: int, layer: int) -> list[torch.Tensor]:
-        """Of partial sums [tokens, width], each other rank's of this rank's rows, in bf16 and by
-        rank (this rank's own: f32 as it is)."""
+    def partial_sums(
+        self, part: torch.Tensor, tokens: int, layer: int, rows: slice
+    ) -> list[torch.Tensor]:
+        """Of partial sums [tokens, width], each other rank's of `rows` of this rank's share, in
+        bf16 and by rank (this rank's own: f32 as it is). `rows` are the same on all ranks; the last
+        of them may be missing in a share."""
         shares = [Share("rank", rank, self.ranks) for rank in range(self.ranks)]
-        counts = [sum(b - a for a, b in share.pieces(tokens)) for share in shares]
-        own = counts[self.rank]
-        away = [
-            of_share(part, share, tokens).to(torch.bfloat16)
-            for rank, share in enumerate(shares)
-            if rank != self.rank
-        ]
+        kept = of_share(part, shares.pop(self.rank), tokens, rows)
+        own = len(kept)
+        away = [of_share(part, share, tokens, rows).to(torch.bfloat16) for share in shares]
         sent = torch.cat(away).to(self._wire)
         found = sent.new_empty((self.ranks - 1) * own, part.shape[1])
-        outgoing = [0 if rank == self.rank else n for rank, n in enumerate(counts)]
-        incoming = [0 if rank == self.rank else own for rank in range(self.ranks)]
+        outgoing, incoming = [len(each) for each in away], [own] * (self.ranks - 1)
+        for counts in (outgoing, incoming):
+            counts.insert(self.rank, 0)
         self._done("alltoall_base", _raw(found), _raw(sent), incoming, outgoing)
         self._counts[layer, "exchanged"] += sent.numel() * sent.element_size()
         parts = list(torch.split(found, own)) if own else [found] * (self.ranks - 1)
-        parts.insert(self.rank, of_share(part, shares[self.rank], tokens))
+        parts.insert(self.rank, kept)
         return parts
 
     def broadcast(self, rows: torch.Tensor, layer: int, kind: Kind) -> torch.Tensor:

@@ -12,7 +12,7 @@ A call is the tokens of one run of a phase. A step works on a *share* of them:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +47,16 @@ class Share:
             numbers = (self.index, 2 * self.of - 1 - self.index)
             return tuple((edges[i], edges[i + 1]) for i in numbers)
         raise ValueError("wanted rows are no runs of the call's tokens")
+
+    def runs(self, tokens: int, part: slice) -> Iterator[tuple[slice, slice]]:
+        """Of rows `part` of the share (as far as it has them) those that follow each other in the
+        call: where they are in the share, and where in the call."""
+        start = 0
+        for first, last in self.pieces(tokens):
+            low, high = max(part.start, start), min(part.stop, start + last - first)
+            if low < high:
+                yield slice(low, high), slice(first + low - start, first + high - start)
+            start += last - first
 
     def capacity(self, tokens: int) -> int:
         """Rows the share has at most, in calls of up to `tokens` tokens."""
@@ -227,16 +237,7 @@ def _picked(wanted: Ints, share: Share, tokens: int) -> npt.NDArray[np.int64]:
     return found
 
 
-def gathered(parts: Iterable[tuple[Share, torch.Tensor]], whole: torch.Tensor, tokens: int) -> None:
-    """Put the rows of each share where they are in the call: `whole` [tokens, width]."""
-    for share, part in parts:
-        start = 0
-        for first, last in share.pieces(tokens):
-            whole[first:last].copy_(part[start : start + last - first], non_blocking=True)
-            start += last - first
-
-
-def of_share(whole: torch.Tensor, share: Share, tokens: int) -> torch.Tensor:
-    """The rows of a share of `whole` [tokens, width]; a view where they follow each other."""
-    pieces = [whole[first:last] for first, last in share.pieces(tokens)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def of_share(whole: torch.Tensor, share: Share, tokens: int, part: slice) -> torch.Tensor:
+    """Rows `part` of a share of `whole` [tokens, width]; a view where they follow each other."""
+    runs = [whole[run] for _, run in share.runs(tokens, part)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs or [whole[:0]])

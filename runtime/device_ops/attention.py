@@ -1,12 +1,16 @@
 """Attention on a device over this call's tokens and the cached past, in bounded memory; hides the
 paged cache, masks and latent attention's two forms.
 
-A call of one sequence reads its own tokens' keys from the buffers (all ranks' where they share the
-call) and the past from the cache of the home GPU. A call of many sequences, one token each, reads
-everything from the cache, padded to the longest. New rows are put into the cache first, in bf16,
-and read as bf16 from the buffers too, so that later calls see what this one saw.
+New rows are put into the home GPU's cache first, in bf16, and read from there; by other GPUs of a
+call from the buffers, rounded likewise, so that later calls see what this one saw. A call of many
+sequences, one token each, reads the cache padded to the longest.
 
 Products are bf16 with f32 sums on CUDA (PyTorch's fused kernels), f32 on the CPU.
+
+What some heads read of the whole context takes a quarter of `scratch.BYTES`, what some rows or
+sequences make of it another; but one head, one row and one sequence is the least. Latent attention
+has the context's latents besides, 2 (rank + rope) bytes a position, on the CPU thrice as much; and
+for a batch its absorbed queries and results, 2 heads (2 rank + rope) bytes a sequence.
 """
 
 from __future__ import annotations
@@ -19,12 +23,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.shares import Call, Rows
 
-_BYTES = 64 << 20
-"""What a mask, a group of expanded heads or the padded rows of some sequences may take each."""
+_CACHED = torch.bfloat16
+_SCORE = 4 + 4 + 4
+"""Bytes of a score in `_over_latents`: in f32, as a weight in f32, and as one of the operands."""
+_HIDDEN = 4 + 1 + 1
+"""Bytes of an element of a mask: itself in f32, and what it is made of."""
 
 
 def attention(bound: Bound, step: Step) -> Work:
@@ -32,42 +40,61 @@ def attention(bound: Bound, step: Step) -> Work:
     q, k, v = (bound.tensor(step.inputs[role]) for role in ("q", "k", "v"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     heads, kv_heads, head_dim, window = ints(step, "heads", "kv_heads", "head_dim", "window")
+    group, v_dim = heads // kv_heads, v.shape[1] // kv_heads
+    queries = q.view(len(q), kv_heads, group, head_dim)
     scale, home = float(step.attrs["scale"]), bound.home(device)
     caches = [bound.cache(step.layer, part) for part in (0, 1)] if home else []
-    exact = q.device.type == "cpu"
-    kind = torch.float32 if exact else torch.bfloat16
+    kind = _kind(q.device)
+    of_row = group * kind.itemsize * (head_dim + 2 * max(head_dim, v_dim))  # q and y, y in order
+    padded = head_dim if v_dim < head_dim else 0  # by _attend
+    of_place = (head_dim + v_dim + padded) * kind.itemsize
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        new = _appended(call, rows, (k, v), caches, home)
-        queries = q[: rows.count].view(rows.count, heads, head_dim).to(kind)
-        if rows.reach is None:
-            keys, values = (
-                _seen(bound, call, step.layer, number, part).view(
-                    -1, kv_heads, part.shape[1] // kv_heads
-                )
-                for number, part in enumerate(new)
+        _append(call, rows, ((k,), (v,)), caches)
+        longest = call.past + call.tokens if rows.reach is None else rows.reach.shape[1]
+        for some in scratch.blocks(0, kv_heads, longest * of_place, scratch.quarter()):
+            mine = queries[: rows.count, some]
+            result = y[:, some.start * group * v_dim : some.stop * group * v_dim]
+            parts = [slice(some.start * width, some.stop * width) for width in (head_dim, v_dim)]
+            (one if rows.reach is None else many)(call, rows, mine, parts, result)
+
+    def one(
+        call: Call, rows: Rows, mine: torch.Tensor, parts: list[slice], result: torch.Tensor
+    ) -> None:
+        number = mine.shape[1]
+        keys, values = (
+            _seen(bound, step, call, part, columns, (new[:, columns],), kind)
+            for part, (columns, new) in enumerate(zip(parts, (k, v), strict=True))
+        )
+        keys, values = (each.view(len(each), number, -1) for each in (keys, values))
+        # fused kernels on CUDA know where later positions are; only a window is told by a mask
+        of_score = _HIDDEN if window or kind == torch.float32 else 0
+        for part, high, low in _chunks(rows, window, number * of_row, of_score):
+            result[part] = _attend(
+                mine[part].flatten(1, 2).to(kind), keys[low:high], values[low:high], scale, window
             )
-            for first, last, high, low in _chunks(rows, window):
-                y[first:last] = _attend(
-                    queries[first:last],
-                    keys[low:high].to(kind),
-                    values[low:high].to(kind),
-                    scale,
-                    window,
-                )
-            return
-        width = 2 * (caches[0].shape[1] + caches[1].shape[1])
-        for part, reach, hidden in _batches(rows, width * (2 if exact else 1), window):
+
+    def many(
+        call: Call, rows: Rows, mine: torch.Tensor, parts: list[slice], result: torch.Tensor
+    ) -> None:
+        number = mine.shape[1]
+
+        def some(part: slice) -> None:
+            reach, hidden = _reached(rows, part, window)
             keys, values = (
-                cache[reach].view(*reach.shape, kv_heads, -1).transpose(1, 2).to(kind)
-                for cache in caches
+                cache[:, columns][reach].view(*reach.shape, number, -1).transpose(1, 2).to(kind)
+                for cache, columns in zip(caches, parts, strict=True)
             )
-            grouped = queries[part].view(len(reach), kv_heads, heads // kv_heads, head_dim)
+            mask = hidden[:, None, None].to(kind)
             found = scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=hidden[:, None, None].to(kind), scale=scale
+                mine[part].to(kind), keys, values, attn_mask=mask, scale=scale
             )
-            y[part] = found.flatten(1).to(y.dtype)
+            result[part] = found.flatten(1).to(result.dtype)
+
+        of_key = number * (of_place if kind == _CACHED else 2 * of_place) + _HIDDEN
+        for part in _batches(rows, number * of_row, of_key):
+            some(part)
 
     return work
 
@@ -83,6 +110,14 @@ class Latent:
     rank: int
     scale: float
 
+    def kv_b(self, size: int) -> int:
+        """Bytes of one head's part of kv_b."""
+        return (self.nope + self.v_dim) * self.rank * size
+
+    def absorbed(self, size: int) -> int:
+        """Bytes of one head of one query: itself, absorbed, wide, its latents and its result."""
+        return (2 * (self.nope + self.rope) + 3 * self.rank + self.v_dim) * size
+
 
 def mla(bound: Bound, step: Step) -> Work:
     """Latent attention: keys and values expanded from the latents for many queries, or kv_b
@@ -92,19 +127,17 @@ def mla(bound: Bound, step: Step) -> Work:
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     heads, nope, rope, v_dim, rank = ints(step, "heads", "nope", "rope", "v_dim", "rank")
     sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
-    kv_b, home = bound.matrix(step, "kv_b"), bound.home(device)
+    kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
     caches = [bound.cache(step.layer, 0)] if home else []
-    kind = torch.float32 if q.device.type == "cpu" else torch.bfloat16
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        both = torch.cat([part[: call.tokens] for part in (latent, k_rope)], 1)
-        count = rows.count if rows.reach is not None else call.tokens
-        (new,) = _appended(call, rows, (both[:count],), caches, home)
-        queries = q[: rows.count].view(rows.count, sizes.heads, -1)
-        result = y[: rows.count].view(rows.count, sizes.heads, sizes.v_dim)
+        _append(call, rows, ((latent, k_rope),), caches)
+        queries = q[: rows.count].view(rows.count, heads, nope + rope)
+        result = y[: rows.count].view(rows.count, heads, v_dim)
         if rows.reach is None:
-            seen = _seen(bound, call, step.layer, 0, new).to(kind)
+            columns = slice(0, rank + rope)
+            seen = _seen(bound, step, call, 0, columns, (latent, k_rope), kind)
             _latent(rows, queries, seen, kv_b, result, sizes)
         else:
             _latent_batch(rows, queries, caches[0], kv_b, result, sizes, kind)
@@ -122,29 +155,82 @@ def _latent(
 ) -> None:
     """One sequence: result [T, heads, v_dim] of queries [T, heads, nope + rope] over rows [S, rank
     + rope]."""
-    tokens, total = rows.count, len(seen)
-    expand = total * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.nope + s.rope)
+    tokens, total, size, wide = rows.count, len(seen), seen.element_size(), s.nope + s.rope
+    expand = total * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * wide
     absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.rank + s.rope)
-    absorbed, y_kind = absorb < expand, result.dtype
-    size = seen.element_size()
-    per_head = tokens * (s.rank + s.rope) if absorbed else total * (s.nope + s.rope + s.v_dim)
-    for heads, into, out in _head_groups(kv_b, s, max(1, _BYTES // (size * per_head)), seen.dtype):
-        mine = queries[:, heads].to(seen.dtype)
-        if absorbed:
-            inner = torch.einsum("thn,hnr->thr", mine[..., : s.nope], into)
-            wide = torch.cat((inner, mine[..., s.nope :]), -1)
-            for first, last, high, _ in _chunks(rows, 0, mine.shape[1]):
-                hidden = _later(high - (last - first), last - first, high, seen.device)
-                mixed = _over_latents(wide[first:last], seen[:high], hidden, s)
-                result[first:last, heads] = torch.einsum("thr,hvr->thv", mixed, out).to(y_kind)
-            continue
-        expanded = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
-        shared = seen[:, None, s.rank :].expand(-1, expanded.shape[1], -1)
-        keys = torch.cat((expanded, shared), -1)
-        values = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
-        for first, last, high, _ in _chunks(rows, 0):
-            found = _attend(mine[first:last], keys[:high], values[:high], s.scale, 0)
-            result[first:last, heads] = found.view(last - first, -1, s.v_dim).to(y_kind)
+    if absorb < expand:
+        of_head = s.kv_b(size) + s.absorbed(size) + _SCORE * total
+        for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+            _absorbed(
+                rows,
+                queries[:, heads],
+                seen,
+                _of_heads(kv_b, heads, s, seen.dtype),
+                result[:, heads],
+                s,
+            )
+        return
+    # kv_b also in another order; keys, values as wide (fused kernels want one width), and one of
+    # them before it has its place
+    of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        _expanded(
+            rows,
+            queries[:, heads],
+            seen,
+            _of_heads(kv_b, heads, s, seen.dtype),
+            result[:, heads],
+            s,
+        )
+
+
+def _absorbed(
+    rows: Rows,
+    queries: torch.Tensor,
+    seen: torch.Tensor,
+    kv_b: torch.Tensor,
+    result: torch.Tensor,
+    s: Latent,
+) -> None:
+    """As `_latent` for some heads, their keys and values never made."""
+    kind, number = seen.dtype, queries.shape[1]
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
+
+    def some(part: slice, high: int) -> None:
+        mine = queries[part].to(kind)
+        inner = torch.einsum("thn,hnr->thr", mine[..., : s.nope], into)
+        mine = torch.cat((inner, mine[..., s.nope :]), -1)
+        hidden = _later(high - len(mine), len(mine), high, seen.device)
+        mixed = _over_latents(mine, seen[:high], hidden, s)
+        result[part] = torch.einsum("thr,hvr->thv", mixed, out).to(result.dtype)
+
+    of_row, of_score = number * s.absorbed(kind.itemsize), number * _SCORE + _HIDDEN
+    for part, high, _ in _chunks(rows, 0, of_row, of_score):
+        some(part, high)
+
+
+def _expanded(
+    rows: Rows,
+    queries: torch.Tensor,
+    seen: torch.Tensor,
+    kv_b: torch.Tensor,
+    result: torch.Tensor,
+    s: Latent,
+) -> None:
+    """As `_latent` for some heads, their keys and values made of all rows."""
+    kind, number, total = seen.dtype, queries.shape[1], len(seen)
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
+    wide = s.nope + s.rope
+    keys = seen.new_empty(total, number, wide)
+    values = seen.new_zeros(total, number, max(wide, s.v_dim))
+    keys[..., : s.nope] = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
+    keys[..., s.nope :] = seen[:, None, s.rank :]
+    values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
+    of_row = number * kind.itemsize * (wide + 2 * values.shape[2])
+    for part, high, _ in _chunks(rows, 0, of_row, _HIDDEN if kind == torch.float32 else 0):
+        found = _attend(queries[part].to(kind), keys[:high], values[:high], s.scale, 0)
+        result[part] = found.view(-1, number, values.shape[2])[..., : s.v_dim]
+        del found
 
 
 def _over_latents(
@@ -152,8 +238,8 @@ def _over_latents(
 ) -> torch.Tensor:
     """Weighted latents [T, h, rank] of queries [.., T, h, rank + rope] over rows [.., S, rank +
     rope]; `hidden` [T, S] (or [S] a sequence) is added to scores."""
-    scores = (wide @ seen.transpose(-1, -2)).to(torch.float32) * s.scale
-    weights = (scores + hidden[..., None, :]).softmax(-1).to(seen.dtype)
+    scores = (wide @ seen.transpose(-1, -2)).to(torch.float32).mul_(s.scale)
+    weights = scores.add_(hidden[..., None, :]).softmax(-1).to(seen.dtype)
     return weights @ seen[..., : s.rank]
 
 
@@ -167,66 +253,108 @@ def _latent_batch(
     kind: torch.dtype,
 ) -> None:
     """Many sequences, one query each, absorbed."""
-    inner = queries.new_empty((*queries.shape[:2], s.rank), dtype=kind)
-    found = torch.empty_like(inner)
-    group = max(1, _BYTES // (8 * s.rank * (s.nope + s.v_dim)))
-    for heads, into, _ in _head_groups(kv_b, s, group, kind):
+    assert rows.reach is not None
+    size, longest = kind.itemsize, rows.reach.shape[1]
+    of_latent = cache.shape[1] * (size if kind == _CACHED else 2 + size)
+    wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
+    found = torch.empty_like(wide[..., : s.rank])
+    of_head = s.kv_b(size) + rows.count * s.absorbed(size)
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        into = _of_heads(kv_b, heads, s, kind)[:, : s.nope]
         mine = queries[:, heads, : s.nope].to(kind)
-        inner[:, heads] = torch.einsum("thn,hnr->thr", mine, into)
-    wide = torch.cat((inner, queries[..., s.nope :].to(kind)), -1)
-    for part, reach, hidden in _batches(rows, 4 * cache.shape[1], 0):
-        found[part] = _over_latents(wide[part], cache[reach].to(kind), hidden, s)
-    for heads, _, out in _head_groups(kv_b, s, group, kind):
-        mixed = torch.einsum("thr,hvr->thv", found[:, heads], out)
-        result[:, heads] = mixed.to(result.dtype)
+        wide[:, heads, : s.rank] = torch.einsum("thn,hnr->thr", mine, into)
+        del mine, into
+    wide[..., s.rank :] = queries[..., s.nope :]
+
+    def some(part: slice) -> None:
+        reach, hidden = _reached(rows, part, 0)
+        seen = cache[reach].to(kind)
+        of_scores = len(seen) * longest * _SCORE
+        for heads in scratch.blocks(0, s.heads, of_scores, scratch.quarter()):
+            found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s)
+
+    for part in _batches(rows, 0, of_latent + s.heads * _SCORE + _HIDDEN):
+        some(part)
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        out = _of_heads(kv_b, heads, s, kind)[:, s.nope :]
+        result[:, heads] = torch.einsum("thr,hvr->thv", found[:, heads], out).to(result.dtype)
+        del out
 
 
-def _head_groups(
-    kv_b: Matrix, s: Latent, group: int, kind: torch.dtype
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Heads, their key rows [h, nope, rank] and value rows [h, v_dim, rank], some at a time."""
+def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> torch.Tensor:
+    """The rows of some heads [h, nope + v_dim, rank]: those of keys, then of values."""
     per_head = s.nope + s.v_dim
-    for first in range(0, s.heads, group):
-        last = min(s.heads, first + group)
-        weight = kv_b.rows(first * per_head, last * per_head).view(-1, per_head, s.rank).to(kind)
-        yield slice(first, last), weight[:, : s.nope], weight[:, s.nope :]
+    first, last = heads.start * per_head, heads.stop * per_head
+    found = kv_b.data.new_empty((last - first, s.rank), dtype=kind)
+    for part in scratch.blocks(first, last, (4 + 4) * s.rank, 2 * scratch.quarter()):
+        found[part.start - first : part.stop - first] = kv_b.rows(part.start, part.stop)
+    return found.view(-1, per_head, s.rank)
 
 
-def _appended(
+def _kind(device: torch.device) -> torch.dtype:
+    """Of the operands of products."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def _append(
     call: Call,
     rows: Rows,
-    parts: tuple[torch.Tensor, ...],
+    new: tuple[tuple[torch.Tensor, ...], ...],
     caches: list[torch.Tensor],
-    home: bool,
-) -> list[torch.Tensor]:
-    """The new cache rows in bf16, put into the home GPU's cache: those of the whole call where it
-    is one sequence's, else those of the share."""
-    count = rows.count if rows.reach is not None else call.tokens
-    new = [part[:count].to(torch.bfloat16) for part in parts]
-    if home:
-        slots = rows.slots if rows.reach is not None else call.slots
-        for values, cache in zip(new, caches, strict=True):
-            cache.index_copy_(0, slots, values)
-    return new
+) -> None:
+    """Put new rows, of columns side by side, into each of the home GPU's caches (none elsewhere):
+    those of the whole call where it is one sequence's, else those of the share."""
+    single = rows.reach is None
+    count, slots = (call.tokens, call.slots) if single else (rows.count, rows.slots)
+    for cache, parts in zip(caches, new, strict=False):
+        for some in scratch.blocks(0, count, (4 + 2) * cache.shape[1], scratch.quarter()):
+            mine = [part[some] for part in parts]
+            together = mine[0] if len(mine) == 1 else torch.cat(mine, 1)
+            cache.index_copy_(0, slots[some], together.to(_CACHED))
 
 
-def _seen(bound: Bound, call: Call, layer: int, part: int, new: torch.Tensor) -> torch.Tensor:
-    """Cache rows of every position up to the call's last."""
-    if not call.past:
-        return new
-    return torch.cat((bound.before(call, layer, part).to(new.device), new))
+def _seen(
+    bound: Bound,
+    step: Step,
+    call: Call,
+    part: int,
+    columns: slice,
+    new: tuple[torch.Tensor, ...],
+    kind: torch.dtype,
+) -> torch.Tensor:
+    """Cache rows [past + T, width] of every position up to the call's last: `columns` of them. Away
+    from the cache those of this call are `new` side by side, rounded as the cache rounds them."""
+    if bound.home(bound.device(step)):
+        slots = torch.cat((call.past_slots, call.slots)) if call.past else call.slots
+        return bound.cache(step.layer, part)[:, columns][slots].to(kind)
+    width = columns.stop - columns.start
+    found = new[0].new_empty((call.past + call.tokens, width), dtype=kind)
+    if call.past:
+        # of GPUs in other processes only the rows are known, and not the cache
+        paged = bound.link is None
+        past = bound.cache(step.layer, part) if paged else bound.before(call, step.layer, part)
+        for some in scratch.blocks(0, call.past, 2 * 2 * width, scratch.quarter()):
+            rows = past[:, columns]
+            found[some] = rows[call.past_slots[some]] if paged else rows[some]
+    place = found[call.past :]
+    for each in new:
+        for some in scratch.blocks(0, call.tokens, 2 * each.shape[1], scratch.quarter()):
+            place[some, : each.shape[1]] = each[some].to(_CACHED)
+        place = place[:, each.shape[1] :]
+    return found
 
 
-def _chunks(rows: Rows, window: int, heads: int = 1) -> Iterator[tuple[int, int, int, int]]:
-    """Query rows [first, last), the position after their last, and the first position they see;
-    such that a mask (or the scores of `heads`) stays small."""
+def _chunks(
+    rows: Rows, window: int, of_row: int, of_score: int
+) -> Iterator[tuple[slice, int, int]]:
+    """Some query rows, the position after their last, and the first position they see; as many as
+    bytes for each row and for each position it may see allow."""
     for span in rows.spans:
-        step = max(1, _BYTES // (4 * heads * (span.position + span.last - span.first)))
-        for first in range(span.first, span.last, step):
-            last = min(span.last, first + step)
-            start = span.position + first - span.first
+        of_query = of_row + of_score * (span.position + span.last - span.first)
+        for some in scratch.blocks(span.first, span.last, of_query, scratch.quarter()):
+            start = span.position + some.start - span.first
             low = max(0, start - window + 1) if window else 0
-            yield first, last, start + last - first, low
+            yield some, start + some.stop - some.start, low
 
 
 def _attend(
@@ -272,20 +400,21 @@ def _later(
     return torch.zeros(hidden.shape, device=device).masked_fill_(hidden, float("-inf"))
 
 
-def _batches(
-    rows: Rows, width: int, window: int
-) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Sequences, the cache rows each sees [n, longest], and what is added to their scores: 0 or
-    -inf; such that rows of `width` bytes stay within bounds."""
+def _batches(rows: Rows, of_row: int, of_place: int) -> Iterator[slice]:
+    """Some sequences: as many as bytes for each and for each of its cache rows allow."""
+    assert rows.reach is not None
+    of_sequence = of_row + rows.reach.shape[1] * of_place
+    return scratch.blocks(0, rows.count, of_sequence, scratch.quarter())
+
+
+def _reached(rows: Rows, part: slice, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache rows that some sequences see [n, longest], and what is added to their scores: 0 or
+    -inf."""
     assert rows.reach is not None and rows.lengths is not None
-    longest = rows.reach.shape[1]
-    place = torch.arange(longest, device=rows.reach.device)[None]
-    step = max(1, _BYTES // (longest * width))
-    for first in range(0, rows.count, step):
-        part = slice(first, min(rows.count, first + step))
-        lengths = rows.lengths[part, None]
-        hidden = place >= lengths
-        if window:
-            hidden |= place < lengths - window
-        never = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
-        yield part, rows.reach[part], never
+    reach, lengths = rows.reach[part], rows.lengths[part, None]
+    place = torch.arange(reach.shape[1], device=reach.device)[None]
+    hidden = place >= lengths
+    if window:
+        hidden |= place < lengths - window
+    never = torch.zeros_like(hidden, dtype=torch.float32).masked_fill_(hidden, float("-inf"))
+    return reach, never

@@ -1,6 +1,7 @@
 """Everything of a layer that is neither attention nor routed: norms, sums, matmuls, rotations.
 
 Sums, norms and rotations are in f32; results are rounded only where the plan's buffer is bf16.
+Rows are independent, and done in blocks whose temporaries keep to `scratch.BYTES`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Callable
 import torch
 
 from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
-from hmc.runtime.device_ops.matmul import matmul
+from hmc.runtime.device_ops.matmul import matmul, row_bytes
 from hmc.runtime.shares import Call
 
 
@@ -20,9 +22,11 @@ def embed(bound: Bound, step: Step) -> Work:
     ids, y = bound.tensor(step.inputs["ids"]), bound.tensor(step.outputs["y"])
     table, share = bound.matrix(step, "table"), bound.share(step)
 
+    row = y.shape[1] * table.data.element_size() + 8
+
     def work(call: Call) -> None:
-        count = call.count(share)
-        y[:count].copy_(table.data[ids[:count, 0].long()])
+        for part in scratch.blocks(0, call.count(share), row):
+            y[part].copy_(table.data[ids[part, 0].long()])
 
     return work
 
@@ -30,11 +34,12 @@ def embed(bound: Bound, step: Step) -> Work:
 def gather_rows(bound: Bound, step: Step) -> Work:
     """The rows whose logits are wanted."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
-    device = bound.device(step)
+    device, row = bound.device(step), x.shape[1] * x.element_size()
 
     def work(call: Call) -> None:
         picked = call.picked[device]
-        y[: len(picked)].copy_(x[picked])
+        for part in scratch.blocks(0, len(picked), row):
+            y[part].copy_(x[picked[part]])
 
     return work
 
@@ -45,28 +50,35 @@ def norm(bound: Bound, step: Step) -> Work:
     gamma, share = _gamma(bound, step), bound.share(step)
     (groups,), eps = ints(step, "groups"), float(step.attrs["eps"])
 
+    row = _NORMED * x.shape[1] + 16 * groups
+
     def work(call: Call) -> None:
-        count = call.count(share)
-        chunks = x[:count].reshape(count, groups, -1)
-        y[:count].copy_(normed(chunks, gamma, eps).flatten(1))
+        for part in scratch.blocks(0, call.count(share), row):
+            chunks = x[part].view(part.stop - part.start, groups, -1)
+            y[part].copy_(normed(chunks, gamma, eps).flatten(1))
 
     return work
+
+
+_NORMED = 4 + 4
+"""Bytes of an element in `normed`: itself in f32, and its square or the result."""
 
 
 def normed(chunks: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
     """f32 norm over the last dimension of `chunks`, times gamma."""
     chunks = chunks.to(torch.float32)
     power = chunks.square().mean(-1, keepdim=True)
-    return chunks * (power + eps).rsqrt() * gamma.to(torch.float32)
+    return (chunks * (power + eps).rsqrt()).mul_(gamma.to(torch.float32))
 
 
 def add(bound: Bound, step: Step) -> Work:
     """h + d0, or h + (d0 + d1)."""
     total, y, share = _sum(bound, step), bound.tensor(step.outputs["y"]), bound.share(step)
+    row = _SUMMED * y.shape[1]
 
     def work(call: Call) -> None:
-        count = call.count(share)
-        y[:count].copy_(total(count))
+        for part in scratch.blocks(0, call.count(share), row):
+            y[part].copy_(total(part))
 
     return work
 
@@ -76,12 +88,16 @@ def add_norm(bound: Bound, step: Step) -> Work:
     total, share = _sum(bound, step), bound.share(step)
     h_out, y = (bound.tensor(step.outputs[role]) for role in ("h_out", "y"))
     gamma, eps = _gamma(bound, step), float(step.attrs["eps"])
+    row = max(_SUMMED, 4 + _NORMED) * y.shape[1] + 16
+
+    def block(part: slice) -> None:
+        found = total(part)
+        h_out[part].copy_(found)
+        y[part].copy_(normed(found, gamma, eps))
 
     def work(call: Call) -> None:
-        count = call.count(share)
-        found = total(count)
-        h_out[:count].copy_(found)
-        y[:count].copy_(normed(found, gamma, eps))
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part)
 
     return work
 
@@ -90,11 +106,15 @@ def linear(bound: Bound, step: Step) -> Work:
     """x W^T, plus a bias where there is one."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
     w, bias, share = bound.matrix(step, "weight"), bound.vector(step, "bias"), bound.share(step)
+    row = row_bytes(w, x.device)
+
+    def block(part: slice) -> None:
+        found = matmul(x[part], w)
+        y[part].copy_(found if bias is None else found.add_(bias.to(torch.float32)))
 
     def work(call: Call) -> None:
-        count = call.count(share)
-        found = matmul(x[:count], w)
-        y[:count].copy_(found if bias is None else found.add_(bias.to(torch.float32)))
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part)
 
     return work
 
@@ -103,11 +123,15 @@ def gate_up(bound: Bound, step: Step) -> Work:
     """silu(x gate^T) * (x up^T)."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
     gate, up, share = bound.matrix(step, "gate"), bound.matrix(step, "up"), bound.share(step)
+    row = 4 * gate.shape[0] + row_bytes(up, x.device)
+
+    def block(part: slice) -> None:
+        act = torch.nn.functional.silu(matmul(x[part], gate), inplace=True)
+        y[part].copy_(act.mul_(matmul(x[part], up)))
 
     def work(call: Call) -> None:
-        count = call.count(share)
-        rows = x[:count]
-        y[:count].copy_(torch.nn.functional.silu(matmul(rows, gate)).mul_(matmul(rows, up)))
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part)
 
     return work
 
@@ -126,20 +150,29 @@ def rotary(bound: Bound, step: Step) -> Work:
         bound.plan.constants[str(step.attrs["rope"])], dtype=torch.float32, device=x.device
     )
 
-    def work(call: Call) -> None:
-        count = call.count(share)
-        positions = call.rows[share, device].positions
-        whole = x[:count].reshape(count, heads, head_dim).to(torch.float32)
+    turning = slice(start, start + dim)
+    # of an element of a head: in f32 and normed; of a turning one: both halves of the pair with
+    # two products, then the pair and its two halves side by side; of the row: angles and the like
+    row = heads * (_NORMED * head_dim + 4 * (dim + dim)) + 4 * 5 * (dim // 2)
+
+    def block(part: slice, positions: torch.Tensor) -> None:
+        place = x[part].view(part.stop - part.start, heads, head_dim)
+        whole = place.to(torch.float32)
         if gamma is not None:
             whole = normed(whole, gamma, eps)
-        angle = (positions.to(torch.float32)[:, None] * inverse)[:, None]
+            place.copy_(whole)
+        angle = (positions[part].to(torch.float32)[:, None] * inverse)[:, None]
         cos, sin = angle.cos() * factor, angle.sin() * factor
-        part = whole[..., start : start + dim]
-        a, b = (part[..., 0::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
+        old = whole[..., turning]
+        a, b = (old[..., 0::2], old[..., 1::2]) if interleaved else old.chunk(2, -1)
         pair = (a * cos - b * sin, b * cos + a * sin)
         turned = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-        parts = (whole[..., :start], turned, whole[..., start + dim :])
-        x[:count].copy_(torch.cat(parts, -1).flatten(1))
+        place[..., turning].copy_(turned)
+
+    def work(call: Call) -> None:
+        positions = call.rows[share, device].positions
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part, positions)
 
     return work
 
@@ -150,12 +183,16 @@ def _gamma(bound: Bound, step: Step) -> torch.Tensor:
     return gamma
 
 
-def _sum(bound: Bound, step: Step) -> Callable[[int], torch.Tensor]:
+_SUMMED = 4 * 4
+"""Bytes of an element in `_sum`: three terms in f32 and the sum."""
+
+
+def _sum(bound: Bound, step: Step) -> Callable[[slice], torch.Tensor]:
     h, d0 = (bound.tensor(step.inputs[role]) for role in ("h", "d0"))
     d1 = bound.tensor(step.inputs["d1"]) if "d1" in step.inputs else None
 
-    def total(count: int) -> torch.Tensor:
-        more = d0[:count].to(torch.float32)
-        return h[:count].to(torch.float32) + (more if d1 is None else more + d1[:count])
+    def total(part: slice) -> torch.Tensor:
+        more = d0[part].to(torch.float32)
+        return h[part].to(torch.float32) + (more if d1 is None else more + d1[part])
 
     return total

@@ -4,24 +4,28 @@ Loads are cut into pieces, between which copies of other streams get their turn.
 Between ranks of one process rows are copied from device to device, between processes by `Link`;
 both compute the same bits. Copies are asynchronous where
 the host's memory is pinned; `kv_out` and `kv_in` wait for the device, because the host's cache is
-paged and its rows are placed and picked by the CPU.
+paged and its rows are placed and picked by the CPU. What is rounded, sent or received on the way
+goes in blocks of rows that keep to `scratch.BYTES` on each device.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
 from hmc.cost import COPY_PIECE
 from hmc.plan import Operand, Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.ranks_link import Link
 from hmc.runtime.ranks_traffic import Kind, feeds_attention
-from hmc.runtime.shares import ALL, Call, Share, gathered, of_share
+from hmc.runtime.shares import Call, Share, of_share
 from hmc.runtime.weights import view
 
 
 def copy(bound: Bound, step: Step) -> Work:
-    """The same rows on another device."""
+    """The same rows on another device: whole rows of the same type, so without a temporary."""
     pairs = [(bound.tensor(x), bound.tensor(step.outputs[role])) for role, x in step.inputs.items()]
     share = bound.share(step)
 
@@ -77,10 +81,11 @@ def kv_out(bound: Bound, step: Step) -> Work:
     found = {role: bound.tensor(step.inputs[role]) for role in roles}
     heads = _heads(bound, step.layer)
 
-    def work(call: Call) -> None:
-        count = call.tokens
+    row = _KV_ROW * sum(part.shape[1] for part in found.values())
+
+    def block(some: slice, slots: torch.Tensor) -> None:
         rows = {
-            role: part[:count].to(torch.bfloat16).to("cpu", non_blocking=False)
+            role: part[some].to(torch.bfloat16).to("cpu", non_blocking=False)
             for role, part in found.items()
         }
         parts = (
@@ -88,13 +93,21 @@ def kv_out(bound: Bound, step: Step) -> Work:
             if "k" in rows
             else (torch.cat((rows["latent"], rows["k_rope"]), 1),)
         )
-        slots = torch.from_numpy(call.host_slots)
         block, place = slots // bound.kv.block, slots % bound.kv.block
         for part, values in enumerate(parts):
             target = bound.kv.tensor(step.layer, part, heads)
-            target[block, :, place] = values.view(count, heads, -1)
+            target[block, :, place] = values.view(len(values), heads, -1)
+
+    def work(call: Call) -> None:
+        slots = torch.from_numpy(call.host_slots)
+        for some in scratch.blocks(0, call.tokens, row):
+            block(some, slots[some])
 
     return work
+
+
+_KV_ROW = 2 * 2
+"""Bytes of an element on its way between caches: in bf16, once more in another layout."""
 
 
 def kv_in(bound: Bound, step: Step) -> Work:
@@ -104,12 +117,14 @@ def kv_in(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         slots = torch.from_numpy(call.host_slots)
-        block, place = slots // bound.kv.block, slots % bound.kv.block
         for part in range(parts):
             whole = bound.kv.tensor(step.layer, part, heads)
             cache = bound.cache(step.layer, part)
-            rows = whole[block, :, place].flatten(1).to(cache.device)
-            cache.index_copy_(0, call.slots, rows)
+            for some in scratch.blocks(0, call.tokens, _KV_ROW * cache.shape[1]):
+                block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block
+                cache.index_copy_(
+                    0, call.slots[some], whole[block, :, place].flatten(1).to(cache.device)
+                )
 
     return work
 
@@ -119,6 +134,20 @@ def _heads(bound: Bound, layer: int) -> int:
         if step.op == "attention" and step.layer == layer:
             return int(step.attrs["kv_heads"])
     return 1
+
+
+def gathered(
+    share: Share, part: torch.Tensor, whole: torch.Tensor, tokens: int, rows: slice
+) -> None:
+    """Put `part`, which is `rows` of a share (the last of them may be missing in the call), where
+    they are in the call: `whole` [tokens, width]."""
+    # between devices, rows of another type or stride are made anew on both
+    row = whole.shape[1] * (part.element_size() + whole.element_size())
+    for mine, there in share.runs(tokens, rows):
+        for some in scratch.blocks(mine.start, mine.stop, row):
+            source = part[some.start - rows.start : some.stop - rows.start]
+            start = there.start + some.start - mine.start
+            whole[start : start + len(source)].copy_(source, non_blocking=True)
 
 
 def all_gather(bound: Bound, step: Step) -> Work:
@@ -131,7 +160,8 @@ def all_gather(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         for whole in wholes:
-            gathered(parts, whole, call.tokens)
+            for share, part in parts:
+                gathered(share, part, whole, call.tokens, slice(0, call.count(share)))
 
     return work
 
@@ -144,11 +174,17 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
     reader = feeds_attention(bound.phase, step)
     kind: Kind = "context" if reader else "gathered"
     past = {"k": 0, "latent": 0, "v": 1}.get(reader)
+    row = (1 + link.ranks) * whole.shape[1] * whole.element_size()  # what is sent and all found
+
+    def block(call: Call, some: slice) -> None:
+        found = link.gather(part[some].to(whole.dtype), step.layer, kind)
+        for share, theirs in zip(shares, found, strict=True):
+            gathered(share, theirs, whole, call.tokens, some)
 
     def work(call: Call) -> None:
         rows = max(call.count(share) for share in shares)  # padded: others may have more
-        found = link.gather(part[:rows].to(whole.dtype), rows, step.layer, kind)
-        gathered(zip(shares, found, strict=True), whole, call.tokens)
+        for some in scratch.blocks(0, rows, row):
+            block(call, some)
         if past is not None and call.past:
             bound.share_past(call, step.layer, past)
 
@@ -165,15 +201,19 @@ def exchange(bound: Bound, step: Step) -> Work:
     sums = [(Share("rank", r, ranks), bound.tensor(step.outputs[f"y{r}"])) for r in range(ranks)]
     homes = [bound.place(operand) for operand in step.inputs.values()]
     places = [bound.place(step.outputs[f"y{r}"]) for r in range(ranks)]
+    row = (2 + 4) * parts[0].shape[1]  # in bf16, which the CPU makes f32 to add it
 
     def work(call: Call) -> None:
         for (share, target), place in zip(sums, places, strict=True):
-            mine = [of_share(part, share, call.tokens) for part in parts]
-            travelled = [
-                rows if home == place else rows.to(torch.bfloat16)
-                for rows, home in zip(mine, homes, strict=True)
-            ]
-            _sum(travelled, target[: call.count(share)])
+            for mine, there in share.runs(call.tokens, slice(0, call.count(share))):
+                ahead = there.start - mine.start
+                for some in scratch.blocks(mine.start, mine.stop, row):
+                    theirs = slice(some.start + ahead, some.stop + ahead)
+                    travelled = (
+                        part[theirs] if home == place else part[theirs].to(torch.bfloat16)
+                        for part, home in zip(parts, homes, strict=True)
+                    )
+                    _sum(travelled, target[some])
 
     return work
 
@@ -181,10 +221,16 @@ def exchange(bound: Bound, step: Step) -> Work:
 def _exchange_over(link: Link, bound: Bound, step: Step) -> Work:
     """As `exchange`, with the partial sums of other processes."""
     part, total = (bound.tensor(side[f"{role}{link.rank}"]) for side, role in _sides(step))
-    share = Share("rank", link.rank, link.ranks)
+    shares = [Share("rank", rank, link.ranks) for rank in range(link.ranks)]
+    # in bf16 what is sent, twice, and what is found; in f32 rows of two pieces, two ranks' at most,
+    # and what the CPU makes of a bf16 row to add it
+    row = part.shape[1] * (3 * 2 * (link.ranks - 1) + 3 * 4)
 
     def work(call: Call) -> None:
-        _sum(link.partial_sums(part, call.tokens, step.layer), total[: call.count(share)])
+        counts = [call.count(share) for share in shares]
+        for some in scratch.blocks(0, max(counts), row):  # as many with every rank
+            mine = total[some.start : min(some.stop, counts[link.rank])]
+            _sum(link.partial_sums(part, call.tokens, step.layer, some), mine)
 
     return work
 
@@ -193,7 +239,7 @@ def _sides(step: Step) -> tuple[tuple[dict[str, Operand], str], tuple[dict[str, 
     return (step.inputs, "x"), (step.outputs, "y")
 
 
-def _sum(parts: list[torch.Tensor], total: torch.Tensor) -> None:
+def _sum(parts: Iterable[torch.Tensor], total: torch.Tensor) -> None:
     """f32 total = the sum of parts, in their order."""
     for number, part in enumerate(parts):
         rows = part.to(total.device, non_blocking=True)
@@ -207,7 +253,8 @@ def split(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         for share, part in parts:
-            part[: call.count(share)].copy_(of_share(x, share, call.tokens))
+            count = call.count(share)
+            part[:count].copy_(of_share(x, share, call.tokens, slice(0, count)))
 
     return work
 
@@ -218,6 +265,7 @@ def join(bound: Bound, step: Step) -> Work:
     parts = [(Share("lane", n, lanes), bound.tensor(step.inputs[f"x{n}"])) for n in range(lanes)]
 
     def work(call: Call) -> None:
-        gathered(parts, y[: call.count(ALL)], call.tokens)
+        for share, part in parts:
+            gathered(share, part, y, call.tokens, slice(0, call.count(share)))
 
     return work

@@ -7,12 +7,14 @@ Operands are bf16, sums f32, and stored weights stay intact:
     fp16, fp8,  each weight, times its scale, as the sum of two bf16 numbers: 16 significant bits,
     int4        exact for fp16 and int4, within 2^-17 of fp8's code times f32 scale. Two products
                 instead of one; a single bf16 rounding of code times scale would lose 2^-9, as much
-                as rounding x, and the kernels on the CPU do not lose it. Rows are expanded `_BYTES`
-                at a time.
+                as rounding x, and the kernels on the CPU do not lose it. A part of the rows is
+                expanded at a time.
     fp8 on      on devices with block-scaled products (SM90) `torch._scaled_mm`, with x as the sum
     CUDA        of two E4M3 numbers, each with a scale a row and 128 columns: together they keep the
                 8 significant bits of bf16 but for values far below their block's largest. On others
                 Triton's kernel, where Triton is there, scales each 128 columns' sum (triton_fp8.py)
+
+Callers bound the temporaries by the rows of x they give; `row_bytes` says what one takes.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ from dataclasses import dataclass
 import torch
 
 from hmc.plan import Format
-from hmc.runtime.device_ops import triton_fp8
+from hmc.runtime.device_ops import scratch, triton_fp8
 
-_BYTES = 64 << 20
-_BLOCK = 128
+_BLOCK, _TILE = 128, 64
 _E4M3_LARGEST = 448.0
 _BLOCK_SCALED = {(9, 0)}
 """Compute capabilities whose `_scaled_mm` takes a scale for every 128 columns."""
@@ -51,8 +52,9 @@ class Matrix:
             found = self.data[first:last].to(torch.float32)
         else:
             shifts = torch.arange(0, 32, 4, device=self.data.device, dtype=torch.int32)
-            words = self.data[first:last, :, None] >> shifts & 15
-            found = (words - 8).flatten(1)[:, : self.shape[1]].to(torch.float32)
+            codes = (self.data[first:last, :, None] >> shifts).bitwise_and_(15).sub_(8)
+            found = codes.flatten(1)[:, : self.shape[1]].to(torch.float32)
+            del codes  # room for the scales
         if self.scale is None:
             return found
         if self.format == "int4":
@@ -63,7 +65,7 @@ class Matrix:
             spread = spread.repeat_interleave(self.group, 0)[first - start * self.group :]
             spread = spread[: last - first]
         spread = spread.to(torch.float32).repeat_interleave(self.group, 1)
-        return found * spread[:, : self.shape[1]]
+        return found.mul_(spread[:, : self.shape[1]])
 
 
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
@@ -79,6 +81,29 @@ def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
     if form == "scaled_mm":
         return _scaled(x, w)
     return _split(x, w)
+
+
+def row_bytes(w: Matrix, device: torch.device) -> int:
+    """Bytes that `matmul` makes on a device for a row of x, its result among them. What it makes of
+    `w` keeps to half of `scratch.BYTES`; but on the CPU, bf16 is summed as an f32 copy.
+    """
+    rows, columns = w.shape
+    if w.format == "f32":
+        return 4 * rows + 4 * columns
+    form = fp8_form(w, device) if w.format == "fp8" else "split"
+    if form == "triton":
+        return 4 * rows + 2 * columns
+    if form == "scaled_mm":
+        return max(2 * 4 * rows + 2 * columns, _TERMS * columns)
+    own = 4 * rows + (4 * columns if device.type == "cpu" else 0)
+    return own if w.format == "bf16" else own + 2 * 4 * min(rows, _expanded(columns))
+
+
+def _expanded(columns: int) -> int:
+    """Rows of a weight that `_split` expands at a time: in f32 with scales, or as f32 with two bf16
+    terms (and on the CPU one of them in f32). Products like whole tiles."""
+    rows = max(1, scratch.quarter() // ((4 + 2 + 2 + 4) * columns))
+    return rows - rows % _TILE if rows > _TILE else rows
 
 
 def fp8_form(w: Matrix, device: torch.device) -> str:
@@ -101,28 +126,37 @@ def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def _split(x: torch.Tensor, w: Matrix) -> torch.Tensor:
     rows, columns = w.shape
     result = x.new_empty((len(x), rows), dtype=torch.float32)
-    step = max(1, _BYTES // (8 * columns))
+    step = _expanded(columns)
     for first in range(0, rows, step):
         last = min(rows, first + step)
-        exact = w.rows(first, last)
-        high = exact.to(torch.bfloat16)
-        low = exact.sub_(high).to(torch.bfloat16)
-        result[:, first:last] = product(x, high).add_(product(x, low))
+        result[:, first:last] = _exactly(x, w.rows(first, last))
     return result
+
+
+def _exactly(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """f32 [T, n] = x bf16 [T, K] times the transpose of `exact` f32 [n, K], which is used up."""
+    high = exact.to(torch.bfloat16)
+    low = exact.sub_(high).to(torch.bfloat16)
+    return product(x, high).add_(product(x, low))
+
+
+_TERMS = 4 + 4 + 2 + 1
+"""Bytes of an element in `two_terms`: what is left of it, that scaled or as the code has it, two
+codes, and scales."""
 
 
 def two_terms(x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
     """x bf16 [T, K] as two E4M3 tensors [T, K], each with f32 scales [T, K / 128]: their scaled sum
     is x.
     """
-    left = x.to(torch.float32).view(len(x), -1, _BLOCK)
+    left = x.to(torch.float32, copy=True).view(len(x), -1, _BLOCK)
     terms = []
     for _ in range(2):
         # powers of two: scaling back and forth is exact
         largest = left.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
         scale = torch.exp2((largest / _E4M3_LARGEST).log2().ceil())
         codes = (left / scale).to(torch.float8_e4m3fn)
-        left = left - codes.to(torch.float32) * scale
+        left.sub_(codes.to(torch.float32).mul_(scale))
         terms.append((codes.view(x.shape), scale[..., 0]))
     return tuple(terms)
 
@@ -138,6 +172,6 @@ def _scaled(x: torch.Tensor, w: Matrix) -> torch.Tensor:
             scale_b=w.scale.t(),
             out_dtype=torch.float32,
         )
-        result = part if result is None else result + part
+        result = part if result is None else result.add_(part)
     assert result is not None
     return result

@@ -11,14 +11,18 @@ import torch
 from torch.nn.functional import silu
 
 from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
-from hmc.runtime.device_ops.matmul import matmul
+from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
 from hmc.runtime.shares import Call
 
+Expert = tuple[Matrix, Matrix, Matrix]
+"""gate, up and down."""
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
 _TAKEN = -(2**31)
-_ROWS = 4096
-"""Rows of one expert computed at a time: bounds what lies between its two matmuls."""
+_ROUTED = 4 * 4 + (4 + 8) * 2
+"""Bytes of a logit in `routed`: itself, score, choice and key, and what a sort makes of the key and
+its place, twice."""
 
 
 def route(bound: Bound, step: Step) -> Work:
@@ -29,10 +33,11 @@ def route(bound: Bound, step: Step) -> Work:
     top_k, scoring, groups, top_groups = ints(step, "top_k", "scoring", "groups", "top_groups")
     normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
 
-    def work(call: Call) -> None:
-        count = call.count(share)
+    row = _ROUTED * logits.shape[1]
+
+    def block(part: slice) -> None:
         chosen, weights = routed(
-            logits[:count].to(torch.float32),
+            logits[part].to(torch.float32),
             None if bias is None else bias.to(torch.float32),
             top_k=top_k,
             scoring=scoring,
@@ -40,8 +45,12 @@ def route(bound: Bound, step: Step) -> Work:
             groups=groups,
             top_groups=top_groups,
         )
-        ids[:count].copy_(chosen)
-        routing[:count].copy_(weights * factor)
+        ids[part].copy_(chosen)
+        routing[part].copy_(weights * factor)
+
+    def work(call: Call) -> None:
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part)
 
     return work
 
@@ -92,7 +101,10 @@ def _best(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def sort(bound: Bound, step: Step) -> Work:
-    """Slots (token * top_k + rank of its expert) in the order of their experts."""
+    """Slots (token * top_k + rank of its expert) in the order of their experts.
+
+    A sort is of all rows at once: some 40 bytes a slot.
+    """
     ids, order = bound.tensor(step.inputs["ids"]), bound.tensor(step.outputs["order"])
     share, name = bound.share(step), step.outputs["order"].buffer
     experts = bound.plan.model.experts
@@ -125,6 +137,18 @@ def experts(bound: Bound, step: Step) -> Work:
     count_all, top_k = ints(step, "experts", "top_k")
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
     adds = bound.adds(step)
+    row = max((_expert_row(expert, x.device) for expert in weights.values()), default=1)
+
+    def block(
+        expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
+    ) -> None:
+        gate, up, down = expert
+        tokens = mine // top_k
+        rows = x[tokens]
+        act = silu(matmul(rows, gate), inplace=True).mul_(matmul(rows, up))
+        act = act.to(torch.bfloat16)
+        # an expert has a token once, so no two rows of one block add to the same place
+        into.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
 
     def work(call: Call) -> None:
         count = call.count(share)
@@ -133,13 +157,17 @@ def experts(bound: Bound, step: Step) -> Work:
             total.zero_()
         slots, edges = bound.sorted[order] if order else by_expert(ids[:count], count_all)
         factors = routing[:count].reshape(-1)
-        for expert, (gate, up, down) in weights.items():
-            for first in range(edges[expert], edges[expert + 1], _ROWS):
-                mine = slots[first : min(first + _ROWS, edges[expert + 1])].long()
-                tokens = mine // top_k
-                rows = x[tokens]
-                act = silu(matmul(rows, gate)).mul_(matmul(rows, up)).to(torch.bfloat16)
-                # an expert has a token once, so no two rows of one call add to the same place
-                total.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
+        for expert, own in weights.items():
+            for part in scratch.blocks(edges[expert], edges[expert + 1], row):
+                block(own, slots[part].long(), factors, total)
 
     return work
+
+
+def _expert_row(expert: Expert, device: torch.device) -> int:
+    """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
+    product with what the second makes, or the activations in bf16 with what the last makes."""
+    gate, up, down = expert
+    hidden, width = gate.shape
+    inner = 4 * hidden + row_bytes(up, device)
+    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down, device))

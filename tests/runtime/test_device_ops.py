@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from device_ops_fake import Buffers, call_of, random, step_of, stored
 from hypothesis import given
 from hypothesis import strategies as some
 
@@ -16,17 +15,14 @@ from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
 from hmc.codegen.kernels.route import route as route_reference
 from hmc.errors import ExecutionError
-from hmc.plan import KVLayout, Operand, Step
-from hmc.runtime.device_ops import OPS, attention, matmul, moe, triton_fp8
+from hmc.plan import KVLayout
+from hmc.runtime.device_ops import OPS, matmul, moe, scratch, triton_fp8
+from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.kv import KVCache
-from hmc.runtime.shares import ALL, Call, Needs, Share, gathered, make_call, of_share
+from hmc.runtime.shares import Share, of_share
 
-T, GPU = 23, "gpu0"
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+T = 23
 
 
 # -- shares ----------------------------------------------------------------------------------------
@@ -38,12 +34,25 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_shares_part_the_call(tokens: int, of: int, kind: Any) -> None:
     whole = torch.arange(tokens)[:, None]
     shares = [Share(kind, index, of) for index in range(of)]
-    parts = [of_share(whole, share, tokens) for share in shares]
+    parts = [of_share(whole, share, tokens, slice(0, tokens)) for share in shares]
     assert sorted(torch.cat(parts)[:, 0].tolist()) == list(range(tokens))
     for share, part in zip(shares, parts, strict=True):
         assert len(part) <= share.capacity(tokens)
     back = torch.full_like(whole, -1)
-    gathered(zip(shares, parts, strict=True), back, tokens)
+    for share, part in zip(shares, parts, strict=True):
+        gathered(share, part, back, tokens, slice(0, len(part)))
+    assert torch.equal(back, whole)
+
+
+@given(tokens=some.integers(2, 60), of=some.integers(1, 3), rows=some.integers(1, 30))
+def test_shares_part_the_call_in_blocks(tokens: int, of: int, rows: int) -> None:
+    whole = torch.arange(tokens)[:, None]
+    back = torch.full_like(whole, -1)
+    for index in range(of):
+        share = Share("rank", index, of)
+        for first in range(0, share.capacity(tokens), rows):
+            block = slice(first, first + rows)
+            gathered(share, of_share(whole, share, tokens, block), back, tokens, block)
     assert torch.equal(back, whole)
 
 
@@ -59,30 +68,6 @@ def kv() -> KVCache:
     )
 
 
-def call_of(kv: KVCache, lengths: list[tuple[int, int]], wanted: list[int], **options: int) -> Call:
-    """A call of sequences (past, new tokens)."""
-    positions, tables = [], []
-    for past, new in lengths:
-        sequence = kv.open()
-        kv.reserve(sequence, past + new)
-        positions += range(past, past + new)
-        tables += [sequence.row] * new
-    ranks = options.get("ranks", 1)
-    shares = [Share("rank", r, ranks) for r in range(ranks)] if ranks > 1 else [ALL]
-    needs = Needs(GPU, frozenset((share, GPU) for share in shares), {GPU: shares[0]})
-    i32 = lambda values: np.array(values, np.int32)  # noqa: E731
-    return make_call(
-        kv,
-        needs,
-        {GPU: torch.device("cpu")},
-        i32(positions),
-        i32(positions),
-        i32(tables),
-        i32(wanted),
-        **options,
-    )
-
-
 def test_calls_that_cannot_be_shared_are_refused(kv: KVCache) -> None:
     with pytest.raises(ExecutionError, match="3 tokens cannot be shared by 2 GPUs"):
         call_of(kv, [(0, 3)], [2], ranks=2)
@@ -95,26 +80,12 @@ def test_calls_that_cannot_be_shared_are_refused(kv: KVCache) -> None:
 # -- matmul ----------------------------------------------------------------------------------------
 
 
-def stored(form: str, rows: int, columns: int) -> Matrix:
-    """A random matrix of a stored format."""
-    values = random(rows, columns, seed=3)
-    if form == "fp8":
-        scale = random(-(-rows // 128), -(-columns // 128), seed=4).abs() + 0.01
-        return Matrix(values.to(torch.float8_e4m3fn), "fp8", (rows, columns), scale, 128)
-    if form == "int4":
-        words = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
-        scale = (random(rows, columns // 32, seed=4).abs() + 0.01).to(torch.bfloat16)
-        return Matrix(words, "int4", (rows, columns), scale, 32)
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32}[form]
-    return Matrix(values.to(kind), form, (rows, columns))  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("form", ["bf16", "fp16", "f32", "fp8", "int4"])
 @pytest.mark.parametrize(("rows", "columns"), [(128, 256), (200, 192), (7, 320)])
 def test_products_keep_stored_weights_intact(
     form: str, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "_BYTES", 8 * columns * 60)  # slices that cut 128-row blocks
+    monkeypatch.setattr(scratch, "BYTES", 4 * 12 * columns * 60)  # slices cut 128-row blocks
     w, x = stored(form, rows, columns), random(T, columns).to(torch.bfloat16)
     exact = w.rows(0, rows).double()
     expected = x.double() @ exact.T
@@ -195,70 +166,6 @@ def test_slots_are_sorted_by_expert_and_negative_ids_left_out() -> None:
 # -- steps over buffers ----------------------------------------------------------------------------
 
 
-@dataclass
-class Buffers:
-    """A `Bound` of plain tensors."""
-
-    values: dict[str, torch.Tensor]
-    weights: dict[str, Any] = field(default_factory=dict)
-    constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    caches: list[torch.Tensor] = field(default_factory=list)
-    part: Share = ALL
-    adding: bool = False
-    sorted: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def plan(self) -> Any:
-        return SimpleNamespace(constants=self.constants, model=SimpleNamespace(experts=8))
-
-    def share(self, step: Step) -> Share:
-        return self.part
-
-    def device(self, step: Step) -> str:
-        return GPU
-
-    def home(self, device: str) -> bool:
-        return True
-
-    def tensor(self, operand: Operand) -> torch.Tensor:
-        return self.values[operand.buffer][:, operand.column : operand.column + operand.width]
-
-    def matrix(self, step: Step, role: str) -> Any:
-        return self.weights[role]
-
-    def vector(self, step: Step, role: str) -> Any:
-        return self.weights.get(role)
-
-    def experts(self, step: Step) -> Any:
-        return self.weights["experts"]
-
-    def adds(self, step: Step) -> bool:
-        return self.adding
-
-    def cache(self, layer: int, part: int) -> torch.Tensor:
-        return self.caches[part]
-
-    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
-        return self.caches[part][call.past_slots]
-
-
-def step_of(op: str, buffers: Buffers, outputs: str, **attrs: int | float | str) -> Step:
-    """A step over all columns of every buffer."""
-    operands = {
-        name: Operand(buffer=name, width=value.shape[1]) for name, value in buffers.values.items()
-    }
-    out = outputs.split()
-    return Step(
-        id=0,
-        op=op,
-        layer=0,
-        resource=GPU,
-        inputs={name: part for name, part in operands.items() if name not in out or name == "x"},
-        outputs={name: operands[name] for name in out},
-        attrs=attrs,
-    )
-
-
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("gamma", [False, True])
 def test_rotary_rotates_in_place(kv: KVCache, interleaved: int, gamma: bool) -> None:
@@ -305,7 +212,7 @@ def test_attention_sees_the_past_and_this_call(
     kv: KVCache, past: int, window: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 4 * (past + T) * 3)  # three queries at a time
+        monkeypatch.setattr(scratch, "BYTES", 4000)  # a query or so at a time
     heads, kv_heads, dim = 4, 2, 8
     call = call_of(kv, [(past, T)], [0])
     k, v = (random(past + T, 16, seed=s).to(torch.bfloat16) for s in (1, 2))
@@ -328,7 +235,7 @@ def test_attention_of_a_batch_reads_each_ones_past(
     kv: KVCache, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 1)  # one sequence at a time
+        monkeypatch.setattr(scratch, "BYTES", 1)  # one sequence at a time
     pasts = [0, 17, 6]
     call = call_of(kv, [(past, 1) for past in pasts], [0])
     caches = [torch.zeros(256, 16, dtype=torch.bfloat16) for _ in range(2)]
@@ -360,7 +267,7 @@ def test_latent_attention_in_both_forms(
     kv: KVCache, past: int, tokens: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
-        monkeypatch.setattr(attention, "_BYTES", 4 * (past + tokens) * 5)
+        monkeypatch.setattr(scratch, "BYTES", 40_000)  # a head, and some queries
     heads, nope, rope, v_dim, rank = 3, 8, 4, 6, 16
     call = call_of(kv, [(past, tokens)], [0])
     rows = random(past + tokens, rank + rope, seed=1).to(torch.bfloat16)
@@ -384,7 +291,7 @@ def test_latent_attention_in_both_forms(
 
 
 def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moe, "_ROWS", 3)
+    monkeypatch.setattr(scratch, "BYTES", 3 * 400)  # three rows or so
     call = call_of(kv, [(0, T)], [0])
     weights = {
         e: tuple(
