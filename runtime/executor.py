@@ -124,7 +124,7 @@ class Executor:
             self.pinned = ""
             """What of the weights is pinned for GPUs, in words; empty where nothing is."""
             self.beside: DevicePrefill | None = None
-            """Computes prompts while others are decoded; None where the plan has no phase for that."""
+            """Computes prompts while others decode; None where the plan has no phase for that."""
             self.handover = ""
             """How CPU and GPUs wait for each other in decode, in words; empty without GPUs."""
             if wanting:
@@ -147,7 +147,7 @@ class Executor:
                 self.phases.update(opened.phases)
                 if BESIDE in opened.phases:
                     self.beside = DevicePrefill(
-                        opened.phases[BESIDE],
+                        self._run_beside,
                         partial(chunk_tokens, plan, BESIDE, decoding=0),
                         opened.give_up,
                     )
@@ -286,6 +286,18 @@ class Executor:
         """Stop the workers and free weights, cache and buffers; a second call does nothing."""
         self._open = False
         self._stack.close()
+
+    def _run_beside(
+        self,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        table: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+    ) -> Logits:
+        """A call of `prefill.beside`, in the thread of its prompt."""
+        logits = self._require(BESIDE).run(ids, positions, table, rows)
+        self.calls[BESIDE] += 1
+        return logits
 
     def _require(self, name: str) -> LoweredPhase | DevicePhase:
         """A phase by its name."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,14 +27,6 @@ _CLOSE_SECONDS = 2.0
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
-
-
-class Phase(Protocol):
-    """The phase: `device_phase.DevicePhase`."""
-
-    def run(self, ids: Ints, positions: Ints, tables: Ints, rows: Ints) -> Floats:
-        """Logits of the tokens at index `rows`."""
-        ...
 
 
 class DeviceJob:
@@ -88,17 +79,21 @@ class DeviceJob:
 
 
 class DevicePrefill:
-    """Computes prompts by one phase of an executor. For the thread that owns the executor; implements
+    """Computes prompts by one phase of an executor, for the thread that owns it; implements
     `scheduler_prefill.Computer`."""
 
     exclusive = True
 
     def __init__(
-        self, phase: Phase, chunk: Callable[[int], int], give_up: Callable[[], None]
+        self,
+        run: Callable[[Ints, Ints, Ints, Ints], Floats],
+        chunk: Callable[[int], int],
+        give_up: Callable[[], None],
     ) -> None:
-        """`chunk(left)` is how many of the tokens left a call takes; `give_up` ends a call that
-        hangs, and everything else on its devices."""
-        self._phase, self._chunk, self._give_up = phase, chunk, give_up
+        """`run` makes a call of the phase (see `DevicePhase.run`), `chunk(left)` is how many of the
+        tokens left it takes; `give_up` ends a call that hangs, and everything else on its devices.
+        """
+        self._call, self._chunk, self._give_up = run, chunk, give_up
         self._job: DeviceJob | None = None
 
     @property
@@ -159,14 +154,14 @@ class DevicePrefill:
                 positions = np.arange(past + first, past + first + count, dtype=np.int32)
                 rows = np.arange(count - 1 if last else count, count, dtype=np.int32)
                 table = np.full(count, row, np.int32)
-                logits = self._phase.run(ids[first : first + count], positions, table, rows)
+                logits = self._call(ids[first : first + count], positions, table, rows)
                 found = logits[-1].copy() if last else None
                 job.advanced(count)
         except HmcError as error:
             job.end(None, error)
         except Exception as fault:  # whatever it is, nobody may wait for ever
-            error = ExecutionError(f"a prompt beside failed: {type(fault).__name__}: {fault}")
-            error.__cause__ = fault
-            job.end(None, error)
+            wrapped = ExecutionError(f"a prompt beside failed: {type(fault).__name__}: {fault}")
+            wrapped.__cause__ = fault
+            job.end(None, wrapped)
         else:
             job.end(found)

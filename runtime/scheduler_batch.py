@@ -99,8 +99,8 @@ class Batch:
 
     @property
     def patience(self) -> float | None:
-        """Seconds until the next step while there is nothing to compute here; None: there is nothing
-        beside to look after.
+        """Seconds until the next step while there is nothing to compute here; None: nothing beside
+        is to be looked after.
         """
         if self._beside is None:
             return None

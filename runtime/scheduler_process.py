@@ -54,6 +54,7 @@ class PrefillKeeper:
         self._worker, self._plan = worker, plan
         self._restarts = 0
         self._was_ready = False
+        self._trouble: HmcError | None = None  # of the process before
 
     def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
         """See `Computer`."""
@@ -70,7 +71,7 @@ class PrefillKeeper:
 
     def lost(self, error: HmcError) -> bool:
         """See `Computer`."""
-        return error is self._worker.trouble
+        return error in (self._worker.trouble, self._trouble)
 
     def tend(self, wanted: bool) -> None:
         """End a hung process and replace a dead one."""
@@ -78,7 +79,9 @@ class PrefillKeeper:
             with suppress(ProcessLookupError):
                 os.kill(self._worker.pid, signal.SIGKILL)
         # One that never came up is tried again for a prompt's sake only.
-        if self._worker.trouble is not None and (self._was_ready or wanted):
+        trouble = self._worker.trouble
+        if trouble is not None and (self._was_ready or wanted):
+            self._trouble = trouble
             self._worker.restart()
             self._restarts += 1
             self._was_ready = False
