@@ -95,6 +95,7 @@ class DevicePrefill:
         """
         self._call, self._chunk, self._give_up = run, chunk, give_up
         self._job: DeviceJob | None = None
+        self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -117,9 +118,10 @@ class DevicePrefill:
             raise ExecutionError("a prompt is under way on the devices: they take one at a time")
         self._job = job = DeviceJob(len(ids))
         arguments = (job, sequence.row, sequence.length, np.array(ids, np.int32))
-        threading.Thread(
+        self._thread = threading.Thread(
             target=self._run, args=arguments, name="hmc-prompt-beside", daemon=True
-        ).start()
+        )
+        self._thread.start()
         return job
 
     def lost(self, error: HmcError) -> bool:
@@ -134,12 +136,13 @@ class DevicePrefill:
 
     def close(self) -> None:
         """End what is under way: when its call is over, in seconds otherwise."""
-        if self._job is None or self._job.over:
+        if self._job is None or self._thread is None:
             return
         self._job.stop()
-        if not self._job._ended.wait(_CLOSE_SECONDS):
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
             self._give_up()
-            self._job._ended.wait(_CLOSE_SECONDS)
+            self._thread.join(_CLOSE_SECONDS)
 
     def _run(self, job: DeviceJob, row: int, past: int, ids: Ints) -> None:
         """The thread: call after call."""

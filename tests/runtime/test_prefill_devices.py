@@ -51,7 +51,7 @@ class Gate:
     def slow(self, update: Any) -> None:
         """A listener of who decodes: no hurry to the end of its answer while the gate is shut."""
         if not self._open.is_set():
-            time.sleep(0.03)
+            time.sleep(0.05)
 
     def __call__(self) -> None:
         self.reached.set()
@@ -221,10 +221,10 @@ def test_the_scheduler_goes_on_decoding_while_a_prompt_streams(
     served: tuple[Executor, Scheduler], gate: Gate
 ) -> None:
     executor, scheduler = served
-    alone = answer(executor, SHORT, 60, PREFILL), answer(executor, LONG, 6, BESIDE)
+    alone = answer(executor, SHORT, 30, PREFILL), answer(executor, LONG, 6, BESIDE)
     streamed = answer(executor, LONG[::-1], 3, STREAM)
     executor.calls.clear()
-    first, second = both(scheduler, gate, short=60)
+    first, second = both(scheduler, gate, short=30)
     behind = scheduler.submit(ask(SHORT, 1))  # prompts come one at a time
     before = decoded(executor)
     until(lambda: decoded(executor) > before + 5)
