@@ -8,8 +8,7 @@ works through what it was given in order; streams know of each other only throug
 Calls of several phases may overlap, each handed over by a thread of its own. On a stream that both
 use, their work is done in the order in which it was handed over, and what waits there holds up what
 follows, whosever it is. A call that goes on beside others therefore takes streams of its own
-(`aside`), of every resource but "cpu": the CPU's steps share one pool of workers, and a plan lets
-few of them wait.
+(`aside`), of every resource but "cpu": the CPU's steps share one pool of workers.
 
 Hides threads, device streams, and who waits for whom in which way.
 """
