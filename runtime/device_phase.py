@@ -39,6 +39,7 @@ from hmc.runtime.pool import Pool
 from hmc.runtime.ranks import GroupRunner, RankGroup, open_ranks
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.schedule import Measured, ScheduleRunner
+from hmc.runtime.scheduler_policy import BESIDE
 from hmc.runtime.shares import Call, Ints
 from hmc.runtime.tables import Tables
 from hmc.runtime.trace import Recorder
@@ -78,7 +79,8 @@ def open_devices(
 
 class DevicePhase:
     """One phase, ready to run: `bound` is its memory and what its steps do. `last` says when they
-    ran in the latest recorded call.
+    ran in the latest recorded call. A call of `prefill.beside` may be made by another thread while
+    this one makes calls of decode phases; otherwise one call at a time.
 
     With a `group`, a phase that is bound with its link runs on all ranks. `handover` says in words
     how the CPU and the devices of a decode phase wait for each other."""
@@ -103,7 +105,13 @@ class DevicePhase:
         if kind_of(bound.phase) == "decode":
             self.program, self.handover = _program(bound, backend)
         if group is None or bound.link is None:
-            self.runner = ScheduleRunner(bound.phase, backend, works, program=self.program)
+            self.runner = ScheduleRunner(
+                bound.phase,
+                backend,
+                works,
+                program=self.program,
+                aside=bound.phase.name == BESIDE,
+            )
         else:
             self.runner = group.runner(bound, backend, works)
 
@@ -213,6 +221,7 @@ class DevicePhases:
             if group is not None:
                 group.wait_ready()
             self.pinned = binding.pinned
+            self._backend = backend
             found = (phase.handover for phase in self.phases.values())
             self.handover = "; ".join(filter(None, found))
             self._stack = stack.pop_all()
@@ -227,6 +236,10 @@ class DevicePhases:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def give_up(self) -> None:
+        """End the streams whatever they do: calls under way raise `ExecutionError`."""
+        self._backend.close()
 
     def close(self) -> None:
         """End the streams and free all memory; a second call does nothing."""

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,9 +39,11 @@ from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
+from hmc.runtime.prefill_devices import DevicePrefill
 from hmc.runtime.ranks import check_gpus
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.scheduler_policy import (
+    BESIDE,
     DECODE,
     PREFILL,
     chunk_tokens,
@@ -58,7 +61,7 @@ Logits = npt.NDArray[np.float32]
 
 class Executor:
     """Owns everything a plan needs to run; `close` gives all of it back. Not safe for use from
-    several threads.
+    several threads; prompts given to `beside` are computed meanwhile.
     """
 
     def __init__(
@@ -120,6 +123,8 @@ class Executor:
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
             """What of the weights is pinned for GPUs, in words; empty where nothing is."""
+            self.beside: DevicePrefill | None = None
+            """Computes prompts while others decode; None where the plan has no phase for that."""
             self.handover = ""
             """How CPU and GPUs wait for each other in decode, in words; empty without GPUs."""
             if wanting:
@@ -140,6 +145,13 @@ class Executor:
                 self.pinned, self.handover = opened.pinned, opened.handover
                 stack.enter_context(opened)
                 self.phases.update(opened.phases)
+                if BESIDE in opened.phases:
+                    self.beside = DevicePrefill(
+                        self._run_beside,
+                        partial(chunk_tokens, plan, BESIDE, decoding=0),
+                        opened.give_up,
+                    )
+                    stack.callback(self.beside.close)
             for phase in phases:
                 if on_devices(phase):
                     continue
@@ -211,9 +223,12 @@ class Executor:
         """Append one chunk of at most the phase's `max_tokens` tokens to a sequence: the f32 logits
         [len(rows), vocab] of those at index `rows`, a view until the next call.
 
-        Raises `ContextLengthError` or `CapacityError` before anything is computed.
+        Raises `ContextLengthError` or `CapacityError` before anything is computed, and
+        `ExecutionError` while a prompt is computed beside: prompts share memory.
         """
         self._check()
+        if self.beside is not None and self.beside.busy:
+            raise ExecutionError("a prompt is under way on the devices: they take one at a time")
         self._check_context(sequence, len(ids))
         self.kv.reserve(sequence, len(ids))
         start = sequence.length
@@ -271,6 +286,18 @@ class Executor:
         """Stop the workers and free weights, cache and buffers; a second call does nothing."""
         self._open = False
         self._stack.close()
+
+    def _run_beside(
+        self,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        table: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+    ) -> Logits:
+        """A call of `prefill.beside`, in the thread of its prompt."""
+        logits = self._require(BESIDE).run(ids, positions, table, rows)
+        self.calls[BESIDE] += 1
+        return logits
 
     def _require(self, name: str) -> LoweredPhase | DevicePhase:
         """A phase by its name."""

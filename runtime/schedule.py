@@ -81,7 +81,8 @@ class _Ready:
 
 
 class ScheduleRunner:
-    """One phase, ready to be run call after call. Not safe for use from several threads."""
+    """One phase, ready to be run call after call: one at a time, while runners of other phases may
+    be at theirs."""
 
     def __init__(
         self,
@@ -91,10 +92,12 @@ class ScheduleRunner:
         seconds: Sequence[float] | None = None,
         rank: int | None = None,
         program: Program | None = None,
+        aside: bool = False,
     ) -> None:
         """`works[i]` is what step i of the phase does, `seconds[i]` what it takes on a simulated
         clock. With `rank`, only that rank's part of the phase is run here (see `part_of_rank`);
-        with a `program`, its steps are done by it in the calls it takes.
+        with a `program`, its steps are done by it in the calls it takes; `aside`, calls have
+        streams of their own, so that they and those of other phases do not hold each other up.
 
         Raises `ExecutionError` where works are missing or the backend has fewer GPUs than the
         phase, `VerifyError` where a step waits for an event that no earlier step signals.
@@ -119,7 +122,7 @@ class ScheduleRunner:
                 events[step.signal] = backend.event()
             steps.append(
                 _Ready(
-                    backend.stream(step.resource),
+                    backend.stream(step.resource, aside=aside),
                     waits,
                     works[position],
                     label,
@@ -129,22 +132,25 @@ class ScheduleRunner:
                 )
             )
         self._steps = tuple(steps)
+        self._streams = tuple({step.stream.name: step.stream for step in steps}.values())
         self._program, self._phase = program, mine
         self._crossed = () if program is None else self._across(program)
-        self._began = 0.0
 
     def run(self, call: Any) -> Measured:
         """Run every step with `call` and return when all are done.
 
         Raises what `Backend.synchronize` raises; the backend is closed then.
         """
+        clock, began = self._backend.begin(), time.monotonic()
         program = self._run(call, timed=True)
         known = {} if program is None else program.times()
         times = []
         for step, ready in zip(self._phase.steps, self._steps, strict=True):
-            start, end = known.get(step.id) or ready.span.seconds()
-            began = self._began if step.id in known else 0.0
-            times.append((start - began, end - began))
+            if step.id in known:
+                start, end = (moment - began for moment in known[step.id])
+            else:
+                start, end = ready.span.seconds(clock)
+            times.append((start, end))
         return Measured(
             self.positions, tuple(start for start, _ in times), tuple(end for _, end in times)
         )
@@ -159,16 +165,14 @@ class ScheduleRunner:
         if program is not None and not program.takes(call):
             program = None
         try:
-            self._backend.begin()
-            self._began = time.monotonic()
             if program is None:
                 for step in self._steps:
                     self._hand_over(step, call, step.span if timed else None)
             else:
                 self._meet(program, call, timed)
-            self._backend.synchronize()
-        except BaseException:
-            self._backend.close()
+            self._backend.synchronize(self._streams)
+        except BaseException as error:
+            self._backend.close(error)
             raise
         return program
 

@@ -4,8 +4,9 @@ thread, its locks, and how everything ends.
 The thread's loop: end what was cancelled, admit the first in the queue if there is room for the
 whole of it, compute one chunk of its prompt, then one token for every running sequence
 (runtime/scheduler_batch.py; the policy is in runtime/scheduler_policy.py). First come, first
-served: nobody overtakes a request that waits for room. With a prefill process, long prompts are
-computed there while the loop goes on, and join the running ones when they are done.
+served: nobody overtakes a request that waits for room. Long prompts are
+computed beside the loop where a prefill process or the plan's phases for GPUs allow that, and join
+the running ones when they are done.
 
     scheduler = Scheduler(engine.executor)
     scheduler.start()
@@ -28,7 +29,7 @@ from hmc.runtime.prefill_worker import PrefillWorker
 from hmc.runtime.requests import Request, Ticket, token_ids
 from hmc.runtime.scheduler_batch import Batch
 from hmc.runtime.scheduler_job import Job
-from hmc.runtime.scheduler_prefill import PrefillState
+from hmc.runtime.scheduler_process import PrefillState
 from hmc.runtime.scheduler_stats import Clock, Meter, SchedulerStats
 
 _CLOSE_SECONDS = 10.0
@@ -140,8 +141,10 @@ class Scheduler:
 
     @property
     def stuck_for(self) -> float:
-        """Seconds the step under way has been running; 0 between steps."""
-        return self._meter.step_age
+        """Seconds the step under way, or a prompt's call on the devices beside, has been running; 0
+        without.
+        """
+        return max(self._meter.step_age, self._batch.stuck_for)
 
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait up to `timeout` seconds for those accepted; whether all have
@@ -216,8 +219,8 @@ class Scheduler:
             self._batch.finish()
 
     def _wait(self) -> bool:
-        """Sleep until there is work, or the prefill process is to be looked after; False when there
-        will be nothing to do.
+        """Sleep until there is work, or what is computed beside is to be looked after; False when
+        there will be nothing to do.
         """
         with self._changed:
             while self._failure is None and not self._queue and not self._batch.jobs:

@@ -20,10 +20,10 @@ from hmc.runtime.scheduler_job import Job, as_error
 from hmc.runtime.scheduler_policy import (
     chunk_tokens,
     decode_phase,
-    in_own_process,
     prefill_phase,
 )
-from hmc.runtime.scheduler_prefill import PrefillsBeside, PrefillState
+from hmc.runtime.scheduler_prefill import Computer, PrefillsBeside
+from hmc.runtime.scheduler_process import PrefillKeeper, PrefillState
 from hmc.runtime.scheduler_stats import Meter
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -32,8 +32,8 @@ _TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 
 class Batch:
     """`prefilling` is the request whose prompt is computed here, one at a time, first come first
-    served; `running` those that decode; the prompts of others are with the prefill process, if
-    there is one.
+    served; `running` those that decode; the prompts of others are computed beside, by a prefill
+    process or, where the plan has a phase for that, on the devices.
     """
 
     def __init__(
@@ -45,15 +45,19 @@ class Batch:
         prefill: PrefillWorker | None = None,
         silence: float = 0.0,
     ) -> None:
-        """`silence` is how many seconds the process of `prefill` may not be heard of."""
+        """`silence` is how many seconds the process of `prefill` may not be heard of. With such a
+        process the devices compute no prompt beside decoding.
+        """
         self.prefilling: Job | None = None
         self.running: list[Job] = []
         self._executor, self._meter, self._reuse = executor, meter, prefix_cache
-        self._beside: PrefillsBeside[Job] | None = None
+        self._keeper: PrefillKeeper | None = None
         if prefill is not None:
-            self._beside = PrefillsBeside(
-                prefill, grown=self._keep, release=self._release, silence=silence
-            )
+            self._keeper = PrefillKeeper(prefill, executor.plan, silence)
+        self._computer: Computer | None = self._keeper or executor.beside
+        self._beside: PrefillsBeside[Job] | None = None
+        if self._computer is not None:
+            self._beside = PrefillsBeside(self._computer, grown=self._keep, release=self._release)
         self._full = False  # the cache was, and nothing has been released since
 
     @property
@@ -65,30 +69,38 @@ class Batch:
 
     @property
     def beside(self) -> list[Job]:
-        """Those whose prompts are with the prefill process."""
+        """Those whose prompts are computed beside."""
         return [] if self._beside is None else self._beside.owners
 
     @property
     def prefill(self) -> PrefillState | None:
         """The prefill process now."""
-        return None if self._beside is None else self._beside.state()
+        if self._keeper is None or self._beside is None:
+            return None
+        return self._keeper.state(*self._beside.progress)
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds that a prompt's call on the devices, which nothing but its own end ends, has been
+        running beside."""
+        return 0.0 if self._computer is None else self._computer.stuck_for
 
     @property
     def empty(self) -> bool:
-        """Whether nobody holds blocks of the cache, not even the process for a prompt that was
+        """Whether nobody holds blocks of the cache, not even who computes a prompt that was
         cancelled.
         """
         return not self.jobs and (self._beside is None or self._beside.empty)
 
     @property
     def waits(self) -> bool:
-        """Whether only the prefill process has something to do."""
+        """Whether there is nothing to do but what is done beside."""
         return not self.running and self.prefilling is None and not self.empty
 
     @property
     def patience(self) -> float | None:
-        """Seconds until the next step while there is nothing to compute here; None: there is no
-        prefill process to look after.
+        """Seconds until the next step while there is nothing to compute here; None: nothing beside
+        is to be looked after.
         """
         if self._beside is None:
             return None
@@ -102,6 +114,8 @@ class Batch:
         kv = self._executor.kv
         if self.prefilling is not None or not kv.rows_free or (self._full and not self.empty):
             return False
+        if self._beside is not None and self._beside.exclusive:
+            return False
         sequence = self._executor.open()
         if self._reuse and not job.request.prompt_logprobs:
             job.cached = kv.adopt(sequence, job.ids)
@@ -113,24 +127,23 @@ class Batch:
             return False
         self._meter.reused(job.cached)
         job.sequence = sequence
+        left, every = len(job.ids) - job.cached, job.scored is not None
         job.phase = prefill_phase(
             self._executor.plan,
-            len(job.ids) - job.cached,
-            every=job.scored is not None,
+            left,
+            every=every,
             decoding=len(self.running),
+            beside=self._beside is not None and self._keeper is None,
         )
-        left, every = len(job.ids) - job.cached, job.scored is not None
-        if self._beside is not None and in_own_process(
-            self._executor.plan, job.phase, left, every=every
-        ):
+        if self._beside is not None and self._beside.takes(job.phase, left, every=every):
             self._beside.start(job, sequence, job.ids)
         else:
             self.prefilling = job
         return True
 
     def step(self) -> None:
-        """End what has been cancelled, take what the prefill process has done, compute a chunk of
-        a prompt, then decode. Raises what the executor raises.
+        """End what has been cancelled, take what was done beside, compute a chunk of a prompt, then
+        decode. Raises what the executor raises.
         """
         for job in self.jobs:
             if job.ticket.cancelled:
@@ -151,9 +164,7 @@ class Batch:
         self.finish()
 
     def finish(self) -> None:
-        """Wait until the prefill process has let go of the cache, two seconds at most: then it is
-        ended.
-        """
+        """Wait until nobody beside writes to the cache any more: see `PrefillsBeside.finish`."""
         if self._beside is not None:
             self._beside.finish()
 
@@ -240,7 +251,7 @@ class Batch:
         """Free the request's place."""
         sequence, job.sequence = job.sequence, None
         if self._beside is not None and job in self._beside.owners:
-            self._beside.drop(job)  # and releases when the process has let go
+            self._beside.drop(job)  # and releases when nobody writes to it
             return
         if job is self.prefilling:
             self.prefilling = None

@@ -1,31 +1,27 @@
-"""The prompts that a prefill process computes for a scheduler: one at a time, first come first
-served; hides the process's death and who may still write to which cache blocks.
+"""The prompts that somebody computes beside a scheduler's thread, a prefill process or the devices:
+one at a time, first come first served; hides who may still write to which cache blocks.
 
-    start(owner, ..)  ->  waiting  ->  with the process  ->  an `Arrival` out of `tend`
-    drop(owner)           gone at once  a ghost: its blocks are free when the process has let go
+    start(owner, ..)  ->  waiting  ->  being computed  ->  an `Arrival` out of `tend`
+    drop(owner)           gone at once  a ghost: its blocks are free when nobody writes to them
 
 A process that dies is replaced. The prompt it was computing is given to the new one once more, from
 the last token that is in the cache; if that one dies of it too, the prompt arrives as an error.
-Nothing here waits for the process but `finish`.
+Nothing here waits for what computes but `finish`.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.kv import Sequence
-from hmc.runtime.prefill_worker import Job, PrefillWorker
 
 _ATTEMPTS = 2  # what the message of a lost prompt says
 _FINISH_SECONDS = 2.0
@@ -34,26 +30,59 @@ _FINISH_POLL = 0.005
 Owner = TypeVar("Owner")
 
 
-@dataclass(frozen=True)
-class PrefillState:
-    """The prefill process at one moment.
+class Job(Protocol):
+    """A prompt being computed."""
 
-    pid, alive, ready   its number; whether it runs; whether it has loaded
-    restarts            how often it was replaced
-    prompts             prompts it has, the one under way and those behind it
-    tokens, total       of the prompt it was given, in the cache and altogether; 0 of 0: there is
-                        none
-    silent_seconds      how long it has not been heard of with a prompt under way
-    """
+    @property
+    def tokens(self) -> int:
+        """How many of its tokens are in the cache."""
+        ...
 
-    pid: int
-    alive: bool
-    ready: bool
-    restarts: int
-    prompts: int
-    tokens: int
-    total: int
-    silent_seconds: float
+    def poll(self) -> npt.NDArray[np.float32] | None:
+        """f32 [vocab] logits of the last token, None while it is not over; raises why it ended
+        early, and then nothing is written to its blocks any more."""
+        ...
+
+    def stop(self) -> None:
+        """Have it end early, without waiting for that."""
+        ...
+
+
+class Computer(Protocol):
+    """Who computes the prompts: a process (runtime/scheduler_process.py) or the devices
+    (runtime/prefill_devices.py)."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether no other prompt may be computed meanwhile, by whomever."""
+        ...
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds that something has been running which cannot be ended alone."""
+        ...
+
+    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
+        """Whether it computes a prompt that the policy gives to a phase, of which `tokens` are
+        left, the logits of `every` one wanted or of the last."""
+        ...
+
+    def start(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> Job | None:
+        """Compute `ids` i32 [tokens] after what a sequence holds; None: it is gone, ask again after
+        `tend`."""
+        ...
+
+    def lost(self, error: HmcError) -> bool:
+        """Whether a job with this error may be started once more."""
+        ...
+
+    def tend(self, wanted: bool) -> None:
+        """Bring it back if it is gone; `wanted` says that there are prompts for it."""
+        ...
+
+    def end(self) -> None:
+        """End it, if it can be ended while it computes."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -83,22 +112,18 @@ class PrefillsBeside(Generic[Owner]):
 
     def __init__(
         self,
-        worker: PrefillWorker,
+        computer: Computer,
         *,
         grown: Callable[[Sequence, npt.NDArray[np.int32]], None],
         release: Callable[[Sequence], None],
-        silence: float,
     ) -> None:
         """`grown` is told when more of a prompt is in the cache, `release` frees a dropped prompt's
-        sequence. A process that is not heard of for `silence` seconds while it has a prompt is
-        killed and replaced.
+        sequence.
         """
-        self._worker, self._silence = worker, silence
+        self._computer = computer
         self._grown, self._release = grown, release
         self._waiting: deque[_Prompt[Owner]] = deque()
         self._current: _Prompt[Owner] | None = None
-        self._restarts = 0
-        self._was_ready = False
 
     @property
     def owners(self) -> list[Owner]:
@@ -109,8 +134,26 @@ class PrefillsBeside(Generic[Owner]):
 
     @property
     def empty(self) -> bool:
-        """Whether the process writes to nobody's blocks and nobody waits for it."""
+        """Whether nobody's blocks are written to and nobody waits for that."""
         return self._current is None and not self._waiting
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether no other prompt may be computed now."""
+        return self._computer.exclusive and not self.empty
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """How many prompts there are; of the one being computed, the tokens in the cache and
+        altogether (0 of 0: there is none)."""
+        current = self._current
+        if current is None or current.job is None:
+            return len(self.owners), 0, 0
+        return len(self.owners), current.sequence.length, len(current.ids)
+
+    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
+        """See `Computer`."""
+        return self._computer.takes(phase, tokens, every=every)
 
     def start(self, owner: Owner, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
         """Compute what `sequence`, with room for all of `ids` i32 [tokens], does not hold of it
@@ -132,65 +175,34 @@ class PrefillsBeside(Generic[Owner]):
         self._release(found.sequence)
 
     def tend(self) -> list[Arrival[Owner]]:
-        """What has arrived since the last call; also replaces a dead process, and ends a hung
-        one.
-        """
-        arrivals = []
-        if self._current is not None:
-            if self._worker.silent_seconds > self._silence:
-                with suppress(ProcessLookupError):
-                    os.kill(self._worker.pid, signal.SIGKILL)
-            arrivals = self._settle(self._current)
-        # One that never came up is tried again for a prompt's sake only.
-        if self._worker.trouble is not None and (self._was_ready or not self.empty):
-            self._worker.restart()
-            self._restarts += 1
-            self._was_ready = False
-        self._was_ready = self._was_ready or self._worker.ready
+        """What has arrived since the last call; also looks after who computes."""
+        arrivals = [] if self._current is None else self._settle(self._current)
+        self._computer.tend(wanted=not self.empty)
         self._submit()
         return arrivals
 
     def finish(self) -> None:
-        """Drop everything, and wait for the process to let go of it for two seconds at most: then
-        the process is ended.
+        """Drop everything, and wait until nothing of it is written to. A process that does not let
+        go within two seconds is ended; the devices' call is waited for.
         """
         for owner in self.owners:
             self.drop(owner)
         limit = time.monotonic() + _FINISH_SECONDS
         while self._current is not None:
             if time.monotonic() > limit:
-                self._worker.close()
+                self._computer.end()
             self._settle(self._current)
             time.sleep(_FINISH_POLL)
 
-    def state(self) -> PrefillState:
-        """The figures now."""
-        current = self._current
-        given = current if current is not None and current.job is not None else None
-        alive = self._worker.trouble is None
-        return PrefillState(
-            pid=self._worker.pid,
-            alive=alive,
-            ready=alive and self._worker.ready,
-            restarts=self._restarts,
-            prompts=len(self.owners),
-            tokens=0 if given is None else given.sequence.length,
-            total=0 if given is None else len(given.ids),
-            silent_seconds=self._worker.silent_seconds,
-        )
-
     def _submit(self) -> None:
-        """Give the process the next prompt, if it has none."""
+        """Have the next prompt computed, if none is."""
         if self._current is None and self._waiting:
             self._current = self._waiting.popleft()
         prompt = self._current
-        if prompt is None or prompt.job is not None or self._worker.trouble is not None:
+        if prompt is None or prompt.job is not None:
             return
-        sequence = prompt.sequence
-        prompt.past = sequence.length
-        rest = prompt.ids[prompt.past :]
-        with suppress(WorkerError):  # it died just now: the next `tend` finds out
-            prompt.job = self._worker.start(sequence.blocks, prompt.past, rest)
+        prompt.past = prompt.sequence.length
+        prompt.job = self._computer.start(prompt.sequence, prompt.ids[prompt.past :])
 
     def _settle(self, prompt: _Prompt[Owner]) -> list[Arrival[Owner]]:
         """Take in how far the prompt under way has come."""
@@ -212,7 +224,7 @@ class PrefillsBeside(Generic[Owner]):
             self._current = None
             self._release(prompt.sequence)
             return []
-        if error is not None and error is self._worker.trouble:
+        if error is not None and self._computer.lost(error):
             prompt.attempts += 1
             prompt.job = None
             if prompt.attempts < _ATTEMPTS:

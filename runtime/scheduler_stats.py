@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hmc.runtime.kv import BlockAllocator
-from hmc.runtime.scheduler_prefill import PrefillState
+from hmc.runtime.scheduler_process import PrefillState
 
 _RECENT = 256
 
@@ -140,7 +140,7 @@ class Meter:
         self._prompt_tokens += prefilled
 
     def handed_over(self, tokens: int) -> None:
-        """Count prompt tokens that a prefill process computed."""
+        """Count prompt tokens that were computed beside."""
         self._prompt_tokens += tokens
 
     def sampled(self) -> None:

@@ -71,8 +71,9 @@ class Recorder:
         ticks = np.empty((len(records), self._pool.workers, 2), np.int64)
         self._pool.run(records, ticks)
         waits = records[:, 2] & walker.GATE != 0
-        self.programs.append(ProgramRun(phase, np.where(waits, WAIT, records[:, 3]), ticks))
-        return self.programs[-1]
+        found = ProgramRun(phase, np.where(waits, WAIT, records[:, 3]), ticks)
+        self.programs.append(found)
+        return found
 
     def call(self, phase: str, step: int, function: Callable[[], None], name: str) -> None:
         """Make a call and note how long it took."""

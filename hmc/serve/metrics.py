@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from hmc.runtime.generation import Timings
-from hmc.runtime.scheduler_prefill import PrefillState
+from hmc.runtime.scheduler_process import PrefillState
 from hmc.runtime.scheduler_stats import SchedulerStats
 from hmc.serve.service import Service
 

@@ -5,13 +5,18 @@ the same schedules run, and their ordering bugs show, without a GPU) and `null` 
 Streams are those of a plan's resources: "cpu", "gpu<n>", "h2d<n>", "d2h<n>" and "link". A stream
 works through what it was given in order; streams know of each other only through events.
 
+Calls of several phases may overlap, each handed over by a thread of its own. On a stream that both
+use, their work is done in the order in which it was handed over, and what waits there holds up what
+follows, whosever it is. A call that goes on beside others therefore takes streams of its own
+(`aside`), of every resource but "cpu": the CPU's steps share one pool of workers.
+
 Hides threads, device streams, and who waits for whom in which way.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,12 +34,15 @@ Event = Any
 recorded again in every call. Waiting for one that nobody recorded yet waits for nothing.
 """
 
+Clock = Any
+"""When a call began, opaque to callers."""
+
 
 class Span(Protocol):
     """When one piece of work ran; may be used again in every call."""
 
-    def seconds(self) -> tuple[float, float]:
-        """Start and end in seconds since the backend's last `begin`; known after `synchronize`."""
+    def seconds(self, clock: Clock) -> tuple[float, float]:
+        """Start and end in seconds since the `begin` of its call; known after `synchronize`."""
         ...
 
 
@@ -43,7 +51,7 @@ class Stream(Protocol):
 
     @property
     def name(self) -> str:
-        """The resource: "cpu", "gpu0", "h2d0", "d2h0", "link"."""
+        """The resource: "cpu", "gpu0", "h2d0", "d2h0", "link"; aside: "gpu0.aside"."""
         ...
 
     def launch(self, work: Work, label: str, seconds: float = 0.0, span: Any = None) -> None:
@@ -122,15 +130,21 @@ class Device(Protocol):
 
 
 class Backend(Protocol):
-    """All devices of one kind, with the host's stream "cpu" and the stream "link" between them."""
+    """All devices of one kind, with the host's stream "cpu" and the stream "link" between them.
+
+    Streams, events and flags are made by one thread before any call; calls may then be handed over
+    and waited for by several."""
 
     @property
     def devices(self) -> tuple[Device, ...]:
         """gpu0, gpu1, ..."""
         ...
 
-    def stream(self, resource: str) -> Stream:
-        """The stream of a resource, made on first use; `ExecutionError` for an unknown one."""
+    def stream(self, resource: str, *, aside: bool = False) -> Stream:
+        """The stream of a resource, made on first use; `ExecutionError` for an unknown one. With
+        `aside` the second one there (of "cpu" the same), whose work gives way to the first's where
+        the device can do that.
+        """
         ...
 
     def event(self) -> Event:
@@ -146,23 +160,23 @@ class Backend(Protocol):
         or the backend is closed. `MachineError` where the devices cannot do that."""
         ...
 
-    def begin(self) -> None:
-        """Start the clock of a call; no stream may be at work."""
+    def begin(self) -> Clock:
+        """Start the clock of a call, for its spans."""
         ...
 
-    def synchronize(self) -> None:
-        """Return when every stream is done.
+    def synchronize(self, streams: Sequence[Stream] | None = None) -> None:
+        """Return when what was appended to `streams` (default: all) so far is done.
 
         The first error of any stream stops all of them: what they still had to do is dropped, the
-        backend is closed, and the error raised, as it is where it is an `HmcError`, else inside an
-        `ExecutionError` that names stream and label. A stream on which nothing ends in time is
-        reported by a `WorkerError` and not waited for.
+        backend is closed, and the error raised to everybody who waits, as it is where it is an
+        `HmcError`, else inside an `ExecutionError` that names stream and label. Where nothing ends
+        in time on the streams waited for, that is reported by a `WorkerError` and not waited for.
         """
         ...
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """Drop what still waits, end the streams and free all memory. Never hangs; may be called
-        twice."""
+        twice, from any thread. Whoever waits or comes later is told of the first `error`."""
         ...
 
 
@@ -179,3 +193,8 @@ def gpu_of(resource: str, gpus: int) -> int | None:
     if int(found[1]) >= gpus:
         raise ExecutionError(f"'{resource}' is asked for, but only {gpus} GPU(s) are open")
     return int(found[1])
+
+
+def stream_name(resource: str, aside: bool) -> str:
+    """What a stream is called: of "cpu" there is one."""
+    return f"{resource}.aside" if aside and resource != "cpu" else resource

@@ -1,6 +1,6 @@
 """GPUs through torch.cuda: streams, events and memory; "cpu" is one thread beside them.
 
-Device streams are fed by the caller's thread. What crosses between the CPU and a GPU:
+Device streams are fed by the callers' threads. What crosses between the CPU and a GPU:
 
 * "cpu" waits for a device event by waiting for it on its own thread;
 * a device stream that waits for CPU work makes the caller's thread wait until that work is done,
@@ -15,11 +15,13 @@ Importing this needs no GPU; opening it without one is a `MachineError`.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from hmc.errors import CapacityError, ExecutionError, HmcError, MachineError, WorkerError
-from hmc.runtime.devices.base import Event, Work, gpu_of
+from hmc.runtime.devices.base import Event, Stream, Work, gpu_of, stream_name
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.pinned import pinned
@@ -28,6 +30,8 @@ from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
 
 CLOSE_SECONDS = 2.0
 """How long `close` waits for GPUs that are still at work."""
+_FIRST, _ASIDE = -1, 0
+"""Priorities of streams: less is more urgent."""
 _POLL_SECONDS = 20e-6
 
 
@@ -41,19 +45,28 @@ class CudaEvent(HostEvent):
         self.kept: dict[int, torch.cuda.Event] = {}
 
 
+@dataclass(frozen=True)
+class CudaClock:
+    """When a call began: as `time.perf_counter` tells it, and as an event of each GPU."""
+
+    host: float
+    devices: Mapping[int, torch.cuda.Event]
+
+
 class CudaSpan(HostSpan):
     """Two timing events around a piece of work on a device, read when asked for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.origin: torch.cuda.Event | None = None
+        self.number = 0
         self.marks: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: CudaClock) -> tuple[float, float]:
         """See `base.Span`; of a device, to its clock's half microsecond."""
-        if self.origin is None or self.marks is None:
-            return super().seconds()
-        first, last = (self.origin.elapsed_time(mark) * 1e-3 for mark in self.marks)
+        if self.marks is None:
+            return super().seconds(clock.host)
+        origin = clock.devices[self.number]
+        first, last = (origin.elapsed_time(mark) * 1e-3 for mark in self.marks)
         return first, last
 
 
@@ -76,10 +89,10 @@ class CpuStream(Worker):
 class CudaStream:
     """A stream of one GPU, fed by the caller's thread."""
 
-    def __init__(self, name: str, number: int, backend: CudaBackend) -> None:
+    def __init__(self, name: str, number: int, backend: CudaBackend, priority: int) -> None:
         self.name = name
         self.number = number
-        self.stream = torch.cuda.Stream(device=number)  # type: ignore[no-untyped-call]
+        self.stream = torch.cuda.Stream(device=number, priority=priority)  # type: ignore[no-untyped-call]
         self._backend = backend
 
     def launch(
@@ -87,11 +100,10 @@ class CudaStream:
     ) -> None:
         """See `base.Stream`; what the work raises while it is handed over is raised here."""
         if span is not None and span.marks is None:
-            span.marks = (_event(timed=True), _event(timed=True))
+            span.number, span.marks = self.number, (_event(timed=True), _event(timed=True))
         try:
             with torch.cuda.stream(self.stream):
                 if span is not None and span.marks is not None:
-                    span.origin = self._backend.origin(self.number)
                     span.marks[0].record(self.stream)
                 work()
                 if span is not None and span.marks is not None:
@@ -134,11 +146,17 @@ class CudaStream:
 
     def synchronize(self) -> None:
         """See `base.Stream`."""
-        self._backend.finish((self,))
+        self._backend.synchronize((self,))
+
+    def mark(self) -> torch.cuda.Event:
+        """A new event at the end of what was appended so far."""
+        end = _event(timed=False)
+        end.record(self.stream)
+        return end
 
 
 class CudaBackend:
-    """A `Backend` of the first `gpus` GPUs of this machine. Not safe for use from several threads.
+    """A `Backend` of the first `gpus` GPUs of this machine.
 
     In a process that runs one rank of several, `home` is that rank's GPU: it carries "link".
     """
@@ -159,21 +177,23 @@ class CudaBackend:
         self._cpu = CpuStream("cpu", self._board)
         self._home = home
         self._streams: dict[str, CudaStream] = {}
-        self._origins: dict[int, torch.cuda.Event] = {}
         self._memory: StreamMemory | None = None
         self.devices = tuple(
             Gpu(f"gpu{number}", torch.device("cuda", number), self, _room) for number in range(gpus)
         )
 
-    def stream(self, resource: str) -> CudaStream | CpuStream:
-        """See `base.Backend`."""
+    def stream(self, resource: str, *, aside: bool = False) -> CudaStream | CpuStream:
+        """See `base.Backend`. A GPU begins blocks of the first streams' kernels before those of
+        streams aside."""
         if resource == "cpu":
             return self._cpu
-        stream = self._streams.get(resource)
+        name = stream_name(resource, aside)
+        stream = self._streams.get(name)
         if stream is None:
             number = gpu_of(resource, len(self.devices))
             number = self._home if number is None else number
-            stream = self._streams[resource] = CudaStream(resource, number, self)
+            stream = CudaStream(name, number, self, _ASIDE if aside else _FIRST)
+            self._streams[name] = stream
         return stream
 
     def event(self) -> CudaEvent:
@@ -202,47 +222,43 @@ class CudaBackend:
             self._memory = StreamMemory()
         return self._memory
 
-    def begin(self) -> None:
+    def begin(self) -> CudaClock:
         """See `base.Backend`. Each GPU has its own zero, taken one after the other: times of two
         GPUs compare to some microseconds."""
+        marks = {}
         for number in {stream.number for stream in self._streams.values()}:
-            mark = self._origins.get(number)
-            if mark is None:
-                mark = self._origins[number] = _event(timed=True)
+            marks[number] = _event(timed=True)
             with torch.cuda.device(number):
-                mark.record(torch.cuda.current_stream(number))
-        self._board.origin = time.perf_counter()
-
-    def origin(self, number: int) -> torch.cuda.Event | None:
-        """The event at which a GPU's clock began."""
-        return self._origins.get(number)
+                marks[number].record(torch.cuda.current_stream(number))
+        return CudaClock(time.perf_counter(), marks)
 
     def cpu_done(self, event: HostEvent) -> None:
         """Return when the CPU work that was to record an event has done so."""
         try:
             self._board.happen(event)
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(error)
             raise
 
-    def synchronize(self) -> None:
+    def synchronize(self, streams: Sequence[Stream] | None = None) -> None:
         """See `base.Backend`."""
-        self.finish(tuple(self._streams.values()))
-
-    def finish(self, streams: tuple[CudaStream, ...]) -> None:
-        """Return when the CPU and these streams are done."""
+        chosen = (self._cpu, *self._streams.values()) if streams is None else streams
         try:
-            self._board.drain(lambda: self._cpu.busy)
-            for stream in streams:
-                self._poll(stream)
-        except BaseException:
-            self.close()
+            ends = [(each, each.mark()) for each in chosen if isinstance(each, CudaStream)]
+            self._board.drain([each for each in chosen if isinstance(each, Worker)])
+            for stream, end in ends:
+                self._poll(stream, end)
+            self._board.check()
+        except BaseException as error:
+            self.close(error)
             raise
 
-    def _poll(self, stream: CudaStream) -> None:
+    def _poll(self, stream: CudaStream, end: torch.cuda.Event) -> None:
+        """Return when a stream has come to an event."""
         until = time.perf_counter() + self._board.timeout
         try:
-            while not stream.stream.query():
+            while not end.query():  # type: ignore[no-untyped-call]
+                self._board.check()
                 if time.perf_counter() > until:
                     raise WorkerError(
                         f"{stream.name} did not end within {self._board.timeout:g} s. The devices"
@@ -252,14 +268,13 @@ class CudaBackend:
         except RuntimeError as error:
             raise ExecutionError(f"work on {stream.name} failed: {error}") from error
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """See `base.Backend`. Memory is freed when the GPUs are done with it, or have not been for
         `CLOSE_SECONDS`."""
-        self._board.close()
+        self._board.close(error)
         until = time.perf_counter() + CLOSE_SECONDS
         while time.perf_counter() < until and not all(map(_ended, self._streams.values())):
             time.sleep(_POLL_SECONDS)
-        self._streams.clear()
         for device in self.devices:
             device.close()
 

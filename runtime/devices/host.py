@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hmc.runtime.devices.base import gpu_of
+from hmc.runtime.devices.base import Clock, Stream, gpu_of, stream_name
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
 
 
 class HostBackend:
-    """A `Backend` of threads. Not safe for use from several threads."""
+    """A `Backend` of threads."""
 
     def __init__(
         self,
@@ -38,12 +38,13 @@ class HostBackend:
             for number, size in zip(range(gpus), sizes, strict=True)
         )
 
-    def stream(self, resource: str) -> Worker:
+    def stream(self, resource: str, *, aside: bool = False) -> Worker:
         """See `base.Backend`."""
-        worker = self._board.workers.get(resource)
+        name = stream_name(resource, aside)
+        worker = self._board.workers.get(name)
         if worker is None:
             gpu_of(resource, len(self.devices))
-            worker = Worker(resource, self._board, self._delays)
+            worker = Worker(name, self._board, self._delays)
         return worker
 
     def event(self) -> HostEvent:
@@ -60,21 +61,23 @@ class HostBackend:
         self._board.flags.append(made)
         return made
 
-    def begin(self) -> None:
+    def begin(self) -> Clock:
         """See `base.Backend`."""
-        self._board.origin = time.perf_counter()
+        return time.perf_counter()
 
-    def synchronize(self) -> None:
+    def synchronize(self, streams: Sequence[Stream] | None = None) -> None:
         """See `base.Backend`."""
+        workers = self._board.workers
+        names = workers if streams is None else [stream.name for stream in streams]
         try:
-            self._board.drain(lambda: any(w.busy for w in self._board.workers.values()))
-        except BaseException:
-            self.close()
+            self._board.drain([workers[name] for name in names])
+        except BaseException as error:
+            self.close(error)
             raise
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """See `base.Backend`."""
-        self._board.close()
+        self._board.close(error)
         for device in self.devices:
             device.close()
 

@@ -6,10 +6,12 @@ done at once, in the order in which it was appended; else it is not done at all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hmc.errors import ExecutionError, HmcError
-from hmc.runtime.devices.base import Work, gpu_of
+from hmc.runtime.devices.base import Clock, Stream, Work, gpu_of, stream_name
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 
@@ -28,7 +30,7 @@ class NullSpan:
         self.start = 0.0
         self.end = 0.0
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: Clock) -> tuple[float, float]:
         """See `base.Span`."""
         return self.start, self.end
 
@@ -95,12 +97,13 @@ class NullBackend:
             for number in range(gpus)
         )
 
-    def stream(self, resource: str) -> NullStream:
+    def stream(self, resource: str, *, aside: bool = False) -> NullStream:
         """See `base.Backend`."""
-        stream = self._streams.get(resource)
+        name = stream_name(resource, aside)
+        stream = self._streams.get(name)
         if stream is None:
             gpu_of(resource, len(self.devices))
-            stream = self._streams[resource] = NullStream(resource, self._execute, self._flagged)
+            stream = self._streams[name] = NullStream(name, self._execute, self._flagged)
         return stream
 
     def event(self) -> NullEvent:
@@ -115,15 +118,15 @@ class NullBackend:
         """See `base.Backend`."""
         return Flags(count)
 
-    def begin(self) -> None:
-        """Set every clock to zero."""
+    def begin(self) -> Clock:
+        """Set every clock to zero: a call is over when it has been handed over, so none overlap."""
         for stream in self._streams.values():
             stream.time = 0.0
 
-    def synchronize(self) -> None:
+    def synchronize(self, streams: Sequence[Stream] | None = None) -> None:
         """Nothing is ever left to do; errors were raised where the work was appended."""
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
         """See `base.Backend`."""
         for device in self.devices:
             device.close()

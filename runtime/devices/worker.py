@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from itertools import count
 from random import Random
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
-from hmc.runtime.devices.base import Work
+from hmc.runtime.devices.base import Clock, Work
 from hmc.runtime.devices.flags import Flags
 
 _SPINS, _NAP_SECONDS = 20, 20e-6
@@ -32,15 +33,15 @@ class HostEvent:
 
 
 class HostSpan:
-    """Start and end in seconds since the board's clock began."""
+    """Start and end, as `time.perf_counter` tells them."""
 
     def __init__(self) -> None:
         self.start = 0.0
         self.end = 0.0
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: Clock) -> tuple[float, float]:
         """See `base.Span`."""
-        return self.start, self.end
+        return self.start - clock, self.end - clock
 
 
 class Board:
@@ -55,8 +56,6 @@ class Board:
         self.flags: list[Flags] = []
         self.error: BaseException | None = None
         self.stopped = False
-        self.origin = 0.0
-        self.progress = 0.0
 
     def fail(self, error: BaseException) -> None:
         """Note the first error and stop everybody; the lock is held."""
@@ -64,41 +63,62 @@ class Board:
             self.error = error
         self._stop()
 
-    def drain(self, busy: Callable[[], bool]) -> None:
-        """Wait until nothing is `busy()`; raises the first error, or `WorkerError` where nothing
-        ended for `timeout` seconds."""
+    def drain(self, workers: Collection[Worker]) -> None:
+        """Wait until what was appended to `workers` so far is done; raises the first error of any
+        worker, or `WorkerError` where nothing of that ended for `timeout` seconds."""
         with self.lock:
-            self.progress = time.perf_counter()
-            while self.error is None and not self.stopped and busy():
-                left = self.progress + self.timeout - time.perf_counter()
-                if left <= 0:
-                    self.fail(WorkerError(self._stuck()))
-                else:
-                    self.idle.wait(left)
-            if self.error is not None:
-                raise self.error
+            goals = [(worker, worker.appended) for worker in workers]
+            for worker, goal in goals:
+                worker.goals.append(goal)
+            try:
+                self._wait(lambda: [worker for worker, goal in goals if worker.done < goal])
+            finally:
+                for worker, goal in goals:
+                    worker.goals.remove(goal)
 
     def happen(self, event: HostEvent) -> None:
         """Wait until the latest record of an event made so far has happened; raises as `drain`."""
         made = event.made
         with self.lock:
             event.waiting.append(self.idle)
-        try:
-            self.drain(lambda: event.seen < made)
-        finally:
-            with self.lock:
+            try:
+                self._wait(lambda: () if event.seen >= made else self.workers.values())
+            finally:
                 event.waiting.remove(self.idle)
 
-    def _stuck(self) -> str:
-        doing = [f"{w.name} {w.doing}" for w in self.workers.values() if w.doing]
+    def check(self) -> None:
+        """Raise what stopped the board, if it is stopped."""
+        if self.error is not None:
+            raise self.error
+        if self.stopped:
+            raise ExecutionError("the devices were closed: open them again")
+
+    def _wait(self, pending: Callable[[], Collection[Worker]]) -> None:
+        """Wait until no worker is pending; the lock is held. A worker's progress counts for as long
+        as it is waited for: others may go on for ever."""
+        began = time.perf_counter()
+        while not self.stopped and (left := pending()):
+            latest = max(began, *(worker.progress for worker in left))
+            seconds = latest + self.timeout - time.perf_counter()
+            if seconds > 0:
+                self.idle.wait(seconds)
+            else:
+                self.fail(WorkerError(self._stuck(left)))
+        if self.error is not None or pending():
+            self.check()
+
+    def _stuck(self, pending: Collection[Worker]) -> str:
+        doing = [f"{worker.name} {worker.doing}" for worker in pending if worker.doing]
         return (
             f"nothing ended for {self.timeout:g} s: {'; '.join(doing)}. The devices were closed;"
             " a lower load or a longer timeout may help"
         )
 
-    def close(self) -> None:
-        """Stop every worker and join its thread, but one that is stuck."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop every worker and join its thread, but one that is stuck; `error` is why."""
         with self.lock:
+            if isinstance(error, Exception):
+                self.error = self.error or error
             self._stop()
         until = time.monotonic() + min(_JOIN_SECONDS, self.timeout)
         for worker in self.workers.values():
@@ -124,26 +144,23 @@ class Worker:
         self.doing = ""
         self._board = board
         self._delays = delays
-        self._count = 0
+        self._numbers = count()
+        self.appended = 0
+        self.done = 0
+        self.goals: list[int] = []  # counts of `done` that somebody waits for
+        self.progress = 0.0  # when the latest task ended
         self._queue: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self.wake = threading.Condition(board.lock)
         board.workers[name] = self
 
-    @property
-    def busy(self) -> bool:
-        """Whether anything is left to do; the lock is held."""
-        return bool(self._queue) or bool(self.doing)
-
     def append(self, task: Callable[[], None]) -> None:
         """Append a task; raises the error that stopped the board."""
         board = self._board
         with board.lock:
-            if board.error is not None:
-                raise board.error
-            if board.stopped:
-                raise ExecutionError(f"{self.name} was closed: open the devices again")
+            board.check()
             self._queue.append(task)
+            self.appended += 1
             if self._thread is None:
                 name = f"hmc-{self.name}"
                 self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -154,8 +171,7 @@ class Worker:
         self, work: Work, label: str, seconds: float = 0.0, span: HostSpan | None = None
     ) -> None:
         """See `base.Stream`."""
-        number = self._count
-        self._count += 1
+        number = next(self._numbers)
 
         def task() -> None:
             if self._delays is not None:
@@ -172,8 +188,7 @@ class Worker:
                 told = f"{type(error).__name__}: {error}"
                 raise ExecutionError(f"{label} failed on {self.name}: {told}") from error
             if span is not None:
-                span.start = start - self._board.origin
-                span.end = time.perf_counter() - self._board.origin
+                span.start, span.end = start, time.perf_counter()
 
         self.append(task)
 
@@ -200,7 +215,7 @@ class Worker:
 
     def synchronize(self) -> None:
         """See `base.Stream`."""
-        self._board.drain(lambda: self.busy)
+        self._board.drain((self,))
 
     def join(self, seconds: float) -> None:
         """Wait for the thread to end, so long at most."""
@@ -232,26 +247,30 @@ class Worker:
             time.sleep(0 if looks < _SPINS else _NAP_SECONDS)
 
     def _run(self) -> None:
-        board = self._board
-        while True:
-            with board.lock:
-                self.doing = ""
-                board.progress = time.perf_counter()
-                if not self._queue:
-                    board.idle.notify_all()
-                while not self._queue and not board.stopped:
-                    self.wake.wait()
-                if board.stopped:
-                    self._queue.clear()
-                    board.idle.notify_all()
-                    return
-                task = self._queue.popleft()
-                self.doing = "is between tasks"
+        while (task := self._next()) is not None:
             try:
                 task()
             except BaseException as error:  # whatever it is, the others must stop
-                with board.lock:
-                    board.fail(error)
+                with self._board.lock:
+                    self._board.fail(error)
+
+    def _next(self) -> Callable[[], None] | None:
+        """The next task, after the end of the last one; None: the board has stopped."""
+        board = self._board
+        with board.lock:
+            if self.doing and not board.stopped:  # what is done after a stop is not to be used
+                self.done += 1
+                self.progress = time.perf_counter()
+                if self.done in self.goals:
+                    board.idle.notify_all()
+            self.doing = ""
+            while not self._queue and not board.stopped:
+                self.wake.wait()
+            if board.stopped:
+                self._queue.clear()
+                return None
+            self.doing = "is between tasks"
+            return self._queue.popleft()
 
 
 def delay(seed: int, stream: str, number: int) -> float:

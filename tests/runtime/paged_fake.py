@@ -82,6 +82,7 @@ class PagedFake:
         )
         self.kv = KVCache(layout, batch, context)
         self.stored = np.full((self.kv.allocator.count, BLOCK), -1, np.int32)
+        self.beside = None
         self.calls = []
         self.fault = None
         self.gate = threading.Event()

@@ -136,7 +136,7 @@ def test_unknown_streams_are_refused(backend: HostBackend | NullBackend) -> None
 def test_the_null_clock_moves_with_waits_and_work() -> None:
     backend = NullBackend(1, 0)
     load, compute = backend.stream("h2d0"), backend.stream("gpu0")
-    first, second = backend.span(), backend.span()
+    first, second, clock = backend.span(), backend.span(), backend.begin()
     event = backend.event()
     load.launch(lambda: pytest.fail("runs nothing"), "load", 2.5, first)
     load.record(event)
@@ -144,17 +144,17 @@ def test_the_null_clock_moves_with_waits_and_work() -> None:
     compute.wait(event)
     compute.launch(lambda: None, "use", 0.5, second)
     backend.synchronize()
-    assert first.seconds() == (0.0, 2.5)
-    assert second.seconds() == (2.5, 3.0)
+    assert first.seconds(clock) == (0.0, 2.5)
+    assert second.seconds(clock) == (2.5, 3.0)
 
 
 def test_spans_of_the_host_are_measured() -> None:
     backend = HostBackend(1, 0)
     span = backend.span()
-    backend.begin()
+    clock = backend.begin()
     backend.stream("gpu0").launch(lambda: time.sleep(0.01), "nap", span=span)
     backend.synchronize()
-    start, end = span.seconds()
+    start, end = span.seconds(clock)
     assert 0 <= start < end
     assert end - start >= 0.01
     backend.close()
@@ -219,6 +219,78 @@ def test_work_longer_in_all_than_the_timeout_is_no_error() -> None:
     backend.close()
 
 
+def test_calls_on_streams_of_their_own_do_not_wait_for_each_other() -> None:
+    backend = HostBackend(1, 0, timeout=0.3)
+    gate, done = threading.Event(), []
+    aside = backend.stream("h2d0", aside=True)
+    aside.launch(lambda: gate.wait(10) and None, "slow")
+    aside.launch(lambda: done.append("slow"), "after")
+    first, cpu = backend.stream("h2d0"), backend.stream("cpu")
+    assert (aside.name, first.name) == ("h2d0.aside", "h2d0")
+    assert backend.stream("cpu", aside=True) is cpu
+    for number in range(20):
+        first.launch(lambda number=number: done.append(number), "quick")  # type: ignore[misc]
+        backend.synchronize((first, cpu))
+    assert done == list(range(20))
+    gate.set()
+    backend.synchronize()
+    assert done[-1] == "slow"
+    backend.close()
+
+
+def test_a_call_waits_for_what_was_handed_over_before_and_no_more() -> None:
+    backend = HostBackend(1, 0)
+    gate, done = threading.Event(), []
+    cpu = backend.stream("cpu")
+    cpu.launch(lambda: time.sleep(0.01) or done.append(1), "one")
+    threading.Timer(0.05, lambda: cpu.launch(lambda: gate.wait(10) and None, "other")).start()
+    backend.synchronize((cpu,))
+    assert done == [1]
+    time.sleep(0.05)
+    other = threading.Thread(target=lambda: backend.synchronize((cpu,)))
+    other.start()
+    backend.synchronize((backend.stream("gpu0"),))
+    assert other.is_alive()
+    gate.set()
+    other.join(10)
+    backend.close()
+    assert not other.is_alive()
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_an_error_or_a_hang_of_one_call_is_raised_in_all(hung: bool) -> None:
+    """A call that hangs is reported although another one goes on."""
+    backend = HostBackend(1, 0, timeout=0.2)
+    gate = threading.Event()
+    aside, first = backend.stream("gpu0", aside=True), backend.stream("gpu0")
+    aside.launch(lambda: gate.wait(10) and None, "nap")
+    if not hung:
+        aside.launch(_broken, "division")
+    errors: list[BaseException] = []
+
+    def call(stream: Any, again: bool) -> None:
+        try:
+            while again:
+                stream.launch(lambda: time.sleep(1e-3), "quick")
+                backend.synchronize((stream,))
+            backend.synchronize((stream,))
+        except ExecutionError as error:
+            errors.append(error)
+        except WorkerError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=each) for each in ((aside, False), (first, True))]
+    for thread in threads:
+        thread.start()
+    if not hung:
+        gate.set()
+    for thread in threads:
+        thread.join(10)
+    gate.set()
+    said = r"nothing ended for 0\.2 s: gpu0\.aside is at nap" if hung else "division failed"
+    assert [bool(re.search(said, str(error))) for error in errors] == [True, True]
+
+
 def test_a_closed_backend_drops_work_and_takes_no_more() -> None:
     backend = HostBackend(1, 1000)
     gate, done = threading.Event(), []
@@ -229,7 +301,7 @@ def test_a_closed_backend_drops_work_and_takes_no_more() -> None:
     backend.close()
     assert done == []
     assert not _threads()
-    with pytest.raises(ExecutionError, match="was closed"):
+    with pytest.raises(ExecutionError, match="were closed"):
         stream.launch(lambda: None, "late")
 
 
@@ -242,10 +314,15 @@ class _FakeEvent:
     def __init__(self, log: list[str]) -> None:
         self._log = log
         self.time = 0.0
+        self._stream: Any = None
 
     def record(self, stream: Any) -> None:
+        self._stream = stream
         self._log.append(f"{stream.name} records")
         self.time = time.perf_counter()
+
+    def query(self) -> bool:
+        return self._stream is None or self._stream.idle
 
     def synchronize(self) -> None:
         self._log.append("cpu waits for a device")
@@ -255,8 +332,8 @@ class _FakeEvent:
 
 
 class _FakeStream:
-    def __init__(self, name: str, log: list[str], number: int = 0) -> None:
-        self.name = name
+    def __init__(self, name: str, log: list[str], number: int = 0, priority: int = 0) -> None:
+        self.name, self.priority = name, priority
         self.cuda_stream = number
         self.idle = True
         self._log = log
@@ -277,8 +354,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     log: list[str] = []
     streams: list[_FakeStream] = []
 
-    def stream(device: int) -> _FakeStream:
-        streams.append(_FakeStream(f"s{len(streams)}", log, len(streams)))
+    def stream(device: int, priority: int = 0) -> _FakeStream:
+        streams.append(_FakeStream(f"s{len(streams)}", log, len(streams), priority))
         return streams[-1]
 
     fakes: dict[str, Any] = {
@@ -323,7 +400,7 @@ def test_events_cross_between_cpu_and_gpu(cuda: SimpleNamespace) -> None:
     for _ in range(2):  # events and spans are used again
         gate.clear()
         cuda.log.clear()
-        backend.begin()
+        clock = backend.begin()
         gpu.launch(lambda: cuda.log.append("gpu works"), "gpu", span=span)
         gpu.record(given)
         cpu.wait(given)
@@ -338,7 +415,7 @@ def test_events_cross_between_cpu_and_gpu(cuda: SimpleNamespace) -> None:
         assert log.index("cpu waits for a device") < log.index("cpu works")
         assert log[-2:] == ["cpu works", "load works"]
         assert "s1 waits for a device" in log
-        start, end = span.seconds()
+        start, end = span.seconds(clock)
         assert 0 <= start <= end
     backend.close()
     assert not _threads()
@@ -447,6 +524,18 @@ def test_errors_on_a_gpu(cuda: SimpleNamespace) -> None:
     threading.Timer(0.3, lambda: setattr(cuda.streams[0], "idle", True)).start()
     with pytest.raises(WorkerError, match=r"gpu0 did not end within 0\.1 s"):
         backend.synchronize()
+
+
+def test_streams_aside_give_way_and_an_error_ends_all_calls(cuda: SimpleNamespace) -> None:
+    backend = CudaBackend(1, timeout=5)
+    aside, first = backend.stream("gpu0", aside=True), backend.stream("gpu0")
+    assert [each.priority for each in cuda.streams] == [0, -1]
+    cuda.streams[0].idle = False
+    backend.synchronize((first, backend.stream("cpu")))  # the other one is at work
+    threading.Timer(0.02, lambda: backend.close(ExecutionError("gone"))).start()
+    threading.Timer(0.1, lambda: setattr(cuda.streams[0], "idle", True)).start()
+    with pytest.raises(ExecutionError, match="gone"):
+        backend.synchronize((aside,))
 
 
 def test_an_error_on_the_cpu_reaches_the_caller_that_waits(cuda: SimpleNamespace) -> None:

@@ -196,10 +196,10 @@ def test_a_hung_process_is_killed(both):
         Scheduler(executor, prefill=both.worker, prefill_silence=20.0) as scheduler,
         paused(both.worker) as pid,
     ):
-        scheduler._batch._beside._silence = 0.2  # for this process; the next one has to load
+        scheduler._batch._keeper.silence = 0.2  # for this process; the next one has to load
         ticket = scheduler.submit(ask(ids, 6))
         until(lambda: both.worker.pid != pid)
-        scheduler._batch._beside._silence = 20.0
+        scheduler._batch._keeper.silence = 20.0
         assert tokens_of(ticket) == expected
 
 
