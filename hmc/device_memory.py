@@ -2,12 +2,13 @@
 
     cache      gpu0 alone: one tensor [tokens, width] bf16 for each tensor of each layer
     experts    those placed there
-    region     dense weights that steps use where they lie; and of every prefill phase, of which one
-               runs at a time, slots (`Slot.offset`) and then activations (`Phase.arena_at`). A
-               phase that ends with loading the dense weights again begins where they begin, and
-               they are away while it runs; others begin behind them
-    decode     activations of the decode phases, beside those of a prefill
-    results    logits, of the rows that are wanted: one for prefill phases, one for those of decode
+    region     dense weights that steps use where they lie; and of every phase that streams, of
+               which one runs at a time, slots (`Slot.offset`) and then activations
+               (`Phase.arena_at`). A phase that ends with loading the dense weights again begins
+               where they begin, and they are away while it runs; others begin behind them
+    arenas     activations of the other phases: those of decode, and of chunks of prompts. One call
+               of each kind may run at a time, beside one that streams
+    results    logits of the rows that are wanted, for each kind of phase
     scratch    temporaries of operations, which work through their rows in blocks
 
 Hides how tensors are padded, which phases share bytes, and how many rows a rank has.
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from hmc.plan import DTYPE_BYTES, ExpertWeights, Phase, Plan, Step, Weight
+from hmc.plan import DTYPE_BYTES, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
 from hmc.verify import EXTERNAL, expert_ranges
 
 HOME = "gpu0"
@@ -26,12 +28,18 @@ HOME = "gpu0"
 ALIGN = 256
 """Bytes tensors are aligned to on devices."""
 SCRATCH = 512 << 20
-"""Bytes for temporaries of the operations on one GPU (runtime/device_ops/scratch.py)."""
+"""Bytes for temporaries of the operations on one GPU (runtime/device_ops/scratch.py), but for those
+in `context_scratch`."""
 
 
-def kind_of(phase: Phase) -> str:
-    """ "prefill" or "decode"."""
-    return "decode" if phase.name.startswith("decode") else "prefill"
+Kind = Literal["decode", "chunk", "stream"]
+
+
+def kind_of(phase: Phase) -> Kind:
+    """Which phases share memory: those that stream weights, those of decode, the others."""
+    if phase.name.startswith("decode"):
+        return "decode"
+    return "stream" if any(step.op == "load" for step in phase.steps) else "chunk"
 
 
 def device_of(resource: str) -> str:
@@ -103,8 +111,7 @@ def rank_rows(tokens: int, ranks: int) -> int:
 def wanted_rows(plan: Plan, phase: Phase, tokens: int) -> int:
     """Rows of logits that one call of up to `tokens` tokens can give: all of a chunk, as many as
     sequences decode of a prompt whose weights stream."""
-    streamed = any(step.op == "load" for step in phase.steps)
-    most = plan.limits.max_batch if streamed else plan.limits.max_chunk
+    most = plan.limits.max_batch if kind_of(phase) == "stream" else plan.limits.max_chunk
     return min(tokens, max(most, plan.limits.max_batch))
 
 
@@ -115,6 +122,13 @@ def result_bytes(phase: Phase, device: str, rows: int) -> list[tuple[str, int]]:
         for buffer in phase.buffers
         if buffer.device == device and buffer.offset == EXTERNAL
     ]
+
+
+def context_scratch(kv: KVLayout, context: int) -> int:
+    """Bytes that attention over `context` tokens takes whatever the size of its blocks: latents of
+    the past and of the call side by side, and keys and values of one head lifted from them, which
+    are no wider."""
+    return 4 * sum(kv.widths) * context if kv.kind == "mla" else 0
 
 
 def slot_offsets(sizes: Sequence[tuple[int, bool]]) -> tuple[list[int], int]:
@@ -135,11 +149,11 @@ class DeviceMemory:
     cache: int
     weights: int
     region: int
-    decode: int
-    results: Mapping[str, int]
-    """By kind of phase ("prefill", "decode")."""
+    scratch: int
+    arenas: Mapping[Kind, int]
+    results: Mapping[Kind, int]
     begins: Mapping[str, int]
-    """By prefill phase, where in the region its slots begin."""
+    """By phase that streams, where in the region its slots begin."""
 
     @staticmethod
     def of(plan: Plan, device: str, phases: Mapping[str, int]) -> DeviceMemory:
@@ -147,27 +161,31 @@ class DeviceMemory:
         chosen = [plan.phase(name) for name in phases]
         known = {weight.name: weight for weight in plan.weights}
         weights = packed_bytes(known[name] for name in resident_names(chosen, device))
-        begins, ends, decode = {}, [weights], 0
-        results = {"decode": 0, "prefill": 0}
+        begins: dict[str, int] = {}
+        ends = [weights]
+        arenas: dict[Kind, int] = {"decode": 0, "chunk": 0}
+        results: dict[Kind, int] = {"decode": 0, "chunk": 0, "stream": 0}
         for phase in chosen:
             tokens = phases[phase.name]
             arena = phase.device_bytes.get(device, 0) * rank_rows(tokens, phase.ranks)
-            if kind_of(phase) == "decode":
-                decode = max(decode, arena)
-            else:
+            kind = kind_of(phase)
+            if kind == "stream":
                 begins[phase.name] = start = 0 if evicts(phase, device) else aligned(weights)
                 slots = [s.offset + s.bytes for s in phase.slots if s.device == device]
                 at = phase.arena_at.get(device, 0)
                 ends.append(start + max([at + arena, *slots]))
+            else:
+                arenas[kind] = max(arenas[kind], arena)
             rows = wanted_rows(plan, phase, tokens)
             mine = sum(size for _, size in result_bytes(phase, device, rows))
-            results[kind_of(phase)] = max(results[kind_of(phase)], mine)
+            results[kind] = max(results[kind], mine)
         return DeviceMemory(
             experts=_experts(plan, device),
             cache=_cache(plan) if device == HOME else 0,
             weights=weights,
             region=max(ends),
-            decode=decode,
+            arenas=arenas,
+            scratch=SCRATCH + context_scratch(plan.kv, plan.limits.max_context),
             results=results,
             begins=begins,
         )
@@ -175,7 +193,8 @@ class DeviceMemory:
     @property
     def beside(self) -> int:
         """Bytes of everything but the region."""
-        return self.experts + self.cache + self.decode + sum(self.results.values()) + SCRATCH
+        activations = sum(self.arenas.values()) + sum(self.results.values())
+        return self.experts + self.cache + activations + self.scratch
 
 
 def _experts(plan: Plan, device: str) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch.fx
 
-from hmc.device_memory import SCRATCH
+from hmc.device_memory import SCRATCH, context_scratch
 from hmc.errors import CapacityError, UsageError
 from hmc.graph import meta
 from hmc.passes.context import Budget, Context, stored_bytes
 from hmc.passes.memory_ledger import DEFAULT_CONTEXT, cache_layout, weight_kinds
+from hmc.plan import KVLayout
 
 _RESERVE = 0.04
 """Share of a GPU's memory left to its driver, its libraries and fragmentation."""
@@ -45,14 +46,20 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     kinds = weight_kinds(graph, context)
     experts = kinds.pop("routed experts", 0)
     dense = sum(kinds.values()) - _table_bytes(graph, context)
-    per_token = cache_layout(graph, context).bytes_per_token
+    layout = cache_layout(graph, context)
+    per_token = layout.bytes_per_token
     stream_token = stream_bytes_per_token(graph)
     workspace = _workspace(context, stream_token)
-    tokens = _tokens(context, usable[0], dense, workspace, per_token)
+    tokens = _tokens(context, usable[0], dense, workspace, layout)
     if tokens == 0:
         return None
+    attention = context_scratch(layout, tokens)
+    workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(context))
-    room = [usable[0] - dense - cache - workspace, *(each - SCRATCH for each in usable[1:])]
+    room = [
+        usable[0] - dense - cache - workspace,
+        *(each - SCRATCH - attention for each in usable[1:]),
+    ]
     if sum(room) >= experts or not experts:
         return Budget(usable, dense, cache, workspace, 0, tuple(room), tokens, stream_token)
     layer = max(
@@ -65,7 +72,10 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     )
     ranks = len(usable)
     held = stream_token * tokens // ranks + 2 * _section(kinds, context)
-    left = [usable[0] - held - cache - workspace, *(each - held - SCRATCH for each in usable[1:])]
+    left = [
+        usable[0] - held - cache - workspace,
+        *(each - held - SCRATCH - attention for each in usable[1:]),
+    ]
     ring = max(0, min(layer // ranks, *left))
     room = [max(0, min(one, other - ring)) for one, other in zip(room, left, strict=True)]
     return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, stream_token)
@@ -114,7 +124,7 @@ def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
     )
 
 
-def _tokens(context: Context, usable: int, dense: int, workspace: int, per_token: int) -> int:
+def _tokens(context: Context, usable: int, dense: int, workspace: int, layout: KVLayout) -> int:
     """Context length that fits gpu0, or what was asked for; 0: the dense part is too large."""
     options, model = context.options, context.info.context
     if options.max_context and model and options.max_context > model:
@@ -122,17 +132,22 @@ def _tokens(context: Context, usable: int, dense: int, workspace: int, per_token
             f"--max-context {options.max_context}: the model's context is {model} tokens"
             " (max_position_embeddings)"
         )
+    per_token, attention = layout.bytes_per_token, context_scratch(layout, 1)
     free = usable - dense - workspace - per_token * _partial_blocks(context)
-    fits = max(0, free) // (per_token * options.concurrency)
+    fits = max(0, free) // (per_token * options.concurrency + attention)
     limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:
         need = asked * per_token * options.concurrency
+        workspace += attention * asked
         lifts = [f"a GPU with {(dense + workspace + need) / (1 - _RESERVE) / 1e9:.0f} GB"]
         if fits >= _SMALLEST:
             lifts.insert(0, f"--max-context {fits // 256 * 256}")
-        if options.concurrency > 1 and (alone := free // (per_token * asked)) >= 1:
+        if (
+            options.concurrency > 1
+            and (alone := (free - attention * asked) // (per_token * asked)) >= 1
+        ):
             lifts.insert(0, f"--concurrency {alone}")
         if options.vram:
             lifts.insert(0, "a larger --vram")

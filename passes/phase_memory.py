@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch.fx
 
-from hmc.device_memory import SCRATCH, DeviceMemory, device_of
+from hmc.device_memory import DeviceMemory, device_of
 from hmc.passes.context import Context
 from hmc.plan import LedgerItem, Phase, Plan
 
@@ -61,18 +61,18 @@ def _places(phase: Phase) -> set[str]:
 def _device_items(plan: Plan, device: str, stored: int) -> list[LedgerItem]:
     using = [phase for phase in plan.phases if device in _places(phase)]
     found = DeviceMemory.of(plan, device, {phase.name: phase.max_tokens for phase in using})
-    prefills = [phase.name for phase in using if phase.name in found.begins]
-    over = [name for name in prefills if found.begins[name] < found.weights]
-    detail = f"slots and activations of {', '.join(prefills)}, one at a time"
+    streams = list(found.begins)
+    over = [name for name in streams if found.begins[name] < found.weights]
+    detail = f"slots and activations of {', '.join(streams)}, one at a time"
     if over:
         detail += f"; {', '.join(over)} where {found.weights / 1e9:.1f} GB of dense weights were"
     held = found.weights + found.experts + found.cache
     rows = [
         ("padding", held - stored, "tensors begin at multiples of 256 bytes, FP8 scales are f32"),
-        ("activations", found.decode, "decode phases, one at a time"),
+        ("activations", sum(found.arenas.values()), "a call of decode and a chunk of a prompt"),
         ("streaming", found.region - found.weights, detail),
         ("logits", sum(found.results.values()), "of the rows wanted"),
-        ("scratch", SCRATCH, "temporaries of operations, in blocks of rows"),
+        ("scratch", found.scratch, "temporaries of operations, in blocks of rows"),
     ]
     return [
         LedgerItem(device=device, kind=kind, bytes=size, detail=about)

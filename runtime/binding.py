@@ -8,8 +8,8 @@
         phase.logits(call)
 
 Hides arenas, slots, resident weights, caches, and which rows of a call a step works on. Order is
-none of its business: `works` may run whenever the plan's events allow. One call of a prefill phase
-at a time and one of a decode phase: phases of a kind share the same memory.
+none of its business: `works` may run whenever the plan's events allow. One call of each kind
+of phase at a time (hmc/device_memory.py): phases of a kind share the same memory.
 
 A phase shared by ranks keeps the cache on gpu0: other ranks read the past of a prompt's later calls
 from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the

@@ -78,7 +78,7 @@ class GpuMemory:
                 for layer, packed in _experts_of(plan, device.name, store).items()
             }
             self._region = self._allocate(
-                self._layout.region, "weights, and slots and activations of prefill"
+                self._layout.region, "weights, and slots and activations of streamed prompts"
             )
             self.weights = self._region[: self.packed.nbytes]
             self.packed.fill(self.weights)
@@ -88,7 +88,10 @@ class GpuMemory:
                 for slot in phase.slots
                 if slot.device == device.name
             }
-            self._decode = self._allocate(self._layout.decode, "activations of decode")
+            self._arenas = {
+                kind: self._allocate(size, f"activations of {kind}")
+                for kind, size in self._layout.arenas.items()
+            }
             self._results = {
                 kind: self._allocate(size, f"logits of {kind}")
                 for kind, size in self._layout.results.items()
@@ -131,10 +134,12 @@ class GpuMemory:
         call's tokens or a rank's share of them, size]."""
         tokens = self._calls[phase.name]
         capacity = rank_rows(tokens, phase.ranks)
-        arena = self._decode
-        if kind_of(phase) != "decode":
+        kind = kind_of(phase)
+        if kind == "stream":
             begin = self._layout.begins[phase.name] + phase.arena_at.get(self.device.name, 0)
             arena = self._region[begin:]
+        else:
+            arena = self._arenas[kind]
         start, end = offset * capacity, phase.device_bytes[self.device.name] * capacity
         count = min(tokens, (end - start) // size)  # a rank's share, or all ranks' rows
         return arena[start : start + count * size].view(count, size)

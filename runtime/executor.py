@@ -224,10 +224,10 @@ class Executor:
         [len(rows), vocab] of those at index `rows`, a view until the next call.
 
         Raises `ContextLengthError` or `CapacityError` before anything is computed, and
-        `ExecutionError` while a prompt is computed beside: prompts share memory.
+        `ExecutionError` for one that streams while another is computed beside: they share memory.
         """
         self._check()
-        if self.beside is not None and self.beside.busy:
+        if phase != PREFILL and self.beside is not None and self.beside.busy:
             raise ExecutionError("a prompt is under way on the devices: they take one at a time")
         self._check_context(sequence, len(ids))
         self.kv.reserve(sequence, len(ids))

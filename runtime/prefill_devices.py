@@ -6,8 +6,8 @@ decode phase's; hides the thread that hands a prompt's calls over and waits for 
     sequence.length += len(ids)                    # once poll gave the logits: the cache holds them
 
 The sequence stays the caller's, who keeps it until the job is over. A call cannot be stopped half
-way: a job that is stopped ends with the call under way. One prompt at a time, and none of another
-phase meanwhile: they share memory.
+way: a job that is stopped ends with the call under way. One prompt at a time, and none meanwhile
+by another phase that streams: they share memory.
 """
 
 from __future__ import annotations

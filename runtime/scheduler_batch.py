@@ -18,6 +18,7 @@ from hmc.runtime.logprobs import token_logprob
 from hmc.runtime.prefill_worker import PrefillWorker
 from hmc.runtime.scheduler_job import Job, as_error
 from hmc.runtime.scheduler_policy import (
+    PREFILL,
     chunk_tokens,
     decode_phase,
     prefill_phase,
@@ -33,7 +34,8 @@ _TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 class Batch:
     """`prefilling` is the request whose prompt is computed here, one at a time, first come first
     served; `running` those that decode; the prompts of others are computed beside, by a prefill
-    process or, where the plan has a phase for that, on the devices.
+    process or, where the plan has a phase for that, on the devices: of prompts that stream one at a
+    time.
     """
 
     def __init__(
@@ -114,7 +116,8 @@ class Batch:
         kv = self._executor.kv
         if self.prefilling is not None or not kv.rows_free or (self._full and not self.empty):
             return False
-        if self._beside is not None and self._beside.exclusive:
+        taken = self._beside is not None and self._beside.exclusive
+        if taken and job.phase not in ("", PREFILL):
             return False
         sequence = self._executor.open()
         if self._reuse and not job.request.prompt_logprobs:
@@ -125,8 +128,6 @@ class Batch:
             self._release(sequence)
             job.cached, self._full = 0, True
             return False
-        self._meter.reused(job.cached)
-        job.sequence = sequence
         left, every = len(job.ids) - job.cached, job.scored is not None
         job.phase = prefill_phase(
             self._executor.plan,
@@ -135,6 +136,12 @@ class Batch:
             decoding=len(self.running),
             beside=self._beside is not None and self._keeper is None,
         )
+        if taken and job.phase != PREFILL:
+            self._release(sequence)
+            job.cached = 0
+            return False
+        self._meter.reused(job.cached)
+        job.sequence = sequence
         if self._beside is not None and self._beside.takes(job.phase, left, every=every):
             self._beside.start(job, sequence, job.ids)
         else:

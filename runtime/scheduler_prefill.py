@@ -54,7 +54,7 @@ class Computer(Protocol):
 
     @property
     def exclusive(self) -> bool:
-        """Whether no other prompt may be computed meanwhile, by whomever."""
+        """Whether no other prompt that streams may be computed meanwhile, by whomever."""
         ...
 
     @property
@@ -139,7 +139,7 @@ class PrefillsBeside(Generic[Owner]):
 
     @property
     def exclusive(self) -> bool:
-        """Whether no other prompt may be computed now."""
+        """Whether no other prompt that streams may be computed now."""
         return self._computer.exclusive and not self.empty
 
     @property

@@ -66,13 +66,15 @@ def test_evicting_phases_begin_where_the_weights_do() -> None:
     found = DeviceMemory.of(plan, "gpu0", {each.name: each.max_tokens for each in plan.phases})
     assert any(slot.name == "dense0" for slot in phase.slots)
     assert found.begins["prefill.stream"] == 0
-    assert found.begins["prefill.host"] >= found.weights > 0
-    arena = phase.device_bytes["gpu0"] * phase.max_tokens
-    assert found.region == max(
-        phase.arena_at["gpu0"] + arena,
-        found.begins["prefill.host"]
-        + plan.phase("prefill.host").device_bytes["gpu0"] * plan.limits.max_chunk,
-    )
+    assert "prefill.host" not in found.begins  # chunks have an arena of their own
+    chunk = plan.phase("prefill.host").device_bytes["gpu0"] * plan.limits.max_chunk
+    assert found.arenas["chunk"] == chunk > 0
+    ends = [
+        each.arena_at["gpu0"] + each.device_bytes["gpu0"] * each.max_tokens
+        for each in plan.phases
+        if each.slots
+    ]
+    assert found.region == max(found.weights, *ends)
     (item,) = [i for i in plan.ledger if (i.device, i.kind) == ("gpu0", "streaming")]
     assert item.bytes == found.region - found.weights
     assert "of dense weights were" in item.detail

@@ -3,15 +3,18 @@
 A call may have tens of thousands of rows, and an op makes several f32 tensors of each. Ops work
 through their rows in blocks of as many as fit: one block, at no cost, for all but long prompts.
 Estimates count the tensors that live at once; the allocator keeps more than lives, so the plan's
-ledger counts twice `BYTES` for each GPU. What a block names is to be local to a function: a name of
-the loop would keep the tensors of one block while the next makes its own.
+ledger counts twice `BYTES` for each GPU, and what latent attention makes of the whole context.
+What a block names is to be local to a function: a name of the loop would keep the tensors of one
+block while the next makes its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-BYTES = 256 << 20
+from hmc.device_memory import SCRATCH
+
+BYTES = SCRATCH // 2
 """Bytes of an op's temporaries on one device; read at every call."""
 
 
