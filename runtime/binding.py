@@ -31,7 +31,7 @@ from hmc.device_memory import HOME, device_of, wanted_rows
 from hmc.errors import ExecutionError
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
 from hmc.runtime.binding_host import HostSteps
-from hmc.runtime.binding_memory import Device, GpuMemory
+from hmc.runtime.binding_memory import Device, GpuMemory, LentMemory
 from hmc.runtime.binding_pinned import Pinner, pin_weights
 from hmc.runtime.binding_walk import walked
 from hmc.runtime.binding_weights import Expert, Packed
@@ -73,10 +73,12 @@ class Binding:
         max_tokens: Mapping[str, int] | None = None,
         pinner: Pinner | None = None,
         link: Link | None = None,
+        lent: LentMemory | None = None,
     ) -> None:
         """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
         as planned). With `pinner`, host buffers and the weights that GPUs stream are pinned;
-        with `link`, phases of several ranks are bound for the link's rank only. Raises
+        with `link`, phases of several ranks are bound for the link's rank only: rank 0's process
+        has the memory of all GPUs, and the others use what it has `lent` them. Raises
         `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
         computes on is missing, and `MachineError` where the system refuses to pin.
         """
@@ -85,7 +87,8 @@ class Binding:
         parts = {name: _part(plan.phase(name), link) for name in tokens}
         users: dict[str, dict[str, int]] = {}
         for name, part in parts.items():
-            for place in {device_of(step.resource) for step in part.steps} - {"host"}:
+            whole = part if link is not None and link.rank else plan.phase(name)
+            for place in {device_of(step.resource) for step in whole.steps} - {"host"}:
                 users.setdefault(place, {})[name] = tokens[name]
         needed = set(users)
         if missing := sorted(needed - set(found)):
@@ -96,7 +99,10 @@ class Binding:
         with ExitStack() as stack:
             memory = {}
             for name in sorted(needed):
-                memory[name] = GpuMemory(found[name], plan, store, kv, users[name], name == HOME)
+                mine = [parts[phase] for phase in users[name]]
+                memory[name] = GpuMemory(
+                    found[name], plan, store, kv, users[name], name == HOME, mine, lent
+                )
                 stack.callback(memory[name].close)
             for name, count in tokens.items():
                 host = HostSteps(
@@ -119,7 +125,16 @@ class Binding:
             if pinner is not None:
                 pieces = [piece for each in memory.values() for piece in each.streamed]
                 self.pinned = pin_weights(pinner, store, pieces, stack)
+            self._memory = memory
             self._stack = stack.pop_all()
+
+    def lend(self) -> dict[int, LentMemory]:
+        """By rank, the memory of its GPU, for its process."""
+        return {
+            int(name.removeprefix("gpu")): memory.lend()
+            for name, memory in self._memory.items()
+            if name != HOME
+        }
 
     def __enter__(self) -> Binding:
         return self

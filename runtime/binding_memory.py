@@ -4,7 +4,8 @@ what the names there stand for in tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from hmc.device_memory import (
 )
 from hmc.plan import Phase, Plan, Step
 from hmc.runtime.binding_weights import Packed, Piece
+from hmc.runtime.devices.lending import Lent
 from hmc.runtime.kv import KVCache
 from hmc.runtime.weights import WeightStore
 from hmc.verify import expert_ranges
@@ -48,6 +50,22 @@ class Device(Protocol):
         """Give an allocation back."""
         ...
 
+    def lend(self, tensor: torch.Tensor) -> Lent:
+        """How another process opens an allocation."""
+        ...
+
+    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        """An allocation of another process."""
+        ...
+
+
+@dataclass(frozen=True)
+class LentMemory:
+    """A GPU's memory for the process of its rank: rank 0's process has it, and uses it too."""
+
+    region: Lent
+    experts: Mapping[int, Lent]
+
 
 class GpuMemory:
     """The memory of one GPU."""
@@ -60,9 +78,12 @@ class GpuMemory:
         kv: KVCache,
         phases: Mapping[str, int],
         held: bool,
+        parts: Iterable[Phase] = (),
+        lent: LentMemory | None = None,
     ) -> None:
         """`phases` names the phases to run and the most tokens of a call of each; with `held` the
-        device has the cache.
+        device has the cache. `parts` is what of them runs in this process (default: all). With
+        `lent`, experts and region are another process's.
         """
         self.device = device
         self._taken: list[torch.Tensor] = []
@@ -70,15 +91,18 @@ class GpuMemory:
         chosen = [plan.phase(name) for name in phases]
         self._layout = DeviceMemory.of(plan, device.name, phases)
         self._evicts = any(evicts(phase, device.name) for phase in chosen)
-        self.loads = _loads(chosen, device.name, store)
+        self.loads = _loads(list(parts) or chosen, device.name, store)
         self.packed = Packed.weights(store, resident_names(chosen, device.name))
         try:
             self.experts = {
-                layer: (packed, self._filled(packed, f"experts of layer {layer}"))
+                layer: (packed, self._experts(layer, packed, lent))
                 for layer, packed in _experts_of(plan, device.name, store).items()
             }
-            self._region = self._allocate(
-                self._layout.region, "weights, and slots and activations of streamed prompts"
+            purpose = f"{device.name}: weights, and slots and activations of streamed prompts"
+            self._region = (
+                self._allocate(self._layout.region, purpose)
+                if lent is None
+                else self._borrow(lent.region, purpose)
             )
             self.weights = self._region[: self.packed.nbytes]
             self.packed.fill(self.weights)
@@ -89,11 +113,11 @@ class GpuMemory:
                 if slot.device == device.name
             }
             self._arenas = {
-                kind: self._allocate(size, f"activations of {kind}")
+                kind: self._allocate(size, f"{device.name}: activations of {kind}")
                 for kind, size in self._layout.arenas.items()
             }
             self._results = {
-                kind: self._allocate(size, f"logits of {kind}")
+                kind: self._allocate(size, f"{device.name}: logits of {kind}")
                 for kind, size in self._layout.results.items()
             }
             self.caches: dict[tuple[int, int], torch.Tensor] = {}
@@ -148,22 +172,33 @@ class GpuMemory:
         tokens = kv.capacity_tokens
         for part, width in enumerate(kv.layout.widths):
             size = aligned(2 * tokens * width)
-            raw = self._allocate(size * len(kv.layout.layers), "KV cache")
+            raw = self._allocate(size * len(kv.layout.layers), f"{self.device.name}: KV cache")
             for number, layer in enumerate(kv.layout.layers):
                 start = size * number
                 flat = raw[start : start + 2 * tokens * width].view(torch.bfloat16)
                 # padded reads of unwritten rows are multiplied by 0, which NaN would survive
                 self.caches[layer, part] = flat.view(tokens, width).zero_()
 
-    def _filled(self, packed: Packed, purpose: str) -> torch.Tensor:
+    def lend(self) -> LentMemory:
+        """This memory, for the process of the GPU's rank."""
+        experts = {layer: self.device.lend(raw) for layer, (_, raw) in self.experts.items()}
+        return LentMemory(self.device.lend(self._region), experts)
+
+    def _experts(self, layer: int, packed: Packed, lent: LentMemory | None) -> torch.Tensor:
+        purpose = f"{self.device.name}: experts of layer {layer}"
+        if lent is not None:
+            return self._borrow(lent.experts[layer], purpose)
         raw = self._allocate(packed.nbytes, purpose)
         packed.fill(raw)
         return raw
 
+    def _borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        self._taken.append(self.device.borrow(lent, purpose))
+        return self._taken[-1]
+
     def _allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        raw = self.device.allocate(max(ALIGN, nbytes), f"{self.device.name}: {purpose}")
-        self._taken.append(raw)
-        return raw
+        self._taken.append(self.device.allocate(max(ALIGN, nbytes), purpose))
+        return self._taken[-1]
 
 
 def _loads(phases: list[Phase], device: str, store: WeightStore) -> dict[tuple[str, int], Packed]:

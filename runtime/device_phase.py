@@ -56,10 +56,16 @@ def on_devices(phase: Phase) -> bool:
 
 
 def open_devices(
-    plan: Plan, phases: Sequence[Phase], choice: Devices, delays: int | None = None
+    plan: Plan,
+    phases: Sequence[Phase],
+    choice: Devices,
+    delays: int | None = None,
+    *,
+    shared: bool = False,
 ) -> Backend:
     """Devices for `phases` of a plan. GPUs that are played have the memory of the plan's; with
-    `delays`, a seed, their streams run ahead of each other at random.
+    `delays`, a seed, their streams run ahead of each other at random; `shared`, other processes
+    can use it.
 
     Raises `MachineError` where GPUs are missing.
     """
@@ -67,7 +73,7 @@ def open_devices(
     gpus = 1 + max(int(name.removeprefix("gpu")) for name in named)
     if choice == "host":
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus[:gpus]]
-        return HostBackend(gpus, sizes, delays=delays)
+        return HostBackend(gpus, sizes, delays=delays, shared=shared)
     try:
         return CudaBackend(gpus)
     except MachineError as error:
@@ -183,7 +189,9 @@ class DevicePhases:
         """
         with ExitStack() as stack:
             backend = (
-                open_devices(plan, phases, devices, delays) if isinstance(devices, str) else devices
+                open_devices(plan, phases, devices, delays, shared=(gpus or 1) > 1)
+                if isinstance(devices, str)
+                else devices
             )
             stack.callback(backend.close)
             cuda = isinstance(backend, CudaBackend)
@@ -219,6 +227,7 @@ class DevicePhases:
                 for name, bound in binding.phases.items()
             }
             if group is not None:
+                group.begin(binding.lend)
                 group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend

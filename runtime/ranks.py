@@ -3,6 +3,7 @@ how they meet, and how they end.
 
     group = open_ranks(plan, devices="cuda", store=store, directory=directory)  # starts ranks 1..
     binding = Binding(plan, backend.devices, store, kv, ..., link=group.link)      # rank 0 is here
+    group.begin(binding.lend)                     # the others use the memory that it has for them
     runner = group.runner(binding.phases["prefill.stream"], backend)   # in a ScheduleRunner's place
     ...
     runner.run(call)             # or group.prefill(ids, positions, tables, wanted) -> logits
@@ -23,7 +24,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -37,10 +38,11 @@ from hmc.errors import ExecutionError, UsageError, WorkerError
 from hmc.plan import Phase, Plan
 from hmc.planfile import canonical_json
 from hmc.runtime.binding import BoundPhase
+from hmc.runtime.binding_memory import LentMemory
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.ranks_link import Link
-from hmc.runtime.ranks_messages import Done, Join, Joined, Prefill, Ready, Setup
+from hmc.runtime.ranks_messages import Begin, Done, Join, Joined, Prefill, Ready, Setup
 from hmc.runtime.ranks_process import Crew
 from hmc.runtime.ranks_routing import Routing
 from hmc.runtime.ranks_traffic import Counts, LayerTraffic, table
@@ -159,9 +161,17 @@ class RankGroup:
         )
         self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]
         self._runners: dict[str, GroupRunner] = {}
-        self._joined = False
+        self._joined = self._begun = False
+        self._memory: Callable[[], Mapping[int, LentMemory]] | None = None
         self._crew: Crew
         self._launch()
+
+    def begin(self, memory: Callable[[], Mapping[int, LentMemory]]) -> None:
+        """Let the other ranks get ready; `memory` says by rank what rank 0's process has allocated
+        for them, now and whenever they are started again."""
+        self._memory = memory
+        self._crew.tell(Begin(memory()))
+        self._begun = True
 
     def runner(
         self, bound: BoundPhase, backend: Backend, works: Sequence[Work] | None = None
@@ -190,6 +200,10 @@ class RankGroup:
         self._crew.check()
         if self._joined:
             return
+        if not self._begun:
+            if self._memory is None:
+                raise ExecutionError("the ranks have no memory yet: see RankGroup.begin")
+            self.begin(self._memory)
         self._crew.collect(Ready, _START_SECONDS)
         self._crew.tell(Join())
         place = next(iter(self._runners.values())).place
@@ -235,7 +249,7 @@ class RankGroup:
     def _launch(self) -> None:
         meeting = tempfile.mkdtemp(prefix="hmc-ranks-")
         self._setup = replace(self._setup, store=meeting)
-        self._joined = False
+        self._joined = self._begun = False
         arena = self._store.arena
         setups = [replace(self._setup, rank=rank) for rank in range(1, self.ranks)]
         try:

@@ -25,6 +25,7 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan, Step
 from hmc.runtime.binding import Binding, BoundPhase
+from hmc.runtime.binding_memory import LentMemory
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.cuda import CudaBackend
@@ -34,6 +35,7 @@ from hmc.runtime.pool import Pool
 from hmc.runtime.ranks_link import Link
 from hmc.runtime.ranks_messages import (
     At,
+    Begin,
     Command,
     Done,
     Failed,
@@ -57,7 +59,7 @@ _PARENT_CHECK_SECONDS = 1.0
 class Rank:
     """One rank's part of some phases, bound and ready to be run; `close` frees everything."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, lent: LentMemory) -> None:
         plan = Plan.model_validate_json(setup.plan)
         ranks = plan.phase(setup.phases[0]).ranks
         self.link = Link(setup.rank, ranks, setup.seconds)
@@ -90,6 +92,7 @@ class Rank:
                     max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
                     pinner=pinned if setup.devices == "cuda" else None,
                     link=self.link,
+                    lent=lent,
                 )
             )
             self._parts = {name: self._ready(bound) for name, bound in binding.phases.items()}
@@ -187,10 +190,12 @@ def main(arguments: list[str]) -> int:
     mailbox = Mailbox(Connection(socket), setup.parent)
     rank = None
     try:
-        rank = mailbox.rank = Rank(setup)
-        mailbox.send(Ready())
         while True:
             command = mailbox.next()
+            if isinstance(command, Begin):
+                rank = mailbox.rank = Rank(setup, command.memory[setup.rank])
+                mailbox.send(Ready())
+            assert rank is not None, "rank 0 says Begin first"
             if isinstance(command, Prefill):
                 mailbox.send(rank.prefill(command))
             elif isinstance(command, Join):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import HmcError
+from hmc.runtime.binding_memory import LentMemory
 from hmc.runtime.ranks_traffic import Counts
 
 
@@ -33,6 +35,13 @@ class Setup:
     seconds: float
     parent: int
     delays: int | None
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Get ready, with the memory of each rank's GPU that rank 0 has."""
+
+    memory: Mapping[int, LentMemory]
 
 
 @dataclass(frozen=True)
@@ -86,5 +95,5 @@ class Failed:
     link: bool
 
 
-Command = Join | Prefill | Where
+Command = Begin | Join | Prefill | Where
 Report = Ready | Joined | At | Done | Failed

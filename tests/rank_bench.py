@@ -18,6 +18,7 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.compiler import compile as compile_plan
 from hmc.plan import Plan
 from hmc.runtime.binding import Binding, BoundPhase
+from hmc.runtime.binding_memory import LentMemory
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import KVCache, Sequence
@@ -40,6 +41,7 @@ class Bench:
     store: WeightStore
     kv: KVCache
     group: RankGroup
+    binding: Binding
     together: BoundPhase | None = None
     runner: ScheduleRunner | None = None
     host: Executor | None = None
@@ -55,6 +57,16 @@ class Bench:
         call = self.together.call(*self._call(sequence, ids, wanted))
         self.runner.run_untimed(call)
         return self.together.logits(call).copy()
+
+    @property
+    def memory(self) -> dict[int, LentMemory]:
+        """By rank, what rank 0 has for it."""
+        return self.binding.lend()
+
+    def spoil(self, rank: int) -> None:
+        """Put zeros where the experts of a rank's GPU are."""
+        for _, raw in self.binding._memory[f"gpu{rank}"].experts.values():
+            raw.zero_()
 
     def _call(self, sequence: Sequence, ids: Ids, wanted: int) -> tuple[Ids, Ids, Ids, Ids]:
         self.kv.reserve(sequence, len(ids))
@@ -93,7 +105,7 @@ def bench(
         tables, tokens = Tables(plan, store), {STREAM: plan.phase(STREAM).max_tokens}
         found = []
         for link in (group.link, None)[: 1 + compared]:
-            backend = HostBackend(gpus, sizes)
+            backend = HostBackend(gpus, sizes, shared=link is not None)
             stack.callback(backend.close)
             binding = stack.enter_context(
                 Binding(
@@ -109,8 +121,11 @@ def bench(
                 )
             )
             found.append((binding.phases[STREAM], backend))
+            if link is not None:
+                group.begin(binding.lend)
+                ranked = binding
         group.runner(*found[0])
-        result = Bench(plan, store, kv, group)
+        result = Bench(plan, store, kv, group, ranked)
         if compared:
             whole, backend = found[1]
             host = compile_plan(directory, max_context=256, max_chunk=64, threads=2)

@@ -23,6 +23,7 @@ import torch
 
 from hmc.errors import ExecutionError
 from hmc.runtime.devices.flags import Flags
+from hmc.runtime.devices.lending import Lent
 
 Work = Callable[[], None]
 
@@ -104,6 +105,14 @@ class Device(Protocol):
 
     def free(self, tensor: torch.Tensor) -> None:
         """Give an allocation back; `ExecutionError` for a tensor that is none."""
+        ...
+
+    def lend(self, tensor: torch.Tensor) -> Lent:
+        """How another process opens an allocation of this device."""
+        ...
+
+    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        """Memory of this device that another process has allocated."""
         ...
 
     @property

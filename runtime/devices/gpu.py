@@ -6,11 +6,14 @@ Hides alignment, and the counting of what is in use.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.runtime.devices.base import Backend, Event, Stream
+from hmc.runtime.devices.lending import Lent, borrow, lend
+from hmc.runtime.shared import SharedBlock
 
 ALIGNMENT = 256
 """Bytes to which every allocation is aligned and rounded up."""
@@ -25,13 +28,19 @@ class Gpu:
         torch_device: torch.device,
         backend: Backend,
         room: Callable[[Gpu], int],
+        *,
+        shared: bool = False,
     ) -> None:
-        """`room(gpu)` says how many bytes can still be had."""
+        """`room(gpu)` says how many bytes can still be had; with `shared`, memory of the CPU is
+        made so that it can be lent to other processes (that of GPUs always can)."""
         self.name = name
         self.torch_device = torch_device
         self._backend = backend
         self._room = room
+        self._shared = shared
         self._held: dict[int, tuple[torch.Tensor, int]] = {}
+        self._blocks: dict[int, SharedBlock] = {}
+        self._borrowed: dict[int, Any] = {}
         self._closed = False
         self.used = 0
         self.peak = 0
@@ -46,8 +55,13 @@ class Gpu:
         )
         if size > room:
             raise refused
+        block = None
         try:
-            whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self.torch_device)
+            if self._shared and self.torch_device.type == "cpu":
+                block = SharedBlock(size + ALIGNMENT, purpose)
+                whole = torch.from_numpy(block.array)
+            else:
+                whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=self.torch_device)
         except torch.OutOfMemoryError as error:
             raise refused from error
         except RuntimeError as error:  # how the CPU's allocator says it
@@ -55,7 +69,10 @@ class Gpu:
                 raise
             raise refused from error
         start = -whole.data_ptr() % ALIGNMENT
-        self._held[whole.untyped_storage().data_ptr()] = (whole, size)
+        key = whole.untyped_storage().data_ptr()
+        self._held[key] = (whole, size)
+        if block is not None:
+            self._blocks[key] = block
         self.used += size
         self.peak = max(self.peak, self.used)
         return whole[start : start + nbytes]
@@ -65,10 +82,24 @@ class Gpu:
         is nothing left to give back."""
         if self._closed:
             return
-        held = self._held.pop(tensor.untyped_storage().data_ptr(), None)
+        key = tensor.untyped_storage().data_ptr()
+        if self._borrowed.pop(key, None) is not None:
+            return
+        held = self._held.pop(key, None)
+        self._blocks.pop(key, None)
         if held is None:
             raise ExecutionError(f"{self.name}: a tensor is freed that was not allocated here")
         self.used -= held[1]
+
+    def lend(self, tensor: torch.Tensor) -> Lent:
+        """How another process opens an allocation, or a part of one."""
+        return lend(tensor, self._blocks.get(tensor.untyped_storage().data_ptr()))
+
+    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        """Memory that another process has allocated and counted; `free` lets go of it."""
+        found, kept = borrow(lent, self.torch_device, purpose)
+        self._borrowed[found.untyped_storage().data_ptr()] = kept
+        return found
 
     def stream(self, resource: str) -> Stream:
         """The backend's stream of a resource."""
@@ -82,4 +113,6 @@ class Gpu:
         """Free all of its memory."""
         self._closed = True
         self._held.clear()
+        self._blocks.clear()
+        self._borrowed.clear()
         self.used = 0

@@ -27,14 +27,15 @@ class HostBackend:
         *,
         delays: int | None = None,
         timeout: float = 120.0,
+        shared: bool = False,
     ) -> None:
         """`gpus` devices of `memory_bytes` each, or of one entry each; `timeout` seconds as in
-        `Board`."""
+        `Board`; with `shared`, other processes can use the memory."""
         self._board = Board(timeout)
         self._delays = delays
         sizes = [memory_bytes] * gpus if isinstance(memory_bytes, int) else memory_bytes
         self.devices = tuple(
-            Gpu(f"gpu{number}", torch.device("cpu"), self, _room(size))
+            Gpu(f"gpu{number}", torch.device("cpu"), self, _room(size), shared=shared)
             for number, size in zip(range(gpus), sizes, strict=True)
         )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import faulty_rank
 import numpy as np
@@ -20,6 +21,7 @@ from split_plans import STREAM, split_plan
 
 from hmc.errors import CapacityError, ExecutionError, HmcError, UsageError, WorkerError
 from hmc.plan import Plan
+from hmc.runtime.executor import Executor
 from hmc.runtime.ranks import RankGroup, open_ranks
 from hmc.runtime.weights import WeightStore
 
@@ -132,16 +134,40 @@ def test_a_rank_that_hangs(checkpoint: Callable[..., Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_without_enough_memory(checkpoint: Callable[..., Path]) -> None:
+def test_a_gpu_without_enough_memory(
+    checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = wide(checkpoint)
     plan = split_plan(directory, gpus=2)
     gpus = (plan.machine.gpus[0], plan.machine.gpus[1].model_copy(update={"memory_bytes": 1 << 18}))
     plan = plan.model_copy(update={"machine": plan.machine.model_copy(update={"gpus": gpus})})
-    with shared(plan, directory) as group:
-        pids = group.pids
-        with pytest.raises(CapacityError, match="rank 1: gpu1 cannot hold"):
-            group.wait_ready()
-        gone(pids)
+    started: list[dict[int, int]] = []
+
+    def opened(*given: Any, **named: Any) -> RankGroup:
+        group = open_ranks(*given, **named)
+        started.append(group.pids)
+        return group
+
+    monkeypatch.setattr("hmc.runtime.device_phase.open_ranks", opened)
+    with pytest.raises(CapacityError, match="gpu1 cannot hold"):
+        Executor(plan, directory, devices="host", gpus=2, threads=1)
+    gone(started[0])
+
+
+def test_a_gpus_memory_is_there_once(checkpoint: Callable[..., Path]) -> None:
+    """The process of a rank works in the memory that rank 0's process has on its GPU."""
+    directory = wide(checkpoint)
+    with bench(directory, 2) as found:
+        (mine,) = found.memory.values()
+        region = os.readlink(mine.region.file[0])  # type: ignore[index]
+        first = found.by_processes(found.kv.open(), IDS)
+        maps = Path(f"/proc/{found.group.pids[1]}/maps").read_text()
+        files = [os.readlink(lent.file[0]) for lent in mine.experts.values()]  # type: ignore[index]
+        assert files and all(each.removesuffix(" (deleted)") in maps for each in (region, *files))
+        # what the rank reads of its experts is what rank 0 holds: spoilt there, spoilt here
+        found.spoil(1)
+        again = found.by_processes(found.kv.open(), IDS)
+        assert not np.array_equal(first, again)
 
 
 @pytest.mark.slow
