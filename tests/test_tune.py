@@ -22,7 +22,7 @@ from hmc.plan import Plan
 from hmc.report import measured as store
 from hmc.tune import apply, parse_pin, parse_setting, place, search
 from hmc.tune.measure import Runner
-from hmc.tune.settings import Setting, current
+from hmc.tune.settings import Setting, current, decided
 from hmc.tune.trials import candidates, won
 from hmc.verify import expert_ranges, verify_plan
 
@@ -102,6 +102,8 @@ def test_a_chunk_changes_limit_phase_and_ledger(plan: Plan) -> None:
         ("threads=5000", "more than"),
         ("chunk=-1", "write threads=N"),
         ("chunk=9999", "context is 300"),
+        ("ring=1", "at least 2"),
+        ("ring=8", "streams no prompt"),
         ("linear.colour=2", "no such tile choice"),
         ("route.rows=2", "no such tile choice"),
         ("linear.rows=3", "not a value"),
@@ -112,6 +114,18 @@ def test_a_chunk_changes_limit_phase_and_ledger(plan: Plan) -> None:
 def test_what_cannot_be_set(plan: Plan, text: str, part: str) -> None:
     with pytest.raises(UsageError, match=part):
         _set(plan, text)
+
+
+def test_a_ring_is_planned_anew(hybrid: Plan) -> None:
+    found = _set(hybrid, "ring=32", "threads=3")
+    rings = {phase.name: phase.ring for phase in found.phases if phase.slots}
+    assert rings == {"prefill.stream": 32}
+    assert hybrid.phase("prefill.stream").ring != 32
+    assert (found.threads, found.placement) == (3, hybrid.placement)
+    verify_plan(found)
+    told = decided(found, "ring=32", "set", "asked for by hand")
+    freed = place(told, [parse_pin("layers.3-5.experts.*=host")])  # pins keep it
+    assert freed.phase("prefill.stream").ring == 32
 
 
 def test_an_op_that_the_plan_lacks(plan: Plan) -> None:

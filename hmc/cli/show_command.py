@@ -101,26 +101,28 @@ def _show_plan(plan: Plan) -> None:
     out.print(table("Experts", ("layers", "tier", "experts"), placed))
     steps = [
         (
+            number,
             phase.name,
             len(phase.steps),
             phase.max_tokens,
             size(sum(step.weight_bytes for step in phase.steps)),
             f"{sum(step.flops for step in phase.steps) / 1e9:.2f}",
         )
-        for phase in plan.phases
+        for number, phase in enumerate(plan.phases, start=1)
     ]
     columns: tuple[str, ...] = (
+        "",
         "phase",
         "steps",
         "tokens a call",
         "weights a token",
         "GFLOP a token",
     )
-    out.print(table("Phases", columns, steps, numbers=columns[1:]))
+    out.print(table("Phases", columns, steps, numbers=columns[2:]))
     uses = Counter((phase.name, k) for phase in plan.phases for s in phase.steps for k in s.kernels)
     names = dict.fromkeys(key for _, key in uses)
     kernels = [(key, *(uses[phase.name, key] or "-" for phase in plan.phases)) for key in names]
-    columns = ("kernel", *(f"steps in {phase.name}" for phase in plan.phases))
+    columns = ("steps by phase", *map(str, range(1, len(plan.phases) + 1)))
     out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
     decisions = [(d.by, f"{d.subject}: {d.choice}", d.reason) for d in plan.decisions]
     out.print(table("Decisions", ("pass", "decision", "reason"), decisions))

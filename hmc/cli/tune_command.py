@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
 from hmc.plan import Plan
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     "settings",
     multiple=True,
     metavar="NAME=VALUE",
-    help="threads=32, chunk=1024, or a tile choice of an op's kernels: linear.prefetch=4096.",
+    help="threads=32, chunk=1024, ring=64 (experts), or a tile choice of an op's kernels:"
+    " linear.prefetch=4096.",
 )
 @click.option(
     "--pin",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--tokens", default=16, show_default=True, metavar="N", help="Tokens to decode.")
 @click.option("--repetitions", default=5, show_default=True, metavar="R", help="Turns of each try.")
+@DEVICES
 @JSON
 def command(
     plan_path: str,
@@ -62,14 +65,16 @@ def command(
     context: int,
     tokens: int,
     repetitions: int,
+    devices: str,
     as_json: bool,
 ) -> None:
     """Change the plan PLAN by hand (--set, --pin), or without these by search on this machine.
 
     The search tries threads, prefetch and row blocks of the decode kernels, chunk size and token
-    tiles of prefill, one after the other. A change is kept when it is measured at least 3 % better
-    in turns with the plan it changes, twice, and greedy output is the same. What was tried,
-    measured and kept ends in the plan's decisions (`hmc show`), the result's rates beside it.
+    tiles of prefill, and with GPUs the ring of a prompt that streams (--prompt says how long a
+    one), one after the other. A change is kept when it is measured at least 3 % better in turns
+    with the plan it changes, twice, and greedy output is the same. What was tried, measured and
+    kept ends in the plan's decisions (`hmc show`), the result's rates beside it.
 
     \b
     hmc tune plan.hmp -o tuned.hmp
@@ -99,7 +104,7 @@ def command(
             plan = decided(plan, "experts", f"pinned {text}", "asked for by hand")
     wanted = tuple(map(parse_setting, settings))
     was = [current(plan, each) for each in wanted]
-    plan = apply(plan, wanted)
+    plan = apply(plan, wanted, checkpoint)
     for each, old in zip(wanted, was, strict=True):
         reason = f"asked for by hand; was {'the default' if old is None else old}"
         plan = decided(plan, str(each), "set", reason)
@@ -116,10 +121,13 @@ def command(
                 prompt=prompt,
                 context=context,
                 tokens=tokens,
+                devices=devices,  # type: ignore[arg-type]
             )
 
         with progress() as report:
-            found = search(plan, make, repetitions=repetitions, report=report)
+            found = search(
+                plan, make, repetitions=repetitions, report=report, checkpoint=checkpoint
+            )
         plan = found.plan
     plan.save(output)
     if found is not None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from hmc.bench.compare import Compared, interleave
 from hmc.plan import Plan
+from hmc.runtime.device_phase import Devices
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import Sequence
 
@@ -35,6 +36,7 @@ class Runner:
         prompt: int = 1024,
         context: int = 128,
         tokens: int = 16,
+        devices: Devices = "auto",
     ) -> None:
         """Raises what `Executor` raises."""
         self.plan = plan
@@ -43,7 +45,7 @@ class Runner:
         self._tokens = min(tokens, max(1, limit // 2))
         self._context = min(context, limit - self._tokens)
         directory = Path(checkpoint or plan.checkpoint.path)
-        self._executor = Executor(plan, directory, dummy_weights=dummy_weights)
+        self._executor = Executor(plan, directory, dummy_weights=dummy_weights, devices=devices)
 
     def __enter__(self) -> Runner:
         return self

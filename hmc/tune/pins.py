@@ -1,26 +1,15 @@
-"""Experts pinned to a device by hand. A plan's schedules follow its placement, so the passes run
-again on the plan's own checkpoint and machine, with the placement given instead of solved; hides
-that.
-"""
+"""Experts pinned to a device by hand: how that is written, and what placement it makes."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
-import torch.fx
-
-from hmc import models
-from hmc.checkpoint import Checkpoint
-from hmc.errors import CapacityError, PlanMismatchError, UsageError
-from hmc.passes import PIPELINE, Context, Options, run_pipeline
+from hmc.errors import UsageError
 from hmc.passes.context import ranges
-from hmc.passes.expert_placement import ExpertPlacement
 from hmc.plan import LayerPlacement, Plan
-from hmc.trace import trace
+from hmc.tune.replan import replan
 from hmc.verify import expert_ranges
 
 _FORM = re.compile(r"layers\.(?P<layers>[\d,-]+)\.experts\.(?P<experts>\*|[\d,-]+)=(?P<tier>\w+)")
@@ -53,37 +42,7 @@ def place(plan: Plan, pins: Sequence[Pin], checkpoint: str = "") -> Plan:
     Raises `UsageError` for layers, experts or tiers that are not there, `CapacityError` when a GPU
     cannot hold what is pinned to it, `PlanMismatchError` for another checkpoint.
     """
-    wanted = pinned(plan, pins)
-    source = checkpoint or plan.checkpoint.path
-    dummy = plan.checkpoint.dummy
-    found = Checkpoint.from_config(source) if dummy else Checkpoint.open(source)
-    if found.config.sha256 != plan.checkpoint.config_sha256:
-        raise PlanMismatchError(f"{source}: its config.json is not the one the plan was made for")
-    values = {**found.config.values, "num_hidden_layers": plan.model.layers}
-    found = replace(found, config=replace(found.config, values=values))
-    block = plan.kv.block
-    spare = block * (plan.limits.max_batch - 1)
-    per_sequence = -(-plan.limits.max_context // block) * block
-    context = Context(
-        checkpoint=found,
-        info=plan.model,
-        machine=plan.machine,
-        isa=plan.isa,
-        options=Options(
-            max_context=plan.limits.max_context,
-            max_chunk=plan.limits.max_chunk,
-            max_batch=plan.limits.max_batch,
-            threads=plan.threads,
-            kv_block=block,
-            concurrency=max(1, (plan.kv.capacity_tokens - spare) // per_sequence),
-        ),
-    )
-    pipeline = tuple(
-        _Given(wanted) if isinstance(each, ExpertPlacement) else each for each in PIPELINE
-    )
-    run_pipeline(pipeline, trace(models.load(found.config).module), context)
-    assert context.plan is not None
-    return _with_choices(plan, context.plan)
+    return replan(plan, pinned(plan, pins), checkpoint)
 
 
 def pinned(plan: Plan, pins: Sequence[Pin]) -> tuple[LayerPlacement, ...]:
@@ -123,74 +82,6 @@ def pinned(plan: Plan, pins: Sequence[Pin]) -> tuple[LayerPlacement, ...]:
             }
         )
         for placement in plan.placement
-    )
-
-
-@dataclass(frozen=True)
-class _Given(ExpertPlacement):
-    """Stands in for the pass that solves the placement: checks the given one and takes it."""
-
-    placement: tuple[LayerPlacement, ...] = ()
-
-    name: ClassVar[str] = "expert_placement"
-
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        before = len(context.decisions)
-        super().run(graph, context)
-        del context.decisions[before:]  # they speak of another placement
-        sizes = _expert_bytes(graph, context)
-        held: Counter[str] = Counter()
-        for placement in self.placement:
-            for tier, text in placement.tiers.items():
-                held[tier] += sizes[placement.layer] * len(expert_ranges(text))
-        on_gpus = {tier: size for tier, size in held.items() if tier != "host"}
-        if on_gpus and context.budget is None:
-            raise CapacityError(
-                f"the plan uses no GPU of {context.machine.name}: its rates are not known, or the"
-                " dense part does not fit; nothing can be pinned there"
-            )
-        for tier, size in on_gpus.items():
-            assert context.budget is not None
-            room = context.budget.experts[int(tier.removeprefix("gpu"))]
-            if size > room:
-                raise CapacityError(
-                    f"{size / 1e9:.1f} GB of experts are pinned to {tier}, which has room for"
-                    f" {room / 1e9:.1f} GB beside dense weights, cache and activations: pin fewer"
-                )
-        context.placement = self.placement
-
-
-def _expert_bytes(graph: torch.fx.GraphModule, context: Context) -> dict[int, int]:
-    """Stored bytes of one expert by layer."""
-    sizes: dict[int, int] = {}
-    for node in graph.graph.nodes:
-        found = node.meta["hmc"]
-        if found.kind == "experts":
-            columns = [context.source(weight)[0] for weight in found.weights]
-            sizes[found.layer] = sum(
-                column.data.nbytes + (column.scale.nbytes if column.scale else 0)
-                for column in columns
-            )
-    return sizes
-
-
-def _with_choices(old: Plan, new: Plan) -> Plan:
-    """The new plan with what the old one had chosen beside placement: tiles, goals, decisions."""
-    kernels = {
-        key: kernel.model_copy(update={"tile": old.kernels[key].tile})
-        if key in old.kernels
-        else kernel
-        for key, kernel in new.kernels.items()
-    }
-    kept = tuple(d for d in old.decisions if d.by in ("expert_placement", "tune"))
-    return new.model_copy(
-        update={
-            "kernels": kernels,
-            "goals": old.goals,
-            "lossy": old.lossy,
-            "checkpoint": old.checkpoint,
-            "decisions": (*new.decisions, *kept),
-        }
     )
 
 

@@ -1,5 +1,5 @@
-"""What of a plan can be set: `threads=32`, `chunk=1024`, and tile choices of kernels by op, such as
-`linear.prefetch=4096`; hides how a plan takes a change.
+"""What of a plan can be set: `threads=32`, `chunk=1024`, `ring=64`, and tile choices of kernels by
+op, such as `linear.prefetch=4096`; hides how a plan takes a change.
 """
 
 from __future__ import annotations
@@ -11,21 +11,24 @@ from dataclasses import dataclass
 from hmc.errors import UsageError
 from hmc.passes.phase_memory import accounted
 from hmc.plan import Decision, Kernel, Plan
+from hmc.tune.replan import replan
 
-PREFILL = "prefill.host"
+PREFILL, STREAM = "prefill.host", "prefill.stream"
 DECODE_OPS = ("linear", "gate_up", "experts_gate_up", "experts_down")
 PREFILL_OPS = ("gemm", "grouped_gate_up", "grouped_down")
 _BATCH = 16
 """rows x streams of a decode kernel must divide it (codegen/tiles.py: GRAIN)."""
 _MOST_THREADS, _MOST_BYTES, _MOST_TILE = 4096, 1 << 24, 12
 
-_FORM = re.compile(r"(?P<name>threads|chunk|(?P<op>[a-z_]+)\.(?P<tile>[a-z_]+))=(?P<value>\d+)")
+_FORM = re.compile(
+    r"(?P<name>threads|chunk|ring|(?P<op>[a-z_]+)\.(?P<tile>[a-z_]+))=(?P<value>\d+)"
+)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One value: `op` is empty for threads and chunk, else the op whose kernels' tile choice `name`
-    it is.
+    """One value: `op` is empty for threads, chunk and ring, else the op whose kernels' tile choice
+    `name` it is.
     """
 
     name: str
@@ -37,14 +40,17 @@ class Setting:
 
 
 def parse_setting(text: str) -> Setting:
-    """`threads=32`, `chunk=1024` or `OP.TILE=VALUE`; `UsageError` for what cannot be set."""
+    """`threads=32`, `chunk=1024`, `ring=64` or `OP.TILE=VALUE`; `UsageError` for others."""
     match = _FORM.fullmatch(text)
     if match is None:
-        raise UsageError(f"--set {text}: write threads=N, chunk=N or OP.TILE=N ({_known()})")
+        raise UsageError(
+            f"--set {text}: write threads=N, chunk=N, ring=N or OP.TILE=N ({_known()})"
+        )
     value = int(match["value"])
     if match["op"] is None:
-        if value < 1:
-            raise UsageError(f"--set {text}: must be at least 1")
+        least = 2 if match["name"] == "ring" else 1
+        if value < least:
+            raise UsageError(f"--set {text}: must be at least {least}")
         return Setting(match["name"], value)
     tiles = _TILES.get(match["op"], {})
     if match["tile"] not in tiles:
@@ -54,8 +60,9 @@ def parse_setting(text: str) -> Setting:
     return Setting(match["tile"], value, match["op"])
 
 
-def apply(plan: Plan, settings: tuple[Setting, ...]) -> Plan:
-    """The plan with all settings; `UsageError` where they do not fit it or each other."""
+def apply(plan: Plan, settings: tuple[Setting, ...], checkpoint: str = "") -> Plan:
+    """The plan with all settings; `UsageError` where they do not fit it or each other. A ring needs
+    the model's config.json (see `replan`)."""
     for setting in settings:
         if setting.op:
             plan = _tiled(plan, setting)
@@ -63,6 +70,8 @@ def apply(plan: Plan, settings: tuple[Setting, ...]) -> Plan:
             if setting.value > _MOST_THREADS:
                 raise UsageError(f"--set {setting}: more than {_MOST_THREADS} threads")
             plan = plan.model_copy(update={"threads": setting.value})
+        elif setting.name == "ring":
+            plan = _with_ring(plan, setting.value, checkpoint)
         else:
             plan = _chunked(plan, setting.value)
     _check_batches(plan)
@@ -74,7 +83,14 @@ def current(plan: Plan, setting: Setting) -> int | None:
     if setting.op:
         values = {dict(kernel.tile).get(setting.name) for kernel in _of_op(plan, setting.op)}
         return values.pop() if len(values) == 1 else None
+    if setting.name == "ring":
+        return ring_of(plan)
     return plan.threads if setting.name == "threads" else plan.limits.max_chunk
+
+
+def ring_of(plan: Plan) -> int | None:
+    """Experts that fit into the slots of a streamed prompt; None for a plan that streams none."""
+    return next((phase.ring for phase in plan.phases if phase.name == STREAM), None)
 
 
 def decided(plan: Plan, subject: str, choice: str, reason: str) -> Plan:
@@ -119,6 +135,17 @@ def _chunked(plan: Plan, tokens: int) -> Plan:
             }
         )
     )
+
+
+def _with_ring(plan: Plan, ring: int, checkpoint: str) -> Plan:
+    """Slots for `ring` experts, at most a layer's, in every phase that streams."""
+    if ring_of(plan) is None:
+        raise UsageError(f"--set ring={ring}: the plan streams no prompt through a GPU")
+    found = replan(plan, plan.placement, checkpoint, ring=ring)
+    if ring_of(found) is None:
+        why = next(d.reason for d in found.decisions if d.subject == STREAM)
+        raise UsageError(f"--set ring={ring}: {why}")
+    return found
 
 
 def _check_batches(plan: Plan) -> None:

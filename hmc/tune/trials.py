@@ -16,8 +16,19 @@ from hmc.detect import detect
 from hmc.errors import HmcError
 from hmc.plan import Plan
 from hmc.report.measured import Measured
+from hmc.runtime.scheduler_policy import prefill_phase
 from hmc.tune.measure import Runner, compare
-from hmc.tune.settings import DECODE_OPS, PREFILL_OPS, Setting, apply, current, decided, ops_of
+from hmc.tune.settings import (
+    DECODE_OPS,
+    PREFILL,
+    PREFILL_OPS,
+    Setting,
+    apply,
+    current,
+    decided,
+    ops_of,
+    ring_of,
+)
 
 WORTHWHILE = 1.03
 WINS = 0.8
@@ -54,7 +65,14 @@ class Found:
     measured: tuple[Measured, ...]
 
 
-def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report = silent) -> Found:
+def search(
+    plan: Plan,
+    make: MakeRunner,
+    *,
+    repetitions: int = 5,
+    report: Report = silent,
+    checkpoint: str = "",
+) -> Found:
     """The best plan that single changes lead to; `make` gives a runner of a plan."""
     groups = list(candidates(plan))
     total = sum(len(changes) for _, changes in groups)
@@ -67,7 +85,7 @@ def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report
                 report("tune", len(trials), total)
                 if _idle(best, settings):
                     continue
-                trial, runner = _try(best, settings, kind, expected, make, repetitions)
+                trial, runner = _try(best, settings, kind, expected, make, repetitions, checkpoint)
                 trials.append(trial)
                 if runner is not None:
                     best.close()
@@ -85,8 +103,10 @@ def search(plan: Plan, make: MakeRunner, *, repetitions: int = 5, report: Report
 
 def _idle(best: Runner, settings: Settings) -> bool:
     """Whether a change changes nothing of what is measured."""
+    prompt, _ = best.loads
+    if settings[0].name == "ring" and prefill_phase(best.plan, prompt) == PREFILL:
+        return True
     if settings[0].name == "chunk":
-        prompt, _ = best.loads
         chunks = best.plan.limits.max_chunk
         return -(-prompt // settings[0].value) == -(-prompt // chunks)
     return all(current(best.plan, each) == each.value for each in settings)
@@ -116,6 +136,10 @@ def candidates(plan: Plan) -> Iterator[tuple[str, list[Settings]]]:
         )
     chunks = [each for each in _CHUNKS if each <= plan.limits.max_context]
     yield "prefill", [(Setting("chunk", each),) for each in chunks]
+    ring = ring_of(plan)
+    if ring is not None:
+        rings = dict.fromkeys((max(2, ring // 2), 2 * ring))
+        yield "prefill", [(Setting("ring", each),) for each in rings]
     if prefill:
         yield (
             "prefill",
@@ -130,11 +154,12 @@ def _try(
     expected: list[list[int]],
     make: MakeRunner,
     repetitions: int,
+    checkpoint: str,
 ) -> tuple[Trial, Runner | None]:
     """One change: its trial, and its runner where it is kept."""
     change = _words(settings)
     try:
-        runner = make(apply(best.plan, settings))
+        runner = make(apply(best.plan, settings, checkpoint))
     except HmcError as error:
         return Trial(change, kind, (), 0.0, 0.0, False, f"cannot run: {error}"), None
     kept = False
