@@ -45,7 +45,8 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     )
     kinds = weight_kinds(graph, context)
     experts = kinds.pop("routed experts", 0)
-    dense = sum(kinds.values()) - _table_bytes(graph, context)
+    table = _table_bytes(graph, context)
+    dense = sum(kinds.values()) - table
     layout = cache_layout(graph, context)
     per_token = layout.bytes_per_token
     stream_token = stream_bytes_per_token(graph)
@@ -71,13 +72,17 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
         if meta(node).kind == "experts"
     )
     ranks = len(usable)
-    held = stream_token * tokens // ranks + 2 * _section(kinds, context)
+    window = 2 * _section(kinds, context)
+    activations = stream_token * tokens // ranks
     left = [
-        usable[0] - held - cache - workspace,
-        *(each - held - SCRATCH - attention for each in usable[1:]),
+        usable[0] - activations - window - cache - workspace,
+        *(each - activations - window - SCRATCH - attention for each in usable[1:]),
     ]
-    ring = max(0, min(layer // ranks, *left))
-    room = [max(0, min(one, other - ring)) for one, other in zip(room, left, strict=True)]
+    asked = options.ring * (layer // context.info.experts)
+    ring = max(0, min(layer // ranks, asked or layer, *left))
+    head = kinds.get("embedding and output", 0) - table
+    slots = max(ring, head - window)  # the output layer lies over the others
+    room = [max(0, min(one, other - slots)) for one, other in zip(room, left, strict=True)]
     return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, stream_token)
 
 
@@ -111,8 +116,10 @@ def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
 
 
 def _section(kinds: dict[str, int], context: Context) -> int:
-    """Bytes of one layer's dense weights, of which two are on their way or in use."""
-    return sum(kinds.values()) // max(1, context.info.layers) * 2
+    """Bytes of one layer's dense weights, of which two are on their way or in use; what is before
+    and after the layers has no slot of its own."""
+    layers = sum(size for kind, size in kinds.items() if kind != "embedding and output")
+    return layers // max(1, context.info.layers) * 2
 
 
 def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:

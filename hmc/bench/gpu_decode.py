@@ -23,7 +23,6 @@ from hmc.simulate.predict import run_decode
 
 _BATCHES = (1, 2, 4)
 _WARM = 2
-_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def decode(bench: Bench, name: str, clock: Clock) -> Iterator[Row]:
     """One sequence, then batches in one lane and in two."""
     section = f"decode {name}"
     clock.check("compiling")
-    plan = bench.model(name, _CONTEXT).divided(DECODE, DUAL)
+    plan = bench.model(name, 2 * bench.sizes.chunk).divided(DECODE, DUAL)
     model = CostModel(plan, bench.machine)
     held = f"{resident(plan):.0%} of the experts resident"
     with bench.running(name, only(plan, HOST, DECODE, DUAL)) as executor:

@@ -26,7 +26,7 @@ from hmc.runtime.executor import Executor
 
 _MEDIAN, _FAR, _SHARE = 0.01, 0.03, 0.25
 _PROMPT, _PROMPTS, _ROWS, _STEPS, _BATCH = 40, 4, 16, 16, 4
-_CONTEXT, _CHUNK = 512, 64
+_CONTEXT, _CHUNK = 256, 64
 
 Floats = npt.NDArray[np.float32]
 

@@ -59,11 +59,13 @@ class Model:
 
     def divided(self, *phases: str) -> Plan:
         """A plan with `phases` whose GPU holds about half of the experts, or as near to that as the
-        budget's rules come, but not all; `CapacityError` where there is none."""
+        budget's rules come, but not all; `CapacityError` where there is none. Where no prompt is to
+        be streamed, hardly any memory is left for that."""
         found: list[Plan] = []
+        ring = 0 if STREAM in phases else 2
 
         def enough(vram: float) -> bool:
-            plan = self.granted(vram)
+            plan = self.granted(vram, ring)
             if plan is None:
                 return False
             if set(phases) <= _names(plan):
