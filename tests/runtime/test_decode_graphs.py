@@ -20,6 +20,7 @@ from split_plans import DUAL, split_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hmc.cli.devices import telling
 from hmc.errors import ExecutionError, MachineError, UsageError
 from hmc.plan import Operand, Plan, Step
 from hmc.runtime import decode_graphs
@@ -195,22 +196,26 @@ def test_the_graphs_of_the_latest_keys_are_kept(
 
 @pytest.mark.usefixtures("graphs")
 def test_where_a_device_refuses_decoding_goes_on_step_by_step(
-    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = checkpoint("mixtral", "bf16", layers=2)
     plan = split_plan(directory)
-    with executor(plan, directory) as found:
+    with executor(plan, directory) as found, telling(found):
         expected = answers(found, 2)
+    assert capsys.readouterr().err.count("\n") == 1
 
     def refuse(self: Worker, works: Sequence[Work], label: str) -> Work:
         raise ExecutionError(f"{label} cannot be captured on {self.name}: no")
 
     monkeypatch.setattr(Worker, "graph", refuse)
     with executor(plan, directory) as found:
-        assert np.array_equal(answers(found, 2).argmax(-1), expected.argmax(-1))
+        with telling(found):
+            assert np.array_equal(answers(found, 2).argmax(-1), expected.argmax(-1))
         assert graphs_of(found).replayed == 0
-        assert "one by one: phase decode, step 2" in found.handover
-        assert "cannot be captured on gpu0: no" in found.handover
+        assert "decode: GPU steps are handed over one by one: phase decode, s" in found.handover
+        first, later = capsys.readouterr().err.splitlines()
+        assert "one by one" not in first
+        assert "cannot be captured on gpu0: no" in later
 
 
 def test_who_goes_step_by_step(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
