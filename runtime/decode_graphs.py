@@ -6,8 +6,8 @@
 
 A graph has the shapes and addresses of the call it was captured with. Calls of as many tokens, the
 longest context of which has the same *bucket* (a power of two), share index tensors, which each of
-them overwrites, and so the graphs. The first call of such a key goes step by step, which loads
-kernels; the second is captured before it begins; the keys used last are kept. Where a device
+them overwrites, and so the graphs. The first calls of such a key go step by step, which loads
+kernels; the next one is captured before it begins; the keys used last are kept. Where a device
 refuses, decoding goes on step by step.
 
 Hides keys, what is kept of them, and when to capture.
@@ -26,17 +26,20 @@ from hmc.runtime.shares import Call, Fixed, Ints
 
 LEAST_BUCKET = 256
 """Positions that attention looks at, at least: padding costs less than another graph."""
+FIRST = 2
+"""Calls of a key that go step by step: one at least, and about as many as a capture takes the time
+of, so that keys which soon change cost little more than they would without graphs."""
 KEPT = 8
 """Keys whose graphs are kept. Their number bounds the memory of index tensors and of what a graph
 takes itself; temporaries lie in memory that all of them share."""
 
 
 class _Kept:
-    """What is kept of a key: its tensors, whether a call has run, and the graphs."""
+    """What is kept of a key: its tensors, how many calls have run, and the graphs."""
 
     def __init__(self, longest: int) -> None:
         self.fixed = Fixed(longest)
-        self.ran = False
+        self.ran = 0
         self.orders: Orders | None = None
 
 
@@ -79,10 +82,10 @@ class DecodeGraphs:
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         call = self._bound.call(ids, positions, tables, rows, kept.fixed)
-        if kept.ran and kept.orders is None:
+        if kept.ran >= FIRST and kept.orders is None:
             self._capture(kept, call)
         self._runner.run_untimed(call, kept.orders)
-        kept.ran = True
+        kept.ran += 1
         self.replayed += kept.orders is not None
         return call
 

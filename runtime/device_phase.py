@@ -267,8 +267,10 @@ class DevicePhases:
 
     def close(self) -> None:
         """End the streams and free all memory; a second call does nothing."""
-        self.phases = {}
+        phases, self.phases = self.phases, {}
         self._stack.close()
+        for phase in phases.values():
+            phase.graphs = None  # their memory is the device's, too
 
 
 def _program(bound: BoundPhase, backend: Backend) -> tuple[HostProgram | None, str]:

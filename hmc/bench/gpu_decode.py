@@ -16,13 +16,14 @@ from hmc.bench.gpu_rows import Clock, Row
 from hmc.bench.gpu_sizes import Bench, token_ids
 from hmc.cost import CostModel
 from hmc.errors import ExecutionError
+from hmc.runtime.decode_graphs import FIRST
 from hmc.runtime.device_phase import DevicePhase
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import Sequence as CacheSequence
 from hmc.simulate.predict import run_decode
 
 _BATCHES = (1, 2, 4)
-_WARM = 2
+_WARM = FIRST + 2
 _CONTEXT = 1024
 
 

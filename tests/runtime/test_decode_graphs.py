@@ -61,6 +61,7 @@ def executor(plan: Plan, directory: Path, **options: Any) -> Iterator[Executor]:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HMC_GRAPHS", "1")
     monkeypatch.setattr(decode_graphs, "LEAST_BUCKET", 8)
+    monkeypatch.setattr(decode_graphs, "FIRST", 1)
 
 
 def phase_of(found: Executor, name: str = "decode") -> DevicePhase:
@@ -229,6 +230,7 @@ def test_who_goes_step_by_step(checkpoint: Checkpoint, monkeypatch: pytest.Monke
     with executor(plan, directory) as found:
         with found.recorded():
             answers(found, 1)
+        answers(found, 1, 2)  # the first calls of a key
         answers(found, 1, 3, DUAL)  # a lane would have nothing to do
         list(found.prefill(found.open(), np.array(prompt(3, 1), np.int32), phase="decode"))
         assert graphs_of(found).replayed == graphs_of(found, DUAL).replayed == 0
