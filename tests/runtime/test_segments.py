@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
 from hybrid_plans import ONE, TWO, plan_for
 
 from hmc.plan import Phase
+from hmc.runtime.devices.null import NullBackend
+from hmc.runtime.schedule import ScheduleRunner
 from hmc.runtime.segments import segments
-
-DUAL = "decode.dual"
 
 
 def decode_phases(model: str, machine: str) -> list[Phase]:
@@ -59,6 +60,25 @@ def test_the_steps_between_two_layers_experts_are_one_segment() -> None:
         *[["add_norm", *attention, *routing]] * 5,
         last,
     ]
+
+
+@pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-30b-a3b"])
+def test_with_graphs_every_step_is_done_once_and_no_later(model: str) -> None:
+    done: list[int] = []
+    for phase in decode_phases(model, TWO):
+        works = [partial(lambda at, call: done.append(at), at) for at in range(len(phase.steps))]
+        seconds = [1.0 + at % 3 for at in range(len(phase.steps))]
+        backend = NullBackend(2, 1 << 20, execute=True)
+        runner = ScheduleRunner(phase, backend, works, seconds)
+        streams = [backend.stream(name) for name in {step.resource for step in phase.steps}]
+        ends = []
+        for orders in (None, runner.graphs(None)):
+            backend.begin()
+            done.clear()
+            runner.run_untimed(None, orders)
+            assert sorted(done) == list(range(len(phase.steps)))
+            ends.append([stream.time for stream in streams])
+        assert ends[0] == ends[1]
 
 
 def test_other_phases_have_none() -> None:
