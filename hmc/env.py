@@ -8,6 +8,8 @@ HMC_CACHE      folder of compiled kernels   (default $XDG_CACHE_HOME/hmc)
 HMC_CONFIG     folder of machine profiles   (default $XDG_CONFIG_HOME/hmc)
 HMC_ISA        cap on the kernel tier: avx512_bf16, avx512 or avx2 (default: the best there is)
 HMC_THREADS    native worker threads (default: every core the process may use)
+HMC_GRAPHS     1: decode hands GPUs its steps as graphs, 0: one by one (default: 1 for CUDA, 0 for
+               GPUs that are played)
 """
 
 from __future__ import annotations
@@ -74,6 +76,11 @@ def isa_cap() -> str | None:
 def threads() -> int:
     """Native worker threads: `HMC_THREADS`, else the size of the process's CPU affinity mask."""
     return _integer("HMC_THREADS", default=len(os.sched_getaffinity(0)), low=1, high=4096)
+
+
+def graphs(default: bool) -> bool:
+    """`HMC_GRAPHS`: whether decode hands GPUs graphs."""
+    return bool(_integer("HMC_GRAPHS", default=int(default), low=0, high=1))
 
 
 @contextmanager

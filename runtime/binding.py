@@ -47,7 +47,7 @@ from hmc.runtime.memory import Block
 from hmc.runtime.pool import Pool
 from hmc.runtime.ranks_link import Link
 from hmc.runtime.schedule import part_of_rank
-from hmc.runtime.shares import ALL, Call, Ints, Needs, Share, make_call
+from hmc.runtime.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
 from hmc.runtime.tables import Tables
 from hmc.runtime.weights import WeightStore, view
 
@@ -184,9 +184,16 @@ class BoundPhase:
         self._needs = self._needed()
         self.works: list[Work] = [self._bound(step) for step in phase.steps]
 
-    def call(self, ids: Ints, positions: Ints, tables: Ints, wanted: Ints) -> Call:
+    def call(
+        self,
+        ids: Ints,
+        positions: Ints,
+        tables: Ints,
+        wanted: Ints,
+        fixed: Fixed | None = None,
+    ) -> Call:
         """A call of i32 [T] tokens, their positions and block table rows, with logits of those at
-        index `wanted`.
+        index `wanted`; its index tensors are new ones, or `fixed`.
 
         The tokens are one sequence's, following each other, or one each of several.
         `ExecutionError` when the phase cannot take them.
@@ -206,6 +213,7 @@ class BoundPhase:
             wanted,
             ranks=self.phase.ranks,
             lanes=self.phase.lanes,
+            fixed=fixed,
         )
 
     def logits(self, call: Call) -> npt.NDArray[np.float32]:

@@ -20,12 +20,14 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from hmc import env
 from hmc.codegen.jit import Jit
 from hmc.device_memory import device_of, kind_of
 from hmc.errors import MachineError
 from hmc.plan import Phase, Plan, Step
 from hmc.runtime.binding import Binding, BoundPhase
 from hmc.runtime.crossing import crossing
+from hmc.runtime.decode_graphs import DecodeGraphs
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.base import Backend
@@ -88,8 +90,9 @@ class DevicePhase:
     ran in the latest recorded call. A call of `prefill.beside` may be made by another thread while
     this one makes calls of decode phases; otherwise one call at a time.
 
-    With a `group`, a phase that is bound with its link runs on all ranks. `handover` says in words
-    how the CPU and the devices of a decode phase wait for each other."""
+    With a `group`, a phase that is bound with its link runs on all ranks. In phases of decode GPUs
+    are handed graphs where `HMC_GRAPHS` asks for it (by default on CUDA); recorded calls and those
+    whose routing is counted go step by step."""
 
     def __init__(
         self,
@@ -107,9 +110,11 @@ class DevicePhase:
         works = list(bound.works) if routing is None else _counted(bound, routing)
         self.runner: ScheduleRunner | GroupRunner
         self.program: HostProgram | None = None
-        self.handover = ""
+        self.graphs: DecodeGraphs | None = None
+        """None: every step is handed over by itself."""
+        self._meeting = ""
         if kind_of(bound.phase) == "decode":
-            self.program, self.handover = _program(bound, backend)
+            self.program, self._meeting = _program(bound, backend)
         if group is None or bound.link is None:
             self.runner = ScheduleRunner(
                 bound.phase,
@@ -118,8 +123,17 @@ class DevicePhase:
                 program=self.program,
                 aside=bound.phase.name == BESIDE,
             )
+            wanted = env.graphs(default=isinstance(backend, CudaBackend))
+            if self.runner.segments and wanted and routing is None:
+                self.graphs = DecodeGraphs(bound, self.runner)
         else:
             self.runner = group.runner(bound, backend, works)
+
+    @property
+    def handover(self) -> str:
+        """In words, how the CPU and the devices of a decode phase wait for each other, and whether
+        GPUs are handed graphs: that may change when the first ones are made."""
+        return "; ".join(filter(None, (self._meeting, self.graphs.told if self.graphs else "")))
 
     @property
     def kernels(self) -> tuple[str, ...]:
@@ -150,17 +164,24 @@ class DevicePhase:
         """As `LoweredPhase.run`. Ctrl-C takes effect when the call is over, a second one at once;
         that closes the devices.
         """
-        call = self.bound.call(ids, positions, tables, rows)
         with _interrupts_held():
-            if self._recorder is None:
-                self.runner.run_untimed(call)
-            else:
-                began = time.monotonic_ns()
-                self.last = measured = self.runner.run(call)
-                steps = [self.bound.phase.steps[position] for position in measured.positions]
-                self._recorder.scheduled(self.name, steps, measured.start, measured.finish, began)
+            call = self._run(ids, positions, tables, rows)
             self.ran = True
         return self.bound.logits(call)
+
+    def _run(self, ids: Ints, positions: Ints, tables: Ints, rows: Ints) -> Call:
+        recorder = self._recorder
+        if recorder is None and self.graphs is not None and self.graphs.take(tables, rows):
+            return self.graphs.run(ids, positions, tables, rows)
+        call = self.bound.call(ids, positions, tables, rows)
+        if recorder is None:
+            self.runner.run_untimed(call)
+        else:
+            began = time.monotonic_ns()
+            self.last = measured = self.runner.run(call)
+            steps = [self.bound.phase.steps[position] for position in measured.positions]
+            recorder.scheduled(self.name, steps, measured.start, measured.finish, began)
+        return call
 
 
 class DevicePhases:
@@ -231,8 +252,6 @@ class DevicePhases:
                 group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend
-            found = (phase.handover for phase in self.phases.values())
-            self.handover = "; ".join(filter(None, found))
             self._stack = stack.pop_all()
 
     def __enter__(self) -> DevicePhases:
@@ -246,14 +265,21 @@ class DevicePhases:
     ) -> None:
         self.close()
 
+    @property
+    def handover(self) -> str:
+        """What the phases say of theirs."""
+        return "; ".join(filter(None, (phase.handover for phase in self.phases.values())))
+
     def give_up(self) -> None:
         """End the streams whatever they do: calls under way raise `ExecutionError`."""
         self._backend.close()
 
     def close(self) -> None:
         """End the streams and free all memory; a second call does nothing."""
-        self.phases = {}
+        phases, self.phases = self.phases, {}
         self._stack.close()
+        for phase in phases.values():
+            phase.graphs = None  # their memory is the device's, too
 
 
 def _program(bound: BoundPhase, backend: Backend) -> tuple[HostProgram | None, str]:

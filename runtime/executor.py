@@ -125,8 +125,7 @@ class Executor:
             """What of the weights is pinned for GPUs, in words; empty where nothing is."""
             self.beside: DevicePrefill | None = None
             """Computes prompts while others decode; None where the plan has no phase for that."""
-            self.handover = ""
-            """How CPU and GPUs wait for each other in decode, in words; empty without GPUs."""
+            self._opened: DevicePhases | None = None
             if wanting:
                 opened = DevicePhases(
                     plan,
@@ -142,7 +141,7 @@ class Executor:
                     gpus=gpus,
                     directory=directory,
                 )
-                self.pinned, self.handover = opened.pinned, opened.handover
+                self.pinned, self._opened = opened.pinned, opened
                 stack.enter_context(opened)
                 self.phases.update(opened.phases)
                 if BESIDE in opened.phases:
@@ -166,6 +165,12 @@ class Executor:
         self._tables = tables
         self._open = True
         self.calls: Counter[str] = Counter()
+
+    @property
+    def handover(self) -> str:
+        """How CPU and GPUs wait for each other in decode and what GPUs are handed, in words; empty
+        without GPUs. What a device refuses later changes it."""
+        return "" if self._opened is None else self._opened.handover
 
     @property
     def kernels_used(self) -> tuple[str, ...]:

@@ -2,8 +2,9 @@
 
 Every step is handed to the stream of its resource in program order: the waits for its events, what
 it does, the record of its signal. With a native program for the CPU's steps, that is handed over
-once a call in their place, and what crosses between it and devices are flags. What a step does is
-bound elsewhere; this module hides streams, events, and which part of a phase is one rank's.
+once a call in their place, and what crosses between it and devices are flags. With graphs, so is
+each segment of the phase (runtime/segments.py) on its GPU. What a step does is bound elsewhere;
+this module hides streams, events, and which part of a phase is one rank's.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from typing import Any, Protocol
 from hmc.errors import ExecutionError, VerifyError
 from hmc.plan import Operand, Phase, Step
 from hmc.runtime.crossing import Crossing
-from hmc.runtime.devices.base import Backend, Event, Span, Stream
+from hmc.runtime.devices.base import Backend, Event, Span, Stream, Work
 from hmc.runtime.devices.flags import Flags
+from hmc.runtime.segments import segments
 from hmc.verify import check_order
 
 Bound = Callable[[Any], None]
@@ -78,6 +80,16 @@ class _Ready:
     signal: Event | None
     flag_waits: tuple[int, ...] = ()
     flag: int | None = None
+    segment: int | None = None
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What is handed over in a call, in program order: every step, and all but those of the program
+    (None: it begins here). Opaque to callers."""
+
+    steps: tuple[_Ready, ...]
+    crossed: tuple[_Ready | None, ...]
 
 
 class ScheduleRunner:
@@ -111,6 +123,8 @@ class ScheduleRunner:
         places = {step.id: position for position, step in enumerate(phase.steps)}
         self.positions = tuple(places[step.id] for step in mine.steps)
         self._backend = backend
+        self.segments = segments(phase) if rank is None else ()
+        inside = {at: number for number, run in enumerate(self.segments) for at in run}
         events: dict[int, Event] = {}
         steps = []
         for position, step in zip(self.positions, mine.steps, strict=True):
@@ -129,12 +143,27 @@ class ScheduleRunner:
                     0.0 if seconds is None else seconds[position],
                     backend.span(),
                     events.get(step.signal),
+                    segment=inside.get(position),
                 )
             )
         self._steps = tuple(steps)
         self._streams = tuple({step.stream.name: step.stream for step in steps}.values())
         self._program, self._phase = program, mine
-        self._crossed = () if program is None else self._across(program)
+        self._orders = Orders(self._steps, () if program is None else self._across(program))
+
+    def graphs(self, call: Any) -> Orders:
+        """What is handed over in calls like `call`, which have the same tensors: each segment as a
+        graph of what it does with `call`. Raises what `Stream.graph` raises.
+
+        Such a call must have been run before, and none may be under way.
+        """
+        graphs = []
+        for number in range(len(self.segments)):
+            inside = [step for step in self._steps if step.segment == number]
+            works = [partial(step.work, call) for step in inside]
+            graphs.append(inside[0].stream.graph(works, inside[0].label))
+        whole = _joined(self._orders.steps, graphs)
+        return Orders(tuple(filter(None, whole)), _joined(self._orders.crossed, graphs))
 
     def run(self, call: Any) -> Measured:
         """Run every step with `call` and return when all are done.
@@ -142,7 +171,7 @@ class ScheduleRunner:
         Raises what `Backend.synchronize` raises; the backend is closed then.
         """
         clock, began = self._backend.begin(), time.monotonic()
-        program = self._run(call, timed=True)
+        program = self._run(call, self._orders, timed=True)
         known = {} if program is None else program.times()
         times = []
         for step, ready in zip(self._phase.steps, self._steps, strict=True):
@@ -155,21 +184,22 @@ class ScheduleRunner:
             self.positions, tuple(start for start, _ in times), tuple(end for _, end in times)
         )
 
-    def run_untimed(self, call: Any) -> None:
-        """As `run`, without what measuring costs: two events a step on a GPU."""
-        self._run(call, timed=False)
+    def run_untimed(self, call: Any, orders: Orders | None = None) -> None:
+        """As `run`, without what measuring costs: two events a step on a GPU. With `orders`, what
+        `graphs` has made of a call with the same tensors."""
+        self._run(call, orders or self._orders, timed=False)
 
-    def _run(self, call: Any, *, timed: bool) -> Program | None:
+    def _run(self, call: Any, orders: Orders, *, timed: bool) -> Program | None:
         """Do a call; the program that took part in it."""
         program = self._program
         if program is not None and not program.takes(call):
             program = None
         try:
             if program is None:
-                for step in self._steps:
+                for step in orders.steps:
                     self._hand_over(step, call, step.span if timed else None)
             else:
-                self._meet(program, call, timed)
+                self._meet(program, call, orders, timed)
             self._backend.synchronize(self._streams)
         except BaseException as error:
             self._backend.close(error)
@@ -183,11 +213,11 @@ class ScheduleRunner:
         if step.signal is not None:
             step.stream.record(step.signal)
 
-    def _meet(self, program: Program, call: Any, timed: bool) -> None:
+    def _meet(self, program: Program, call: Any, orders: Orders, timed: bool) -> None:
         """Hand everything over with the program in place of its steps."""
         flags = program.flags
         flags.advance()
-        for step in self._crossed:
+        for step in orders.crossed:
             if step is None:
                 work = partial(program.run, call, timed=timed)
                 label = f"phase {self._phase.name}, the CPU's steps in one program"
@@ -222,6 +252,30 @@ class ScheduleRunner:
                 )
             )
         return tuple(result)
+
+
+def _joined(steps: Sequence[_Ready | None], graphs: Sequence[Work]) -> tuple[_Ready | None, ...]:
+    """The steps with each segment's as one in the place of the first: its waits, the graph, and the
+    signal of the last."""
+    result: list[_Ready | None] = []
+    places: dict[int, int] = {}
+    for step in steps:
+        if step is None or step.segment is None:
+            result.append(step)
+            continue
+        at = places.setdefault(step.segment, len(result))
+        first = result[at] if at < len(result) else None
+        if first is None:
+            work, label = partial(_replay, graphs[step.segment]), f"graph of {step.label}"
+            result.append(replace(step, work=work, label=label))
+        else:
+            seconds = first.seconds + step.seconds
+            result[at] = replace(first, signal=step.signal, flag=step.flag, seconds=seconds)
+    return tuple(result)
+
+
+def _replay(graph: Work, call: Any) -> None:
+    graph()
 
 
 def part_of_rank(phase: Phase, rank: int) -> Phase:

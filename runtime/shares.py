@@ -12,7 +12,7 @@ A call is the tokens of one run of a phase. A step works on a *share* of them:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,7 +84,7 @@ class Rows:
     `positions` i64 [count]; `slots` i64 [count], each token's row of the flat cache (block *
     block_size + place). A call of one sequence has `spans` and no `reach`; one of many sequences
     has `reach` i64 [count, longest], the cache rows each token sees (padded with 0), and `lengths`
-    i64 [count], how many they are.
+    i64 [count], how many they are. So has a call of `Fixed` tensors, whose shapes must not grow.
     """
 
     count: int
@@ -142,6 +142,25 @@ class Needs:
     picked: Mapping[str, Share]
 
 
+class Fixed:
+    """Index tensors that stay where they are: call after call of as many tokens writes them anew.
+
+    `longest` positions are what `reach` is padded to. For works that know only where tensors lie
+    (graphs); one call at a time, a new one makes the tensors of the one before its own.
+    """
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self._kept: dict[Hashable, torch.Tensor] = {}
+
+    def sent(self, key: Hashable, values: torch.Tensor, place: torch.device) -> torch.Tensor:
+        """The tensor called `key`, with new values of the same shape."""
+        kept = self._kept.get(key)
+        if kept is None:
+            kept = self._kept[key] = torch.empty_like(values, device=place)
+        return kept.copy_(values)
+
+
 def make_call(
     kv: KVCache,
     needs: Needs,
@@ -153,8 +172,9 @@ def make_call(
     *,
     ranks: int = 1,
     lanes: int = 1,
+    fixed: Fixed | None = None,
 ) -> Call:
-    """A call, with its index tensors on the devices `places` names.
+    """A call, with its index tensors on the devices `places` names; new ones, or `fixed`.
 
     Raises `ExecutionError` where the tokens cannot be shared: fewer than two pieces a rank, several
     sequences over ranks, one sequence over lanes, wanted rows that no step can reach.
@@ -168,13 +188,16 @@ def make_call(
         )
     if len(np.unique(tables)) < tokens and (lanes > 1 or not single):
         raise ExecutionError("tokens of one sequence must follow each other in a call of their own")
-    single = single and lanes == 1
+    single = single and lanes == 1 and fixed is None
     block = kv.block
     slots = kv.tables[tables, positions // block].astype(np.int64) * block + positions % block
     past, home = int(positions[0]) if single else 0, needs.home
 
-    def sent(values: npt.NDArray[np.int64], device: str) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(places[device])
+    def sent(values: npt.NDArray[np.int64], device: str, *key: Hashable) -> torch.Tensor:
+        found = torch.from_numpy(np.ascontiguousarray(values))
+        if fixed is None:
+            return found.to(places[device])
+        return fixed.sent((device, *key), found, places[device])
 
     def rows(share: Share, device: str) -> Rows:
         pieces = share.pieces(tokens)
@@ -188,14 +211,15 @@ def make_call(
                 start += last - first
         elif len(at):
             seen = positions[at].astype(np.int64) + 1
-            steps = np.arange(seen.max())
+            steps = np.arange(seen.max() if fixed is None else fixed.longest)
             found = kv.tables[tables[at][:, None], steps[None] // block].astype(np.int64)
             found = np.where(steps[None] < seen[:, None], found * block + steps[None] % block, 0)
-            reach, lengths = sent(found, device), sent(seen, device)
+            reach = sent(found, device, "reach", share)
+            lengths = sent(seen, device, "lengths", share)
         return Rows(
             len(at),
-            sent(positions[at].astype(np.int64), device),
-            sent(slots[at], device),
+            sent(positions[at].astype(np.int64), device, "positions", share),
+            sent(slots[at], device, "slots", share),
             tuple(span for span in spans if span.last > span.first),
             reach,
             lengths,
@@ -211,10 +235,13 @@ def make_call(
         single,
         past,
         slots,
-        sent(slots, home),
+        sent(slots, home, "slots"),
         {(share, device): rows(share, device) for share, device in needs.shares},
-        sent(seen, home),
-        {device: sent(_picked(wanted, s, tokens), device) for device, s in needs.picked.items()},
+        sent(seen, home, "past"),
+        {
+            device: sent(_picked(wanted, picked, tokens), device, "picked")
+            for device, picked in needs.picked.items()
+        },
     )
     for device in {place for place in places.values() if place.type == "cuda"}:
         torch.cuda.current_stream(device).synchronize()  # the streams of steps do not wait for it

@@ -1,5 +1,5 @@
 """Section of the GPU check: decoding by GPU and CPU together beside what each takes alone, and two
-lanes beside one.
+lanes beside one; with the GPU's steps handed over as graphs and one by one.
 
 What a side takes alone is the busy time of its stream in recorded steps of the same run.
 """
@@ -16,33 +16,41 @@ from hmc.bench.gpu_rows import Clock, Row
 from hmc.bench.gpu_sizes import Bench, token_ids
 from hmc.cost import CostModel
 from hmc.errors import ExecutionError
+from hmc.runtime.decode_graphs import FIRST
 from hmc.runtime.device_phase import DevicePhase
 from hmc.runtime.executor import Executor
 from hmc.runtime.kv import Sequence as CacheSequence
 from hmc.simulate.predict import run_decode
 
 _BATCHES = (1, 2, 4)
-_WARM = 2
+_WARM = FIRST + 2
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A step: seconds as a whole, and busy seconds of GPU and CPU; medians."""
+    """A step: seconds as a whole (with graphs where there are any), without graphs (0 where there
+    are none), and busy seconds of GPU and CPU; medians."""
 
     seconds: float
+    single: float
     gpu: float
     cpu: float
 
 
 def measure_steps(executor: Executor, phase: str, batch: int, steps: int) -> Decoded:
-    """`steps` decode steps of `batch` sequences, as many recorded after as many that are not."""
+    """`steps` decode steps of `batch` sequences, as many recorded after as many that are not (and
+    as many without graphs)."""
     found = executor.phases[phase]
     if not isinstance(found, DevicePhase):
         raise ExecutionError(f"{phase} does not run on devices here")
     places = found.bound.phase.steps
     sequences = _opened(executor, batch)
+    graphs, single = found.graphs, [0.0]
     try:
-        seconds = [_step(executor, sequences, phase, n) for n in range(_WARM + steps)][_WARM:]
+        seconds = _steps(executor, sequences, phase, steps)
+        if graphs is not None and not graphs.refused:
+            found.graphs = None
+            single = _steps(executor, sequences, phase, steps)
         busy: dict[str, list[float]] = {"gpu0": [], "cpu": []}
         with executor.recorded():
             for number in range(steps):
@@ -53,9 +61,10 @@ def measure_steps(executor: Executor, phase: str, batch: int, steps: int) -> Dec
                     spans = zip(call.positions, call.start, call.finish, strict=True)
                     each.append(sum(b - a for at, a, b in spans if places[at].resource == name))
     finally:
+        found.graphs = graphs
         for sequence in sequences:
             executor.release(sequence)
-    return Decoded(median(seconds), median(busy["gpu0"]), median(busy["cpu"]))
+    return Decoded(median(seconds), median(single), median(busy["gpu0"]), median(busy["cpu"]))
 
 
 def decode(bench: Bench, name: str, clock: Clock) -> Iterator[Row]:
@@ -85,6 +94,8 @@ def decode(bench: Bench, name: str, clock: Clock) -> Iterator[Row]:
 
                 yield row("GPU part alone", batch / found.gpu, held)
                 yield row("CPU part alone", batch / found.cpu)
+                if found.single:
+                    yield row("without graphs", batch / found.single)
                 if phase == DUAL:
                     yield row("one lane", single)
                 predicted = run_decode(plan, model, bench.sizes.chunk, batch, phase).seconds
@@ -100,6 +111,13 @@ def _opened(executor: Executor, batch: int) -> list[CacheSequence]:
         for _ in executor.prefill(sequence, ids, phase=HOST):
             pass
     return sequences
+
+
+def _steps(
+    executor: Executor, sequences: list[CacheSequence], phase: str, steps: int
+) -> list[float]:
+    """Seconds of each step, after some that warm up."""
+    return [_step(executor, sequences, phase, n) for n in range(_WARM + steps)][_WARM:]
 
 
 def _step(executor: Executor, sequences: list[CacheSequence], phase: str, seed: int) -> float:

@@ -14,7 +14,7 @@ from hmc.cli.bench_arguments import COMMAND_LINE, THREADS, at_least, circumstanc
 from hmc.cli.bench_kernels import kernels
 from hmc.cli.bench_predict import predict
 from hmc.cli.bench_serve import serve
-from hmc.cli.devices import DEVICES, GPUS, HOME
+from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -189,18 +189,17 @@ def command(
             devices=devices,  # type: ignore[arg-type]
             gpus=gpus,
         )
-        for told in filter(None, (executor.pinned, executor.handover)):
-            click.echo(f"[{told}]", err=True)
         try:
-            bench = ModelBench(
-                executor,
-                repetitions=repetitions,
-                megabytes=megabytes,
-                phases=named,
-                report=report,
-            )
-            prompt_rows = [bench.prompt(length) for length in lengths]
-            decode_rows = bench.decodes(tokens, context, at_once) if tokens else []
+            with telling(executor):
+                bench = ModelBench(
+                    executor,
+                    repetitions=repetitions,
+                    megabytes=megabytes,
+                    phases=named,
+                    report=report,
+                )
+                prompt_rows = [bench.prompt(length) for length in lengths]
+                decode_rows = bench.decodes(tokens, context, at_once) if tokens else []
             workers, used = executor.pool.workers, executor.kernels_used
         finally:
             executor.close()

@@ -1,8 +1,17 @@
-"""The options of the commands that run plans: what runs them, and where their weights are."""
+"""The options of the commands that run plans: what runs them, and where their weights are; and what
+these commands say of devices.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
 import click
+
+if TYPE_CHECKING:
+    from hmc.runtime.executor import Executor
 
 DEVICES = click.option(
     "--devices",
@@ -29,3 +38,16 @@ HOME = click.option(
     help="Weights in the page cache, copied to huge pages, or to a memory file that the processes"
     " of --gpus share.",
 )
+
+
+@contextmanager
+def telling(executor: Executor) -> Iterator[None]:
+    """Say on stderr what is pinned for GPUs and how decode is handed over to them; and once more
+    after the block where that has changed in it, since a GPU refused what was tried.
+    """
+    before = executor.handover
+    for told in filter(None, (executor.pinned, before)):
+        click.echo(f"[{told}]", err=True)
+    yield
+    if executor.handover != before:
+        click.echo(f"[{executor.handover}]", err=True)

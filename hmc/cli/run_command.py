@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.devices import DEVICES, GPUS, HOME
+from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, print_json, progress, write_beside
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -128,9 +128,7 @@ def command(
             gpus=gpus,
             home=home,  # type: ignore[arg-type]
         )
-    with engine:
-        for told in filter(None, (engine.executor.pinned, engine.executor.handover)):
-            click.echo(f"[{told}]", err=True)
+    with engine, telling(engine.executor):
         # counting takes its share of the time: there is nothing to compare then
         workers = engine.executor.pool.workers
         compared = None if routing else Comparison(plan, machine, workers, plan_path)

@@ -3,7 +3,7 @@ paged cache, masks and latent attention's two forms.
 
 New rows are put into the home GPU's cache first, in bf16, and read from there; by other GPUs of a
 call from the buffers, rounded likewise, so that later calls see what this one saw. A call of many
-sequences, one token each, reads the cache padded to the longest.
+sequences, one token each, reads the cache padded to the longest, or to what its graph has room for.
 
 Products are bf16 with f32 sums on CUDA (PyTorch's fused kernels), f32 on the CPU.
 

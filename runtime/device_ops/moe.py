@@ -124,8 +124,8 @@ def by_expert(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]
     """
     flat = ids.reshape(-1)
     found, slots = flat.sort(stable=True)
-    edges = torch.searchsorted(found, torch.arange(experts + 1, dtype=found.dtype).to(found.device))
-    return slots, edges.tolist()
+    firsts = torch.arange(experts + 1, dtype=found.dtype, device=found.device)
+    return slots, torch.searchsorted(found, firsts).tolist()
 
 
 def experts(bound: Bound, step: Step) -> Work:

@@ -60,6 +60,15 @@ class Stream(Protocol):
         simulated clock; `span`, a `Span` of this backend, notes when it ran."""
         ...
 
+    def graph(self, works: Sequence[Work], label: str) -> Work:
+        """The works in their order as one piece of work, to be launched on this stream again and
+        again: with the tensors that they use now, and nothing else of what they depend on.
+
+        They must have been launched here before, and nothing may be under way. Raises
+        `ExecutionError`, after which the stream goes on, where the device cannot do that.
+        """
+        ...
+
     def wait(self, event: Event) -> None:
         """What follows starts only after the latest `record` of the event made so far."""
         ...
@@ -202,6 +211,16 @@ def gpu_of(resource: str, gpus: int) -> int | None:
     if int(found[1]) >= gpus:
         raise ExecutionError(f"'{resource}' is asked for, but only {gpus} GPU(s) are open")
     return int(found[1])
+
+
+def in_order(works: Sequence[Work]) -> Work:
+    """A graph of devices that are played: the works as they are, with what they were bound to."""
+
+    def graph() -> None:
+        for work in works:
+            work()
+
+    return graph
 
 
 def stream_name(resource: str, aside: bool) -> str:

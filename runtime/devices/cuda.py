@@ -16,10 +16,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from hmc.env import uncollected
 from hmc.errors import CapacityError, ExecutionError, HmcError, MachineError, WorkerError
 from hmc.runtime.devices.base import Event, Stream, Work, gpu_of, stream_name
 from hmc.runtime.devices.flags import Flags
@@ -119,6 +122,29 @@ class CudaStream:
             told = f"{type(error).__name__}: {error}"
             raise ExecutionError(f"{label} failed on {self.name}: {told}") from error
 
+    def graph(self, works: Sequence[Work], label: str) -> Work:
+        """See `base.Stream`. The works are looked at and not done. Other threads may go on."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # a collection could free memory of the device meanwhile, which ends the capture
+            with torch.cuda.stream(self.stream), uncollected():
+                graph.capture_begin(
+                    pool=self._backend.graph_pool(), capture_error_mode="thread_local"
+                )
+                try:
+                    for work in works:
+                        work()
+                except BaseException:
+                    with suppress(RuntimeError):  # tells of the same again
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ExecutionError(f"{label} cannot be captured on {self.name}: {told}") from error
+        replay: Work = graph.replay
+        return replay
+
     def wait(self, event: CudaEvent) -> None:
         """See `base.Stream`; for CPU work the caller waits (see the module)."""
         if event.device is not None:
@@ -178,6 +204,7 @@ class CudaBackend:
         self._home = home
         self._streams: dict[str, CudaStream] = {}
         self._memory: StreamMemory | None = None
+        self._graph_pool: Any = None
         self.devices = tuple(
             Gpu(f"gpu{number}", torch.device("cuda", number), self, _room) for number in range(gpus)
         )
@@ -221,6 +248,13 @@ class CudaBackend:
         if self._memory is None:
             self._memory = StreamMemory()
         return self._memory
+
+    def graph_pool(self) -> Any:
+        """Memory for what graphs make in between: one for all, since no two of a GPU's graphs are
+        at work at once, and none leaves there what another one reads."""
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        return self._graph_pool
 
     def begin(self) -> CudaClock:
         """See `base.Backend`. Each GPU has its own zero, taken one after the other: times of two

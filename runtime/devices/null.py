@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from hmc.errors import ExecutionError, HmcError
-from hmc.runtime.devices.base import Clock, Stream, Work, gpu_of, stream_name
+from hmc.runtime.devices.base import Clock, Stream, Work, gpu_of, in_order, stream_name
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 
@@ -61,6 +61,10 @@ class NullStream:
             except Exception as error:
                 told = f"{type(error).__name__}: {error}"
                 raise ExecutionError(f"{label} failed on {self.name}: {told}") from error
+
+    def graph(self, works: Sequence[Work], label: str) -> Work:
+        """See `base.Stream`."""
+        return in_order(works)
 
     def wait(self, event: NullEvent) -> None:
         """See `base.Stream`."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from random import Random
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
-from hmc.runtime.devices.base import Clock, Work
+from hmc.runtime.devices.base import Clock, Work, in_order
 from hmc.runtime.devices.flags import Flags
 
 _SPINS, _NAP_SECONDS = 20, 20e-6
@@ -191,6 +191,10 @@ class Worker:
                 span.start, span.end = start, time.perf_counter()
 
         self.append(task)
+
+    def graph(self, works: Sequence[Work], label: str) -> Work:
+        """See `base.Stream`."""
+        return in_order(works)
 
     def wait(self, event: HostEvent) -> None:
         """See `base.Stream`."""

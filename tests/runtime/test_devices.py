@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import re
 import threading
 import time
@@ -506,6 +507,57 @@ def test_the_caller_waits_for_the_cpu_work_it_needs_and_no_more(cuda: SimpleName
     gate.set()
     backend.synchronize()
     assert "later" in cuda.log
+    backend.close()
+
+
+class _FakeGraph:
+    """A CUDA graph that notes what is asked of it. Works are done when they are captured."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self._log.append(f"begins in {pool}, {capture_error_mode}")
+
+    def capture_end(self) -> None:
+        self._log.append("ends")
+        if "bad" in self._log:
+            raise RuntimeError("a capture that is invalid already")
+
+    def replay(self) -> None:
+        self._log.append("replays")
+
+
+def test_works_become_a_graph_of_a_gpu(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = iter(["pool 1", "pool 2"])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: _FakeGraph(cuda.log))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    backend = CudaBackend(1)
+    gpu = backend.stream("gpu0")
+
+    def collects() -> None:
+        cuda.log.append(f"collects: {gc.isenabled()}")
+
+    def bad() -> None:
+        cuda.log.append("bad")
+        raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+
+    graph = gpu.graph([lambda: cuda.log.append("first"), collects], "norms")
+    begins = "begins in pool 1, thread_local"
+    assert cuda.log == [begins, "first", "collects: False", "ends"]
+    cuda.log.clear()
+    gpu.launch(graph, "norms")
+    gpu.launch(graph, "norms")
+    assert cuda.log == ["replays", "replays"]
+    cuda.log.clear()
+    with pytest.raises(ExecutionError, match=r"sums cannot be captured on gpu0: .*not permitted$"):
+        gpu.graph([bad], "sums")
+    assert cuda.log == [begins, "bad", "ends"]
+    assert gc.isenabled()
+    gpu.launch(lambda: cuda.log.append("goes on"), "sums")
+    assert cuda.log[-1] == "goes on"
     backend.close()
 
 
