@@ -22,6 +22,7 @@ from typing import Literal
 from hmc.errors import UsageError
 from hmc.machine import Machine
 from hmc.plan import Plan
+from hmc.runtime.device_phase import Devices
 from hmc.runtime.disaggregation_cost import Load, Outlook, divided, interleaved
 from hmc.runtime.engine import Engine
 from hmc.runtime.kv import KVCache, cache_bytes
@@ -30,7 +31,7 @@ from hmc.runtime.prefill_worker import PrefillWorker
 from hmc.runtime.scheduler_policy import in_own_process, prefill_phase
 from hmc.runtime.shared import SharedBlock
 from hmc.runtime.topology import Topology, this_machine
-from hmc.runtime.weights import Progress
+from hmc.runtime.weights import Home, Progress
 
 Mode = Literal["auto", "on", "off"]
 
@@ -130,9 +131,13 @@ class Disaggregated:
         threads: int | None = None,
         dummy_weights: bool = False,
         progress: Progress | None = None,
+        devices: Devices = "auto",
+        home: Home = "mapped",
+        gpus: int | None = None,
     ) -> None:
-        """Returns before the process is ready: see `worker.wait_ready`. Raises what `Engine` and
-        `PrefillWorker` raise.
+        """Returns before the process is ready: see `worker.wait_ready`. `devices`, `home` and
+        `gpus` are `Engine`'s, for plans with GPUs, which need no `division`. Raises what `Engine`
+        and `PrefillWorker` raise.
         """
         self.worker: PrefillWorker | None = None
         with ExitStack() as stack:
@@ -143,6 +148,9 @@ class Disaggregated:
                     threads=threads,
                     dummy_weights=dummy_weights,
                     progress=progress,
+                    devices=devices,
+                    home=home,
+                    gpus=gpus,
                 )
                 stack.callback(self.engine.close)
             else:

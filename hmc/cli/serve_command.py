@@ -9,6 +9,7 @@ from typing import Any, Literal
 import click
 
 from hmc.cli.bench_arguments import THREADS, at_least
+from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.profile import machine_here
@@ -47,6 +48,9 @@ from hmc.profile import machine_here
 @click.option(
     "--prefill-threads", type=int, metavar="N", help="Of the threads, those of that process."
 )
+@DEVICES
+@GPUS
+@HOME
 @click.option(
     "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
 )
@@ -62,6 +66,9 @@ def command(
     threads: int | None,
     prefill_process: Literal["auto", "on", "off"],
     prefill_threads: int | None,
+    devices: Literal["auto", "cuda", "host"],
+    gpus: int | None,
+    home: Literal["mapped", "arena", "shared"],
     dummy_weights: bool,
 ) -> None:
     """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
@@ -94,6 +101,8 @@ def command(
         threads=threads,
         prefill_threads=prefill_threads,
     )
+    if decision.division is not None and home != "mapped":
+        raise UsageError(f"--home {home}: the prefill process shares mapped weights; leave it out")
     settings = server.Settings(
         name=served_name or Path(plan_path).stem,
         checkpoint=checkpoint,
@@ -103,6 +112,9 @@ def command(
         max_queue=max_queue,
         watchdog_seconds=watchdog,
         prefill=decision,
+        devices=devices,
+        home=home,
+        gpus=gpus,
     )
     server.serve(plan, settings, host, port)
 

@@ -17,9 +17,11 @@ from typing import Literal
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.plan import Plan
+from hmc.runtime.device_phase import Devices
 from hmc.runtime.disaggregation import Decision, Disaggregated
 from hmc.runtime.engine import Engine
 from hmc.runtime.scheduler import Scheduler
+from hmc.runtime.weights import Home
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.grammar import Grammars
 from hmc.serve.tools import Form, form_of
@@ -48,6 +50,9 @@ class Settings:
     keep_alive_seconds: float = 15.0
     max_body_bytes: int = 16 << 20
     prefill: Decision = _ONE_PROCESS
+    devices: Devices = "auto"
+    home: Home = "mapped"
+    gpus: int | None = None
 
 
 class Service:
@@ -67,6 +72,7 @@ class Service:
         self._form: Form | None = None
         self._progress = ("", 0, 1)
         self._hung = ""
+        self._told: set[str] = set()
         self._draining = False
         self._closing = threading.Event()
         self._lock = threading.Lock()
@@ -197,8 +203,12 @@ class Service:
                 threads=self.settings.threads,
                 dummy_weights=self.settings.dummy_weights,
                 progress=report,
+                devices=self.settings.devices,
+                home=self.settings.home,
+                gpus=self.settings.gpus,
             )
         )
+        self._tell(opened)
         if opened.worker is not None:
             report("starting the prefill process", 0, 1)
             while not (opened.worker.wait_ready(_POLL_SECONDS) or self._closing.is_set()):
@@ -215,11 +225,21 @@ class Service:
         scheduler.start()
         return opened, scheduler
 
+    def _tell(self, opened: Disaggregated) -> None:
+        """Say what is pinned for GPUs and how decode is handed over to them, where that is news."""
+        executor = opened.engine.executor
+        for told in filter(None, (executor.pinned, executor.handover)):
+            if told not in self._told:
+                self._told.add(told)
+                print(f"hmc: {told}", file=sys.stderr, flush=True)
+
     def _watch(self) -> None:
         """The watchdog: a step that takes too long ends all requests and turns /health."""
         limit = self.settings.watchdog_seconds
         while not self._closing.wait(min(_WATCH_SECONDS, limit / 4)):
             scheduler = self._scheduler
+            if self._opened is not None:
+                self._tell(self._opened)
             if scheduler is None or scheduler.stuck_for <= limit:
                 continue
             self._hung = f"a step has been running for more than {limit:g} s"
