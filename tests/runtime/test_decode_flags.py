@@ -8,8 +8,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from checkpoints import prompt
+from played import executor
 from split_plans import DUAL, STREAM, split_plan
 
 from hmc.compiler import compile as compile_plan
 from hmc.errors import ExecutionError, MachineError, WorkerError
-from hmc.plan import Plan, Step
+from hmc.plan import Step
 from hmc.runtime.crossing import crossing
 from hmc.runtime.device_ops import OPS
 from hmc.runtime.device_phase import DevicePhase
@@ -51,15 +51,6 @@ BATCH, STEPS = 3, 4
 ALL_SEEDS = int(os.environ.get("HMC_TEST_SEEDS", "150"))
 SEEDS, CALLS = max(2, ALL_SEEDS // 50), max(100, ALL_SEEDS)
 """Delay patterns of every family and phase (give HMC_TEST_SEEDS=1000 to search)."""
-
-
-@contextmanager
-def executor(plan: Plan, directory: Path, **options: Any) -> Iterator[Executor]:
-    found = Executor(plan, directory, **{"threads": 2, "devices": "host", **options})
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 def phase_of(found: Executor, name: str) -> DevicePhase:

@@ -5,8 +5,7 @@ it looks at values on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from checkpoints import prompt
+from played import executor
 from split_plans import DUAL, split_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hmc.cli.devices import telling
 from hmc.errors import ExecutionError, MachineError, UsageError
-from hmc.plan import Operand, Plan, Step
+from hmc.plan import Operand, Step
 from hmc.runtime import decode_graphs
 from hmc.runtime.binding import BoundPhase
 from hmc.runtime.crossing import crossing
@@ -46,15 +46,6 @@ Floats = npt.NDArray[np.float32]
 FAMILIES = [("qwen3_moe", "fp8"), ("deepseek_v3", "bf16")]
 LENGTHS = (5, 11, 8, 14)
 STEPS = 6
-
-
-@contextmanager
-def executor(plan: Plan, directory: Path, **options: Any) -> Iterator[Executor]:
-    found = Executor(plan, directory, **{"threads": 2, "devices": "host", **options})
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pytest
 import torch
 from checkpoints import prompt
 from hybrid_plans import waits_of, with_memory, with_phase, without_wait
+from played import executor
 from split_plans import BESIDE, DUAL, STREAM, split_plan
 
 from hmc import planfile
@@ -57,15 +57,6 @@ together about as many as HMC_TEST_SEEDS says (give 1000 to search)."""
 
 def ids_of(length: int, seed: int = 1) -> npt.NDArray[np.int32]:
     return np.array(prompt(length, seed), np.int32)
-
-
-@contextmanager
-def executor(plan: Plan, directory: Path, **options: Any) -> Iterator[Executor]:
-    found = Executor(plan, directory, **{"threads": 2, "devices": "host", **options})
-    try:
-        yield found
-    finally:
-        found.close()
 
 
 def last_rows(found: Executor, ids: npt.NDArray[np.int32], phase: str) -> Floats:
