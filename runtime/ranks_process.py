@@ -39,6 +39,8 @@ COMMAND = (sys.executable, "-m", "hmc.runtime.ranks_child")
 _END_SECONDS = 5.0
 _GRACE_SECONDS = 1.0
 """How long the cause of a lost connection may take to show, and a rank to say where it is."""
+_SETTLE_SECONDS = 8.0
+"""How long it may take to notice how a process ended, on a machine that is busy."""
 _TICK_SECONDS = 0.25
 
 
@@ -158,7 +160,7 @@ class Crew:
 
     def settle(self) -> HmcError:
         """The trouble behind a lost connection, once it is known: seconds at most."""
-        until = time.monotonic() + 4 * _GRACE_SECONDS
+        until = time.monotonic() + _SETTLE_SECONDS
         with self._changed:
             while self.trouble is None and time.monotonic() < until:
                 self._changed.wait(_TICK_SECONDS)
