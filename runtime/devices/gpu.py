@@ -83,10 +83,13 @@ class Gpu:
         if self._closed:
             return
         key = tensor.untyped_storage().data_ptr()
-        if self._borrowed.pop(key, None) is not None:
+        borrowed = self._borrowed.pop(key, None)
+        if borrowed is not None:
+            _let_go(borrowed)
             return
         held = self._held.pop(key, None)
-        self._blocks.pop(key, None)
+        if key in self._blocks:
+            self._blocks.pop(key).close()
         if held is None:
             raise ExecutionError(f"{self.name}: a tensor is freed that was not allocated here")
         self.used -= held[1]
@@ -113,6 +116,14 @@ class Gpu:
         """Free all of its memory."""
         self._closed = True
         self._held.clear()
+        for each in (*self._blocks.values(), *self._borrowed.values()):
+            _let_go(each)
         self._blocks.clear()
         self._borrowed.clear()
         self.used = 0
+
+
+def _let_go(kept: object) -> None:
+    """Give a memory file back now; what CUDA keeps goes with its last tensor."""
+    if isinstance(kept, SharedBlock):
+        kept.close()
