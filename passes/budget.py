@@ -95,7 +95,8 @@ def _workspace(context: Context, token: int) -> int:
     """Bytes of gpu0 for temporaries, activations of a decode step and of a prefill chunk, and their
     logits."""
     rows = context.options.max_chunk + context.options.max_batch
-    return SCRATCH + rows * (token + 4 * context.info.vocab)
+    logits = rows + context.options.max_batch  # a streamed prompt has its own
+    return SCRATCH + rows * token + 4 * context.info.vocab * logits
 
 
 def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:

@@ -21,7 +21,7 @@ from hmc.plan import LedgerItem, Phase, Plan
 
 @dataclass(frozen=True)
 class PhaseMemory:
-    """Completes `context.ledger` and gives it to `context.plan`."""
+    """Completes `context.ledger` and gives it, and every decision, to `context.plan`."""
 
     name: ClassVar[str] = "phase_memory"
     requires: ClassVar[frozenset[str]] = frozenset({"plan", "streamed", "dual"})
@@ -30,7 +30,8 @@ class PhaseMemory:
     def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
         plan = context.plan
         assert plan is not None
-        context.plan = accounted(plan.model_copy(update={"ledger": tuple(context.ledger)}))
+        update = {"ledger": tuple(context.ledger), "decisions": tuple(context.decisions)}
+        context.plan = accounted(plan.model_copy(update=update))
 
 
 _KINDS = frozenset({"activations", "streaming", "logits", "scratch", "padding"})

@@ -261,15 +261,15 @@ def test_bad_jobs_are_refused(pair):
 
 
 def maps(pid, name):
-    """(Rss, Pss, Private) bytes of the mappings of a memory file."""
-    found, inside = {"Rss": 0, "Pss": 0, "Private_Dirty": 0, "Private_Clean": 0}, False
+    """(Rss, Pss) bytes of the mappings of a memory file."""
+    found, inside = {"Rss": 0, "Pss": 0}, False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         head, *rest = line.split()
         if not head.endswith(":"):
             inside = name in line
         elif inside and head[:-1] in found:
             found[head[:-1]] += int(rest[0]) << 10
-    return found["Rss"], found["Pss"], found["Private_Dirty"] + found["Private_Clean"]
+    return found["Rss"], found["Pss"]
 
 
 @pytest.mark.slow
@@ -280,8 +280,10 @@ def test_weights_and_cache_are_there_once(pair):
     pair.alone(ids)
     for name in ("memfd:hmc shared weights", "memfd:hmc KV cache"):
         mine, its = maps(os.getpid(), name), maps(pair.worker.pid, name)
-        assert its[0] > 0 and its[2] == 0, name
-        assert mine[1] + its[1] <= max(mine[0], its[0]) + 4096, name
+        assert its[0] > 0, name
+        # pages that one side alone has touched count for it, those of both by halves
+        whole = cache_bytes(pair.plan.kv) if "cache" in name else max(mine[0], its[0])
+        assert mine[1] + its[1] <= whole + 4096, name
     pair.executor.release(sequence)
 
 
