@@ -1,18 +1,15 @@
-"""Accounts for every byte a run will take, by device and kind, and sets the context length that
-fits.
+"""Accounts for weights and cache by device and kind, and sets the context length that fits.
 
 Contract
     * requires "placed"; establishes "ledger"
-    * `limits`, `kv` and `ledger` of the context are filled; activations are added by emit, which
-      lays them out
+    * `limits`, `kv` and `ledger` of the context are filled; what running the phases takes is added
+      when all are there (`phase_memory.py`)
     * with a GPU budget, the dense part and the cache are on gpu0, experts where placement has them,
       and the context length is the budget's
     * an explicit context length is kept; else it is the largest that leaves a tenth of the memory
-      free, at most
-      32,768 and the model's own
+      free, at most 32,768 and the model's own
     * a machine too small is no error here: plans are made for machines that are not at hand. The
-      ledger shows it, and
-      a run refuses
+      ledger shows it, and a run refuses
 """
 
 from __future__ import annotations
