@@ -31,15 +31,20 @@ def test_a_storm_of_cancellations_leaves_nothing_behind(fake, prefix_cache, coun
     with Scheduler(fake, prefix_cache=prefix_cache, max_queue=20) as scheduler:
         for number in range(count):
             ids, new = rng.choice(made), rng.randrange(1, 25)
+            cancelling = number % 3 == 0
             while True:
+                if cancelling:  # nothing begins until it is cancelled, however slow this thread is
+                    fake.gate.clear()
                 try:
                     ticket = scheduler.submit(request(ids, new))
                     break
                 except QueueFullError:
+                    fake.gate.set()
                     accepted[-rng.randrange(1, 20)][0].wait(WAIT)
             accepted.append((ticket, ids, new))
-            if number % 3 == 0:
-                accepted[-rng.randrange(1, min(30, len(accepted) + 1))][0].cancel()
+            if cancelling:
+                rng.choice([given for given, _, _ in accepted[-30:] if not given.done]).cancel()
+                fake.gate.set()
         for ticket, ids, new in accepted:
             tokens = tokens_of(ticket)
             reason = ticket.result().finish_reason
