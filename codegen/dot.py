@@ -9,7 +9,8 @@ never move between lanes).
 
     tier          fp8                      bf16       int4                   fp16, f32
     avx512_bf16   byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
-    avx512, avx2  shifts and masks to f32 in place (unpack.py), f32 multiply-add
+    avx512, avx2  to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
+                  (unpack.py)                         (whole.py)
 
 The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
 magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
@@ -36,11 +37,10 @@ from hmc.codegen.unpack import (
     fp8_largest,
     fp8_poison,
     fp8_vectors,
-    int4_vectors,
     order,
     unit_of,
 )
-from hmc.codegen.vector import fsplat, lanes_mask
+from hmc.codegen.vector import concat, fsplat, lanes_mask
 from hmc.codegen.weights import masked_vec, row_bytes, splat_int, weights_f32
 
 
@@ -62,6 +62,11 @@ class Dot:
         return self.spec.isa == "avx512_bf16" and self.spec.weight in ("fp8", "bf16", "int4")
 
     @property
+    def whole(self) -> bool:
+        """Whether sums of chunks are of whole numbers."""
+        return False
+
+    @property
     def width(self) -> int:
         """Weights in one vector of decoded weights."""
         return 32 if self.paired else self.lanes
@@ -72,7 +77,7 @@ class Dot:
         if self.spec.weight == "fp8":
             return FP8_BLOCK
         if self.spec.weight == "int4":
-            return 128 if self.paired else max(self.unit, self.group)
+            return self.unit
         return 4 * self.width
 
     @property
@@ -98,7 +103,12 @@ class Dot:
         of 64.
         """
         padded = -(-self.k // self.chunk) * self.chunk
-        return -(-padded * (2 if self.paired else 4) // 64) * 64
+        return -(-padded * self.activation_bytes // 64) * 64
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of a prepared activation."""
+        return 2 if self.paired else 4
 
     # -- activations -------------------------------------------------------------------------------
 
@@ -136,7 +146,7 @@ class Dot:
             else zero
             for start in range(0, len(order), self.width)
         ]
-        joined = _concat(e, parts)
+        joined = concat(e, parts)
         for start in range(0, len(order), self.width):
             lanes = [ir.Constant(I32, lane) for lane in order[start : start + self.width]]
             vector = b.shuffle_vector(
@@ -175,10 +185,8 @@ class Dot:
             return masked_vec(e, row, k, I8, self.unit, valid)
         if weight == "bf16":
             return masked_vec(e, row, k, I16, self.unit, valid)
-        if weight == "int4" and self.paired:
-            return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
         if weight == "int4":
-            return masked_vec(e, row, b.lshr(k, const(3)), I32, self.lanes, -(-valid // 8))
+            return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
         return weights_f32(e, weight, row, k, min(valid, self.lanes))[0]
 
     def decode(self, e: Emitter, codes: Value) -> list[Value]:
@@ -187,7 +195,7 @@ class Dot:
         if self.paired:
             pairs = {"fp8": _fp8_pairs, "int4": _int4_pairs}
             return pairs[weight](e, codes) if weight in pairs else [codes]
-        vectors = {"fp8": fp8_vectors, "bf16": bf16_vectors, "int4": int4_vectors}
+        vectors = {"fp8": fp8_vectors, "bf16": bf16_vectors}
         return vectors[weight](e, codes) if weight in vectors else [codes]
 
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
@@ -214,6 +222,14 @@ class Dot:
             e.b.bitcast(e.b.or_(e.b.bitcast(total, poison.type), poison), total.type)
             for total in totals
         ]
+
+    def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
+        """What the sum of the chunk at element `k` starts from, where chunks are `scaled`."""
+        return e.zeros(F32, self.lanes)
+
+    def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
+        """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
+        return total
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` + weights * activations, lane by lane (pair by pair)."""
@@ -259,8 +275,12 @@ class Dot:
                     one = b.fmul(one, fconst(FP8_RESULT))
                 return e.splat(one, self.lanes)
             few = masked_vec(e, scales, index, F32, count, valid_groups)
-        elif count == 1:
+        elif count == 1 and self.lanes == 16:
             return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
+        elif count == 1:  # in vector registers: a way through the others takes as long as a unit
+            words = e.splat(e.load(scales, index, I16), 2 * self.lanes)
+            upper = b.shl(b.bitcast(words, vec(I32, self.lanes)), splat_int(I32, self.lanes, 16))
+            return b.bitcast(upper, vec(F32, self.lanes))
         elif self.lanes == 16:
             return self._spread(e, masked_vec(e, scales, index, I16, count, valid_groups))
         else:
@@ -330,14 +350,3 @@ def _int4_pairs(e: Emitter, words: Value) -> list[Value]:
     table = ir.Constant(kind, [ir.Constant(I16, int(value)) for value in bits])
     nibbles = [words] + [e.b.lshr(words, splat_int(I16, 32, shift)) for shift in (4, 8, 12)]
     return [e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index) for index in nibbles]
-
-
-def _concat(e: Emitter, parts: list[Value]) -> Value:
-    """One vector of several equal ones (a power of two of them)."""
-    while len(parts) > 1:
-        count = parts[0].type.count
-        parts = [
-            e.b.shuffle_vector(left, right, lanes_mask(list(range(2 * count))))
-            for left, right in zip(parts[::2], parts[1::2], strict=True)
-        ]
-    return parts[0]

@@ -200,6 +200,13 @@ class Emitter:
         pointer = self.b.bitcast(self.at(base, index, element), kind.as_pointer())
         self.b.store(value, pointer, align=align)
 
+    def another(self, value: Value) -> Value:
+        """`value` (i64), which LLVM does not know to be the same: what is loaded with it is loaded
+        anew, and not kept (in registers that are not there, so on the stack) from before.
+        """
+        kind = ir.FunctionType(I64, [I64])
+        return self.b.asm(kind, "", "=r,0", [value], side_effect=False)
+
     def prefetch(self, pointer: Value, locality: int = 0) -> None:
         """Fetch the cache line at `pointer` for reading; locality 0 (streamed) to 3 (kept)."""
         function = self.intrinsic(

@@ -1,27 +1,21 @@
 """Decoding one vector's worth of stored weights to f32 vectors where lanes never cross: what decode
 matmuls do on tiers without `vdpbf16ps`. Hides the bit tricks and the order that comes out.
 
-A vector of codes is split by shifts and masks, so the f32 vectors hold every 4th code (fp8), every
-2nd word (bf16), or bytes of one half of each 128-bit group (int4): `order` says which, and
-activations are brought into that order once a call (dot.py).
+A vector of codes is split by shifts and masks, so the f32 vectors hold every 4th code (fp8) or
+every 2nd word (bf16): `order` says which, and activations are brought into that order once a call
+(dot.py). Formats that are not named here stay as they are.
 
 fp8: a code's sign moved to bit 15 and its magnitude to bit 4 of a word is, as the upper half of an
 f32, the value x 2^-120, subnormal codes included (they are f32 subnormals). `FP8_ACTIVATIONS` is
 what activations are scaled by in advance and `FP8_RESULT` what that leaves for the block scale: the
 products stay far from both ends of f32's range. The two NaN codes come out as 480: `fp8_largest`
 finds them and `fp8_poison` makes the row NaN.
-
-int4: two 16-entry byte tables (`vpshufb`) give the halves of the bf16 value of nibble - 8, exactly.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from llvmlite import ir
-
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, vec
 from hmc.codegen.spec import WeightFormat
-from hmc.codegen.vector import lanes_mask
 from hmc.codegen.weights import splat_int
 
 FP8_ACTIVATIONS = 2.0**64
@@ -30,20 +24,11 @@ FP8_RESULT = 2.0**56
 
 def unit_of(weight: WeightFormat, lanes: int) -> int:
     """Weights in one vector of `lanes` x 32 bits; fp16 and f32 are taken a vector of f32 a time."""
-    return lanes * {"fp8": 4, "bf16": 2, "int4": 8}.get(weight, 1)
+    return lanes * {"fp8": 4, "bf16": 2}.get(weight, 1)
 
 
 def order(weight: WeightFormat, lanes: int) -> list[int]:
     """Which weight of a unit lane i of its f32 vectors, laid end to end, holds."""
-    if weight == "int4":
-        return [
-            2 * (16 * group + 8 * half + byte) + nibble
-            for nibble in (0, 1)
-            for half in (0, 1)
-            for parity in (0, 1)
-            for group in range(lanes // 4)
-            for byte in range(parity, 8, 2)
-        ]
     step = unit_of(weight, lanes) // lanes
     return [step * lane + place for place in range(step) for lane in range(lanes)]
 
@@ -86,27 +71,3 @@ def bf16_vectors(e: Emitter, words: Value) -> list[Value]:
     low = b.shl(pairs, splat_int(I32, count, 16))
     high = b.and_(pairs, splat_int(I32, count, 0xFFFF0000))
     return [b.bitcast(low, kind), b.bitcast(high, kind)]
-
-
-def int4_vectors(e: Emitter, words: Value) -> list[Value]:
-    """n int32 words of 8 nibbles to eight `<n x float>` of nibble - 8."""
-    b, lanes = e.b, words.type.count
-    count, kind = 4 * lanes, vec(I8, 4 * lanes)
-    shift = {8: "llvm.x86.avx2.pshuf.b", 16: "llvm.x86.avx512.pshuf.b.512"}[lanes]
-    bits = (np.arange(16) - 8).astype(np.float32).view(np.uint32) >> 16
-    low, high = (
-        ir.Constant(kind, [ir.Constant(I8, int(part)) for part in half] * (count // 16))
-        for half in (bits & 0xFF, bits >> 8)
-    )
-    nibble = splat_int(I8, count, 0x0F)
-    four = splat_int(I16, count // 2, 4)
-    upper = b.bitcast(b.lshr(b.bitcast(words, vec(I16, count // 2)), four), kind)
-    found = []
-    for nibbles in (b.and_(b.bitcast(words, kind), nibble), b.and_(upper, nibble)):
-        halves = [e.call(shift, kind, table, nibbles) for table in (low, high)]
-        for half in (0, 1):
-            places = [16 * group + 8 * half + i for group in range(count // 16) for i in range(8)]
-            mixed = [at for place in places for at in (place, place + count)]
-            joined = b.bitcast(b.shuffle_vector(*halves, lanes_mask(mixed)), vec(I16, count // 2))
-            found += bf16_vectors(e, joined)
-    return found

@@ -37,6 +37,17 @@ def lanes_mask(numbers: list[int]) -> ir.Constant:
     return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
 
 
+def concat(e: Emitter, parts: list[Value]) -> Value:
+    """One vector of several equal ones (a power of two of them)."""
+    while len(parts) > 1:
+        mask = lanes_mask(list(range(2 * parts[0].type.count)))
+        parts = [
+            e.b.shuffle_vector(left, right, mask)
+            for left, right in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
 def resize(e: Emitter, vector: Value, count: int) -> Value:
     """`vector` cut to its first `count` lanes, or padded with zero lanes."""
     have = vector.type.count

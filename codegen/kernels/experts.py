@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 from llvmlite import ir
 
-from hmc.codegen.dot import Dot
+from hmc.codegen.forms import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.gate_up import Buffers, gate_up, require_silu
 from hmc.codegen.spec import KernelSpec
@@ -42,7 +42,7 @@ def emit_experts_gate_up(spec: KernelSpec) -> str:
     e = Emitter(spec)
     b = e.b
     n = spec["n"]
-    tiles = Tiles(e, Dot(spec, spec["k"]), spec["tokens"])
+    tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     prepared = tiles.prepare(e, e.arg["x"], e.arg["tokens"], e.arg["x_stride"], spec["tokens"])
     groups = Groups(e)
     xs, ys = (_pointers(e, groups.most) for _ in range(2))
@@ -78,7 +78,7 @@ def emit_experts_down(spec: KernelSpec) -> str:
     e = Emitter(spec)
     b = e.b
     n, top_k = spec["n"], spec["top_k"]
-    tiles = Tiles(e, Dot(spec, spec["k"]), spec["tokens"])
+    tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
     prepared = tiles.prepare(e, e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
     xs = _pointers(e, groups.most)

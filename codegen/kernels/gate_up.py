@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmc.codegen.dot import Dot
+from hmc.codegen.forms import dot_of
 from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.kernels.linear import addresses
 from hmc.codegen.spec import KernelSpec
@@ -19,7 +19,7 @@ def emit_gate_up(spec: KernelSpec) -> str:
     """IR of `gate_up`; params k, tokens, act (0 silu) (, group, scale_bits for int4)."""
     require_silu(spec)
     e = Emitter(spec)
-    tiles = Tiles(e, Dot(spec, spec["k"]), spec["tokens"])
+    tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     tokens = e.arg["tokens"]
     prepared = tiles.prepare(e, e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
     xs = addresses(e, prepared, tokens, tiles.dot.prepared_bytes, spec["tokens"])

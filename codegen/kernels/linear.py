@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hmc.codegen.dot import Dot
+from hmc.codegen.forms import dot_of
 from hmc.codegen.ir import F32, I64, Emitter, Value, const
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.tiles import BYTES, GRAIN, ROWS, Tiles
@@ -16,7 +16,7 @@ def emit_linear(spec: KernelSpec) -> str:
     """IR of `linear`; params k, tokens (, group, scale_bits for int4); `out` f32 or bf16."""
     e = Emitter(spec)
     b = e.b
-    dot = Dot(spec, spec["k"])
+    dot = dot_of(spec, spec["k"])
     tiles = Tiles(e, dot, spec["tokens"])
     w, tokens = e.arg["w"], e.arg["tokens"]
     prepared = tiles.prepare(e, e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])

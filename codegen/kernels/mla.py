@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hmc.codegen.dot import Dot
+from hmc.codegen.forms import dot_of
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const
 from hmc.codegen.kernels.absorb import emit_mla_absorb, mla_absorb
 from hmc.codegen.kernels.attend import Shape, Walk, emit_join
@@ -109,7 +109,7 @@ def emit_mla_up(spec: KernelSpec) -> str:
     e = Emitter(spec)
     b, heads, nope, v_dim, rank = e.b, spec["heads"], spec["nope"], spec["v_dim"], spec["rank"]
     most = spec["tokens"]
-    dot = Dot(spec, rank)
+    dot = dot_of(spec, rank)
     tiles = Tiles(e, dot, most)
     if nope % tiles.rows or v_dim % tiles.rows:
         raise KernelError(f"mla_up: nope and v_dim must be multiples of {tiles.rows}")

@@ -8,9 +8,11 @@ import numpy as np
 from kernel_calls import address, guarded
 from prefill_data import Stored, from_bf16, stored
 
+from hmc.codegen.forms import dot_of
 from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.whole import WholeDot
 
-__all__ = ["address_of_scale", "bound", "stored_as", "weights"]
+__all__ = ["address_of_scale", "as_multiplied", "bound", "stored_as", "weights"]
 
 
 def weights(
@@ -40,6 +42,25 @@ def stored_as(spec: KernelSpec, group: int = 128, scale_bits: int = 16) -> Kerne
 def address_of_scale(matrix: Stored, weight: WeightFormat) -> int:
     """0 for formats without scales."""
     return address(matrix.scale) if weight in ("fp8", "int4") else 0
+
+
+def as_multiplied(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
+    """Activations x [T, K] as the kernel's form multiplies them: themselves, or (whole.py) rounded
+    to multiples of a chunk's largest / 32767.
+    """
+    dot = dot_of(spec, x.shape[1])
+    if not isinstance(dot, WholeDot):
+        return x
+    seen = x.copy()
+    for start in range(0, x.shape[1], dot.chunk):
+        part = x[:, start : start + dot.chunk].astype(np.float32)
+        most = np.maximum(np.abs(part).max(axis=1, keepdims=True), np.float32(1e-30))
+        scale = (np.float32(32767) / most).astype(np.float64)
+        magic = 1.5 * 2.0**23  # float64 holds the product and the sum: one rounding, as a fused one
+        whole = (part * scale + magic).astype(np.float32).astype(np.float64) - magic
+        seen[:, start : start + dot.chunk] = whole * (most / np.float32(32767))
+        assert (np.abs(seen[:, start : start + dot.chunk] - part) <= 2.0**-16 * 1.0001 * most).all()
+    return seen
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

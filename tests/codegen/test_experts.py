@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from decode_data import address_of_scale, bound, stored_as, weights
+from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, floats, guarded, in_turn
 from prefill_data import Stored, activations, bf16, from_bf16, need
 from test_gate_up import assert_gated
@@ -115,13 +115,14 @@ def test_experts(
         ids = layer.choose(tokens)
         routing = floats(layer.rng, tokens, TOP_K)
         act = layer.gate_up(jit, x, ids, workers)
-        exact_x = from_bf16(x[:, :hidden])
+        exact_x = as_multiplied(layer.first, from_bf16(x[:, :hidden]))
         for pair, expert in enumerate(ids.reshape(-1)):
             token = pair // TOP_K
             assert_gated(act[pair : pair + 1], exact_x[token : token + 1], gate[expert], up[expert])
 
         inputs = guarded(bf16(layer.rng.standard_normal(act.shape)))
-        exact_act, shares = from_bf16(inputs), routing.astype(np.float64)
+        exact_act = as_multiplied(layer.second, from_bf16(inputs))
+        shares = routing.astype(np.float64)
         exact = REFERENCES["experts_down"](exact_act, ids, shares, down)
         slack = REFERENCES["experts_down"](
             np.abs(exact_act), ids, np.abs(shares), [np.abs(one) for one in down]
@@ -172,7 +173,10 @@ def test_slots_of_experts_elsewhere_add_nothing(
             y = layer.down(jit, act, some, routing, workers)
             assert (y[~here.any(axis=1)] == 0).all()
             exact = REFERENCES["experts_down"](
-                from_bf16(whole_act), some, routing.astype(np.float64), layer.values(2)
+                as_multiplied(layer.second, from_bf16(whole_act)),
+                some,
+                routing.astype(np.float64),
+                layer.values(2),
             )
             assert np.abs(y - exact).max() <= 1e-5 * np.abs(whole).max()
             total += y

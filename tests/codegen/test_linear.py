@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from decode_data import address_of_scale, bound, stored_as, weights
+from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, floats, guarded, in_turn
 from prefill_data import Stored, activations, e4m3, from_bf16, need
 
@@ -76,7 +76,7 @@ def test_linear(jit: Jit, isa: str, weight: WeightFormat, k: int, group: int, bi
         matrix = weights(rng, weight, rows, k, group, bits)
         x = guarded(activations(rng, tokens, k, k + 5))
         bias = floats(rng, rows)
-        exact_x = from_bf16(x[:, :k])
+        exact_x = as_multiplied(spec, from_bf16(x[:, :k]))
         exact = REFERENCES["linear"](exact_x, matrix.values, bias.astype(np.float64))
         y = run_linear(jit, spec, x, matrix, bias, workers=2)
         assert (np.abs(y - exact) <= bound(exact_x, matrix.values) + 1e-6 * np.abs(exact)).all()
@@ -109,6 +109,26 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
     )
     np.testing.assert_array_equal(y.T, e4m3(finite))
     assert np.isnan(run_linear(jit, spec, guarded(one_hot[:3]), matrix)).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_int4_activations_of_any_size(jit: Jit, isa: str) -> None:
+    """Chunks of tiny, huge and no activations; infinities and NaN spoil their own token alone."""
+    need(isa)
+    rng = np.random.default_rng(8)
+    k = 384
+    matrix = weights(rng, "int4", 40, k, 128)
+    x = activations(rng, 6, k, k)
+    sizes = (0x0000, 0x0001, 0x0080, 0x7149)  # 0, a subnormal, the smallest normal, 1e30, signed
+    for token, bits in enumerate(sizes):
+        x[token, 128:256] = np.where(rng.integers(0, 2, 128), bits, bits | 0x8000)
+    x[4, 300], x[5, 7] = 0x7F80, 0x7FC0
+    spec = spec_of(isa, "int4", k)
+    y = run_linear(jit, spec, guarded(x), matrix)
+    exact_x = as_multiplied(spec, from_bf16(x[:4]))
+    exact = exact_x @ matrix.values.T
+    assert (np.abs(y[:4] - exact) <= bound(exact_x, matrix.values)).all()
+    assert not np.isfinite(y[4:]).any()
 
 
 @pytest.mark.parametrize("isa", TIERS)
@@ -145,4 +165,4 @@ def test_instructions(jit: Jit) -> None:
         assert "zmm" not in text["avx2", weight] and "vfmadd" in text["avx2", weight]
     for isa in ("avx512", "avx2"):
         assert "vpsraw" in text[isa, "fp8"] and "vcvtph2ps" not in text[isa, "fp8"]
-        assert "vpshufb" in text[isa, "int4"]
+        assert "vpmaddwd" in text[isa, "int4"] and "vcvtdq2ps" in text[isa, "int4"]

@@ -1,0 +1,13 @@
+"""Which form of the dot product a kernel takes (dot.py tells why there are several)."""
+
+from __future__ import annotations
+
+from hmc.codegen.dot import Dot
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.whole import WholeDot
+
+
+def dot_of(spec: KernelSpec, k: int) -> Dot:
+    """The form for rows of `k` weights as `spec` stores them, on its tier."""
+    whole = spec.weight == "int4" and spec.isa != "avx512_bf16"
+    return (WholeDot if whole else Dot)(spec, k)
