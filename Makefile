@@ -1,6 +1,7 @@
 # make demo   set up, compile the bundled tiny MoE, show its plan, let it write a paragraph
 # make test   set up, lint, type-check, run the test suite
-# make test-all  the same with the slow tests and all seeds and requests
+# make test-all  the same with the slow tests, all seeds and requests, and the kernels of CPUs other
+#             than this one (emulated)
 # make test-eval  lm-eval's client against a live server, with lm-eval installed as well
 # make check  lint and types alone
 # make gpu-check  on a machine with a GPU: parity, speed and predictions in under 10 minutes, one
@@ -45,7 +46,7 @@ test: check
 	$(BIN)/pytest -n 2
 
 test-all: check
-	HMC_TEST_SEEDS=1000 HMC_TEST_REQUESTS=2000 $(BIN)/pytest -n 2 -m "slow or not slow"
+	HMC_TEST_SEEDS=1000 HMC_TEST_REQUESTS=2000 HMC_TEST_EMULATE=1 $(BIN)/pytest -n 2 -m "slow or not slow"
 
 test-eval: $(VENV)/eval
 	$(BIN)/pytest tests/serve/test_lm_eval.py

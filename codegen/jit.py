@@ -79,8 +79,8 @@ class Jit:
     def assembly(self, spec: KernelSpec) -> str:
         """Assembly of `spec` for the CPU its tier names: the same on every machine."""
         isa = TIERS[spec.isa]
-        module = _optimised(self.ir_text(spec), isa)
-        return str(_target_machine(isa).emit_assembly(module))
+        module = optimised(self.ir_text(spec), isa)
+        return str(target_machine(isa).emit_assembly(module))
 
     def object_code(self, spec: KernelSpec) -> bytes:
         """Relocatable object of `spec`, from the disk cache when it is there."""
@@ -90,15 +90,15 @@ class Jit:
             return path.read_bytes()
         text = self.ir_text(spec)
         try:
-            module = _optimised(text, isa)
+            module = optimised(text, isa)
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0]
             raise KernelError(f"LLVM refuses kernel {spec.symbol}: {first}") from error
-        code = bytes(_target_machine(isa).emit_object(module))
+        code = bytes(target_machine(isa).emit_object(module))
         if env.debug_level() >= 5:
             env.debug(5, text)
         if env.debug_level() >= 6 or env.dump_dir() is not None:
-            assembly = str(_target_machine(isa).emit_assembly(module))
+            assembly = str(target_machine(isa).emit_assembly(module))
             env.debug(6, assembly)
             env.dump(f"kernels/{spec.symbol}.ll", text)
             env.dump(f"kernels/{spec.symbol}.s", assembly)
@@ -127,7 +127,8 @@ def _initialise() -> None:
 
 
 @cache
-def _target_machine(isa: Isa) -> binding.TargetMachine:
+def target_machine(isa: Isa) -> binding.TargetMachine:
+    """What LLVM is told of the CPU that `isa` names."""
     _initialise()
     target = binding.Target.from_triple("x86_64-unknown-linux-gnu")
     return target.create_target_machine(
@@ -144,9 +145,10 @@ def _make_engine() -> binding.ExecutionEngine:
     return binding.create_mcjit_compiler(module, machine)
 
 
-def _optimised(text: str, isa: Isa) -> binding.ModuleRef:
+def optimised(text: str, isa: Isa) -> binding.ModuleRef:
+    """The module of IR `text`, optimised for `isa`; `RuntimeError` where LLVM refuses it."""
     _initialise()
-    machine = _target_machine(isa)
+    machine = target_machine(isa)
     module = binding.parse_assembly(text)
     module.triple = "x86_64-unknown-linux-gnu"
     module.data_layout = str(machine.target_data)

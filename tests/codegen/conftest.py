@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from emulated import new_jit
 
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -11,4 +12,4 @@ from hmc.codegen.kernels import EMITTERS
 @pytest.fixture(scope="session")
 def jit() -> Jit:
     """One engine with every emitter; kernels live as long as it does."""
-    return Jit(EMITTERS)
+    return new_jit(EMITTERS)

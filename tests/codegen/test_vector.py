@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from emulated import new_jit
 from kernel_calls import address, filled, guarded, in_turn
 from prefill_data import need
 
 from hmc.codegen import vector
 from hmc.codegen.ir import F32, Emitter, Value
 from hmc.codegen.isa import TIERS
-from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec
 
 
@@ -37,8 +37,9 @@ def probe(function: Callable[[Emitter, Value], Value], isa: str, x: np.ndarray) 
 
     x = guarded(x.astype(np.float32))
     y = filled(x.shape, np.float32)
+    spec = KernelSpec.of("add", isa, width=len(x), probe=name)
     in_turn(
-        Jit({"add": emit}), KernelSpec.of("add", isa, width=len(x), probe=name), 1, h=address(x),
+        new_jit({"add": emit}), spec, 1, h=address(x),
         h_stride=0, d0=0, d0_stride=0, d1=0, d1_stride=0, y=address(y), y_stride=0, tokens=1,
     )  # fmt: skip
     return y

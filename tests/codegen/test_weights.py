@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from decode_data import weights
+from emulated import new_jit
 from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
@@ -26,7 +27,7 @@ def emit_decode(spec: KernelSpec) -> str:
 
 @pytest.fixture(scope="module")
 def decoder() -> Jit:
-    return Jit({"linear": emit_decode})
+    return new_jit({"linear": emit_decode})
 
 
 def decode(
