@@ -22,6 +22,9 @@ from hmc.codegen.weights import masked_vec, weights_f32
 COLUMN = {"fp8": 16, "bf16": 8, "int4": 32}
 """Weights of a row in 16 bytes, the unit of the transpose."""
 
+_NIBBLE_PAIRS = 4
+"""Pairs of int4 weights in a stored word."""
+
 
 def decode_pairs(
     e: Emitter,
@@ -101,6 +104,40 @@ def decode_columns(
             block(start, lanes)
     if whole < end:
         block(const(whole), end - whole)
+
+
+def decode_words(e: Emitter, panel: Value, stride: int, rows: list[Value], length: int) -> None:
+    """Store the first `length` int4 weights of `rows` (i8*) as pairs of i16: nibble - 8, one lane a
+    row.
+
+    Pair s goes to `panel` (i8*) + s * `stride` words. Pairs past `length` up to a whole vector of
+    stored words are stored too; nothing past it is read.
+    """
+    b, lanes = e.b, len(rows)
+    kind = vec(I32, lanes)
+    eight = ir.Constant(vec(I16, 2 * lanes), [ir.Constant(I16, 8)] * (2 * lanes))
+
+    def splat(value: int) -> ir.Constant:
+        return ir.Constant(kind, [ir.Constant(I32, value)] * lanes)
+
+    def block(word: Value, valid: int) -> None:
+        columns = transpose(e, [masked_vec(e, row, word, I32, lanes, valid) for row in rows])
+        for number, column in enumerate(columns):
+            for pair in range(_NIBBLE_PAIRS):
+                low = b.lshr(column, splat(8 * pair)) if pair else column
+                high = b.and_(b.shl(low, splat(12)), splat(0xF0000))
+                both = b.bitcast(b.or_(b.and_(low, splat(0xF)), high), eight.type)
+                moved = const((number * _NIBBLE_PAIRS + pair) * stride)
+                place = b.add(b.mul(word, const(_NIBBLE_PAIRS * stride)), moved)
+                e.store(b.bitcast(b.sub(both, eight), kind), panel, place, align=4)
+
+    words = -(-length // (2 * _NIBBLE_PAIRS))
+    whole = words // lanes * lanes
+    if whole:
+        with e.for_range(0, whole, lanes) as word:
+            block(word, lanes)
+    if whole < words:
+        block(const(whole), words - whole)
 
 
 def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:

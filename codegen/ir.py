@@ -201,11 +201,14 @@ class Emitter:
         self.b.store(value, pointer, align=align)
 
     def another(self, value: Value) -> Value:
-        """`value` (i64), which LLVM does not know to be the same: what is loaded with it is loaded
-        anew, and not kept (in registers that are not there, so on the stack) from before.
+        """`value` (i64, or a vector that fits a register), which LLVM does not know to be the same.
+
+        What is loaded with an index is loaded anew then, and not kept (in registers that are not
+        there, so on the stack) from before; whole sums stay in the order they are written in.
         """
-        kind = ir.FunctionType(I64, [I64])
-        return self.b.asm(kind, "", "=r,0", [value], side_effect=False)
+        register = "x" if isinstance(value.type, ir.VectorType) else "r"
+        kind = ir.FunctionType(value.type, [value.type])
+        return self.b.asm(kind, "", f"={register},0", [value], side_effect=False)
 
     def prefetch(self, pointer: Value, locality: int = 0) -> None:
         """Fetch the cache line at `pointer` for reading; locality 0 (streamed) to 3 (kept)."""

@@ -8,6 +8,9 @@ to [chunk][token][K of the chunk], and tiles of up to `tile` of them are multipl
     dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
                scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
                For avx512_bf16 with fp8, bf16 and int4, which bf16 holds exactly
+    whole form int4 on the other tiers: panel of i16 pairs [K/2][2][lanes], `vpmaddwd`; tokens are
+               rounded to whole numbers chunk by chunk (whole.py), sums are exact, and go times the
+               token's factor and the scales into f32 totals
     fma form   panel of f32 [K][2][lanes], multiply-add; scales go in while decoding. All others
 
 Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
@@ -26,11 +29,12 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.interleave import decode_columns, decode_pairs
+from hmc.codegen.interleave import decode_columns, decode_pairs, decode_words
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.tiling import CHUNK, VECTORS, Form
 from hmc.codegen.vector import bf16_pairs
 from hmc.codegen.weights import masked_vec, row_bytes
+from hmc.codegen.whole import bf16_values, multiply_words, whole_numbers
 
 _UNROLL = 4
 _PTR = I8.as_pointer()
@@ -113,14 +117,37 @@ class Panels:
                 with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
                     target = e.offset(x, b.mul(chunk_index, stride))
                     first = b.mul(chunk_index, const(CHUNK))
-                    for start in range(0, CHUNK, form.lanes):
-                        bits: Value = e.zeros(I16, form.lanes)
-                        if start < length:
-                            index = b.add(first, const(start))
-                            bits = masked_vec(e, row, index, I16, form.lanes, length - start)
-                        value = bits if form.dot else e.bf16_to_f32(bits)
-                        e.store(value, target, const(start), align=2)
+                    if form.whole:
+                        at = b.add(b.mul(chunk_index, tokens), token)
+                        factor = self._factors(scratch, at)
+                        self._pack_whole(row, first, length, target, factor)
+                    else:
+                        self._pack_plain(row, first, length, target)
                 chunk = const(chunks)
+
+    def _pack_plain(self, row: Value, first: Value, length: int, target: Value) -> None:
+        e, lanes = self.e, self.form.lanes
+        for start in range(0, CHUNK, lanes):
+            bits: Value = e.zeros(I16, lanes)
+            if start < length:
+                index = e.b.add(first, const(start))
+                bits = masked_vec(e, row, index, I16, lanes, length - start)
+            value = bits if self.form.dot else e.bf16_to_f32(bits)
+            e.store(value, target, const(start), align=2)
+
+    def _factors(self, scratch: Value, index: Value) -> Value:
+        """Address of what chunk and token `index` = chunk * tokens + token are multiplied by."""
+        return self.e.at(self.e.offset(scratch, const(self.form.factors_offset)), index, F32)
+
+    def _pack_whole(
+        self, row: Value, first: Value, length: int, target: Value, factor: Value
+    ) -> None:
+        e, lanes = self.e, self.form.lanes
+        values = bf16_values(e, row, first, CHUNK, length, lanes)
+        whole, scale = whole_numbers(e, values)
+        e.b.store(scale, factor)
+        for number, value in enumerate(whole):
+            e.store(e.b.trunc(value, vec(I16, lanes)), target, const(number * lanes), align=2)
 
     def _emit_multiply(self) -> None:
         """multiply(scratch, tokens, 2 x (weights, scales, last), 2 x ahead)."""
@@ -159,7 +186,7 @@ class Panels:
                 last,
             )
         groups, steps = 1, -(-length // (form.step * _UNROLL)) * _UNROLL
-        if form.dot and 0 < form.group < CHUNK:
+        if form.scaled and form.group < CHUNK:
             groups, steps = -(-length // form.group), form.group // form.step
         fetch = [
             e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
@@ -181,6 +208,7 @@ class Panels:
                 const(groups),
                 const(steps),
                 *(b.select(is_first, pointer, scratch) for pointer in fetch),
+                b.bitcast(self._factors(scratch, b.add(b.mul(chunk, tokens), first)), _PTR),
             ]
             self._switch_tile(b.sub(end, first), values)
 
@@ -197,10 +225,12 @@ class Panels:
         b.position_at_end(done)
 
     def _emit_tile(self, count: int) -> None:
-        """tile(totals, panel, x, scales, groups, steps, 2 x ahead): `count` tokens, one chunk."""
+        """tile(totals, panel, x, scales, groups, steps, 2 x ahead, factors): `count` tokens, one
+        chunk.
+        """
         e, form = self.e, self.form
         lanes = form.lanes
-        kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS]
+        kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS, _PTR]
         with e.subroutine(f"tile{count}", *kinds) as (
             totals,
             panel,
@@ -209,9 +239,11 @@ class Panels:
             groups,
             steps,
             *ahead,
+            token_factors,
         ):
             b = e.b
-            scaled = form.dot and form.group > 0
+            scaled = form.scaled
+            none = e.zeros(I32 if form.whole else F32, lanes)
             cells = [(t, v) for t in range(count) for v in range(VECTORS)]
 
             def total_of(t: int, v: int) -> Value:
@@ -219,10 +251,7 @@ class Panels:
 
             with e.for_range(0, groups) as group:
                 sums = {
-                    cell: e.local(
-                        vec(F32, lanes), e.zeros(F32, lanes) if scaled else total_of(*cell)
-                    )
-                    for cell in cells
+                    cell: e.local(none.type, none if scaled else total_of(*cell)) for cell in cells
                 }
                 first = b.mul(group, steps)
                 with e.for_range(first, b.add(first, steps), _UNROLL) as step:
@@ -250,11 +279,18 @@ class Panels:
                 ]
                 for t, v in cells:
                     total = b.load(sums[t, v])
+                    if form.whole:
+                        times = e.splat(e.load(token_factors, const(t), F32, align=4), lanes)
+                        total = b.fmul(b.sitofp(total, times.type), times)
                     if scaled:
                         total = e.fma(total, factors[v], total_of(t, v))
                     e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
 
     def _multiply_add(self, weights: Value, one: Value, total: Value) -> Value:
+        if self.form.whole:
+            kind = vec(I16, 2 * self.form.lanes)
+            words = (self.e.b.bitcast(value, kind) for value in (weights, one))
+            return self.e.another(multiply_words(self.e, total, *words))
         if not self.form.dot:
             return self.e.fma(weights, one, total)
         pairs = (bf16_pairs(self.e, weights), bf16_pairs(self.e, one))
@@ -283,8 +319,11 @@ class Panels:
             stride = const(row_bytes(form.spec.weight, form.k))
             rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
             groups = range(0, length, form.group or length)
-            if form.dot:
-                decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
+            if form.step == 2:
+                if form.whole:
+                    decode_words(e, panel, form.rows, rows, length)
+                else:
+                    decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
                 if form.group:
                     for index in range(len(groups)):
                         factor = self._factor(stored, order, index)

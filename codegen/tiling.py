@@ -21,14 +21,15 @@ CHUNK = 128
 class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
 
-    `dot` tells the two forms apart; `tile` tokens are multiplied at once; `group` weights of a row
-    share a scale (0: no scales).
+    `dot` and `whole` tell the forms apart; `tile` tokens are multiplied at once; `group` weights of
+    a row share a scale (0: no scales).
     """
 
     spec: KernelSpec
     k: int
     lanes: int
     dot: bool
+    whole: bool
     tile: int
     group: int
 
@@ -36,11 +37,13 @@ class Form:
     def of(spec: KernelSpec) -> Form:
         """The form of `spec` (params: k; int4 also group, scale_bits)."""
         lanes = TIERS[spec.isa].lanes
+        best = spec.isa == "avx512_bf16"
         return Form(
             spec=spec,
             k=spec["k"],
             lanes=lanes,
-            dot=spec.isa == "avx512_bf16" and spec.weight in ("fp8", "bf16", "int4"),
+            dot=best and spec.weight in ("fp8", "bf16", "int4"),
+            whole=not best and spec.weight == "int4",
             tile=spec.tiled("tokens", 12 if lanes == 16 else 6),
             group={"fp8": FP8_BLOCK, "int4": spec.get("group", 128)}.get(spec.weight, 0),
         )
@@ -48,7 +51,12 @@ class Form:
     @property
     def step(self) -> int:
         """Weights of a row that one multiply takes."""
-        return 2 if self.dot else 1
+        return 2 if self.dot or self.whole else 1
+
+    @property
+    def scaled(self) -> bool:
+        """Whether sums are scaled, not the weights of a panel."""
+        return self.step == 2 and self.group > 0
 
     @property
     def rows(self) -> int:
@@ -81,7 +89,8 @@ class Form:
         fits = self.spec.tiled("x_bytes", 1536 << 10) // (self.chunks * self.token_bytes)
         return max(48, min(256, fits))
 
-    # Scratch: panel, scales f32 [group][rows], totals f32 [block][rows], packed tokens.
+    # Scratch: panel, scales f32 [group][rows], totals f32 [block][rows], packed tokens and, in the
+    # whole form, what each chunk of a token is multiplied by: f32 [chunk][token].
 
     @property
     def scales_offset(self) -> int:
@@ -99,6 +108,11 @@ class Form:
         return self.totals_offset + self.block * self.rows * 4
 
     @property
+    def factors_offset(self) -> int:
+        """Where the factors of the tokens' chunks start."""
+        return self.x_offset + self.chunks * self.block * self.token_bytes
+
+    @property
     def scratch_bytes(self) -> int:
         """Scratch of one worker, a multiple of 64."""
-        return self.x_offset + self.chunks * self.block * self.token_bytes
+        return self.factors_offset + (self.chunks * self.block * 4 + 63) // 64 * 64 * self.whole

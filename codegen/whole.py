@@ -98,28 +98,10 @@ class WholeDot(Dot):
 
     def _prepare_chunk(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
         b, lanes = e.b, self.lanes
-        blank = e.zeros(F32, lanes)
-        values = [
-            e.bf16_to_f32(masked_vec(e, x, b.add(k, const(at)), I16, lanes, valid - at))
-            if at < valid
-            else blank
-            for at in range(0, self.chunk, lanes)
-        ]
-        largest = spoilt = blank
-        for value in values:
-            bits = b.and_(b.bitcast(value, vec(I32, lanes)), isplat(0x7FFFFFFF, lanes))
-            largest = fmax(e, b.bitcast(bits, value.type), largest)
-            spoilt = e.fma(value, blank, spoilt)
-        most = _fold(e, largest, partial(fmax, e))
-        most = b.select(b.fcmp_ordered(">", most, fconst(_SMALLEST)), most, fconst(_SMALLEST))
+        values = bf16_values(e, x, k, self.chunk, valid, lanes)
+        whole, factor = whole_numbers(e, values)
         chunk = b.udiv(k, const(self.chunk))
-        factor = b.fadd(b.fdiv(most, fconst(_LARGEST)), e.reduce_add(spoilt))
         e.store(factor, e.offset(prepared, const(self._factors)), chunk, align=4)
-        scale = e.splat(b.fdiv(fconst(_LARGEST), most), lanes)
-        whole = [
-            b.bitcast(e.fma(value, scale, fsplat(_ROUND, lanes)), vec(I32, lanes))
-            for value in values
-        ]
         total = e.zeros(I32, lanes)
         for start in range(0, self.chunk, self.unit):
             words = concat(e, whole[start // lanes : (start + self.unit) // lanes])
@@ -160,8 +142,7 @@ class WholeDot(Dot):
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` and, lane by lane, two products: i32."""
-        products = e.call(_MULTIPLY[self.lanes], total.type, weights, activations)
-        return e.b.add(total, products)
+        return multiply_words(e, total, weights, activations)
 
     def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
         """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
@@ -169,6 +150,44 @@ class WholeDot(Dot):
         factor = e.load(factors, e.b.udiv(k, const(self.chunk)), F32)
         value = e.b.sitofp(total, vec(F32, self.lanes))
         return e.b.fmul(value, e.splat(factor, self.lanes))
+
+
+def bf16_values(e: Emitter, x: Value, k: Value, count: int, valid: int, lanes: int) -> list[Value]:
+    """`count` elements of the bf16 row at `x` from `k` on, in f32 vectors; zeros past `valid`."""
+    blank = e.zeros(F32, lanes)
+    return [
+        e.bf16_to_f32(masked_vec(e, x, e.b.add(k, const(at)), I16, lanes, valid - at))
+        if at < valid
+        else blank
+        for at in range(0, count, lanes)
+    ]
+
+
+def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
+    """f32 vectors of a chunk as whole numbers from -32767 to 32767 (in the low 16 bits of i32
+    lanes; those above are anything), and the f32 they must be multiplied by: NaN where a value is
+    not finite.
+    """
+    b, lanes = e.b, values[0].type.count
+    largest = spoilt = e.zeros(F32, lanes)
+    for value in values:
+        bits = b.and_(b.bitcast(value, vec(I32, lanes)), isplat(0x7FFFFFFF, lanes))
+        largest = fmax(e, b.bitcast(bits, value.type), largest)
+        spoilt = e.fma(value, e.zeros(F32, lanes), spoilt)
+    most = _fold(e, largest, partial(fmax, e))
+    most = b.select(b.fcmp_ordered(">", most, fconst(_SMALLEST)), most, fconst(_SMALLEST))
+    factor = b.fadd(b.fdiv(most, fconst(_LARGEST)), e.reduce_add(spoilt))
+    scale = e.splat(b.fdiv(fconst(_LARGEST), most), lanes)
+    magic = fsplat(_ROUND, lanes)
+    whole = [b.bitcast(e.fma(value, scale, magic), vec(I32, lanes)) for value in values]
+    return whole, factor
+
+
+def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value:
+    """`total` `<n x i32>` + the sums of two products of neighbours of `left`, `right` `<2n x i16>`
+    (`vpmaddwd`).
+    """
+    return e.b.add(total, e.call(_MULTIPLY[total.type.count], total.type, left, right))
 
 
 def _fold(e: Emitter, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:

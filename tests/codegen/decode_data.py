@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 from kernel_calls import address, guarded
-from prefill_data import Stored, from_bf16, stored
+from prefill_data import Stored, from_bf16, in_whole_numbers, stored
 
 from hmc.codegen.forms import dot_of
 from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.codegen.whole import WholeDot
 
 __all__ = ["address_of_scale", "as_multiplied", "bound", "stored_as", "weights"]
 
@@ -49,18 +48,7 @@ def as_multiplied(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
     to multiples of a chunk's largest / 32767.
     """
     dot = dot_of(spec, x.shape[1])
-    if not isinstance(dot, WholeDot):
-        return x
-    seen = x.copy()
-    for start in range(0, x.shape[1], dot.chunk):
-        part = x[:, start : start + dot.chunk].astype(np.float32)
-        most = np.maximum(np.abs(part).max(axis=1, keepdims=True), np.float32(1e-30))
-        scale = (np.float32(32767) / most).astype(np.float64)
-        magic = 1.5 * 2.0**23  # float64 holds the product and the sum: one rounding, as a fused one
-        whole = (part * scale + magic).astype(np.float32).astype(np.float64) - magic
-        seen[:, start : start + dot.chunk] = whole * (most / np.float32(32767))
-        assert (np.abs(seen[:, start : start + dot.chunk] - part) <= 2.0**-16 * 1.0001 * most).all()
-    return seen
+    return in_whole_numbers(x, dot.chunk) if dot.whole else x
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from emulated import EMULATING
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.codegen.tiling import CHUNK, Form
 
 _PROT_NONE = 0  # of sys/mman.h
 FORMATS: list[WeightFormat] = ["fp8", "bf16", "fp16", "f32", "int4"]
@@ -23,6 +24,27 @@ def need(isa: str) -> None:
     """Skip the test where this CPU lacks the tier and it is not emulated either."""
     if not (EMULATING or TIERS[isa].flags <= cpu_flags()):
         pytest.skip(f"this CPU lacks {isa}; HMC_TEST_EMULATE=1 runs its kernels all the same")
+
+
+def in_whole_numbers(x: np.ndarray, chunk: int) -> np.ndarray:
+    """Activations x [T, K] rounded to multiples of a chunk's largest / 32767, as whole.py does it;
+    checks how far that takes them.
+    """
+    seen = x.copy()
+    for start in range(0, x.shape[1], chunk):
+        part = x[:, start : start + chunk].astype(np.float32)
+        most = np.maximum(np.abs(part).max(axis=1, keepdims=True), np.float32(1e-30))
+        scale = (np.float32(32767) / most).astype(np.float64)
+        magic = 1.5 * 2.0**23  # float64 holds the product and the sum: one rounding, as a fused one
+        whole = (part * scale + magic).astype(np.float32).astype(np.float64) - magic
+        seen[:, start : start + chunk] = whole * (most / np.float32(32767))
+        assert (np.abs(seen[:, start : start + chunk] - part) <= 2.0**-16 * 1.0001 * most).all()
+    return seen
+
+
+def as_packed(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
+    """Activations x [T, K] as a many-token kernel multiplies them."""
+    return in_whole_numbers(x, CHUNK) if Form.of(spec).whole else x
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from prefill_data import (
     Stored,
     activations,
     address,
+    as_packed,
     before_a_hole,
     bf16,
     from_bf16,
@@ -64,8 +65,9 @@ def test_every_format_and_tier_at_odd_sizes(
         w = stored(rng, weight, rows, k, group=32)
         x = activations(rng, tokens, k, k + 5)
         y = call(jit, spec, x, w, rows, tokens)
-        exact = gemm(from_bf16(x[:, :k]), w.values)
-        bound = gemm(np.abs(from_bf16(x[:, :k])), np.abs(w.values))
+        seen = as_packed(spec, from_bf16(x[:, :k]))
+        exact = gemm(seen, w.values)
+        bound = gemm(np.abs(seen), np.abs(w.values))
         assert (np.abs(y - exact) <= 2e-6 * bound + 1e-30).all()
 
 
@@ -133,7 +135,7 @@ def test_int4_groups_and_scales(jit: Jit, isa: str, group: int, scale_bits: int)
     w = stored(rng, "int4", 40, 256, group, scale_bits)
     x = activations(rng, 14, 256, 256)
     spec = KernelSpec.of("gemm", isa, weight="int4", k=256, group=group, scale_bits=scale_bits)
-    exact = gemm(from_bf16(x), w.values)
+    exact = gemm(as_packed(spec, from_bf16(x)), w.values)
     assert np.allclose(call(jit, spec, x, w, 40, 14), exact, rtol=1e-5, atol=1e-3)
 
 

@@ -6,7 +6,17 @@ from functools import partial
 
 import numpy as np
 import pytest
-from prefill_data import FORMATS, Stored, activations, address, from_bf16, need, run, stored
+from prefill_data import (
+    FORMATS,
+    Stored,
+    activations,
+    address,
+    as_packed,
+    from_bf16,
+    need,
+    run,
+    stored,
+)
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
@@ -105,7 +115,7 @@ def test_experts_against_float64(
         x = activations(rng, tokens, hidden, hidden + 2)
         act, y = both(jit, pair, x, routing, slots, offsets, table, workers=2)
         want = grouped_gate_up(
-            from_bf16(x[:, :hidden]),
+            as_packed(pair[0], from_bf16(x[:, :hidden])),
             ids,
             [w[0].values for w in experts],
             [w[1].values for w in experts],
@@ -113,9 +123,8 @@ def test_experts_against_float64(
         # One rounding to bf16 (2^-9), and f32 sums of gate and up before it.
         error = np.abs(from_bf16(act) - want)
         assert (error <= np.abs(want) * 2.0**-8 + 1e-3 * np.abs(want).max()).all()
-        down = grouped_down(
-            from_bf16(act), ids, routing.astype(np.float64), [w[2].values for w in experts]
-        )
+        seen, shares = as_packed(pair[1], from_bf16(act)), routing.astype(np.float64)
+        down = grouped_down(seen, ids, shares, [w[2].values for w in experts])
         assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 

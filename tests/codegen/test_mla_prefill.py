@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
 from paged import Paged
-from prefill_data import FORMATS, Stored, need, run, stored
+from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.mla_prefill import mla_prefill, mla_prefill_scratch_bytes
 from hmc.codegen.kernels.prefill_attention import attention_prefill
+from hmc.codegen.kernels.prefill_latent import lift_form
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.errors import KernelError
 
@@ -98,17 +99,25 @@ class Case:
         """[heads, nope + v_dim, rank]."""
         return self.w.values.reshape(self.params["heads"], -1, self.params["rank"])
 
+    @property
+    def seen(self) -> np.ndarray:
+        """The cache, with the latents as keys and values are lifted from them."""
+        rows, rank = from_bf16(self.cache), self.params["rank"]
+        written = np.isfinite(rows[..., :rank]).all(-1)
+        rows[written, :rank] = as_packed(lift_form(self.spec).spec, rows[written, :rank])
+        return rows
+
     def exact(self) -> np.ndarray:
         """The float64 result."""
         return mla_prefill(
-            self.queries, from_bf16(self.cache), self.weights, self.tables[2], self.past,
+            self.queries, self.seen, self.weights, self.tables[2], self.past,
             self.scale, self.params["rope"],
         )  # fmt: skip
 
     def rounded(self) -> tuple[np.ndarray, np.ndarray]:
         """The same over queries, keys and values rounded to bf16, and sum p |v|."""
         nope, rank, heads = (self.params[name] for name in ("nope", "rank", "heads"))
-        rows = from_bf16(self.cache)
+        rows = self.seen
         with np.errstate(invalid="ignore"):
             lifted = np.einsum("nbr,hdr->nhbd", rows[..., :rank], self.weights)
             lifted = from_bf16(bf16(lifted))
