@@ -206,7 +206,7 @@ class Emitter:
         What is loaded with an index is loaded anew then, and not kept (in registers that are not
         there, so on the stack) from before; whole sums stay in the order they are written in.
         """
-        register = "x" if isinstance(value.type, ir.VectorType) else "r"
+        register = "v" if isinstance(value.type, ir.VectorType) else "r"
         kind = ir.FunctionType(value.type, [value.type])
         return self.b.asm(kind, "", f"={register},0", [value], side_effect=False)
 

@@ -2,8 +2,8 @@
 
     avx512_bf16   AVX-512 F/BW/DQ/VL + BF16 + VBMI: byte-table FP8 decode, `vdpbf16ps`   (Zen 4,
     Sapphire Rapids)
-    avx512        AVX-512 F/BW/DQ/VL: FP8 by shifts in place (decode) or through FP16
-    (prefill), FP32 FMA (Skylake-X, Cascade Lake)
+    avx512        AVX-512 F/BW/DQ/VL: FP8 by shifts in place, FP32 FMA; INT4 in whole numbers
+    (Skylake-X, Cascade Lake)
     avx2          AVX2 + FMA + F16C: the same at 256 bits                                 (Haswell,
     Zen 1-3)
 

@@ -11,7 +11,8 @@ to [chunk][token][K of the chunk], and tiles of up to `tile` of them are multipl
     whole form int4 on the other tiers: panel of i16 pairs [K/2][2][lanes], `vpmaddwd`; tokens are
                rounded to whole numbers chunk by chunk (whole.py), sums are exact, and go times the
                token's factor and the scales into f32 totals
-    fma form   panel of f32 [K][2][lanes], multiply-add; scales go in while decoding. All others
+    fma form   panel of f32 [K][2][lanes], multiply-add; scales go in while decoding. All others;
+               fp8 by shifts and masks in place (unpack.py), after the rows have been interleaved
 
 Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
 
@@ -29,10 +30,11 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.interleave import decode_columns, decode_pairs, decode_words
+from hmc.codegen.interleave import decode_codes, decode_columns, decode_pairs, decode_words
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.tiling import CHUNK, VECTORS, Form
-from hmc.codegen.vector import bf16_pairs
+from hmc.codegen.unpack import FP8_ACTIVATIONS, FP8_RESULT
+from hmc.codegen.vector import bf16_pairs, fsplat
 from hmc.codegen.weights import masked_vec, row_bytes
 from hmc.codegen.whole import bf16_values, multiply_words, whole_numbers
 
@@ -133,6 +135,8 @@ class Panels:
                 index = e.b.add(first, const(start))
                 bits = masked_vec(e, row, index, I16, lanes, length - start)
             value = bits if self.form.dot else e.bf16_to_f32(bits)
+            if self.form.in_place:
+                value = e.b.fmul(value, fsplat(FP8_ACTIVATIONS, lanes))
             e.store(value, target, const(start), align=2)
 
     def _factors(self, scratch: Value, index: Value) -> Value:
@@ -328,6 +332,10 @@ class Panels:
                     for index in range(len(groups)):
                         factor = self._factor(stored, order, index)
                         e.store(factor, scales, const(index * form.rows), align=4)
+                return
+            if form.in_place:
+                factor = e.b.fmul(self._factor(stored, order, 0), fsplat(FP8_RESULT, form.lanes))
+                decode_codes(e, panel, form.rows, rows, length, factor)
                 return
             for index, begin in enumerate(groups):
                 factor = self._factor(stored, order, index) if form.group else None

@@ -54,6 +54,11 @@ class Form:
         return 2 if self.dot or self.whole else 1
 
     @property
+    def in_place(self) -> bool:
+        """Whether fp8 weights of a panel and activations are scaled as unpack.py says."""
+        return self.spec.weight == "fp8" and not self.dot
+
+    @property
     def scaled(self) -> bool:
         """Whether sums are scaled, not the weights of a panel."""
         return self.step == 2 and self.group > 0

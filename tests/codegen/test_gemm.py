@@ -24,6 +24,7 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.gemm import gemm, gemm_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.tiling import Form
 
 
 def call(
@@ -181,4 +182,15 @@ def test_assembly_of_the_fma_form(jit: Jit, isa: str, register: str) -> None:
     text = jit.assembly(KernelSpec.of("gemm", isa, weight="fp8", k=2048))
     assert "vdpbf16ps" not in text
     assert re.search(rf"vfmadd\w+\t.*%{register}", text)
-    assert "vcvtph2ps" in text
+    assert "vpsraw" in text and "vcvtph2ps" not in text
+
+
+@pytest.mark.parametrize(("isa", "register", "spills"), [("avx512", "zmm", 12), ("avx2", "ymm", 0)])
+def test_assembly_of_the_whole_form(jit: Jit, isa: str, register: str, spills: int) -> None:
+    spec = KernelSpec.of("gemm", isa, weight="int4", k=2048, group=128, scale_bits=16)
+    text = jit.assembly(spec)
+    most = Form.of(spec).tile
+    tile = text[text.index(f"\ntile{most}:") : text.index("\nmultiply:")]
+    first, last = tile.index("vpmaddwd"), tile.rindex("vpmaddwd")
+    assert len(re.findall(rf"vpmaddwd\t.*%{register}", tile)) == 4 * 2 * most
+    assert tile[first:last].count("(%rsp)") <= spills  # the sums stay in registers
