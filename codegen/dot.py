@@ -189,14 +189,15 @@ class Dot:
             return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
         return weights_f32(e, weight, row, k, min(valid, self.lanes))[0]
 
-    def decode(self, e: Emitter, codes: Value) -> list[Value]:
-        """The vectors of weights of what `load` loaded."""
+    def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
+        """The vectors of weights of what `load` loaded, to be multiplied by `tokens` rows."""
         weight = self.spec.weight
         if self.paired:
             pairs = {"fp8": _fp8_pairs, "int4": _int4_pairs}
             return pairs[weight](e, codes) if weight in pairs else [codes]
-        vectors = {"fp8": fp8_vectors, "bf16": bf16_vectors}
-        return vectors[weight](e, codes) if weight in vectors else [codes]
+        if weight == "fp8":
+            return fp8_vectors(e, codes, multiply=tokens == 1)
+        return bf16_vectors(e, codes) if weight == "bf16" else [codes]
 
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
         """`decode` of `load`."""

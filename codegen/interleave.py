@@ -127,7 +127,7 @@ def decode_codes(
         for number, column in enumerate(transpose(e, words)):
             column = b.bitcast(column, codes)
             b.store(fp8_largest(e, b.load(seen), column), seen)
-            for place, value in enumerate(fp8_vectors(e, column)):
+            for place, value in enumerate(fp8_vectors(e, column, multiply=True)):
                 k = b.add(start, const(4 * number + place))
                 e.store(b.fmul(value, factor), panel, b.mul(k, const(stride)), align=4)
 

@@ -138,7 +138,7 @@ class Rows:
                 codes = dot.load(e, self.bases[r], place, valid)
                 if dot.checked:
                     b.store(dot.watched(e, b.load(self.seen[r]), codes), self.seen[r])
-                weights.append(dot.decode(e, codes))
+                weights.append(dot.decode(e, codes, len(self.x)))
             for t, prepared in enumerate(self.x):
                 for step in range(len(weights[0])):
                     activations = dot.activations(e, prepared, places[0], step)

@@ -14,6 +14,8 @@ finds them and `fp8_poison` makes the row NaN.
 
 from __future__ import annotations
 
+from llvmlite import ir
+
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, vec
 from hmc.codegen.spec import WeightFormat
 from hmc.codegen.weights import splat_int
@@ -33,14 +35,23 @@ def order(weight: WeightFormat, lanes: int) -> list[int]:
     return [step * lane + place for place in range(step) for lane in range(lanes)]
 
 
-def fp8_vectors(e: Emitter, codes: Value) -> list[Value]:
-    """4 n codes `<4n x i8>` to four `<n x float>` of value x 2^-120."""
+def fp8_vectors(e: Emitter, codes: Value, multiply: bool = False) -> list[Value]:
+    """4 n codes `<4n x i8>` to four `<n x float>` of value x 2^-120.
+
+    `multiply`: with a multiplication in the place of two shifts, one operation less, where the
+    multipliers have room for it (6 % faster for one token on Zen 3, 3 % slower for four).
+    """
     b, count = e.b, codes.type.count // 2
     words = b.bitcast(codes, vec(I16, count))
     keep = splat_int(I16, count, 0x87F0)
     four, eight = (splat_int(I16, count, shift) for shift in (4, 8))
     odd = b.and_(b.ashr(words, four), keep)
-    even = b.and_(b.ashr(b.shl(words, eight), four), keep)
+    if multiply and count == 16:  # signed bytes times 16 and 0, added in pairs
+        times = ir.Constant(codes.type, [ir.Constant(I8, 16), ir.Constant(I8, 0)] * count)
+        moved = e.call("llvm.x86.avx2.pmadd.ub.sw", words.type, times, codes)
+    else:
+        moved = b.ashr(b.shl(words, eight), four)
+    even = b.and_(moved, keep)
     low_even, high_even = bf16_vectors(e, even)
     low_odd, high_odd = bf16_vectors(e, odd)
     return [low_even, low_odd, high_even, high_odd]

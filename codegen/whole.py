@@ -128,7 +128,7 @@ class WholeDot(Dot):
         """
         return masked_vec(e, row, e.b.lshr(k, const(2)), I16, self.width, -(-valid // NIBBLES))
 
-    def decode(self, e: Emitter, codes: Value) -> list[Value]:
+    def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
         """Vectors `<width x i16>`: nibble 0 of every word, nibble 1, 2, 3."""
         b, mask = e.b, splat_int(I16, self.width, 15)
         shifted = [b.lshr(codes, splat_int(I16, self.width, 4 * at)) for at in range(1, NIBBLES)]
