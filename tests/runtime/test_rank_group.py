@@ -68,7 +68,7 @@ def test_bytes_are_exact_and_a_lost_rank_can_be_started_again(
     checkpoint: Callable[..., Path],
 ) -> None:
     """What is counted; then a rank that is killed between calls, and one that is stopped."""
-    with bench(wide(checkpoint), 2, seconds=3) as found:
+    with bench(wide(checkpoint), 2, seconds=10) as found:  # more than a busy machine takes
         first = found.by_processes(found.kv.open(), IDS)
         rows = found.group.traffic()
         assert [(row.rank, row.layer) for row in rows] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -90,12 +90,12 @@ def test_bytes_are_exact_and_a_lost_rank_can_be_started_again(
         os.kill(found.group.pids[1], signal.SIGKILL)
         with suppress(ChildProcessError):  # who watches it has taken note already
             os.waitid(os.P_PID, found.group.pids[1], os.WEXITED | os.WNOWAIT)
-        assert "was killed by signal 9" in str(fails(found, 10))
+        assert "was killed by signal 9" in str(fails(found, 20))
         found.group.restart()
         np.testing.assert_array_equal(found.by_processes(found.kv.open(), IDS), first)
 
         os.kill(found.group.pids[1], signal.SIGSTOP)
-        error = fails(found, 12)
+        error = fails(found, 40)
         assert "rank 1 (process" in str(error)
         assert "does not answer" in str(error)
 
