@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hmc.codegen.dot import Dot
+from hmc.codegen.isa import in_whole_numbers
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.whole import WholeDot
 
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
-    whole = spec.weight == "int4" and spec.isa != "avx512_bf16"
-    return (WholeDot if whole else Dot)(spec, k)
+    return (WholeDot if in_whole_numbers(spec.isa, spec.weight) else Dot)(spec, k)

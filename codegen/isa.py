@@ -103,3 +103,10 @@ def require(name: str, flags: frozenset[str] | None = None) -> Isa:
     if missing := sorted(tier.flags - have):
         raise MachineError(f"kernel tier {name} needs {' '.join(missing)}, which this CPU lacks")
     return tier
+
+
+def in_whole_numbers(isa: str, weight: str) -> bool:
+    """Whether tier `isa` multiplies weights of that format by activations rounded to 16-bit whole
+    numbers, chunk by chunk (whole.py); all others are multiplied by activations as they are.
+    """
+    return weight == "int4" and isa != "avx512_bf16"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmc.codegen.isa import TIERS
+from hmc.codegen.isa import TIERS, in_whole_numbers
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 
 VECTORS = 2
@@ -37,13 +37,12 @@ class Form:
     def of(spec: KernelSpec) -> Form:
         """The form of `spec` (params: k; int4 also group, scale_bits)."""
         lanes = TIERS[spec.isa].lanes
-        best = spec.isa == "avx512_bf16"
         return Form(
             spec=spec,
             k=spec["k"],
             lanes=lanes,
-            dot=best and spec.weight in ("fp8", "bf16", "int4"),
-            whole=not best and spec.weight == "int4",
+            dot=spec.isa == "avx512_bf16" and spec.weight in ("fp8", "bf16", "int4"),
+            whole=in_whole_numbers(spec.isa, spec.weight),
             tile=spec.tiled("tokens", 12 if lanes == 16 else 6),
             group={"fp8": FP8_BLOCK, "int4": spec.get("group", 128)}.get(spec.weight, 0),
         )

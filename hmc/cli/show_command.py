@@ -8,6 +8,7 @@ import click
 
 from hmc.cli.output import JSON, console, count, print_json, size, table
 from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier_of
+from hmc.codegen.isa import in_whole_numbers
 from hmc.errors import UsageError
 from hmc.plan import Kernel, Operand, Phase, Plan
 
@@ -83,7 +84,7 @@ def _show_plan(plan: Plan) -> None:
         ),
         (
             "numerics",
-            ", ".join(plan.lossy) if plan.lossy else "exact: stored weights, bf16 x f32 sums",
+            ", ".join(plan.lossy) or _numerics(plan),
         ),
     ]
     out.print(table("Plan", ("", ""), facts))
@@ -126,6 +127,13 @@ def _show_plan(plan: Plan) -> None:
     out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
     decisions = [(d.by, f"{d.subject}: {d.choice}", d.reason) for d in plan.decisions]
     out.print(table("Decisions", ("pass", "decision", "reason"), decisions))
+
+
+def _numerics(plan: Plan) -> str:
+    """How a plan without lossy steps multiplies."""
+    if any(in_whole_numbers(kernel.isa, kernel.weight) for kernel in plan.kernels.values()):
+        return "exact: stored weights; int4 x 16-bit activations in whole numbers, bf16 x f32 sums"
+    return "exact: stored weights, bf16 x f32 sums"
 
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:
