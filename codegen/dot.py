@@ -103,12 +103,7 @@ class Dot:
         of 64.
         """
         padded = -(-self.k // self.chunk) * self.chunk
-        return -(-padded * self.activation_bytes // 64) * 64
-
-    @property
-    def activation_bytes(self) -> int:
-        """Bytes of a prepared activation."""
-        return 2 if self.paired else 4
+        return -(-padded * (2 if self.paired else 4) // 64) * 64
 
     # -- activations -------------------------------------------------------------------------------
 

@@ -1,4 +1,5 @@
-"""Decoding weight rows into vectors that hold one K position of many rows: f32, or bf16 pairs.
+"""Decoding weight rows into vectors that hold one K position of many rows: f32, or pairs of bf16
+or (int4) of i16.
 
 Hides the transposes. For pairs (`vdpbf16ps`), 16 rows x 64 bytes in four shuffles a vector: two
 stages move 128-bit lanes so that a vector holds the same 16 bytes of rows i, 4 + i, 8 + i, 12 + i;
@@ -79,14 +80,13 @@ def decode_columns(
     panel: Value,
     stride: int,
     rows: list[Value],
-    begin: int,
-    end: int,
-    factor: Value | None,
+    length: int,
 ) -> None:
-    """Store weights [begin, end) of `rows` (i8*) as f32 vectors, one lane a row, times `factor`.
+    """Store the first `length` weights of `rows` (i8*), of a format without scales, as f32 vectors,
+    one lane a row.
 
-    Weight s goes to `panel` (i8*) + s * `stride` words. `begin` is a multiple of the lanes; up to a
-    whole vector of weights past `end` zeros are stored, and nothing past `end` is read.
+    Weight s goes to `panel` (i8*) + s * `stride` words; up to a whole vector of weights past
+    `length` zeros are stored, and nothing past it is read.
     """
     b, lanes = e.b, len(rows)
 
@@ -95,16 +95,14 @@ def decode_columns(
         for k, column in enumerate(transpose(e, vectors)):
             if k >= count:
                 column = e.zeros(F32, lanes)
-            elif factor is not None:
-                column = b.fmul(column, factor)
             e.store(column, panel, b.mul(b.add(start, const(k)), const(stride)), align=4)
 
-    whole = begin + (end - begin) // lanes * lanes
-    if begin < whole:
-        with e.for_range(begin, whole, lanes) as start:
+    whole = length // lanes * lanes
+    if whole:
+        with e.for_range(0, whole, lanes) as start:
             block(start, lanes)
-    if whole < end:
-        block(const(whole), end - whole)
+    if whole < length:
+        block(const(whole), length - whole)
 
 
 def decode_codes(

@@ -11,8 +11,8 @@ to [chunk][token][K of the chunk], and tiles of up to `tile` of them are multipl
     whole form int4 on the other tiers: panel of i16 pairs [K/2][2][lanes], `vpmaddwd`; tokens are
                rounded to whole numbers chunk by chunk (whole.py), sums are exact, and go times the
                token's factor and the scales into f32 totals
-    fma form   panel of f32 [K][2][lanes], multiply-add; scales go in while decoding. All others;
-               fp8 by shifts and masks in place (unpack.py), after the rows have been interleaved
+    fma form   panel of f32 [K][2][lanes], multiply-add. All others; fp8 by shifts and masks in
+               place (unpack.py) after the rows are interleaved, and its scales go in with that
 
 Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
 
@@ -322,25 +322,18 @@ class Panels:
             order = [e.minimum(const(r), last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))
             rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
-            groups = range(0, length, form.group or length)
-            if form.step == 2:
-                if form.whole:
-                    decode_words(e, panel, form.rows, rows, length)
-                else:
-                    decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
-                if form.group:
-                    for index in range(len(groups)):
-                        factor = self._factor(stored, order, index)
-                        e.store(factor, scales, const(index * form.rows), align=4)
-                return
             if form.in_place:
                 factor = e.b.fmul(self._factor(stored, order, 0), fsplat(FP8_RESULT, form.lanes))
                 decode_codes(e, panel, form.rows, rows, length, factor)
-                return
-            for index, begin in enumerate(groups):
-                factor = self._factor(stored, order, index) if form.group else None
-                end = min(length, begin + groups.step)
-                decode_columns(e, form.spec.weight, panel, form.rows, rows, begin, end, factor)
+            elif form.whole:
+                decode_words(e, panel, form.rows, rows, length)
+            elif form.dot:
+                decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
+            else:
+                decode_columns(e, form.spec.weight, panel, form.rows, rows, length)
+            for index in range(-(-length // form.group) if form.scaled else 0):
+                factor = self._factor(stored, order, index)
+                e.store(factor, scales, const(index * form.rows), align=4)
 
     def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
         """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: one for all)."""

@@ -5,10 +5,7 @@ blocking and prefetch.
 count with them. Whatever the blocking, a token's sum over k is always made in the same order, so
 its result depends neither on the other tokens nor on who computes the row.
 
-Rows are read as memory likes it: a block of rows is cut into `streams` runs, each read front to
-back; one row of each run is in flight, and they share the loads of the activations. (Neighbouring
-rows side by side were tried first and reached half of that: their streams end every few KiB.) Every
-`rows` rows of a run are summed up together.
+Rows are read as memory likes it (streams.py); every `rows` rows of a run are summed up together.
 
 Tile choices: `streams`, `rows`, and `prefetch`, bytes ahead over all runs together (0: none), into
 the second-level cache, since the first holds the activations. Past the end of the runs the prefetch

@@ -61,11 +61,6 @@ class WholeDot(Dot):
         return max(self.unit, self.group)
 
     @property
-    def activation_bytes(self) -> int:
-        """Bytes of a prepared activation."""
-        return 2
-
-    @property
     def _chunks(self) -> int:
         return -(-self.k // self.chunk)
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from hmc.cli import main
+from hmc.codegen.isa import TIERS
 from hmc.detect import load_machine
 
 Run = Callable[..., tuple[int, str, str]]
@@ -252,6 +253,19 @@ def test_run_refuses_a_machine_without_the_isa(
     monkeypatch.setattr("hmc.codegen.isa.cpu_flags", lambda: frozenset({"avx2"}))
     code, _, err = run("run", plan, "-p", "x")
     assert_one_line(code, err, 5, "lacks")
+
+
+@pytest.mark.parametrize(("isa", "whole"), [("avx512_bf16", False), ("avx2", True)])
+def test_show_says_how_int4_is_multiplied(
+    checkpoint: Callable[..., Path], run: Run, tmp_path: Path, isa: str, whole: bool
+) -> None:
+    path, machine = tmp_path / "plan.hmp", tmp_path / "machine.json"
+    found = load_machine("auto").model_copy(update={"flags": tuple(TIERS[isa].flags)})
+    machine.write_text(found.model_dump_json())
+    assert run("compile", checkpoint("qwen3_moe", "int4"), "-o", path, "--machine", machine)[0] == 0
+    code, out, _ = run("show", path)
+    assert code == 0 and "exact: stored weights" in out
+    assert ("whole" in out) == whole
 
 
 def test_run_refuses_a_plan_for_a_gpu(model: Path, run: Run, tmp_path: Path) -> None:
