@@ -34,8 +34,6 @@ from hmc.codegen.unpack import (
     FP8_ACTIVATIONS,
     FP8_RESULT,
     bf16_vectors,
-    fp8_largest,
-    fp8_poison,
     fp8_vectors,
     order,
     unit_of,
@@ -197,27 +195,6 @@ class Dot:
     def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
         """`decode` of `load`."""
         return self.decode(e, self.load(e, row, k, valid))
-
-    @property
-    def checked(self) -> bool:
-        """Whether `decode` does not see NaN codes, so that a row's codes must be `watched`."""
-        return not self.paired and self.spec.weight == "fp8"
-
-    def unseen(self, e: Emitter) -> Value:
-        """What `watched` starts from."""
-        return e.zeros(I8, self.unit)
-
-    def watched(self, e: Emitter, seen: Value, codes: Value) -> Value:
-        """`seen`, and what `load` loaded."""
-        return fp8_largest(e, seen, codes)
-
-    def poisoned(self, e: Emitter, totals: list[Value], seen: Value) -> list[Value]:
-        """A row's totals: NaN where a code that was `watched` is."""
-        poison = fp8_poison(e, seen)
-        return [
-            e.b.bitcast(e.b.or_(e.b.bitcast(total, poison.type), poison), total.type)
-            for total in totals
-        ]
 
     def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
         """What the sum of the chunk at element `k` starts from, where chunks are `scaled`."""

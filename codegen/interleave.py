@@ -18,7 +18,7 @@ from llvmlite import ir
 from hmc.codegen.dot import e4m3_as_bf16
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.spec import WeightFormat
-from hmc.codegen.unpack import fp8_largest, fp8_poison, fp8_vectors
+from hmc.codegen.unpack import fp8_vectors
 from hmc.codegen.weights import masked_vec, weights_f32
 
 COLUMN = {"fp8": 16, "bf16": 8, "int4": 32}
@@ -112,19 +112,16 @@ def decode_codes(
     times `factor` (`unpack.py` says why).
 
     Weight s goes to `panel` (i8*) + s * `stride` words; weights past `length` up to a whole vector
-    of codes are stored as zeros, and nothing past it is read. A row with a NaN code has NaN for its
-    first weight.
+    of codes are stored as zeros, and nothing past it is read.
     """
     b, lanes = e.b, len(rows)
     codes = vec(I8, 4 * lanes)
-    seen = e.local(codes, e.zeros(I8, 4 * lanes))
 
     def block(start: Value, valid: int) -> None:
         loaded = [masked_vec(e, row, start, I8, 4 * lanes, valid) for row in rows]
         words = [b.bitcast(row, vec(I32, lanes)) for row in loaded]
         for number, column in enumerate(transpose(e, words)):
             column = b.bitcast(column, codes)
-            b.store(fp8_largest(e, b.load(seen), column), seen)
             for place, value in enumerate(fp8_vectors(e, column, multiply=True)):
                 k = b.add(start, const(4 * number + place))
                 e.store(b.fmul(value, factor), panel, b.mul(k, const(stride)), align=4)
@@ -135,9 +132,6 @@ def decode_codes(
             block(start, 4 * lanes)
     if whole < length:
         block(const(whole), length - whole)
-    poison = fp8_poison(e, b.load(seen))
-    first = e.load_vec(panel, const(0), I32, lanes, align=4)
-    e.store(b.or_(first, poison), panel, const(0), align=4)
 
 
 def decode_words(e: Emitter, panel: Value, stride: int, rows: list[Value], length: int) -> None:

@@ -110,3 +110,10 @@ def in_whole_numbers(isa: str, weight: str) -> bool:
     numbers, chunk by chunk (whole.py); all others are multiplied by activations as they are.
     """
     return weight == "int4" and isa != "avx512_bf16"
+
+
+def needs_numbers(isa: str) -> bool:
+    """Whether the FP8 kernels of tier `isa` take NaN codes for numbers (unpack.py), so that weights
+    must be checked for them; the others give NaN.
+    """
+    return isa != "avx512_bf16"

@@ -222,6 +222,9 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "stream_fill": _args("base* size value"),
     # Register-only dot products: rounds of the tier's widest multiply-add. sink f32 [workers].
     "dot_peak": _args("rounds sink*"),
+    # found i64 [count]: 1 where one of the E4M3 codes of a span is NaN, else 0; spans: address and
+    # bytes, i64 [count, 2].
+    "nan_codes": _args("spans* count found*"),
     # Waits until the word at `flag` (32 bits) has reached `epoch`, or the one at `abort` is not 0:
     # then `given_up` is set, and the program ends there. Spins for `spin` ticks, then looks now and
     # then. flag_set lets the word be `epoch`. See kernels/flags.py; only in records of

@@ -8,8 +8,9 @@ every 2nd word (bf16): `order` says which, and activations are brought into that
 fp8: a code's sign moved to bit 15 and its magnitude to bit 4 of a word is, as the upper half of an
 f32, the value x 2^-120, subnormal codes included (they are f32 subnormals). `FP8_ACTIVATIONS` is
 what activations are scaled by in advance and `FP8_RESULT` what that leaves for the block scale: the
-products stay far from both ends of f32's range. The two NaN codes come out as 480: `fp8_largest`
-finds them and `fp8_poison` makes the row NaN.
+products stay far from both ends of f32's range. The two NaN codes come out as 480: who opens
+weights for these tiers refuses those that hold one (`isa.needs_numbers`, kernels/nan_codes.py).
+Watching for them here took a fifth of the time of a matmul.
 """
 
 from __future__ import annotations
@@ -55,23 +56,6 @@ def fp8_vectors(e: Emitter, codes: Value, multiply: bool = False) -> list[Value]
     low_even, high_even = bf16_vectors(e, even)
     low_odd, high_odd = bf16_vectors(e, odd)
     return [low_even, low_odd, high_even, high_odd]
-
-
-def fp8_largest(e: Emitter, seen: Value, codes: Value) -> Value:
-    """The larger of the magnitudes of `codes` `<4n x i8>` and of those `seen` before."""
-    b, count = e.b, codes.type.count
-    magnitude = b.and_(codes, splat_int(I8, count, 0x7F))
-    return b.select(b.icmp_unsigned(">", magnitude, seen), magnitude, seen)
-
-
-def fp8_poison(e: Emitter, largest: Value) -> Value:
-    """What `fp8_largest` gave, `<4n x i8>`, to `<n x i32>`: all ones (a NaN) in lanes of which a
-    code is NaN, else zero.
-    """
-    b, count = e.b, largest.type.count
-    nan = b.sext(b.icmp_unsigned("==", largest, splat_int(I8, count, 0x7F)), largest.type)
-    lanes = b.bitcast(nan, vec(I32, count // 4))
-    return b.sext(b.icmp_unsigned("!=", lanes, e.zeros(I32, count // 4)), lanes.type)
 
 
 def bf16_vectors(e: Emitter, words: Value) -> list[Value]:

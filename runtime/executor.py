@@ -37,6 +37,7 @@ from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.kv import KVCache, Sequence
 from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
+from hmc.runtime.numbers import check_numbers
 from hmc.runtime.ops import OPS
 from hmc.runtime.pool import Pool
 from hmc.runtime.prefill_devices import DevicePrefill
@@ -91,8 +92,8 @@ class Executor:
         With `gpus`, which is how many the plan shares prompts between, each has a process for that
         (runtime/ranks.py); without, this one drives all.
 
-        Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open` and
-        `open_ranks` raise.
+        Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`,
+        `check_numbers` and `open_ranks` raise.
         """
         phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan
@@ -116,6 +117,8 @@ class Executor:
             )
             if store is None:
                 stack.callback(self.store.close)
+                if self.store.home != "dummy":
+                    check_numbers(self.store, self.pool, jit, plan.isa, progress)
             self.kv = kv or KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
             if kv is None:
                 stack.callback(self.kv.close)

@@ -18,6 +18,7 @@ are widened to f32 (1/16384 of the weights' size), because kernels read f32 scal
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +70,7 @@ class WeightStore:
     ) -> None:
         self._weights = {weight.name: weight for weight in plan.weights}
         self._experts = {(e.layer, e.role): e for e in plan.experts}
+        self._groups = groups
         self._places = places
         self._owners = owners
         self.home = home
@@ -156,6 +158,12 @@ class WeightStore:
             if scales is not None:
                 table[:, 2 * column + 1] = scales
         return table
+
+    def stored(self, weight_format: str) -> Iterator[tuple[Key, Addresses, int]]:
+        """Tensors of a format (see `TensorGroup`): key, addresses i64 [tensors], bytes of each."""
+        for group in self._groups:
+            if group.format == weight_format:
+                yield group.key, self._places[group.key], group.home_bytes
 
     def tensor(self, name: str) -> torch.Tensor:
         """A weight's data as PyTorch sees it, without a copy, in its stored format; do not write,

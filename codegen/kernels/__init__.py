@@ -17,6 +17,7 @@ from hmc.codegen.kernels import (
     linear,
     mla,
     mla_prefill,
+    nan_codes,
     norm,
     peak,
     prefill_attention,
@@ -33,7 +34,7 @@ EMITTERS: dict[str, Callable[[KernelSpec], str]] = {}
 
 REFERENCES: dict[str, Callable[..., Any]] = {}
 
-# The pool and the yardsticks.
+# The pool, the yardsticks, and what is read once when weights are opened.
 EMITTERS |= {
     "worker_loop": emit_worker_loop,
     "pool_call": emit_pool_call,
@@ -41,11 +42,13 @@ EMITTERS |= {
     "stream_read": stream.emit_stream_read,
     "stream_fill": stream.emit_stream_fill,
     "dot_peak": peak.emit_dot_peak,
+    "nan_codes": nan_codes.emit_nan_codes,
 }
 REFERENCES |= {
     "stream_read": stream.stream_read,
     "stream_fill": stream.stream_fill,
     "dot_peak": peak.dot_peak,
+    "nan_codes": nan_codes.nan_codes,
 }
 
 # Decode matmuls.

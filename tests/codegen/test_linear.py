@@ -10,7 +10,7 @@ from decode_data import address_of_scale, as_multiplied, bound, stored_as, weigh
 from kernel_calls import address, filled, floats, guarded, in_turn
 from prefill_data import Stored, activations, e4m3, from_bf16, need
 
-from hmc.codegen.isa import TIERS
+from hmc.codegen.isa import TIERS, needs_numbers
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import REFERENCES
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
@@ -95,7 +95,9 @@ def test_bf16_result_without_bias(jit: Jit, isa: str) -> None:
 
 @pytest.mark.parametrize("isa", TIERS)
 def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
-    """One-hot activations pick single codes: finite ones must come out as they are, NaN as NaN."""
+    """One-hot activations pick single codes: finite ones must come out as they are, NaN as NaN
+    (where weights are not checked for them).
+    """
     need(isa)
     k = 128
     codes = guarded(np.stack([np.arange(128), np.arange(128, 256)]).astype(np.uint8))
@@ -108,7 +110,8 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
         [run_linear(jit, spec, guarded(one_hot[at : at + 16]), plain) for at in range(0, k, 16)]
     )
     np.testing.assert_array_equal(y.T, e4m3(finite))
-    assert np.isnan(run_linear(jit, spec, guarded(one_hot[:3]), matrix)).all()
+    if not needs_numbers(isa):
+        assert np.isnan(run_linear(jit, spec, guarded(one_hot[:3]), matrix)).all()
 
 
 @pytest.mark.parametrize("isa", TIERS)
