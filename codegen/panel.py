@@ -3,7 +3,9 @@
 A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from
 checkpoint rows into a scratch panel in L1 in which one vector holds the same K position of `lanes`
 rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are copied once
-to [chunk][token][K of the chunk], and tiles of up to `tile` of them are multiplied by broadcasting:
+to [chunk][tile][K of the chunk][token], and tiles of up to `tile` of them are multiplied by
+broadcasting: what a tile reads of them lies in one line, which hardware prefetchers like better
+than one run a token.
 
     dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
                scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
@@ -25,12 +27,19 @@ by loads instead of shuffles (no difference); tiles of 8, 10 or 13 tokens (no di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.interleave import decode_codes, decode_columns, decode_pairs, decode_words
+from hmc.codegen.interleave import (
+    decode_codes,
+    decode_columns,
+    decode_pairs,
+    decode_words,
+    transpose,
+)
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.tiling import CHUNK, VECTORS, Form
 from hmc.codegen.unpack import FP8_ACTIVATIONS, FP8_RESULT
@@ -70,6 +79,7 @@ class Panels:
             self._emit_decode(length)
         self._emit_multiply()
         self._emit_pack()
+        self._sources = e.local(I64, count=form.block)
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
 
     def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
@@ -86,8 +96,10 @@ class Panels:
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
         """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
-        with self.e.for_range(0, tokens) as token:
-            self._call("pack", self.scratch, source(token), token, tokens)
+        e = self.e
+        with e.for_range(0, tokens) as token:
+            e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
+        self._call("pack", self.scratch, self._sources, tokens)
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
@@ -107,25 +119,67 @@ class Panels:
         self.e.b.call(self.e.module.globals[name], values)
 
     def _emit_pack(self) -> None:
-        """pack(scratch, row, token, tokens): one row to x[chunk][token][:], zero past K."""
+        """pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][K][token of the tile],
+        zero past K.
+        """
         e, form = self.e, self.form
-        with e.subroutine("pack", _PTR, _PTR, I64, I64) as (scratch, row, token, tokens):
+        with e.subroutine("pack", _PTR, I64.as_pointer(), I64) as (scratch, sources, tokens):
             b = e.b
             x = e.offset(scratch, const(form.x_offset))
-            x = e.offset(x, b.mul(token, const(form.token_bytes)))
             stride = b.mul(tokens, const(form.token_bytes))
+            lines = -(-form.tile // form.lanes) * form.lanes
+            rows = e.local(vec(I64, 8), count=lines * form.token_bytes // 64)
+            rows.align = 64
+            rows = b.bitcast(rows, _PTR)
             chunk = const(0)
             for length, chunks in self._lengths:
                 with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
-                    target = e.offset(x, b.mul(chunk_index, stride))
-                    first = b.mul(chunk_index, const(CHUNK))
-                    if form.whole:
-                        at = b.add(b.mul(chunk_index, tokens), token)
-                        factor = self._factors(scratch, at)
-                        self._pack_whole(row, first, length, target, factor)
-                    else:
-                        self._pack_plain(row, first, length, target)
+                    place = e.offset(x, b.mul(chunk_index, stride))
+                    with self._tiles(tokens) as (_, first, end):
+                        with e.for_range(first, end) as token:
+                            row = b.inttoptr(b.load(b.gep(sources, [token])), _PTR)
+                            at = b.mul(b.sub(token, first), const(form.token_bytes))
+                            from_k = b.mul(chunk_index, const(CHUNK))
+                            target = e.offset(rows, at)
+                            if form.whole:
+                                index = b.add(b.mul(chunk_index, tokens), token)
+                                factor = self._factors(scratch, index)
+                                self._pack_whole(row, from_k, length, target, factor)
+                            else:
+                                self._pack_plain(row, from_k, length, target)
+                        target = e.offset(place, b.mul(first, const(form.token_bytes)))
+                        self._interleave(rows, lines, target, b.sub(end, first))
                 chunk = const(chunks)
+
+    @contextmanager
+    def _tiles(self, tokens: Value) -> Iterator[tuple[Value, Value, Value]]:
+        """For every tile that `tokens` are divided into: its number, first token and end."""
+        e, b = self.e, self.e.b
+        tiles = b.udiv(b.add(tokens, const(self.form.tile - 1)), const(self.form.tile))
+        with e.for_range(0, tiles) as tile:
+            first = b.udiv(b.mul(tokens, tile), tiles)
+            yield tile, first, b.udiv(b.mul(tokens, b.add(tile, const(1))), tiles)
+
+    def _interleave(self, rows: Value, lines: int, target: Value, count: Value) -> None:
+        """`count` rows of words to [word][row]. Whole vectors are stored, of which the next word's
+        cover what is too much: up to `lines` words behind the last are garbage in the end.
+        """
+        e, b, lanes = self.e, self.e.b, self.form.lanes
+        with e.for_range(0, self.form.token_bytes // 4, lanes) as word:
+            columns = []
+            for start in range(0, lines, lanes):
+                own = [
+                    e.load_vec(
+                        e.offset(rows, const((start + r) * self.form.token_bytes)),
+                        word, I32, lanes, align=4 * lanes,
+                    )
+                    for r in range(lanes)
+                ]  # fmt: skip
+                columns.append(transpose(e, own))
+            for k in range(lanes):
+                place = b.mul(b.add(word, const(k)), count)
+                for part, column in enumerate(columns):
+                    e.store(column[k], target, b.add(place, const(part * lanes)), align=4)
 
     def _pack_plain(self, row: Value, first: Value, length: int, target: Value) -> None:
         e, lanes = self.e, self.form.lanes
@@ -198,10 +252,7 @@ class Panels:
         x = e.offset(scratch, const(form.x_offset))
         x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
         totals = e.offset(scratch, const(form.totals_offset))
-        tiles = b.udiv(b.add(tokens, const(form.tile - 1)), const(form.tile))
-        with e.for_range(0, tiles) as tile:
-            first = b.udiv(b.mul(tokens, tile), tiles)
-            end = b.udiv(b.mul(tokens, b.add(tile, const(1))), tiles)
+        with self._tiles(tokens) as (tile, first, end):
             # Only the first tile fetches ahead; the others touch the panel, which is in L1.
             is_first = b.icmp_signed("==", tile, const(0))
             values = [
@@ -262,7 +313,7 @@ class Panels:
                     for pointer in ahead:
                         self._prefetch(pointer, step)
                     panel_step = e.offset(panel, b.mul(step, const(form.rows * 4)))
-                    x_step = e.offset(x, b.mul(step, const(4)))
+                    x_step = e.offset(x, b.mul(step, const(4 * count)))
                     for u in range(_UNROLL):
                         weights = [
                             e.load_vec(
@@ -271,7 +322,7 @@ class Panels:
                             for v in range(VECTORS)
                         ]
                         for t in range(count):
-                            index = const(t * form.token_bytes // 4 + u)
+                            index = const(u * count + t)
                             one = e.splat(e.load(x_step, index, F32, align=4), lanes)
                             for v in range(VECTORS):
                                 slot = sums[t, v]
