@@ -33,7 +33,7 @@ from hmc.tune.settings import (
 WORTHWHILE = 1.03
 WINS = 0.8
 """Turns of the second comparison that a change must win: noise wins half of them."""
-_PREFETCH = (0, 2048, 4096, 16384, 32768)
+_PREFETCH = (0, 2048, 4096, 8192, 16384, 32768)
 _ROWS_STREAMS = ((2, 4), (4, 2), (2, 8), (8, 2))
 _CHUNKS = (256, 1024, 2048)
 _TILE_TOKENS = (6, 8, 10)
