@@ -17,10 +17,6 @@ CHUNK = 128
 """Weights of a row that are decoded at once: one block of FP8 scales; the panel fits L1."""
 
 
-_BEHIND = 128
-"""Bytes behind the packed tokens that packing may overwrite (Panels._interleave)."""
-
-
 @dataclass(frozen=True)
 class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
@@ -118,7 +114,7 @@ class Form:
     @property
     def factors_offset(self) -> int:
         """Where the factors of the tokens' chunks start."""
-        return self.x_offset + self.chunks * self.block * self.token_bytes + _BEHIND
+        return self.x_offset + self.chunks * self.block * self.token_bytes
 
     @property
     def scratch_bytes(self) -> int:
