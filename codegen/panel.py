@@ -2,10 +2,8 @@
 
 A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from
 checkpoint rows into a scratch panel in L1 in which one vector holds the same K position of `lanes`
-rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are copied once
-to [chunk][tile][block of 4 words][token], and tiles of up to `tile` of them are multiplied by
-broadcasting: what a tile reads of them lies in one line, which hardware prefetchers like better
-than one run a token (Zen 3: 6 % faster).
+rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are packed once
+(packing.py), and tiles of up to `tile` of them are multiplied by broadcasting:
 
     dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
                scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
@@ -27,23 +25,21 @@ by loads instead of shuffles (no difference); tiles of 8, 10 or 13 tokens (no di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llvmlite import ir
 
 from hmc.codegen.interleave import decode_codes, decode_columns, decode_pairs, decode_words
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.packing import BLOCK, Packing, each_tile, factors_at
 from hmc.codegen.tiling import CHUNK, VECTORS, Form
-from hmc.codegen.unpack import FP8_ACTIVATIONS, FP8_RESULT
-from hmc.codegen.vector import bf16_pairs, fsplat, lanes_mask
-from hmc.codegen.weights import masked_vec, row_bytes
-from hmc.codegen.whole import bf16_values, multiply_words, whole_numbers
+from hmc.codegen.unpack import FP8_RESULT
+from hmc.codegen.vector import bf16_pairs, fsplat
+from hmc.codegen.weights import row_bytes
+from hmc.codegen.whole import multiply_words
 
-_UNROLL = 4
-_BLOCK = 4 * _UNROLL
-"""Bytes of a token that lie together: what one round of a tile's loop reads of it."""
+_UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
@@ -60,28 +56,6 @@ class Rows:
     last: Value
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Where one token's share of a chunk goes: blocks of `_BLOCK` bytes, `tokens` blocks apart,
-    from `start` (i8*) on.
-    """
-
-    e: Emitter
-    start: Value
-    tokens: Value
-
-    def store(self, value: Value, at: int) -> None:
-        """A vector of whole blocks, the bytes from `at` on of the share."""
-        e, b = self.e, self.e.b
-        bits = value.type.count * (16 if value.type.element == I16 else 32)
-        words = b.bitcast(value, vec(I32, bits // 32))
-        for block in range(bits // 8 // _BLOCK):
-            lanes = lanes_mask(list(range(4 * block, 4 * block + 4)))
-            part = b.shuffle_vector(words, words, lanes)
-            moved = b.mul(self.tokens, const(at + block * _BLOCK))
-            e.store(part, e.offset(self.start, moved), const(0), align=4)
-
-
 class Panels:
     """The routines of one kernel: `pack` tokens, then `multiply` panel by panel, in scratch."""
 
@@ -89,15 +63,10 @@ class Panels:
         self.e, self.form = e, form
         for count in range(1, form.tile + 1):
             self._emit_tile(count)
-        full, tail = divmod(form.k, CHUNK)
-        self._lengths = [
-            (length, chunks) for length, chunks in ((CHUNK, full), (tail, 1)) if length and chunks
-        ]
-        for length, _ in self._lengths:
+        for length, _ in form.lengths:
             self._emit_decode(length)
         self._emit_multiply()
-        self._emit_pack()
-        self._sources = e.local(I64, count=form.block)
+        self._packing = Packing(e, form)
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
 
     def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
@@ -114,10 +83,7 @@ class Panels:
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
         """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
-        e = self.e
-        with e.for_range(0, tokens) as token:
-            e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
-        self._call("pack", self.scratch, self._sources, tokens)
+        self._packing.pack(self.scratch, source, tokens)
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
@@ -136,68 +102,6 @@ class Panels:
     def _call(self, name: str, *values: Value) -> None:
         self.e.b.call(self.e.module.globals[name], values)
 
-    def _emit_pack(self) -> None:
-        """pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][block][token of the
-        tile], zero past K.
-        """
-        e, form = self.e, self.form
-        with e.subroutine("pack", _PTR, I64.as_pointer(), I64) as (scratch, sources, tokens):
-            b = e.b
-            x = e.offset(scratch, const(form.x_offset))
-            stride = b.mul(tokens, const(form.token_bytes))
-            chunk = const(0)
-            for length, chunks in self._lengths:
-                with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
-                    place = e.offset(x, b.mul(chunk_index, stride))
-                    with self._tiles(tokens) as (_, first, end), e.for_range(first, end) as token:
-                        row = b.inttoptr(b.load(b.gep(sources, [token])), _PTR)
-                        from_k = b.mul(chunk_index, const(CHUNK))
-                        moved = b.mul(first, const(form.token_bytes))
-                        moved = b.add(moved, b.mul(b.sub(token, first), const(_BLOCK)))
-                        packed = _Packed(e, e.offset(place, moved), b.sub(end, first))
-                        if form.whole:
-                            index = b.add(b.mul(chunk_index, tokens), token)
-                            factor = self._factors(scratch, index)
-                            self._pack_whole(row, from_k, length, packed, factor)
-                        else:
-                            self._pack_plain(row, from_k, length, packed)
-                chunk = const(chunks)
-
-    @contextmanager
-    def _tiles(self, tokens: Value) -> Iterator[tuple[Value, Value, Value]]:
-        """For every tile that `tokens` are divided into: its number, first token and end."""
-        e, b = self.e, self.e.b
-        tiles = b.udiv(b.add(tokens, const(self.form.tile - 1)), const(self.form.tile))
-        with e.for_range(0, tiles) as tile:
-            first = b.udiv(b.mul(tokens, tile), tiles)
-            yield tile, first, b.udiv(b.mul(tokens, b.add(tile, const(1))), tiles)
-
-    def _pack_plain(self, row: Value, first: Value, length: int, packed: _Packed) -> None:
-        e, lanes = self.e, self.form.lanes
-        for start in range(0, CHUNK, lanes):
-            bits: Value = e.zeros(I16, lanes)
-            if start < length:
-                index = e.b.add(first, const(start))
-                bits = masked_vec(e, row, index, I16, lanes, length - start)
-            value = bits if self.form.dot else e.bf16_to_f32(bits)
-            if self.form.in_place:
-                value = e.b.fmul(value, fsplat(FP8_ACTIVATIONS, lanes))
-            packed.store(value, start * (2 if self.form.dot else 4))
-
-    def _factors(self, scratch: Value, index: Value) -> Value:
-        """Address of what chunk and token `index` = chunk * tokens + token are multiplied by."""
-        return self.e.at(self.e.offset(scratch, const(self.form.factors_offset)), index, F32)
-
-    def _pack_whole(
-        self, row: Value, first: Value, length: int, packed: _Packed, factor: Value
-    ) -> None:
-        e, lanes = self.e, self.form.lanes
-        values = bf16_values(e, row, first, CHUNK, length, lanes)
-        whole, scale = whole_numbers(e, values)
-        e.b.store(scale, factor)
-        for number, value in enumerate(whole):
-            packed.store(e.b.trunc(value, vec(I16, lanes)), 2 * number * lanes)
-
     def _emit_multiply(self) -> None:
         """multiply(scratch, tokens, 2 x (weights, scales, last), 2 x ahead)."""
         e, form = self.e, self.form
@@ -208,7 +112,7 @@ class Panels:
             with e.for_range(0, b.mul(tokens, const(VECTORS))) as index:
                 e.store(e.zeros(F32, form.lanes), totals, b.mul(index, const(form.lanes)), align=4)
             chunk = const(0)
-            for length, chunks in self._lengths:
+            for length, chunks in form.lengths:
                 with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
                     self._chunk(length, chunk_index, scratch, tokens, words)
                 chunk = const(chunks)
@@ -243,7 +147,7 @@ class Panels:
         x = e.offset(scratch, const(form.x_offset))
         x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
         totals = e.offset(scratch, const(form.totals_offset))
-        with self._tiles(tokens) as (tile, first, end):
+        with each_tile(e, form, tokens) as (tile, first, end):
             # Only the first tile fetches ahead; the others touch the panel, which is in L1.
             is_first = b.icmp_signed("==", tile, const(0))
             values = [
@@ -254,7 +158,7 @@ class Panels:
                 const(groups),
                 const(steps),
                 *(b.select(is_first, pointer, scratch) for pointer in fetch),
-                b.bitcast(self._factors(scratch, b.add(b.mul(chunk, tokens), first)), _PTR),
+                b.bitcast(factors_at(e, form, scratch, b.add(b.mul(chunk, tokens), first)), _PTR),
             ]
             self._switch_tile(b.sub(end, first), values)
 

@@ -73,6 +73,12 @@ class Form:
         return -(-self.k // CHUNK)
 
     @property
+    def lengths(self) -> list[tuple[int, int]]:
+        """Weights of a chunk and how many chunks have so many: whole ones first."""
+        full, tail = divmod(self.k, CHUNK)
+        return [(length, n) for length, n in ((CHUNK, full), (tail, 1)) if length and n]
+
+    @property
     def scale_bytes(self) -> int:
         """Bytes of one stored scale: f32, or bf16 where int4 says scale_bits = 16."""
         return self.spec.get("scale_bits", 32) // 8 if self.spec.weight == "int4" else 4
