@@ -84,7 +84,9 @@ def test_workspaces_are_shared_by_name_and_size(arena):
     assert arena.inputs("ids").tolist() == [4] * 7
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)]
+)
 def test_a_phase_is_one_native_program(checkpoint, family):
     """One call for the layers and the wanted rows; a barrier between a write and its reader."""
     plan = hmc.compile(checkpoint(family, "fp8"), max_context=64)

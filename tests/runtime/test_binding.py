@@ -212,7 +212,7 @@ CASES = [
     ("qwen3_moe", "fp8"),
     ("mixtral", "bf16"),
     ("deepseek_v3", "fp8"),
-    ("qwen3_moe", "int4"),
+    pytest.param("qwen3_moe", "int4", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "bf16", marks=pytest.mark.slow),
     pytest.param("mixtral", "fp8", marks=pytest.mark.slow),
     pytest.param("deepseek_v3", "bf16", marks=pytest.mark.slow),
