@@ -14,8 +14,8 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.weights import splat_int
 
-_VECTORS = 4
-"""Vectors a round, so that the loads of a round do not wait for each other."""
+_RUNS = 4
+"""Parts of a span read side by side, each front to back, as memory likes it."""
 
 
 def emit_nan_codes(spec: KernelSpec) -> str:
@@ -38,12 +38,12 @@ def emit_nan_codes(spec: KernelSpec) -> str:
         pair = b.mul(index, const(2))
         base = b.inttoptr(e.load(e.arg["spans"], pair, I64, align=8), I8.as_pointer())
         size = e.load(e.arg["spans"], b.add(pair, const(1)), I64, align=8)
-        most = [e.local(kind, e.zeros(I8, width)) for _ in range(_VECTORS)]
-        step = _VECTORS * width
-        whole = b.and_(size, const(-step))
-        with e.for_range(0, whole, step) as at:
-            for part, slot in enumerate(most):
-                codes = e.load_vec(base, b.add(at, const(part * width)), I8, width)
+        most = [e.local(kind, e.zeros(I8, width)) for _ in range(_RUNS)]
+        run = b.and_(b.udiv(size, const(_RUNS)), const(-width))
+        whole = b.mul(run, const(_RUNS))
+        with e.for_range(0, run, width) as at:
+            for number, slot in enumerate(most):
+                codes = e.load_vec(base, b.add(at, b.mul(run, const(number))), I8, width)
                 b.store(larger(codes, b.load(slot), magnitude), slot)
         rest = e.local(I8, I8(0))
         with e.for_range(whole, size) as at:
