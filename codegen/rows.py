@@ -2,7 +2,7 @@
 matmuls.
 
 Chunks come in order and every chunk of a format with scales has a sum of its own, so a row's result
-for a token is the same however many rows, tokens or chunks are under way at once.
+for a token is the same however many rows or tokens are under way at once.
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ def test_segments_do_nothing_that_a_capture_refuses(
                         continue
                     try:
                         work(call)
-                    except (NotImplementedError, RuntimeError):
+                    except (NotImplementedError, RuntimeError):  # asked for values: asserted below
                         refused.add(step.op)
             for sequence in sequences:
                 found.release(sequence)
