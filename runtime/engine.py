@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import numpy.typing as npt
 
 from hmc.errors import UsageError
 from hmc.plan import Plan
@@ -21,9 +20,9 @@ from hmc.runtime.devices.base import Backend
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.generation import Ends, Generation, Stream, opened
 from hmc.runtime.kv import KVCache
-from hmc.runtime.requests import token_ids
+from hmc.runtime.prompts import Prompt, prompt_ids, sampling_params
 from hmc.runtime.routing import RoutingRecorder
-from hmc.runtime.sampler import Sampler, SamplingParams
+from hmc.runtime.sampler import Sampler
 from hmc.runtime.text import StopStrings, Text
 from hmc.runtime.weights import Home, Progress
 
@@ -41,7 +40,8 @@ class Engine:
     "host" plays them on the CPU (`delays`, a seed, shakes the order of what is not ordered). A `kv`
     given from outside stays the caller's; `cpus` are the workers' places, instead of `threads`.
     `gpus` gives each of the plan's GPUs a process for the prompts they share; without, one process
-    drives all. A rank process that dies ends such prompts with a `WorkerError`.
+    drives all. A rank process that dies ends such prompts with a `WorkerError`. `text` is the
+    checkpoint's tokenizer, where it is open already.
     """
 
     def __init__(
@@ -59,13 +59,14 @@ class Engine:
         kv: KVCache | None = None,
         cpus: Items[int] | None = None,
         gpus: int | None = None,
+        text: Text | None = None,
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
         """
         directory = Path(checkpoint or plan.checkpoint.path)
         self.plan = plan
-        self.text = Text.open(directory)
+        self.text = text or Text.open(directory)
         self.executor = Executor(
             plan,
             directory,
@@ -83,14 +84,14 @@ class Engine:
 
     def logits(self, token_ids: Items[int]) -> Logits:
         """Logits f32 [tokens, vocab] of every token of a prompt, by the prefill path."""
-        ids = self._token_ids(token_ids)
+        ids = prompt_ids(token_ids, self.text, self.plan)
         with opened(self.executor) as sequence:
             parts = [part.copy() for part in self.executor.prefill(sequence, ids, every=True)]
         return np.concatenate(parts)
 
     def decode_logits(self, token_ids: Items[int]) -> Logits:
         """The same token by token, by the decode path."""
-        ids = self._token_ids(token_ids)
+        ids = prompt_ids(token_ids, self.text, self.plan)
         with opened(self.executor) as sequence:
             rows = [
                 self.executor.decode([sequence], ids[i : i + 1]).copy() for i in range(len(ids))
@@ -99,7 +100,7 @@ class Engine:
 
     def generate(
         self,
-        prompt: str | Items[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int = _DEFAULT_NEW_TOKENS,
         temperature: float | None = None,
@@ -110,7 +111,7 @@ class Engine:
         seed: int | None = None,
         stop: str | Items[str] | None = None,
     ) -> Generation:
-        """Continue a text or a list of token ids. Arguments left None come from
+        """Continue a text, a list of token ids, or a chat. Arguments left None come from
         generation_config.json, else greedy.
 
         Ctrl-C ends it with what there is, `finish_reason` "cancelled". Raises `UsageError` for an
@@ -134,7 +135,7 @@ class Engine:
 
     def stream(
         self,
-        prompt: str | Items[int],
+        prompt: Prompt,
         *,
         max_new_tokens: int = _DEFAULT_NEW_TOKENS,
         temperature: float | None = None,
@@ -160,12 +161,8 @@ class Engine:
             "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
-        params = SamplingParams.resolve(explicit, self.text.generation_config if self.text else {})
-        if stop and self.text is None:
-            raise UsageError(
-                "stop: this checkpoint has no tokenizer, so there is no text to stop at"
-            )
-        ids = self._token_ids(self._encode(prompt) if isinstance(prompt, str) else prompt)
+        params = sampling_params(explicit, stop, self.text)
+        ids = prompt_ids(prompt, self.text, self.plan)
         ends = Ends(max_new_tokens, self.eos_token_ids, StopStrings(stop))
         return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends)
 
@@ -195,13 +192,3 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _encode(self, prompt: str) -> list[int]:
-        if self.text is None:
-            raise UsageError("this checkpoint has no tokenizer: give token ids instead of text")
-        if not prompt:
-            raise UsageError("the prompt is empty: give at least one character")
-        return self.text.encode(prompt)
-
-    def _token_ids(self, ids: Items[int]) -> npt.NDArray[np.int32]:
-        return token_ids(ids, self.plan.model.vocab, self.plan.limits.max_context)

@@ -19,11 +19,12 @@ from hmc.errors import UsageError
 from hmc.plan import Plan
 
 if TYPE_CHECKING:
-    from hmc.runtime.engine import Engine
-    from hmc.runtime.routing import RoutingRecorder
+    import numpy as np
+    import numpy.typing as npt
 
-Prompt = str | list[int] | list[dict[str, Any]]
-"""Text, token ids, or chat messages."""
+    from hmc.runtime.engine import Engine
+    from hmc.runtime.prompts import Prompt
+    from hmc.runtime.routing import RoutingRecorder
 
 
 @click.command("run")
@@ -110,11 +111,22 @@ def command(
     if record_routing is not None and not plan.experts:
         raise UsageError("--record-routing: this model routes nothing, it has no experts")
     from hmc.runtime.engine import Engine
+    from hmc.runtime.prompts import prompt_ids, sampling_params
     from hmc.runtime.routing import RoutingRecorder
+    from hmc.runtime.tensor_groups import check_checkpoint
+    from hmc.runtime.text import Text
 
+    # whatever is wrong with a question is said before weights are opened, which can take minutes
+    directory = Path(checkpoint or plan.checkpoint.path)
+    if not dummy_weights and not plan.checkpoint.dummy:
+        check_checkpoint(plan, directory)
+    text = Text.open(directory)
+    explicit = {name: value for name, value in sampling.items() if name != "max_new_tokens"}
+    sampling_params(explicit, stop, text)
     arguments = {**sampling, "stop": list(stop) or None}
     talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
-    waiting = [] if talk else list(_prompts(prompt, chat, system, ids, prompts))
+    asked = [] if talk else _prompts(prompt, chat, system, ids, prompts)
+    waiting = [prompt_ids(each, text, plan) for each in asked]
     routing = RoutingRecorder() if record_routing is not None else None
     with progress(not as_json) as report:
         engine = Engine(
@@ -127,6 +139,7 @@ def command(
             devices=devices,  # type: ignore[arg-type]
             gpus=gpus,
             home=home,  # type: ignore[arg-type]
+            text=text,
         )
     with engine, telling(engine.executor):
         # counting takes its share of the time: there is nothing to compare then
@@ -205,9 +218,11 @@ def _prompt_file(path: Path) -> Iterator[Prompt]:
         yield value
 
 
-def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Show) -> None:
+def _answer(
+    engine: Engine, tokens: npt.NDArray[np.int32], arguments: dict[str, Any], show: _Show
+) -> None:
     """Stream one answer (or collect it, for JSON) and print the closing lines."""
-    tokens, compared = _tokens(engine, prompt), show.compared
+    compared = show.compared
     before = engine.executor.calls.copy()
     if show.as_json:
         recorded = compared is not None and not compared.reason and show.steps
@@ -257,15 +272,6 @@ def _answer(engine: Engine, prompt: Prompt, arguments: dict[str, Any], show: _Sh
         click.echo(f"[{compared.line(compared.run(times))}]", err=True)
 
 
-def _tokens(engine: Engine, prompt: Prompt) -> str | list[int]:
-    """Chat messages through the model's template; text and ids as they are."""
-    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], dict):
-        return prompt  # type: ignore[return-value]
-    if engine.text is None:
-        raise UsageError("this checkpoint has no tokenizer: give token ids instead of a chat")
-    return engine.text.encode_chat(prompt)
-
-
 def _kernels(plan: Plan) -> str:
     """What computes the experts (or the linears of a dense model) in decode: `fp8 experts on
     avx512_bf16`.
@@ -301,7 +307,7 @@ def _talk(
         messages.append({"role": "user", "content": line})
         if routing is not None:
             routing.begin()
-        stream = engine.stream(_tokens(engine, messages), **arguments)
+        stream = engine.stream(messages, **arguments)
         for piece in stream:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()

@@ -170,7 +170,9 @@ def test_run_writes_a_chrome_trace(plan: Path, run: Run, tmp_path: Path) -> None
     assert_one_line(code, err, 2, "folder does not exist")
 
 
-def test_a_model_without_tokenizer_runs_by_ids(copy: Path, tmp_path: Path, run: Run) -> None:
+def test_a_model_without_tokenizer_runs_by_ids(
+    copy: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (copy / name).unlink()
     path = tmp_path / "ids.hmp"
@@ -178,8 +180,16 @@ def test_a_model_without_tokenizer_runs_by_ids(copy: Path, tmp_path: Path, run: 
     code, out, _ = run("run", path, "--ids", "1,2,3", "-n", 4, "--temperature", 0)
     assert code == 0
     assert all(word.isdigit() for word in out.split())
+    # what is asked is checked before weights are opened
+    monkeypatch.setattr(
+        "hmc.runtime.weights.WeightStore.open", lambda *_, **__: pytest.fail("opened")
+    )
     code, _, err = run("run", path, "-p", "text")
     assert_one_line(code, err, 2, "tokenizer")
+    code, _, err = run("run", path, "--ids", "1", "--stop", "x")
+    assert_one_line(code, err, 2, "stop")
+    code, _, err = run("run", path, "--ids", "1", "--top-p", "2")
+    assert_one_line(code, err, 2, "top_p")
 
 
 def test_run_refuses_bad_arguments(plan: Path, run: Run, tmp_path: Path) -> None:
