@@ -13,7 +13,6 @@ from types import TracebackType
 
 import numpy as np
 
-from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.runtime.device_phase import Devices
 from hmc.runtime.devices.base import Backend
@@ -147,21 +146,17 @@ class Engine:
         stop: str | Items[str] | None = None,
     ) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`."""
-        if (
-            isinstance(max_new_tokens, bool)
-            or not isinstance(max_new_tokens, int)
-            or max_new_tokens < 1
-        ):
-            raise UsageError(f"max_new_tokens={max_new_tokens}: must be a whole number >= 1")
-        explicit = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        params = sampling_params(explicit, stop, self.text)
+        params = sampling_params(
+            self.text,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
         ids = prompt_ids(prompt, self.text, self.plan)
         ends = Ends(max_new_tokens, self.eos_token_ids, StopStrings(stop))
         return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends)

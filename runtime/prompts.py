@@ -4,7 +4,6 @@ weights, so a wrong question is refused before they are opened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from typing import Any
 
@@ -43,11 +42,19 @@ def prompt_ids(prompt: Prompt, text: Text | None, plan: Plan) -> npt.NDArray[np.
 
 
 def sampling_params(
-    explicit: Mapping[str, Any], stop: str | Items[str] | None, text: Text | None
+    text: Text | None, *, max_new_tokens: int, stop: str | Items[str] | None, **explicit: Any
 ) -> SamplingParams:
-    """`SamplingParams.resolve` over the checkpoint's generation_config.json; `UsageError` for stop
-    strings where there is no text to stop at.
+    """`SamplingParams.resolve` of `explicit` over the checkpoint's generation_config.json.
+
+    Raises `UsageError` for a bad value, for less than one new token, and for stop strings where
+    there is no text to stop at.
     """
+    if (
+        isinstance(max_new_tokens, bool)
+        or not isinstance(max_new_tokens, int)
+        or max_new_tokens < 1
+    ):
+        raise UsageError(f"max_new_tokens={max_new_tokens}: must be a whole number >= 1")
     if stop and text is None:
         raise UsageError("stop: this checkpoint has no tokenizer, so there is no text to stop at")
     return SamplingParams.resolve(explicit, text.generation_config if text else {})

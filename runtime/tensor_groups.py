@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.checkpoint.headers import read_fingerprint
-from hmc.errors import PlanMismatchError
+from hmc.errors import PlanMismatchError, UsageError
 from hmc.plan import ExpertWeights, Plan, Weight
 from hmc.runtime.memory import aligned
 
@@ -112,8 +112,13 @@ def check_checkpoint(plan: Plan, directory: Path) -> None:
     """Raise `PlanMismatchError` naming the first file that is not as it was when the plan was made.
 
     Sizes and header hashes pin every offset; the data itself is not read. Absent shards are a
-    `ShardError`.
+    `ShardError`, and a plan that was made without weights a `UsageError`.
     """
+    if plan.checkpoint.dummy:
+        raise UsageError(
+            "this plan was made from a config.json without weights: run it with dummy weights,"
+            " or compile the checkpoint"
+        )
     config = directory / "config.json"
     try:
         digest = hashlib.sha256(config.read_bytes()).hexdigest()

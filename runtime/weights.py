@@ -96,11 +96,6 @@ class WeightStore:
         groups = tensor_groups(plan)
         if dummy:
             return _open_dummy(plan, groups, home, progress)
-        if plan.checkpoint.dummy:
-            raise UsageError(
-                "this plan was made from a config.json without weights: run it with dummy weights,"
-                " or compile the checkpoint"
-            )
         if directory is None:
             raise UsageError("no checkpoint directory is given")
         check_checkpoint(plan, directory)

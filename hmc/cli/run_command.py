@@ -116,13 +116,13 @@ def command(
     from hmc.runtime.tensor_groups import check_checkpoint
     from hmc.runtime.text import Text
 
-    # whatever is wrong with a question is said before weights are opened, which can take minutes
+    # Whatever is wrong with a question is said before weights are opened, which can take minutes;
+    # a checkpoint that is not the plan's (only headers are read) before that: its tokenizer is not.
     directory = Path(checkpoint or plan.checkpoint.path)
-    if not dummy_weights and not plan.checkpoint.dummy:
+    if not dummy_weights:
         check_checkpoint(plan, directory)
     text = Text.open(directory)
-    explicit = {name: value for name, value in sampling.items() if name != "max_new_tokens"}
-    sampling_params(explicit, stop, text)
+    sampling_params(text, stop=stop, **sampling)
     arguments = {**sampling, "stop": list(stop) or None}
     talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
     asked = [] if talk else _prompts(prompt, chat, system, ids, prompts)

@@ -190,6 +190,10 @@ def test_a_model_without_tokenizer_runs_by_ids(
     assert_one_line(code, err, 2, "stop")
     code, _, err = run("run", path, "--ids", "1", "--top-p", "2")
     assert_one_line(code, err, 2, "top_p")
+    code, _, err = run("run", path, "--ids", "1", "-n", 0)
+    assert_one_line(code, err, 2, "max_new_tokens")
+    with pytest.raises(pytest.fail.Exception, match="opened"):
+        run("run", path, "--ids", "1")
 
 
 def test_run_refuses_bad_arguments(plan: Path, run: Run, tmp_path: Path) -> None:

@@ -198,6 +198,17 @@ def test_checkpoint_without_tokenizer_works_by_ids(checkpoint):
             engine.generate(PROMPT, stop="x")
 
 
+def test_a_chat_is_continued_through_the_template(checkpoint):
+    plan = hmc.compile(checkpoint("qwen3_moe", "fp8", with_tokenizer=True), max_context=64)
+    chat = [{"role": "user", "content": "x"}]
+    with hmc.Engine(plan) as engine:
+        ids = engine.text.encode_chat(chat)
+        result = engine.generate(chat, max_new_tokens=3, temperature=0)
+        assert result.timings.prompt_tokens == len(ids) > len(engine.text.encode("x"))
+        same = engine.generate(ids, max_new_tokens=3, temperature=0)
+        assert result.token_ids == same.token_ids
+
+
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_homes_give_equal_logits_and_chunks_close_ones(checkpoint, family):
     directory = checkpoint(family, "fp8")
