@@ -7,7 +7,7 @@ calls. All workers call the same kernel with the same block and each does its sh
 splits its own work; it never synchronises. Kernels that stream weights (linear, gate_up, experts_*)
 take any pieces of the work instead: shares `worker` to `worker + span - 1` of `workers`; for all
 others `span` is 1. A reader of what a kernel wrote must be ordered after it by a barrier
-(runtime/program.py places them).
+(runtime/host/program.py places them).
 
 Conventions: activations are row-major, one row a token, `*_stride` in elements; f32 between ops,
 bf16 where a matmul reads them; weights are row-major [out, in] exactly as in the checkpoint, any
@@ -231,7 +231,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # `ProgramBuilder.await_flag` and `set_flag`.
     "flag_wait": _args("given_up flag* epoch abort* spin"),
     "flag_set": _args("flag* epoch"),
-    # The native pool itself (codegen/walker.py): the block is the pool's control block, not an
+    # The native pool itself (codegen/pool/walker.py): the block is the pool's control block, not an
     # argument block.
     "worker_loop": (),
     "pool_call": (),

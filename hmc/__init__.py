@@ -2,7 +2,7 @@
 tokens.
 
     plan = hmc.compile("model/")
-    plan.save("plan.hmp")                       # hmc.Plan.load("plan.hmp")
+    save_plan(plan, "plan.hmp")                       # hmc.load_plan("plan.hmp")
     with hmc.Engine(plan) as engine:
         print(engine.generate("In the beginning", max_new_tokens=40).text)
 
@@ -14,16 +14,23 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hmc.plan import load_plan, save_plan
 from hmc.version import VERSION as __version__
 
 if TYPE_CHECKING:
     from hmc.compiler import compile
-    from hmc.plan import Plan
+    from hmc.plan import Plan, load_plan, save_plan
     from hmc.runtime.engine import Engine
 
-__all__ = ["Engine", "Plan", "__version__", "compile"]
+__all__ = ["Engine", "Plan", "__version__", "compile", "load_plan", "save_plan"]
 
-_HOMES = {"compile": "hmc.compiler", "Plan": "hmc.plan", "Engine": "hmc.runtime.engine"}
+_HOMES = {
+    "compile": "hmc.compiler",
+    "Engine": "hmc.runtime.engine",
+    "Plan": "hmc.plan",
+    "load_plan": "hmc.plan",
+    "save_plan": "hmc.plan",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,16 +15,16 @@ import torch.fx
 from hmc import env, models
 from hmc.checkpoint import Checkpoint
 from hmc.codegen.isa import best_isa
-from hmc.detect import load_machine
 from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
 from hmc.machine import Machine
+from hmc.machine.detect import load_machine
 from hmc.passes import PIPELINE, Context, Options, run_pipeline
-from hmc.passes.profile import RoutingProfile, load_profile
+from hmc.passes.graph.trace import trace
+from hmc.passes.routing_profile import RoutingProfile, load_profile
 from hmc.plan import ModelInfo, Plan
-from hmc.simulate.feasible import require_goals
-from hmc.simulate.goals import parse_goals
-from hmc.trace import trace
+from hmc.predict.feasible import require_goals
+from hmc.predict.goals import parse_goals
 
 
 def compile(

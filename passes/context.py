@@ -16,7 +16,7 @@ from hmc.checkpoint import Checkpoint, WeightSource
 from hmc.codegen.spec import KernelSpec
 from hmc.graph import NodeMeta, WeightSpec
 from hmc.machine import Machine
-from hmc.passes.profile import RoutingProfile
+from hmc.passes.routing_profile import RoutingProfile
 from hmc.plan import Decision, KVLayout, LayerPlacement, LedgerItem, Limits, ModelInfo, Phase, Plan
 
 

@@ -16,8 +16,8 @@ import torch.fx
 from hmc import env
 from hmc.errors import CompileError, PassFailedError, VerifyError
 from hmc.graph import KINDS, NodeMeta
+from hmc.graph.printer import graph_text
 from hmc.passes.context import Context, Pass
-from hmc.printer import graph_text
 
 
 def run_pipeline(

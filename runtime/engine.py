@@ -14,16 +14,16 @@ from types import TracebackType
 import numpy as np
 
 from hmc.plan import Plan
-from hmc.runtime.device_phase import Devices
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.executor import Executor, Logits
-from hmc.runtime.generation import Ends, Generation, Stream, opened
-from hmc.runtime.kv import KVCache
-from hmc.runtime.prompts import Prompt, prompt_ids, sampling_params
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.phases.phase import Devices
 from hmc.runtime.routing import RoutingRecorder
-from hmc.runtime.sampler import Sampler
-from hmc.runtime.text import StopStrings, Text
-from hmc.runtime.weights import Home, Progress
+from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
+from hmc.runtime.tokens.prompts import Prompt, prompt_ids, sampling_params
+from hmc.runtime.tokens.sampler import Sampler
+from hmc.runtime.tokens.text import StopStrings, Text
+from hmc.runtime.weights.store import Home, Progress
 
 _DEFAULT_NEW_TOKENS = 256
 

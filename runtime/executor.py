@@ -23,7 +23,6 @@ from hmc.codegen.build import build
 from hmc.codegen.isa import TIERS, require
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.detect import available_bytes, memory_limit
 from hmc.errors import (
     CapacityError,
     ContextLengthError,
@@ -31,19 +30,9 @@ from hmc.errors import (
     MachineError,
     UsageError,
 )
+from hmc.machine.detect import available_bytes, memory_limit
 from hmc.plan import Plan
-from hmc.runtime.device_phase import DevicePhase, DevicePhases, Devices, on_devices
-from hmc.runtime.devices.base import Backend
-from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.kv import KVCache, Sequence
-from hmc.runtime.lowering import LoweredPhase, Lowering, spec_of
-from hmc.runtime.numbers import check_numbers
-from hmc.runtime.ops import OPS
-from hmc.runtime.pool import Pool
-from hmc.runtime.prefill_devices import DevicePrefill
-from hmc.runtime.ranks import check_gpus
-from hmc.runtime.routing import RoutingRecorder
-from hmc.runtime.scheduler_policy import (
+from hmc.plan.phases import (
     BESIDE,
     DECODE,
     PREFILL,
@@ -51,9 +40,20 @@ from hmc.runtime.scheduler_policy import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.tables import Tables
-from hmc.runtime.trace import Recorder
-from hmc.runtime.weights import Home, Progress, WeightStore
+from hmc.runtime.devices.base import Backend
+from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
+from hmc.runtime.host.nan_scan import check_numbers
+from hmc.runtime.host.ops import OPS
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.host.trace import Recorder
+from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.phases.beside import DevicePrefill
+from hmc.runtime.phases.phase import DevicePhase, DevicePhases, Devices, on_devices
+from hmc.runtime.ranks.group import check_gpus
+from hmc.runtime.routing import RoutingRecorder
+from hmc.runtime.weights.store import Home, Progress, WeightStore
 
 __all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
@@ -90,7 +90,7 @@ class Executor:
         `devices` run what a plan has for GPUs (see `device_phase.Devices`; those given from outside
         are closed with the rest); `delays`, a seed, makes played ones run ahead of each other.
         With `gpus`, which is how many the plan shares prompts between, each has a process for that
-        (runtime/ranks.py); without, this one drives all.
+        (runtime/ranks/group.py); without, this one drives all.
 
         Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`,
         `check_numbers` and `open_ranks` raise.

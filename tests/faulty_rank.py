@@ -1,4 +1,4 @@
-"""A rank with a fault, in place of hmc.runtime.ranks_child: `faulty_rank.py FAULT SETUP SOCKET`.
+"""A rank with a fault, in place of hmc.runtime.ranks.child: `faulty_rank.py FAULT SETUP SOCKET`.
 
 `raise`: the sort of layer 1 raises in rank 1; `hang`: it never ends there; `slow`: every sort takes
 a second in every rank.
@@ -10,10 +10,10 @@ import sys
 import time
 
 from hmc.plan import Step
-from hmc.runtime import ranks_child
 from hmc.runtime.device_ops import OPS
 from hmc.runtime.device_ops.base import Bound, Work
-from hmc.runtime.shares import Call
+from hmc.runtime.device_ops.shares import Call
+from hmc.runtime.ranks import child as ranks_child
 
 
 def main(fault: str, arguments: list[str]) -> int:

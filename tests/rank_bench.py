@@ -17,16 +17,16 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.compiler import compile as compile_plan
 from hmc.plan import Plan
-from hmc.runtime.binding import Binding, BoundPhase
-from hmc.runtime.binding_memory import LentMemory
+from hmc.runtime.binding.memory import LentMemory
+from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.executor import Executor
-from hmc.runtime.kv import KVCache, Sequence
-from hmc.runtime.pool import Pool
-from hmc.runtime.ranks import RankGroup, open_ranks
-from hmc.runtime.schedule import ScheduleRunner
-from hmc.runtime.tables import Tables
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.ranks.group import RankGroup, open_ranks
+from hmc.runtime.schedule.runner import ScheduleRunner
+from hmc.runtime.weights.store import WeightStore
 
 Rows = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int32]

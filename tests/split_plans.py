@@ -13,12 +13,12 @@ import pytest
 import torch.fx
 
 from hmc.compiler import compile as compile_plan
-from hmc.detect import load_machine
 from hmc.graph import meta
 from hmc.machine import Machine, Rate
+from hmc.machine.detect import load_machine
 from hmc.passes import Context
-from hmc.passes.budget import divide
 from hmc.passes.context import Budget, stored_bytes
+from hmc.passes.place.budget import divide
 from hmc.plan import Plan, Switch
 
 STREAM, DUAL, BESIDE = "prefill.stream", "decode.dual", "prefill.beside"
@@ -79,8 +79,8 @@ def split_plan(
         return replace(found, usable=tuple(usable), experts=(room,) * gpus)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hmc.passes.expert_placement.divide", budget)
-        patched.setattr("hmc.passes.dual_batch.WORTHWHILE", 0.0)
+        patched.setattr("hmc.passes.place.expert_placement.divide", budget)
+        patched.setattr("hmc.passes.emit.dual_batch.WORTHWHILE", 0.0)
         settings = {"max_context": 256, "max_chunk": 64, "threads": 2, **options}
         plan = compile_plan(directory, machine=machine(gpus, slow), **settings)
     names = {phase.name for phase in plan.phases}

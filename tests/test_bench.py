@@ -19,6 +19,7 @@ from hmc.bench.model import active_bytes, prefill_flops, total_bytes
 from hmc.cli import main
 from hmc.codegen.isa import best_isa
 from hmc.compiler import compile as compile_plan
+from hmc.plan import save_plan
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -266,7 +267,7 @@ def test_bytes_of_a_batch_are_those_of_distinct_experts(config: Path) -> None:
 
 def test_a_plan_is_benched_as_a_table(config: Path, tmp_path: Path, run: Run) -> None:
     plan = compile_plan(config, dummy_weights=True, max_context=64)
-    plan.save(tmp_path / "plan.hmp")
+    save_plan(plan, tmp_path / "plan.hmp")
     code, out, err = run(
         *(tmp_path / "plan.hmp", "--dummy-weights", "-p", 0, "-n", 2, "--by-op"),
         *("--batch", "1,3", "--repetitions", 1, "--megabytes", 1),
@@ -333,7 +334,7 @@ def test_bad_arguments_give_one_line(
 ) -> None:
     names = {"CONFIG": config, "PLAN": tmp_path / "plan.hmp"}
     if "PLAN" in arguments:
-        compile_plan(config, dummy_weights=True, max_context=64).save(names["PLAN"])
+        save_plan(compile_plan(config, dummy_weights=True, max_context=64), names["PLAN"])
     code, out, err = run(*(names.get(word, word) for word in arguments))
     assert code == 2
     assert out == ""

@@ -6,8 +6,8 @@ import pytest
 from hybrid_plans import CONFIGS, ONE, TWO, plan_for
 
 from hmc.compiler import compile as compile_plan
-from hmc.device_memory import SCRATCH, DeviceMemory, packed_bytes, rank_rows, slot_offsets
 from hmc.plan import Plan
+from hmc.plan.memory import SCRATCH, DeviceMemory, packed_bytes, rank_rows, slot_offsets
 
 USABLE = 0.96
 

@@ -13,9 +13,9 @@ import pytest
 
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
-from hmc.detect import load_machine
-from hmc.diff import FACTS, SECTIONS, diff
-from hmc.plan import Decision, Goals, LayerPlacement, LedgerItem, Plan, Switch
+from hmc.machine.detect import load_machine
+from hmc.plan import Decision, Goals, LayerPlacement, LedgerItem, Plan, Switch, save_plan
+from hmc.plan.diff import FACTS, SECTIONS, diff
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "deepseek-v3"
 
@@ -228,8 +228,8 @@ def test_command_says_what_differs_and_exits_like_diff(
     plan: Plan, hybrid: Plan, tmp_path: Path, run: Run
 ) -> None:
     one, two = tmp_path / "a.hmp", tmp_path / "b.hmp"
-    plan.save(one)
-    hybrid.save(two)
+    save_plan(plan, one)
+    save_plan(hybrid, two)
     assert run(one, one)[:2] == (0, "the plans are equal\n")
     code, out, err = run(one, two)
     assert (code, err) == (1, "")
@@ -246,8 +246,8 @@ def test_command_says_what_differs_and_exits_like_diff(
 def test_no_rates_no_predictions_but_a_reason(plan: Plan, tmp_path: Path, run: Run) -> None:
     one, two = tmp_path / "a.hmp", tmp_path / "b.hmp"
     machine = plan.machine.model_copy(update={"rates": None})
-    plan.save(one)
-    plan.model_copy(update={"machine": machine}).save(two)
+    save_plan(plan, one)
+    save_plan(plan.model_copy(update={"machine": machine}), two)
     code, out, _ = run(one, two, "--json")
     assert code == 1
     for row in json.loads(out)["predictions"]:
@@ -258,7 +258,7 @@ def test_no_rates_no_predictions_but_a_reason(plan: Plan, tmp_path: Path, run: R
 
 
 def test_bad_files_exit_with_5(plan: Plan, tmp_path: Path, run: Run) -> None:
-    plan.save(tmp_path / "a.hmp")
+    save_plan(plan, tmp_path / "a.hmp")
     (tmp_path / "bad.hmp").write_bytes(b"no plan")
     for name in ("bad.hmp", "none.hmp"):
         code, out, err = run(tmp_path / "a.hmp", tmp_path / name)
@@ -267,8 +267,8 @@ def test_bad_files_exit_with_5(plan: Plan, tmp_path: Path, run: Run) -> None:
 
 
 def test_diff_loads_neither_torch_nor_numpy(plan: Plan, hybrid: Plan, tmp_path: Path) -> None:
-    plan.save(tmp_path / "a.hmp")
-    hybrid.save(tmp_path / "b.hmp")
+    save_plan(plan, tmp_path / "a.hmp")
+    save_plan(hybrid, tmp_path / "b.hmp")
     check = (
         "import sys\nfrom hmc.cli import main\n"
         "try: main(['diff', *sys.argv[1:], '--json'])\n"

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmc.bench import gpu_check, gpu_parity
-from hmc.bench.gpu_models import DEEPSEEK, MIXTRAL, QWEN
-from hmc.bench.gpu_rows import Clock, Row, Section, run_sections, sound, text_table
-from hmc.bench.gpu_sizes import Sizes
-from hmc.detect import load_machine
+from hmc.bench.gpu import check as gpu_check
+from hmc.bench.gpu import parity as gpu_parity
+from hmc.bench.gpu.models import DEEPSEEK, MIXTRAL, QWEN
+from hmc.bench.gpu.rows import Clock, Row, Section, run_sections, sound, text_table
+from hmc.bench.gpu.sizes import Sizes
+from hmc.bench.probe import Effort, save
 from hmc.errors import ExecutionError
-from hmc.probe import Effort, save
+from hmc.machine.detect import load_machine
 
 TINY = Sizes(
     prompts=(48, 96),

@@ -18,17 +18,17 @@ from hmc.bench.model import total_bytes
 from hmc.bench.predict import cut_to_fit
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
-from hmc.cost import Call, CostModel
-from hmc.detect import detect
 from hmc.errors import CapacityError, MachineError
 from hmc.machine import CpuRates, GemvRate, Machine, Rate
-from hmc.plan import Plan
-from hmc.prediction import Predictor
-from hmc.profile import machine_here
-from hmc.report import measured as store
-from hmc.simulate.predict import run_prefill
-from hmc.timeline import host_prefill, result_seconds
-from hmc.timeline import run as timeline_of
+from hmc.machine.detect import detect
+from hmc.machine.here import machine_here
+from hmc.plan import load_plan, save_plan
+from hmc.predict import measured as store
+from hmc.predict.compared import Predictor
+from hmc.predict.cost import Call, CostModel
+from hmc.predict.run import run_prefill
+from hmc.predict.timeline import host_prefill, result_seconds
+from hmc.predict.timeline import run as timeline_of
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> Path:
 def plan_file(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HMC_CONFIG", str(tmp_path / "profiles"))
     path = tmp_path / "plan.hmp"
-    compile_plan(config, dummy_weights=True, max_chunk=16, threads=detect().cores).save(path)
+    save_plan(compile_plan(config, dummy_weights=True, max_chunk=16, threads=detect().cores), path)
     return path
 
 
@@ -94,7 +94,7 @@ def _generate(hmc: Run, path: Path, *more: object) -> tuple[str, str]:
 
 
 def test_rates_come_from_the_plan_then_the_profile(plan_file: Path, profile: Path) -> None:
-    plan = Plan.load(plan_file)
+    plan = load_plan(plan_file)
     found = machine_here(plan)
     assert found is not None
     assert found.rates == _rated().rates
@@ -103,7 +103,7 @@ def test_rates_come_from_the_plan_then_the_profile(plan_file: Path, profile: Pat
 
 
 def test_rates_of_another_machine_predict_nothing(plan_file: Path, profile: Path) -> None:
-    plan = Plan.load(plan_file)
+    plan = load_plan(plan_file)
     other = _rated().model_copy(update={"cpu": "another CPU"})
     profile.write_text(other.model_dump_json())
     assert machine_here(plan) is None
@@ -130,7 +130,7 @@ def test_run_prints_one_line_and_stores_it(hmc: Run, plan_file: Path, profile: P
     assert line.startswith("[predicted prompt "), err
     assert line.count("measured") == 2
     assert line.count("error") == 2
-    rows = store.read(plan_file, Plan.load(plan_file))
+    rows = store.read(plan_file, load_plan(plan_file))
     assert {(row.kind, row.tokens, row.by) for row in rows} == {
         ("prefill", 5, "hmc run"),
         ("decode", 8, "hmc run"),
@@ -174,7 +174,7 @@ def test_bench_has_predictions(hmc: Run, plan_file: Path, profile: Path) -> None
         expected = row["predicted_tokens_per_second"] / row["tokens_per_second"] - 1
         assert row["error"] == pytest.approx(expected, abs=2e-3 * (2 + abs(expected)))
         assert all(step["measured_s"] > 0 for step in row["steps"]), row["test"]
-    rows = store.read(plan_file, Plan.load(plan_file))
+    rows = store.read(plan_file, load_plan(plan_file))
     assert {(row.kind, row.tokens) for row in rows} == {("prefill", 20), ("decode", 32)}
     code, out, err = hmc(*arguments)
     assert code == 0, err
@@ -217,7 +217,7 @@ def test_models_are_cut_to_what_fits(config: Path) -> None:
 
 
 def test_only_the_last_chunk_computes_logits(plan_file: Path) -> None:
-    plan = Plan.load(plan_file)
+    plan = load_plan(plan_file)
     model = CostModel(plan, _rated())
     phase = plan.phase("prefill.host")
     calls = host_prefill(phase, 96, model)
@@ -231,7 +231,7 @@ def test_only_the_last_chunk_computes_logits(plan_file: Path) -> None:
 
 
 def test_long_contexts_cost_their_cache_in_decode(plan_file: Path) -> None:
-    plan = Plan.load(plan_file)
+    plan = load_plan(plan_file)
     model = CostModel(plan, _rated())
     phase = plan.phase("decode")
     step = next(each for each in phase.steps if each.op == "attention")
@@ -242,7 +242,7 @@ def test_long_contexts_cost_their_cache_in_decode(plan_file: Path) -> None:
 
 
 def test_a_predictor_is_the_simulator(plan_file: Path) -> None:
-    predictor = Predictor(Plan.load(plan_file), _rated())
+    predictor = Predictor(load_plan(plan_file), _rated())
     assert predictor.rate("decode", 10) > predictor.rate("decode", 200)
     figure = predictor.figure("prefill", 10, [3.0, 5.0], 4.0)
     assert math.isclose(figure.error, figure.predicted / 4 - 1)
@@ -255,7 +255,7 @@ def test_looking_for_rates_loads_no_simulator() -> None:
 
 
 def test_stored_rows_of_older_files_are_read(tmp_path: Path, plan_file: Path) -> None:
-    plan = Plan.load(plan_file)
+    plan = load_plan(plan_file)
     row: dict[str, Any] = {"kind": "decode", "tokens": 8, "tokens_per_second": 2.0}
     row |= {"low": 1.0, "high": 3.0, "plan_sha256": store.digest(plan)}
     store.path_of(plan_file).write_text(json.dumps({"format": "hmc-measured", "rows": [row]}))

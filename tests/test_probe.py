@@ -14,13 +14,13 @@ import torch
 
 from hmc.bench.compare import Compared
 from hmc.bench.kernels import Case, Row
+from hmc.bench.probe import Effort, Measurement, cpu, gpu, probe, save
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
-from hmc.detect import detect, load_machine
 from hmc.errors import PlanError
-from hmc.probe import Effort, Measurement, cpu, gpu, probe, save
-from hmc.runtime.topology import this_machine
-from hmc.simulate import simulate
+from hmc.machine.detect import detect, load_machine
+from hmc.machine.topology import this_machine
+from hmc.predict import simulate
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "qwen3-30b-a3b-fp8"
 TINY = Effort(passes=2, weights=1, stream=1, tokens=(1, 3), every=24, device_bytes=1 << 16)
@@ -49,8 +49,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_EXPERTS", ((128, 128), (128, 256)))
     monkeypatch.setattr(cpu, "_CHUNK", 20)
     monkeypatch.setattr(cpu, "_CONTEXT", 128)
-    monkeypatch.setattr("hmc.probe.FULL", TINY)
-    monkeypatch.setattr("hmc.probe.QUICK", TINY)
+    monkeypatch.setattr("hmc.bench.probe.FULL", TINY)
+    monkeypatch.setattr("hmc.bench.probe.QUICK", TINY)
 
 
 def test_a_probe_has_every_rate(small: None) -> None:

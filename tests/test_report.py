@@ -18,16 +18,16 @@ import pytest
 
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
-from hmc.cost import CostModel
-from hmc.detect import load_machine
 from hmc.errors import UsageError
-from hmc.plan import Decision, Plan
-from hmc.report import measured as store
+from hmc.machine.detect import load_machine
+from hmc.plan import Decision, Plan, save_plan
+from hmc.predict import measured as store
+from hmc.predict.cost import CostModel
+from hmc.predict.loads import Load, common_loads, predictions
+from hmc.predict.measured import Measured
 from hmc.report.heatmap import LEFT, heat_map
 from hmc.report.ledger import ledger
-from hmc.report.measured import Measured
 from hmc.report.page import render
-from hmc.report.predictions import Load, common_loads, predictions
 from hmc.report.roofline import roofline
 from hmc.report.timeline import decode_drawing, prefill_drawing
 from hmc.report.words import number, si
@@ -317,7 +317,7 @@ def test_predicted_stands_beside_measured(plan: Plan) -> None:
 
 def test_command(plan: Plan, tmp_path: Path, run: Run) -> None:
     path, page = tmp_path / "a.hmp", tmp_path / "a.html"
-    plan.save(path)
+    save_plan(plan, path)
     bench = tmp_path / "bench.json"
     row = {"test": "tg64@128", "tokens_per_second": 20.5, "min": 20.0, "max": 21.0}
     bench.write_text(json.dumps({"rows": [row], "machine": "here", "command": "hmc bench a.hmp"}))
@@ -337,7 +337,7 @@ def test_command(plan: Plan, tmp_path: Path, run: Run) -> None:
 
 def test_command_refuses(plan: Plan, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "a.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     bad = tmp_path / "bad.json"
     bad.write_text('{"rows": [{"test": "??"}]}')
     cases: list[tuple[tuple[object, ...], int]] = [

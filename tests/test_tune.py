@@ -15,16 +15,16 @@ import pytest
 from hmc.bench.compare import Compared
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
-from hmc.detect import load_machine
-from hmc.diff import diff
 from hmc.errors import CapacityError, MachineError, UsageError
-from hmc.plan import Plan
-from hmc.report import measured as store
+from hmc.machine.detect import load_machine
+from hmc.plan import Plan, load_plan, save_plan
+from hmc.plan.diff import diff
+from hmc.plan.verify import expert_ranges, verify_plan
+from hmc.predict import measured as store
 from hmc.tune import apply, parse_pin, parse_setting, place, search
 from hmc.tune.measure import Runner
 from hmc.tune.settings import Setting, current, decided
 from hmc.tune.trials import candidates, won
-from hmc.verify import expert_ranges, verify_plan
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "deepseek-v3"
 
@@ -343,23 +343,23 @@ def test_tiles_and_chunks_leave_greedy_output_alone(plan: Plan) -> None:
 
 def test_command_by_hand(plan: Plan, hybrid: Plan, tmp_path: Path, run: Run) -> None:
     path, out_path = tmp_path / "a.hmp", tmp_path / "b.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     code, out, err = run(
         *(path, "-o", out_path, "--set", "threads=1", "--set", "linear.rows=8"),
         *("--set", "linear.streams=2"),
     )
     assert (code, err) == (0, "")
-    tuned = Plan.load(out_path)
+    tuned = load_plan(out_path)
     assert tuned.threads == 1
     told = [(d.subject, d.choice) for d in tuned.decisions if d.by == "tune"]
     assert told == [("threads=1", "set"), ("linear.rows=8", "set"), ("linear.streams=2", "set")]
     assert "asked for by hand" in out
-    hybrid.save(path)
+    save_plan(hybrid, path)
     code, out, err = run(path, "-o", out_path, "--pin", "layers.3-5.experts.*=host", "--json")
     assert (code, err) == (0, "")
     found = json.loads(out)
     assert found["decisions"][-1]["choice"] == "pinned layers.3-5.experts.*=host"
-    assert {tier for p in Plan.load(out_path).placement for tier in p.tiers} == {"host"}
+    assert {tier for p in load_plan(out_path).placement for tier in p.tiers} == {"host"}
 
 
 def test_command_searches(
@@ -372,13 +372,13 @@ def test_command_searches(
     monkeypatch.setattr("hmc.tune.trials.candidates", lambda plan: few)
     monkeypatch.setattr("hmc.tune.measure._LEAST_SECONDS", 1e-6)
     path, out_path = tmp_path / "a.hmp", tmp_path / "b.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     arguments = ("--prompt", 40, "--context", 10, "--tokens", 2, "--repetitions", 2)
     code, out, err = run(path, "-o", out_path, *arguments, "--json")
     assert code == 0, err
     found = json.loads(out)
     assert [trial["change"] for trial in found["trials"]] == ["linear: prefetch=0", "chunk=20"]
-    tuned = Plan.load(out_path)
+    tuned = load_plan(out_path)
     rows = store.read(out_path, tuned)
     assert {(row.kind, row.tokens) for row in rows} == {("prefill", 40), ("decode", 11)}
     assert all(row.by == "hmc tune" for row in rows)
@@ -387,9 +387,9 @@ def test_command_searches(
 
 def test_command_refuses(plan: Plan, hybrid: Plan, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "a.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     dummy = tmp_path / "dummy.hmp"
-    hybrid.save(dummy)
+    save_plan(hybrid, dummy)
     out_path = tmp_path / "b.hmp"
     cases: list[tuple[tuple[object, ...], int, str]] = [
         ((path, "--set", "colour=1"), 2, "--set colour=1"),

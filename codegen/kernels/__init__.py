@@ -5,30 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hmc.codegen.kernels import (
-    argmax,
-    attention,
-    embed,
-    experts,
-    flags,
-    gate_up,
-    gemm,
-    grouped,
-    linear,
-    mla,
-    mla_prefill,
-    nan_codes,
-    norm,
-    peak,
-    prefill_attention,
-    resident_ids,
-    rotary,
-    route,
-    sort_experts,
-    stream,
-)
+from hmc.codegen.kernels.attention import attention, mla, mla_prefill, prefill_attention
+from hmc.codegen.kernels.matmul import experts, gate_up, gemm, grouped, linear
+from hmc.codegen.kernels.pointwise import embed, norm, rotary
+from hmc.codegen.kernels.probes import nan_codes, peak, stream
+from hmc.codegen.kernels.routing import argmax, route, sort_experts
+from hmc.codegen.pool import flags, resident_ids
+from hmc.codegen.pool.walker import emit_pool_call, emit_read_tsc, emit_worker_loop
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.walker import emit_pool_call, emit_read_tsc, emit_worker_loop
 
 EMITTERS: dict[str, Callable[[KernelSpec], str]] = {}
 

@@ -21,15 +21,15 @@ from hmc.bench.reference import CacheReference, MemoryReference, PeakReference
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.kernels.experts import scratch_bytes
-from hmc.codegen.kernels.gemm import gemm_scratch_bytes
-from hmc.codegen.kernels.grouped import grouped_scratch_bytes
+from hmc.codegen.kernels.matmul.experts import scratch_bytes
+from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
+from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
 from hmc.errors import ExecutionError, MachineError, UsageError
-from hmc.runtime.memory import Block
-from hmc.runtime.pool import Pool
-from hmc.runtime.program import Program, ProgramBuilder
-from hmc.runtime.topology import this_machine
+from hmc.machine.topology import this_machine
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
+from hmc.runtime.memory.blocks import Block
 
 DECODE_OPS = ("linear", "experts")
 PREFILL_OPS = ("gemm", "grouped")

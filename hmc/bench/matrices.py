@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.compare import Report, silent
+from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.spec import FP8_BLOCK
-from hmc.codegen.weights import row_bytes
-from hmc.detect import available_bytes
 from hmc.errors import CapacityError, UsageError
-from hmc.runtime.fill import fill_dummy
-from hmc.runtime.memory import Block, aligned
-from hmc.runtime.weights import TensorGroup
+from hmc.machine.detect import available_bytes
+from hmc.runtime.memory.blocks import Block, aligned
+from hmc.runtime.weights.fill import fill_dummy
+from hmc.runtime.weights.store import TensorGroup
 
 FORMATS = ("fp8", "bf16", "int4", "fp16", "f32")
 

@@ -27,13 +27,13 @@ from hmc.bench.reference import MemoryReference, PeakReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.cost import distinct_experts
 from hmc.errors import ContextLengthError, ExecutionError, UsageError
 from hmc.plan import Phase, Plan
+from hmc.plan.phases import DECODE, PREFILL, decode_phase, prefill_phase
+from hmc.predict.cost import distinct_experts
 from hmc.runtime.executor import Executor
-from hmc.runtime.kv import Sequence as CacheSequence
-from hmc.runtime.sampler import Sampler, SamplingParams
-from hmc.runtime.scheduler_policy import DECODE, PREFILL, decode_phase, prefill_phase
+from hmc.runtime.memory.kv import Sequence as CacheSequence
+from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 
 _WARM_STEPS = 4
 

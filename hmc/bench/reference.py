@@ -9,14 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hmc.bench.compare import Report, silent
-from hmc.codegen.isa import Isa
-from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.stream import PAGES, SPLIT
-from hmc.codegen.spec import KernelSpec, pack
-from hmc.detect import available_bytes
-from hmc.errors import CapacityError
-from hmc.runtime.bandwidth import (
+from hmc.bench.bandwidth import (
     SWEEP,
     StreamingRead,
     StreamResult,
@@ -24,8 +17,15 @@ from hmc.runtime.bandwidth import (
     dot_peak,
     streaming_read,
 )
-from hmc.runtime.pool import Pool
-from hmc.runtime.program import Program, ProgramBuilder
+from hmc.bench.compare import Report, silent
+from hmc.codegen.isa import Isa
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
+from hmc.codegen.spec import KernelSpec, pack
+from hmc.errors import CapacityError
+from hmc.machine.detect import available_bytes
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
 
 _PASSES = 3
 

@@ -32,8 +32,12 @@ _COMMANDS = {
 }
 
 
+def _home(name: str) -> str:
+    return "hmc.cli.bench.command" if name == "bench" else f"hmc.cli.{name}_command"
+
+
 class _Lazy(click.Group):
-    """Knows names and one-line helps; loads `hmc.cli.<name>_command:command` on use."""
+    """Knows names and one-line helps; loads a command's module on use."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -44,7 +48,7 @@ class _Lazy(click.Group):
         # Nobody extends hmc's models by plugins, and looking for some takes 20 ms.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
         with env.uncollected():
-            command = importlib.import_module(f"hmc.cli.{cmd_name}_command").command
+            command = importlib.import_module(_home(cmd_name)).command
         assert isinstance(command, click.Command)
         return command
 

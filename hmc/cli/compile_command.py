@@ -9,6 +9,7 @@ import click
 
 from hmc.cli.output import JSON, print_json, size
 from hmc.cli.summary import fits, ledger_totals
+from hmc.plan import save_plan
 
 
 @click.command("compile")
@@ -104,7 +105,7 @@ def command(
         slo=slo,
         routing_profile=routing_profile,
     )
-    plan.save(output)
+    save_plan(plan, output)
     seconds = time.perf_counter() - started
     written = Path(output).stat().st_size
     totals = ledger_totals(plan)

@@ -8,8 +8,8 @@ import click
 from rich.console import Console
 
 from hmc.cli.output import JSON, console, print_json, size, table
-from hmc.diff import ABSENT, PlanDiff, diff
-from hmc.plan import Plan
+from hmc.plan import Plan, load_plan
+from hmc.plan.diff import ABSENT, PlanDiff, diff
 
 _MANY = 40
 
@@ -28,7 +28,7 @@ def command(first: str, second: str, everything: bool, as_json: bool) -> int:
     Like diff, exits with 0 when the plans are equal, with 1 when they differ, and with 5 when one
     cannot be read.
     """
-    a, b = Plan.load(first), Plan.load(second)
+    a, b = load_plan(first), load_plan(second)
     found = diff(a, b)
     predictions = [] if found.equal else _predictions(a, b)
     if as_json:
@@ -48,7 +48,7 @@ Predicted = tuple[str, str, float | None, float | None, str]
 
 def _predictions(a: Plan, b: Plan) -> list[Predicted]:
     """Predicted figures of both for the loads that both can take."""
-    from hmc.report.predictions import common_loads, predictions
+    from hmc.predict.loads import common_loads, predictions
 
     loads = common_loads((a, b))
     before, after = (predictions(plan, loads) for plan in (a, b))

@@ -13,8 +13,8 @@ import click
 from hmc import env
 from hmc.cli.output import JSON, console, print_json, size, table
 from hmc.codegen.isa import TIERS, best_isa, cpu_flags
-from hmc.detect import available_bytes, detect
 from hmc.errors import HmcError
+from hmc.machine.detect import available_bytes, detect
 
 _PACKAGES = ("torch", "numpy", "safetensors", "llvmlite", "pydantic", "tokenizers", "transformers")
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hmc.errors import MachineError
+from hmc.machine.here import how_to, machine_here
 from hmc.plan import Plan
-from hmc.profile import how_to, machine_here
 
 if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
-    from hmc.prediction import Figure, Kind, Predictor
-    from hmc.runtime.generation import Timings
-    from hmc.runtime.trace import Recorder
+    from hmc.predict.compared import Figure, Kind, Predictor
+    from hmc.runtime.host.trace import Recorder
+    from hmc.runtime.tokens.generation import Timings
 
 
 class Comparison:
@@ -39,7 +39,7 @@ class Comparison:
                 f" ran on {workers} threads"
             )
         else:
-            from hmc.prediction import Predictor
+            from hmc.predict.compared import Predictor
 
             try:
                 self._predictor = Predictor(plan, found)
@@ -105,7 +105,7 @@ class Comparison:
         """Keep all figures so far beside the plan's file; where that cannot be written, say so."""
         if not self._path or not self._figures:
             return
-        from hmc.prediction import keep
+        from hmc.predict.compared import keep
 
         if problem := keep(self._path, self._plan, self._figures, by):
             click.echo(f"[{problem}]", err=True)

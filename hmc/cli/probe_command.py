@@ -9,10 +9,10 @@ import click
 
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
-from hmc.profile import profile_path
+from hmc.machine.here import profile_path
 
 if TYPE_CHECKING:
-    from hmc.probe import Measurement
+    from hmc.bench.probe import Measurement
 
 
 @click.command("probe")
@@ -37,7 +37,7 @@ def command(output: str | None, quick: bool, threads: int | None, as_json: bool)
     """
     if threads is not None and threads < 1:
         raise UsageError(f"--threads {threads}: must be at least 1")
-    from hmc.probe import FULL, QUICK, probe, save
+    from hmc.bench.probe import FULL, QUICK, probe, save
 
     with progress() as report:
         found = probe(QUICK if quick else FULL, threads=threads, report=report)

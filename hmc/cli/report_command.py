@@ -8,7 +8,7 @@ import click
 
 from hmc.cli.output import JSON, print_json, size
 from hmc.errors import PlanError
-from hmc.plan import Plan
+from hmc.plan import load_plan
 
 
 @click.command("report")
@@ -32,8 +32,8 @@ def command(plan_path: str, output: str, measured: str | None, as_json: bool) ->
 
     The page is one file that loads nothing, for light and dark screens.
     """
-    plan = Plan.load(plan_path)
-    from hmc.report import measured as store
+    plan = load_plan(plan_path)
+    from hmc.predict import measured as store
     from hmc.report.page import render
 
     rows = store.read(plan_path, plan) if measured is None else store.of_bench(measured)

@@ -16,15 +16,15 @@ from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, print_json, progress, write_beside
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
-from hmc.plan import Plan
+from hmc.plan import Plan, load_plan
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from hmc.runtime.engine import Engine
-    from hmc.runtime.prompts import Prompt
     from hmc.runtime.routing import RoutingRecorder
+    from hmc.runtime.tokens.prompts import Prompt
 
 
 @click.command("run")
@@ -107,14 +107,14 @@ def command(
     for option, path in (("--trace", trace), ("--record-routing", record_routing)):
         if path is not None and not Path(path).parent.is_dir():
             raise UsageError(f"{option} {path}: its folder does not exist")
-    plan = Plan.load(plan_path)
+    plan = load_plan(plan_path)
     if record_routing is not None and not plan.experts:
         raise UsageError("--record-routing: this model routes nothing, it has no experts")
     from hmc.runtime.engine import Engine
-    from hmc.runtime.prompts import prompt_ids, sampling_params
     from hmc.runtime.routing import RoutingRecorder
-    from hmc.runtime.tensor_groups import check_checkpoint
-    from hmc.runtime.text import Text
+    from hmc.runtime.tokens.prompts import prompt_ids, sampling_params
+    from hmc.runtime.tokens.text import Text
+    from hmc.runtime.weights.tensors import check_checkpoint
 
     # Whatever is wrong with a question is said before weights are opened, which can take minutes;
     # a checkpoint that is not the plan's (only headers are read) before that: its tokenizer is not.
@@ -177,7 +177,7 @@ def _tracing(engine: Engine, path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    from hmc.runtime.trace import chrome_trace
+    from hmc.runtime.host.trace import chrome_trace
 
     with engine.executor.recorded() as recorder:
         yield

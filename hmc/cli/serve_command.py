@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.bench_arguments import THREADS, at_least
+from hmc.cli.bench.arguments import THREADS, at_least
 from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.errors import UsageError
-from hmc.plan import Plan
-from hmc.profile import machine_here
+from hmc.machine.here import machine_here
+from hmc.plan import load_plan
 
 
 @click.command("serve")
@@ -92,7 +92,7 @@ def command(
     key = api_key if api_key is not None else os.environ.get("HMC_API_KEY")
     if api_key == "":
         raise UsageError("--api-key: it is empty")
-    plan = Plan.load(plan_path)
+    plan = load_plan(plan_path)
     server, disaggregation = _extras()
     decision = disaggregation.decide(
         plan,
@@ -124,7 +124,7 @@ def _extras() -> tuple[Any, Any]:
     its processes.
     """
     try:
-        from hmc.runtime import disaggregation
+        from hmc.runtime.prefill import disaggregation
         from hmc.serve import server
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "hmc":

@@ -10,7 +10,7 @@ from hmc.cli.output import JSON, console, count, print_json, size, table
 from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier_of
 from hmc.codegen.isa import in_whole_numbers
 from hmc.errors import UsageError
-from hmc.plan import Kernel, Operand, Phase, Plan
+from hmc.plan import Kernel, Operand, Phase, Plan, load_plan
 
 
 @click.command("show")
@@ -33,7 +33,7 @@ def command(
     """Show the plan PLAN: model, machine, memory, placement, kernels, phases, and each decision
     with its reason.
     """
-    plan = Plan.load(plan_path)
+    plan = load_plan(plan_path)
     if expert is not None and layer is None:
         raise UsageError("--expert needs --layer")
     if ir is not None or asm is not None:

@@ -9,10 +9,10 @@ import click
 
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import UsageError
-from hmc.plan import Plan
+from hmc.plan import Plan, load_plan
 
 if TYPE_CHECKING:
-    from hmc.simulate import Beside, Prediction, Run
+    from hmc.predict import Beside, Prediction, Run
 
 
 @click.command("simulate")
@@ -79,8 +79,8 @@ def command(
     if batch is not None and concurrency is not None and batch != concurrency:
         raise UsageError("--batch and --concurrency say the same: give one of them")
     sequences = batch or concurrency or 1
-    from hmc.detect import load_machine
-    from hmc.simulate import beside, parse_goals, simulate
+    from hmc.machine.detect import load_machine
+    from hmc.predict import beside, parse_goals, simulate
 
     if Path(target).is_dir() or Path(target).name == "config.json":
         from hmc.compiler import compile as compile_plan
@@ -96,7 +96,7 @@ def command(
         )
         other = None
     else:
-        plan = Plan.load(target)
+        plan = load_plan(target)
         other = load_machine(machine) if machine else None
     if slo:
         plan = plan.model_copy(update={"goals": parse_goals(slo, sequences)})
@@ -184,7 +184,7 @@ def _share(run: Run, name: str) -> str:
 
 
 def _print_paper(as_json: bool) -> None:
-    from hmc.simulate.paper import rows
+    from hmc.bench.paper import rows
 
     found = rows()
     if as_json:

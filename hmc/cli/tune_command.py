@@ -10,7 +10,7 @@ import click
 from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
-from hmc.plan import Plan
+from hmc.plan import Plan, load_plan, save_plan
 
 if TYPE_CHECKING:
     from hmc.tune import Found
@@ -89,8 +89,8 @@ def command(
     ):
         if value < least:
             raise UsageError(f"{option} {value}: must be at least {least}")
-    plan = Plan.load(plan_path)
-    from hmc.report import measured as store
+    plan = load_plan(plan_path)
+    from hmc.predict import measured as store
     from hmc.tune import apply, parse_pin, parse_setting, place, search
     from hmc.tune.measure import Runner
     from hmc.tune.settings import current, decided
@@ -129,7 +129,7 @@ def command(
                 plan, make, repetitions=repetitions, report=report, checkpoint=checkpoint
             )
         plan = found.plan
-    plan.save(output)
+    save_plan(plan, output)
     if found is not None:
         store.record(output, plan, found.measured)
     decisions = plan.decisions[before:]

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hmc.plan import Plan
+from hmc.plan.verify import expert_ranges
 from hmc.report.words import si
-from hmc.verify import expert_ranges
 
 WIDTH, LEFT, TOP, BOTTOM = 1200, 52, 8, 40
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from hmc.cost import CostModel
 from hmc.errors import HmcError
 from hmc.plan import Plan
+from hmc.predict.cost import CostModel
+from hmc.predict.loads import Figure, common_loads, predictions
+from hmc.predict.measured import Measured
 from hmc.report.heatmap import heat_map
 from hmc.report.ledger import ledger
-from hmc.report.measured import Measured
-from hmc.report.predictions import Figure, common_loads, predictions
 from hmc.report.roofline import roofline
 from hmc.report.timeline import FAMILIES, Drawing, decode_drawing, prefill_drawing
 from hmc.report.words import number, si

@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hmc.cost import Call, CostModel
 from hmc.plan import Phase, Plan
+from hmc.predict.cost import Call, CostModel
+from hmc.predict.run import chosen
+from hmc.predict.timeline import host_prefill
 from hmc.report.timeline import family_of
 from hmc.report.words import number, si
-from hmc.simulate.predict import chosen
-from hmc.timeline import host_prefill
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 440, 92, 16, 12, 48
 _LABEL_WIDTH, _LABEL_HEIGHT, _LEAST = 6.8, 14, 0.02

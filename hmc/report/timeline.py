@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from hmc.cost import Call, CostModel
 from hmc.plan import Phase, Plan, Step
+from hmc.predict.cost import Call, CostModel
+from hmc.predict.run import chosen, critical_path
+from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
 from hmc.report.words import si
-from hmc.simulate.predict import chosen, critical_path
-from hmc.timeline import Timeline, host_prefill, result_seconds, run
 
 FAMILIES = {
     "attention": ("mla", "attention", "rotary", "kv_out"),

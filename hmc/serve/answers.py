@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from hmc.runtime.requests import TokenLogprob
+from hmc.runtime.tokens.requests import TokenLogprob
 from hmc.serve.tools import Call
 from hmc.serve.vocabulary import Vocabulary
 

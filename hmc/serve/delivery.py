@@ -10,8 +10,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
-from hmc.runtime.requests import Listener, Request, Ticket, Update
-from hmc.runtime.scheduler import Scheduler
+from hmc.runtime.batching.scheduler import Scheduler
+from hmc.runtime.tokens.requests import Listener, Request, Ticket, Update
 
 
 class Hub:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hmc.errors import HmcError
-from hmc.runtime.requests import TokenLogprob, Update
+from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve import prepare
 from hmc.serve.answers import Head, Names, tool_calls, usage
 from hmc.serve.bodies import ChatBody, CompletionBody

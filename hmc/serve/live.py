@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from hmc.plan import Plan
+from hmc.plan.verify import expert_ranges
 from hmc.serve.service import Service
-from hmc.verify import expert_ranges
 
 
 def live(service: Service) -> dict[str, Any]:

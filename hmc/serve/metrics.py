@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from hmc.runtime.generation import Timings
-from hmc.runtime.scheduler_process import PrefillState
-from hmc.runtime.scheduler_stats import SchedulerStats
+from hmc.runtime.batching.process import PrefillState
+from hmc.runtime.batching.stats import SchedulerStats
+from hmc.runtime.tokens.generation import Timings
 from hmc.serve.service import Service
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

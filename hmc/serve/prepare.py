@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hmc.runtime.engine import Engine
-from hmc.runtime.generation import Ends
-from hmc.runtime.requests import Mask, Request, token_ids
-from hmc.runtime.sampler import Sampler, SamplingParams
-from hmc.runtime.text import StopStrings, Text
+from hmc.runtime.tokens.generation import Ends
+from hmc.runtime.tokens.requests import Mask, Request, token_ids
+from hmc.runtime.tokens.sampler import Sampler, SamplingParams
+from hmc.runtime.tokens.text import StopStrings, Text
 from hmc.serve.bodies import ChatBody, CompletionBody, Message, NamedChoice, Sampling, ToolCall
 from hmc.serve.faults import bad_request
 from hmc.serve.service import Service

@@ -17,11 +17,11 @@ from typing import Literal
 
 from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.plan import Plan
-from hmc.runtime.device_phase import Devices
-from hmc.runtime.disaggregation import Decision, Disaggregated
+from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.engine import Engine
-from hmc.runtime.scheduler import Scheduler
-from hmc.runtime.weights import Home
+from hmc.runtime.phases.phase import Devices
+from hmc.runtime.prefill.disaggregation import Decision, Disaggregated
+from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.grammar import Grammars
 from hmc.serve.tools import Form, form_of

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmc.errors import UsageError
-from hmc.runtime.chat import ChatTemplate
+from hmc.runtime.tokens.chat import ChatTemplate
 
 _ANY = {"type": "object"}
 

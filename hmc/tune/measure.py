@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from hmc.bench.compare import Compared, interleave
 from hmc.plan import Plan
-from hmc.runtime.device_phase import Devices
 from hmc.runtime.executor import Executor
-from hmc.runtime.kv import Sequence
+from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.phases.phase import Devices
 
 _PROMPTS = (5, 23, 130)
 _ANSWER = 16

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from hmc.errors import UsageError
 from hmc.passes.context import ranges
 from hmc.plan import LayerPlacement, Plan
+from hmc.plan.verify import expert_ranges
 from hmc.tune.replan import replan
-from hmc.verify import expert_ranges
 
 _FORM = re.compile(r"layers\.(?P<layers>[\d,-]+)\.experts\.(?P<experts>\*|[\d,-]+)=(?P<tier>\w+)")
 

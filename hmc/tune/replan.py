@@ -16,10 +16,10 @@ from hmc import models
 from hmc.checkpoint import Checkpoint
 from hmc.errors import CapacityError, PlanMismatchError
 from hmc.passes import PIPELINE, Context, Options, run_pipeline
-from hmc.passes.expert_placement import ExpertPlacement
+from hmc.passes.graph.trace import trace
+from hmc.passes.place.expert_placement import ExpertPlacement
 from hmc.plan import LayerPlacement, Plan
-from hmc.trace import trace
-from hmc.verify import expert_ranges
+from hmc.plan.verify import expert_ranges
 
 
 def replan(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hmc.errors import UsageError
-from hmc.passes.phase_memory import accounted
+from hmc.passes.emit.phase_memory import accounted
 from hmc.plan import Decision, Kernel, Plan
 from hmc.tune.replan import replan
 
@@ -17,7 +17,7 @@ PREFILL, STREAM = "prefill.host", "prefill.stream"
 DECODE_OPS = ("linear", "gate_up", "experts_gate_up", "experts_down")
 PREFILL_OPS = ("gemm", "grouped_gate_up", "grouped_down")
 _BATCH = 16
-"""rows x streams of a decode kernel must divide it (codegen/tiles.py: GRAIN)."""
+"""rows x streams of a decode kernel must divide it (codegen/decode/tiles.py: GRAIN)."""
 _MOST_THREADS, _MOST_BYTES, _MOST_TILE = 4096, 1 << 24, 12
 
 _FORM = re.compile(

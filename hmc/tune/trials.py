@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from statistics import median
 
 from hmc.bench.compare import Compared, Report, silent
-from hmc.detect import detect
 from hmc.errors import HmcError
+from hmc.machine.detect import detect
 from hmc.plan import Plan
-from hmc.report.measured import Measured
-from hmc.runtime.scheduler_policy import prefill_phase
+from hmc.plan.phases import prefill_phase
+from hmc.predict.measured import Measured
 from hmc.tune.measure import Runner, compare
 from hmc.tune.settings import (
     DECODE_OPS,

@@ -2,7 +2,7 @@
 
 An op function takes a phase's memory (`base.Bound`) and a step, and returns what the step does in a
 call. It works on any device, keeps no order (that is the schedule's) and leaves the stream it is
-launched on to the caller. Operands and roles are those of the table in hmc/plan.py.
+launched on to the caller. Operands and roles are those of the table in hmc/plan/model.py.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.shares import Call, Rows
+from hmc.runtime.device_ops.shares import Call, Rows
 
 _CACHED = torch.bfloat16
 _SCORE = 4 + 4 + 4

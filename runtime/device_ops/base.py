@@ -8,10 +8,10 @@ from typing import Protocol
 import torch
 
 from hmc.plan import Operand, Phase, Plan, Step
+from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.kv import KVCache
-from hmc.runtime.ranks_link import Link
-from hmc.runtime.shares import Call, Share
+from hmc.runtime.device_ops.shares import Call, Share
+from hmc.runtime.memory.kv import KVCache
 
 Work = Callable[[Call], None]
 """What a step does in one run of its phase, on at least one row of its share."""

@@ -14,7 +14,7 @@ from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import matmul, row_bytes
-from hmc.runtime.shares import Call
+from hmc.runtime.device_ops.shares import Call
 
 
 def embed(bound: Bound, step: Step) -> Work:
@@ -139,7 +139,7 @@ def gate_up(bound: Bound, step: Step) -> Work:
 def rotary(bound: Bound, step: Step) -> Work:
     """Rotates `dim` elements of every head in place, after the heads' norm where there is one.
 
-    Angles are products in f32, as runtime/tables.py makes them.
+    Angles are products in f32, as runtime/host/tables.py makes them.
     """
     x, gamma = bound.tensor(step.inputs["x"]), bound.vector(step, "gamma")
     heads, head_dim, start, dim = ints(step, "heads", "head_dim", "start", "dim")

@@ -14,14 +14,14 @@ from collections.abc import Iterable
 
 import torch
 
-from hmc.cost import COPY_PIECE
 from hmc.plan import Operand, Step
+from hmc.predict.cost import COPY_PIECE
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work
-from hmc.runtime.ranks_link import Link
-from hmc.runtime.ranks_traffic import Kind, feeds_attention
-from hmc.runtime.shares import Call, Share, of_share
-from hmc.runtime.weights import view
+from hmc.runtime.device_ops.link import Link
+from hmc.runtime.device_ops.shares import Call, Share, of_share
+from hmc.runtime.device_ops.traffic import Kind, feeds_attention
+from hmc.runtime.weights.store import view
 
 
 def copy(bound: Bound, step: Step) -> Work:

@@ -14,7 +14,7 @@ from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
-from hmc.runtime.shares import Call
+from hmc.runtime.device_ops.shares import Call
 
 Expert = tuple[Matrix, Matrix, Matrix]
 """gate, up and down."""
@@ -66,7 +66,7 @@ def routed(
     top_groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids i64, weights f32) [T, top_k] of f32 logits [T, experts], with the order of scores and
-    the ties of codegen/kernels/route.py.
+    the ties of codegen/kernels/routing/route.py.
     """
     if scoring == SOFTMAX:
         scores = logits.softmax(-1)

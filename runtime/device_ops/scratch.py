@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hmc.device_memory import SCRATCH
+from hmc.plan.memory import SCRATCH
 
 BYTES = SCRATCH // 2
 """Bytes of an op's temporaries on one device; read at every call."""

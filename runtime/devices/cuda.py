@@ -25,10 +25,10 @@ import torch
 from hmc.env import uncollected
 from hmc.errors import CapacityError, ExecutionError, HmcError, MachineError, WorkerError
 from hmc.runtime.devices.base import Event, Stream, Work, gpu_of, stream_name
+from hmc.runtime.devices.cuda_flags import StreamMemory
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.pinned import pinned
-from hmc.runtime.devices.stream_memory import StreamMemory
 from hmc.runtime.devices.worker import Board, HostEvent, HostSpan, Worker
 
 CLOSE_SECONDS = 2.0

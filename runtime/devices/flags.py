@@ -61,7 +61,7 @@ class Flags:
 
     def abort(self) -> None:
         """Let nobody wait any longer, for good: native programs end where they wait; streams go
-        on, with results that nobody is to use. In this order: see codegen/kernels/flags.py.
+        on, with results that nobody is to use. In this order: see codegen/pool/flags.py.
         """
         self._words[self.count] = 1
         self._words[: self.count] = self.epoch

@@ -13,7 +13,7 @@ import torch
 from hmc.errors import CapacityError, ExecutionError
 from hmc.runtime.devices.base import Backend, Event, Stream
 from hmc.runtime.devices.lending import Lent, borrow, lend
-from hmc.runtime.shared import SharedBlock
+from hmc.runtime.memory.shared import SharedBlock
 
 ALIGNMENT = 256
 """Bytes to which every allocation is aligned and rounded up."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hmc.errors import ExecutionError
-from hmc.runtime.shared import SharedBlock
+from hmc.runtime.memory.shared import SharedBlock
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from emulated import EMULATING
 
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
+from hmc.codegen.panel.tiling import CHUNK, Form
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
-from hmc.codegen.tiling import CHUNK, Form
 
 _PROT_NONE = 0  # of sys/mman.h
 FORMATS: list[WeightFormat] = ["fp8", "bf16", "fp16", "f32", "int4"]

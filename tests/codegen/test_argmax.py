@@ -9,7 +9,7 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.argmax import argmax, argmax_scratch_bytes
+from hmc.codegen.kernels.routing.argmax import argmax, argmax_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 
 

@@ -14,7 +14,7 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention import attention, attention_scratch_bytes, kv_append
+from hmc.codegen.kernels.attention.attention import attention, attention_scratch_bytes, kv_append
 from hmc.errors import KernelError
 
 Params = dict[str, int]

@@ -16,7 +16,7 @@ from prefill_data import need, run
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.prefill_attention import (
+from hmc.codegen.kernels.attention.prefill_attention import (
     attention_prefill,
     prefill_attention_scratch_bytes,
 )

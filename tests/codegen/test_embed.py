@@ -9,7 +9,7 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.embed import rows
+from hmc.codegen.kernels.pointwise.embed import rows
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 

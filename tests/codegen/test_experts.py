@@ -14,7 +14,7 @@ from test_gate_up import assert_gated
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import REFERENCES
-from hmc.codegen.kernels.experts import scratch_bytes
+from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 TOKENS, TOP_K, EXPERTS = 16, 3, 20

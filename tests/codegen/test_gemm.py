@@ -22,9 +22,9 @@ from prefill_data import (
 
 from hmc.codegen.isa import TIERS, needs_numbers
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.gemm import gemm, gemm_scratch_bytes
+from hmc.codegen.kernels.matmul.gemm import gemm, gemm_scratch_bytes
+from hmc.codegen.panel.tiling import Form
 from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.codegen.tiling import Form
 
 
 def call(

@@ -20,8 +20,8 @@ from prefill_data import (
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.grouped import grouped_down, grouped_gate_up, grouped_scratch_bytes
-from hmc.codegen.kernels.sort_experts import sort_experts
+from hmc.codegen.kernels.matmul.grouped import grouped_down, grouped_gate_up, grouped_scratch_bytes
+from hmc.codegen.kernels.routing.sort_experts import sort_experts
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.errors import KernelError
 

@@ -15,8 +15,8 @@ from prefill_data import Stored, need, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import mla
-from hmc.codegen.kernels.absorb import mla_absorb
+from hmc.codegen.kernels.attention import mla
+from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.spec import WeightFormat
 from hmc.errors import KernelError
 

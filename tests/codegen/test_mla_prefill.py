@@ -17,9 +17,9 @@ from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.mla_prefill import mla_prefill, mla_prefill_scratch_bytes
-from hmc.codegen.kernels.prefill_attention import attention_prefill
-from hmc.codegen.kernels.prefill_latent import lift_form
+from hmc.codegen.kernels.attention.mla_prefill import mla_prefill, mla_prefill_scratch_bytes
+from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
+from hmc.codegen.kernels.attention.prefill_latent import lift_form
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.errors import KernelError
 

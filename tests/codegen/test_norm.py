@@ -11,7 +11,7 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import norm as reference
+from hmc.codegen.kernels.pointwise import norm as reference
 from hmc.codegen.spec import KernelSpec
 
 EPS = 1e-6

@@ -12,7 +12,7 @@ from test_experts import FORMATS, TOKENS, TOP_K, Layer
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.experts import scratch_bytes
+from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.spec import KernelSpec, pack
 
 PIECES = [(0, 5), (7, 1), (5, 2), (8, 3), (11, 1)]

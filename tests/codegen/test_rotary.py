@@ -13,7 +13,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_po
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.rotary import rotary
+from hmc.codegen.kernels.pointwise.rotary import rotary
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 

@@ -14,7 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.route import route
+from hmc.codegen.kernels.routing.route import route
 from hmc.errors import KernelError
 
 FORMS = [

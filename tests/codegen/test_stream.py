@@ -6,8 +6,8 @@ import pytest
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS, REFERENCES
-from hmc.codegen.kernels.peak import dot_peak_flops
-from hmc.codegen.kernels.stream import PAGES, SPLIT
+from hmc.codegen.kernels.probes.peak import dot_peak_flops
+from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
 from hmc.codegen.spec import KernelSpec, pack
 
 JIT = Jit(EMITTERS)

@@ -9,12 +9,12 @@ from emulated import new_jit
 from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
-from hmc.codegen.dot import e4m3_as_bf16
+from hmc.codegen.formats.dot import e4m3_as_bf16
+from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
-from hmc.codegen.weights import row_bytes, weights_f32
 
 
 def emit_decode(spec: KernelSpec) -> str:

@@ -17,7 +17,7 @@ import pytest
 
 from hmc.cli import main
 from hmc.codegen.isa import TIERS
-from hmc.detect import load_machine
+from hmc.machine.detect import load_machine
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -182,7 +182,7 @@ def test_a_model_without_tokenizer_runs_by_ids(
     assert all(word.isdigit() for word in out.split())
     # what is asked is checked before weights are opened
     monkeypatch.setattr(
-        "hmc.runtime.weights.WeightStore.open", lambda *_, **__: pytest.fail("opened")
+        "hmc.runtime.weights.store.WeightStore.open", lambda *_, **__: pytest.fail("opened")
     )
     code, _, err = run("run", path, "-p", "text")
     assert_one_line(code, err, 2, "tokenizer")

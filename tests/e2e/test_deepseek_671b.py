@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from make_deepseek_v3 import write_deepseek_v3
 
-from hmc.plan import Plan
+from hmc.plan import load_plan
 
 _COMPILE = """
 import json, resource, sys
@@ -52,7 +52,7 @@ def test_671b_compiles_small_and_deterministically_and_is_refused_before_it_is_m
     assert one.stat().st_size < 1_000_000
     assert peak < 1_000_000_000
     assert report["fits"] is False
-    plan = Plan.load(one)
+    plan = load_plan(one)
     assert len(plan.checkpoint.shards) == 135
     assert sum(experts.count for experts in plan.experts) == 58 * 3 * 256
     assert abs(plan.model.parameters / 671e9 - 1) < 0.001

@@ -16,10 +16,10 @@ from split_plans import STREAM, split_plan
 
 from hmc.cli import main
 from hmc.errors import UsageError, WorkerError
-from hmc.plan import Plan
-from hmc.runtime.device_phase import DevicePhase
+from hmc.plan import Plan, save_plan
 from hmc.runtime.engine import Engine
-from hmc.runtime.ranks import GroupRunner
+from hmc.runtime.phases.phase import DevicePhase
+from hmc.runtime.ranks.group import GroupRunner
 
 LONG = prompt(40, 3)
 
@@ -97,7 +97,7 @@ def test_the_command_line(
     home: str, plan: Plan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "plan.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     ids = ",".join(map(str, LONG))
     common = ["run", str(path), "--ids", ids, "-n", "2", "--devices", "host", "--threads", "1"]
     with pytest.raises(SystemExit) as stopped:
@@ -122,7 +122,7 @@ def test_bench_takes_the_processes_too(
     plan: Plan, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "plan.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     with pytest.raises(SystemExit) as stopped:
         main(
             f"bench {path} -p 32 -n 0 --repetitions 1 --megabytes 1 --devices host --threads 1"

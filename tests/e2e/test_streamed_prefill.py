@@ -16,6 +16,7 @@ from split_plans import DUAL, STREAM, split_plan
 
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
+from hmc.plan import save_plan
 from hmc.runtime.device_ops import OPS
 
 Run = Callable[..., tuple[int, str, str]]
@@ -50,7 +51,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "two": split_plan(TINY, gpus=2, switches=True),
     }
     for name, plan in found.items():
-        plan.save(folder / f"{name}.hmp")
+        save_plan(plan, folder / f"{name}.hmp")
     return {name: folder / f"{name}.hmp" for name in found}
 
 
@@ -121,7 +122,7 @@ def test_faults_end_in_one_line(
 ) -> None:
     plan = split_plan(TINY)
     small = tmp_path / "small.hmp"
-    plan.model_copy(update={"machine": with_memory(plan.machine, 1 << 20)}).save(small)
+    save_plan(plan.model_copy(update={"machine": with_memory(plan.machine, 1 << 20)}), small)
     arguments = ("-p", TEXT, "-n", 4, "--threads", 2, "--devices", "host")
     code, _, err = run("run", small, *arguments)
     assert (code, err.count("\n")) == (5, 1)

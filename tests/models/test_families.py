@@ -16,7 +16,7 @@ from reference import load_model, run
 from hmc.checkpoint.config import ModelConfig, load_config
 from hmc.errors import ConfigError, UnsupportedError
 from hmc.models import load, weight_specs
-from hmc.trace import trace
+from hmc.passes.graph.trace import trace
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 

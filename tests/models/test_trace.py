@@ -16,9 +16,9 @@ from hmc.blocks import Embedding, Linear
 from hmc.checkpoint.config import load_config
 from hmc.errors import CompileError
 from hmc.graph import KINDS, meta
+from hmc.graph.printer import graph_text
 from hmc.models import load
-from hmc.printer import graph_text
-from hmc.trace import trace
+from hmc.passes.graph.trace import trace
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 

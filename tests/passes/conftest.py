@@ -13,8 +13,8 @@ from hmc import models
 from hmc.checkpoint import Checkpoint
 from hmc.machine import Machine, NumaNode
 from hmc.passes import Context, Options
+from hmc.passes.graph.trace import trace
 from hmc.plan import ModelInfo
-from hmc.trace import trace
 
 MACHINE = Machine(
     name="test",

@@ -8,12 +8,12 @@ import pytest
 from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for, waits_of, with_phase, without_wait
 
 from hmc.compiler import compile as compile_plan
-from hmc.cost import Call, Cost, CostModel
 from hmc.errors import VerifyError
 from hmc.machine import Rate
 from hmc.plan import Plan
-from hmc.timeline import result_seconds, run, schedule
-from hmc.verify import verify_plan
+from hmc.plan.verify import verify_plan
+from hmc.predict.cost import Call, Cost, CostModel
+from hmc.predict.timeline import result_seconds, run, schedule
 
 DUAL = "decode.dual"
 

@@ -13,11 +13,11 @@ import torch.fx
 import hmc
 from hmc.errors import PassFailedError, UnsupportedError, VerifyError
 from hmc.graph import NodeMeta, meta
+from hmc.graph.printer import graph_text
 from hmc.passes import PIPELINE, Context, run_pipeline
-from hmc.passes.canonicalise import Canonicalise
 from hmc.passes.context import ranges
-from hmc.passes.fuse import Fuse
-from hmc.printer import graph_text
+from hmc.passes.graph.canonicalise import Canonicalise
+from hmc.passes.graph.fuse import Fuse
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
 Lowering = Callable[..., tuple[torch.fx.GraphModule, Context]]

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
-from hmc.passes import PIPELINE, Context, expert_placement, run_pipeline
+from hmc.passes import PIPELINE, Context, run_pipeline
 from hmc.passes.context import Budget, stored_bytes
-from hmc.passes.profile import RoutingCounts, RoutingProfile
-from hmc.passes.solver import Item, solve
-from hmc.plan import Plan
-from hmc.verify import expert_ranges
+from hmc.passes.place import expert_placement
+from hmc.passes.place.solver import Item, solve
+from hmc.passes.routing_profile import RoutingCounts, RoutingProfile
+from hmc.plan import Plan, load_plan, save_plan
+from hmc.plan.verify import expert_ranges
 
 EXPERT = 3 * (7168 * 2048 + 4 * 56 * 16)
 """Bytes of a DeepSeek-V3 expert: three FP8 matrices with a float a block of 128 x 128."""
@@ -246,7 +247,7 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_hybrid_plans_are_deterministic(tmp_path: Path) -> None:
     one = plan_for("deepseek-v3", TWO)
     two: Plan = compile_plan(CONFIGS / "deepseek-v3", machine=TWO, dummy_weights=True, layers=6)
-    one.save(tmp_path / "a.hmp")
-    two.save(tmp_path / "b.hmp")
+    save_plan(one, tmp_path / "a.hmp")
+    save_plan(two, tmp_path / "b.hmp")
     assert (tmp_path / "a.hmp").read_bytes() == (tmp_path / "b.hmp").read_bytes()
-    assert Plan.load(tmp_path / "a.hmp") == one
+    assert load_plan(tmp_path / "a.hmp") == one

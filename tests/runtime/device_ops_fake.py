@@ -11,8 +11,8 @@ import torch
 
 from hmc.plan import Operand, Step
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.kv import KVCache
-from hmc.runtime.shares import ALL, Call, Needs, Share, make_call
+from hmc.runtime.device_ops.shares import ALL, Call, Needs, Share, make_call
+from hmc.runtime.memory.kv import KVCache
 
 GPU = "gpu0"
 

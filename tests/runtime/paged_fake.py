@@ -15,12 +15,12 @@ import numpy as np
 
 from hmc.errors import WorkerError
 from hmc.plan import KVLayout
-from hmc.runtime.generation import Ends
-from hmc.runtime.kv import KVCache
-from hmc.runtime.requests import Request
-from hmc.runtime.sampler import Sampler, SamplingParams
-from hmc.runtime.scheduler_policy import DECODE, PREFILL
-from hmc.runtime.text import StopStrings
+from hmc.plan.phases import DECODE, PREFILL
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.tokens.generation import Ends
+from hmc.runtime.tokens.requests import Request
+from hmc.runtime.tokens.sampler import Sampler, SamplingParams
+from hmc.runtime.tokens.text import StopStrings
 
 VOCAB, BLOCK, EOS = 50, 4, 1
 WAIT = 60

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import hmc
-from hmc.codegen import walker
+from hmc.codegen.pool import walker
 from hmc.codegen.spec import ARGS
 from hmc.errors import ExecutionError
 from hmc.plan import Buffer, Operand, Phase, Step
-from hmc.runtime.arena import Arena
-from hmc.runtime.program import Program
+from hmc.runtime.host.arena import Arena
+from hmc.runtime.host.program import Program
 
 
 def operand(name, width, column=0):

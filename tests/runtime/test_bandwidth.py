@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 
+from hmc.bench.bandwidth import SWEEP, StreamingRead, Variant, dot_peak, streaming_read
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.kernels.stream import PAGES, SPLIT
-from hmc.runtime.bandwidth import SWEEP, StreamingRead, Variant, dot_peak, streaming_read
-from hmc.runtime.pool import Pool
+from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
+from hmc.runtime.host.pool import Pool
 
 SOME = (Variant(1, 0, SPLIT, False), Variant(2, 4096, PAGES, True), Variant(8, 512, SPLIT, True))
 

@@ -20,22 +20,22 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.compiler import compile as compile_plan
-from hmc.detect import load_machine
 from hmc.errors import ExecutionError
 from hmc.graph import meta
 from hmc.machine import Machine
+from hmc.machine.detect import load_machine
 from hmc.passes import Context
-from hmc.passes.budget import divide
 from hmc.passes.context import Budget, stored_bytes
+from hmc.passes.place.budget import divide
 from hmc.plan import Plan
-from hmc.runtime.binding import Binding, BoundPhase
+from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops import exchange
 from hmc.runtime.executor import Executor
-from hmc.runtime.kv import KVCache, Sequence
-from hmc.runtime.pool import Pool
-from hmc.runtime.tables import Tables
-from hmc.runtime.text import Text
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.tokens.text import Text
+from hmc.runtime.weights.store import WeightStore
 
 HOST, DECODE, STREAM, DUAL = "prefill.host", "decode", "prefill.stream", "decode.dual"
 BESIDE = "prefill.beside"
@@ -154,8 +154,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
             return replace(found, usable=tuple(usable), experts=(room,) * gpus)
 
         with monkeypatch.context() as patched:
-            patched.setattr("hmc.passes.expert_placement.divide", budget)
-            patched.setattr("hmc.passes.dual_batch.WORTHWHILE", 0.0)
+            patched.setattr("hmc.passes.place.expert_placement.divide", budget)
+            patched.setattr("hmc.passes.emit.dual_batch.WORTHWHILE", 0.0)
             return compile_plan(
                 directory, machine=machine(gpus), max_context=context, max_chunk=64, threads=2
             )

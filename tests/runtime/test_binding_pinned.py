@@ -20,14 +20,14 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.errors import MachineError
 from hmc.plan import Plan
-from hmc.runtime.binding import Binding
-from hmc.runtime.binding_pinned import whole_pages
+from hmc.runtime.binding.phase import Binding
+from hmc.runtime.binding.pinned import whole_pages
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.kv import KVCache
-from hmc.runtime.pool import Pool
-from hmc.runtime.tables import Tables
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.weights.store import WeightStore
 
 PORTABLE, READ_ONLY = 1, 8
 

@@ -23,18 +23,18 @@ from split_plans import DUAL, STREAM, split_plan
 from hmc.compiler import compile as compile_plan
 from hmc.errors import ExecutionError, MachineError, WorkerError
 from hmc.plan import Step
-from hmc.runtime.crossing import crossing
 from hmc.runtime.device_ops import OPS
-from hmc.runtime.device_phase import DevicePhase
+from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.worker import Worker
 from hmc.runtime.executor import Executor
-from hmc.runtime.host_program import HostProgram
-from hmc.runtime.lowering import Lowering
-from hmc.runtime.schedule import ScheduleRunner
-from hmc.runtime.shares import Call
-from hmc.runtime.trace import chrome_trace
+from hmc.runtime.host.lowering import Lowering
+from hmc.runtime.host.trace import chrome_trace
+from hmc.runtime.phases.phase import DevicePhase
+from hmc.runtime.schedule.crossing import crossing
+from hmc.runtime.schedule.host_program import HostProgram
+from hmc.runtime.schedule.runner import ScheduleRunner
 
 Checkpoint = Callable[..., Path]
 Floats = npt.NDArray[np.float32]

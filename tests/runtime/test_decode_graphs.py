@@ -23,22 +23,22 @@ from torch.utils._pytree import tree_leaves
 from hmc.cli.devices import telling
 from hmc.errors import ExecutionError, MachineError, UsageError
 from hmc.plan import Operand, Step
-from hmc.runtime import decode_graphs
-from hmc.runtime.binding import BoundPhase
-from hmc.runtime.crossing import crossing
-from hmc.runtime.decode_graphs import DecodeGraphs, bucket
+from hmc.runtime.binding.phase import BoundPhase
 from hmc.runtime.device_ops import OPS
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.device_phase import DevicePhase
+from hmc.runtime.device_ops.shares import Call, Fixed, Rows
 from hmc.runtime.devices.base import Work
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.worker import Worker
 from hmc.runtime.executor import Executor
+from hmc.runtime.phases import decode_graphs
+from hmc.runtime.phases.decode_graphs import DecodeGraphs, bucket
+from hmc.runtime.phases.phase import DevicePhase
 from hmc.runtime.routing import RoutingRecorder
-from hmc.runtime.schedule import ScheduleRunner
-from hmc.runtime.segments import segments
-from hmc.runtime.shares import Call, Fixed, Rows
+from hmc.runtime.schedule.crossing import crossing
+from hmc.runtime.schedule.runner import ScheduleRunner
+from hmc.runtime.schedule.segments import segments
 
 Checkpoint = Callable[..., Path]
 Floats = npt.NDArray[np.float32]

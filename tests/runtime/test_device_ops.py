@@ -13,14 +13,14 @@ from hypothesis import strategies as some
 
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
-from hmc.codegen.kernels.route import route as route_reference
+from hmc.codegen.kernels.routing.route import route as route_reference
 from hmc.errors import ExecutionError
 from hmc.plan import KVLayout
 from hmc.runtime.device_ops import OPS, matmul, moe, scratch, triton_fp8
 from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.kv import KVCache
-from hmc.runtime.shares import Share, of_share
+from hmc.runtime.device_ops.shares import Share, of_share
+from hmc.runtime.memory.kv import KVCache
 
 T = 23
 

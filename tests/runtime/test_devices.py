@@ -17,7 +17,8 @@ import torch
 
 from hmc.errors import CapacityError, ExecutionError, MachineError, WorkerError
 from hmc.runtime.devices import cuda as cuda_module
-from hmc.runtime.devices import pinned, stream_memory
+from hmc.runtime.devices import cuda_flags as stream_memory
+from hmc.runtime.devices import pinned
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.null import NullBackend

@@ -14,13 +14,13 @@ import pytest
 from paged_fake import WAIT, prompts, request, tokens_of
 
 import hmc
-from hmc.detect import load_machine
 from hmc.errors import ExecutionError, MachineError, UsageError, WorkerError
-from hmc.runtime.disaggregation import Disaggregated, Division, decide
-from hmc.runtime.disaggregation_cost import Load, divided, interleaved
-from hmc.runtime.scheduler import Scheduler
-from hmc.runtime.scheduler_policy import PREFILL, in_own_process
-from hmc.runtime.topology import Node, Topology
+from hmc.machine.detect import load_machine
+from hmc.machine.topology import Node, Topology
+from hmc.plan.phases import PREFILL, in_own_process
+from hmc.predict.disaggregation import Load, divided, interleaved
+from hmc.runtime.batching.scheduler import Scheduler
+from hmc.runtime.prefill.disaggregation import Disaggregated, Division, decide
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = EXAMPLES / "tiny-kjv"

@@ -15,14 +15,14 @@ import pytest
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS, REFERENCES
+from hmc.codegen.pool.walker import BARRIER, GATE
 from hmc.codegen.spec import KernelSpec, pack
-from hmc.codegen.walker import BARRIER, GATE
 from hmc.errors import WorkerError
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.null import NullBackend
-from hmc.runtime.pool import Pool
-from hmc.runtime.program import Program, ProgramBuilder
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
 
 WORDS = 999
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.plan import KVLayout
-from hmc.runtime.kv import BlockAllocator, KVCache
+from hmc.runtime.memory.kv import BlockAllocator, KVCache
 
 
 @settings(max_examples=100, deadline=None)

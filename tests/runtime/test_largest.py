@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hmc.runtime.largest import largest, nucleus
+from hmc.runtime.tokens.largest import largest, nucleus
 
 
 def by_sorting(values, count):

@@ -15,11 +15,11 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.errors import TensorError
 from hmc.plan import Plan
-from hmc.runtime import numbers
-from hmc.runtime.numbers import check_numbers
-from hmc.runtime.pool import Pool
-from hmc.runtime.tensor_groups import Key, tensor_groups
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.host import nan_scan as numbers
+from hmc.runtime.host.nan_scan import check_numbers
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.weights.store import WeightStore
+from hmc.runtime.weights.tensors import Key, tensor_groups
 
 JIT = Jit(EMITTERS)
 

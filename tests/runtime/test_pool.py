@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from hmc.codegen import walker
 from hmc.codegen.ir import I64, Emitter, const
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit, Kernel
 from hmc.codegen.kernels import EMITTERS
+from hmc.codegen.pool import walker
 from hmc.codegen.spec import ARGS, Arg, KernelSpec
 from hmc.errors import WorkerError
-from hmc.runtime.pool import Pool
-from hmc.runtime.program import Program, ProgramBuilder
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
 
 ISA = best_isa()
 SIZE = 1013
@@ -452,7 +452,7 @@ def test_a_forgotten_pool_does_not_keep_the_process(tmp_path: Path) -> None:
         "from hmc.codegen.jit import Jit\n"
         "from hmc.codegen.isa import best_isa\n"
         "from hmc.codegen.kernels import EMITTERS\n"
-        "from hmc.runtime.pool import Pool\n"
+        "from hmc.runtime.host.pool import Pool\n"
         "pool = Pool(Jit(EMITTERS), best_isa(), 2)\n"
         "pool.run(np.zeros((0, 4), np.int64))\n"
     )

@@ -19,12 +19,12 @@ from split_plans import BESIDE, STREAM, split_plan
 
 from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan
+from hmc.plan.phases import DECODE, PREFILL
+from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.device_ops import OPS
 from hmc.runtime.executor import Executor
-from hmc.runtime.prefill_devices import DevicePrefill
-from hmc.runtime.requests import Request, Ticket
-from hmc.runtime.scheduler import Scheduler
-from hmc.runtime.scheduler_policy import DECODE, PREFILL
+from hmc.runtime.phases.beside import DevicePrefill
+from hmc.runtime.tokens.requests import Request, Ticket
 
 SHORT, LONG = prompt(9, 1), prompt(80, 2)
 CALL = 48

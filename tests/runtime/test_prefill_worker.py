@@ -22,14 +22,14 @@ from hmc.errors import (
     UsageError,
     WorkerError,
 )
-from hmc.planfile import save
+from hmc.machine.topology import Node, Topology
+from hmc.plan.file import save
 from hmc.runtime.executor import Executor
-from hmc.runtime.kv import KVCache, cache_bytes
-from hmc.runtime.prefill_cpus import divide_cpus
-from hmc.runtime.prefill_worker import PrefillWorker
-from hmc.runtime.shared import SharedBlock
-from hmc.runtime.topology import Node, Topology
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.memory.kv import KVCache, cache_bytes
+from hmc.runtime.memory.shared import SharedBlock
+from hmc.runtime.prefill.cpus import divide_cpus
+from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.weights.store import WeightStore
 
 TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny-kjv"
 CPUS = tuple(sorted(os.sched_getaffinity(0)))[:2]
@@ -321,11 +321,11 @@ def test_a_process_that_cannot_begin_says_why(checkpoint):
 PARENT = """
 import sys, time
 from pathlib import Path
-from hmc.planfile import load
-from hmc.runtime.kv import cache_bytes
-from hmc.runtime.prefill_worker import PrefillWorker
-from hmc.runtime.shared import SharedBlock
-from hmc.runtime.weights import WeightStore
+from hmc.plan.file import load
+from hmc.runtime.memory.kv import cache_bytes
+from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.memory.shared import SharedBlock
+from hmc.runtime.weights.store import WeightStore
 directory, plan = Path(sys.argv[1]), load(sys.argv[2])
 store = WeightStore.open(plan, directory, home="shared")
 cache = SharedBlock(cache_bytes(plan.kv), "KV cache")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.plan import KVLayout
-from hmc.runtime.kv import BlockAllocator, KVCache
-from hmc.runtime.prefix import PrefixIndex
+from hmc.runtime.memory.kv import BlockAllocator, KVCache
+from hmc.runtime.memory.prefix import PrefixIndex
 
 BLOCK = 2
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmc.codegen import walker
+from hmc.codegen.decode.pieces import TICKET
+from hmc.codegen.decode.pieces import flags as flags_of
 from hmc.codegen.jit import Kernel
-from hmc.codegen.pieces import TICKET
-from hmc.codegen.pieces import flags as flags_of
+from hmc.codegen.pool import walker
 from hmc.codegen.spec import ARGS, KernelSpec, pack
-from hmc.runtime.program import ProgramBuilder
+from hmc.runtime.host.program import ProgramBuilder
 
 FILL = Kernel(KernelSpec.of("stream_fill", "avx2"), 0x1000)
 ADD = Kernel(KernelSpec.of("norm", "avx2", width=8), 0x2000)

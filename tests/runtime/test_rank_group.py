@@ -22,8 +22,8 @@ from split_plans import STREAM, split_plan
 from hmc.errors import CapacityError, ExecutionError, HmcError, UsageError, WorkerError
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
-from hmc.runtime.ranks import RankGroup, open_ranks
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.ranks.group import RankGroup, open_ranks
+from hmc.runtime.weights.store import WeightStore
 
 IDS = np.array(prompt(45), np.int32)
 
@@ -33,7 +33,7 @@ def faulty(fault: str) -> Iterator[None]:
     """Ranks started meanwhile have the fault."""
     command = (sys.executable, faulty_rank.__file__, fault)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hmc.runtime.ranks_process.COMMAND", command)
+        patched.setattr("hmc.runtime.ranks.process.COMMAND", command)
         yield
 
 
@@ -148,7 +148,7 @@ def test_a_gpu_without_enough_memory(
         started.append(group.pids)
         return group
 
-    monkeypatch.setattr("hmc.runtime.device_phase.open_ranks", opened)
+    monkeypatch.setattr("hmc.runtime.phases.phase.open_ranks", opened)
     with pytest.raises(CapacityError, match="gpu1 cannot hold"):
         Executor(plan, directory, devices="host", gpus=2, threads=1)
     gone(started[0])

@@ -13,9 +13,9 @@ from device_ops_fake import Buffers, call_of, random, step_of
 
 from hmc.plan import KVLayout
 from hmc.runtime.device_ops import OPS, scratch
-from hmc.runtime.kv import KVCache
-from hmc.runtime.ranks_link import Link
-from hmc.runtime.shares import Call, Share, of_share
+from hmc.runtime.device_ops.link import Link
+from hmc.runtime.device_ops.shares import Call, Share, of_share
+from hmc.runtime.memory.kv import KVCache
 
 TOKENS, WIDTH = 11, 3  # of two ranks one has 5 rows, the other 6
 

@@ -15,8 +15,8 @@ from test_bench import _CONFIG
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
 from hmc.errors import UsageError
-from hmc.passes.profile import load_profile
-from hmc.plan import Plan
+from hmc.passes.routing_profile import load_profile
+from hmc.plan import load_plan, save_plan
 from hmc.runtime.engine import Engine
 from hmc.runtime.routing import RoutingRecorder
 
@@ -28,7 +28,9 @@ def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("routing")
     (folder / "config.json").write_text(json.dumps(_CONFIG))
     path = folder / "plan.hmp"
-    compile_plan(folder / "config.json", dummy_weights=True, max_chunk=16, threads=2).save(path)
+    save_plan(
+        compile_plan(folder / "config.json", dummy_weights=True, max_chunk=16, threads=2), path
+    )
     return path
 
 
@@ -80,7 +82,7 @@ def test_nothing_recorded_is_an_error() -> None:
 
 
 def test_tokens_do_not_change_and_programs_are_whole_when_off(plan_file: Path) -> None:
-    plan, recorder = Plan.load(plan_file), RoutingRecorder()
+    plan, recorder = load_plan(plan_file), RoutingRecorder()
     with Engine(plan, threads=2, dummy_weights=True) as plain:
         expected = plain.generate([1, 2, 3, 4, 5], max_new_tokens=6)
         assert len(plain.executor.phases["decode"].programs) == 1

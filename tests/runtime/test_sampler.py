@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hmc.errors import ExecutionError, UsageError
-from hmc.runtime.sampler import Sampler, SamplingParams
+from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 
 
 def logits(seed, vocab):

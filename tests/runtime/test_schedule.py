@@ -12,14 +12,14 @@ import pytest
 from hybrid_plans import ONE, TWO, plan_for, waits_of, with_phase, without_wait
 from version_stamps import Stamps
 
-from hmc.cost import Call, CostModel
 from hmc.errors import CapacityError, ExecutionError, VerifyError, WorkerError
 from hmc.plan import Phase, Plan
+from hmc.plan.verify import check_order, verify_plan
+from hmc.predict.cost import Call, CostModel
+from hmc.predict.timeline import result_seconds, run
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.devices.null import NullBackend
-from hmc.runtime.schedule import ScheduleRunner, part_of_rank
-from hmc.timeline import result_seconds, run
-from hmc.verify import check_order, verify_plan
+from hmc.runtime.schedule.runner import ScheduleRunner, part_of_rank
 
 STREAM, DUAL = "prefill.stream", "decode.dual"
 

@@ -18,9 +18,9 @@ from hmc.errors import (
     UsageError,
 )
 from hmc.plan import Switch
-from hmc.runtime.logprobs import token_logprob
-from hmc.runtime.scheduler import Scheduler
-from hmc.runtime.scheduler_policy import chunk_tokens, decode_phase, prefill_phase
+from hmc.plan.phases import chunk_tokens, decode_phase, prefill_phase
+from hmc.runtime.batching.scheduler import Scheduler
+from hmc.runtime.tokens.logprobs import token_logprob
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from paged_fake import VOCAB, WAIT, PagedFake, prompts, reference, request, tokens_of
 
 from hmc.errors import ExecutionError, QueueFullError, WorkerError
-from hmc.runtime.scheduler import Scheduler
+from hmc.runtime.batching.scheduler import Scheduler
 
 
 @pytest.fixture

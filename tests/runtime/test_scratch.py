@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from hmc.plan import KVLayout, Step
 from hmc.runtime.device_ops import OPS, matmul, scratch
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.kv import KVCache
-from hmc.runtime.shares import Call
+from hmc.runtime.device_ops.shares import Call
+from hmc.runtime.memory.kv import KVCache
 
 SMALL = 1 << 20
 T = 3001

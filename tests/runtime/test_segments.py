@@ -10,8 +10,8 @@ from hybrid_plans import ONE, TWO, plan_for
 
 from hmc.plan import Phase
 from hmc.runtime.devices.null import NullBackend
-from hmc.runtime.schedule import ScheduleRunner
-from hmc.runtime.segments import segments
+from hmc.runtime.schedule.runner import ScheduleRunner
+from hmc.runtime.schedule.segments import segments
 
 
 def decode_phases(model: str, machine: str) -> list[Phase]:

@@ -13,20 +13,22 @@ import numpy as np
 import pytest
 
 import hmc
-from hmc import detect
 from hmc.errors import CapacityError, ExecutionError, MachineError, PlanMismatchError, ShardError
-from hmc.planfile import save
-from hmc.runtime import memory, shared, weight_arena
-from hmc.runtime.memory import HUGE_PAGE, Block, pin_check
-from hmc.runtime.shared import SharedBlock, huge_bytes, proportional_bytes
-from hmc.runtime.tensor_groups import layout, tensor_groups
-from hmc.runtime.weights import WeightStore
+from hmc.machine import detect
+from hmc.plan.file import save
+from hmc.runtime.memory import blocks as memory
+from hmc.runtime.memory import shared
+from hmc.runtime.memory.blocks import HUGE_PAGE, Block, pin_check
+from hmc.runtime.memory.shared import SharedBlock, huge_bytes, proportional_bytes
+from hmc.runtime.weights import arena as weight_arena
+from hmc.runtime.weights.store import WeightStore
+from hmc.runtime.weights.tensors import layout, tensor_groups
 
 SIZE = 192 << 20
 
 CHILD = """
 import sys
-from hmc.runtime.shared import SharedBlock
+from hmc.runtime.memory.shared import SharedBlock
 block = SharedBlock.attach(int(sys.argv[1]), int(sys.argv[2]), "test")
 print(int(block.array[::4096].sum(dtype=int)), flush=True)
 sys.stdin.read()
@@ -150,7 +152,7 @@ def test_pinning_is_checked_and_explained(monkeypatch):
 def test_the_limit_is_this_process_s():
     limited = """
 import ctypes, resource
-from hmc.detect import locked_memory
+from hmc.machine.detect import locked_memory
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
 print(locked_memory())
 """
@@ -180,8 +182,8 @@ def test_locked_blocks_are_counted_and_given_back():
 
 ATTACH = """
 import sys
-from hmc.planfile import load
-from hmc.runtime.weights import WeightStore
+from hmc.plan.file import load
+from hmc.runtime.weights.store import WeightStore
 plan = load(sys.argv[1])
 store = WeightStore.attach(plan, int(sys.argv[2]))
 weight = plan.weights[0]
@@ -264,7 +266,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(checkpoint, tmp_path, mo
     plan = hmc.compile(tmp_path)
     shard = tmp_path / plan.checkpoint.shards[0].name
     count = descriptors()
-    monkeypatch.setattr("hmc.runtime.weights.check_checkpoint", lambda plan, directory: None)
+    monkeypatch.setattr("hmc.runtime.weights.store.check_checkpoint", lambda plan, directory: None)
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(ShardError, match=f"{shard.name}: ends at byte"):
         WeightStore.open(plan, tmp_path, home="shared")

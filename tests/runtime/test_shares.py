@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import hmc
-from hmc.codegen import walker
-from hmc.runtime import lowering
+from hmc.codegen.pool import walker
+from hmc.runtime.host import lowering
 
 IDS = np.array([5, 3, 100, 41, 7, 7, 250, 9], np.int32)
 

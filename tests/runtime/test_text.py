@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hmc.errors import TokenizerError, UsageError
-from hmc.runtime.text import StopStrings, Text
+from hmc.runtime.tokens.text import StopStrings, Text
 
 SAMPLE = "Grüße 日本語の文字 🙂🙃 emoji 👩‍👩‍👧 and plain words, plain words. "
 

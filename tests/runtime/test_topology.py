@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from hmc.runtime.topology import Cache, read_topology, this_machine, worker_cpus
+from hmc.machine.topology import Cache, read_topology, this_machine, worker_cpus
 
 
 def write_tree(root: Path, files: dict[str, str]) -> Path:

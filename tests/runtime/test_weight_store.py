@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import hmc
 from hmc.errors import CapacityError, PlanMismatchError, ShardError, UsageError
-from hmc.runtime import fill, weights
-from hmc.runtime.tensor_groups import tensor_groups
-from hmc.runtime.weights import WeightStore
+from hmc.runtime.weights import fill
+from hmc.runtime.weights import store as weights
+from hmc.runtime.weights.store import WeightStore
+from hmc.runtime.weights.tensors import tensor_groups
 
 
 def raw(address, size):

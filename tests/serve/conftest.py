@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from hmc.compiler import compile as compile_plan
-from hmc.plan import Plan
+from hmc.plan import Plan, save_plan
 from hmc.serve.server import Server, listen
 from hmc.serve.service import Settings
 
@@ -89,7 +89,7 @@ def plan(model: Path) -> Plan:
 @pytest.fixture(scope="session")
 def plan_path(plan: Plan, model: Path) -> Path:
     path = model.parent / "tiny.hmp"
-    plan.save(path)
+    save_plan(plan, path)
     return path
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from hmc.bench.serve import Result, percentiles
-from hmc.bench.serve_client import Reply
-from hmc.bench.serve_load import Lengths, Shot, Slo, poisson, trace
-from hmc.bench.serve_streams import full_steps, pace
+from hmc.bench.serve.client import Reply
+from hmc.bench.serve.load import Lengths, Shot, Slo, poisson, trace
+from hmc.bench.serve.run import Result, percentiles
+from hmc.bench.serve.streams import full_steps, pace
 from hmc.cli import cli
 from hmc.errors import ExecutionError, HmcError, UsageError
 

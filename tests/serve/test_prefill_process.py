@@ -16,9 +16,9 @@ from click.testing import CliRunner
 from hmc.cli import cli
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError
-from hmc.plan import Plan
-from hmc.runtime.disaggregation import Decision, Division
-from hmc.runtime.prefill_worker import PrefillWorker
+from hmc.plan import Plan, save_plan
+from hmc.runtime.prefill.disaggregation import Decision, Division
+from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.serve import server
 from hmc.serve.service import Settings
 
@@ -128,7 +128,7 @@ def test_the_command_line_decides(
         pytest.skip("two cores are divided")
     seen: list[Settings] = []
     monkeypatch.setattr(server, "serve", lambda plan, settings, *_: seen.append(settings))
-    chunked.save(tmp_path / "p.hmp")
+    save_plan(chunked, tmp_path / "p.hmp")
     result = CliRunner().invoke(cli, ["serve", str(tmp_path / "p.hmp"), *arguments])
     assert result.exit_code == 0, result.output
     assert told in seen[0].prefill.reason and "\n" not in seen[0].prefill.reason
@@ -136,7 +136,7 @@ def test_the_command_line_decides(
 
 
 def test_threads_for_a_process_that_is_off_are_refused(chunked: Plan, tmp_path: Path) -> None:
-    chunked.save(tmp_path / "p.hmp")
+    save_plan(chunked, tmp_path / "p.hmp")
     command = ["serve", str(tmp_path / "p.hmp"), "--prefill-process", "off"]
     result = CliRunner().invoke(cli, [*command, "--prefill-threads", "1"])
     assert result.exit_code != 0

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 from split_plans import split_plan
 
-from hmc.runtime.scheduler_policy import BESIDE
+from hmc.plan.phases import BESIDE
 from hmc.serve.service import Settings
 
 LONG = " ".join(["And the king said unto the people that were with him"] * 3)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hmc.errors import UsageError
-from hmc.runtime.chat import ChatTemplate
+from hmc.runtime.tokens.chat import ChatTemplate
 from hmc.serve.tools import Call, CallFinder, DeepSeek, Form, Hermes, form_of
 
 BAR, BLANK = "\uff5c", "\u2581"

@@ -10,8 +10,8 @@ from hybrid_plans import ONE, TWO, plan_for
 
 from hmc.cli import cli
 from hmc.errors import ContextLengthError, UsageError
-from hmc.plan import Plan
-from hmc.simulate.beside import BESIDE, beside
+from hmc.plan import Plan, save_plan
+from hmc.predict.beside import BESIDE, beside
 
 _LOAD = {"prompt": 16_384, "context": 8_192, "batch": 2}
 
@@ -75,7 +75,7 @@ def test_loads_that_cannot_be() -> None:
 
 def test_the_command_prints_both(tmp_path: object) -> None:
     plan = f"{tmp_path}/two.hmp"
-    _plan().save(plan)
+    save_plan(_plan(), plan)
     arguments = ["simulate", plan, "--prompt", "8192", "--batch", "2", "--beside"]
     runner = CliRunner()
     found = json.loads(runner.invoke(cli, [*arguments, "--json"]).output)["beside"]

@@ -10,7 +10,10 @@ from hybrid_plans import ONE, named, plan_for, with_rate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hmc.cost import (
+from hmc.errors import MachineError
+from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.plan import Plan, Step
+from hmc.predict.cost import (
     Call,
     CostModel,
     attended,
@@ -21,9 +24,6 @@ from hmc.cost import (
     kv_bytes,
     mla_flops,
 )
-from hmc.errors import MachineError
-from hmc.machine import CpuRates, GemvRate, Rate
-from hmc.plan import Plan, Step
 
 MLA = {"heads": 128, "nope": 128, "rope": 64, "v_dim": 128, "rank": 512}
 

@@ -8,9 +8,9 @@ import pytest
 from hybrid_plans import ONE, TWO
 
 from hmc.codegen.isa import best_isa
-from hmc.detect import load_machine, named_machines
 from hmc.errors import MachineError, UsageError
 from hmc.machine import Machine
+from hmc.machine.detect import load_machine, named_machines
 
 NAMES = ("desktop-rtx4090", ONE, TWO, "laptop", "server-h200")
 

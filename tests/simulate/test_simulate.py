@@ -11,14 +11,14 @@ import pytest
 from click.testing import CliRunner
 from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for
 
+from hmc.bench.paper import MODELS, rows
 from hmc.cli import cli
-from hmc.cost import Call, Cost, CostModel
 from hmc.errors import ContextLengthError, HmcError, UsageError
-from hmc.plan import Goals, Phase, Step
-from hmc.simulate import parse_goals, simulate
-from hmc.simulate.paper import MODELS, rows
-from hmc.simulate.predict import chosen, critical_path, dag, run_decode, run_prefill
-from hmc.timeline import host_prefill, result_seconds, run, schedule
+from hmc.plan import Goals, Phase, Step, save_plan
+from hmc.predict import parse_goals, simulate
+from hmc.predict.cost import Call, Cost, CostModel
+from hmc.predict.run import chosen, critical_path, dag, run_decode, run_prefill
+from hmc.predict.timeline import host_prefill, result_seconds, run, schedule
 
 
 def _step(number: int, resource: str, waits: tuple[int, ...] = (), signal: int = -1) -> Step:
@@ -172,7 +172,7 @@ def test_the_command_takes_a_config_or_a_plan(tmp_path: Path) -> None:
     assert [each["met"] for each in found["slo"]] == [True, True]
     assert found["too_large_for"] == []
     plan = plan_for("deepseek-v3", ONE, 10, vram=18)
-    plan.save(tmp_path / "a.hmp")
+    save_plan(plan, tmp_path / "a.hmp")
     two = _invoke(str(tmp_path / "a.hmp"), "--prompt", "1000", "--context", "64", "--batch", "2")
     assert two["batch"] == 2
     assert set(two["decode"]["utilisation"]) == {"cpu", "gpu0", "h2d0", "d2h0"}
@@ -185,7 +185,7 @@ def test_the_command_says_when_a_model_does_not_fit() -> None:
 
 
 def test_text_output_names_what_binds(tmp_path: Path) -> None:
-    plan_for("deepseek-v3", ONE, 10, vram=18).save(tmp_path / "a.hmp")
+    save_plan(plan_for("deepseek-v3", ONE, 10, vram=18), tmp_path / "a.hmp")
     result = CliRunner().invoke(cli, ["simulate", str(tmp_path / "a.hmp")], catch_exceptions=False)
     assert result.exit_code == 0
     for word in ("time to first token", "Utilisation", "Critical path", "cpu experts"):
@@ -212,6 +212,6 @@ def test_the_models_of_the_figures_are_the_bundled_ones() -> None:
 @pytest.mark.slow
 def test_a_plan_of_all_layers_stays_small(tmp_path: Path) -> None:
     plan = plan_for("kimi-k2", TWO, 0)
-    plan.save(tmp_path / "kimi.hmp")
+    save_plan(plan, tmp_path / "kimi.hmp")
     assert (tmp_path / "kimi.hmp").stat().st_size < 1 << 20
     assert plan.machine == named(TWO)

@@ -1,0 +1,111 @@
+"""A few rows of weights times a few tokens, summed side by side: the innermost loops of decode
+matmuls.
+
+Chunks come in order and every chunk of a format with scales has a sum of its own, so a row's result
+for a token is the same however many rows or tokens are under way at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hmc.codegen.formats.dot import Dot
+from hmc.codegen.ir import F32, Emitter, Value, const
+
+
+@dataclass
+class Rows:
+    """Rows at `bases` (i8*), their scales at `scales` (i8*, as `Dot.scale_row` gives them), times
+    the prepared tokens `x` (i8*).
+
+    `totals[row][token]` are slots of `<lanes x float>`.
+    """
+
+    e: Emitter
+    dot: Dot
+    bases: list[Value]
+    scales: list[Value]
+    x: list[Value]
+    totals: list[list[Value]] = field(default_factory=list)
+
+    @staticmethod
+    def at(e: Emitter, dot: Dot, w: Value, scale: Value, rows: list[Value], x: list[Value]) -> Rows:
+        """`rows` (numbers, i64) of the matrix at `w` with scales at `scale`; totals are zero."""
+        found = Rows(
+            e,
+            dot,
+            [e.offset(w, e.b.mul(row, const(dot.row_bytes))) for row in rows],
+            [dot.scale_row(e, scale, row) for row in rows] if dot.scaled else [],
+            x,
+        )
+        zero = e.zeros(F32, dot.lanes)
+        found.totals = [[found._slot(zero) for _ in x] for _ in rows]
+        return found
+
+    def _slot(self, value: Value) -> Value:
+        slot = self.e.local(value.type)
+        self.e.b.store(value, slot)
+        return slot
+
+    def add(self, ahead: Callable[[Value], None]) -> None:
+        """Add all chunks; `ahead` is called with the element of each whole one before it."""
+        size, k = self.dot.chunk, self.dot.k
+        whole = k // size * size
+        with self.e.for_range(0, whole, size) as start:
+            ahead(start)
+            self._chunk(start, size)
+        if whole < k:
+            self._chunk(const(whole), k - whole)
+
+    def sums(self) -> list[list[Value]]:
+        """Lanes of the finished sums, [row][token]."""
+        return [[self.e.b.load(total) for total in line] for line in self.totals]
+
+    def _chunk(self, chunk: Value, valid: int) -> None:
+        """Add `valid` weights of the chunk at element `chunk`."""
+        e, b, dot = self.e, self.e.b, self.dot
+        if not dot.scaled:
+            self._units(chunk, self.totals, valid)
+            return
+        sums = [[self._slot(dot.start(e, token, chunk)) for token in self.x] for _ in self.bases]
+        self._units(chunk, sums, valid)
+        for scales, line, totals in zip(self.scales, sums, self.totals, strict=True):
+            factor = dot.scale(e, scales, chunk, valid)
+            for token, slot, total in zip(self.x, line, totals, strict=True):
+                value = dot.value(e, b.load(slot), token, chunk)
+                b.store(e.fma(value, factor, b.load(total)), total)
+
+    def _units(self, chunk: Value, sums: list[list[Value]], valid: int) -> None:
+        """Add `valid` weights of the chunk at element `chunk` to `sums[row][token]`."""
+        unit = self.dot.unit
+        whole = valid // unit * unit
+        if self.dot.lanes == 8 and len(self.x) > 1 and whole > 2 * unit:
+            with self.e.for_range(0, whole, unit) as start:  # short, so that sums are in registers
+                self._unit(chunk, sums, start, unit)
+        else:
+            for at in range(0, whole, unit):
+                self._unit(chunk, sums, const(at), unit)
+        if whole < valid:
+            self._unit(chunk, sums, const(whole), valid - whole)
+
+    def _unit(self, chunk: Value, sums: list[list[Value]], start: Value, valid: int) -> None:
+        """Add the unit at `start` of the chunk."""
+        e, b, dot = self.e, self.e.b, self.dot
+        rows = list(range(len(self.bases)))
+        # Rows side by side share the loads of activations where there are registers for it.
+        shared = dot.lanes == 16 or len(self.x) == 1
+        for group in [rows] if shared else [[row] for row in rows]:
+            if group[0] and len(self.x) > 1:
+                start = e.another(start)
+            place = b.add(chunk, start)
+            weights = [
+                dot.decode(e, dot.load(e, self.bases[row], place, valid), len(self.x))
+                for row in group
+            ]
+            for t, prepared in enumerate(self.x):
+                for step in range(len(weights[0])):
+                    activations = dot.activations(e, prepared, place, step)
+                    for row, vectors in zip(group, weights, strict=True):
+                        total = dot.multiply(e, b.load(sums[row][t]), vectors[step], activations)
+                        b.store(total, sums[row][t])

@@ -1,0 +1,140 @@
+"""Rows of a weight matrix times 1 to 16 token rows: the loop nest of every decode matmul; hides
+blocking and prefetch.
+
+`Tiles` emits one private subroutine per small token count and one, `matvec`, that covers any token
+count with them. Whatever the blocking, a token's sum over k is always made in the same order, so
+its result depends neither on the other tokens nor on who computes the row.
+
+Rows are read as memory likes it (streams.py); every `rows` rows of a run are summed up together.
+
+Tile choices: `streams`, `rows`, and `prefetch`, bytes ahead over all runs together (0: none), into
+the second-level cache, since the first holds the activations. Past the end of the runs the prefetch
+goes on at `following`, where the caller does.
+"""
+
+from __future__ import annotations
+
+from hmc.codegen.decode.streams import Tile, emit_streams
+from hmc.codegen.formats.dot import Dot
+from hmc.codegen.ir import F32, I8, I64, Emitter, Value, const, vec
+
+BYTES = I8.as_pointer()
+FLOATS = F32.as_pointer()
+ROWS = 512
+"""Rows whose results callers keep on the stack between `matvec` and their epilogue: runs stay long.
+"""
+GRAIN = 16
+"""Rows that work is split by: whole batches of whole streams."""
+
+_TOKEN_TILES = {16: (8, 6, 4, 3, 2, 1), 8: (4, 3, 2, 1)}
+"""Tokens of a tile, by f32 lanes. With 16 registers of 8 lanes two tiles of 4 take 27 cycles for 32
+FP8 weights where one of 8 takes 40: what it saves in decoding it loses in sums that do not fit."""
+
+_AHEAD = {16: 8192, 8: 2048}
+"""Bytes to prefetch ahead, by f32 lanes: measured on Zen 4 and Zen 3, where 8 KiB cost BF16 a tenth
+and more."""
+
+_SUMS = 8
+"""Sums under way that hide the latency of a multiply-add and have registers."""
+_REREAD_BYTES = 128 << 10
+"""Weights that several token tiles read in turn: they stay in the second-level cache."""
+
+
+class Tiles:
+    """The subroutines of one kernel; `dot` says how rows are stored, `tokens` how many tokens there
+    can be.
+    """
+
+    def __init__(self, e: Emitter, dot: Dot, tokens: int) -> None:
+        self.dot = dot
+        self.rows = e.spec.tiled("rows", 4)
+        self._streams = e.spec.tiled("streams", 4)
+        self._prefetch_bytes = e.spec.tiled("prefetch", _AHEAD[dot.lanes])
+        self._sizes = [size for size in _TOKEN_TILES[dot.lanes] if size <= tokens]
+        for size in self._sizes:
+            self._emit_tile(e, size)
+        self._emit_matvec(e)
+
+    # -- for callers -------------------------------------------------------------------------------
+
+    def prepare(self, e: Emitter, row_of: Value, count: Value, stride: Value, most: int) -> Value:
+        """Bring `count` <= `most` bf16 rows (from i8* `row_of`, `stride` elements apart) into the
+        form's order.
+
+        Returns the i8* of the prepared rows, `dot.prepared_bytes` apart.
+        """
+        prepared = e.local(vec(I64, 8), count=most * self.dot.prepared_bytes // 64)
+        prepared.align = 64
+        base = e.b.bitcast(prepared, BYTES)
+        with e.for_range(0, count) as row:
+            source = e.offset(row_of, e.b.mul(row, e.b.shl(stride, const(1))))
+            target = e.offset(base, e.b.mul(row, const(self.dot.prepared_bytes)))
+            self.dot.prepare(e, source, target)
+        return base
+
+    def matvec(
+        self,
+        e: Emitter,
+        w: Value,
+        scale: Value,
+        start: Value,
+        stop: Value,
+        xs: Value,
+        tokens: Value,
+        out: Value,
+        out_stride: Value,
+        following: Value,
+    ) -> None:
+        """out[t * out_stride + row - start] = x[t] . w[row] in f32, for rows [start, stop) and t <
+        `tokens`.
+
+        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; the caller reads
+        `following` (i8*) next.
+        """
+        e.b.call(
+            e.module.globals["matvec"],
+            [w, scale, start, stop, xs, tokens, out, out_stride, following],
+        )
+
+    # -- subroutines -------------------------------------------------------------------------------
+
+    def _emit_matvec(self, e: Emitter) -> None:
+        kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), I64, FLOATS, I64, BYTES)
+        with e.subroutine("matvec", *kinds) as (
+            w, scale, start, stop, xs, tokens, out, out_stride, following,
+        ):  # fmt: skip
+            b = e.b
+            # One tile does all: let it run through. Several: in blocks of rows that stay in cache.
+            sub = max(GRAIN, _REREAD_BYTES // self.dot.row_bytes // GRAIN * GRAIN)
+            single = b.icmp_signed("<=", tokens, const(self._sizes[0]))
+            step = b.select(single, b.add(b.sub(stop, start), const(1)), const(sub))
+            with e.for_range(start, stop, step) as first:
+                last = e.minimum(b.add(first, step), stop)
+                end = e.offset(w, b.mul(last, const(self.dot.row_bytes)))
+                after = b.select(b.icmp_signed("<", last, stop), end, following)
+                place = b.gep(out, [b.sub(first, start)])
+                done = e.local(I64)
+                b.store(const(0), done)
+                for size in self._sizes:
+                    with e.for_range(b.load(done), b.sub(tokens, const(size - 1)), size) as token:
+                        target = b.gep(place, [b.mul(token, out_stride)])
+                        x = b.gep(xs, [token])
+                        b.call(
+                            e.module.globals[f"tile{size}"],
+                            [w, scale, first, last, x, target, out_stride, after],
+                        )
+                        b.store(b.add(token, const(size)), done)
+
+    def _emit_tile(self, e: Emitter, tokens: int) -> None:
+        kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), FLOATS, I64, BYTES)
+        with e.subroutine(f"tile{tokens}", *kinds) as (
+            w, scale, start, stop, xs, out, out_stride, following,
+        ):  # fmt: skip
+            x = [e.b.load(e.b.gep(xs, [const(token)])) for token in range(tokens)]
+            tile = Tile(e, self.dot, x, w, scale, start, stop, out, out_stride, following)
+            emit_streams(tile, *self._shape(tokens), self._prefetch_bytes)
+
+    def _shape(self, tokens: int) -> tuple[int, int]:
+        """Rows of a run whose lanes are summed up together; runs."""
+        streams = min(self._streams, max(2, _SUMS // tokens))
+        return max(1, min(self.rows, 8 // tokens)), streams

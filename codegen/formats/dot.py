@@ -1,0 +1,325 @@
+"""Dot products of stored weight rows with prepared activations, one form per weight format and
+tier.
+
+A form takes a row in chunks of `chunk` weights. A chunk is a few vectors of decoded weights,
+multiplied into an accumulator with as many vectors of activations; formats with scales sum a chunk
+by itself and add it, scaled, to the total. Hidden here: how codes become numbers, and the order in
+which activations must lie for that (`prepare` brings them into it once a call, so that weights
+never move between lanes).
+
+    tier          fp8                      bf16       int4                   fp16, f32
+    avx512_bf16   byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
+    avx512, avx2  to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
+                  (unpack.py)                         (whole.py)
+
+The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
+magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
+the others. Interleaving high and low bytes orders the words by 128-bit lane, and so are the
+activations. int4: `vpermw` looks at 5 bits of each 16-bit word, so a table that repeats after 16
+entries decodes the lowest of its 4 nibbles, three shifts bring the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from hmc.codegen.formats.unpack import (
+    FP8_ACTIVATIONS,
+    FP8_RESULT,
+    bf16_vectors,
+    fp8_vectors,
+    order,
+    unit_of,
+)
+from hmc.codegen.formats.weights import masked_vec, row_bytes, splat_int, weights_f32
+from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import FP8_BLOCK, KernelSpec
+from hmc.codegen.vector import concat, fsplat, lanes_mask
+
+
+@dataclass(frozen=True)
+class Dot:
+    """The form for one spec's rows of `k` weights; all counts are compile-time."""
+
+    spec: KernelSpec
+    k: int
+
+    @property
+    def lanes(self) -> int:
+        """f32 lanes of an accumulator."""
+        return TIERS[self.spec.isa].lanes
+
+    @property
+    def paired(self) -> bool:
+        """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
+        return self.spec.isa == "avx512_bf16" and self.spec.weight in ("fp8", "bf16", "int4")
+
+    @property
+    def whole(self) -> bool:
+        """Whether sums of chunks are of whole numbers."""
+        return False
+
+    @property
+    def width(self) -> int:
+        """Weights in one vector of decoded weights."""
+        return 32 if self.paired else self.lanes
+
+    @property
+    def chunk(self) -> int:
+        """Weights a step."""
+        if self.spec.weight == "fp8":
+            return FP8_BLOCK
+        if self.spec.weight == "int4":
+            return self.unit
+        return 4 * self.width
+
+    @property
+    def group(self) -> int:
+        """int4 weights that share a scale."""
+        group = self.spec["group"]
+        assert group in (32, 64, 128), group
+        return group
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one stored row to the next."""
+        return row_bytes(self.spec.weight, self.k)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the weights of one step."""
+        return row_bytes(self.spec.weight, self.chunk)
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of one row of prepared activations, padded with zeros to whole chunks; a multiple
+        of 64.
+        """
+        padded = -(-self.k // self.chunk) * self.chunk
+        return -(-padded * (2 if self.paired else 4) // 64) * 64
+
+    # -- activations -------------------------------------------------------------------------------
+
+    def prepare(self, e: Emitter, x: Value, prepared: Value) -> None:
+        """Write the bf16 row at `x` to the 64-byte aligned `prepared` in the form's order and
+        format.
+        """
+        unit = len(self._order())
+        whole = self.k // unit * unit
+        with e.for_range(0, whole, unit) as k:
+            self._prepare_unit(e, x, prepared, k, unit)
+        padded = -(-self.k // self.chunk) * self.chunk
+        for k in range(whole, padded, unit):
+            self._prepare_unit(e, x, prepared, const(k), self.k - k)
+
+    def _order(self) -> list[int]:
+        """Where lane i of the prepared activations comes from, for one unit of them."""
+        if not self.paired:
+            return order(self.spec.weight, self.lanes)
+        if self.spec.weight == "fp8":
+            lanes = [
+                [16 * lane + half * 8 + i for lane in range(4) for i in range(8)] for half in (0, 1)
+            ]
+            return lanes[0] + lanes[1]
+        if self.spec.weight == "int4":
+            return [4 * word + nibble for nibble in range(4) for word in range(32)]
+        return list(range(32))
+
+    def _prepare_unit(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
+        b, order = e.b, self._order()
+        zero = e.zeros(I16, self.width)
+        parts = [
+            masked_vec(e, x, b.add(k, const(start)), I16, self.width, valid - start)
+            if valid > start
+            else zero
+            for start in range(0, len(order), self.width)
+        ]
+        joined = concat(e, parts)
+        for start in range(0, len(order), self.width):
+            lanes = [ir.Constant(I32, lane) for lane in order[start : start + self.width]]
+            vector = b.shuffle_vector(
+                joined,
+                ir.Constant(joined.type, ir.Undefined),
+                ir.Constant(vec(I32, len(lanes)), lanes),
+            )
+            if not self.paired:
+                vector = e.bf16_to_f32(vector)
+                if self.spec.weight == "fp8":
+                    vector = b.fmul(vector, fsplat(FP8_ACTIVATIONS, self.lanes))
+            e.store(vector, prepared, b.add(k, const(start)), align=32)
+
+    def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
+        """Vector `step` of the unit at element `k`, to go with `weights(...)[step]`."""
+        index = e.b.add(k, const(step * self.width))
+        if self.paired:
+            return e.load_vec(prepared, index, I16, self.width, align=64)
+        return e.load_vec(prepared, index, F32, self.width, align=32)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    @property
+    def unit(self) -> int:
+        """Weights decoded together: one vector's worth of bytes (fp16: one vector of f32)."""
+        if self.paired:
+            return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight]
+        return unit_of(self.spec.weight, self.lanes)
+
+    def load(self, e: Emitter, row: Value, k: Value, valid: int) -> Value:
+        """The unit at element `k` of the row at `row` as it is stored, of which `valid` weights are
+        read; behind them are zeros.
+        """
+        weight, b = self.spec.weight, e.b
+        if weight == "fp8":
+            return masked_vec(e, row, k, I8, self.unit, valid)
+        if weight == "bf16":
+            return masked_vec(e, row, k, I16, self.unit, valid)
+        if weight == "int4":
+            return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
+        return weights_f32(e, weight, row, k, min(valid, self.lanes))[0]
+
+    def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
+        """The vectors of weights of what `load` loaded, to be multiplied by `tokens` rows."""
+        weight = self.spec.weight
+        if self.paired:
+            pairs = {"fp8": _fp8_pairs, "int4": _int4_pairs}
+            return pairs[weight](e, codes) if weight in pairs else [codes]
+        if weight == "fp8":
+            return fp8_vectors(e, codes, multiply=tokens == 1)
+        return bf16_vectors(e, codes) if weight == "bf16" else [codes]
+
+    def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
+        """`decode` of `load`."""
+        return self.decode(e, self.load(e, row, k, valid))
+
+    def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
+        """What the sum of the chunk at element `k` starts from, where chunks are `scaled`."""
+        return e.zeros(F32, self.lanes)
+
+    def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
+        """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
+        return total
+
+    def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
+        """`total` + weights * activations, lane by lane (pair by pair)."""
+        if not self.paired:
+            return e.fma(weights, activations, total)
+        pairs = [e.b.bitcast(value, vec(BF16, 32)) for value in (weights, activations)]
+        return e.call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, *pairs)
+
+    # -- scales ------------------------------------------------------------------------------------
+
+    @property
+    def scaled(self) -> bool:
+        """Whether chunks have scales."""
+        return self.spec.weight in ("fp8", "int4")
+
+    def scale_row(self, e: Emitter, scale: Value, row: Value) -> Value:
+        """Address of the scales of row `row`: `scale` is [ceil(n / 128), ceil(k / 128)] (fp8) or
+        [n, ceil(k / group)].
+        """
+        if self.spec.weight == "fp8":
+            blocks = -(-self.k // FP8_BLOCK)
+            return e.offset(scale, e.b.mul(e.b.lshr(row, const(7)), const(4 * blocks)))
+        groups = -(-self.k // self.group)
+        return e.offset(scale, e.b.mul(row, const(groups * self._scale_bytes)))
+
+    @property
+    def _scale_bytes(self) -> int:
+        return self.spec.get("scale_bits", 32) // 8 if self.spec.weight == "int4" else 4
+
+    def scale(self, e: Emitter, scales: Value, k: Value, valid: int) -> Value:
+        """Factor of each accumulator lane for the chunk at element `k`; `scales` as from
+        `scale_row`.
+        """
+        b = e.b
+        per = self.group if self.spec.weight == "int4" else FP8_BLOCK
+        count = max(1, self.chunk // per)
+        valid_groups = -(-min(valid, self.chunk) // per)
+        index = b.udiv(k, const(per))
+        if self._scale_bytes == 4:
+            if count == 1:
+                one = e.load(scales, index, F32)
+                if self.spec.weight == "fp8" and not self.paired:
+                    one = b.fmul(one, fconst(FP8_RESULT))
+                return e.splat(one, self.lanes)
+            few = masked_vec(e, scales, index, F32, count, valid_groups)
+        elif count == 1 and self.lanes == 16:
+            return e.splat(e.bf16_to_f32(e.load(scales, index, I16)), self.lanes)
+        elif count == 1:  # in vector registers: a way through the others takes as long as a unit
+            words = e.splat(e.load(scales, index, I16), 2 * self.lanes)
+            upper = b.shl(b.bitcast(words, vec(I32, self.lanes)), splat_int(I32, self.lanes, 16))
+            return b.bitcast(upper, vec(F32, self.lanes))
+        elif self.lanes == 16:
+            return self._spread(e, masked_vec(e, scales, index, I16, count, valid_groups))
+        else:
+            few = e.bf16_to_f32(masked_vec(e, scales, index, I16, count, valid_groups))
+        spread = lanes_mask([lane * count // self.lanes for lane in range(self.lanes)])
+        return b.shuffle_vector(few, ir.Constant(few.type, ir.Undefined), spread)
+
+    def _spread(self, e: Emitter, few: Value) -> Value:
+        """bf16 scales `<2 or 4 x i16>` to the f32 lanes that they belong to: one broadcast load,
+        one byte shuffle.
+        """
+        b, count = e.b, few.type.count
+        copies = b.bitcast(
+            e.splat(b.bitcast(few, ir.IntType(16 * count)), 32 // count), vec(I16, 32)
+        )
+        words = [word for lane in range(16) for word in (32, lane // 4 * 8 + lane * count // 16)]
+        return b.bitcast(
+            b.shuffle_vector(copies, e.zeros(I16, 32), lanes_mask(words)), vec(F32, 16)
+        )
+
+
+def e4m3_as_bf16() -> NDArray[np.uint32]:
+    """BF16 bits of the magnitudes of the 128 E4M3FN codes; the last is NaN."""
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    value = np.where(
+        exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
+    ).astype(np.float32)
+    bits: NDArray[np.uint32] = value.view(np.uint32) >> np.uint32(16)
+    bits[127] = 0x7FC0
+    return bits
+
+
+_HALVES = [[16 * lane + 8 * half + i for lane in range(4) for i in range(8)] for half in (0, 1)]
+"""Which bytes of a vector the two `vpunpck?bw` of it take."""
+
+
+def _fp8_pairs(e: Emitter, codes: Value) -> list[Value]:
+    """64 codes to their BF16 values, in the order of `_HALVES`."""
+    b, kind = e.b, vec(I8, 64)
+
+    def lookup(table: list[int]) -> Value:
+        halves = [
+            ir.Constant(kind, [ir.Constant(I8, byte) for byte in table[at : at + 64]])
+            for at in (0, 64)
+        ]
+        return e.call("llvm.x86.avx512.vpermi2var.qi.512", kind, halves[0], codes, halves[1])
+
+    bits = [int(value) for value in e4m3_as_bf16()]
+    high = b.or_(lookup([value >> 8 for value in bits]), b.and_(codes, splat_int(I8, 64, 0x80)))
+    low = lookup([value & 0xFF for value in bits])
+    return [
+        b.bitcast(
+            b.shuffle_vector(
+                low, high, lanes_mask([at for lane in half for at in (lane, lane + 64)])
+            ),
+            vec(I16, 32),
+        )
+        for half in _HALVES
+    ]
+
+
+def _int4_pairs(e: Emitter, words: Value) -> list[Value]:
+    """128 nibbles in 32 words to BF16: vector j holds nibble j of every word."""
+    kind = vec(I16, 32)
+    bits = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
+    table = ir.Constant(kind, [ir.Constant(I16, int(value)) for value in bits])
+    nibbles = [words] + [e.b.lshr(words, splat_int(I16, 32, shift)) for shift in (4, 8, 12)]
+    return [e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index) for index in nibbles]

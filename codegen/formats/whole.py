@@ -1,0 +1,198 @@
+"""Dot products of int4 rows in whole numbers, for tiers without `vdpbf16ps`: 16-bit activations and
+`vpmaddwd`.
+
+A chunk's activations are rounded to multiples of their largest / 32767, which is below the rounding
+to bf16 that they have been through: at most 2^-16 of the largest against up to 2^-9 of itself.
+Products and sums of a chunk are then exact, whatever their order. A nibble is taken as it is, 0 to
+15, by a shift and a mask; that it means 8 less is the same for every row, so sums start from -8
+times the sum of the activations, which `prepare` has ready.
+
+A 16-bit word holds 4 nibbles, so vector j of the decoded weights holds nibble j of every word, and
+a lane of the sums belongs to one stored int32 word: 8 neighbouring weights, of one scale.
+
+A prepared row: i16 activations, padded with zeros to whole chunks; of each chunk the i32 lanes that
+its sums start from; of each chunk the f32 that its sums are multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from llvmlite import ir
+
+from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.weights import masked_vec, splat_int
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.vector import concat, fmax, fsplat, isplat, lanes_mask
+
+NIBBLES = 4
+"""Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""
+
+_LARGEST = 32767.0
+_SMALLEST = 1e-30  # a chunk's largest counts as no less, so that its reciprocal is finite
+_ROUND = 1.5 * 2.0**23  # added, it leaves round(x) in the low bits
+_MULTIPLY = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+
+@dataclass(frozen=True)
+class WholeDot(Dot):
+    """`Dot` for int4 on tiers without `vdpbf16ps`."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether sums of chunks are of whole numbers."""
+        return True
+
+    @property
+    def width(self) -> int:
+        """Weights in one vector of decoded weights, and activations in one of prepared ones."""
+        return 2 * self.lanes
+
+    @property
+    def unit(self) -> int:
+        """Weights decoded together: those of one vector's worth of bytes."""
+        return NIBBLES * self.width
+
+    @property
+    def chunk(self) -> int:
+        """Weights a step: whole units, and whole groups of a scale."""
+        return max(self.unit, self.group)
+
+    @property
+    def _chunks(self) -> int:
+        return -(-self.k // self.chunk)
+
+    @property
+    def _starts(self) -> int:
+        """Byte offset of the lanes that sums start from."""
+        return self._chunks * self.chunk * 2
+
+    @property
+    def _factors(self) -> int:
+        """Byte offset of what sums are multiplied by."""
+        return self._starts + self._chunks * self.lanes * 4
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of one prepared row, a multiple of 64."""
+        return -(-(self._factors + self._chunks * 4) // 64) * 64
+
+    # -- activations -------------------------------------------------------------------------------
+
+    def prepare(self, e: Emitter, x: Value, prepared: Value) -> None:
+        """Write the bf16 row at `x` to the 64-byte aligned `prepared`. A row with an infinity or a
+        NaN has NaN for the factor of that chunk.
+        """
+        whole = self.k // self.chunk * self.chunk
+        with e.for_range(0, whole, self.chunk) as k:
+            self._prepare_chunk(e, x, prepared, k, self.chunk)
+        if whole < self.k:
+            self._prepare_chunk(e, x, prepared, const(whole), self.k - whole)
+
+    def _prepare_chunk(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
+        b, lanes = e.b, self.lanes
+        values = bf16_values(e, x, k, self.chunk, valid, lanes)
+        whole, factor = whole_numbers(e, values)
+        chunk = b.udiv(k, const(self.chunk))
+        e.store(factor, e.offset(prepared, const(self._factors)), chunk, align=4)
+        total = e.zeros(I32, lanes)
+        for start in range(0, self.chunk, self.unit):
+            words = concat(e, whole[start // lanes : (start + self.unit) // lanes])
+            words = b.trunc(words, vec(I16, self.unit))
+            for nibble in range(NIBBLES):
+                order = [NIBBLES * word + nibble for word in range(self.width)]
+                vector = b.shuffle_vector(words, words, lanes_mask(order))
+                at = b.add(k, const(start + nibble * self.width))
+                e.store(vector, prepared, at, align=2 * self.width)
+                total = self.multiply(e, total, splat_int(I16, self.width, -8 & 0xFFFF), vector)
+        starts = e.offset(prepared, const(self._starts))
+        e.store(total, starts, b.mul(chunk, const(lanes)), align=4 * lanes)
+
+    def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
+        """Vector `step` of the unit at element `k`, to go with `decode(...)[step]`."""
+        index = e.b.add(k, const(step * self.width))
+        return e.load_vec(prepared, index, I16, self.width, align=2 * self.width)
+
+    # -- weights -----------------------------------------------------------------------------------
+
+    def load(self, e: Emitter, row: Value, k: Value, valid: int) -> Value:
+        """The unit at element `k` as words `<width x i16>`, of which those of `valid` weights are
+        read; zeros behind them.
+        """
+        return masked_vec(e, row, e.b.lshr(k, const(2)), I16, self.width, -(-valid // NIBBLES))
+
+    def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
+        """Vectors `<width x i16>`: nibble 0 of every word, nibble 1, 2, 3."""
+        b, mask = e.b, splat_int(I16, self.width, 15)
+        shifted = [b.lshr(codes, splat_int(I16, self.width, 4 * at)) for at in range(1, NIBBLES)]
+        return [b.and_(nibble, mask) for nibble in (codes, *shifted[:-1])] + shifted[-1:]
+
+    def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
+        """What the sum of the chunk at element `k` starts from."""
+        starts = e.offset(prepared, const(self._starts))
+        index = e.b.mul(e.b.udiv(k, const(self.chunk)), const(self.lanes))
+        return e.load_vec(starts, index, I32, self.lanes, align=4 * self.lanes)
+
+    def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
+        """`total` and, lane by lane, two products: i32."""
+        return multiply_words(e, total, weights, activations)
+
+    def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
+        """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
+        factors = e.offset(prepared, const(self._factors))
+        factor = e.load(factors, e.b.udiv(k, const(self.chunk)), F32)
+        value = e.b.sitofp(total, vec(F32, self.lanes))
+        return e.b.fmul(value, e.splat(factor, self.lanes))
+
+
+def bf16_values(e: Emitter, x: Value, k: Value, count: int, valid: int, lanes: int) -> list[Value]:
+    """`count` elements of the bf16 row at `x` from `k` on, in f32 vectors; zeros past `valid`."""
+    blank = e.zeros(F32, lanes)
+    return [
+        e.bf16_to_f32(masked_vec(e, x, e.b.add(k, const(at)), I16, lanes, valid - at))
+        if at < valid
+        else blank
+        for at in range(0, count, lanes)
+    ]
+
+
+def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
+    """f32 vectors of a chunk as whole numbers from -32767 to 32767 (in the low 16 bits of i32
+    lanes; those above are anything), and the f32 they must be multiplied by: NaN where a value is
+    not finite.
+    """
+    b, lanes = e.b, values[0].type.count
+    largest = spoilt = e.zeros(F32, lanes)
+    for value in values:
+        bits = b.and_(b.bitcast(value, vec(I32, lanes)), isplat(0x7FFFFFFF, lanes))
+        largest = fmax(e, b.bitcast(bits, value.type), largest)
+        spoilt = e.fma(value, e.zeros(F32, lanes), spoilt)
+    most = _fold(e, largest, partial(fmax, e))
+    most = b.select(b.fcmp_ordered(">", most, fconst(_SMALLEST)), most, fconst(_SMALLEST))
+    factor = b.fadd(b.fdiv(most, fconst(_LARGEST)), e.reduce_add(spoilt))
+    scale = e.splat(b.fdiv(fconst(_LARGEST), most), lanes)
+    magic = fsplat(_ROUND, lanes)
+    whole = [b.bitcast(e.fma(value, scale, magic), vec(I32, lanes)) for value in values]
+    return whole, factor
+
+
+def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value:
+    """`total` `<n x i32>` + the sums of two products of neighbours of `left`, `right` `<2n x i16>`
+    (`vpmaddwd`).
+    """
+    return e.b.add(total, e.call(_MULTIPLY[total.type.count], total.type, left, right))
+
+
+def _fold(e: Emitter, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """One lane of all by halving."""
+    while vector.type.count > 1:
+        half = vector.type.count // 2
+        vector = combine(
+            *(
+                e.b.shuffle_vector(vector, vector, lanes_mask(list(part)))
+                for part in (range(half), range(half, 2 * half))
+            )
+        )
+    return e.b.extract_element(vector, ir.Constant(I32, 0))

@@ -1,0 +1,270 @@
+"""`mla_absorb`: q_latent = q_nope . W_UK, a sum of weight rows: rows are streamed in memory order,
+sums stay in cache.
+
+A few rows at a time are decoded once for all tokens. A token's sum runs over the rows in ascending
+order whatever the batch or the split, and block scales go into the query, which is small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.weights import row_bytes, weights_f32
+from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import FP8_BLOCK, KernelSpec
+from hmc.codegen.vector import lanes_mask, resize
+from hmc.errors import KernelError
+
+Array = NDArray[Any]
+
+_BLOCK = FP8_BLOCK
+"""Columns that are never shared between workers, and that one scale covers."""
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A few weights of a row, decoded to f32 vectors; `fp8` on avx512_bf16 leaves them in an order
+    of its own.
+    """
+
+    spec: KernelSpec
+
+    @property
+    def lanes(self) -> int:
+        return TIERS[self.spec.isa].lanes
+
+    @property
+    def tables(self) -> bool:
+        """Whether 64 codes are looked up in byte tables at once (dot.py)."""
+        return self.spec.isa == "avx512_bf16" and self.spec.weight == "fp8"
+
+    @property
+    def size(self) -> int:
+        """Weights of a unit."""
+        return 4 * self.lanes if self.tables else 2 * self.lanes
+
+    def load(self, e: Emitter, row: Value, index: Value, valid: int) -> list[Value]:
+        """Weights [index, index + valid) of `row`; zeros behind them."""
+        if not self.tables:
+            found = weights_f32(e, self.spec.weight, row, index, valid)
+            blank = e.zeros(F32, self.lanes)
+            return found + [blank] * (self.size // self.lanes - len(found))
+        words = Dot(self.spec, self.spec["rank"]).weights(e, row, index, valid)
+        zero = e.zeros(I16, 32)
+        return [
+            e.b.bitcast(e.b.shuffle_vector(zero, word, self._widen(half)), vec(F32, 16))
+            for word in words
+            for half in range(2)
+        ]
+
+    @staticmethod
+    def _widen(half: int) -> Value:
+        """bf16 words to f32: zeros below, in 128-bit groups."""
+        return lanes_mask(
+            [
+                group * 8 + half * 4 + item // 2 + item % 2 * 32
+                for group in range(4)
+                for item in range(8)
+            ]
+        )
+
+    def restore(self, e: Emitter, vectors: list[Value]) -> Value:
+        """The unit's vectors as one, in the order of the row."""
+        while len(vectors) > 1:
+            count = vectors[0].type.count
+            mask = lanes_mask(list(range(2 * count)))
+            vectors = [
+                e.b.shuffle_vector(left, right, mask)
+                for left, right in zip(vectors[::2], vectors[1::2], strict=True)
+            ]
+        if not self.tables:
+            return vectors[0]
+        order = [
+            vector * 16 + group * 4 + item
+            for group in range(4)
+            for vector in range(4)
+            for item in range(4)
+        ]
+        return e.b.shuffle_vector(vectors[0], vectors[0], lanes_mask(order))
+
+
+def emit_mla_absorb(spec: KernelSpec) -> str:
+    """`mla_absorb`: split by (head, `_BLOCK` columns). Tile: rows at once, prefetch rows ahead."""
+    e = Emitter(spec)
+    b = e.b
+    heads, nope, v_dim, rank = (spec[name] for name in ("heads", "nope", "v_dim", "rank"))
+    rows, tokens = spec.tiled("rows", 4), e.arg["tokens"]
+    unit = _Unit(spec)
+    blocks = -(-rank // _BLOCK)
+    padded = blocks * _BLOCK
+    sums = e.local(F32, count=spec["tokens"] * padded)
+    factors = e.local(F32, count=spec["tokens"] * rows)
+    for slot in (sums, factors):
+        slot.align = 64
+    start, stop = e.split(const(heads * blocks))
+    head_stop = b.udiv(b.add(stop, const(blocks - 1)), const(blocks))
+    nest = _Nest(e, unit, sums, factors, padded)
+    with e.for_range(b.udiv(start, const(blocks)), head_stop) as head:
+        begin = b.mul(head, const(blocks))
+        low = b.sub(start, begin)
+        low = b.select(b.icmp_signed("<", low, const(0)), const(0), low)
+        high = e.minimum(b.sub(stop, begin), const(blocks))
+        with e.for_range(0, b.mul(tokens, const(padded)), unit.lanes) as index:
+            e.store(e.zeros(F32, unit.lanes), sums, index)
+        first_row = b.mul(head, const(nope + v_dim))
+        whole = nope // rows * rows
+        if whole:
+            with e.for_range(0, whole, rows) as d:
+                nest.add_rows(head, first_row, d, rows, low, high)
+        if whole < nope:
+            nest.add_rows(head, first_row, const(whole), nope - whole, low, high)
+        with e.for_range(0, tokens) as token:
+            target = b.mul(b.add(b.mul(token, const(heads)), head), const(rank))
+            nest.store(token, e.at(e.arg["q_latent"], target, F32), low, high)
+    return e.finish()
+
+
+class _Nest:
+    """The inner loops: some rows by a range of column blocks, for all tokens."""
+
+    def __init__(self, e: Emitter, unit: _Unit, sums: Value, factors: Value, padded: int) -> None:
+        self.e, self.unit, self.sums, self.factors, self.padded = e, unit, sums, factors, padded
+        self.rank = e.spec["rank"]
+        self.row_bytes = row_bytes(e.spec.weight, self.rank)
+
+    def add_rows(
+        self, head: Value, first_row: Value, d: Value, rows: int, low: Value, high: Value
+    ) -> None:
+        """sums[t, :] += q[t, head, d + j] * row[first_row + d + j, :] for j < `rows`, in blocks
+        [low, high).
+        """
+        e, b, spec = self.e, self.e.b, self.e.spec
+        row = b.add(first_row, d)
+        base = e.offset(e.arg["w"], b.mul(row, const(self.row_bytes)))
+        lines = [e.offset(base, const(j * self.row_bytes)) for j in range(rows)]
+        ahead = spec.tiled("prefetch", 32)
+        # Past the last row of this head the next head's follow, behind the rows of W_UV.
+        over = b.icmp_signed(">=", b.add(d, const(ahead)), const(spec["nope"]))
+        skip = b.select(over, const(ahead + spec["v_dim"]), const(ahead))
+        fetch = e.offset(base, b.mul(skip, const(self.row_bytes)))
+        whole = self.rank // _BLOCK
+        with e.for_range(low, e.minimum(high, const(whole))) as block:
+            self._block(head, d, row, lines, fetch, block, _BLOCK)
+        if whole * _BLOCK < self.rank:
+            with b.if_then(b.icmp_signed(">", high, const(whole))):
+                self._block(head, d, row, lines, fetch, const(whole), self.rank - whole * _BLOCK)
+
+    def _block(
+        self,
+        head: Value,
+        d: Value,
+        row: Value,
+        lines: list[Value],
+        fetch: Value,
+        block: Value,
+        width: int,
+    ) -> None:
+        e, b, spec = self.e, self.e.b, self.e.spec
+        tokens = e.arg["tokens"]
+        self._scale_queries(head, d, row, len(lines), block)
+        column = b.mul(block, const(_BLOCK))
+        size = self.row_bytes * _BLOCK // self.rank
+        for j in range(len(lines)):
+            place = e.offset(fetch, b.mul(block, const(size)))
+            for line in range(0, size, 64):
+                e.prefetch(e.offset(place, const(j * self.row_bytes + line)), 2)
+
+        def strip(index: Value, valid: int) -> None:
+            weights = [self.unit.load(e, line, index, valid) for line in lines]
+            if spec.weight == "int4":
+                weights = [
+                    self._grouped(vectors, b.add(row, const(j)), index)
+                    for j, vectors in enumerate(weights)
+                ]
+            with e.for_range(0, tokens) as token:
+                at = b.add(b.mul(token, const(self.padded)), index)
+                places = [b.add(at, const(v * self.unit.lanes)) for v in range(len(weights[0]))]
+                totals = [e.load_vec(self.sums, p, F32, self.unit.lanes, 4) for p in places]
+                for j, decoded in enumerate(weights):
+                    factor_at = b.add(b.mul(token, const(len(lines))), const(j))
+                    factor = e.splat(e.load(self.factors, factor_at, F32, 4), self.unit.lanes)
+                    totals = [
+                        e.fma(value, factor, total)
+                        for value, total in zip(decoded, totals, strict=True)
+                    ]
+                for total, place in zip(totals, places, strict=True):
+                    e.store(total, self.sums, place, 4)
+
+        whole = width // self.unit.size * self.unit.size
+        if whole:
+            with e.for_range(0, whole, self.unit.size) as offset:
+                strip(b.add(column, offset), self.unit.size)
+        if whole < width:
+            strip(b.add(column, const(whole)), width - whole)
+
+    def _grouped(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
+        """int4 weights times their group's scale; a unit never straddles groups."""
+        e, b, group = self.e, self.e.b, self.e.spec["group"]
+        if group % self.unit.size:
+            raise KernelError(f"int4 groups of {group} columns: units are {self.unit.size} wide")
+        across = const(-(-self.rank // group))
+        at = b.add(b.mul(row, across), b.udiv(index, const(group)))
+        if e.spec["scale_bits"] == 16:
+            scale = e.bf16_to_f32(e.load(e.arg["scale"], at, I16))
+        else:
+            scale = e.load(e.arg["scale"], at, F32)
+        spread = e.splat(scale, self.unit.lanes)
+        return [b.fmul(vector, spread) for vector in vectors]
+
+    def _scale_queries(self, head: Value, d: Value, row: Value, rows: int, block: Value) -> None:
+        """factors[t][j] = q[t, head, d + j] times the scale of that row in `block`."""
+        e, b, spec = self.e, self.e.b, self.e.spec
+        scales = e.zeros(F32, rows)
+        if spec.weight == "fp8":
+            across = const(-(-self.rank // FP8_BLOCK))
+            for j in range(rows):
+                down = b.udiv(b.add(row, const(j)), const(FP8_BLOCK))
+                scale = e.load(e.arg["scale"], b.add(b.mul(down, across), block), F32)
+                scales = b.insert_element(scales, scale, const(j))
+        column = b.add(b.mul(head, const(spec["nope"] + spec["rope"])), d)
+        with e.for_range(0, e.arg["tokens"]) as token:
+            at = b.add(b.mul(token, e.arg["q_stride"]), column)
+            value = e.load_vec(e.arg["q"], at, F32, rows)
+            if spec.weight == "fp8":
+                value = b.fmul(value, scales)
+            e.store(value, self.factors, b.mul(token, const(rows)), 4)
+
+    def store(self, token: Value, target: Value, low: Value, high: Value) -> None:
+        """target[blocks low to high] = sums[token], in order."""
+        e, b = self.e, self.e.b
+        size, lanes = self.unit.size, self.unit.lanes
+
+        def strip(index: Value, valid: int) -> None:
+            at = b.add(b.mul(token, const(self.padded)), index)
+            vectors = [
+                e.load_vec(self.sums, b.add(at, const(start)), F32, lanes, 4)
+                for start in range(0, size, lanes)
+            ]
+            e.store(resize(e, self.unit.restore(e, vectors), valid), target, index)
+
+        whole = self.rank // size * size
+        end = b.mul(high, const(_BLOCK))
+        with e.for_range(b.mul(low, const(_BLOCK)), e.minimum(end, const(whole)), size) as index:
+            strip(index, size)
+        if whole < self.rank:
+            with b.if_then(b.icmp_signed(">", end, const(whole))):
+                strip(const(whole), self.rank - whole)
+
+
+def mla_absorb(q: Array, w: Array, nope: int) -> Array:
+    """q_latent [tokens, heads, rank] in float64; q [tokens, heads, nope + rope], w [heads, nope +
+    v_dim, rank].
+    """
+    result: Array = np.einsum("thd,hdr->thr", q[..., :nope].astype(np.float64), w[:, :nope])
+    return result

@@ -1,0 +1,246 @@
+"""`experts_gate_up`, `experts_down`: routed experts of 1 to 16 tokens; every weight is read once
+for all its tokens.
+
+Every worker groups the (token, slot) pairs by expert on its own stack, in order of first
+appearance, and takes its share: of first halves a contiguous slice of all rows of all active
+experts laid end to end; of second halves the same rows of every active expert. Second halves leave
+one f32 row for each pair in `scratch`; only then are a token's rows weighted and added, in the
+order of its slots, so that a token's result does not depend on its neighbours. Slots whose id is
+negative belong to experts that are computed elsewhere: they are left out of all this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from llvmlite import ir
+
+from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles
+from hmc.codegen.formats.table import dot_of
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.kernels.matmul.gate_up import Buffers, gate_up, require_silu
+from hmc.codegen.spec import KernelSpec
+
+TABLE_WIDTH = 6
+_GATE, _GATE_SCALE, _UP, _UP_SCALE, _DOWN, _DOWN_SCALE = range(TABLE_WIDTH)
+
+
+def scratch_bytes(spec: KernelSpec) -> int:
+    """Bytes `scratch` must have: `experts_down` keeps f32 [tokens * top_k, n] there,
+    `experts_gate_up` nothing.
+    """
+    return 4 * spec["tokens"] * spec["top_k"] * spec["n"] if spec.op == "experts_down" else 0
+
+
+def emit_experts_gate_up(spec: KernelSpec) -> str:
+    """IR of `experts_gate_up`; params k, n, top_k, experts, tokens, act (0 silu) (, group,
+    scale_bits for int4).
+    """
+    require_silu(spec)
+    e = Emitter(spec)
+    b = e.b
+    n = spec["n"]
+    tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
+    prepared = tiles.prepare(e, e.arg["x"], e.arg["tokens"], e.arg["x_stride"], spec["tokens"])
+    groups = Groups(e)
+    xs, ys = (_pointers(e, groups.most) for _ in range(2))
+    buffers = Buffers(e, groups.most)
+    # Row blocks of the first active expert, then of the second, and so on: this worker's share of
+    # them all.
+    blocks = const(-(-n // GRAIN))
+    begin, end = e.split(b.mul(groups.active, blocks))
+    through = b.udiv(b.add(end, b.sub(blocks, const(1))), blocks)
+    with e.for_range(b.udiv(begin, blocks), through) as index:
+        before = b.mul(index, blocks)
+        skipped = b.sub(begin, before)
+        skipped = b.select(b.icmp_signed(">", skipped, const(0)), skipped, const(0))
+        start = b.mul(skipped, const(GRAIN))
+        stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
+        with groups.members(e, index) as (place, pair):
+            token = b.udiv(pair, const(spec["top_k"]))
+            x = e.offset(prepared, b.mul(token, const(tiles.dot.prepared_bytes)))
+            b.store(x, b.gep(xs, [place]))
+            b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
+        gate, up = (
+            (groups.address(e, index, weights), groups.address(e, index, scales))
+            for weights, scales in ((_GATE, _GATE_SCALE), (_UP, _UP_SCALE))
+        )
+        following = groups.address(e, groups.after(e, index), _GATE)
+        count = groups.size(e, index)
+        buffers.gate_up(e, tiles, gate, up, start, stop, xs, ys, count, following)
+    return e.finish()
+
+
+def emit_experts_down(spec: KernelSpec) -> str:
+    """IR of `experts_down`; params k, n, top_k, experts, tokens (, group, scale_bits for int4)."""
+    e = Emitter(spec)
+    b = e.b
+    n, top_k = spec["n"], spec["top_k"]
+    tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
+    groups = Groups(e)
+    prepared = tiles.prepare(e, e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
+    xs = _pointers(e, groups.most)
+    scratch = b.bitcast(e.arg["scratch"], FLOATS)
+    start, stop = e.split(const(n), GRAIN)
+    skipped = b.mul(start, const(tiles.dot.row_bytes))
+    with e.for_range(0, groups.active) as index:
+        with groups.members(e, index) as (place, pair):
+            x = e.offset(prepared, b.mul(pair, const(tiles.dot.prepared_bytes)))
+            b.store(x, b.gep(xs, [place]))
+        rows = b.add(b.mul(groups.start(e, index), const(n)), start)
+        down = groups.address(e, index, _DOWN)
+        scale = groups.address(e, index, _DOWN_SCALE)
+        following = e.offset(groups.address(e, groups.after(e, index), _DOWN), skipped)
+        count = groups.size(e, index)
+        tiles.matvec(
+            e, down, scale, start, stop, xs, count, b.gep(scratch, [rows]), const(n), following
+        )
+    with e.for_range(0, e.arg["tokens"]) as token:
+        y = b.add(b.mul(token, e.arg["y_stride"]), start)
+        first = b.mul(token, const(top_k))
+        for index, width in e.in_vectors(b.sub(stop, start), 16):
+            kind = F32 if width == 1 else vec(F32, width)
+            total = e.local(kind, ir.Constant(kind, None if width > 1 else 0.0))
+            with e.for_range(0, top_k) as slot:
+                pair = b.add(first, slot)
+                with b.if_then(b.icmp_signed(">=", _id(e, pair), const(0))):
+                    place = b.add(b.add(b.mul(groups.position(e, pair), const(n)), start), index)
+                    share = e.load(e.arg["routing"], pair, F32)
+                    if width == 1:
+                        value = e.load(e.arg["scratch"], place, F32)
+                    else:
+                        share = e.splat(share, width)
+                        value = e.load_vec(e.arg["scratch"], place, F32, width)
+                    b.store(e.fma(share, value, b.load(total)), total)
+            e.store(b.load(total), e.arg["y"], b.add(y, index))
+    return e.finish()
+
+
+def _pointers(e: Emitter, count: int) -> Value:
+    return e.b.bitcast(e.local(BYTES, count=count), BYTES.as_pointer())
+
+
+class Groups:
+    """The (token, slot) pairs of `ids` that have an expert, grouped by it: i32 arrays on the stack,
+    and the code that fills them.
+
+    `active` groups (i64) in order of first appearance, pairs (token * top_k + slot) ascending in
+    each.
+    """
+
+    def __init__(self, e: Emitter) -> None:
+        b, spec = e.b, e.spec
+        self.most = spec["tokens"] * spec["top_k"]
+        """Pairs there can be."""
+        self.pairs = b.mul(e.arg["tokens"], const(spec["top_k"]))
+        experts = -(-spec["experts"] // 16) * 16
+        group_of, self._expert, self._start, self._order, self._position = (
+            b.bitcast(e.local(I32, count=count), BYTES)
+            for count in (experts, self.most, self.most + 1, self.most, self.most)
+        )
+        with e.for_range(0, experts, 16) as expert:
+            e.store(e.zeros(I32, 16), group_of, expert)
+        # Count: group_of[expert] is group + 1, _start[group + 1] its size.
+        active = e.local(I64, const(0))
+        with self._chosen(e) as (pair, expert):
+            with b.if_then(b.icmp_signed("==", _at(e, group_of, expert), const(0))):
+                new = b.load(active)
+                b.store(b.add(new, const(1)), active)
+                _put(e, b.add(new, const(1)), group_of, expert)
+                _put(e, expert, self._expert, new)
+                _put(e, const(0), self._start, b.add(new, const(1)))
+            group = _at(e, group_of, expert)
+            _put(e, b.add(_at(e, self._start, group), const(1)), self._start, group)
+        self.active = b.load(active)
+        # Sum up, then place; placing moves each group's start to its end, which is the next one's
+        # start.
+        total = e.local(I64, const(0))
+        with e.for_range(0, self.active) as group:
+            size = _at(e, self._start, b.add(group, const(1)))
+            _put(e, b.load(total), self._start, b.add(group, const(1)))
+            b.store(b.add(b.load(total), size), total)
+        with self._chosen(e) as (pair, expert):
+            group = _at(e, group_of, expert)
+            place = _at(e, self._start, group)
+            _put(e, pair, self._order, place)
+            _put(e, place, self._position, pair)
+            _put(e, b.add(place, const(1)), self._start, group)
+        _put(e, const(0), self._start, const(0))
+
+    @contextmanager
+    def _chosen(self, e: Emitter) -> Iterator[tuple[Value, Value]]:
+        """A loop over the pairs that have an expert: yields (pair, expert)."""
+        with e.for_range(0, self.pairs) as pair:
+            expert = _id(e, pair)
+            with e.b.if_then(e.b.icmp_signed(">=", expert, const(0))):
+                yield pair, expert
+
+    def start(self, e: Emitter, index: Value) -> Value:
+        """Place of the first pair of group `index`."""
+        return _at(e, self._start, index)
+
+    def size(self, e: Emitter, index: Value) -> Value:
+        """Pairs of group `index`."""
+        return e.b.sub(_at(e, self._start, e.b.add(index, const(1))), self.start(e, index))
+
+    def position(self, e: Emitter, pair: Value) -> Value:
+        """Place of `pair`, which must have an expert, among all, group after group."""
+        return _at(e, self._position, pair)
+
+    @contextmanager
+    def members(self, e: Emitter, index: Value) -> Iterator[tuple[Value, Value]]:
+        """A loop over group `index`: yields (place in the group, pair)."""
+        start = self.start(e, index)
+        with e.for_range(0, self.size(e, index)) as place:
+            yield place, _at(e, self._order, e.b.add(start, place))
+
+    def after(self, e: Emitter, index: Value) -> Value:
+        """The group that follows `index`, or `index` for the last."""
+        return e.minimum(e.b.add(index, const(1)), e.b.sub(self.active, const(1)))
+
+    def address(self, e: Emitter, index: Value, column: int) -> Value:
+        """i8* in `column` of the expert table, for the expert of group `index`."""
+        place = e.b.mul(_at(e, self._expert, index), const(TABLE_WIDTH))
+        return e.b.inttoptr(e.load(e.arg["table"], e.b.add(place, const(column)), I64), BYTES)
+
+
+def _id(e: Emitter, pair: Value) -> Value:
+    """The expert of `pair`; negative: none here."""
+    return _at(e, e.arg["ids"], pair)
+
+
+def _at(e: Emitter, array: Value, index: Value) -> Value:
+    return e.b.sext(e.load(array, index, I32), I64)
+
+
+def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
+    e.store(e.b.trunc(value, I32), array, index)
+
+
+def experts_gate_up(
+    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
+    N], zero for negative ids.
+    """
+    act = np.zeros((ids.size, len(gate[0])))
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            token = pair // ids.shape[1]
+            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert])[0]
+    return act
+
+
+def experts_down(
+    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
+    summed over the J whose ids are not negative.
+    """
+    y = np.zeros((len(ids), len(down[0])))
+    for pair, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * (down[expert] @ act[pair])
+    return y

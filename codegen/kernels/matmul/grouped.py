@@ -1,0 +1,261 @@
+"""`grouped_gate_up` and `grouped_down`: routed experts on many tokens, which come sorted by expert.
+
+Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and
+product happen where the sums are. Workers share (expert, panel) in one line, by tokens. Down: each
+worker owns a slice of output rows for all experts and adds `routing * result` to y in ascending
+expert order: no second pass, no atomics, and the same sums for any number of workers. Slots that
+`sort_experts` left out (experts computed elsewhere) add nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hmc.codegen.formats.weights import row_bytes
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const
+from hmc.codegen.panel.panel import Panels, Rows
+from hmc.codegen.panel.tiling import VECTORS, Form
+from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.vector import sigmoid
+from hmc.errors import KernelError
+
+_DECODE_TOKENS = 6
+"""Decoding a panel costs about as much as multiplying this many tokens by it; for balance only."""
+
+_GATE, _UP, _DOWN = 0, 2, 4
+"""Columns of the expert table; scales follow each."""
+
+
+def grouped_scratch_bytes(spec: KernelSpec) -> int:
+    """Bytes of `scratch` for one worker; worker w uses the w-th such piece. Best aligned to 64."""
+    return Form.of(spec).scratch_bytes
+
+
+def emit_grouped_gate_up(spec: KernelSpec) -> str:
+    """IR of `grouped_gate_up`: params k, n (intermediate), top_k, experts, act (0 silu).
+
+    int4 also takes group and scale_bits.
+    """
+    if spec.get("act") != 0:
+        raise KernelError(f"kernel grouped_gate_up has no activation {spec.get('act')}: 0 is silu")
+    e = Emitter(spec)
+    b = e.b
+    panels = Panels(e, Form.of(spec))
+    lanes, n = panels.form.lanes, spec["n"]
+    count = -(-n // lanes)
+    costs = e.local(I64, const(0))
+    with e.for_range(0, spec["experts"]) as expert:
+        b.store(b.add(b.load(costs), _cost(e, _tokens(e, expert)[1])), costs)
+    whole = b.mul(b.load(costs), const(count))
+    low = b.sdiv(b.mul(whole, e.worker), e.workers)
+    high = b.sdiv(b.mul(whole, b.add(e.worker, const(1))), e.workers)
+    before = e.local(I64, const(0))
+    with e.for_range(0, spec["experts"]) as expert:
+        first, tokens = _tokens(e, expert)
+        cost = _cost(e, tokens)
+        # Panel p starts at before + p * cost: it belongs to the worker in whose share that lies.
+        start, stop = (
+            _clamp(
+                e, ceil_div(e, _clamp(e, b.sub(edge, b.load(before)), whole), cost), const(count)
+            )
+            for edge in (low, high)
+        )
+        b.store(b.add(b.load(before), b.mul(cost, const(count))), before)
+
+        def body(
+            panel: Value, at: Value, here: Value, expert: Value = expert, stop: Value = stop
+        ) -> None:
+            gate, up = (
+                _rows(e, panels, expert, column, b.mul(panel, const(lanes)))
+                for column in (_GATE, _UP)
+            )
+            ahead = tuple(
+                _ahead(e, panels, expert, column, b.add(panel, const(1)), stop, lanes, const(0))
+                for column in (_GATE, _UP)
+            )
+            row = b.mul(panel, const(lanes))
+            with e.for_range(0, here) as token:
+                index = b.add(b.mul(_slot(e, b.add(at, token)), const(n)), row)
+                e.prefetch(b.bitcast(e.at(e.arg["act"], index, I16), I8.as_pointer()), 2)
+            panels.multiply((gate, up), here, (ahead[0], ahead[1]))
+            left = b.sub(const(n), row)
+            with e.for_range(0, here) as token:
+                slot = _slot(e, b.add(at, token))
+                value = panels.total(token, 0)
+                value = b.fmul(b.fmul(value, sigmoid(e, value)), panels.total(token, 1))
+                index = b.add(b.mul(slot, const(n)), row)
+                store_lanes(e, e.f32_to_bf16(value), e.arg["act"], index, left)
+
+        def source(slot: Value) -> Value:
+            token = b.udiv(slot, const(spec["top_k"]))
+            return e.offset(e.arg["x"], b.mul(token, b.mul(e.arg["x_stride"], const(2))))
+
+        _expert(e, panels, first, tokens, start, stop, source, body)
+    return e.finish()
+
+
+def emit_grouped_down(spec: KernelSpec) -> str:
+    """IR of `grouped_down`: params k (intermediate), n, top_k, experts; int4 as above."""
+    e = Emitter(spec)
+    b = e.b
+    panels = Panels(e, Form.of(spec))
+    form = panels.form
+    lanes, n = form.lanes, spec["n"]
+    start, stop = e.split(const(-(-n // form.rows)))
+    with e.for_range(0, e.arg["tokens"]) as token:
+        line = b.mul(token, e.arg["y_stride"])
+        with e.for_range(
+            b.mul(start, const(form.rows)), b.mul(stop, const(form.rows)), lanes
+        ) as row:
+            left = b.sub(const(n), row)
+            store_lanes(e, e.zeros(F32, lanes), e.arg["y"], b.add(line, row), left)
+    with e.for_range(0, spec["experts"]) as expert:
+        first, tokens = _tokens(e, expert)
+
+        def body(panel: Value, at: Value, here: Value, expert: Value = expert) -> None:
+            row = b.mul(panel, const(form.rows))
+            starts = [b.add(row, const(v * lanes)) for v in range(VECTORS)]
+            low, high = (_rows(e, panels, expert, _DOWN, at_row) for at_row in starts)
+            ahead = _ahead(e, panels, expert, _DOWN, b.add(panel, const(1)), stop, form.rows, start)
+            stride = lanes * row_bytes(spec.weight, form.k)
+            with e.for_range(0, here) as token:
+                slot = _slot(e, b.add(at, token))
+                line = b.mul(b.udiv(slot, const(spec["top_k"])), e.arg["y_stride"])
+                for at_row in starts:
+                    target = e.at(e.arg["y"], b.add(line, at_row), F32)
+                    e.prefetch(b.bitcast(target, I8.as_pointer()), 2)
+            panels.multiply((low, high), here, (ahead, e.offset(ahead, const(stride))))
+            with e.for_range(0, here) as token:
+                slot = _slot(e, b.add(at, token))
+                weight = e.splat(e.load(e.arg["routing"], slot, F32, align=4), lanes)
+                line = b.mul(b.udiv(slot, const(spec["top_k"])), e.arg["y_stride"])
+                for v, at_row in enumerate(starts):
+                    index, left = b.add(line, at_row), b.sub(const(n), at_row)
+                    old = load_lanes(e, e.arg["y"], index, lanes, left)
+                    store_lanes(
+                        e, e.fma(weight, panels.total(token, v), old), e.arg["y"], index, left
+                    )
+
+        def source(slot: Value) -> Value:
+            return e.offset(e.arg["act"], b.mul(slot, const(2 * spec["k"])))
+
+        _expert(e, panels, first, tokens, start, stop, source, body)
+    return e.finish()
+
+
+def _tokens(e: Emitter, expert: Value) -> tuple[Value, Value]:
+    """Where the slots of `expert` start, and how many there are."""
+    b = e.b
+    first, end = (
+        b.sext(e.load(e.arg["offsets"], b.add(expert, const(i)), I32, align=4), I64) for i in (0, 1)
+    )
+    return first, b.sub(end, first)
+
+
+def _slot(e: Emitter, position: Value) -> Value:
+    return e.b.sext(e.load(e.arg["slots"], position, I32, align=4), I64)
+
+
+def _cost(e: Emitter, tokens: Value) -> Value:
+    """What a panel of an expert with `tokens` tokens costs; 0 without any."""
+    none = e.b.icmp_signed("==", tokens, const(0))
+    return e.b.select(none, const(0), e.b.add(tokens, const(_DECODE_TOKENS)))
+
+
+def _clamp(e: Emitter, value: Value, high: Value) -> Value:
+    """`value` within [0, high]."""
+    value = e.b.select(e.b.icmp_signed("<", value, const(0)), const(0), value)
+    return e.minimum(value, high)
+
+
+def _rows(e: Emitter, panels: Panels, expert: Value, column: int, row: Value) -> Rows:
+    """The vector of rows from `row` on of one matrix of `expert`."""
+    b = e.b
+    weights, scales = (
+        b.inttoptr(
+            e.load(e.arg["table"], b.add(b.mul(expert, const(6)), const(column + i)), I64, align=8),
+            e.arg["x" if e.spec.op == "grouped_gate_up" else "act"].type,
+        )
+        for i in (0, 1)
+    )
+    return panels.rows(weights, scales, row, const(e.spec["n"]))
+
+
+def _ahead(
+    e: Emitter,
+    panels: Panels,
+    expert: Value,
+    column: int,
+    panel: Value,
+    stop: Value,
+    rows: int,
+    start: Value,
+) -> Value:
+    """Rows to prefetch: of `panel`, or past this worker's share, of the next expert's `start`."""
+    b = e.b
+    inside = b.icmp_signed("<", panel, stop)
+    last = const(e.spec["experts"] - 1)
+    expert = b.select(inside, expert, e.minimum(b.add(expert, const(1)), last))
+    row = b.mul(b.select(inside, panel, start), const(rows))
+    return _rows(e, panels, expert, column, row).weights
+
+
+def _expert(
+    e: Emitter,
+    panels: Panels,
+    first: Value,
+    tokens: Value,
+    start: Value,
+    stop: Value,
+    source: Callable[[Value], Value],
+    body: Callable[[Value, Value, Value], None],
+) -> None:
+    """For each block of tokens: pack, then `body(panel, first position, tokens)` for each panel."""
+    b = e.b
+    some = b.and_(b.icmp_signed("<", start, stop), b.icmp_signed(">", tokens, const(0)))
+    with b.if_then(some):
+        blocks = ceil_div(e, tokens, const(panels.form.block))
+        with e.for_range(0, blocks) as block:
+            begin = b.udiv(b.mul(tokens, block), blocks)
+            end = b.udiv(b.mul(tokens, b.add(block, const(1))), blocks)
+            at, here = b.add(first, begin), b.sub(end, begin)
+            panels.pack(lambda token: source(_slot(e, b.add(at, token))), here)
+            with e.for_range(start, stop) as panel:
+                body(panel, at, here)
+
+
+def grouped_gate_up(
+    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, f64: x [T, K], ids [T, J], experts [N, K]; silu(gate x) * (up x), [T * J, N].
+
+    Zero for negative ids, whose rows the kernel leaves alone.
+    """
+    act = np.zeros((ids.size, len(gate[0])))
+    for slot, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            value = gate[expert] @ x[slot // ids.shape[1]]
+            act[slot] = value * _sigmoid(value) * (up[expert] @ x[slot // ids.shape[1]])
+    return act
+
+
+def grouped_down(
+    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
+) -> np.ndarray:
+    """Reference, f64: act [T * J, K], routing [T, J], experts [N, K]; y [T, N], summed over the J
+    whose ids are not negative.
+    """
+    y = np.zeros((len(ids), len(down[0])))
+    for slot, expert in enumerate(ids.reshape(-1)):
+        if expert >= 0:
+            y[slot // ids.shape[1]] += routing.reshape(-1)[slot] * (down[expert] @ act[slot])
+    return y
+
+
+def _sigmoid(value: np.ndarray) -> np.ndarray:
+    small = np.exp(-np.abs(value))  # never overflows
+    result: np.ndarray = np.where(value < 0, small, 1.0) / (1 + small)
+    return result

@@ -1,0 +1,75 @@
+"""`sort_experts`: the (token, slot) pairs in the order of their experts, as the grouped kernels
+take them.
+
+A counting sort, stable, so slots ascend within each expert. Every worker counts all ids (they are
+few next to the matmuls that follow) and then places the slots of its own share of the experts;
+nobody needs what another wrote. Slots with a negative id belong to no expert here and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from hmc.codegen.decode.tiles import BYTES
+from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.spec import KernelSpec
+
+
+def emit_sort_experts(spec: KernelSpec) -> str:
+    """IR of `sort_experts`; params top_k, experts."""
+    e = Emitter(spec)
+    b = e.b
+    experts = -(-spec["experts"] // 16) * 16
+    counts = b.bitcast(e.local(I32, count=experts), BYTES)
+    with e.for_range(0, experts, 16) as expert:
+        e.store(e.zeros(I32, 16), counts, expert)
+    pairs = b.mul(e.arg["tokens"], const(spec["top_k"]))
+    with e.for_range(0, pairs) as pair:
+        expert = _id(e, pair)
+        with b.if_then(b.icmp_signed(">=", expert, const(0))):
+            _put(e, b.add(_at(e, counts, expert), const(1)), counts, expert)
+    start, stop = e.split(const(spec["experts"]))
+    total = e.local(I64, const(0))
+    with e.for_range(0, stop) as expert:
+        first = b.load(total)
+        b.store(b.add(first, _at(e, counts, expert)), total)
+        _put(e, first, counts, expert)
+        with b.if_then(b.icmp_signed(">=", expert, start)):
+            _put(e, b.load(total), e.arg["offsets"], b.add(expert, const(1)))
+    with b.if_then(b.icmp_signed("==", e.worker, const(0))):
+        _put(e, const(0), e.arg["offsets"], const(0))
+    with e.for_range(0, pairs) as pair:
+        expert = _id(e, pair)
+        own = b.and_(b.icmp_signed(">=", expert, start), b.icmp_signed("<", expert, stop))
+        with b.if_then(own):
+            place = _at(e, counts, expert)
+            _put(e, pair, e.arg["slots"], place)
+            _put(e, b.add(place, const(1)), counts, expert)
+    return e.finish()
+
+
+def sort_experts(ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference: ids [T, J]; slots (as many as are not negative) and offsets [experts + 1]."""
+    flat = ids.reshape(-1)
+    here = np.flatnonzero(flat >= 0)
+    slots = here[np.argsort(flat[here], kind="stable")]
+    return slots, np.concatenate([[0], np.cumsum(np.bincount(flat[here], minlength=experts))])
+
+
+def _id(e: Emitter, pair: Value) -> Value:
+    return _at(e, e.arg["ids"], pair)
+
+
+def _at(e: Emitter, array: Value, index: Value) -> Value:
+    return e.b.sext(e.load(array, index, I32, align=4), I64)
+
+
+def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
+    e.store(e.b.trunc(value, I32), array, index, align=4)
+
+
+EMITTERS: dict[str, Callable[[KernelSpec], str]] = {"sort_experts": emit_sort_experts}
+REFERENCES: dict[str, Callable[..., Any]] = {"sort_experts": sort_experts}

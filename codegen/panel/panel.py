@@ -1,0 +1,296 @@
+"""Many-token matmul core: panels of weights decoded once, then register tiles of rows x tokens.
+
+A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from
+checkpoint rows into a scratch panel in L1 in which one vector holds the same K position of `lanes`
+rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are packed once
+(packing.py), and tiles of up to `tile` of them are multiplied by broadcasting:
+
+    dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
+               scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
+               For avx512_bf16 with fp8, bf16 and int4, which bf16 holds exactly
+    whole form int4 on the other tiers: panel of i16 pairs [K/2][2][lanes], `vpmaddwd`; tokens are
+               rounded to whole numbers chunk by chunk (whole.py), sums are exact, and go times the
+               token's factor and the scales into f32 totals
+    fma form   panel of f32 [K][2][lanes], multiply-add. All others; fp8 by shifts and masks in
+               place (unpack.py) after the rows are interleaved, and its scales go in with that
+
+Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
+
+Zen 4, 128 experts of 768 x 2048 in FP8, about 32 tokens each, shares of core time: decoding 15 %
+(some 9 cycles for 64 weights); without prefetching the next panel all takes 1.4 times as long.
+Tried and dropped: decoding the next chunk inside the first tile, so that shuffles and dot products
+overlap (slower as the compiler schedules it, 3 % faster interleaved by hand); moving 128-bit lanes
+by loads instead of shuffles (no difference); tiles of 8, 10 or 13 tokens (no difference).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from hmc.codegen.formats.interleave import decode_codes, decode_columns, decode_pairs, decode_words
+from hmc.codegen.formats.unpack import FP8_RESULT
+from hmc.codegen.formats.weights import row_bytes
+from hmc.codegen.formats.whole import multiply_words
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.panel.packing import BLOCK, Packing, each_tile, factors_at
+from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
+from hmc.codegen.vector import bf16_pairs, fsplat
+
+_UNROLL = BLOCK // 4
+_PTR = I8.as_pointer()
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One vector of weight rows: address of its first row and of its scales, and the rows after it.
+
+    Lanes past `last` repeat that row: their results are computed and never stored.
+    """
+
+    weights: Value
+    scales: Value
+    last: Value
+
+
+class Panels:
+    """The routines of one kernel: `pack` tokens, then `multiply` panel by panel, in scratch."""
+
+    def __init__(self, e: Emitter, form: Form) -> None:
+        self.e, self.form = e, form
+        for count in range(1, form.tile + 1):
+            self._emit_tile(count)
+        for length, _ in form.lengths:
+            self._emit_decode(length)
+        self._emit_multiply()
+        self._packing = Packing(e, form)
+        self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
+
+    def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
+        """The vector of rows from `row` on, of a matrix of `rows`; past the end, its last row."""
+        e, b, form = self.e, self.e.b, self.form
+        end = b.sub(rows, const(1))
+        row = e.minimum(row, end)
+        index = b.lshr(row, const(7)) if form.spec.weight == "fp8" else row
+        return Rows(
+            e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k)))),
+            e.offset(scales, b.mul(index, const(form.scale_stride))),
+            b.sub(end, row),
+        )
+
+    def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
+        """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
+        self._packing.pack(self.scratch, source, tokens)
+
+    def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
+        """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
+        words = [word for part in panel for word in (part.weights, part.scales, part.last)]
+        self._call("multiply", self.scratch, tokens, *words, *ahead)
+
+    def total(self, token: Value, vector: int) -> Value:
+        """`<lanes x float>`: what `multiply` left for one token and one vector of rows."""
+        e, form = self.e, self.form
+        totals = e.offset(self.scratch, const(form.totals_offset))
+        index = e.b.add(e.b.mul(token, const(form.rows)), const(vector * form.lanes))
+        return e.load_vec(totals, index, F32, form.lanes, align=4)
+
+    # -- routines ----------------------------------------------------------------------------------
+
+    def _call(self, name: str, *values: Value) -> None:
+        self.e.b.call(self.e.module.globals[name], values)
+
+    def _emit_multiply(self) -> None:
+        """multiply(scratch, tokens, 2 x (weights, scales, last), 2 x ahead)."""
+        e, form = self.e, self.form
+        kinds = [_PTR, I64, *[_PTR, _PTR, I64] * VECTORS, *[_PTR] * VECTORS]
+        with e.subroutine("multiply", *kinds) as (scratch, tokens, *words):
+            b = e.b
+            totals = e.offset(scratch, const(form.totals_offset))
+            with e.for_range(0, b.mul(tokens, const(VECTORS))) as index:
+                e.store(e.zeros(F32, form.lanes), totals, b.mul(index, const(form.lanes)), align=4)
+            chunk = const(0)
+            for length, chunks in form.lengths:
+                with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
+                    self._chunk(length, chunk_index, scratch, tokens, words)
+                chunk = const(chunks)
+
+    def _chunk(
+        self, length: int, chunk: Value, scratch: Value, tokens: Value, words: Sequence[Value]
+    ) -> None:
+        """Decode one chunk of K and multiply all tokens by it."""
+        e, b, form = self.e, self.e.b, self.form
+        moved = b.mul(chunk, const(row_bytes(form.spec.weight, CHUNK)))
+        scales_moved = const(0)
+        if form.group:
+            scales_moved = b.mul(chunk, const(CHUNK // form.group * form.scale_bytes))
+        scales = e.offset(scratch, const(form.scales_offset))
+        for v in range(VECTORS):
+            weights, stored, last = words[3 * v : 3 * v + 3]
+            lane = const(v * form.lanes * 4)
+            self._call(
+                f"decode{length}",
+                e.offset(scratch, lane),
+                e.offset(scales, lane),
+                e.offset(weights, moved),
+                e.offset(stored, scales_moved),
+                last,
+            )
+        groups, steps = 1, -(-length // (form.step * _UNROLL)) * _UNROLL
+        if form.scaled and form.group < CHUNK:
+            groups, steps = -(-length // form.group), form.group // form.step
+        fetch = [
+            e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
+        ]
+        x = e.offset(scratch, const(form.x_offset))
+        x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
+        totals = e.offset(scratch, const(form.totals_offset))
+        with each_tile(e, form, tokens) as (tile, first, end):
+            # Only the first tile fetches ahead; the others touch the panel, which is in L1.
+            is_first = b.icmp_signed("==", tile, const(0))
+            values = [
+                e.offset(totals, b.mul(first, const(form.rows * 4))),
+                scratch,
+                e.offset(x, b.mul(first, const(form.token_bytes))),
+                scales,
+                const(groups),
+                const(steps),
+                *(b.select(is_first, pointer, scratch) for pointer in fetch),
+                b.bitcast(factors_at(e, form, scratch, b.add(b.mul(chunk, tokens), first)), _PTR),
+            ]
+            self._switch_tile(b.sub(end, first), values)
+
+    def _switch_tile(self, count: Value, values: list[Value]) -> None:
+        b = self.e.b
+        done = self.e.function.append_basic_block("tile.done")
+        switch = b.switch(count, done)
+        for number in range(1, self.form.tile + 1):
+            block = self.e.function.append_basic_block("tile")
+            switch.add_case(const(number), block)
+            b.position_at_end(block)
+            self._call(f"tile{number}", *values)
+            b.branch(done)
+        b.position_at_end(done)
+
+    def _emit_tile(self, count: int) -> None:
+        """tile(totals, panel, x, scales, groups, steps, 2 x ahead, factors): `count` tokens, one
+        chunk.
+        """
+        e, form = self.e, self.form
+        lanes = form.lanes
+        kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS, _PTR]
+        with e.subroutine(f"tile{count}", *kinds) as (
+            totals,
+            panel,
+            x,
+            scales,
+            groups,
+            steps,
+            *ahead,
+            token_factors,
+        ):
+            b = e.b
+            scaled = form.scaled
+            none = e.zeros(I32 if form.whole else F32, lanes)
+            cells = [(t, v) for t in range(count) for v in range(VECTORS)]
+
+            def total_of(t: int, v: int) -> Value:
+                return e.load_vec(totals, const((t * VECTORS + v) * lanes), F32, lanes, align=4)
+
+            with e.for_range(0, groups) as group:
+                sums = {
+                    cell: e.local(none.type, none if scaled else total_of(*cell)) for cell in cells
+                }
+                first = b.mul(group, steps)
+                with e.for_range(first, b.add(first, steps), _UNROLL) as step:
+                    for pointer in ahead:
+                        self._prefetch(pointer, step)
+                    panel_step = e.offset(panel, b.mul(step, const(form.rows * 4)))
+                    x_step = e.offset(x, b.mul(step, const(4 * count)))  # a block of each token
+                    for u in range(_UNROLL):
+                        weights = [
+                            e.load_vec(
+                                panel_step, const((u * VECTORS + v) * lanes), F32, lanes, align=4
+                            )
+                            for v in range(VECTORS)
+                        ]
+                        for t in range(count):
+                            index = const(t * _UNROLL + u)
+                            one = e.splat(e.load(x_step, index, F32, align=4), lanes)
+                            for v in range(VECTORS):
+                                slot = sums[t, v]
+                                b.store(self._multiply_add(weights[v], one, b.load(slot)), slot)
+                scales_row = b.mul(group, const(form.rows))
+                factors = [
+                    e.load_vec(scales, b.add(scales_row, const(v * lanes)), F32, lanes, align=4)
+                    for v in range(VECTORS if scaled else 0)
+                ]
+                for t, v in cells:
+                    total = b.load(sums[t, v])
+                    if form.whole:
+                        times = e.splat(e.load(token_factors, const(t), F32, align=4), lanes)
+                        total = b.fmul(b.sitofp(total, times.type), times)
+                    if scaled:
+                        total = e.fma(total, factors[v], total_of(t, v))
+                    e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
+
+    def _multiply_add(self, weights: Value, one: Value, total: Value) -> Value:
+        if self.form.whole:
+            kind = vec(I16, 2 * self.form.lanes)
+            words = (self.e.b.bitcast(value, kind) for value in (weights, one))
+            return self.e.another(multiply_words(self.e, total, *words))
+        if not self.form.dot:
+            return self.e.fma(weights, one, total)
+        pairs = (bf16_pairs(self.e, weights), bf16_pairs(self.e, one))
+        return self.e.call(_DOT, total.type, total, *pairs)
+
+    def _prefetch(self, pointer: Value, step: Value) -> None:
+        """The lines that `_UNROLL` steps of one vector of rows take: all steps fetch a chunk."""
+        e, form = self.e, self.form
+        size = form.lanes * row_bytes(form.spec.weight, _UNROLL * form.step * 8) // 8
+        lines = -(-size // 64)
+        moved = e.offset(pointer, e.b.mul(step, const(size // _UNROLL)))
+        for line in range(lines):
+            e.prefetch(e.offset(moved, const(line * 64)), 2)
+
+    def _emit_decode(self, length: int) -> None:
+        """decode(panel, scales, weights, stored scales, last): `length` weights of `lanes` rows."""
+        e, form = self.e, self.form
+        with e.subroutine(f"decode{length}", _PTR, _PTR, _PTR, _PTR, I64) as (
+            panel,
+            scales,
+            weights,
+            stored,
+            last,
+        ):
+            order = [e.minimum(const(r), last) for r in range(form.lanes)]
+            stride = const(row_bytes(form.spec.weight, form.k))
+            rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
+            if form.in_place:
+                factor = e.b.fmul(self._factor(stored, order, 0), fsplat(FP8_RESULT, form.lanes))
+                decode_codes(e, panel, form.rows, rows, length, factor)
+            elif form.whole:
+                decode_words(e, panel, form.rows, rows, length)
+            elif form.dot:
+                decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
+            else:
+                decode_columns(e, form.spec.weight, panel, form.rows, rows, length)
+            for index in range(-(-length // form.group) if form.scaled else 0):
+                factor = self._factor(stored, order, index)
+                e.store(factor, scales, const(index * form.rows), align=4)
+
+    def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
+        """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: one for all)."""
+        e, b, form = self.e, self.e.b, self.form
+        if form.spec.weight == "fp8":
+            return e.splat(e.load(stored, const(group), F32), form.lanes)
+        kind = I16 if form.scale_bytes == 2 else F32
+        factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
+        for r, row in enumerate(order):
+            base = e.offset(stored, b.mul(row, const(form.scale_stride)))
+            factors = b.insert_element(
+                factors, e.load(base, const(group), kind), ir.Constant(I32, r)
+            )
+        return e.bf16_to_f32(factors) if kind is I16 else factors

@@ -1,0 +1,90 @@
+"""`flag_wait` and `flag_set`: how a native program meets devices, by words in host memory.
+
+A flag holds the number of the latest call (*epoch*) in which what it stands for has happened, so
+nothing is ever reset. Epochs are compared as GPUs do: modulo 2^32, and "reached" is less than half
+the way round ahead. Worker 0 alone waits, so that a device's write takes the line from one core
+only; the others wait at the barrier that follows (codegen/pool/walker.py: GATE).
+
+Whoever gives a call up sets `abort` first and then releases all flags. So abort is looked at after
+the flag: a flag that was only released is never taken for one that happened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+
+from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.spec import KernelSpec
+
+_NANOSLEEP = 35
+_NAP_NANOSECONDS = 20_000
+"""Between two looks once spinning is over; the kernel adds its timer slack, some 50 us."""
+
+
+def emit_flag_wait(spec: KernelSpec) -> str:
+    """IR of `flag_wait`."""
+    e = Emitter(spec)
+    b = e.b
+    with b.if_then(b.icmp_signed("==", e.worker, const(0))):
+        start = e.call("llvm.readcyclecounter", I64)
+        names = ("head", "again", "nap", "done")
+        head, again, nap, done = (b.append_basic_block(f"flag.{name}") for name in names)
+        b.branch(head)
+        b.position_at_end(head)
+        ahead = b.sub(_load(e, "flag"), b.trunc(e.arg["epoch"], I32))
+        reached = b.icmp_signed(">=", ahead, ir.Constant(I32, 0))
+        b.cbranch(b.or_(reached, _aborted(e)), done, again)
+        b.position_at_end(again)
+        e.call("llvm.x86.sse2.pause", ir.VoidType())
+        spent = b.sub(e.call("llvm.readcyclecounter", I64), start)
+        b.cbranch(b.icmp_unsigned("<", spent, e.arg["spin"]), head, nap)
+        b.position_at_end(nap)
+        _nap(e)
+        b.branch(head)
+        b.position_at_end(done)
+        b.store(b.zext(_aborted(e), I64), e.function.args[0])  # given_up is the first word
+    return e.finish()
+
+
+def emit_flag_set(spec: KernelSpec) -> str:
+    """IR of `flag_set`; its record has a barrier, so that everybody's work is done before."""
+    e = Emitter(spec)
+    b = e.b
+    with b.if_then(b.icmp_signed("==", e.worker, const(0))):
+        word = b.bitcast(e.arg["flag"], I32.as_pointer())
+        b.store_atomic(b.trunc(e.arg["epoch"], I32), word, "release", 4)
+    return e.finish()
+
+
+def flag_reached(word: int, epoch: int) -> bool:
+    """Reference of what `flag_wait` waits for: `word` is `epoch` or later, modulo 2^32."""
+    return bool(np.int32(np.uint32((word - epoch) & 0xFFFFFFFF)) >= 0)
+
+
+def _aborted(e: Emitter) -> Value:
+    return e.b.icmp_unsigned("!=", _load(e, "abort"), ir.Constant(I32, 0))
+
+
+def _load(e: Emitter, name: str) -> Value:
+    return e.b.load_atomic(e.b.bitcast(e.arg[name], I32.as_pointer()), "acquire", 4)
+
+
+def _nap(e: Emitter) -> None:
+    span = e.local(I64, count=2)
+    e.b.store(const(0), span)
+    e.b.store(const(_NAP_NANOSECONDS), e.b.gep(span, [const(1)]))
+    kind = ir.FunctionType(I64, [I64] * 3)
+    registers = "={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}"
+    syscall = ir.InlineAsm(kind, "syscall", registers, side_effect=True)
+    e.b.call(syscall, [const(_NANOSLEEP), e.b.ptrtoint(span, I64), const(0)])
+
+
+EMITTERS: dict[str, Callable[[KernelSpec], str]] = {
+    "flag_wait": emit_flag_wait,
+    "flag_set": emit_flag_set,
+}
+REFERENCES: dict[str, Callable[..., Any]] = {"flag_wait": flag_reached}

@@ -1,0 +1,185 @@
+"""What this machine's memory and arithmetic give at best: streaming read and register-only
+multiply-adds.
+
+The reference for every bandwidth figure is the best of a sweep, since a naive read loop reaches
+half of what the memory gives. Rates drift by half within minutes on shared machines, so benchmarks
+do not quote the sweep: they keep the `StreamingRead` and time its best variant again, `once`,
+between the passes of whatever they measure.
+"""
+
+from __future__ import annotations
+
+import itertools
+import mmap
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hmc.codegen.isa import Isa
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels.probes.peak import dot_peak_flops
+from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
+from hmc.codegen.spec import KernelSpec, pack
+from hmc.machine.topology import this_machine
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
+
+_HUGE_PAGE = 2 << 20
+_ORDERS = {SPLIT: "split", PAGES: "pages"}
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One way to read: streams a worker, bytes prefetched ahead, access order
+    (codegen/kernels/probes/stream.py), page size."""
+
+    streams: int
+    prefetch: int
+    order: int
+    huge: bool
+
+    def __str__(self) -> str:
+        pages = "2 MiB" if self.huge else "4 KiB"
+        order = _ORDERS[self.order]
+        return f"{self.streams} streams, prefetch {self.prefetch}, {order}, {pages} pages"
+
+
+SWEEP: tuple[Variant, ...] = tuple(
+    Variant(streams, prefetch, order, huge)
+    for huge, order, streams, prefetch in itertools.product(
+        (False, True),
+        (SPLIT, PAGES),
+        (1, 2, 4, 8),
+        (0, 512, 2048, 4096, 8192, 16384),
+    )
+)
+
+
+@dataclass(frozen=True)
+class StreamResult:
+    """Median bytes/s of every variant that was timed."""
+
+    rates: tuple[tuple[Variant, float], ...]
+
+    @property
+    def best(self) -> Variant:
+        """The fastest variant."""
+        return max(self.rates, key=lambda item: item[1])[0]
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The rate of the fastest variant."""
+        return max(rate for _, rate in self.rates)
+
+
+class StreamingRead:
+    """Buffers far beyond the last-level cache (`size` bytes each; default 1 GiB or 8 x the cache),
+    ready to be read.
+
+    Pages are touched by the workers that will read them, so every share lies on its worker's NUMA
+    node. Memory goes back when the object does.
+    """
+
+    def __init__(self, pool: Pool, jit: Jit, isa: Isa, size: int | None = None) -> None:
+        self.size = size or max(1 << 30, 8 * this_machine().last_level_bytes)
+        self._pool, self._jit, self._isa = pool, jit, isa
+        self._buffers: dict[bool, np.ndarray] = {}
+        self.sinks = np.zeros(pool.workers, np.int64)
+        self._programs: dict[Variant, Program] = {}
+        self._trace = np.zeros((1, pool.workers, 2), np.int64)
+
+    def once(self, variant: Variant) -> float:
+        """Bytes/s of one pass over the buffer."""
+        return self.once_over(variant, self._buffer(variant.huge).ctypes.data, self.size)
+
+    def once_over(self, variant: Variant, address: int, size: int) -> float:
+        """Bytes/s of one pass over `size` bytes of the caller's own at `address` (whose pages are
+        what they are): the reference over the very bytes a kernel reads."""
+        if variant not in self._programs:
+            self._programs[variant] = self._program(variant)
+        program = self._programs[variant]
+        program.patch(0, base=address, size=size)
+        self._pool.run(program.records, self._trace)
+        return size / self._pool.seconds(self._trace)
+
+    def medians(self, variants: Iterable[Variant], repetitions: int) -> dict[Variant, float]:
+        """Median bytes/s of each variant over `repetitions` passes, variants taking turns."""
+        rates: dict[Variant, list[float]] = {variant: [] for variant in variants}
+        for variant in rates:
+            self.once(variant)  # builds the kernel and touches the buffer
+        for _ in range(repetitions):
+            for variant, seen in rates.items():
+                seen.append(self.once(variant))
+        return {variant: statistics.median(seen) for variant, seen in rates.items()}
+
+    def _program(self, variant: Variant) -> Program:
+        tile = {"prefetch": variant.prefetch, "order": variant.order}
+        spec = KernelSpec.of("stream_read", self._isa.name, streams=variant.streams, tile=tile)
+        args = pack("stream_read", base=0, size=0, sink=self.sinks.ctypes.data)
+        return _single(self._jit, spec, args)
+
+    def _buffer(self, huge: bool) -> np.ndarray:
+        if huge not in self._buffers:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            memory = mmap.mmap(-1, self.size + _HUGE_PAGE, flags=flags)
+            memory.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE)
+            whole = np.frombuffer(memory, np.uint8)
+            shift = -whole.ctypes.data % _HUGE_PAGE
+            buffer = whole[shift : shift + self.size]
+            args = pack("stream_fill", base=buffer.ctypes.data, size=self.size, value=1)
+            spec = KernelSpec.of("stream_fill", self._isa.name)
+            self._pool.run(_single(self._jit, spec, args).records)
+            self._buffers[huge] = buffer
+        return self._buffers[huge]
+
+
+def streaming_read(
+    pool: Pool,
+    jit: Jit,
+    isa: Isa,
+    *,
+    size: int | None = None,
+    variants: Sequence[Variant] = SWEEP,
+    repetitions: int = 7,
+) -> StreamResult:
+    """Sweep the ways to read memory by successive halving; the eight left at the end get
+    `repetitions` passes.
+
+    A variant's figure is the median of the last round it took part in; one that dropped out is
+    capped at the slowest finalist, so that a lucky minute of an early round never becomes the
+    reference.
+    """
+    reader = StreamingRead(pool, jit, isa, size)
+    rates = reader.medians(variants, 2)
+    for survivors, passes in ((len(variants) // 4, 3), (8, repetitions)):
+        ranked = sorted(rates, key=lambda variant: rates[variant], reverse=True)[
+            : max(8, survivors)
+        ]
+        again = reader.medians(ranked, passes)
+        slowest = min(again.values())
+        rates = {variant: min(rate, slowest) for variant, rate in rates.items()} | again
+    return StreamResult(tuple(rates.items()))
+
+
+def dot_peak(pool: Pool, jit: Jit, isa: Isa, *, repetitions: int = 7) -> float:
+    """Multiply-add peak of all workers together, FLOP/s (median): `vdpbf16ps` or f32 FMA, by
+    tier."""
+    spec = KernelSpec.of("dot_peak", isa.name)
+    sink = np.zeros(pool.workers, np.float32)
+    rounds = 50_000
+    program = _single(jit, spec, pack("dot_peak", rounds=rounds, sink=sink.ctypes.data))
+    trace = np.zeros((1, pool.workers, 2), np.int64)
+    flops = rounds * dot_peak_flops(spec) * pool.workers
+    rates = []
+    for _ in range(repetitions + 1):
+        pool.run(program.records, trace)
+        rates.append(flops / pool.seconds(trace))
+    return statistics.median(rates[1:])
+
+
+def _single(jit: Jit, spec: KernelSpec, args: bytes) -> Program:
+    builder = ProgramBuilder()
+    builder.add(jit.get(spec), args, tag=0)
+    return builder.build()

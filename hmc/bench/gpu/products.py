@@ -1,0 +1,80 @@
+"""Section of the GPU check: which way FP8 products take on the device, how exact and how fast they
+are, and what a launch and a wait cost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import torch
+
+from hmc.bench.gpu.models import quantised
+from hmc.bench.gpu.rows import Clock, Row
+from hmc.bench.gpu.sizes import Bench
+from hmc.runtime.device_ops.matmul import Matrix, fp8_form, matmul
+
+_PASSES = 5
+_BOUND = 2.0**-8
+"""Error over the sum of the products' magnitudes: what one rounding of x to bf16 may cost."""
+_RAGGED = 40
+
+
+def products(bench: Bench, clock: Clock) -> Iterator[Row]:
+    """An FP8 product of whole blocks and one of ragged ones, and the latencies that the probe of
+    this run found."""
+    rows, columns, tokens = bench.sizes.product
+    for shape in ((rows, columns), (rows - _RAGGED, columns - _RAGGED)):
+        case = f"fp8 {shape[0]}x{shape[1]}, {tokens} tokens"
+        clock.check(case)
+        yield from _product(bench, case, shape, tokens)
+    rates = bench.machine.gpus[0].rates
+    assert rates is not None
+    yield Row("products", "latency", "launch", rates.launch.value, "s", note=rates.launch.source)
+    yield Row("products", "latency", "copy and wait", rates.sync.value, "s", note=rates.sync.source)
+
+
+def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(tokens)
+    codes, scale = quantised(torch.randn(shape, generator=generator) / shape[1] ** 0.5)
+    device = bench.device
+    w = Matrix(codes.to(device), "fp8", shape, scale.to(device), 128)
+    x = torch.randn((tokens, shape[1]), generator=generator).to(torch.bfloat16).to(device)
+    found = matmul(x, w).to("cpu", torch.float64)
+    exact = w.rows(0, shape[0]).to("cpu", torch.float64)
+    left = x.to("cpu", torch.float64)
+    off = (found - left @ exact.t()).abs() / (left.abs() @ exact.abs().t())
+    worst = float(off.max())
+    route = fp8_form(w, device)
+    yield Row(
+        "products",
+        case,
+        f"error of {route}, against float64",
+        worst,
+        against="bound",
+        reference=_BOUND,
+        verdict="ok" if worst <= _BOUND else "FAILED",
+    )
+    seconds = median(_seconds(x, w) for _ in range(_PASSES))
+    rates = bench.machine.gpus[0].rates
+    assert rates is not None
+    yield Row(
+        "products",
+        case,
+        f"speed of {route}",
+        2 * tokens * shape[0] * shape[1] / seconds,
+        "FLOP/s",
+        "plain FP8 products, probed",
+        rates.fp8.value,
+    )
+
+
+def _seconds(x: torch.Tensor, w: Matrix) -> float:
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    matmul(x, w)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter() - start

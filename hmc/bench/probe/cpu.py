@@ -1,0 +1,288 @@
+"""The CPU side: streaming reads by node and threads, the kernels that plans run, barriers; hides
+buffers and pools.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
+from hmc.bench.kernels import DECODE_OPS, PREFILL_OPS, Case, KernelBench, Row
+from hmc.bench.probe.result import Effort, Measurement
+from hmc.codegen.isa import Isa
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import EMITTERS
+from hmc.codegen.spec import KernelSpec, pack
+from hmc.compiler import compile as compile_plan
+from hmc.errors import CapacityError
+from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.machine.detect import available_bytes
+from hmc.machine.topology import Node
+from hmc.plan import Plan
+from hmc.predict.cost import attended, gqa_flops
+from hmc.runtime.executor import Executor
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import ProgramBuilder
+from hmc.runtime.host.trace import Recorder
+
+_LINEAR = (2048, 7168)
+_EXPERTS = ((768, 2048), (2048, 7168))
+_RECORDS = 2000
+_MODEL: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1,
+}
+"""Qwen3-30B-A3B's heads in a model that is otherwise small: what attention is measured with."""
+_CHUNK, _CONTEXT = 512, 2048
+_MEMORY_BOUND = 0.6
+"""Share of the streaming read from which on a decode kernel is taken to wait for memory."""
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
+    """Streaming reads of one node's memory by 1, 2, 4, ... and all of its cores; the buffer is
+    written first by those who read it, so it is the node's own.
+    """
+    cpus = [core[0] for core in node.cores]
+    counts = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count < len(cpus)]
+    jit = Jit(EMITTERS)
+    size = effort.stream * 1_000_000 or None
+    best = None
+    for count in (len(cpus), *reversed(counts)):
+        with Pool(jit, isa, cpus=cpus[:count]) as pool:
+            reader = StreamingRead(pool, jit, isa, size)
+            if 2 * reader.size > available_bytes():
+                raise CapacityError(
+                    f"streaming reads need {2 * reader.size / 1e9:.1f} GB of memory, free are"
+                    f" {available_bytes() / 1e9:.1f} GB: use --quick or free some"
+                )
+            if best is None:
+                ways = SWEEP[:: effort.every]
+                sweep = streaming_read(pool, jit, isa, size=reader.size, variants=ways)
+                best = sweep.best
+            reader.once(best)
+            values = tuple(reader.once(best) for _ in range(effort.passes))
+        name = "read" if count == len(cpus) else "read with fewer threads"
+        yield Measurement(name, "B/s", values, f"node {node.id}, {count} thread(s), {best}")
+
+
+# -- matmuls ---------------------------------------------------------------------------------------
+
+
+def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | None) -> list[Row]:
+    """Linears and experts of decode, matmuls and grouped experts of prefill, as `hmc bench kernels`
+    measures them."""
+    cases = [Case("linear", form, *_LINEAR, tokens) for form in formats for tokens in effort.tokens]
+    cases += [Case("experts", form, *shape, 1) for form in formats for shape in _EXPERTS]
+    dense = [form for form in formats if form != "int4"]
+    cases += [Case("gemm", form, *_LINEAR, _CHUNK) for form in dense]
+    cases += [Case("grouped", form, *_EXPERTS[0], _CHUNK) for form in formats[:1]]
+    with KernelBench(isa, threads=threads) as bench:
+        return bench.measure(cases, repetitions=effort.passes, megabytes=effort.weights)
+
+
+def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
+    """What the rows say, in the unit of each. Memory drifts by half within minutes on shared
+    machines, so each pass counts relative to the reference before and after it, times the median of
+    all references: the rates of one file belong together. Decode kernels that are far from the
+    memory's rate are bound by instructions, and count as they are.
+    """
+    memory = median(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+    peak = median(r for row in rows if row.case.op in PREFILL_OPS for r in row.compared.references)
+    prefill = []
+    for row in rows:
+        case = row.case
+        detail = f"{case.format} {case.shape}, {case.tokens} token(s)"
+        if case.op == "linear":
+            yield Measurement("gemv", "B/s", _scaled(row, memory), detail)
+        elif case.op == "experts":
+            yield Measurement("experts in decode", "B/s", _scaled(row, memory), detail)
+        else:
+            values = _scaled(row, peak)
+            prefill.append(Measurement(f"{case.op} in prefill", "FLOP/s", values, detail))
+    yield from prefill
+    yield Measurement(
+        "dot", "FLOP/s", tuple(each.median for each in prefill), "prefill matmuls as above"
+    )
+    yield from _experts(rows, memory)
+
+
+def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
+    """Streaming reads of all cores between the passes of the decode kernels, bytes/s."""
+    return tuple(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+
+
+def _scaled(row: Row, reference: float) -> tuple[float, ...]:
+    """Each pass over its neighbouring references, times `reference`; of decode kernels only where
+    memory binds them."""
+    if row.case.op in DECODE_OPS and row.compared.ratio < _MEMORY_BOUND:
+        return row.compared.values
+    return tuple(each * reference for each in row.compared.quotients)
+
+
+def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
+    """Bytes/s of routed experts by format, and the seconds of one beyond its bytes.
+
+    A small and a large expert tell both apart: seconds = bytes / rate + rest. Where that leaves
+    nothing (noise), the large one's rate stands alone.
+    """
+    rests = []
+    for form, group in groupby((r for r in rows if r.case.op == "experts"), key=_format):
+        found = sorted(
+            (sum(shape.bytes for shape in row.case.matrices), _scaled(row, memory)) for row in group
+        )
+        size, rates = found[-1]
+        seconds, rest = size / median(rates), 0.0
+        if len(found) > 1:
+            small = found[0][0]
+            slope = (seconds - small / median(found[0][1])) / (size - small)
+            rest = max(0.0, seconds - slope * size) if slope > 0 else 0.0
+        rests.append(rest)
+        share = seconds / (seconds - rest)
+        detail = f"{form}, one token, {size / 1e6:.1f} MB each, without the rest"
+        yield Measurement("experts", "B/s", tuple(share * rate for rate in rates), detail)
+    if all(rest > 0 for rest in rests):
+        yield Measurement("expert", "s", tuple(rests), "the rest: a routed expert beyond its bytes")
+
+
+def _format(row: Row) -> str:
+    return row.case.format
+
+
+# -- the pool --------------------------------------------------------------------------------------
+
+
+def pool_rates(isa: Isa, effort: Effort, threads: int | None) -> Iterator[Measurement]:
+    """The register-only multiply-add peak, and what a record of a native program costs."""
+    jit = Jit(EMITTERS)
+    with Pool(jit, isa, threads) as pool:
+        peaks = tuple(dot_peak(pool, jit, isa, repetitions=3) for _ in range(effort.passes))
+        detail = f"between registers, {pool.workers} thread(s), {isa.name}"
+        yield Measurement("multiply-add peak", "FLOP/s", peaks, detail)
+        width = 64
+        x = np.zeros(3 * width, np.float32)
+        spec = KernelSpec.of("add", isa.name, width=width)
+        at = x.ctypes.data
+        arguments = {"h_stride": width, "d0_stride": width, "d1": 0, "d1_stride": 0}
+        args = pack(
+            "add", h=at, d0=at + 4 * width, y=at + 8 * width, y_stride=width, tokens=1, **arguments
+        )
+        builder = ProgramBuilder()
+        for _ in range(_RECORDS):
+            builder.add(jit.get(spec), args, tag=0, writes=("y",))
+        program = builder.build()
+        trace = np.zeros((len(program), pool.workers, 2), np.int64)
+        values = []
+        for _ in range(effort.passes + 1):
+            pool.run(program.records, trace)
+            values.append(pool.seconds(trace) / _RECORDS)
+        detail = f"an almost empty record behind a barrier, {pool.workers} thread(s)"
+        yield Measurement("record", "s", tuple(values[1:]), detail)
+
+
+def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
+    """Attention of a prefill chunk behind a past ("attend") and of a decode step, through a plan of
+    Qwen3-30B-A3B's heads, in FLOP/s of the (query, key) pairs that are used."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_MODEL))
+        plan = compile_plan(
+            folder,
+            max_context=_CONTEXT,
+            max_chunk=_CHUNK,
+            threads=threads or 0,
+            dummy_weights=True,
+        )
+        executor = Executor(plan, Path(folder), dummy_weights=True)
+    heads, width = _MODEL["num_attention_heads"], _MODEL["head_dim"]
+    ids = np.zeros(_CONTEXT - 1, np.int32)
+    chunks = -(-len(ids) // _CHUNK)
+    first = len(ids) * (chunks - 1) // chunks
+    prefill, decode = [], []
+    try:
+        for _ in range(effort.passes + 1):
+            sequence = executor.open()
+            parts = executor.prefill(sequence, ids)
+            for _ in range(chunks - 1):
+                next(parts)
+            with executor.recorded() as recorder:
+                next(parts)
+            prefill.append(_attention_seconds(plan, "prefill.host", recorder))
+            with executor.recorded() as recorder:
+                executor.decode([sequence], ids[:1])
+            decode.append(_attention_seconds(plan, "decode", recorder))
+            executor.release(sequence)
+    finally:
+        executor.close()
+    queries = len(ids) - first
+    work = gqa_flops(heads, width, width, attended(queries, first))
+    detail = f"{queries} queries behind {first} keys, {heads} heads of {width}"
+    yield Measurement("attend", "FLOP/s", tuple(work / each for each in prefill[1:]), detail)
+    work = gqa_flops(heads, width, width, attended(1, len(ids)))
+    detail = f"one query behind {len(ids)} keys, {heads} heads of {width}"
+    values = tuple(work / each for each in decode[1:])
+    yield Measurement("attention in decode", "FLOP/s", values, detail)
+
+
+def _attention_seconds(plan: Plan, phase: str, recorder: Recorder) -> float:
+    """Seconds in the attention step's kernels."""
+    mine = {step.id for step in plan.phase(phase).steps if step.op == "attention"}
+    return sum(seconds for step, seconds in recorder.by_step().items() if step in mine)
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
+    by_name: dict[str, list[Measurement]] = {}
+    for each in found:
+        by_name.setdefault(each.what, []).append(each)
+    linear = [row.case for row in rows if row.case.op == "linear"]
+    formats = dict.fromkeys(row.case.format for row in rows if row.case.op == "experts")
+
+    def optional(name: str) -> Rate | None:
+        return by_name[name][0].rate() if name in by_name else None
+
+    return CpuRates(
+        read=tuple(each.rate() for each in by_name["read"]),
+        gemv=tuple(
+            GemvRate(format=case.format, tokens=case.tokens, rate=each.rate())
+            for case, each in zip(linear, by_name["gemv"], strict=True)
+        ),
+        dot=by_name["dot"][0].rate(),
+        attend=by_name["attend"][0].rate(),
+        record=by_name["record"][0].rate(),
+        experts=tuple(
+            GemvRate(format=form, tokens=1, rate=each.rate())
+            for form, each in zip(formats, by_name["experts"], strict=True)
+        ),
+        expert=optional("expert"),
+        link=optional("link"),
+        link_latency=optional("link_latency"),
+    )

@@ -1,0 +1,246 @@
+"""The GPU side, through PyTorch: pinned copies alone and both ways, device memory, BF16 and FP8
+matmuls, attention, launches. Hides streams and events.
+
+Timed by the host's clock between two waits for the device (copies that overlap: by the events of
+their stream), so passes are long. The same code runs on PyTorch's CPU device: so it is tested
+without a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hmc.bench.probe.result import Effort, Measurement
+from hmc.machine import Gpu, GpuRates, Rate
+
+_LAUNCHES = 500
+_HEADS, _WIDTH = 32, 128
+_FP8_CAPABILITY = (8, 9)
+
+
+def probe_gpus(effort: Effort) -> tuple[tuple[Gpu, ...], list[Measurement]]:
+    """Every GPU that PyTorch finds, with its rates, and all that was measured."""
+    if not torch.cuda.is_available():
+        return (), []
+    gpus, found = [], []
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        measured = Device(torch.device("cuda", number), effort).measure()
+        found += measured
+        rates = gpu_rates(measured, fp8=_has_fp8(number))
+        gpus.append(
+            Gpu(name=properties.name, memory_bytes=int(properties.total_memory), rates=rates)
+        )
+    if len(gpus) > 1:
+        found += links(effort)
+    return tuple(gpus), found
+
+
+def gpu_rates(found: Sequence[Measurement], *, fp8: bool) -> GpuRates:
+    """Measurements of one GPU as rates; without FP8 matmuls, weights are expanded to BF16."""
+    by_name = {each.what.removeprefix("gpu "): each.rate() for each in found}
+    if not fp8:
+        bf16 = by_name["bf16"]
+        source = f"no FP8 matmul on this GPU: BF16's, {bf16.source}"
+        by_name["fp8"] = Rate(value=bf16.value, kind="derived", source=source, spread=bf16.spread)
+    return GpuRates.model_validate(by_name)
+
+
+class Device:
+    """One device and what it reaches; `measure` gives everything in order."""
+
+    def __init__(self, device: torch.device, effort: Effort) -> None:
+        self.device, self._effort = device, effort
+        self._cuda = device.type == "cuda"
+        self._bytes = effort.device_bytes
+        side = 1024 * max(1, round((self._bytes / 2) ** 0.5 / 1024))
+        self._side = side if self._cuda else 64
+
+    def measure(self) -> list[Measurement]:
+        """All rates of the device."""
+        found = [*self._copies(), self._memory(), self._bf16()]
+        if self._cuda and _has_fp8(self.device.index):
+            found.append(self._fp8())
+        return [*found, self._attention(), self._launch(), self._sync()]
+
+    # -- copies ------------------------------------------------------------------------------------
+
+    def _copies(self) -> list[Measurement]:
+        """Pinned copies to and from the device, alone and with the other way busy."""
+        count = self._bytes
+        host = [torch.ones(count, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
+        there = [torch.empty(count, dtype=torch.uint8, device=self.device) for _ in range(2)]
+        streams = [self._stream(), self._stream()]
+        ways: dict[str, Callable[[], None]] = {
+            "h2d": lambda: self._on(streams[0], lambda: there[0].copy_(host[0], non_blocking=True)),
+            "d2h": lambda: self._on(streams[1], lambda: host[1].copy_(there[1], non_blocking=True)),
+        }
+        detail = f"pinned copies of {count / 1e6:.0f} MB on {self._name}"
+        found = [
+            Measurement(f"gpu {way}", "B/s", self._rates(count, copy), detail)
+            for way, copy in ways.items()
+        ]
+        for way, other in (("h2d", "d2h"), ("d2h", "h2d")):
+
+            def both(way: str = way, other: str = other) -> None:
+                # The other way stays busy from before until after the one that is timed.
+                ways[other]()
+                ways[way]()
+                ways[other]()
+
+            index = 0 if way == "h2d" else 1
+            values = self._rates(count, both, streams[index])
+            found.append(
+                Measurement(f"gpu {way}_both", "B/s", values, f"{detail}, the other way busy")
+            )
+        return found
+
+    def _memory(self) -> Measurement:
+        """Copies within the device: each byte is read and written."""
+        a = torch.ones(self._bytes, dtype=torch.uint8, device=self.device)
+        b = torch.empty_like(a)
+        values = self._rates(2 * self._bytes, lambda: b.copy_(a))
+        return Measurement("gpu memory", "B/s", values, f"copies within {self._name}")
+
+    # -- arithmetic --------------------------------------------------------------------------------
+
+    def _bf16(self) -> Measurement:
+        side = self._side
+        a = torch.randn((side, side), device=self.device).bfloat16()
+        b = torch.randn((side, side), device=self.device).bfloat16()
+        values = self._rates(2 * side**3, lambda: torch.mm(a, b))
+        return Measurement("gpu bf16", "FLOP/s", values, f"matmul of {side} on {self._name}")
+
+    def _fp8(self) -> Measurement:
+        side = self._side
+        form = torch.float8_e4m3fn
+        a = torch.randn((side, side), device=self.device).to(form)
+        b = torch.randn((side, side), device=self.device).to(form).t()
+        one = torch.ones((), device=self.device)
+
+        def multiply() -> None:
+            torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+        values = self._rates(2 * side**3, multiply)
+        return Measurement("gpu fp8", "FLOP/s", values, f"matmul of {side} on {self._name}")
+
+    def _attention(self) -> Measurement:
+        tokens = 4096 if self._cuda else 64
+        shape = (1, _HEADS, tokens, _WIDTH)
+        q, k, v = (torch.randn(shape, device=self.device).bfloat16() for _ in range(3))
+        pairs = tokens * (tokens + 1) / 2
+        values = self._rates(
+            4.0 * _HEADS * _WIDTH * pairs,
+            lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
+        )
+        detail = f"causal attention of {tokens} tokens, {_HEADS} heads of {_WIDTH}, {self._name}"
+        return Measurement("gpu attention", "FLOP/s", values, detail)
+
+    # -- latencies ---------------------------------------------------------------------------------
+
+    def _launch(self) -> Measurement:
+        """Seconds a small kernel takes in a row of many: what launching costs beyond the work."""
+        x = torch.zeros(1024, device=self.device)
+
+        def many() -> None:
+            for _ in range(_LAUNCHES):
+                x.add_(1.0)
+
+        values = tuple(seconds / _LAUNCHES for seconds in self._wall(many))
+        return Measurement("gpu launch", "s", values, f"{_LAUNCHES} small kernels, {self._name}")
+
+    def _sync(self) -> Measurement:
+        """Seconds until a small pinned copy to the device is known to be done."""
+        host = torch.zeros(1024, pin_memory=self._cuda)
+        there = torch.zeros(1024, device=self.device)
+
+        def copies() -> None:
+            for _ in range(_LAUNCHES // 10):
+                there.copy_(host, non_blocking=True)
+                self._wait()
+
+        values = tuple(10 * seconds / _LAUNCHES for seconds in self._wall(copies))
+        return Measurement("gpu sync", "s", values, f"a copy of 4 kB and its wait, {self._name}")
+
+    # -- clocks ------------------------------------------------------------------------------------
+
+    @property
+    def _name(self) -> str:
+        return str(self.device)
+
+    def _stream(self) -> Any:
+        return torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
+
+    def _on(self, stream: Any, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(stream) if self._cuda else nullcontext():
+            work()
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+
+    def _wall(self, work: Callable[[], object]) -> list[float]:
+        """Seconds of the host's clock of every pass."""
+        seconds = []
+        for _ in range(self._effort.passes + 1):
+            self._wait()
+            start = time.perf_counter()
+            work()
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
+
+    def _rates(
+        self, amount: float, work: Callable[[], object], stream: Any = None
+    ) -> tuple[float, ...]:
+        """`amount` a second of every pass, by events of `stream` where there is one."""
+        if stream is None:
+            return tuple(amount / seconds for seconds in self._wall(work))
+        rates = []
+        for _ in range(self._effort.passes + 1):
+            self._wait()
+            start, stop = _event(), _event()
+            start.record(stream)
+            work()
+            stop.record(stream)
+            self._wait()
+            rates.append(amount / (start.elapsed_time(stop) / 1e3))
+        return tuple(rates[1:])
+
+
+def links(effort: Effort) -> list[Measurement]:
+    """Copies from the first GPU to the second, large ones and a small one."""
+    a = torch.ones(effort.device_bytes, dtype=torch.uint8, device="cuda:0")
+    b = torch.empty(effort.device_bytes, dtype=torch.uint8, device="cuda:1")
+
+    def seconds(count: int) -> list[float]:
+        found = []
+        for _ in range(effort.passes + 1):
+            torch.cuda.synchronize(0)
+            torch.cuda.synchronize(1)
+            start = time.perf_counter()
+            b[:count].copy_(a[:count])
+            torch.cuda.synchronize(0)
+            torch.cuda.synchronize(1)
+            found.append(time.perf_counter() - start)
+        return found[1:]
+
+    large = tuple(effort.device_bytes / each for each in seconds(effort.device_bytes))
+    return [
+        Measurement("link", "B/s", large, "copies from GPU 0 to GPU 1, as PyTorch does them"),
+        Measurement("link_latency", "s", tuple(seconds(4096)), "a copy of 4 kB, GPU 0 to GPU 1"),
+    ]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _has_fp8(number: int) -> bool:
+    return torch.cuda.get_device_capability(number) >= _FP8_CAPABILITY

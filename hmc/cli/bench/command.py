@@ -1,0 +1,362 @@
+"""`hmc bench`: a plan or a model shape, or with `kernels` as first argument single kernels."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hmc.cli.bench.arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
+from hmc.cli.bench.kernels import kernels
+from hmc.cli.bench.predict import predict
+from hmc.cli.bench.serve import serve
+from hmc.cli.devices import DEVICES, GPUS, HOME, telling
+from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
+from hmc.cli.predicted import Comparison
+from hmc.errors import UsageError
+from hmc.plan import load_plan
+
+if TYPE_CHECKING:
+    from hmc.bench.model import DecodeRow, PromptRow
+    from hmc.plan import Plan
+
+_SUB_BENCHMARKS: dict[str, click.Command] = {
+    "kernels": kernels,
+    "predict": predict,
+    "serve": serve,
+}
+
+
+class _Bench(click.Command):
+    """Measures a TARGET, unless the first argument names a sub-benchmark."""
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        line = shlex.join(["hmc", str(info_name), *args])
+        if args and args[0] in _SUB_BENCHMARKS:
+            sub = _SUB_BENCHMARKS[args[0]]
+            context = sub.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        else:
+            context = super().make_context(info_name, args, parent, **extra)
+        context.meta[COMMAND_LINE] = line
+        return context
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Sub-benchmarks (as first argument; each has its own --help)"):
+            formatter.write_dl([(n, c.get_short_help_str(80)) for n, c in _SUB_BENCHMARKS.items()])
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return ["TARGET [OPTIONS]"]
+
+
+@click.command("bench", cls=_Bench)
+@click.argument("target", metavar="TARGET")
+@click.option(
+    "-p",
+    "--prompts",
+    default="512",
+    show_default=True,
+    metavar="N,..",
+    help="Prompt lengths; 0: none.",
+)
+@click.option(
+    "-n", "--tokens", default=64, show_default=True, metavar="N", help="Tokens to decode; 0: none."
+)
+@click.option(
+    "--context",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Tokens in the cache before decoding.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    default="1",
+    show_default=True,
+    metavar="N,..",
+    help="Sequences that decode at once; several numbers take turns.",
+)
+@click.option(
+    "--dummy-weights",
+    is_flag=True,
+    help="Random weights of the real shapes: config.json is enough.",
+)
+@click.option(
+    "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
+)
+@click.option("--repetitions", default=5, show_default=True, metavar="R")
+@click.option(
+    "--phase",
+    "phases",
+    multiple=True,
+    metavar="NAME",
+    help="Run prompts or decoding by this phase of the plan, whatever its switch-over points say:"
+    " prefill.stream, decode.dual; may be repeated.",
+)
+@THREADS
+@DEVICES
+@GPUS
+@HOME
+@click.option("--checkpoint", metavar="DIR", help="Model directory of a plan, if it has moved.")
+@click.option(
+    "--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to."
+)
+@click.option(
+    "--megabytes",
+    default=0,
+    metavar="N",
+    help="Memory the streaming read goes through [default: 1 GiB or 8 x the last-level cache];"
+    " small values are for tests: they stay in cache.",
+)
+@click.option(
+    "--machine",
+    metavar="FILE",
+    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
+)
+@JSON
+@click.pass_context
+def command(
+    ctx: click.Context,
+    target: str,
+    prompts: str,
+    tokens: int,
+    context: int,
+    batches: str,
+    dummy_weights: bool,
+    layers: int,
+    repetitions: int,
+    phases: tuple[str, ...],
+    threads: int | None,
+    devices: str,
+    gpus: int | None,
+    home: str,
+    checkpoint: str | None,
+    by_op: bool,
+    megabytes: int,
+    machine: str | None,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode of TARGET: a plan (.hmp), a model directory, or a config.json.
+
+    A directory or config.json is compiled in memory. Prints tokens a second (median of the
+    repetitions, and half of the distance from the least to the most) and how near the bound that
+    is: for decode the MBU, which is the weight bytes of a step over its time and over the best
+    streaming read of the same minutes; for prefill the share of the register-only multiply-add
+    peak. "Outside" is the share of a decode step in which workers are in no kernel. Where this
+    machine's rates are known, "predicted" and its error stand beside (with --json for every step),
+    and both are kept in PLAN.measured.json.
+
+    \b
+    hmc bench plan.hmp -p 512,2048 -n 64
+    hmc bench config.json --dummy-weights --layers 8 -p 0 --batch 1,2,4,6
+    hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,4
+    """
+    lengths = [length for length in numbers("-p", prompts, least=0) if length]
+    at_least("-n", tokens, 0)
+    at_least("--context", context, 0)
+    at_once = numbers("--batch", batches, least=1)
+    at_least("--repetitions", repetitions, 1)
+    at_least("--megabytes", megabytes, 0)
+    if threads is not None:
+        at_least("--threads", threads, 1)
+    if dummy_weights and home == "arena":
+        raise UsageError("--home arena: dummy weights are in huge pages always")
+    from hmc.bench.model import ModelBench, active_bytes, check_tests, total_bytes
+    from hmc.runtime.executor import Executor
+
+    with progress() as report:
+        longest = max((*lengths, context + tokens))
+        plan = _plan(target, longest, max(at_once), dummy_weights, layers, threads, report)
+        check_tests(plan, lengths, tokens, context, at_once)
+        named = _named(plan, phases)
+        executor = Executor(
+            plan,
+            Path(checkpoint or plan.checkpoint.path),
+            threads=threads,
+            dummy_weights=dummy_weights,
+            home=home,  # type: ignore[arg-type]
+            progress=report,
+            devices=devices,  # type: ignore[arg-type]
+            gpus=gpus,
+        )
+        try:
+            with telling(executor):
+                bench = ModelBench(
+                    executor,
+                    repetitions=repetitions,
+                    megabytes=megabytes,
+                    phases=named,
+                    report=report,
+                )
+                prompt_rows = [bench.prompt(length) for length in lengths]
+                decode_rows = bench.decodes(tokens, context, at_once) if tokens else []
+            workers, used = executor.pool.workers, executor.kernels_used
+        finally:
+            executor.close()
+    rows: list[PromptRow | DecodeRow] = [*prompt_rows, *decode_rows]
+    compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
+    predicted = [compared.bench(row) for row in rows]
+    compared.store("hmc bench")
+    reference = _reference(bench.memory.sweep.bytes_per_second, decode_rows)
+    model = plan.model
+    facts: dict[str, Any] = {
+        "model": f"{model.architecture}, {model.layers} layers",
+        "bytes": total_bytes(plan),
+        "active_bytes": active_bytes(plan),
+        "parameters": model.parameters,
+        "active_parameters": model.active_parameters,
+        "weights": "dummy" if dummy_weights else home,
+        "formats": _formats(plan),
+    }
+    if as_json:
+        print_json(
+            {
+                "rows": [row.record() | more for row, more in zip(rows, predicted, strict=True)],
+                "reference_gbps": round(reference / 1e9, 3),
+                "reference": str(bench.memory.variant),
+                **facts,
+                **circumstances(ctx, plan.isa, workers),
+                "kernels": list(used),
+                "phases": dict(bench.calls),
+                **({"no_prediction": compared.reason} if compared.reason else {}),
+            }
+        )
+        return
+    _print_rows(plan, facts["bytes"], workers, rows, predicted)
+    if compared.reason:
+        click.echo(compared.reason)
+    click.echo(
+        f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
+        f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
+    )
+    _print_batches(decode_rows)
+    if by_op:
+        for row in decode_rows:
+            _print_ops(row)
+
+
+def _reference(sweep: float, decodes: Sequence[DecodeRow]) -> float:
+    """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
+    return decodes[0].compared.reference if decodes else sweep
+
+
+def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
+    """The phases asked for, by "prefill" or "decode"."""
+    there = [phase.name for phase in plan.phases]
+    if unknown := [name for name in names if name not in there]:
+        raise UsageError(f"--phase {unknown[0]}: the plan has {', '.join(there)}")
+    return {name.partition(".")[0]: name for name in names}
+
+
+def _plan(
+    target: str,
+    longest: int,
+    batch: int,
+    dummy_weights: bool,
+    layers: int,
+    threads: int | None,
+    report: Report,
+) -> Plan:
+    """TARGET as a plan: loaded, or compiled for `batch` sequences of `longest` tokens."""
+
+    path = Path(target)
+    if not path.exists():
+        raise UsageError(
+            f"{target}: no such file or directory; give a plan, a model directory or a config.json"
+        )
+    if path.is_file() and path.suffix != ".json":
+        if layers:
+            raise UsageError("--layers cuts a model that is compiled here, not a plan")
+        return load_plan(path)
+    if path.is_file() and not dummy_weights:
+        raise UsageError(f"{target}: a config.json alone needs --dummy-weights")
+    from hmc.compiler import compile as compile_plan
+
+    report("compiling", 0, 1)
+    plan = compile_plan(
+        path,
+        max_context=longest,
+        concurrency=batch,
+        dummy_weights=dummy_weights,
+        layers=layers,
+        threads=threads or 0,
+    )
+    report("compiling", 1, 1)
+    return plan
+
+
+def _print_rows(
+    plan: Plan,
+    total: int,
+    workers: int,
+    rows: Sequence[PromptRow | DecodeRow],
+    predicted: Sequence[dict[str, Any]],
+) -> None:
+    about = ("model", "size", "params", "kernels", "thr", "test")
+    figures: tuple[str, ...] = ("tok/s", "of bound", "outside")
+    if any(predicted):
+        figures += ("predicted", "error")
+    start = (
+        f"{plan.model.family} {plan.model.layers}L",
+        size(total),
+        f"{plan.model.parameters / 1e9:.2f} B",
+        " ".join((*(each.format for each in plan.experts[:1]), plan.isa)),
+        workers,
+    )
+    lines = []
+    for row, more in zip(rows, predicted, strict=True):
+        found = row.record()
+        spread = (found["max"] - found["min"]) / 2
+        rates = f"{found['tokens_per_second']:.2f} ± {spread:.2f}"
+        if "mbu" in found:
+            shares: tuple[str, ...] = (f"{found['mbu']:.1%} MBU", f"{found['outside_kernels']:.1%}")
+        else:
+            shares = (f"{found['peak_share']:.1%} peak", "-")
+        if more:
+            shares += (f"{more['predicted_tokens_per_second']:.2f}", f"{more['error']:+.1%}")
+        lines.append((*start, row.test, rates, *shares))
+    right = ("size", "params", "thr", *figures)
+    console().print(table("hmc bench", (*about, *figures), lines, numbers=right))
+
+
+def _print_batches(rows: Sequence[DecodeRow]) -> None:
+    """What several sequences at once gain over the first number of them, turn by turn."""
+    first = rows[0] if rows else None
+    for row in rows[1:]:
+        assert first is not None
+        gain = median(now / then for now, then in zip(row.rates, first.rates, strict=True))
+        click.echo(f"{row.test}: {gain:.2f} x the tokens/s of {first.test}")
+
+
+def _print_ops(row: DecodeRow) -> None:
+    lines = []
+    for each in row.ops:
+        found = each.record()
+        rate = f"{found['gbps']:.1f}" if "gbps" in found else "-"
+        lines.append(
+            (each.op, each.steps, f"{found['microseconds']:.1f}", f"{each.share:.1%}", rate)
+        )
+    columns = ("op", "steps", "us a token", "share", "GB/s")
+    console().print(table(f"Time of a step, {row.test}", columns, lines, numbers=columns[1:]))
+
+
+def _formats(plan: Plan) -> str:
+    """Storage formats of all matrices, those with most bytes first: `fp8+bf16`."""
+    by_bytes: dict[str, int] = {}
+    for weight in plan.weights:
+        if len(weight.shape) > 1:
+            by_bytes[weight.format] = by_bytes.get(weight.format, 0) + weight.bytes
+    for each in plan.experts:
+        by_bytes[each.format] = by_bytes.get(each.format, 0) + each.bytes * each.count
+    return "+".join(sorted(by_bytes, key=lambda name: -by_bytes[name]))

@@ -1,0 +1,157 @@
+"""`hmc bench kernels`: rates of single kernels beside their references."""
+
+from __future__ import annotations
+
+import click
+
+from hmc.cli.bench.arguments import THREADS, at_least, circumstances, numbers, shapes_of, split
+from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.errors import UsageError
+
+_SHAPES = "2048x7168,7168x2048,768x2048,2048x768"
+_EXPERT_SHAPES = "768x2048,2048x7168"
+
+
+@click.command(
+    "kernels", short_help="Rates of single kernels from memory, from L2 or against peak."
+)
+@click.option(
+    "--op",
+    type=click.Choice(["linear", "experts", "gemm", "grouped"]),
+    default="linear",
+    show_default=True,
+    help="GEMV and small batches, or the expert MLP (against the streaming read); prefill's matmul,"
+    " or its experts (against the multiply-add peak).",
+)
+@click.option(
+    "--format",
+    "formats",
+    default="fp8,bf16,int4",
+    show_default=True,
+    metavar="F,..",
+    help="Weights.",
+)
+@click.option(
+    "--shape",
+    "shapes",
+    metavar="ROWSxK,..",
+    help="Output rows x K; experts: intermediate x hidden"
+    f" [default: {_SHAPES}; experts: {_EXPERT_SHAPES}].",
+)
+@click.option(
+    "--tokens", metavar="T,..", help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512]."
+)
+@click.option("--group", default=128, show_default=True, metavar="G", help="Group size of int4.")
+@click.option(
+    "--top-k",
+    default=8,
+    show_default=True,
+    metavar="K",
+    help="Experts a token, for the expert ops.",
+)
+@click.option(
+    "--l2", is_flag=True, help="From the L2 of one core instead: rows are cut to fit half."
+)
+@click.option(
+    "--no-barriers",
+    is_flag=True,
+    help="Let linear matrices follow each other without waiting: shows what barriers cost.",
+)
+@click.option("--isa", metavar="TIER", help="Kernel tier [default: the best this machine has].")
+@click.option("--repetitions", default=9, show_default=True, metavar="R")
+@THREADS
+@click.option(
+    "--megabytes",
+    default=0,
+    metavar="N",
+    help="Weights to go through in a pass, and memory of the streaming read [default: 640];"
+    " small values are for tests: they stay in cache.",
+)
+@JSON
+@click.pass_context
+def kernels(
+    ctx: click.Context,
+    op: str,
+    formats: str,
+    shapes: str | None,
+    tokens: str | None,
+    group: int,
+    top_k: int,
+    l2: bool,
+    no_barriers: bool,
+    isa: str | None,
+    repetitions: int,
+    threads: int | None,
+    megabytes: int,
+    as_json: bool,
+) -> None:
+    """Measure single kernels, each pass between two passes of its reference.
+
+    The reference of decode kernels is the fastest streaming read of a sweep (prefetch distance,
+    page size, streams, order) over the very bytes the kernel reads; of prefill kernels,
+    multiply-adds between registers. Ratios are medians of neighbouring passes.
+
+    \b
+    hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,2,4,8
+    hmc bench kernels --op experts --format int4 --group 32
+    hmc bench kernels --l2 --format fp8 --shape 768x2048 --tokens 1
+    hmc bench kernels --op grouped --format fp8 --tokens 512,2048
+    """
+    experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
+    at_least("--repetitions", repetitions, 1)
+    at_least("--megabytes", megabytes, 0)
+    if threads is not None:
+        at_least("--threads", threads, 1)
+        if l2 and threads != 1:
+            raise UsageError("--l2 measures one core: leave --threads out")
+    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench, cases_of
+    from hmc.codegen.isa import TIERS, best_isa, require
+
+    if isa is not None and isa not in TIERS:
+        raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
+    tier = best_isa() if isa is None else require(isa)
+    cases = cases_of(
+        op,
+        split("--format", formats),
+        shapes_of(shapes or (_EXPERT_SHAPES if experts else _SHAPES)),
+        numbers("--tokens", tokens or ("512" if prefill else "1,2,4,8"), least=1),
+        group=group,
+        top_k=top_k,
+    )
+    with (
+        progress() as report,
+        KernelBench(tier, threads=threads, l2=l2, barriers=not no_barriers) as bench,
+    ):
+        rows = bench.measure(
+            cases,
+            repetitions=repetitions,
+            megabytes=megabytes or DEFAULT_MEGABYTES,
+            report=report,
+        )
+    records = [row.record() for row in rows]
+    reference = None if bench.reference is None else bench.reference.variant
+    if as_json:
+        print_json(
+            {
+                "rows": records,
+                "reference": "multiply-add peak" if prefill else str(reference or "read from L2"),
+                **circumstances(ctx, tier.name, bench.pool.workers),
+            }
+        )
+        return
+    unit = "gflops" if prefill else "gbps"
+    name = "GFLOP/s" if prefill else "GB/s"
+    columns = ("op", "format", "shape", "tokens", name, f"reference {name}", "ratio")
+    lines = [
+        (
+            *(found[key] for key in columns[:4]),
+            f"{found[unit]:.2f}",
+            f"{found[f'reference_{unit}']:.2f}",
+            f"{found['ratio']:.3f}",
+        )
+        for found in records
+    ]
+    title = f"hmc bench kernels, {tier.name}, {bench.pool.workers} threads"
+    console().print(table(title, columns, lines, numbers=columns[3:]))
+    if reference is not None:
+        click.echo(f"reference: {reference}")

@@ -1,0 +1,134 @@
+"""`hmc bench predict`: the simulator's figures beside measured ones, for models of real shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from hmc.cli.bench.arguments import at_least, circumstances, numbers, split
+from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.errors import MachineError, UsageError
+from hmc.machine.detect import available_bytes, load_machine
+from hmc.machine.here import how_to, profile_path
+
+if TYPE_CHECKING:
+    from hmc.bench.predict import Row
+    from hmc.machine import Machine
+
+
+@click.command("predict")
+@click.argument("configs", nargs=-1, required=True, metavar="CONFIG..")
+@click.option("--formats", default="fp8,bf16", show_default=True, metavar="F,..")
+@click.option("--contexts", default="128,4096", show_default=True, metavar="N,..")
+@click.option("-p", "--prompts", default="512,2048", show_default=True, metavar="N,..")
+@click.option("-n", "--tokens", default=16, show_default=True, help="Steps around each context.")
+@click.option("--repetitions", default=5, show_default=True, metavar="R")
+@click.option(
+    "--memory", type=float, metavar="GB", help="Weights at most [default: half of what is free]."
+)
+@click.option("--layers", default=0, metavar="N", help="Cut to N layers [default: what fits].")
+@click.option("--experts", default=0, metavar="N", help="Cut to N experts a layer.")
+@click.option("--megabytes", default=0, metavar="N", help="As in `hmc bench`.")
+@click.option(
+    "--machine", metavar="FILE", help="The rates [default: the profile that `hmc probe` saved]."
+)
+@JSON
+@click.pass_context
+def predict(
+    ctx: click.Context,
+    configs: tuple[str, ...],
+    formats: str,
+    contexts: str,
+    prompts: str,
+    tokens: int,
+    repetitions: int,
+    memory: float | None,
+    layers: int,
+    experts: int,
+    megabytes: int,
+    machine: str | None,
+    as_json: bool,
+) -> None:
+    """Decode and prefill of each CONFIG (a model directory or config.json), predicted and measured.
+
+    Weights are random, in each of the formats; models are cut in depth to what memory allows, and
+    in experts where a single layer is too large. "Memory" is the streaming read between the decode
+    steps over the one that the machine file holds: far from 100 %, this is not the machine that was
+    probed, or others use it.
+
+    \b
+    hmc bench predict examples/configs/qwen3-30b-a3b examples/configs/deepseek-v3 --machine m.json
+    """
+    from hmc.bench.predict import FORMATS, Loads, compare, median_error
+
+    forms = split("--formats", formats)
+    if unknown := [each for each in forms if each not in FORMATS]:
+        raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
+    for option, value, least in (
+        ("-n", tokens, 1),
+        ("--repetitions", repetitions, 1),
+        ("--layers", layers, 0),
+        ("--experts", experts, 0),
+        ("--megabytes", megabytes, 0),
+    ):
+        at_least(option, value, least)
+    loads = Loads(
+        numbers("--contexts", contexts, least=1),
+        numbers("-p", prompts, least=1),
+        tokens,
+        repetitions,
+    )
+    rated = _machine(machine)
+    limit = int(memory * 1e9) if memory else available_bytes() // 2
+    rows: list[Row] = []
+    with progress() as report:
+        for config in configs:
+            for form in forms:
+                rows += compare(
+                    Path(config),
+                    form,
+                    rated,
+                    loads,
+                    memory=limit,
+                    layers=layers,
+                    experts=experts,
+                    megabytes=megabytes,
+                    report=report,
+                )
+    if as_json:
+        print_json(
+            {
+                "rows": [row.as_json() for row in rows],
+                "median_error": median_error(rows),
+                "rates_of": rated.name,
+                **circumstances(ctx, "", rated.cores),
+            }
+        )
+        return
+    columns = ("model", "layers", "experts", "test", "measured", "predicted", "error", "memory")
+    lines = [
+        (
+            f"{row.model} {row.format}",
+            row.layers,
+            row.experts,
+            row.test,
+            f"{row.figure.measured:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
+            f"{row.figure.predicted:.2f}",
+            f"{row.figure.error:+.1%}",
+            "-" if row.drift is None else f"{row.drift:.0%}",
+        )
+        for row in rows
+    ]
+    console().print(table("Tokens/s, predicted and measured", columns, lines, numbers=columns[1:]))
+    click.echo(f"median error {median_error(rows):.1%} of {len(rows)} rows")
+
+
+def _machine(name: str | None) -> Machine:
+    if name is None and not profile_path().exists():
+        raise MachineError(how_to())
+    machine = load_machine(name or str(profile_path()))
+    if machine.rates is None:
+        raise MachineError(f"machine {machine.name} declares no rates: `hmc probe` measures them")
+    return machine

@@ -1,0 +1,208 @@
+"""Reads this machine, or a machine file, into a `Machine`; and what memory is free now. Hides
+/proc, /sys, cgroups.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from pathlib import Path
+from typing import Literal
+
+import psutil
+from pydantic import ValidationError
+
+from hmc.errors import MachineError, UsageError
+from hmc.machine.model import Machine, NumaNode
+
+KERNEL_FLAGS = (
+    "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
+    " avx512vbmi avx512_vnni gfni amx_tile amx_bf16"
+).split()
+"""CPU flags that any kernel tier, present or planned, may ask for; as /proc/cpuinfo spells them."""
+
+
+_CAP_IPC_LOCK = 14  # Linux's number of the right to lock memory without a limit
+_NAMED = Path(__file__).parents[1] / "machines"
+
+
+def detect() -> Machine:
+    """This machine, as the current process sees it (affinity mask, cgroup limits)."""
+    cpus = os.sched_getaffinity(0)
+    cpu, flags = _cpuinfo()
+    memory = memory_limit()
+    return Machine(
+        name=platform.node() or "this machine",
+        cpu=cpu,
+        flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
+        cores=len(cpus),
+        nodes=_nodes(cpus, memory),
+        llc_bytes=_llc_bytes(),
+        memory_bytes=memory,
+    )
+
+
+def load_machine(name: str) -> Machine:
+    """`auto` for this machine, a named machine, else a JSON file; `UsageError` or `MachineError`
+    when it cannot be read.
+
+    This machine's GPUs and rates are not detected: a probe measures them into a machine file.
+    """
+    if name == "auto":
+        return detect()
+    named = _NAMED / f"{name}.json"
+    path = named if name in named_machines() else Path(name)
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UsageError(
+            f"--machine {name}: {error.strerror}; give `auto`, a machine file or one of"
+            f" {', '.join(named_machines())}"
+        ) from error
+    try:
+        return Machine.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise MachineError(f"machine file {name}: {where}: {first['msg']}") from error
+
+
+def named_machines() -> tuple[str, ...]:
+    """Names of the machines that come with hmc."""
+    return tuple(sorted(path.stem for path in _NAMED.glob("*.json")))
+
+
+def available_bytes() -> int:
+    """Memory that can be taken now without swapping: free and reclaimable RAM, no more than the
+    cgroup leaves.
+    """
+    free = int(psutil.virtual_memory().available)
+    limit, used = _cgroup()
+    return free if limit is None else max(0, min(free, limit - used))
+
+
+def memory_limit() -> int:
+    """Total RAM in bytes, or the cgroup's limit where that is lower."""
+    total = int(psutil.virtual_memory().total)
+    limit, _ = _cgroup()
+    return total if limit is None else min(total, limit)
+
+
+def locked_memory() -> tuple[int | None, int]:
+    """(limit, in use): bytes this process may lock in memory, and has locked; no limit is None."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    used = int(status.get("VmLck", "0 kB").split()[0]) << 10
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    privileged = int(status.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1
+    return None if privileged or limit == resource.RLIM_INFINITY else limit, used
+
+
+def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
+    """Whether the kernel gives transparent huge pages to memory that asks for them: private memory
+    ("enabled") or memory files ("shmem_enabled").
+    """
+    try:
+        text = (Path("/sys/kernel/mm/transparent_hugepage") / setting).read_text()
+    except OSError:
+        return False  # a kernel without transparent huge pages
+    return any(f"[{word}]" in text for word in ("always", "within_size", "advise", "madvise"))
+
+
+def free_huge_pages() -> int:
+    """Pages of 2 MiB that were reserved by the administrator and nobody uses or will use."""
+    folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+    free = _integer(folder / "free_hugepages") or 0
+    return max(0, free - (_integer(folder / "resv_hugepages") or 0))
+
+
+def _cgroup() -> tuple[int | None, int]:
+    """(limit, bytes in use without page cache) of this process's cgroup, v2 or v1; (None, 0) when
+    unlimited.
+    """
+    root = Path("/sys/fs/cgroup")
+    own = root
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            if number == "0" and not controllers:
+                own = root / path.lstrip("/")
+    except (OSError, ValueError):
+        own = root
+    for folder in (own, *own.parents):
+        limit = _integer(folder / "memory.max")
+        if limit is not None:
+            return limit, max(
+                0, (_integer(folder / "memory.current") or 0) - _inactive_file(folder)
+            )
+        if folder == root:
+            break
+    limit = _integer(root / "memory" / "memory.limit_in_bytes")
+    if limit is not None and limit < 1 << 60:
+        return limit, _integer(root / "memory" / "memory.usage_in_bytes") or 0
+    return None, 0
+
+
+def _inactive_file(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+
+
+def _integer(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown", frozenset()
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
+
+
+def _nodes(cpus: set[int], memory: int) -> tuple[NumaNode, ...]:
+    """NUMA nodes that hold at least one usable CPU; one node with everything where /sys tells
+    nothing.
+    """
+    found = []
+    for folder in sorted(
+        Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])
+    ):
+        mine = sorted(_cpu_list((folder / "cpulist").read_text()) & cpus)
+        if mine:
+            total = next(
+                int(line.split()[3]) * 1024
+                for line in (folder / "meminfo").read_text().splitlines()
+                if "MemTotal" in line
+            )
+            found.append(NumaNode(id=int(folder.name[4:]), cpus=tuple(mine), memory_bytes=total))
+    return tuple(found) or (NumaNode(id=0, cpus=tuple(sorted(cpus)), memory_bytes=memory),)
+
+
+def _cpu_list(text: str) -> set[int]:
+    result: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        result.update(range(int(first), int(last or first) + 1))
+    return result
+
+
+def _llc_bytes() -> int:
+    """Size of the last-level cache of CPU 0 in bytes, 0 when unknown."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+        sizes.append(int(text.rstrip("KMG")) * unit)
+    return max(sizes, default=0)

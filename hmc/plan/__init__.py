@@ -1,0 +1,91 @@
+"""The plan: what crosses from compiler to runtime, its file and its rules.
+
+model.py    the records, as frozen pydantic models
+file.py     the .hmp container
+verify.py   the rules of meaning, checked on save and on load
+memory.py   what a plan takes of each GPU
+phases.py   which phase serves a call
+diff.py     two plans compared
+"""
+
+from __future__ import annotations
+
+import os
+
+from hmc.plan import file
+from hmc.plan.model import (
+    DTYPE_BYTES,
+    SCHEMA_VERSION,
+    Buffer,
+    CheckpointInfo,
+    Count,
+    Decision,
+    DType,
+    ExpertWeights,
+    Format,
+    Frozen,
+    Goals,
+    Kernel,
+    KVLayout,
+    LayerPlacement,
+    LedgerItem,
+    Limits,
+    ModelInfo,
+    Operand,
+    Phase,
+    Plan,
+    ShardInfo,
+    Slot,
+    Step,
+    Switch,
+    Weight,
+)
+from hmc.plan.verify import verify_plan
+
+__all__ = [
+    "DTYPE_BYTES",
+    "SCHEMA_VERSION",
+    "Buffer",
+    "CheckpointInfo",
+    "Count",
+    "DType",
+    "Decision",
+    "ExpertWeights",
+    "Format",
+    "Frozen",
+    "Goals",
+    "KVLayout",
+    "Kernel",
+    "LayerPlacement",
+    "LedgerItem",
+    "Limits",
+    "ModelInfo",
+    "Operand",
+    "Phase",
+    "Plan",
+    "ShardInfo",
+    "Slot",
+    "Step",
+    "Switch",
+    "Weight",
+    "load_plan",
+    "save_plan",
+    "verify_plan",
+]
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Verify `plan` and write it to `path` (.hmp), whole or not at all; `PlanError` when it cannot
+    be written, `VerifyError` when it breaks a rule.
+    """
+    verify_plan(plan)
+    file.save(plan, path)
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read and verify a plan; `PlanFormatError` names what is wrong with the file, `VerifyError`
+    the rule that its content breaks.
+    """
+    plan = file.load(path)
+    verify_plan(plan)
+    return plan

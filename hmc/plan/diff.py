@@ -1,0 +1,480 @@
+"""What two plans differ in, by kind of thing: facts, placement, ledger, kernels, phases, weights,
+decisions. Hides how steps of two schedules are matched.
+
+Every field of a plan belongs to one of these kinds, so two plans differ if and only if their
+`PlanDiff` holds something. Steps are matched by what they do (op, layer, lane, weights), not by
+their number, so that one inserted step is one added step, and a step on another resource a changed
+one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
+
+from hmc.plan.model import ExpertWeights, Phase, Plan, Step, Weight
+from hmc.plan.verify import expert_ranges
+
+ABSENT = "-"
+"""What stands for a side that has no such thing."""
+
+FACTS = (
+    "schema_version",
+    "hmc_version",
+    "model",
+    "checkpoint",
+    "machine",
+    "isa",
+    "threads",
+    "limits",
+    "goals",
+    "kv",
+    "lossy",
+    "switches",
+    "constants",
+)
+"""Fields of `Plan` that are compared value by value."""
+
+SECTIONS = ("placement", "ledger", "kernels", "phases", "weights", "experts", "decisions")
+"""Fields of `Plan` that are compared in a way of their own."""
+
+_NUMBERING = {"id", "waits", "signal"}
+_TABLES = {"name", "steps", "buffers", "slots"}
+_LONGEST = 60
+
+Status = Literal["added", "removed", "changed"]
+Key = tuple[Hashable, ...]
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One value that differs; an absent side is "-"."""
+
+    what: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Routed experts that live elsewhere, in all of `layers`; `count` and `bytes` over all of them
+    (bytes as stored in the plan that has the layer)."""
+
+    layers: str
+    before: str
+    after: str
+    experts: str
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class LedgerChange:
+    """Bytes of one kind (or the "total") on one device; details where only they differ."""
+
+    device: str
+    kind: str
+    before: int
+    after: int
+    detail: str = ""
+
+    @property
+    def delta(self) -> int:
+        """Bytes more than before."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class NamedChange:
+    """A kernel or weight that one side alone has, or that differs; `detail` names the fields."""
+
+    name: str
+    status: Status
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class PhaseChange:
+    """Steps added, removed and changed by op, `fields` by how many of the changed steps they differ
+    in, and what else of the phase differs."""
+
+    phase: str
+    status: Status
+    steps_before: int
+    steps_after: int
+    added: Mapping[str, int]
+    removed: Mapping[str, int]
+    changed: Mapping[str, int]
+    fields: Mapping[str, int]
+    facts: tuple[Change, ...]
+
+
+@dataclass(frozen=True)
+class DecisionChange:
+    """A decision that one side alone took, or took otherwise."""
+
+    by: str
+    subject: str
+    status: Status
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """Everything two plans differ in."""
+
+    facts: tuple[Change, ...]
+    placement: tuple[Moved, ...]
+    ledger: tuple[LedgerChange, ...]
+    kernels: tuple[NamedChange, ...]
+    phases: tuple[PhaseChange, ...]
+    weights: tuple[NamedChange, ...]
+    decisions: tuple[DecisionChange, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not any(vars(self).values())
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; ledger rows with their delta."""
+        found = {"equal": self.equal, **asdict(self)}
+        rows = zip(found["ledger"], self.ledger, strict=True)
+        found["ledger"] = [row | {"delta": change.delta} for row, change in rows]
+        return found
+
+
+def diff(a: Plan, b: Plan) -> PlanDiff:
+    """What `b` has that `a` has not, and the other way round."""
+    found = _sections(a, b)
+    # A section that differs in nothing above differs in the order of its entries.
+    order = [
+        Change(f"{section}: order or numbering", "one", "another")
+        for section in SECTIONS
+        if getattr(a, section) != getattr(b, section)
+        and not getattr(found, "weights" if section == "experts" else section)
+    ]
+    return replace(found, facts=(*found.facts, *order))
+
+
+def _sections(a: Plan, b: Plan) -> PlanDiff:
+    return PlanDiff(
+        facts=tuple(_facts(a, b)),
+        placement=tuple(_placement(a, b)),
+        ledger=tuple(_ledger(a, b)),
+        kernels=tuple(_named(a.kernels, b.kernels)),
+        phases=tuple(_phases(a, b)),
+        weights=tuple(_named(_weights(a), _weights(b))),
+        decisions=tuple(_decisions(a, b)),
+    )
+
+
+# -- facts -----------------------------------------------------------------------------------------
+
+
+def _facts(a: Plan, b: Plan) -> Iterator[Change]:
+    for field in FACTS:
+        before, after = getattr(a, field), getattr(b, field)
+        if before != after:
+            yield from _changes(dict(_flat(field, before)), dict(_flat(field, after)))
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
+    """By path; a long list tells where it first differs."""
+    for path in _union(before, after):
+        one, two = before.get(path), after.get(path)
+        if one == two:
+            continue
+        if isinstance(one, list) and isinstance(two, list) and _long(one, two):
+            at = next(
+                (i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y),
+                min(len(one), len(two)),
+            )
+            yield Change(f"{path}[{at}]", _element(one, at), _element(two, at))
+        else:
+            yield Change(path, _text(one), _text(two))
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Leaves of a model by dotted path; lists of plain values are leaves."""
+    if hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        if value.keys() >= {"value", "kind", "source"}:  # a machine's rate reads best as a whole
+            extras = {**value, "value": f"{value['value']:g}"}.values()
+            yield path, ", ".join(_text(each) for each in extras if each)
+            return
+        for key, each in value.items():
+            yield from _flat(f"{path}.{key}", each)
+    elif isinstance(value, (list, tuple)):
+        plain = [
+            each.model_dump(mode="json") if hasattr(each, "model_dump") else each for each in value
+        ]
+        if any(isinstance(each, dict) for each in plain):
+            for number, each in enumerate(plain):
+                yield from _flat(f"{path}[{number}]", each)
+        elif len(plain) > 2 and all(type(each) is int for each in plain) and plain == sorted(plain):
+            yield path, ranges(plain)
+        else:
+            yield path, plain
+    else:
+        yield path, value
+
+
+def _long(one: list[Any], two: list[Any]) -> bool:
+    return max(len(_text(one)), len(_text(two))) > _LONGEST
+
+
+def _element(values: list[Any], at: int) -> str:
+    return _text(values[at]) if at < len(values) else ABSENT
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    if isinstance(value, list):
+        return ", ".join(_text(each) for each in value) or "none"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# -- placement and ledger --------------------------------------------------------------------------
+
+
+def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
+    """Moves of consecutive layers with the same moves are one entry."""
+    before, after = _tiers(a), _tiers(b)
+    sizes = _expert_bytes(a) | _expert_bytes(b)
+    open_runs: dict[tuple[str, str, str], list[int]] = {}
+    closed: list[tuple[tuple[str, str, str], list[int]]] = []
+    for layer in sorted(before.keys() | after.keys()):
+        moves = _moves(before.get(layer, {}), after.get(layer, {}))
+        for move in [each for each in open_runs if each not in moves]:
+            closed.append((move, open_runs.pop(move)))
+        for move in moves:
+            open_runs.setdefault(move, []).append(layer)
+    closed += open_runs.items()
+    for (source, target, experts), layers in sorted(closed, key=lambda each: each[1][0]):
+        count = len(expert_ranges(experts))
+        size = sum(count * sizes.get(layer, 0) for layer in layers)
+        yield Moved(ranges(layers), source, target, experts, count * len(layers), size)
+    slices = (
+        {p.layer: str(p.node_slices) for p in a.placement},
+        {p.layer: str(p.node_slices) for p in b.placement},
+    )
+    changed = [
+        layer for layer in slices[0] if slices[1].get(layer, slices[0][layer]) != slices[0][layer]
+    ]
+    if changed:
+        names = [f"{each[changed[0]]} node slice(s)" for each in slices]
+        yield Moved(ranges(changed), names[0], names[1], "all", 0, 0)
+
+
+def _tiers(plan: Plan) -> dict[int, dict[int, str]]:
+    """Layer -> expert -> tier."""
+    return {
+        placement.layer: {
+            expert: tier for tier, text in placement.tiers.items() for expert in expert_ranges(text)
+        }
+        for placement in plan.placement
+    }
+
+
+def _moves(before: Mapping[int, str], after: Mapping[int, str]) -> list[tuple[str, str, str]]:
+    """(from, to, experts) of one layer."""
+    moved: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for expert in sorted(before.keys() | after.keys()):
+        pair = before.get(expert, ABSENT), after.get(expert, ABSENT)
+        if pair[0] != pair[1]:
+            moved[pair].append(expert)
+    return [(*pair, ranges(experts)) for pair, experts in moved.items()]
+
+
+def _expert_bytes(plan: Plan) -> dict[int, int]:
+    """Bytes of one expert by layer."""
+    sizes: Counter[int] = Counter()
+    for part in plan.experts:
+        sizes[part.layer] += part.bytes + part.scale_bytes
+    return dict(sizes)
+
+
+def _ledger(a: Plan, b: Plan) -> Iterator[LedgerChange]:
+    before, after = _by_device(a), _by_device(b)
+    for device in _union(before, after):
+        one, two = before.get(device, {}), after.get(device, {})
+        rows = [
+            LedgerChange(device, kind, *_sides(one.get(kind), two.get(kind)))
+            for kind in _union(one, two)
+            if one.get(kind) != two.get(kind)
+        ]
+        yield from rows
+        totals = [sum(size for size, _ in side.values()) for side in (one, two)]
+        if rows and totals[0] != totals[1]:
+            yield LedgerChange(device, "total", totals[0], totals[1])
+
+
+def _by_device(plan: Plan) -> dict[str, dict[str, tuple[int, str]]]:
+    """Device -> kind -> (bytes, details)."""
+    found: dict[str, dict[str, tuple[int, str]]] = defaultdict(dict)
+    for item in sorted(plan.ledger, key=lambda each: (each.detail, each.bytes)):
+        size, detail = found[item.device].get(item.kind, (0, ""))
+        joined = f"{detail}; {item.detail}" if detail else item.detail
+        found[item.device][item.kind] = (size + item.bytes, joined)
+    return found
+
+
+def _sides(one: tuple[int, str] | None, two: tuple[int, str] | None) -> tuple[int, int, str]:
+    before, after = one or (0, ""), two or (0, "")
+    both = one is not None and two is not None and before[1] != after[1]
+    return before[0], after[0], f"{before[1]} -> {after[1]}" if both else after[1] or before[1]
+
+
+# -- kernels and weights ---------------------------------------------------------------------------
+
+
+def _named(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[NamedChange]:
+    for name in _union(before, after):
+        one, two = before.get(name), after.get(name)
+        if one == two:
+            continue
+        if one is None or two is None:
+            yield NamedChange(name, "added" if one is None else "removed")
+            continue
+        found = _changes(dict(_flat("", one)), dict(_flat("", two)))
+        texts = [f"{each.what[1:]} {each.before} -> {each.after}" for each in found]
+        yield NamedChange(name, "changed", "; ".join(texts))
+
+
+def _weights(plan: Plan) -> dict[str, Weight | ExpertWeights]:
+    found: dict[str, Weight | ExpertWeights] = {each.name: each for each in plan.weights}
+    return found | {each.pattern: each for each in plan.experts}
+
+
+# -- phases ----------------------------------------------------------------------------------------
+
+
+def _phases(a: Plan, b: Plan) -> Iterator[PhaseChange]:
+    before = {phase.name: phase for phase in a.phases}
+    after = {phase.name: phase for phase in b.phases}
+    for name in _union(before, after):
+        one, two = before.get(name), after.get(name)
+        if one == two:
+            continue
+        status: Status = "added" if one is None else "removed" if two is None else "changed"
+        facts = tuple(_phase_facts(one, two)) if one is not None and two is not None else ()
+        steps = _keyed(one), _keyed(two)
+        contents = _contents(one, steps[0]), _contents(two, steps[1])
+        added = Counter(steps[1][key].op for key in steps[1] if key not in steps[0])
+        removed = Counter(steps[0][key].op for key in steps[0] if key not in steps[1])
+        changed: Counter[str] = Counter()
+        fields: Counter[str] = Counter()
+        for key in contents[0].keys() & contents[1].keys():
+            old, new = contents[0][key], contents[1][key]
+            if old != new:
+                changed[steps[0][key].op] += 1
+                fields.update(field for field in old if old[field] != new[field])
+        yield PhaseChange(
+            name,
+            status,
+            len(steps[0]),
+            len(steps[1]),
+            dict(added.most_common()),
+            dict(removed.most_common()),
+            dict(sorted(changed.items())),
+            dict(sorted(fields.items())),
+            facts,
+        )
+
+
+def _phase_facts(one: Phase, two: Phase) -> Iterator[Change]:
+    plain = [
+        dict(_flat("", {f: getattr(phase, f) for f in Phase.model_fields if f not in _TABLES}))
+        for phase in (one, two)
+    ]
+    for change in _changes(*plain):
+        yield Change(change.what[1:], change.before, change.after)
+    for table in ("buffers", "slots"):
+        rows = [{each.name: each for each in getattr(phase, table)} for phase in (one, two)]
+        found = Counter(change.status for change in _named(rows[0], rows[1]))
+        if found:
+            text = ", ".join(f"{count} {status}" for status, count in sorted(found.items()))
+            yield Change(table, str(len(rows[0])), f"{len(rows[1])} ({text})")
+    orders = [list(_keyed(phase)) for phase in (one, two)]
+    both = set(orders[0]) & set(orders[1])
+    if [key for key in orders[0] if key in both] != [key for key in orders[1] if key in both]:
+        yield Change("order of the steps", "one", "another")
+
+
+def _keyed(phase: Phase | None) -> dict[Key, Step]:
+    """Steps by what they do and how often that was done before."""
+    seen: Counter[Key] = Counter()
+    found: dict[Key, Step] = {}
+    for step in phase.steps if phase else ():
+        key: Key = (
+            step.op,
+            step.layer,
+            step.lane,
+            tuple(sorted(step.weights.items())),
+            step.attrs.get("range"),
+        )
+        found[*key, seen[key]] = step
+        seen[key] += 1
+    return found
+
+
+def _contents(phase: Phase | None, steps: Mapping[Key, Step]) -> dict[Key, dict[str, Any]]:
+    """Fields of each step; events by the steps that signal them, numbers left out."""
+    signalled = {step.signal: key for key, step in steps.items() if step.signal >= 0}
+    names = [field for field in Step.model_fields if field not in _NUMBERING]
+    return {
+        key: {name: getattr(step, name) for name in names}
+        | {"waits": sorted(map(repr, (signalled.get(event) for event in step.waits)))}
+        for key, step in steps.items()
+    }
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+
+def _decisions(a: Plan, b: Plan) -> Iterator[DecisionChange]:
+    before, after = _numbered(a), _numbered(b)
+    for key in _union(before, after):
+        one, two = before.get(key), after.get(key)
+        if one == two:
+            continue
+        status: Status = "added" if one is None else "removed" if two is None else "changed"
+        choices = [ABSENT if each is None else each[0] for each in (one, two)]
+        latest = two or one
+        assert latest is not None
+        yield DecisionChange(key[0], key[1], status, choices[0], choices[1], latest[1])
+
+
+def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:
+    """(choice, reason) by pass, subject and how many there were of the same before."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for each in plan.decisions:
+        key = (each.by, each.subject)
+        found[*key, seen[key]] = (each.choice, each.reason)
+        seen[key] += 1
+    return found
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending whole numbers as text: 0-3,7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _union(before: Iterable[Found], after: Iterable[Found]) -> list[Found]:
+    """Keys of both, in order: those of the first, then the others."""
+    return list(dict.fromkeys([*before, *after]))

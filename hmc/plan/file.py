@@ -1,0 +1,109 @@
+"""The .hmp file: a zip of canonical JSON and its digest; hides the container.
+
+    plan.json     the plan, keys sorted, no white space
+    digest.json   {"format": "hmc-plan", "schema_version": N, "sha256": hash of plan.json}
+
+Same plan, same bytes: entries carry a fixed date and one compression level. Saving writes beside
+the target and renames.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from hmc import env
+from hmc.errors import PlanError, PlanFormatError
+from hmc.plan.model import SCHEMA_VERSION, Plan
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+def canonical_json(plan: Plan) -> str:
+    """The plan as JSON with sorted keys, without white space and without fields left at their
+    defaults.
+    """
+    return json.dumps(
+        plan.model_dump(mode="json", exclude_defaults=True) | {"schema_version": SCHEMA_VERSION},
+        sort_keys=True,
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+
+
+def save(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """Write `plan` to `path` (.hmp); `PlanError` when the file cannot be written
+    whole.
+    """
+    text = canonical_json(plan)
+    if env.debug_level() >= 4:
+        env.debug(4, text)
+    env.dump("plan.json", text)
+    digest = {
+        "format": "hmc-plan",
+        "schema_version": SCHEMA_VERSION,
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    target = Path(path)
+    name = ""
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
+            for entry, body in (
+                ("digest.json", json.dumps(digest, sort_keys=True)),
+                ("plan.json", text),
+            ):
+                info = zipfile.ZipInfo(entry, _EPOCH)
+                info.compress_type = zipfile.ZIP_DEFLATED
+                info.external_attr = 0o644 << 16
+                archive.writestr(info, body, compresslevel=9)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except OSError as error:
+        if name:
+            Path(name).unlink(missing_ok=True)
+        raise PlanError(f"cannot write the plan to {target}: {error.strerror or error}") from error
+
+
+def load(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan; `PlanFormatError` names what is wrong with the file."""
+    source = Path(path)
+    try:
+        with zipfile.ZipFile(source) as archive:
+            digest_text = archive.read("digest.json")
+            text = archive.read("plan.json")
+    except OSError as error:
+        raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise PlanFormatError(f"{source} is no hmc plan: {error.args[0]}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise PlanFormatError(f"{source} is no hmc plan, or is damaged: {error}") from error
+    try:
+        digest = json.loads(digest_text)
+        version, expected = digest["schema_version"], digest["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanFormatError(f"{source} is no hmc plan: its digest is unreadable") from error
+    if version != SCHEMA_VERSION:
+        raise PlanFormatError(
+            f"{source} has plan schema {version}, this hmc reads {SCHEMA_VERSION}:"
+            " compile the model again"
+        )
+    if hashlib.sha256(text).hexdigest() != expected:
+        raise PlanFormatError(
+            f"{source} was changed after it was made (its digest differs): compile the model again"
+        )
+    with env.uncollected():
+        try:
+            plan = Plan.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
+    return plan

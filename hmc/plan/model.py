@@ -1,0 +1,378 @@
+"""The plan: the one thing that crosses from compiler to runtime, as frozen pydantic models.
+
+A plan names every weight (shard, offset, format), every kernel (as a spec), every step of every
+phase with the buffers it reads and writes, where each expert lives, what memory is needed, and why
+each decision was taken. It holds no code and no weights. File format and canonical form live in
+`hmc.plan.file`; rules of meaning in `hmc.plan.verify`.
+
+Step ops (operands by role; f32 unless said; T tokens in the call; roles in brackets are optional):
+
+    embed        ids[i32] -> y                               table                    width
+    gather_rows  x, rows[i32] -> y                           -                        width
+    norm         x -> y                                      gamma                    width groups
+    eps
+    add          h, d0, [d1] -> y                            -                        width
+    add_norm     h, d0, [d1] -> h_out, y                     gamma                    width eps
+    linear       x[bf16] -> y                                weight, [bias]           k, n
+    gate_up      x[bf16] -> y[bf16]                          gate, up                 k, n, act
+    rotary       x -> x (in place), positions[i32]           [gamma], constant `rope` heads head_dim
+    start dim
+                                                                                      interleaved
+                                                                                      eps factor
+    attention    q, k, v, positions -> y[bf16]               -                        heads kv_heads
+    head_dim v_dim
+                                                                                      scale window
+    mla          q, latent, k_rope, positions -> y[bf16]     kv_b                     heads nope
+    rope v_dim rank scale
+    route        logits -> ids[i32], routing                 [bias]                   experts top_k
+    scoring normalise
+                                                                                      groups
+                                                                                      top_groups
+                                                                                      factor
+    experts      x[bf16], ids[i32], routing -> y             experts of the layer     experts top_k
+    k n act
+
+`ids`, `positions` and `rows` of the first ops are the phase's external inputs of the same name;
+`logits` is its external output, one row for every row asked for.
+
+Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "link"):
+
+    copy         any -> the same roles on another device (h2d: host to GPU, d2h: back)
+    load         [order] -> -       the weights named, or experts `range` of the layer, into a slot;
+                 with `order` those of them alone that a token chose
+    sort         ids -> order[i32]  tokens in the order of their experts
+    experts      with attrs `range`, `count`: those experts alone, added to y by all but the first
+    kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
+    kv_in        the same -> -                  and from there to the GPU that decodes
+    all_gather   one input a rank -> one output a rank: the rows of all ranks (zig-zag: of 2R pieces
+                 rank r holds r and 2R - 1 - r)
+    split, join  rows of a batch -> those of each lane, and back
+    exchange     one partial sum of all rows a rank -> one output a rank: the sum of its own rows
+
+A step with attr `ranks` R works on 1/R of the call's tokens; one of a phase of L lanes on 1/L, but
+for those with attr `whole`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hmc.machine import Machine
+
+SCHEMA_VERSION = 2
+
+DType = Literal["f32", "bf16", "i32"]
+Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
+Count = Annotated[int, Field(ge=0)]
+DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4}
+
+
+class Frozen(BaseModel):
+    """Immutable, and strict about unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+
+
+class ModelInfo(Frozen):
+    """What the model is; `parameters` and `active_parameters` count weights, the latter those one
+    token reads.
+    """
+
+    family: str
+    architecture: str
+    hidden: Count
+    layers: Count
+    vocab: Count
+    experts: Count
+    top_k: Count
+    context: Count
+    parameters: Count
+    active_parameters: Count
+    eos_token_ids: tuple[int, ...]
+
+
+class ShardInfo(Frozen):
+    """One safetensors file: its size and the hash of its header pin every offset in it."""
+
+    name: str
+    size: Count
+    header_bytes: Count
+    header_sha256: str
+
+
+class CheckpointInfo(Frozen):
+    """The checkpoint the plan was made from; `path` is a hint, the hashes decide. No shards: made
+    from a config alone.
+    """
+
+    path: str
+    config_sha256: str
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def dummy(self) -> bool:
+        """Whether the plan was made without weights, to be run with random ones."""
+        return not self.shards
+
+
+class Weight(Frozen):
+    """One tensor. `shard` indexes the checkpoint's shards (-1: a dummy), offsets are absolute in
+    the file, in bytes.
+
+    `scale_*` describe the scales of fp8 (f32 or bf16 [ceil(N/128), ceil(K/128)]) and int4 ([N,
+    K/group]) weights; `group` is 128 for fp8 blocks, the group size of int4, 0 otherwise.
+    `kernel_rows` etc. are the shape.
+    """
+
+    name: str
+    format: Format
+    shape: tuple[int, ...]
+    shard: int
+    offset: Count
+    bytes: Count
+    group: Count = 0
+    scale_dtype: str = ""
+    scale_shard: int = -1
+    scale_offset: Count = 0
+    scale_bytes: Count = 0
+
+
+class ExpertWeights(Frozen):
+    """One projection ("gate", "up", "down") of all routed experts of a layer, in columns so that
+    the file stays small.
+
+    Expert e is tensor `pattern.format(e=e)`, stored as `Weight` says. `shards` are run-length pairs
+    (count, shard) and `offsets` the first offset followed by differences, likewise for the scales.
+    """
+
+    layer: Count
+    role: Literal["gate", "up", "down"]
+    pattern: str
+    format: Format
+    shape: tuple[int, ...]
+    bytes: Count
+    count: Count
+    shards: tuple[tuple[int, int], ...]
+    offsets: tuple[int, ...]
+    group: Count = 0
+    scale_dtype: str = ""
+    scale_bytes: Count = 0
+    scale_shards: tuple[tuple[int, int], ...] = ()
+    scale_offsets: tuple[int, ...] = ()
+
+
+class LayerPlacement(Frozen):
+    """Where the experts of one layer live: expert ranges by tier ("host", "gpu0", "streamed"), as
+    "0-31,77".
+
+    `node_rows` says how many NUMA nodes slice each host expert's output rows.
+    """
+
+    layer: Count
+    tiers: dict[str, str]
+    node_slices: Count = 1
+
+
+class KVLayout(Frozen):
+    """The paged KV cache: `kind` "gqa" (k and v) or "mla" (latent and rope part), bf16, `block`
+    tokens a block.
+
+    `widths` are elements per token of each tensor of one layer: gqa (kv_heads * head_dim, kv_heads
+    * v_dim), mla (rank + rope,). `layers` lists the layers that have a cache.
+    """
+
+    kind: Literal["gqa", "mla"]
+    block: Count
+    widths: tuple[int, ...]
+    layers: tuple[int, ...]
+    capacity_tokens: Count
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Cache bytes of one token over all layers."""
+        return 2 * sum(self.widths) * len(self.layers)
+
+
+class Kernel(Frozen):
+    """A `KernelSpec`, spelled out (codegen.spec.KernelSpec has the meaning of each field)."""
+
+    op: str
+    isa: str
+    weight: str
+    out: str
+    params: tuple[tuple[str, int], ...]
+    tile: tuple[tuple[str, int], ...]
+
+
+class Buffer(Frozen):
+    """An activation buffer: `width` elements a token; `offset` bytes a token into the phase's
+    activation arena on `device`.
+
+    Buffers whose lifetimes overlap never share bytes. External inputs and outputs have offset -1.
+    """
+
+    name: str
+    dtype: DType
+    width: Count
+    offset: int
+    device: str = "host"
+
+
+class Slot(Frozen):
+    """A region of device memory that weights pass through: filled by a load, used, filled again.
+
+    `offset` bytes from where the phase's memory on the device begins. Slots that share bytes, and
+    one that reaches into the activations (`Phase.arena_at`), hold what was put there last.
+    """
+
+    name: str
+    device: str
+    bytes: Count
+    offset: Count = 0
+
+
+class Operand(Frozen):
+    """Columns [column, column + width) of every row of a buffer."""
+
+    buffer: str
+    column: Count = 0
+    width: Count
+
+
+class Step(Frozen):
+    """One step: what it computes, on which resource, after which events, by which kernels.
+
+    `weights` maps a role to a weight's name (for `experts`: "layer:<n>", the layer's
+    ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or "torch:<function>"
+    where PyTorch computes the step. A step starts when every event in `waits` has been signalled.
+    `weight_bytes` and `flops` are per call of one token (experts: its top_k; a load: what it
+    moves). `fills` names the slots a load writes, `uses` those a step reads: the signal of a load
+    is the ON event of its slots, that of the last use their OFF event.
+    """
+
+    id: Count
+    op: str
+    layer: int
+    resource: str
+    inputs: dict[str, Operand]
+    outputs: dict[str, Operand]
+    weights: dict[str, str] = {}
+    attrs: dict[str, int | float | str] = {}
+    kernels: tuple[str, ...] = ()
+    waits: tuple[int, ...] = ()
+    signal: int = -1
+    lane: Count = 0
+    weight_bytes: Count = 0
+    flops: Count = 0
+    fills: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+
+
+class Phase(Frozen):
+    """One way to run the model: `decode` (1..16 tokens a call) or `prefill.host` (chunks up to
+    `max_tokens`); with GPUs also `prefill.stream` (a whole prompt a layer, weights streamed;
+    of shorter prompts also by phases `prefill.stream.<n>`, with a longer ring, and
+    `prefill.stream.chosen`, with chosen experts alone),
+    `decode.dual` (`lanes` halves of a batch that swap GPU and CPU) and, with several GPUs,
+    `prefill.beside` (a prompt streamed through the last GPU while the first one decodes).
+
+    `activation_bytes` a token on the host, `device_bytes` on other devices, whose arenas begin
+    `arena_at` bytes after the phase's memory there (hmc/plan/memory.py). With `ranks` R > 1,
+    gpu0 to gpu<R-1> share the tokens of a call; `ring` experts fit into the slots of one GPU.
+    """
+
+    name: str
+    max_tokens: Count
+    activation_bytes: Count
+    buffers: tuple[Buffer, ...]
+    steps: tuple[Step, ...]
+    slots: tuple[Slot, ...] = ()
+    device_bytes: dict[str, Count] = {}
+    arena_at: dict[str, Count] = {}
+    ranks: Annotated[int, Field(ge=1)] = 1
+    lanes: Annotated[int, Field(ge=1)] = 1
+    ring: Count = 0
+
+
+class Switch(Frozen):
+    """From how many tokens on a phase is the one to use: prompt tokens (prefill) or sequences
+    (decode).
+    """
+
+    kind: Literal["prefill", "decode"]
+    phase: str
+    tokens: Count
+
+
+class Goals(Frozen):
+    """What was asked for at compile time: seconds to the first token of a prompt, tokens a second
+    of each of `concurrency` sequences at a context; 0: no such goal.
+    """
+
+    ttft_seconds: Annotated[float, Field(ge=0)] = 0.0
+    ttft_prompt: Count = 0
+    tokens_per_second: Annotated[float, Field(ge=0)] = 0.0
+    tokens_context: Count = 0
+    concurrency: Count = 1
+
+
+class LedgerItem(Frozen):
+    """Bytes that one kind of thing takes on one device."""
+
+    device: str
+    kind: str
+    bytes: Count
+    detail: str
+
+
+class Decision(Frozen):
+    """What a pass decided about a subject, and why, with the numbers compared."""
+
+    by: str
+    subject: str
+    choice: str
+    reason: str
+
+
+class Limits(Frozen):
+    """What a run may ask for: tokens of context of one sequence, tokens of a prefill chunk, tokens
+    of a decode call.
+    """
+
+    max_context: Count
+    max_chunk: Count
+    max_batch: Count
+
+
+class Plan(Frozen):
+    """An execution plan for one model on one machine."""
+
+    schema_version: int = SCHEMA_VERSION
+    hmc_version: str
+    model: ModelInfo
+    checkpoint: CheckpointInfo
+    machine: Machine
+    isa: str
+    threads: Count
+    limits: Limits
+    weights: tuple[Weight, ...]
+    experts: tuple[ExpertWeights, ...]
+    constants: dict[str, tuple[float, ...]]
+    placement: tuple[LayerPlacement, ...]
+    kv: KVLayout
+    kernels: dict[str, Kernel]
+    phases: tuple[Phase, ...]
+    ledger: tuple[LedgerItem, ...]
+    decisions: tuple[Decision, ...]
+    lossy: tuple[str, ...] = ()
+    switches: tuple[Switch, ...] = ()
+    goals: Goals = Goals()
+
+    def phase(self, name: str) -> Phase:
+        """The phase of a name; `KeyError` when the plan has none."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(f"the plan has no phase {name}")

@@ -1,0 +1,76 @@
+"""Which phase computes a prompt or a decode step, and how much of a prompt goes into one chunk; one
+place for the engine and the scheduler.
+
+The policy, as far as the phases of a plan allow it:
+    * the plan's switch-over points choose the phase: for a prompt by the tokens left to compute,
+      for a decode step by the number of sequences. Without switches: `prefill.host` and `decode`.
+    * a prompt of which every token's logits are wanted, and one with too few tokens for the GPUs
+      that share a phase, run in `prefill.host`.
+    * a prompt that would stream its weights while others decode does so beside them, where the plan
+      has a phase for that (`prefill.beside`) and the caller can run the two at the same time (the
+      scheduler can: runtime/phases/beside.py). Meanwhile no other prompt is computed: phases of
+      prompts share memory, and first come is first served. Where nobody decodes, or decode would
+      have to wait, `prefill.stream` is over sooner: it has all GPUs.
+    * a prompt in `prefill.host` runs in chunks. Alone, they are as long as the plan allows; while
+      others decode, a quarter of it, and after each chunk every running sequence gets a token. So
+      nobody waits for more than a quarter chunk between two tokens, however long the prompt is.
+      A chunk reads nearly all experts whatever its length, so much shorter ones would make the
+      prompt late without making the others faster.
+    * with a prefill process beside the scheduler, it takes the prompts in `prefill.host` that are
+      longer than a whole chunk and of which the last logits alone are wanted. Shorter ones would
+      not gain: beside decode they delay every other by four quarter chunks at most.
+    * any other prefill phase streams the weights once for all it is given: such a prompt goes in
+      one call as far as the phase takes it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hmc.plan.model import Plan
+
+DECODE, PREFILL, BESIDE = "decode", "prefill.host", "prefill.beside"
+_BESIDE_DECODE = 4
+
+
+def prefill_phase(
+    plan: Plan, tokens: int, *, every: bool = False, decoding: int = 0, beside: bool = False
+) -> str:
+    """The phase for a prompt of which `tokens` are left to compute, `every` one's logits wanted or
+    the last one's alone, while `decoding` sequences decode; `beside` says that the caller computes
+    a prompt and decode steps at the same time.
+    """
+    found = PREFILL if every else _phase(plan, "prefill", tokens, PREFILL)
+    if found == PREFILL:
+        return found
+    if beside and decoding and any(phase.name == BESIDE for phase in plan.phases):
+        return BESIDE
+    return found if tokens >= 2 * plan.phase(found).ranks else PREFILL
+
+
+def in_own_process(plan: Plan, phase: str, tokens: int, *, every: bool) -> bool:
+    """Whether a prefill process, where there is one, computes a prompt of that `phase` of which
+    `tokens` are left.
+    """
+    return phase == PREFILL and not every and tokens > plan.limits.max_chunk
+
+
+def decode_phase(plan: Plan, batch: int) -> str:
+    """The phase for a decode step of `batch` sequences."""
+    return _phase(plan, "decode", batch, DECODE)
+
+
+def chunk_tokens(plan: Plan, phase: str, left: int, decoding: int) -> int:
+    """How many of the `left` tokens of a prompt the next call takes while `decoding` sequences
+    decode; chunks come out equal, since a short last one would read all weights for few tokens.
+    """
+    most = plan.phase(phase).max_tokens
+    if decoding and phase == PREFILL:
+        most = min(most, max(plan.kv.block, plan.limits.max_chunk // _BESIDE_DECODE))
+    chunks = -(-left // most)
+    return -(-left // chunks)
+
+
+def _phase(plan: Plan, kind: Literal["prefill", "decode"], tokens: int, default: str) -> str:
+    points = [s for s in plan.switches if s.kind == kind and s.tokens <= tokens]
+    return max(points, key=lambda s: s.tokens).phase if points else default

@@ -1,0 +1,21 @@
+"""Predicts what a plan will do on its machine: time to the first token, tokens a second, what each
+resource does meanwhile, and whether goals are met.
+
+The plan's own steps run over its resources (`hmc.predict.timeline`) with the durations of the cost
+model (`hmc.predict.cost`); nothing here knows a schedule, a model or a machine by name.
+"""
+
+from hmc.predict.beside import Beside, beside
+from hmc.predict.goals import Verdict, parse_goals, verdicts
+from hmc.predict.run import Prediction, Run, simulate
+
+__all__ = [
+    "Beside",
+    "Prediction",
+    "Run",
+    "Verdict",
+    "beside",
+    "parse_goals",
+    "simulate",
+    "verdicts",
+]

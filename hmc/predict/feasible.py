@@ -1,0 +1,190 @@
+"""Refuses goals that a plan cannot meet: says which limit binds and what would lift it.
+
+The limit is the busiest resource of the phase that misses the goal. What would lift it is computed
+with the same prediction: the longest prompt, the fewest sequences or the factor on the limit's rate
+that meets the goal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hmc.errors import CapacityError
+from hmc.machine import CpuRates, GpuRates, Machine, Rate
+from hmc.plan import Plan
+from hmc.predict.cost import CostModel
+from hmc.predict.goals import verdicts
+from hmc.predict.run import Run, run_decode, run_prefill
+
+_FASTEST = 64.0
+"""Up to which factor on a rate a way out is looked for."""
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A resource that binds: in words, what machine would lift it, the machine with it faster, and
+    which other machine would need less of it."""
+
+    what: str
+    lift: str
+    faster: Callable[[float], Machine]
+    room: str = ""
+
+
+def require_goals(plan: Plan) -> None:
+    """Raise `CapacityError` on the first of the plan's goals that its prediction misses."""
+    goals, limits = plan.goals, plan.limits
+    if not goals.ttft_seconds and not goals.tokens_per_second:
+        return
+    model = CostModel(plan)
+
+    def decode(using: CostModel) -> Run:
+        return run_decode(plan, using, goals.tokens_context, goals.concurrency)
+
+    found = verdicts(
+        goals,
+        lambda tokens: run_prefill(plan, model, tokens).seconds,
+        lambda context, sequences: run_decode(plan, model, context, sequences).seconds,
+        limits,
+    )
+    for verdict in found:
+        if verdict.met:
+            continue
+        if verdict.unit == "s":
+            run = run_prefill(plan, model, goals.ttft_prompt)
+            wanted = goals.ttft_seconds
+            limit = _binding(plan, run)
+            lifts = _shorter(plan, model, wanted, goals.ttft_prompt)
+            lifts += _faster(
+                limit,
+                wanted,
+                lambda machine: (
+                    run_prefill(plan, CostModel(plan, machine), goals.ttft_prompt).seconds
+                ),
+            )
+        else:
+            run = decode(model)
+            wanted = 1 / goals.tokens_per_second
+            limit = _binding(plan, run)
+            lifts = _fewer(plan, model, wanted)
+            lifts += _faster(
+                limit, wanted, lambda machine: decode(CostModel(plan, machine)).seconds
+            )
+        if limit.room:
+            lifts.append(limit.room)
+        if not lifts:
+            lifts.append("a machine that is faster in every part: no single one is enough")
+        raise CapacityError(
+            f"the goal {verdict.goal} is out of reach on {plan.machine.name}:"
+            f" {verdict.predicted:.4g} {verdict.unit} predicted; {limit.what} binds"
+            f" ({run.phase}); what would lift it: {'; '.join(lifts)}"
+        )
+
+
+def _binding(plan: Plan, run: Run) -> _Limit:
+    name = max(run.utilisation, key=lambda each: run.utilisation[each])
+    share = f"{run.utilisation[name]:.0%} busy"
+    machine = plan.machine
+    if name.startswith(("h2d", "d2h")):
+        gpu = machine.gpus[int(name[3:])].rates
+        assert gpu is not None
+        return _Limit(
+            f"the link to gpu{name[3:]} ({gpu.h2d.value / 1e9:.0f} GB/s, {share})",
+            "a link to the GPUs {factor:.2f} times as fast",
+            lambda factor: _with_gpus(machine, ("h2d", "d2h"), factor),
+            "another GPU to share the weights, or one with room for more of the experts",
+        )
+    if name == "link":
+        return _Limit(
+            f"the exchange between the GPUs ({share})",
+            "a link between the GPUs {factor:.2f} times as fast",
+            lambda factor: _with_cpu(machine, ("link",), factor),
+        )
+    if name.startswith("gpu"):
+        return _Limit(
+            f"{name} ({machine.gpus[int(name[3:])].name}, {share})",
+            "GPUs {factor:.2f} times as fast",
+            lambda factor: _with_gpus(machine, ("memory", "bf16", "fp8", "attention"), factor),
+            "another GPU to share the prompt" if run.phase.startswith("prefill") else "",
+        )
+    assert machine.rates is not None
+    read = sum(rate.value for rate in machine.rates.read)
+    decode = run.phase.startswith("decode")
+    what = f"host memory ({read / 1e9:.0f} GB/s" if decode else "computation on the CPU ("
+    return _Limit(
+        f"{what}{', ' if decode else ''}{share})",
+        "host memory {factor:.2f} times as fast" if decode else "CPUs {factor:.2f} times as fast",
+        lambda factor: _with_cpu(machine, ("read", "gemv", "dot"), factor),
+        "a GPU with room for more of the experts",
+    )
+
+
+def _shorter(plan: Plan, model: CostModel, wanted: float, prompt: int) -> list[str]:
+    low, high = 0, prompt
+    while high - low > 64:
+        middle = (low + high) // 2
+        if run_prefill(plan, model, middle).seconds <= wanted:
+            low = middle
+        else:
+            high = middle
+    return [f"a prompt of at most {low} tokens"] if low else []
+
+
+def _fewer(plan: Plan, model: CostModel, wanted: float) -> list[str]:
+    batch, context = plan.goals.concurrency, plan.goals.tokens_context
+    lifts = []
+    for fewer in range(batch - 1, 0, -1):
+        if run_decode(plan, model, context, fewer).seconds <= wanted:
+            lifts.append(f"--concurrency {fewer}")
+            break
+    for shorter in (context // 2, context // 4, context // 16):
+        if shorter and run_decode(plan, model, shorter, batch).seconds <= wanted:
+            lifts.append(f"a context of {shorter} tokens")
+            break
+    return lifts
+
+
+def _faster(limit: _Limit, wanted: float, seconds: Callable[[Machine], float]) -> list[str]:
+    """The least factor on the binding rate that meets the goal, if any does."""
+    if seconds(limit.faster(_FASTEST)) > wanted:
+        return []
+    low, high = 1.0, _FASTEST
+    while high / low > 1.02:
+        middle = (low * high) ** 0.5
+        if seconds(limit.faster(middle)) <= wanted:
+            high = middle
+        else:
+            low = middle
+    return [limit.lift.format(factor=high)]
+
+
+def _scaled(rate: Rate, factor: float) -> Rate:
+    return rate.model_copy(update={"value": rate.value * factor})
+
+
+def _with_gpus(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
+    gpus = []
+    for gpu in machine.gpus:
+        rates = gpu.rates
+        assert isinstance(rates, GpuRates)
+        changes = {name: _scaled(getattr(rates, name), factor) for name in names}
+        gpus.append(gpu.model_copy(update={"rates": rates.model_copy(update=changes)}))
+    return machine.model_copy(update={"gpus": tuple(gpus)})
+
+
+def _with_cpu(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
+    rates = machine.rates
+    assert isinstance(rates, CpuRates)
+    changes: dict[str, object] = {}
+    for name in names:
+        value = getattr(rates, name)
+        if name == "read":
+            changes[name] = tuple(_scaled(each, factor) for each in value)
+        elif name == "gemv":
+            changes[name] = tuple(
+                each.model_copy(update={"rate": _scaled(each.rate, factor)}) for each in value
+            )
+        elif value is not None:
+            changes[name] = _scaled(value, factor)
+    return machine.model_copy(update={"rates": rates.model_copy(update=changes)})

@@ -1,0 +1,93 @@
+"""What the simulator says of a plan under a few ordinary loads, as a list of figures; where it can
+say nothing, the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hmc.errors import HmcError
+from hmc.plan import Plan
+from hmc.predict.cost import CostModel
+from hmc.predict.run import run_decode, run_prefill
+
+PROMPTS = (512, 2048, 32_768)
+CONTEXTS = (128, 4096)
+BATCHES = (1, 4)
+
+Kind = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A prompt of `tokens`, or a decode step of `batch` sequences behind `tokens` tokens each."""
+
+    kind: Kind
+    tokens: int
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """pp512; tg@4096 or tg@4096x4, as `hmc bench` abbreviates."""
+        if self.kind == "prefill":
+            return f"pp{self.tokens}"
+        return f"tg@{self.tokens}" + (f"x{self.batch}" if self.batch > 1 else "")
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        if self.kind == "prefill":
+            return f"prefill of {self.tokens} tokens"
+        together = f", {self.batch} sequences together" if self.batch > 1 else ""
+        return f"decode at context {self.tokens}{together}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One predicted figure; `value` is None where there is a `reason` for having none."""
+
+    load: Load
+    what: str
+    unit: str
+    value: float | None
+    reason: str = ""
+
+
+def common_loads(plans: Sequence[Plan]) -> list[Load]:
+    """The ordinary loads that every one of the plans can take, at least one of each kind."""
+    context = min(plan.limits.max_context for plan in plans)
+    batch = min(plan.limits.max_batch for plan in plans)
+    prompts = [each for each in PROMPTS if each <= context] or [context]
+    contexts = [each for each in CONTEXTS if each < context] or [context - 1]
+    batches = [each for each in BATCHES if each <= batch]
+    return [Load("prefill", tokens) for tokens in prompts] + [
+        Load("decode", tokens, count) for tokens in contexts for count in batches
+    ]
+
+
+def predictions(plan: Plan, loads: Iterable[Load]) -> list[Figure]:
+    """For each load tokens/s (all sequences together), and for prompts also seconds to the first
+    token; figures without value where the machine's rates are not known.
+    """
+    found: list[Figure] = []
+    for load in loads:
+        value, reason = _seconds(plan, load)
+        done = load.tokens if load.kind == "prefill" else load.batch
+        rate = None if value is None else done / value
+        if load.kind == "prefill":
+            found.append(Figure(load, f"{load.what}: time to first token", "s", value, reason))
+        found.append(Figure(load, load.what, "tokens/s", rate, reason))
+    return found
+
+
+def _seconds(plan: Plan, load: Load) -> tuple[float | None, str]:
+    """Seconds of a load, or why there is no figure."""
+    try:
+        model = CostModel(plan)
+        if load.kind == "prefill":
+            return run_prefill(plan, model, load.tokens).seconds, ""
+        return run_decode(plan, model, load.tokens, load.batch).seconds, ""
+    except HmcError as error:
+        return None, str(error)

@@ -1,0 +1,263 @@
+"""From a plan and a load to a prediction: chooses the phases as the plan's switch-over points say,
+runs their timelines, and finds what binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import networkx
+
+from hmc.errors import ContextLengthError, UsageError
+from hmc.machine import Machine
+from hmc.plan import Phase, Plan
+from hmc.predict.cost import Call, CostModel
+from hmc.predict.goals import Verdict, verdicts
+from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
+
+PREFILL, DECODE = "prefill.host", "decode"
+_LONGEST_PATHS = 12
+
+
+@dataclass(frozen=True)
+class Run:
+    """One or several calls of a phase: `seconds` until the result, `busy` seconds of each resource,
+    and the last call's critical path as (what, seconds), longest first."""
+
+    phase: str
+    calls: int
+    seconds: float
+    busy: Mapping[str, float]
+    path: Sequence[tuple[str, float]]
+
+    @property
+    def utilisation(self) -> dict[str, float]:
+        """Busy share of each resource."""
+        if not self.seconds:
+            return {}
+        return {name: min(1.0, each / self.seconds) for name, each in sorted(self.busy.items())}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a load does: one prompt of `prompt` tokens, then `batch` sequences decoding together at
+    `context` tokens each. `too_large` names devices whose memory the plan exceeds."""
+
+    prompt: int
+    context: int
+    batch: int
+    prefill: Run
+    decode: Run
+    ttft: float
+    verdicts: tuple[Verdict, ...]
+    too_large: tuple[str, ...]
+
+    @property
+    def tpot(self) -> float:
+        """Seconds a token of one sequence."""
+        return self.decode.seconds
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt / self.ttft
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second of all sequences together."""
+        return self.batch / self.decode.seconds
+
+    def as_json(self) -> dict[str, object]:
+        """The prediction as plain values; seconds and tokens a second."""
+        return {
+            "prompt": self.prompt,
+            "context": self.context,
+            "batch": self.batch,
+            "ttft_s": self.ttft,
+            "ttft_last_s": self.ttft
+            * self.batch,  # prompts that arrive at once, first come first served
+            "too_large_for": list(self.too_large),
+            "prefill_tokens_per_second": self.prefill_rate,
+            "decode_tokens_per_second": self.decode_rate,
+            "decode_tokens_per_second_each": self.decode_rate / self.batch,
+            "tpot_s": self.tpot,
+            "slo": [verdict.as_json() for verdict in self.verdicts],
+            **{
+                name: {
+                    "phase": found.phase,
+                    "calls": found.calls,
+                    "seconds": found.seconds,
+                    "utilisation": found.utilisation,
+                    "critical_path": [
+                        {"step": what, "seconds": seconds} for what, seconds in found.path
+                    ],
+                }
+                for name, found in (("prefill", self.prefill), ("decode", self.decode))
+            },
+        }
+
+
+def simulate(
+    plan: Plan,
+    *,
+    machine: Machine | None = None,
+    prompt: int = 512,
+    context: int | None = None,
+    batch: int = 1,
+) -> Prediction:
+    """Predict one load; `context` tokens of each decoding sequence default to the prompt's.
+
+    Raises `UsageError` and `ContextLengthError` for a load the plan cannot take, `MachineError` for
+    a machine without rates.
+    """
+    if prompt < 1 or batch < 1 or (context is not None and context < 0):
+        raise UsageError("--prompt and --batch must be at least 1, --context not negative")
+    before = prompt if context is None else context
+    limits = plan.limits
+    longest = max(prompt, before)
+    if longest > limits.max_context:
+        raise ContextLengthError(
+            f"{longest} tokens exceed the plan's context of {limits.max_context}: compile with a"
+            " larger --max-context"
+        )
+    if batch > limits.max_batch:
+        raise UsageError(f"--batch {batch}: a decode step of the plan takes {limits.max_batch}")
+    model = CostModel(plan, machine)
+    prefill = run_prefill(plan, model, prompt)
+    decode = run_decode(plan, model, before, batch)
+    return Prediction(
+        prompt,
+        before,
+        batch,
+        prefill,
+        decode,
+        prefill.seconds,
+        tuple(
+            verdicts(
+                plan.goals,
+                lambda tokens: run_prefill(plan, model, tokens).seconds,
+                lambda tokens, sequences: run_decode(plan, model, tokens, sequences).seconds,
+                limits,
+            )
+        ),
+        _too_large(plan, model.machine),
+    )
+
+
+def _too_large(plan: Plan, machine: Machine) -> tuple[str, ...]:
+    """Devices that cannot hold what the ledger asks of them."""
+    totals: dict[str, int] = {}
+    for item in plan.ledger:
+        totals[item.device] = totals.get(item.device, 0) + item.bytes
+    return tuple(each for each, total in totals.items() if total > machine.memory_of(each))
+
+
+def chosen(plan: Plan, kind: str, tokens: int) -> str:
+    """The phase that the plan's switch-over points name for so many tokens or sequences."""
+    name = PREFILL if kind == "prefill" else DECODE
+    for switch in sorted(plan.switches, key=lambda each: each.tokens):
+        if switch.kind == kind and switch.tokens <= tokens:
+            name = switch.phase
+    return name
+
+
+def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
+    """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
+    found = plan.phase(phase or chosen(plan, "prefill", prompt))
+    calls = host_prefill(found, prompt, model)
+    # all calls but the last differ in context alone, and time is linear in it: a few stand for all
+    if len(calls) <= 4:
+        some, counts = calls, [1.0] * len(calls)
+    else:
+        some = [calls[0], calls[-2], calls[-1]]
+        counts = [(len(calls) - 1) / 2, (len(calls) - 1) / 2, 1.0]
+    timelines = [run(found, call, model) for call in some]
+    seconds = [result_seconds(found, timeline) for timeline in timelines]
+    total = sum(each * count for each, count in zip(seconds, counts, strict=True))
+    path = critical_path(found, timelines[-1])
+    if extra := prefill_extra(found, model):
+        total += extra
+        path.append(("start and hand-over", extra))
+        path.sort(key=lambda item: -item[1])
+    busy: dict[str, float] = {}
+    for timeline, until, count in zip(timelines, seconds, counts, strict=True):
+        for name, each in busy_until(found, timeline, until).items():
+            busy[name] = busy.get(name, 0.0) + each * count
+    return Run(found.name, len(calls), total, busy, path)
+
+
+def prefill_extra(phase: Phase, model: CostModel) -> float:
+    """Seconds that the machine adds to a prompt of this phase outside its layers."""
+    rates = model.machine.rates
+    if not phase.slots or rates is None or rates.prefill is None:
+        return 0.0
+    return rates.prefill.value
+
+
+def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: str = "") -> Run:
+    """One token of each of `batch` sequences with `context` tokens before it, in as many calls as
+    the phase takes.
+    """
+    found = plan.phase(phase or chosen(plan, "decode", batch))
+    calls = -(-batch // found.max_tokens)
+    edges = [batch * i // calls for i in range(calls + 1)]
+    total, busy = 0.0, dict[str, float]()
+    for size in (last - first for first, last in pairwise(edges)):
+        timeline = run(found, Call(size, context, size), model)
+        until = result_seconds(found, timeline)
+        total += until
+        for name, seconds in busy_until(found, timeline, until).items():
+            busy[name] = busy.get(name, 0.0) + seconds
+    return Run(found.name, calls, total, busy, critical_path(found, timeline))
+
+
+def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, float]:
+    """Busy seconds of each resource in steps that end by `until`: what follows the result is left
+    out."""
+    busy: dict[str, float] = {}
+    for step, end, cost in zip(phase.steps, timeline.finish, timeline.costs, strict=True):
+        counted = cost.seconds if end <= until else 0.0
+        busy[step.resource] = busy.get(step.resource, 0.0) + counted
+    return busy
+
+
+def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph[int]:
+    """Steps by position; an edge says that one cannot start before another ends, and weighs what
+    the earlier one takes. Node -1 is the end.
+    """
+    graph: networkx.DiGraph[int] = networkx.DiGraph()
+    last: dict[str, int] = {}
+    signalled: dict[int, int] = {}
+    for position, step in enumerate(phase.steps):
+        graph.add_node(position)
+        before = [signalled[event] for event in step.waits]
+        if step.resource in last:
+            before.append(last[step.resource])
+        for each in before:
+            graph.add_edge(each, position, weight=timeline.costs[each].seconds)
+        last[step.resource] = position
+        if step.signal >= 0:
+            signalled[step.signal] = position
+    result = result_seconds(phase, timeline)
+    for position in range(len(phase.steps)):
+        if timeline.finish[position] <= result and not graph.out_degree(position):
+            graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
+    for position in [p for p in graph if p >= 0 and timeline.finish[p] > result]:
+        graph.remove_node(position)
+    for position in [p for p in graph if p >= 0 and not graph.out_degree(p)]:
+        graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
+    return graph
+
+
+def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:
+    """The longest chain of steps up to the result, summed by resource, op and what binds it."""
+    sums: dict[str, float] = {}
+    for position in networkx.dag_longest_path(dag(phase, timeline)):
+        if position >= 0:
+            step, cost = phase.steps[position], timeline.costs[position]
+            what = f"{step.resource} {step.op} ({cost.bound})"
+            sums[what] = sums.get(what, 0.0) + cost.seconds
+    found = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
+    return found[:_LONGEST_PATHS]

@@ -1,0 +1,294 @@
+"""The requests being computed, and one step of them all: a chunk of a prompt, then a token for
+every running sequence; hides places in the cache, sampling and what a fault ends.
+
+Everything here runs in the thread that owns the executor. A fault in what
+belongs to one request (its sampler, mask, text or listener) ends that request alone; a fault of the
+executor is raised by `Batch.step` and concerns all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.errors import CapacityError, ExecutionError, HmcError
+from hmc.plan.phases import (
+    PREFILL,
+    chunk_tokens,
+    decode_phase,
+    prefill_phase,
+)
+from hmc.runtime.batching.job import Job, as_error
+from hmc.runtime.batching.prefill import Computer, PrefillsBeside
+from hmc.runtime.batching.process import PrefillKeeper, PrefillState
+from hmc.runtime.batching.stats import Meter
+from hmc.runtime.executor import Executor
+from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.tokens.logprobs import token_logprob
+
+_NO_ROWS = np.zeros(0, np.int32)
+_TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
+
+
+class Batch:
+    """`prefilling` is the request whose prompt is computed here, one at a time, first come first
+    served; `running` those that decode; the prompts of others are computed beside, by a prefill
+    process or, where the plan has a phase for that, on the devices: of prompts that stream one at a
+    time.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        meter: Meter,
+        *,
+        prefix_cache: bool,
+        prefill: PrefillWorker | None = None,
+        silence: float = 0.0,
+    ) -> None:
+        """`silence` is how many seconds the process of `prefill` may not be heard of. With such a
+        process the devices compute no prompt beside decoding.
+        """
+        self.prefilling: Job | None = None
+        self.running: list[Job] = []
+        self._executor, self._meter, self._reuse = executor, meter, prefix_cache
+        self._keeper: PrefillKeeper | None = None
+        if prefill is not None:
+            self._keeper = PrefillKeeper(prefill, executor.plan, silence)
+        self._computer: Computer | None = self._keeper or executor.beside
+        self._beside: PrefillsBeside[Job] | None = None
+        if self._computer is not None:
+            self._beside = PrefillsBeside(self._computer, grown=self._keep, release=self._release)
+        self._full = False  # the cache was, and nothing has been released since
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All of them."""
+        prefilling = self.prefilling
+        here = [] if prefilling is None else [prefilling]
+        return [*self.running, *here, *self.beside]
+
+    @property
+    def beside(self) -> list[Job]:
+        """Those whose prompts are computed beside."""
+        return [] if self._beside is None else self._beside.owners
+
+    @property
+    def prefill(self) -> PrefillState | None:
+        """The prefill process now."""
+        if self._keeper is None or self._beside is None:
+            return None
+        return self._keeper.state(*self._beside.progress)
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds that a prompt's call on the devices, which nothing but its own end ends, has been
+        running beside."""
+        return 0.0 if self._computer is None else self._computer.stuck_for
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody holds blocks of the cache, not even who computes a prompt that was
+        cancelled.
+        """
+        return not self.jobs and (self._beside is None or self._beside.empty)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is nothing to do but what is done beside."""
+        return not self.running and self.prefilling is None and not self.empty
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until the next step while there is nothing to compute here; None: nothing beside
+        is to be looked after.
+        """
+        if self._beside is None:
+            return None
+        return _TEND_IDLE_SECONDS if self._beside.empty else _TEND_SECONDS
+
+    def admit(self, job: Job) -> bool:
+        """Give the request a row and all the blocks it may come to need; False when it has to wait.
+
+        Reserving the worst case means that a request that has begun is never short of room.
+        """
+        kv = self._executor.kv
+        if self.prefilling is not None or not kv.rows_free or (self._full and not self.empty):
+            return False
+        taken = self._beside is not None and self._beside.exclusive
+        if taken and job.phase not in ("", PREFILL):
+            return False
+        sequence = self._executor.open()
+        if self._reuse and not job.request.prompt_logprobs:
+            job.cached = kv.adopt(sequence, job.ids)
+        try:
+            kv.reserve(sequence, job.most_tokens - sequence.length)
+        except CapacityError:
+            self._release(sequence)
+            job.cached, self._full = 0, True
+            return False
+        left, every = len(job.ids) - job.cached, job.scored is not None
+        job.phase = prefill_phase(
+            self._executor.plan,
+            left,
+            every=every,
+            decoding=len(self.running),
+            beside=self._beside is not None and self._keeper is None,
+        )
+        if taken and job.phase != PREFILL:
+            self._release(sequence)
+            job.cached = 0
+            return False
+        self._meter.reused(job.cached)
+        job.sequence = sequence
+        if self._beside is not None and self._beside.takes(job.phase, left, every=every):
+            self._beside.start(job, sequence, job.ids)
+        else:
+            self.prefilling = job
+        return True
+
+    def step(self) -> None:
+        """End what has been cancelled, take what was done beside, compute a chunk of a prompt, then
+        decode. Raises what the executor raises.
+        """
+        for job in self.jobs:
+            if job.ticket.cancelled:
+                self._leave(job)
+                job.end("cancelled")
+        if self._beside is not None:
+            self._take(self._beside)
+        if self.prefilling is not None:
+            self._prefill(self.prefilling)
+        if self.running:
+            self._decode()
+
+    def fail(self, error: HmcError) -> None:
+        """End everything with `error`."""
+        for job in self.jobs:
+            self._leave(job)
+            job.end("error", error)
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until nobody beside writes to the cache any more: see `PrefillsBeside.finish`."""
+        if self._beside is not None:
+            self._beside.finish()
+
+    def _take(self, beside: PrefillsBeside[Job]) -> None:
+        for arrival in beside.tend():
+            job = arrival.owner
+            self.running.append(job)
+            if arrival.logits is not None:
+                self._meter.handed_over(len(job.ids) - job.cached)
+                self._begin(job, arrival.logits)
+            else:
+                self._leave(job)
+                job.end("error", arrival.error)
+
+    def _prefill(self, job: Job) -> None:
+        sequence = job.sequence
+        assert sequence is not None
+        plan, first = self._executor.plan, sequence.length
+        count = chunk_tokens(plan, job.phase, len(job.ids) - first, len(self.running))
+        last = first + count == len(job.ids)
+        rows = np.arange(count, dtype=np.int32)
+        if job.scored is None:
+            rows = rows[-1:] if last else _NO_ROWS
+        with self._meter.call(job.phase, prefilled=count):
+            ids = job.ids[first : first + count]
+            logits = self._executor.append(sequence, ids, rows, job.phase)
+        self._keep(sequence, job.ids)
+        if job.scored is not None:
+            top = job.request.logprobs or 0
+            for row, token in zip(logits, job.ids[first + 1 :].tolist(), strict=False):
+                job.scored.append(token_logprob(row, token, top))
+        if not last:
+            return
+        self.running.append(job)
+        self.prefilling = None
+        self._begin(job, logits[-1])
+
+    def _begin(self, job: Job, logits: npt.NDArray[np.float32]) -> None:
+        """The prompt of a running request is in the cache."""
+        if job.request.ends.max_new_tokens < 1:
+            self._leave(job)
+            job.end("length")
+        else:
+            self._advance(job, logits)
+
+    def _decode(self) -> None:
+        jobs = list(self.running)
+        sequences = [job.sequence for job in jobs if job.sequence is not None]
+        tokens = np.array([job.answer.tokens[-1] for job in jobs], np.int32)
+        phase = decode_phase(self._executor.plan, len(jobs))
+        with self._meter.call(phase, decoded=len(jobs)):
+            logits = self._executor.decode(sequences, tokens, phase)
+        for job, row in zip(jobs, logits, strict=True):
+            self._advance(job, row)
+
+    def _advance(self, job: Job, logits: npt.NDArray[np.float32]) -> None:
+        """Choose the next token of a request and tell it; it leaves at once if that ends it."""
+        part = "mask"
+        try:
+            scores = _masked(job, logits)
+            part = "sampling"
+            token = job.request.sampler.sample(scores)
+            job.stamp()
+            self._meter.sampled()
+            part = "text"
+            piece = job.answer.push(token)
+            wanted = job.request.logprobs
+            logprobs = () if wanted is None else (token_logprob(logits, token, wanted),)
+            part = "listener"
+            reason = job.answer.reason
+            if reason is None:
+                job.tell(piece, (token,), logprobs)
+                return
+        except Exception as fault:  # the request's own code may raise anything
+            self._leave(job)
+            if part == "listener":
+                job.request.listener = None
+            job.end("error", as_error(job, part, fault))
+            return
+        self._leave(job)
+        job.end(reason, None, piece, (token,), logprobs)
+
+    def _leave(self, job: Job) -> None:
+        """Free the request's place."""
+        sequence, job.sequence = job.sequence, None
+        if self._beside is not None and job in self._beside.owners:
+            self._beside.drop(job)  # and releases when nobody writes to it
+            return
+        if job is self.prefilling:
+            self.prefilling = None
+        else:
+            self.running.remove(job)
+        if sequence is not None:
+            self._release(sequence)
+
+    def _keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
+        """What a prefill has stored of a prompt may serve others."""
+        if self._reuse:
+            self._executor.kv.keep(sequence, ids)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._executor.release(sequence)
+        self._full = False
+
+
+def _masked(job: Job, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The logits with those of forbidden tokens at -inf."""
+    if job.request.mask is None:
+        return logits
+    allowed = job.request.mask(list(job.answer.tokens))
+    if allowed is None:
+        return logits
+    if allowed.shape != logits.shape or allowed.dtype != np.bool_:
+        raise ExecutionError(
+            f"request {job.ticket.id}: its mask is {allowed.dtype} {list(allowed.shape)}, not bool"
+            f" {list(logits.shape)}"
+        )
+    if not allowed.any():
+        raise ExecutionError(f"request {job.ticket.id}: its mask allows no token")
+    return np.where(allowed, logits, np.float32(-np.inf))

@@ -1,0 +1,110 @@
+"""A request as the scheduler carries it: its answer so far, its clock, and how it ends; hides what
+its listener is told.
+
+Its methods run in the scheduler's thread, but for `Job.end`, which any may call.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.errors import ExecutionError, HmcError
+from hmc.runtime.batching.stats import Clock, Meter
+from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.tokens.generation import Answer, FinishReason, Generation, Timings
+from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
+
+
+class Job:
+    """A request on its way: its ticket, its answer so far and its clock."""
+
+    def __init__(
+        self,
+        request: Request,
+        ids: npt.NDArray[np.int32],
+        ticket: Ticket,
+        context: int,
+        meter: Meter,
+        clock: Clock,
+    ) -> None:
+        self.request, self.ids, self.ticket = request, ids, ticket
+        self.answer = Answer(request.text, ids, request.ends, context)
+        self.sequence: Sequence | None = None
+        self.phase = ""
+        self.cached = 0
+        self.scored: list[TokenLogprob] | None = [] if request.prompt_logprobs else None
+        # The last token is sampled, not stored.
+        self.most_tokens = min(len(ids) + max(request.ends.max_new_tokens - 1, 0), context)
+        self._meter, self._clock = meter, clock
+        self._began = clock()
+        self._first = self._last = 0.0
+
+    def stamp(self) -> None:
+        """A token has been sampled now."""
+        self._last = self._clock()
+        self._first = self._first or self._last
+
+    def tell(self, piece: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
+        """Give an update to the listener, whose error is raised."""
+        if self.request.listener is not None and not self.ticket.done:
+            self.request.listener(self._update(piece, tokens, logprobs))
+
+    def end(
+        self,
+        reason: FinishReason,
+        error: HmcError | None = None,
+        piece: str = "",
+        tokens: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprob, ...] = (),
+    ) -> None:
+        """The last update, then those who wait are woken; from any thread, only the first call
+        counts.
+        """
+        if not self.ticket.claim():
+            return
+        if self.request.listener is not None:
+            try:
+                self.request.listener(self._update(piece, tokens, logprobs, reason, error))
+            except Exception as fault:  # the caller's own code: anything may come
+                reason, error = "error", error or as_error(self, "listener", fault)
+        answer = self.answer
+        tokens = tuple(answer.tokens)
+        self._meter.ended(reason)
+        self.ticket.settle(Generation(answer.text, tokens, reason, self._timings()), error)
+
+    def _update(
+        self,
+        piece: str,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason | None = None,
+        error: HmcError | None = None,
+    ) -> Update:
+        scored, self.scored = self.scored, None
+        return Update(
+            piece=piece,
+            token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=None if scored is None else tuple(scored),
+            finish_reason=reason,
+            error=error,
+            cached_tokens=self.cached,
+            timings=None if reason is None else self._timings(),
+        )
+
+    def _timings(self) -> Timings:
+        ttft = self._first - self._began if self._first else 0.0
+        total = self._last - self._began if self._last else 0.0
+        return Timings(len(self.ids), len(self.answer.tokens), ttft, total)
+
+
+def as_error(job: Job, part: str, fault: Exception) -> HmcError:
+    """`fault` if it is one of ours, else an `ExecutionError` that names the request and `part`."""
+    if isinstance(fault, HmcError):
+        return fault
+    error = ExecutionError(
+        f"request {job.ticket.id}: its {part} raised {type(fault).__name__}: {fault}"
+    )
+    error.__cause__ = fault
+    return error

@@ -1,0 +1,238 @@
+"""The prompts that somebody computes beside a scheduler's thread, a prefill process or the devices:
+one at a time, first come first served; hides who may still write to which cache blocks.
+
+    start(owner, ..)  ->  waiting  ->  being computed  ->  an `Arrival` out of `tend`
+    drop(owner)           gone at once  a ghost: its blocks are free when nobody writes to them
+
+A process that dies is replaced. The prompt it was computing is given to the new one once more, from
+the last token that is in the cache; if that one dies of it too, the prompt arrives as an error.
+Nothing here waits for what computes but `finish`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.errors import HmcError, WorkerError
+from hmc.runtime.memory.kv import Sequence
+
+_ATTEMPTS = 2  # what the message of a lost prompt says
+_FINISH_SECONDS = 2.0
+_FINISH_POLL = 0.005
+
+Owner = TypeVar("Owner")
+
+
+class Job(Protocol):
+    """A prompt being computed."""
+
+    @property
+    def tokens(self) -> int:
+        """How many of its tokens are in the cache."""
+        ...
+
+    def poll(self) -> npt.NDArray[np.float32] | None:
+        """f32 [vocab] logits of the last token, None while it is not over; raises why it ended
+        early, and then nothing is written to its blocks any more."""
+        ...
+
+    def stop(self) -> None:
+        """Have it end early, without waiting for that."""
+        ...
+
+
+class Computer(Protocol):
+    """Who computes the prompts: a process (runtime/batching/process.py) or the devices
+    (runtime/phases/beside.py)."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether no other prompt that streams may be computed meanwhile, by whomever."""
+        ...
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds that something has been running which cannot be ended alone."""
+        ...
+
+    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
+        """Whether it computes a prompt that the policy gives to a phase, of which `tokens` are
+        left, the logits of `every` one wanted or of the last."""
+        ...
+
+    def start(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> Job | None:
+        """Compute `ids` i32 [tokens] after what a sequence holds; None: it is gone, ask again after
+        `tend`."""
+        ...
+
+    def lost(self, error: HmcError) -> bool:
+        """Whether a job with this error may be started once more."""
+        ...
+
+    def tend(self, wanted: bool) -> None:
+        """Bring it back if it is gone; `wanted` says that there are prompts for it."""
+        ...
+
+    def end(self) -> None:
+        """End it, if it can be ended while it computes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arrival(Generic[Owner]):
+    """A prompt that is in the cache, with f32 [vocab] logits of its last token; or what went
+    wrong, and nothing is written to its blocks any more.
+    """
+
+    owner: Owner
+    logits: npt.NDArray[np.float32] | None
+    error: HmcError | None = None
+
+
+@dataclass(eq=False)
+class _Prompt(Generic[Owner]):
+    owner: Owner
+    sequence: Sequence
+    ids: npt.NDArray[np.int32]
+    past: int = 0  # tokens in the cache when the job began
+    job: Job | None = None
+    attempts: int = 0
+    dropped: bool = False
+
+
+class PrefillsBeside(Generic[Owner]):
+    """For the scheduler's thread; `state` and `owners` for any."""
+
+    def __init__(
+        self,
+        computer: Computer,
+        *,
+        grown: Callable[[Sequence, npt.NDArray[np.int32]], None],
+        release: Callable[[Sequence], None],
+    ) -> None:
+        """`grown` is told when more of a prompt is in the cache, `release` frees a dropped prompt's
+        sequence.
+        """
+        self._computer = computer
+        self._grown, self._release = grown, release
+        self._waiting: deque[_Prompt[Owner]] = deque()
+        self._current: _Prompt[Owner] | None = None
+
+    @property
+    def owners(self) -> list[Owner]:
+        """Those whose prompts are on their way, first come first."""
+        current = self._current
+        found = [current] if current is not None and not current.dropped else []
+        return [prompt.owner for prompt in (*found, *self._waiting)]
+
+    @property
+    def empty(self) -> bool:
+        """Whether nobody's blocks are written to and nobody waits for that."""
+        return self._current is None and not self._waiting
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether no other prompt that streams may be computed now."""
+        return self._computer.exclusive and not self.empty
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """How many prompts there are; of the one being computed, the tokens in the cache and
+        altogether (0 of 0: there is none)."""
+        current = self._current
+        if current is None or current.job is None:
+            return len(self.owners), 0, 0
+        return len(self.owners), current.sequence.length, len(current.ids)
+
+    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
+        """See `Computer`."""
+        return self._computer.takes(phase, tokens, every=every)
+
+    def start(self, owner: Owner, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
+        """Compute what `sequence`, with room for all of `ids` i32 [tokens], does not hold of it
+        yet.
+        """
+        self._waiting.append(_Prompt(owner, sequence, ids))
+        self._submit()
+
+    def drop(self, owner: Owner) -> None:
+        """Forget a prompt; its sequence is released as soon as nothing is written to it."""
+        current = self._current
+        if current is not None and current.owner is owner:
+            current.dropped = True
+            if current.job is not None:
+                current.job.stop()
+            return
+        found = next(prompt for prompt in self._waiting if prompt.owner is owner)
+        self._waiting.remove(found)
+        self._release(found.sequence)
+
+    def tend(self) -> list[Arrival[Owner]]:
+        """What has arrived since the last call; also looks after who computes."""
+        arrivals = [] if self._current is None else self._settle(self._current)
+        self._computer.tend(wanted=not self.empty)
+        self._submit()
+        return arrivals
+
+    def finish(self) -> None:
+        """Drop everything, and wait until nothing of it is written to. A process that does not let
+        go within two seconds is ended; the devices' call is waited for.
+        """
+        for owner in self.owners:
+            self.drop(owner)
+        limit = time.monotonic() + _FINISH_SECONDS
+        while self._current is not None:
+            if time.monotonic() > limit:
+                self._computer.end()
+            self._settle(self._current)
+            time.sleep(_FINISH_POLL)
+
+    def _submit(self) -> None:
+        """Have the next prompt computed, if none is."""
+        if self._current is None and self._waiting:
+            self._current = self._waiting.popleft()
+        prompt = self._current
+        if prompt is None or prompt.job is not None:
+            return
+        prompt.past = prompt.sequence.length
+        prompt.job = self._computer.start(prompt.sequence, prompt.ids[prompt.past :])
+
+    def _settle(self, prompt: _Prompt[Owner]) -> list[Arrival[Owner]]:
+        """Take in how far the prompt under way has come."""
+        logits, error = None, None
+        if prompt.job is not None:
+            try:
+                logits = prompt.job.poll()
+            except HmcError as fault:
+                error = fault
+            known = prompt.sequence.length
+            prompt.sequence.length = prompt.past + prompt.job.tokens
+            if prompt.sequence.length > known:
+                self._grown(prompt.sequence, prompt.ids)
+            if logits is None and error is None:
+                return []
+        elif not prompt.dropped:
+            return []
+        if prompt.dropped:
+            self._current = None
+            self._release(prompt.sequence)
+            return []
+        if error is not None and self._computer.lost(error):
+            prompt.attempts += 1
+            prompt.job = None
+            if prompt.attempts < _ATTEMPTS:
+                return []
+            reason = str(error).partition(":")[0]
+            error = WorkerError(
+                f"the prompt was lost twice, the second time because {reason}: send it again, or"
+                " serve without a prefill process"
+            )
+        self._current = None
+        return [Arrival(prompt.owner, logits, error)]

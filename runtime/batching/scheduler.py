@@ -1,0 +1,282 @@
+"""Many requests over one executor: a bounded queue, one thread, continuous batching; hides the
+thread, its locks, and how everything ends.
+
+The thread's loop: end what was cancelled, admit the first in the queue if there is room for the
+whole of it, compute one chunk of its prompt, then one token for every running sequence
+(runtime/batching/batch.py; the policy is in hmc/plan/phases.py). First come, first
+served: nobody overtakes a request that waits for room. Long prompts are
+computed beside the loop where a prefill process or the plan's phases for GPUs allow that, and join
+the running ones when they are done.
+
+    scheduler = Scheduler(engine.executor)
+    scheduler.start()
+    ticket = scheduler.submit(Request(ids, sampler, ends, engine.text, listener=print))
+    print(ticket.result().text)
+    scheduler.close()
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from itertools import count
+from types import TracebackType
+
+from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, UsageError
+from hmc.runtime.batching.batch import Batch
+from hmc.runtime.batching.job import Job
+from hmc.runtime.batching.process import PrefillState
+from hmc.runtime.batching.stats import Clock, Meter, SchedulerStats
+from hmc.runtime.executor import Executor
+from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.tokens.requests import Request, Ticket, token_ids
+
+_CLOSE_SECONDS = 10.0
+
+
+class Scheduler:
+    """Owns the executor's time from `start` to `close`: nobody else may use the executor meanwhile.
+
+    All methods may be called from any thread. A context manager that starts and closes.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        max_queue: int = 64,
+        prefix_cache: bool = True,
+        clock: Clock = time.perf_counter,
+        prefill: PrefillWorker | None = None,
+        prefill_silence: float = 300.0,
+    ) -> None:
+        """At most `max_queue` requests wait. `prefix_cache` shares cache blocks between prompts
+        that begin alike. `prefill`, over the executor's weights and cache, computes long prompts;
+        from `start` to `close` it is the scheduler's, which replaces its process when that dies or
+        is not heard of for `prefill_silence` seconds, and ends it when it hangs at `close`.
+        """
+        if max_queue < 1:
+            raise UsageError(f"max_queue={max_queue}: must be at least 1")
+        self._executor = executor
+        self._max_queue = max_queue
+        self._clock = clock
+        self._meter = Meter(clock)
+        self._batch = Batch(
+            executor,
+            self._meter,
+            prefix_cache=prefix_cache,
+            prefill=prefill,
+            silence=prefill_silence,
+        )
+        self._queue: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._numbers = count()
+        self._draining = self._closing = False
+        self._blocked = False  # the first in the queue has found no room
+        self._resting = True  # the thread has nothing to do, and has ended all it had
+        self._failure: HmcError | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to work; requests submitted before have waited. A second start does nothing."""
+        with self._changed:
+            if self._thread is None and not self._closing:
+                self._thread = threading.Thread(target=self._run, name="hmc-scheduler", daemon=True)
+                self._thread.start()
+
+    def submit(self, request: Request) -> Ticket:
+        """Queue a request.
+
+        Refuses at once: `UsageError` (empty prompt, token outside the vocabulary, bad argument),
+        `ContextLengthError` (a prompt longer than the context), `CapacityError` (more than the
+        whole cache holds), `QueueFullError`, `ExecutionError` (the scheduler drains, is closed or
+        has failed).
+        """
+        limits = self._executor.plan.limits
+        ids = token_ids(request.ids, self._executor.plan.model.vocab, limits.max_context)
+        if request.logprobs is not None and request.logprobs < 0:
+            raise UsageError(f"logprobs={request.logprobs}: must not be negative")
+        if request.ends.max_new_tokens < 0:
+            raise UsageError(f"max_new_tokens={request.ends.max_new_tokens}: must not be negative")
+        ticket = Ticket(next(self._numbers), self._wake)
+        job = Job(request, ids, ticket, limits.max_context, self._meter, self._clock)
+        capacity = self._executor.kv.capacity_tokens
+        if job.most_tokens > capacity:
+            raise CapacityError(
+                f"the prompt's {len(ids)} tokens and up to {request.ends.max_new_tokens} new ones"
+                f" exceed the {capacity} the KV cache holds: ask for fewer or compile the plan with"
+                " a larger --max-context"
+            )
+        with self._changed:
+            self._check_open()
+            if len(self._queue) >= self._max_queue:
+                raise QueueFullError(
+                    f"{len(self._queue)} requests wait already, the most allowed: try again later"
+                )
+            self._queue.append(job)
+            self._changed.notify_all()
+        return ticket
+
+    def stats(self) -> SchedulerStats:
+        """The figures now."""
+        return self._meter.snapshot(
+            self._executor.kv.allocator,
+            running=len(self._batch.running),
+            prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside),
+            waiting=len(self._queue),
+            error=str(self._failure or ""),
+            prefill=self._batch.prefill,
+        )
+
+    @property
+    def prefill(self) -> PrefillState | None:
+        """The prefill process now; None: there is none."""
+        return self._batch.prefill
+
+    @property
+    def failure(self) -> HmcError | None:
+        """Why the scheduler has stopped working; None while it is healthy."""
+        return self._failure
+
+    @property
+    def stuck_for(self) -> float:
+        """Seconds the step under way, or a prompt's call on the devices beside, has been running; 0
+        without.
+        """
+        return max(self._meter.step_age, self._batch.stuck_for)
+
+    def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait up to `timeout` seconds for those accepted; whether all have
+        ended.
+        """
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(self._all_ended, timeout)
+
+    def abandon(self, error: HmcError) -> None:
+        """Give up: end every request with `error` now, without waiting for the step under way, and
+        refuse new ones. For a watchdog; the listeners are called in the caller's thread.
+        """
+        with self._changed:
+            self._failure = self._failure or error
+            waiting = list(self._queue)
+            self._queue.clear()
+            self._changed.notify_all()
+        for job in [*waiting, *self._batch.jobs]:
+            job.end("error", error)
+
+    def close(self, timeout: float = _CLOSE_SECONDS) -> None:
+        """Cancel everything and end the thread. A step that does not come back within `timeout`
+        seconds is left behind, its requests end with an error. A second call does nothing.
+        """
+        with self._changed:
+            self._draining = self._closing = True
+            for job in [*self._queue, *self._batch.jobs]:
+                job.ticket.cancel()
+            thread = self._thread
+            self._changed.notify_all()
+        if thread is threading.current_thread():
+            return  # a listener closes: the loop ends after this step
+        if thread is None:
+            self._drop_cancelled()
+            return
+        thread.join(timeout)
+        if thread.is_alive():
+            self.abandon(
+                ExecutionError(f"a step did not end within {timeout:g} s of closing the scheduler")
+            )
+
+    def __enter__(self) -> Scheduler:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        """The thread: step after step until it is closed or something fails."""
+        try:
+            while self._wait():
+                with self._meter.step():
+                    self._drop_cancelled()
+                    self._admit()
+                    self._batch.step()
+        except HmcError as fault:
+            self.abandon(fault)
+        except Exception as fault:  # whatever it is, nobody may be left waiting
+            error = ExecutionError(f"the scheduler failed: {type(fault).__name__}: {fault}")
+            error.__cause__ = fault
+            self.abandon(error)
+        if self._failure is not None:
+            self._batch.fail(self._failure)
+        else:
+            self._batch.finish()
+
+    def _wait(self) -> bool:
+        """Sleep until there is work, or what is computed beside is to be looked after; False when
+        there will be nothing to do.
+        """
+        with self._changed:
+            while self._failure is None and not self._queue and not self._batch.jobs:
+                self._resting = True
+                self._changed.notify_all()
+                if self._closing:
+                    return False
+                if not self._changed.wait(self._batch.patience):
+                    break
+            if self._batch.waits and (self._blocked or not self._queue):
+                self._changed.wait(self._batch.patience)
+            self._resting = False
+            return self._failure is None
+
+    def _admit(self) -> None:
+        """Let the first in the queue begin, if there is room."""
+        with self._changed:
+            job = self._queue[0] if self._queue else None
+        if job is None:
+            self._blocked = False
+            return
+        empty = self._batch.empty
+        admitted = self._batch.admit(job)
+        self._blocked = not admitted and not empty
+        if self._blocked:
+            return
+        with self._changed:
+            if self._queue:  # empty after `abandon`, which has ended the job
+                self._queue.popleft()
+        if not admitted:
+            job.end(
+                "error",
+                CapacityError(
+                    f"request {job.ticket.id} finds no room in the KV cache though nothing runs:"
+                    " somebody else holds sequences of this executor"
+                ),
+            )
+
+    def _drop_cancelled(self) -> None:
+        """End the requests that were cancelled while they waited."""
+        with self._changed:
+            dropped = [job for job in self._queue if job.ticket.cancelled]
+            for job in dropped:
+                self._queue.remove(job)
+        for job in dropped:
+            job.end("cancelled")
+
+    def _all_ended(self) -> bool:
+        return self._failure is not None or (self._resting and not self._queue)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise ExecutionError(f"the scheduler has stopped: {self._failure}")
+        if self._draining:
+            raise ExecutionError("the scheduler is closing: it takes no new requests")

@@ -1,0 +1,228 @@
+"""Device memory of a plan, laid out as hmc/plan/memory.py says, for as long as a binding is open:
+what the names there stand for in tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hmc.plan import Phase, Plan, Step
+from hmc.plan.memory import (
+    ALIGN,
+    DeviceMemory,
+    aligned,
+    device_of,
+    evicts,
+    kind_of,
+    rank_rows,
+    resident_names,
+    result_bytes,
+)
+from hmc.plan.verify import expert_ranges
+from hmc.runtime.binding.weights import Packed, Piece
+from hmc.runtime.devices.lending import Lent
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.weights.store import WeightStore
+
+
+class Device(Protocol):
+    """What the binding needs of a device (runtime/devices/)."""
+
+    @property
+    def name(self) -> str:
+        """ "gpu<n>"."""
+        ...
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where its tensors are."""
+        ...
+
+    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        """u8 [nbytes], aligned to 256 bytes; `CapacityError` when it does not fit."""
+        ...
+
+    def free(self, tensor: torch.Tensor) -> None:
+        """Give an allocation back."""
+        ...
+
+    def lend(self, tensor: torch.Tensor) -> Lent:
+        """How another process opens an allocation."""
+        ...
+
+    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        """An allocation of another process."""
+        ...
+
+
+@dataclass(frozen=True)
+class LentMemory:
+    """A GPU's memory for the process of its rank: rank 0's process has it, and uses it too."""
+
+    region: Lent
+    experts: Mapping[int, Lent]
+
+
+class GpuMemory:
+    """The memory of one GPU."""
+
+    def __init__(
+        self,
+        device: Device,
+        plan: Plan,
+        store: WeightStore,
+        kv: KVCache,
+        phases: Mapping[str, int],
+        held: bool,
+        parts: Iterable[Phase] = (),
+        lent: LentMemory | None = None,
+    ) -> None:
+        """`phases` names the phases to run and the most tokens of a call of each; with `held` the
+        device has the cache. `parts` is what of them runs in this process (default: all). With
+        `lent`, experts and region are another process's.
+        """
+        self.device = device
+        self._taken: list[torch.Tensor] = []
+        self._calls = dict(phases)
+        chosen = [plan.phase(name) for name in phases]
+        self._layout = DeviceMemory.of(plan, device.name, phases)
+        self._evicts = any(evicts(phase, device.name) for phase in chosen)
+        self.loads = _loads(list(parts) or chosen, device.name, store)
+        self.packed = Packed.weights(store, resident_names(chosen, device.name))
+        try:
+            self.experts = {
+                layer: (packed, self._experts(layer, packed, lent))
+                for layer, packed in _experts_of(plan, device.name, store).items()
+            }
+            purpose = f"{device.name}: weights, and slots and activations of streamed prompts"
+            self._region = (
+                self._allocate(self._layout.region, purpose)
+                if lent is None
+                else self._borrow(lent.region, purpose)
+            )
+            self.weights = self._region[: self.packed.nbytes]
+            self.packed.fill(self.weights)
+            self._slots = {
+                (phase.name, slot.name): self._layout.begins[phase.name] + slot.offset
+                for phase in chosen
+                for slot in phase.slots
+                if slot.device == device.name
+            }
+            self._arenas = {
+                kind: self._allocate(size, f"{device.name}: activations of {kind}")
+                for kind, size in self._layout.arenas.items()
+            }
+            self._results = {
+                kind: self._allocate(size, f"{device.name}: logits of {kind}")
+                for kind, size in self._layout.results.items()
+            }
+            self.caches: dict[tuple[int, int], torch.Tensor] = {}
+            if held:
+                self._cache(kv)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free everything."""
+        for tensor in self._taken:
+            self.device.free(tensor)
+        self._taken = []
+
+    @property
+    def streamed(self) -> list[Piece]:
+        """What loads copy from the host in every call."""
+        loads = [*self.loads.values(), *([self.packed] if self._evicts else [])]
+        return [piece for packed in loads for piece in packed.pieces]
+
+    def result(self, phase: Phase, name: str, rows: int) -> torch.Tensor:
+        """Memory beside the arena for `rows` rows of a buffer of results: u8 [bytes]."""
+        start = 0
+        for each, size in result_bytes(phase, self.device.name, rows):
+            if each == name:
+                return self._results[kind_of(phase)][start : start + size]
+            start += size
+        raise KeyError(f"phase {phase.name} has no buffer {name} on {self.device.name}")
+
+    def slot(self, phase: str, load: int, name: str) -> torch.Tensor:
+        """The bytes of a slot of a phase that load step `load` fills: u8 [what it brings]."""
+        start = self._slots[phase, name]
+        return self._region[start : start + self.loads[phase, load].nbytes]
+
+    def rows(self, phase: Phase, offset: int, size: int) -> torch.Tensor:
+        """Activations of a phase from `offset` bytes a token on, `size` bytes each: u8 [all of a
+        call's tokens or a rank's share of them, size]."""
+        tokens = self._calls[phase.name]
+        capacity = rank_rows(tokens, phase.ranks)
+        kind = kind_of(phase)
+        if kind == "stream":
+            begin = self._layout.begins[phase.name] + phase.arena_at.get(self.device.name, 0)
+            arena = self._region[begin:]
+        else:
+            arena = self._arenas[kind]
+        start, end = offset * capacity, phase.device_bytes[self.device.name] * capacity
+        count = min(tokens, (end - start) // size)  # a rank's share, or all ranks' rows
+        return arena[start : start + count * size].view(count, size)
+
+    def _cache(self, kv: KVCache) -> None:
+        tokens = kv.capacity_tokens
+        for part, width in enumerate(kv.layout.widths):
+            size = aligned(2 * tokens * width)
+            raw = self._allocate(size * len(kv.layout.layers), f"{self.device.name}: KV cache")
+            for number, layer in enumerate(kv.layout.layers):
+                start = size * number
+                flat = raw[start : start + 2 * tokens * width].view(torch.bfloat16)
+                # padded reads of unwritten rows are multiplied by 0, which NaN would survive
+                self.caches[layer, part] = flat.view(tokens, width).zero_()
+
+    def lend(self) -> LentMemory:
+        """This memory, for the process of the GPU's rank."""
+        experts = {layer: self.device.lend(raw) for layer, (_, raw) in self.experts.items()}
+        return LentMemory(self.device.lend(self._region), experts)
+
+    def _experts(self, layer: int, packed: Packed, lent: LentMemory | None) -> torch.Tensor:
+        purpose = f"{self.device.name}: experts of layer {layer}"
+        if lent is not None:
+            return self._borrow(lent.experts[layer], purpose)
+        raw = self._allocate(packed.nbytes, purpose)
+        packed.fill(raw)
+        return raw
+
+    def _borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
+        self._taken.append(self.device.borrow(lent, purpose))
+        return self._taken[-1]
+
+    def _allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
+        self._taken.append(self.device.allocate(max(ALIGN, nbytes), purpose))
+        return self._taken[-1]
+
+
+def _loads(phases: list[Phase], device: str, store: WeightStore) -> dict[tuple[str, int], Packed]:
+    """What each load step of a device brings, by phase and step id."""
+    found = {}
+    for phase in phases:
+        for step in phase.steps:
+            if step.op == "load" and device_of(step.resource) == device and step.weights:
+                found[phase.name, step.id] = loaded(step, store)
+    return found
+
+
+def loaded(step: Step, store: WeightStore) -> Packed:
+    """What a load step brings: weights in the order of their names' roles, or experts."""
+    names = list(step.weights.values())
+    if names[0].startswith("layer:"):
+        layer = int(names[0].removeprefix("layer:"))
+        return Packed.of_experts(store, layer, expert_ranges(str(step.attrs["range"])))
+    return Packed.weights(store, names)
+
+
+def _experts_of(plan: Plan, device: str, store: WeightStore) -> dict[int, Packed]:
+    return {
+        each.layer: Packed.of_experts(store, each.layer, expert_ranges(each.tiers[device]))
+        for each in plan.placement
+        if each.tiers.get(device)
+    }

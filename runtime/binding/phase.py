@@ -1,0 +1,390 @@
+"""A plan's phases bound to devices: memory for everything, and what each step does in a call.
+
+    with Binding(plan, devices, store, kv, tables, jit, pool) as binding:
+        phase = binding.phases["decode"]
+        call = phase.call(ids, positions, tables, wanted)
+        for work in phase.works:      # or a schedule runner, on the streams of the steps' resources
+            work(call)
+        phase.logits(call)
+
+Hides arenas, slots, resident weights, caches, and which rows of a call a step works on. Order is
+none of its business: `works` may run whenever the plan's events allow. One call of each kind
+of phase at a time (hmc/plan/memory.py): phases of a kind share the same memory.
+
+A phase shared by ranks keeps the cache on gpu0: other ranks read the past of a prompt's later calls
+from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the
+link's rank alone is bound, and the past is sent to ranks that have no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hmc.codegen.jit import Jit
+from hmc.errors import ExecutionError
+from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
+from hmc.plan.memory import HOME, device_of, wanted_rows
+from hmc.runtime.binding.host import HostSteps
+from hmc.runtime.binding.memory import Device, GpuMemory, LentMemory
+from hmc.runtime.binding.pinned import Pinner, pin_weights
+from hmc.runtime.binding.walk import walked
+from hmc.runtime.binding.weights import Expert, Packed
+from hmc.runtime.device_ops import OPS, Work
+from hmc.runtime.device_ops.base import Routed
+from hmc.runtime.device_ops.link import Link
+from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
+from hmc.runtime.devices.flags import Flags
+from hmc.runtime.host.lowering import LoweredPhase
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.memory.blocks import Block
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.schedule.crossing import Crossing, is_native
+from hmc.runtime.schedule.host_program import HostProgram
+from hmc.runtime.schedule.runner import part_of_rank
+from hmc.runtime.weights.store import WeightStore, view
+
+_TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
+_LOGITS = "logits"
+_WHOLE = {"load", "kv_out", "kv_in", "all_gather", "exchange", "split", "join"}
+"""Ops that do something whatever the rows of their share; all others need at least one."""
+
+
+class Binding:
+    """Owns the device memory of a plan; a context manager, `close` frees all of it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        devices: Iterable[Device],
+        store: WeightStore,
+        kv: KVCache,
+        tables: Tables,
+        jit: Jit,
+        pool: Pool,
+        *,
+        max_tokens: Mapping[str, int] | None = None,
+        pinner: Pinner | None = None,
+        link: Link | None = None,
+        lent: LentMemory | None = None,
+    ) -> None:
+        """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
+        as planned). With `pinner`, host buffers and the weights that GPUs stream are pinned;
+        with `link`, phases of several ranks are bound for the link's rank only: rank 0's process
+        has the memory of all GPUs, and the others use what it has `lent` them. Raises
+        `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
+        computes on is missing, and `MachineError` where the system refuses to pin.
+        """
+        tokens = dict(max_tokens or {phase.name: phase.max_tokens for phase in plan.phases})
+        found = {device.name: device for device in devices}
+        parts = {name: _part(plan.phase(name), link) for name in tokens}
+        users: dict[str, dict[str, int]] = {}
+        for name, part in parts.items():
+            whole = part if link is not None and link.rank else plan.phase(name)
+            for place in {device_of(step.resource) for step in whole.steps} - {"host"}:
+                users.setdefault(place, {})[name] = tokens[name]
+        needed = set(users)
+        if missing := sorted(needed - set(found)):
+            raise ExecutionError(f"the plan computes on {', '.join(missing)}: no such device")
+        self.phases: dict[str, BoundPhase] = {}
+        self.pinned = ""
+        """What of the weights is pinned, in words; empty where nothing is."""
+        with ExitStack() as stack:
+            memory = {}
+            for name in sorted(needed):
+                mine = [parts[phase] for phase in users[name]]
+                memory[name] = GpuMemory(
+                    found[name], plan, store, kv, users[name], name == HOME, mine, lent
+                )
+                stack.callback(memory[name].close)
+            for name, count in tokens.items():
+                host = HostSteps(
+                    plan,
+                    parts[name].model_copy(update={"max_tokens": count}),
+                    store,
+                    kv,
+                    tables,
+                    jit,
+                    pool,
+                )
+                stack.callback(host.close)
+                phase = BoundPhase(plan, parts[name], count, memory, host, kv, link)
+                stack.callback(phase.close)
+                self.phases[name] = phase
+                if pinner is not None:
+                    for address, size in phase.pinnable:
+                        pinner.pin(address, size)
+                        stack.callback(pinner.unpin, address)
+            if pinner is not None:
+                pieces = [piece for each in memory.values() for piece in each.streamed]
+                self.pinned = pin_weights(pinner, store, pieces, stack)
+            self._memory = memory
+            self._stack = stack.pop_all()
+
+    def lend(self) -> dict[int, LentMemory]:
+        """By rank, the memory of its GPU, for its process."""
+        return {
+            int(name.removeprefix("gpu")): memory.lend()
+            for name, memory in self._memory.items()
+            if name != HOME
+        }
+
+    def __enter__(self) -> Binding:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything; a second call does nothing."""
+        self._stack.close()
+
+
+class BoundPhase:
+    """One phase: `works[i]` is what step i does in a call. Implements `device_ops.Bound`.
+
+    With a `link`, the steps are those of one rank, and `works` go with the steps of `phase` as it
+    is here.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        phase: Phase,
+        max_tokens: int,
+        memory: Mapping[str, GpuMemory],
+        host: HostSteps,
+        kv: KVCache,
+        link: Link | None = None,
+    ) -> None:
+        self.plan, self.phase, self.kv, self.max_tokens = plan, phase, kv, max_tokens
+        self.sorted: Routed = {}
+        self.link = link if phase.ranks > 1 else None
+        self._past: dict[tuple[int, int], torch.Tensor] = {}
+        self._memory, self._host = memory, host
+        self._buffers = {buffer.name: buffer for buffer in phase.buffers}
+        self.max_wanted = wanted_rows(plan, phase, max_tokens)
+        width = self._buffers[_LOGITS].width
+        self._result = Block(4 * width * self.max_wanted, f"{phase.name} logits")
+        self._logits = self._result.array.view(np.float32).reshape(self.max_wanted, width)
+        self._externals: dict[str, torch.Tensor] = {}
+        self._shares, self._adding, self._holding = walked(phase)
+        self._needs = self._needed()
+        self.works: list[Work] = [self._bound(step) for step in phase.steps]
+
+    def call(
+        self,
+        ids: Ints,
+        positions: Ints,
+        tables: Ints,
+        wanted: Ints,
+        fixed: Fixed | None = None,
+    ) -> Call:
+        """A call of i32 [T] tokens, their positions and block table rows, with logits of those at
+        index `wanted`; its index tensors are new ones, or `fixed`.
+
+        The tokens are one sequence's, following each other, or one each of several.
+        `ExecutionError` when the phase cannot take them.
+        """
+        if not 0 < len(ids) <= self.max_tokens or len(wanted) > self.max_wanted:
+            raise ExecutionError(
+                f"phase {self.phase.name} takes 1..{self.max_tokens} tokens and gives up to"
+                f" {self.max_wanted} rows of logits, not {len(ids)} and {len(wanted)}"
+            )
+        return make_call(
+            self.kv,
+            self._needs,
+            {name: memory.device.torch_device for name, memory in self._memory.items()},
+            ids,
+            positions,
+            tables,
+            wanted,
+            ranks=self.phase.ranks,
+            lanes=self.phase.lanes,
+            fixed=fixed,
+        )
+
+    def logits(self, call: Call) -> npt.NDArray[np.float32]:
+        """f32 [rows wanted, vocab], once the call is done; a view that the next one overwrites."""
+        return self._logits[: len(call.wanted)]
+
+    @property
+    def native(self) -> list[LoweredPhase]:
+        """The CPU's native steps, each a program of its own."""
+        return self._host.lowered
+
+    def program(self, crossing: Crossing, flags: Flags) -> HostProgram:
+        """The CPU's steps of a crossing as one native program."""
+        return self._host.program(crossing, flags, self._shares)
+
+    @property
+    def pinnable(self) -> list[tuple[int, int]]:
+        """Address and bytes of host memory that copies read and write."""
+        spans = [self._host.span, (self._result.address, self._result.size)]
+        return [(address, size) for address, size in spans if size]
+
+    def close(self) -> None:
+        """Give the host's part of the memory back."""
+        self._logits = np.zeros((0, 0), np.float32)
+        self._result.close()
+
+    # -- what op functions ask ---------------------------------------------------------------------
+
+    def share(self, step: Step) -> Share:
+        """The rows the step works on."""
+        return self._shares[step.id]
+
+    def device(self, step: Step) -> str:
+        """Where the step computes: "gpu<n>" or "host"."""
+        return device_of(step.resource)
+
+    def tensor(self, operand: Operand) -> torch.Tensor:
+        """All rows of an operand's columns; a view."""
+        buffer = self._buffers[operand.buffer]
+        columns = slice(operand.column, operand.column + operand.width)
+        if buffer.offset < 0:
+            return self._external(buffer)[:, columns]
+        if buffer.device == "host":
+            return self._host.tensor(operand)
+        size = DTYPE_BYTES[buffer.dtype] * buffer.width
+        raw = self._memory[buffer.device].rows(self.phase, buffer.offset, size)
+        return raw.view(_TORCH[buffer.dtype])[:, columns]
+
+    def matrix(self, step: Step, role: str) -> Matrix:
+        """A matrix of the step, resident or in its slot."""
+        packed, raw = self._place(step, step.weights[role])
+        return packed.matrix(step.weights[role], raw)
+
+    def vector(self, step: Step, role: str) -> torch.Tensor | None:
+        """A vector of the step; None where it has none of this role."""
+        if role not in step.weights:
+            return None
+        packed, raw = self._place(step, step.weights[role])
+        return packed.vector(step.weights[role], raw)
+
+    def experts(self, step: Step) -> dict[int, Expert]:
+        """gate, up and down of the experts the step computes."""
+        memory = self._memory[self.device(step)]
+        if step.uses:
+            load = self._holding[step.id][step.uses[0]]
+            slot = memory.slot(self.phase.name, load, step.uses[0])
+            return memory.loads[self.phase.name, load].experts(slot)
+        packed, raw = memory.experts[step.layer]
+        return packed.experts(raw)
+
+    def adds(self, step: Step) -> bool:
+        """Whether an experts step adds to what earlier ones left in y."""
+        return step.id in self._adding
+
+    def cache(self, layer: int, part: int) -> torch.Tensor:
+        """One tensor of the home GPU's cache: bf16 [tokens, width]."""
+        return self._memory[HOME].caches[layer, part]
+
+    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
+        """Cache rows of the tokens before a call's, in order: bf16 [past, width]."""
+        if HOME not in self._memory:
+            return self._past[layer, part]
+        return self.cache(layer, part)[call.past_slots]
+
+    def share_past(self, call: Call, layer: int, part: int) -> None:
+        """Give the other ranks what `before` needs, or take it from rank 0.
+
+        One layer's rows are kept: those of the next come when its attention is due.
+        """
+        if self.link is None:
+            raise ExecutionError(f"phase {self.phase.name} has no other ranks to tell of the past")
+        if HOME in self._memory:
+            self.link.broadcast(self.before(call, layer, part), layer, "past")
+            return
+        (memory,) = self._memory.values()
+        shape = call.past, self.plan.kv.widths[part]
+        rows = torch.empty(shape, dtype=torch.bfloat16, device=memory.device.torch_device)
+        for old in [key for key in self._past if key[0] != layer]:
+            del self._past[old]
+        self._past[layer, part] = self.link.broadcast(rows, layer, "past").to(rows.device)
+
+    def place(self, operand: Operand) -> str:
+        """The device an operand's buffer is on."""
+        return self._buffers[operand.buffer].device
+
+    def home(self, device: str) -> bool:
+        """Whether the cache is on this device."""
+        return device == HOME
+
+    def copies(self, step: Step) -> list[tuple[int, torch.Tensor]]:
+        """What a load moves: host address of each piece, and where it goes."""
+        memory = self._memory[self.device(step)]
+        if not step.weights:
+            return memory.packed.copies(memory.weights)
+        slot = memory.slot(self.phase.name, step.id, step.fills[0])
+        return memory.loads[self.phase.name, step.id].copies(slot)
+
+    def copies_of_experts(self, step: Step) -> dict[int, list[tuple[int, torch.Tensor]]]:
+        """What a load of experts moves, by expert."""
+        memory = self._memory[self.device(step)]
+        slot = memory.slot(self.phase.name, step.id, step.fills[0])
+        return memory.loads[self.phase.name, step.id].copies_of_experts(slot)
+
+    # -- inside ------------------------------------------------------------------------------------
+
+    def _bound(self, step: Step) -> Work:
+        if step.resource == "cpu" and is_native(step):
+            return self._host.work(step, self.share(step))
+        work, share = OPS[step.op](self, step), self.share(step)
+        if step.op in _WHOLE:
+            return work
+        return lambda call: work(call) if call.count(share) else None
+
+    def _place(self, step: Step, name: str) -> tuple[Packed, torch.Tensor]:
+        """The packed weights that hold `name` for the step, and their bytes."""
+        memory = self._memory[self.device(step)]
+        for slot in step.uses:
+            load = self._holding[step.id][slot]
+            packed = memory.loads[self.phase.name, load]
+            if name in packed:
+                return packed, memory.slot(self.phase.name, load, slot)
+        return memory.packed, memory.weights
+
+    def _external(self, buffer: Buffer) -> torch.Tensor:
+        if buffer.name not in self._externals:
+            if buffer.name == _LOGITS:
+                shape = (self.max_wanted, buffer.width)
+                found = view(self._result.address, torch.float32, shape)
+            elif buffer.device in self._memory:
+                size = DTYPE_BYTES[buffer.dtype] * buffer.width * self.max_wanted
+                memory = self._memory[buffer.device]
+                raw = memory.result(self.phase, buffer.name, self.max_wanted)
+                found = raw[:size].view(_TORCH[buffer.dtype]).view(self.max_wanted, buffer.width)
+            else:
+                raise ExecutionError(f"a device step reads {buffer.name}, which stays on the host")
+            self._externals[buffer.name] = found
+        return self._externals[buffer.name]
+
+    def _needed(self) -> Needs:
+        shares, picked = set(), {}
+        for step in self.phase.steps:
+            device = device_of(step.resource)
+            if step.op in ("rotary", "attention", "mla"):
+                shares.add((self._shares[step.id], device))
+            elif step.op == "gather_rows":
+                ranks = self.phase.ranks
+                picked[device] = Share("rank", int(device[3:]), ranks) if ranks > 1 else ALL
+        home = HOME if HOME in self._memory else min(self._memory)
+        return Needs(home, frozenset(shares), picked)
+
+
+def _part(phase: Phase, link: Link | None) -> Phase:
+    """What of a phase runs in this process."""
+    return phase if link is None or phase.ranks == 1 else part_of_rank(phase, link.rank)

@@ -1,0 +1,293 @@
+"""A phase becomes segments: native programs for the pool, and Python calls where one must step in.
+
+The table `OPS` (runtime/host/ops.py) says what each step's kernels are called with; this module
+collects their records, cuts programs where Python must step in, and runs the result for any number
+of tokens: programs are built once, and only the `tokens` word of their records changes. The records
+from the gather on work on the rows whose logits are wanted, so their `tokens` word is another; when
+no row is wanted the program is walked up to there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.codegen.decode.tiles import GRAIN
+from hmc.codegen.jit import Jit
+from hmc.codegen.spec import ARGS, KernelSpec, pack
+from hmc.errors import ExecutionError
+from hmc.plan import Kernel, Operand, Phase, Plan, Step
+from hmc.runtime.devices.flags import Flags
+from hmc.runtime.host.arena import Arena
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.program import Program, ProgramBuilder
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.host.trace import Recorder
+from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.routing import RoutingRecorder
+from hmc.runtime.weights.store import WeightStore
+
+
+@dataclass(frozen=True)
+class Call:
+    """One run of a phase: `tokens` inputs, `rows` of them wanted as logits; prefill: `sequence`
+    after `past` tokens.
+    """
+
+    tokens: int
+    rows: int
+    sequence: Sequence | None = None
+    past: int = 0
+
+
+_PIECE_BYTES = 128 << 10
+"""Least bytes of a piece: every call of a kernel first brings its inputs into order."""
+_LEAST_PIECES, _MOST_PIECES = 4, 32
+_DRAWN = 0.25
+"""Part of its pieces that a worker leaves to whoever is free."""
+
+PythonStep = Callable[[Call], None]
+
+
+@dataclass
+class _Native:
+    """A program: records [0, split) work on all tokens, the others on the wanted rows.
+
+    `counts` is what the `tokens` words of both parts hold.
+    """
+
+    program: Program
+    split: int
+    counts: tuple[int, int] = (-1, -1)
+
+    def ready(self, tokens: int, rows: int) -> npt.NDArray[np.int64]:
+        """The records to walk for so many tokens and wanted rows."""
+        end = len(self.program) if rows else self.split
+        wanted = (tokens, rows or self.counts[1])
+        if self.counts != wanted:
+            self.counts = (-1, -1)  # Ctrl-C may strike between any two of these lines
+            for start, stop, count in ((0, self.split, tokens), (self.split, end, rows)):
+                if start < stop:
+                    self.program.patch_all(start, stop, tokens=count)
+            self.counts = wanted if rows else (tokens, -1)
+        return self.program.records[:end]
+
+
+@dataclass
+class _Call:
+    """A Python call for a step, on all tokens or on the wanted rows."""
+
+    function: PythonStep
+    per_row: bool
+    step: int
+
+
+class Lowering:
+    """Collects the records of a phase; what an op function of runtime/host/ops.py works with."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        phase: Phase,
+        store: WeightStore,
+        kv: KVCache,
+        tables: Tables,
+        jit: Jit,
+        workers: int,
+        routing: RoutingRecorder | None = None,
+    ) -> None:
+        self.plan, self.phase, self.store, self.kv, self.tables = plan, phase, store, kv, tables
+        self.workers, self.routing = workers, routing
+        self.arena = Arena(phase)
+        self.segments: list[_Native | _Call] = []
+        self._jit = jit
+        self._builder = ProgramBuilder()
+        self._split = -1  # records of the program so far that work on all tokens; -1: all
+
+    def specs(self, step: Step) -> dict[str, KernelSpec]:
+        """The kernels of a step by op."""
+        found = [
+            spec_of(self.plan.kernels[key]) for key in step.kernels if not key.startswith("torch:")
+        ]
+        return {spec.op: spec for spec in found}
+
+    def add(
+        self,
+        step: Step,
+        spec: KernelSpec,
+        *,
+        reads: Iterable[Operand | Hashable],
+        writes: Iterable[Operand | Hashable],
+        weight_bytes: int = 0,
+        weight_rows: int = 0,
+        **args: int | float,
+    ) -> None:
+        """Append a record. `reads` and `writes` name operands, or workspaces and caches by any
+        other name.
+
+        `tokens` is filled in when the program runs. Where a kernel that works in pieces reads many
+        `weight_bytes` (in `weight_rows`), workers read them in pieces, so that they finish at the
+        same time although memory does not serve them alike.
+        """
+        if "tokens" in (arg.name for arg in ARGS[spec.op]):
+            args["tokens"] = 0
+        kernel = self._jit.get(spec)
+        read = [self.arena.touched(x) if isinstance(x, Operand) else {x} for x in reads]
+        written = [self.arena.overwritten(x) if isinstance(x, Operand) else {x} for x in writes]
+        self._builder.add(
+            kernel,
+            pack(spec.op, **args),
+            tag=step.id,
+            reads=frozenset().union(*read),
+            writes=frozenset().union(*written),
+            pieces=_pieces(weight_bytes, weight_rows, self.workers),
+        )
+
+    def python(self, step: Step, function: PythonStep) -> None:
+        """Append a call for a step, made after all records so far are done."""
+        self._cut()
+        self.segments.append(_Call(function, self._split >= 0, step.id))
+
+    def await_flag(self, step: Step, flags: Flags, number: int, spin: int) -> None:
+        """Append a wait for a flag, before the records of a step; workers spin so many ticks."""
+        kernel = self._jit.get(KernelSpec.of("flag_wait", self.plan.isa))
+        self._builder.await_flag(
+            kernel, flags.address(number), flags.abort_address, spin, tag=step.id
+        )
+
+    def set_flag(self, step: Step, flags: Flags, number: int) -> None:
+        """Append what sets a flag, after the records of a step."""
+        kernel = self._jit.get(KernelSpec.of("flag_set", self.plan.isa))
+        self._builder.set_flag(kernel, flags.address(number), tag=step.id)
+
+    @property
+    def records(self) -> int:
+        """Records of the program so far."""
+        return len(self._builder)
+
+    def whole_program(self) -> Program:
+        """The program of all records; only where no Python call stands between them."""
+        assert not self.segments
+        return self._builder.build()
+
+    def rows_begin(self) -> None:
+        """From here on, records work on the wanted rows instead of all tokens."""
+        self._split = len(self._builder)
+
+    def finish(self) -> list[_Native | _Call]:
+        """All segments in order."""
+        self._cut()
+        return self.segments
+
+    def _cut(self) -> None:
+        if size := len(self._builder):
+            split = size if self._split < 0 else self._split
+            self.segments.append(_Native(self._builder.build(), split))
+        self._builder = ProgramBuilder()
+        self._split = min(self._split, 0)
+
+
+OpFunction = Callable[[Lowering, Step], None]
+
+
+class LoweredPhase:
+    """A phase ready to run: fill `arena`'s arrays, `run`, read its logits."""
+
+    def __init__(self, lowering: Lowering, ops: Mapping[str, OpFunction], pool: Pool) -> None:
+        """Lower every step by `ops`; `KernelError` when a kernel cannot be built."""
+        self.name = lowering.phase.name
+        self.max_tokens = lowering.phase.max_tokens
+        self.arena = lowering.arena
+        for step in lowering.phase.steps:
+            ops[step.op](lowering, step)
+        self._segments = lowering.finish()
+        self._keys = {key for step in lowering.phase.steps for key in step.kernels}
+        self._pool = pool
+        self.ran = False
+        self.recorder: Recorder | None = None
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Symbols of the native kernels in this phase, and the names of what PyTorch computes."""
+        native = {kernel.spec.symbol for program in self.programs for kernel in program.kernels}
+        return tuple(sorted(native | {key for key in self._keys if key.startswith("torch:")}))
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The native programs, in order; tags are step ids."""
+        return tuple(each.program for each in self._segments if isinstance(each, _Native))
+
+    def run(
+        self,
+        ids: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        tables: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+        sequence: Sequence | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Logits f32 [len(rows), vocab] of the tokens at index `rows`; a view that the next run
+        overwrites.
+
+        `ids`, `positions`, `tables` (block table row of each) are i32 [tokens]; `sequence` is the
+        one all tokens belong to, for a prefill.
+        """
+        tokens = len(ids)
+        if not 0 < tokens <= self.max_tokens or len(rows) > self.max_tokens:
+            raise ExecutionError(
+                f"phase {self.name} takes 1..{self.max_tokens} tokens, not {tokens}"
+            )
+        self.arena.inputs("ids")[:tokens] = ids
+        self.arena.inputs("positions")[:tokens] = positions
+        self.arena.inputs("rows")[: len(rows)] = rows
+        self.arena.sequence[:tokens] = tables
+        self.arena.span[1] = tokens
+        call = Call(tokens, len(rows), sequence, int(positions[0]))
+        for segment in self._segments:
+            if isinstance(segment, _Call):
+                self._call(segment, call)
+            elif len(records := segment.ready(call.tokens, call.rows)):
+                self._walk(records)
+        self.ran = True
+        return self.arena.logits[: len(rows)]
+
+    def _call(self, segment: _Call, call: Call) -> None:
+        if segment.per_row and not call.rows:
+            return
+        if self.recorder is None:
+            segment.function(call)
+        else:
+            work = partial(segment.function, call)
+            self.recorder.call(self.name, segment.step, work, segment.function.__name__)
+
+    def _walk(self, records: npt.NDArray[np.int64]) -> None:
+        if self.recorder is None:
+            self._pool.run(records)
+        else:
+            self.recorder.run(self.name, records)
+
+
+def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:
+    """In how many pieces a worker's share of `size` bytes is cut, and how many of them are its own;
+    none is smaller than the kernels split.
+    """
+    count = min(size // _PIECE_BYTES, rows // GRAIN) // workers
+    if workers == 1 or count < _LEAST_PIECES:
+        return 0, 0
+    count = min(count, _MOST_PIECES)
+    return count, count - round(count * _DRAWN)
+
+
+def spec_of(kernel: Kernel) -> KernelSpec:
+    """The spec that a plan's kernel spells out."""
+    return KernelSpec(
+        kernel.op,
+        kernel.isa,
+        kernel.weight,
+        kernel.out,
+        kernel.params,
+        kernel.tile,
+    )

@@ -1,0 +1,54 @@
+"""Small tables that kernels read besides weights: cosines and sines, f32 copies of vectors, index
+arrays.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hmc.plan import Plan
+from hmc.runtime.weights.store import WeightStore
+
+
+class Tables:
+    """Made when first asked for, shared by all phases, kept until the executor goes."""
+
+    def __init__(self, plan: Plan, store: WeightStore) -> None:
+        self._plan, self._store = plan, store
+        self._angles: dict[tuple[str, float], tuple[npt.NDArray[np.float32], ...]] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._arrays: dict[tuple[str | int, ...], npt.NDArray[np.generic]] = {}
+
+    def rotary(self, constant: str, factor: float) -> tuple[int, int]:
+        """Addresses of cos and sin, f32 [max_context, dim / 2], both times `factor`.
+
+        Angles are products in f32, as the models were trained with.
+        """
+        key = (constant, factor)
+        if key not in self._angles:
+            inverse = torch.tensor(self._plan.constants[constant], dtype=torch.float32)
+            positions = torch.arange(self._plan.limits.max_context, dtype=torch.float32)
+            angle = positions[:, None] * inverse
+            self._angles[key] = tuple((f(angle) * factor).numpy() for f in (torch.cos, torch.sin))
+        cos, sin = self._angles[key]
+        return cos.ctypes.data, sin.ctypes.data
+
+    def vector(self, name: str | None) -> int:
+        """Address of a vector weight as f32: in place where it is stored so, else a copy; 0 for
+        None.
+        """
+        if name is None:
+            return 0
+        if self._store.weight(name).format == "f32":
+            return self._store.address(name)
+        if name not in self._vectors:
+            self._vectors[name] = self._store.tensor(name).to(torch.float32)
+        return self._vectors[name].data_ptr()
+
+    def array(self, key: tuple[str | int, ...], values: npt.NDArray[np.generic]) -> int:
+        """Address of an array that records point at, kept alive under `key`; the first one given
+        wins.
+        """
+        return int(self._arrays.setdefault(key, np.ascontiguousarray(values)).ctypes.data)

@@ -1,0 +1,275 @@
+"""The paged KV cache: bf16 tensors in blocks of tokens, and who owns which block; hides free lists,
+block tables and what is kept of prompts that may come again.
+
+Layouts per layer, as the kernels of codegen/spec.py read them: grouped-query attention has k
+[blocks, kv_heads, block, head_dim] and v likewise; latent attention has one tensor [blocks, block,
+rank + rope]. All layers share one numbering of blocks, so a sequence has one row of the block
+table.
+
+Prefix reuse: full blocks of prompt tokens can be kept when their sequence is released, and a new
+sequence whose prompt begins with the same tokens shares them, read-only. Only what a *prefill*
+wrote is kept: a decode step computes the same values by other kernels, whose rounding may differ,
+and an answer must not depend on whether its prompt was an answer before.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hmc.errors import CapacityError, ExecutionError
+from hmc.plan import KVLayout
+from hmc.runtime.memory.blocks import LINE, Block, aligned
+from hmc.runtime.memory.prefix import PrefixIndex
+
+
+class BlockAllocator:
+    """Blocks 0..count-1, each free, used (owned once or shared) or cached (kept, with no owner).
+
+    Cached blocks are taken when free ones run out, the one given back longest ago first. A block
+    given back too often is an error, lost ones show in `used`.
+    """
+
+    def __init__(self, count: int, forget: Callable[[int], None] | None = None) -> None:
+        """`forget` is called with each cached block that is about to be taken for something new."""
+        self.count = count
+        self._forget = forget
+        self._free = list(range(count - 1, -1, -1))
+        self._owners = [0] * count
+        self._keep = bytearray(count)
+        self._cached: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def free(self) -> int:
+        """Blocks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def cached(self) -> int:
+        """Blocks that nobody owns and that still hold something worth keeping."""
+        return len(self._cached)
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` can give: free and cached ones."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def used(self) -> int:
+        """Blocks somebody owns; 0 when every sequence has been released."""
+        return self.count - self.available
+
+    def take(self, wanted: int) -> list[int]:
+        """`wanted` blocks, all or none; `CapacityError` when fewer are available."""
+        if wanted > self.available:
+            raise CapacityError(f"{wanted} cache blocks asked for, {self.available} free")
+        blocks = [self._free.pop() if self._free else self._evict() for _ in range(wanted)]
+        for block in blocks:
+            self._owners[block] = 1
+        return blocks
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more owner for each of `blocks`; `ExecutionError` when one of them is free."""
+        blocks = list(blocks)
+        if free := [b for b in blocks if not (self._owners[b] or b in self._cached)]:
+            raise ExecutionError(f"cache blocks {free} are shared but free")
+        for block in blocks:
+            self._cached.pop(block, None)
+            self._owners[block] += 1
+
+    def keep(self, block: int) -> None:
+        """Cache the block when its last owner gives it back; `ExecutionError` when it has none."""
+        if not self._owners[block]:
+            raise ExecutionError(f"cache block {block} is kept but not owned")
+        self._keep[block] = 1
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """One owner fewer for each of `blocks`, in this order: of those cached now, the first will
+        be taken first. `ExecutionError` when one of them is not owned (nothing changes then).
+        """
+        blocks = list(blocks)
+        wrong = [b for b in blocks if not 0 <= b < self.count or not self._owners[b]]
+        if wrong or len(set(blocks)) != len(blocks):
+            raise ExecutionError(f"cache blocks {wrong or blocks} are given back but not owned")
+        for block in blocks:
+            self._owners[block] -= 1
+            if self._owners[block]:
+                continue
+            if self._keep[block]:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        self._keep[block] = 0
+        if self._forget is not None:
+            self._forget(block)
+        return block
+
+
+class Sequence:
+    """One sequence's place in the cache: `row` of the block table, `length` tokens stored, `blocks`
+    it owns or shares.
+
+    `indexed` leading blocks can be found by others; `alone`: others hold the same prompt in other
+    blocks, so no more of them will be.
+    """
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        self.length = 0
+        self.blocks: list[int] = []
+        self.open = True
+        self.indexed = 0
+        self.alone = False
+
+
+class KVCache:
+    """The cache of every layer for up to `sequences` sequences of up to `max_context` tokens each.
+
+    `tables` is i32 [sequences, blocks a sequence can need]; kernels read it in place.
+    """
+
+    def __init__(
+        self, layout: KVLayout, sequences: int, max_context: int, memory: Block | None = None
+    ) -> None:
+        """In `memory` of at least `cache_bytes(layout)`, owned from now on, else in a block of its
+        own.
+        """
+        self.layout = layout
+        self.block = layout.block
+        self._prefixes = PrefixIndex(layout.block)
+        self.allocator = BlockAllocator(
+            -(-layout.capacity_tokens // layout.block), self._prefixes.forget
+        )
+        self._rows = list(range(sequences - 1, -1, -1))
+        self._per_sequence = -(-max_context // layout.block)
+        self.tables: npt.NDArray[np.int32] = np.zeros((sequences, self._per_sequence), np.int32)
+        tensor_bytes = _tensor_bytes(layout)
+        self._offsets: dict[tuple[int, int], int] = {}
+        end = 0
+        for layer in layout.layers:
+            for part, size in enumerate(tensor_bytes):
+                self._offsets[layer, part] = end
+                end += size
+        self._memory = memory or Block(end, f"KV cache of {self.capacity_tokens} tokens")
+        if self._memory.size < end:
+            raise ExecutionError(f"a KV cache of {end:,} bytes in {self._memory.size:,}")
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that fit over all sequences."""
+        return self.allocator.count * self.block
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of address space of the cache."""
+        return self._memory.size
+
+    def address(self, layer: int, part: int) -> int:
+        """Address of one tensor of a layer: part 0 is k (or the latent), part 1 is v."""
+        return self._memory.address + self._offsets[layer, part]
+
+    def tensor(self, layer: int, part: int, heads: int = 1) -> torch.Tensor:
+        """bf16 view [blocks, heads, block, dim] of one tensor of a layer (latent: heads = 1)."""
+        width = self.layout.widths[part]
+        start = self._offsets[layer, part]
+        size = 2 * width * self.block * self.allocator.count
+        flat = torch.from_numpy(self._memory.array[start : start + size]).view(torch.bfloat16)
+        return flat.view(self.allocator.count, heads, self.block, width // heads)
+
+    def open(self) -> Sequence:
+        """A new, empty sequence; `CapacityError` when all rows are taken."""
+        if not self._rows:
+            raise CapacityError(
+                f"all {len(self.tables)} sequences of the cache are in use: finish one first"
+            )
+        return Sequence(self._rows.pop())
+
+    @property
+    def rows_free(self) -> int:
+        """Sequences that can still be opened."""
+        return len(self._rows)
+
+    def adopt(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> int:
+        """Let an empty sequence share the kept blocks that hold the beginning of its prompt `ids`
+        i32 [tokens]; how many tokens that is.
+
+        At least one token is left to be computed: its logits are wanted.
+        """
+        if sequence.blocks or sequence.length:
+            raise ExecutionError(f"sequence in cache row {sequence.row} is not empty")
+        blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block)
+        self.allocator.share(blocks)
+        sequence.blocks = blocks
+        sequence.length = len(blocks) * self.block
+        sequence.indexed = len(blocks)
+        self.tables[sequence.row, : len(blocks)] = blocks
+        return sequence.length
+
+    def keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
+        """Keep the full blocks of `sequence`, all of whose tokens are the prompt `ids` as far as
+        they are stored and were written by a prefill.
+        """
+        full = min(sequence.length, len(ids)) // self.block
+        while sequence.indexed < full and not sequence.alone:
+            if self._prefixes.add(sequence.blocks, sequence.indexed, ids):
+                self.allocator.keep(sequence.blocks[sequence.indexed])
+                sequence.indexed += 1
+            else:
+                sequence.alone = True
+
+    def reserve(self, sequence: Sequence, tokens: int) -> None:
+        """Make room for `tokens` more tokens after `sequence.length`.
+
+        Raises `CapacityError` (asked, free, capacity, remedy) and changes nothing when the cache is
+        full.
+        """
+        total = sequence.length + tokens
+        wanted = -(-total // self.block) - len(sequence.blocks)
+        if wanted <= 0:
+            return
+        if len(sequence.blocks) + wanted > self._per_sequence:
+            raise CapacityError(
+                f"a sequence of {total} tokens exceeds the {self._per_sequence * self.block} a row"
+                " of the KV cache holds: compile the plan with a larger --max-context"
+            )
+        if wanted > self.allocator.available:
+            raise CapacityError(
+                f"KV cache is full: {wanted * self.block} tokens asked for,"
+                f" {self.allocator.available * self.block} of {self.capacity_tokens} free;"
+                " run fewer sequences at once or compile the plan with a larger --max-context"
+            )
+        have = len(sequence.blocks)
+        sequence.blocks += self.allocator.take(wanted)
+        self.tables[sequence.row, have : have + wanted] = sequence.blocks[have:]
+
+    def release(self, sequence: Sequence) -> None:
+        """Free the sequence's blocks and row; a second release is an `ExecutionError`."""
+        if not sequence.open:
+            raise ExecutionError(f"sequence in cache row {sequence.row} is released twice")
+        # From the end: a block is never taken before those that follow it.
+        self.allocator.give_back(reversed(sequence.blocks))
+        self.tables[sequence.row] = 0
+        self._rows.append(sequence.row)
+        sequence.blocks, sequence.length, sequence.open = [], 0, False
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+
+
+def cache_bytes(layout: KVLayout) -> int:
+    """Bytes of memory of a `KVCache`."""
+    return len(layout.layers) * sum(_tensor_bytes(layout))
+
+
+def _tensor_bytes(layout: KVLayout) -> list[int]:
+    """Bytes of each tensor of a layer."""
+    blocks = -(-layout.capacity_tokens // layout.block)
+    return [aligned(2 * width * layout.block * blocks, LINE) for width in layout.widths]

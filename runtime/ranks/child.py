@@ -1,0 +1,212 @@
+"""The process of one rank: `python -m hmc.runtime.ranks.child SETUP SOCKET` (descriptors), started
+by runtime/ranks/group.py only.
+
+The main thread computes and sleeps between calls; a second one reads commands, answers where the
+streams are, and ends the process when rank 0 closes the socket or is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import sys
+import threading
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.jit import Jit
+from hmc.codegen.kernels import EMITTERS
+from hmc.errors import ExecutionError, HmcError
+from hmc.plan import Plan, Step
+from hmc.runtime.binding.memory import LentMemory
+from hmc.runtime.binding.phase import Binding, BoundPhase
+from hmc.runtime.device_ops.base import Work
+from hmc.runtime.device_ops.link import Link
+from hmc.runtime.device_ops.shares import Call
+from hmc.runtime.devices import pinned
+from hmc.runtime.devices.cuda import CudaBackend
+from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host.pool import Pool
+from hmc.runtime.host.tables import Tables
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.ranks.messages import (
+    At,
+    Begin,
+    Command,
+    Done,
+    Failed,
+    Join,
+    Joined,
+    Prefill,
+    Ready,
+    Report,
+    Setup,
+    Where,
+)
+from hmc.runtime.ranks.routing import Routing
+from hmc.runtime.schedule.runner import ScheduleRunner
+from hmc.runtime.weights.store import WeightStore
+
+_PARENT_CHECK_SECONDS = 1.0
+
+
+class Rank:
+    """One rank's part of some phases, bound and ready to be run; `close` frees everything."""
+
+    def __init__(self, setup: Setup, lent: LentMemory) -> None:
+        plan = Plan.model_validate_json(setup.plan)
+        ranks = plan.phase(setup.phases[0]).ranks
+        self.link = Link(setup.rank, ranks, setup.seconds)
+        self._setup = setup
+        self._doing: dict[str, str] = {}
+        with ExitStack() as stack:
+            self.backend = _opened(plan, setup, ranks)
+            stack.callback(self.backend.close)
+            torch.set_num_threads(setup.threads)
+            jit = Jit(EMITTERS)
+            pool = stack.enter_context(Pool(jit, TIERS[plan.isa], setup.threads))
+            if setup.weights is None:
+                directory = Path(setup.directory) if setup.directory else None
+                store = WeightStore.open(plan, directory)
+            else:
+                store = WeightStore.attach(plan, setup.weights)
+            stack.callback(store.close)
+            # An empty cache, never written: rank 0 has the cache, and sends what is read of it.
+            kv = KVCache(plan.kv, 1, plan.limits.max_context)
+            stack.callback(kv.close)
+            binding = stack.enter_context(
+                Binding(
+                    plan,
+                    self.backend.devices,
+                    store,
+                    kv,
+                    Tables(plan, store),
+                    jit,
+                    pool,
+                    max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
+                    pinner=pinned if setup.devices == "cuda" else None,
+                    link=self.link,
+                    lent=lent,
+                )
+            )
+            self._parts = {name: self._ready(bound) for name, bound in binding.phases.items()}
+            stack.callback(self.link.close)
+            self._stack = stack.pop_all()
+
+    def join(self) -> None:
+        """Connect to the other ranks."""
+        place = self.backend.devices[self._setup.rank].torch_device
+        self.link.connect(Path(self._setup.store) / "ranks", place)
+
+    def prefill(self, command: Prefill) -> Done:
+        """Run this rank's part of a call."""
+        positions = np.arange(command.past, command.past + len(command.ids), dtype=np.int32)
+        nothing = np.zeros(0, np.int32)
+        bound, routing, runner = self._parts[command.phase]
+        runner.run_untimed(bound.call(command.ids, positions, np.zeros_like(positions), nothing))
+        return Done(self.link.take() + routing.take())
+
+    def _ready(self, bound: BoundPhase) -> tuple[BoundPhase, Routing, ScheduleRunner]:
+        routing = Routing(bound, self._setup.rank)
+        works = self._noted(bound, routing.counted(bound.works))
+        return bound, routing, ScheduleRunner(bound.phase, self.backend, works)
+
+    @property
+    def doing(self) -> str:
+        """The steps under way."""
+        return "; ".join(self._doing.values()) or "is idle"
+
+    def _noted(self, bound: BoundPhase, works: list[Work]) -> list[Work]:
+        """The works, with `doing` kept true."""
+
+        def noted(step: Step, work: Work) -> Work:
+            def both(call: Call) -> None:
+                self._doing[step.resource] = f"is at step {step.id} ({step.op}, layer {step.layer})"
+                work(call)
+                del self._doing[step.resource]
+
+            return both
+
+        return [noted(step, work) for step, work in zip(bound.phase.steps, works, strict=True)]
+
+    def close(self) -> None:
+        """Free everything."""
+        self._stack.close()
+
+
+def _opened(plan: Plan, setup: Setup, ranks: int) -> CudaBackend | HostBackend:
+    limit = 2 * setup.seconds + 60  # the link's own limit is to be the first
+    if setup.devices == "cuda":
+        return CudaBackend(ranks, home=setup.rank, timeout=limit)
+    sizes = [gpu.memory_bytes for gpu in plan.machine.gpus[:ranks]]
+    return HostBackend(ranks, sizes, delays=setup.delays, timeout=limit)
+
+
+class Mailbox:
+    """Commands in order; ends the process with its parent."""
+
+    def __init__(self, connection: Connection, parent: int) -> None:
+        self._connection, self._parent = connection, parent
+        self._lock = threading.Lock()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self.rank: Rank | None = None
+        threading.Thread(target=self._read, name="hmc-commands", daemon=True).start()
+
+    def next(self) -> Command:
+        """The next command, once there is one."""
+        return self._commands.get()
+
+    def send(self, report: Report) -> None:
+        """Tell rank 0; both threads do."""
+        with self._lock:
+            self._connection.send(report)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                if self._connection.poll(_PARENT_CHECK_SECONDS):
+                    command: Command = self._connection.recv()
+                    if isinstance(command, Where):
+                        self.send(At("is getting ready" if self.rank is None else self.rank.doing))
+                    else:
+                        self._commands.put(command)
+                elif os.getppid() != self._parent:
+                    os._exit(0)  # somebody else still holds the socket open
+            except (EOFError, OSError):
+                os._exit(0)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve calls until rank 0 closes the socket; 1 when something failed, which was reported."""
+    setup_file, socket = map(int, arguments)
+    with os.fdopen(setup_file, "rb") as file:
+        setup: Setup = pickle.load(file)
+    mailbox = Mailbox(Connection(socket), setup.parent)
+    rank = None
+    try:
+        while True:
+            command = mailbox.next()
+            if isinstance(command, Begin):
+                rank = mailbox.rank = Rank(setup, command.memory[setup.rank])
+                mailbox.send(Ready())
+            assert rank is not None, "rank 0 says Begin first"
+            if isinstance(command, Prefill):
+                mailbox.send(rank.prefill(command))
+            elif isinstance(command, Join):
+                rank.join()
+                mailbox.send(Joined())
+    except HmcError as error:
+        mailbox.send(Failed(error, rank is not None and rank.link.failed))
+    except Exception as error:
+        mailbox.send(Failed(ExecutionError(f"{type(error).__name__}: {error}"), link=False))
+    os._exit(1)  # a step that hangs must not keep the process, or its GPU, alive
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

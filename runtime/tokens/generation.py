@@ -1,0 +1,227 @@
+"""One generation: prefill, then sample and decode until something ends it; hides the loop, Ctrl-C,
+clocks.
+
+A generation frees its cache blocks however it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.runtime.executor import Executor
+from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.tokens.sampler import Sampler
+from hmc.runtime.tokens.text import StopStrings, Text
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+_TAIL = 16  # prompt tokens a detokeniser may want to see
+
+
+@dataclass(frozen=True)
+class Timings:
+    """How long a generation took. `ttft_s` runs from the call to the first token; decoding counts
+    what comes after it.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    total_s: float
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Prompt tokens over the time to the first token; 0 when none came."""
+        return self.prompt_tokens / self.ttft_s if self.ttft_s > 0 else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens after the first over the time after the first; 0 when there are none."""
+        after = self.total_s - self.ttft_s
+        return (self.new_tokens - 1) / after if self.new_tokens > 1 and after > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated: `token_ids` with the EOS token that ended it, `text` without it and
+    without a stop string.
+
+    `finish_reason`: "stop" (EOS or a stop string), "length" (max_new_tokens or the context is
+    full), "cancelled", or "error" (a scheduler's request that failed). `text` is "" for a
+    checkpoint without a tokenizer.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token and the text that became certain with it ("" while a character or a stop string is
+    half there).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ends a generation besides a full context; `stop` remembers text, so one use each."""
+
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    stop: StopStrings
+
+
+class Stream:
+    """A generation under way: iterate over its pieces, or `close` it early; `result` is what there
+    is so far.
+
+    Ctrl-C while it computes ends the iteration and marks it cancelled; the cache blocks are freed
+    in every case.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        text: Text | None,
+        ids: npt.NDArray[np.int32],
+        sampler: Sampler,
+        limits: Ends,
+    ) -> None:
+        self._run = _Run(executor, text, ids, sampler, limits)
+        self._pieces = self._run.pieces()
+
+    @property
+    def result(self) -> Generation:
+        """Everything generated up to now; final once the iteration has ended."""
+        return self._run.result()
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            return next(self._pieces)
+        except KeyboardInterrupt:
+            self._pieces.close()
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """End the generation and free its cache blocks."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        self.close()
+        return kind is KeyboardInterrupt
+
+
+class Answer:
+    """What one sequence has said so far: takes tokens, gives out text that is certain, knows when
+    it ends.
+
+    `reason` is None until it ends. `context` is how many tokens a sequence may hold.
+    """
+
+    def __init__(
+        self, tokenizer: Text | None, ids: npt.NDArray[np.int32], ends: Ends, context: int
+    ) -> None:
+        tail = ids[-_TAIL:].tolist()
+        self._detokenizer = tokenizer.detokenizer(tail) if tokenizer else None
+        self._ends = ends
+        # The last token is never stored, so a full context still gives one more.
+        self._most = min(ends.max_new_tokens, context - len(ids) + 1)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.reason: FinishReason | None = None
+
+    def push(self, token: int) -> str:
+        """Append a token; the text that became certain with it."""
+        self.tokens.append(token)
+        ended = token in self._ends.eos_token_ids
+        piece, stopped = "", False
+        if self._detokenizer is not None and not ended:
+            piece, stopped = self._ends.stop.push(self._detokenizer.push(token))
+        full = len(self.tokens) >= self._most
+        if (ended or full) and self._detokenizer is not None and not stopped:
+            rest, stopped = self._rest(self._detokenizer.flush())
+            piece += rest
+        if ended or stopped or full:
+            self.reason = "stop" if ended or stopped else "length"
+        self.text += piece
+        return piece
+
+    def _rest(self, held: str) -> tuple[str, bool]:
+        """What is left to give out once no more tokens come, and whether it holds a stop string."""
+        more, stopped = self._ends.stop.push(held)
+        return more + ("" if stopped else self._ends.stop.flush()), stopped
+
+
+@dataclass
+class _Run:
+    """The loop of one generation, and its clock."""
+
+    executor: Executor
+    tokenizer: Text | None
+    ids: npt.NDArray[np.int32]
+    sampler: Sampler
+    ends: Ends
+    started: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    last: float = 0.0
+
+    def __post_init__(self) -> None:
+        context = self.executor.plan.limits.max_context
+        self.answer = Answer(self.tokenizer, self.ids, self.ends, context)
+
+    def pieces(self) -> Generator[Piece, None, None]:
+        """Prefill, then sample and decode until something ends it."""
+        self.started = time.perf_counter()
+        with opened(self.executor) as sequence:
+            *_, logits = self.executor.prefill(sequence, self.ids)
+            while True:
+                token = self.sampler.sample(logits[0])
+                self.last = time.perf_counter()
+                self.first = self.first or self.last
+                piece = self.answer.push(token)
+                yield Piece(piece, (token,))
+                if self.answer.reason is not None:
+                    return
+                logits = self.executor.decode([sequence], np.array([token], np.int32))
+
+    def result(self) -> Generation:
+        ttft = self.first - self.started if self.first else 0.0
+        total = self.last - self.started if self.last else 0.0
+        answer = self.answer
+        timings = Timings(len(self.ids), len(answer.tokens), ttft, total)
+        reason = answer.reason or "cancelled"
+        return Generation(answer.text, tuple(answer.tokens), reason, timings)
+
+
+@contextmanager
+def opened(executor: Executor) -> Iterator[Sequence]:
+    """A sequence for the length of a `with`."""
+    sequence = executor.open()
+    try:
+        yield sequence
+    finally:
+        executor.release(sequence)

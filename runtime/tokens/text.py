@@ -1,0 +1,227 @@
+"""Text to token ids and back: the checkpoint's tokenizer and its special tokens; hides
+tokenizer.json and its oddities.
+
+`Detokenizer` gives text out as tokens arrive and never half a character; `StopStrings` finds stop
+strings wherever token boundaries fall. The chat template lives in runtime/tokens/chat.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from hmc.errors import TokenizerError, UsageError
+from hmc.runtime.tokens.chat import ChatTemplate
+
+_CONTEXT_TOKENS = 5  # prompt tokens a detokeniser starts from, so that a leading space is kept
+_LONGEST_HOLD = 16  # tokens that no character needs: beyond it the bytes held back are not UTF-8
+_REPLACEMENT = "\ufffd"
+
+
+class Text:
+    """A checkpoint's tokenizer; `chat` is its template or None, `eos_token_ids` what ends an
+    answer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        config: dict[str, Any],
+        chat: ChatTemplate | None,
+        eos_token_ids: tuple[int, ...],
+        generation_config: dict[str, Any],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._config = config
+        self.chat = chat
+        self.eos_token_ids = eos_token_ids
+        self.generation_config = generation_config
+
+    @staticmethod
+    def open(directory: Path) -> Text | None:
+        """Read tokenizer.json and its siblings; None when the checkpoint has no tokenizer.
+
+        Raises `TokenizerError` naming the file that cannot be read.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for everything
+            raise TokenizerError(f"{path}: not a readable tokenizer: {error}") from error
+        config = read_json(directory / "tokenizer_config.json")
+        special = read_json(directory / "special_tokens_map.json")
+        config = {**special, **config}
+        generation = read_json(directory / "generation_config.json")
+        chat = ChatTemplate.find(directory, config, special_tokens(config))
+        return Text(tokenizer, config, chat, eos_ids(directory, generation), generation)
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens the tokenizer knows, added ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
+        does it.
+
+        `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of
+        tokenizer.json where they are given, as in transformers.
+        """
+        if not special:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        flags = [self._config.get(f"add_{name}_token") for name in ("bos", "eos")]
+        if flags == [None, None]:
+            return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        first = [self._special_id("bos_token")] if flags[0] else []
+        last = [self._special_id("eos_token")] if flags[1] else []
+        return [token for token in (*first, *ids, *last) if token is not None]
+
+    def encode_chat(
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation ({"role", "content"} each) in the checkpoint's chat form,
+        ready to be answered.
+
+        Raises `UsageError` when the checkpoint has no chat template.
+        """
+        if self.chat is None:
+            raise UsageError("this checkpoint has no chat template: give a plain prompt instead")
+        return self.encode(self.chat.render(messages, tools=tools), special=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A stream of text that continues `prompt_ids`."""
+        return Detokenizer(self, prompt_ids)
+
+    def _special_id(self, name: str) -> int | None:
+        token = special_tokens(self._config).get(name)
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+
+class Detokenizer:
+    """Tokens in, text out; a character whose bytes are not all there is held back.
+
+    Only a short window of tokens is decoded at each step: a tokenizer's decoder looks at neighbours
+    (leading spaces, runs of byte tokens), so the window starts at the piece before the last, and
+    `_given` counts its characters that are out already.
+    """
+
+    def __init__(self, text: Text, prompt_ids: Sequence[int] = ()) -> None:
+        self._text = text
+        self._window = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._clean = len(self._window)  # tokens of the window whose text is complete
+        self._given = len(text.decode(self._window).rstrip(_REPLACEMENT))
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is half there."""
+        self._window.append(token)
+        text = self._text.decode(self._window)
+        if not text.endswith(_REPLACEMENT):
+            piece = text[self._given :]
+            # A window without text would lose the space that the next token begins with.
+            self._slide(self._clean if piece else 0)
+            return piece
+        if len(self._window) - self._clean <= _LONGEST_HOLD:
+            return ""
+        final = len(text) - min(3, len(text) - len(text.rstrip(_REPLACEMENT)))
+        piece = text[self._given : final]
+        held = len(text) - final
+        self._slide(len(self._window) - _LONGEST_HOLD // 2)
+        self._given = max(self._given - held, 0)
+        return piece
+
+    def flush(self) -> str:
+        """What is still held back, as replacement characters where bytes are missing; call once, at
+        the end.
+        """
+        piece = self._text.decode(self._window)[self._given :]
+        self._given += len(piece)
+        return piece
+
+    def _slide(self, start: int) -> None:
+        self._window = self._window[start:]
+        self._clean = len(self._window)
+        self._given = len(self._text.decode(self._window))
+
+
+class StopStrings:
+    """Cuts a stream of text at the first stop string; holds back a tail that may be the start of
+    one.
+    """
+
+    def __init__(self, stop: str | Sequence[str] | None) -> None:
+        """Raises `UsageError` for an empty stop string."""
+        self._stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        if not all(isinstance(text, str) and text for text in self._stops):
+            raise UsageError("stop: a stop string must be a non-empty text")
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, bool]:
+        """Text that is safe to give out, and whether a stop string was met (it and all behind it
+        are dropped).
+        """
+        self._held += text
+        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if hits:
+            piece, self._held = self._held[: min(hits)], ""
+            return piece, True
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - keep
+        piece, self._held = self._held[:cut], self._held[cut:]
+        return piece, False
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        piece, self._held = self._held, ""
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """`bos_token`, `eos_token` and so on of a tokenizer_config.json, as text."""
+    tokens = {}
+    for name, value in config.items():
+        if name.endswith("_token") and not name.startswith("add_"):
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                tokens[name] = content
+    return tokens
+
+
+def eos_ids(directory: Path, generation_config: dict[str, Any]) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, else of config.json; () when neither names one."""
+    for source in (generation_config, read_json(directory / "config.json")):
+        value = source.get("eos_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (value,)
+    return ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when the file is absent; `TokenizerError` when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: not a JSON object")
+    return value

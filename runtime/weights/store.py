@@ -1,0 +1,263 @@
+"""Where the weights are: addresses of every tensor of a plan, from one of four homes; hides
+mapping, copying, faking.
+
+    mapped   the shards themselves in the page cache: nothing copied, shared by all processes;
+             instant start, but for fp8 on tiers that have it checked (numbers.py)
+    arena    read once into private memory of huge pages, every tensor 64-byte aligned: the fastest
+             to read
+    shared   the same in a memory file (of huge pages where the system gives them to such files:
+             `arena.pages` says; elsewhere slower to fill and to read): can be pinned, takes its
+             memory once for all processes that attach it
+    dummy    no shard data: random weights of the real shapes, for benchmarks; in a memory file when
+             made with the home "shared", else private
+
+Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights
+are widened to f32 (1/16384 of the weights' size), because kernels read f32 scales.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hmc.checkpoint.mapped import MappedShards
+from hmc.errors import CapacityError, UsageError
+from hmc.machine.detect import available_bytes
+from hmc.plan import ExpertWeights, Plan, Weight
+from hmc.runtime.memory.blocks import Block
+from hmc.runtime.weights.arena import WeightArena
+from hmc.runtime.weights.fill import Progress, copy_spans, fill_dummy, read_spans
+from hmc.runtime.weights.tensors import (
+    Addresses,
+    Key,
+    TensorGroup,
+    check_checkpoint,
+    layout,
+    tensor_groups,
+)
+
+__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "view"]
+
+Home = Literal["mapped", "arena", "shared"]
+Role = Literal["gate", "up", "down"]
+
+_ROLES: tuple[Role, ...] = ("gate", "up", "down")
+_TORCH = {
+    "fp8": torch.float8_e4m3fn,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "f32": torch.float32,
+    "int4": torch.uint8,
+}
+
+
+class WeightStore:
+    """Addresses of a plan's weights; valid until `close`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        groups: list[TensorGroup],
+        places: dict[Key, Addresses],
+        owners: list[Block | MappedShards | WeightArena],
+        home: str,
+    ) -> None:
+        self._weights = {weight.name: weight for weight in plan.weights}
+        self._experts = {(e.layer, e.role): e for e in plan.experts}
+        self._groups = groups
+        self._places = places
+        self._owners = owners
+        self.home = home
+        self.bytes = sum(len(group.shards) * group.nbytes for group in groups)
+        self.arena = next((each for each in owners if isinstance(each, WeightArena)), None)
+
+    @staticmethod
+    def open(
+        plan: Plan,
+        directory: Path | None,
+        *,
+        dummy: bool = False,
+        home: Home = "mapped",
+        progress: Progress | None = None,
+    ) -> WeightStore:
+        """Map, read or fake the weights of `plan`.
+
+        Raises `PlanMismatchError` when `directory` is not the checkpoint the plan was made from,
+        `ShardError` when a shard is missing, `CapacityError` when copied or dummy weights do not
+        fit the memory that is free now (nothing has been read then), and `UsageError` when there is
+        no directory to read.
+        """
+        groups = tensor_groups(plan)
+        if dummy:
+            return _open_dummy(plan, groups, home, progress)
+        if directory is None:
+            raise UsageError("no checkpoint directory is given")
+        check_checkpoint(plan, directory)
+        if home == "mapped":
+            return _open_mapped(plan, groups, directory, progress)
+        shards = [directory / shard.name for shard in plan.checkpoint.shards]
+        if home == "arena":
+            return _open_private(plan, groups, shards, progress)
+        with WeightArena.create(plan, groups, home) as arena:
+            read_spans(groups, shards, arena.places, progress)
+            arena.keep()
+        return WeightStore(plan, groups, arena.places, [arena], home)
+
+    @staticmethod
+    def attach(plan: Plan, descriptor: int) -> WeightStore:
+        """The arena another process filled for the same weights, read-only; nothing is read, copied
+        or converted. `descriptor` (its `arena.descriptor`, as this process has it) stays the
+        caller's.
+
+        Raises `PlanMismatchError` when it holds other weights, `ExecutionError` when it is no
+        filled arena.
+        """
+        groups = tensor_groups(plan)
+        arena = WeightArena.attach(plan, groups, descriptor)
+        return WeightStore(plan, groups, arena.places, [arena], arena.home)
+
+    def address(self, name: str) -> int:
+        """Address of a weight's data; `KeyError` for an unknown name."""
+        return int(self._places["weight", name][0])
+
+    def scale_address(self, name: str) -> int:
+        """Address of a weight's scales (fp8: f32 [ceil(N/128), ceil(K/128)]; int4: as stored), 0
+        when it has none.
+        """
+        found = self._places.get(("scale", name))
+        return 0 if found is None else int(found[0])
+
+    def weight(self, name: str) -> Weight:
+        """What the plan says of a weight."""
+        return self._weights[name]
+
+    def experts(self, layer: int, role: Role) -> ExpertWeights:
+        """What the plan says of a projection of a layer's experts."""
+        return self._experts[layer, role]
+
+    def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
+        """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where
+        there is no scale).
+        """
+        count = self._experts[layer, "gate"].count
+        table = np.zeros((count, 6), np.int64)
+        for column, role in enumerate(_ROLES):
+            table[:, 2 * column] = self._places["expert", layer, role]
+            scales = self._places.get(("expert scale", layer, role))
+            if scales is not None:
+                table[:, 2 * column + 1] = scales
+        return table
+
+    def stored(self, weight_format: str) -> Iterator[tuple[Key, Addresses, int]]:
+        """Tensors of a format (see `TensorGroup`): key, addresses i64 [tensors], bytes of each."""
+        for group in self._groups:
+            if group.format == weight_format:
+                yield group.key, self._places[group.key], group.home_bytes
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A weight's data as PyTorch sees it, without a copy, in its stored format; do not write,
+        do not keep.
+        """
+        weight = self._weights[name]
+        shape = weight.shape if weight.format != "int4" else (weight.bytes,)
+        return view(self.address(name), _TORCH[weight.format], shape)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Rows [first, last) of a matrix as f32 [n, K], whatever its format: for PyTorch, a slice
+        at a time.
+        """
+        weight = self._weights[name]
+        columns = weight.shape[1]
+        stored = self.tensor(name)
+        if weight.format == "int4":
+            words = stored.view(torch.int32).view(weight.shape[0], -1)[first:last]
+            nibbles = words[..., None] >> torch.arange(0, 32, 4) & 15
+            found = (nibbles - 8).flatten(1)[:, :columns].to(torch.float32)
+        else:
+            found = stored[first:last].to(torch.float32)
+        if not weight.scale_dtype:
+            return found
+        rows = torch.arange(first, last) // (weight.group if weight.format == "fp8" else 1)
+        return found * self._scales(weight)[rows].repeat_interleave(weight.group, 1)[:, :columns]
+
+    def _scales(self, weight: Weight) -> torch.Tensor:
+        """Scales as kernels read them, [row blocks, column blocks]."""
+        per_row = weight.group if weight.format == "fp8" else 1
+        shape = (-(-weight.shape[0] // per_row), -(-weight.shape[1] // weight.group))
+        narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
+        kind = torch.bfloat16 if narrow else torch.float32
+        return view(self.scale_address(weight.name), kind, shape)
+
+    def close(self) -> None:
+        """Give mappings and memory back; no address is valid after it."""
+        for owner in self._owners:
+            owner.close()
+        self._owners, self._places = [], {}
+
+
+def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over memory at `address` that somebody else owns."""
+    count = int(np.prod(shape))
+    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype, count=count).view(shape)
+
+
+def _open_mapped(
+    plan: Plan, groups: list[TensorGroup], directory: Path, progress: Progress | None
+) -> WeightStore:
+    shards = plan.checkpoint.shards
+    mapped = MappedShards(directory, [(shard.name, shard.size) for shard in shards])
+    try:
+        bases = np.array([mapped.address(i, 0, s.size) for i, s in enumerate(shards)])
+        source = {group.key: bases[group.shards] + group.offsets for group in groups}
+        copied = [group for group in groups if group.widen]
+        block, places = _private(copied, "scales")
+        copy_spans(copied, source, places, progress)
+    except BaseException:
+        mapped.close()
+        raise
+    return WeightStore(plan, groups, source | places, [mapped, block], "mapped")
+
+
+def _open_private(
+    plan: Plan, groups: list[TensorGroup], shards: list[Path], progress: Progress | None
+) -> WeightStore:
+    block, places = _private(groups, "arena weights")
+    try:
+        read_spans(groups, shards, places, progress)
+    except BaseException:
+        block.close()
+        raise
+    return WeightStore(plan, groups, places, [block], "arena")
+
+
+def _open_dummy(
+    plan: Plan, groups: list[TensorGroup], home: Home, progress: Progress | None
+) -> WeightStore:
+    if home == "shared":
+        with WeightArena.create(plan, groups, "dummy") as arena:
+            fill_dummy(groups, arena.places, progress)
+            arena.keep()
+        return WeightStore(plan, groups, arena.places, [arena], "dummy")
+    block, places = _private(groups, "dummy weights")
+    fill_dummy(groups, places, progress)
+    return WeightStore(plan, groups, places, [block], "dummy")
+
+
+def _private(groups: list[TensorGroup], purpose: str) -> tuple[Block, dict[Key, Addresses]]:
+    """A block that holds `groups`, and the address of each tensor."""
+    offsets, total = layout(groups)
+    free = available_bytes()
+    if total > free:
+        raise CapacityError(
+            f"{purpose}: {total / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB of memory are"
+            " free: run fewer layers, or on a machine with more memory"
+        )
+    block = Block(total, purpose)
+    return block, {key: block.address + places for key, places in offsets.items()}
