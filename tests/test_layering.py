@@ -1,81 +1,128 @@
-"""The rules of the house: who may import whom, and that the toolkit answers without torch."""
+"""The rules of the house: who may import whom, that every module can be the first, and that the
+toolkit answers without torch."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-CORE = {"errors", "env", "machine", "graph", "plan", "planfile", "verify", "version", "printer"}
-CORE |= {"cost", "device_memory", "timeline"}
 
-# package -> what of hmc it may import (first part of the name after "hmc.")
-ALLOWED: dict[str, set[str]] = {
-    "hmc/blocks": CORE | {"blocks"},
-    "hmc/checkpoint": {"errors", "env", "checkpoint"},
-    "hmc/models": CORE | {"blocks", "checkpoint", "models"},
-    "passes": CORE | {"blocks", "checkpoint", "passes", "codegen.spec"},
-    "codegen": {"errors", "env", "codegen"},
-    "hmc/serve": {"errors", "plan", "verify", "version", "runtime", "serve"},
-    "runtime": CORE - {"graph", "printer"} | {"detect", "checkpoint", "codegen", "runtime"},
-}
-FORBIDDEN_LIBRARIES = {"codegen": {"torch"}, "hmc/checkpoint": {"torch"}, "hmc/serve": {"torch"}}
+ROOMS = """
+hmc.__main__
+hmc/cli/bench hmc/bench/gpu hmc/cli
+hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
+runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
+runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops runtime/host
+hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
+passes/graph passes/context passes/routing_profile hmc/blocks hmc/graph
+hmc/predict
+runtime/devices runtime/weights runtime/memory runtime/routing runtime
+hmc/plan hmc/machine hmc/checkpoint
+codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
+codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
+codegen/pool codegen/panel codegen/decode codegen/formats
+codegen codegen/ragged codegen/vector codegen/ir codegen/jit codegen/isa codegen/spec
+hmc/files hmc/env hmc/errors hmc/version
+""".split()
+"""Every folder, and every module of a top-level folder, from the top of the house to its ground: an
+import goes down. Names are of folders, dots where slashes are."""
+
+FORBIDDEN = {"codegen": "torch", "hmc/checkpoint": "torch", "hmc/serve": "torch"}
+"""Folder -> a library that nothing in it may import."""
 
 
-def _imports(path: Path) -> list[tuple[str, bool]]:
+def _modules() -> dict[str, Path]:
+    """Every module by its dotted name."""
+    found = {}
+    for top in ("hmc", "passes", "runtime", "codegen"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            if parts[:2] in (("hmc", "passes"), ("hmc", "runtime"), ("hmc", "codegen")):
+                continue  # the same files by their links
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join(parts if top == "hmc" else ("hmc", *parts))] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _room(module: str) -> str:
+    """The folder of a module, or itself where it lies in a top-level folder."""
+    path = MODULES[module].relative_to(ROOT)
+    if path.name == "__init__.py" or len(path.parts) > 2:
+        return str(path.parent)
+    return str(path.with_suffix(""))
+
+
+def _imports(path: Path) -> Iterator[tuple[str, bool]]:
     """(dotted name, inside a function) of every import outside `if TYPE_CHECKING`."""
-    found: list[tuple[str, bool]] = []
 
-    def visit(node: ast.AST, inside: bool) -> None:
+    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
                 continue
             if isinstance(child, ast.Import):
-                found.extend((alias.name, inside) for alias in child.names)
+                yield from ((alias.name, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 base = child.module or ""
-                found.append((base, inside))
-                if base in ("hmc", "hmc.codegen"):
-                    found.extend((f"{base}.{alias.name}", inside) for alias in child.names)
-            visit(child, inside or isinstance(child, ast.FunctionDef))
+                names = [f"{base}.{alias.name}" for alias in child.names]
+                yield from ((name if name in MODULES else base, inside) for name in names)
+            functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+            yield from visit(child, inside or isinstance(child, functions))
 
-    visit(ast.parse(path.read_text()), inside=False)
-    return found
+    yield from visit(ast.parse(path.read_text()), inside=False)
 
 
-@pytest.mark.parametrize("package", sorted(ALLOWED))
-def test_a_package_imports_only_what_it_may(package: str) -> None:
-    files = list((ROOT / package).rglob("*.py"))
-    assert files
-    for path in files:
+def test_every_import_goes_down() -> None:
+    order = {room.replace("hmc.__main__", "hmc/__main__"): at for at, room in enumerate(ROOMS)}
+    for module, path in MODULES.items():
+        assert _room(module) in order, f"{path} is in no room"
         for name, _ in _imports(path):
-            assert name.split(".")[0] not in FORBIDDEN_LIBRARIES.get(package, set()), path
-            if not name.startswith("hmc."):
+            if name.split(".")[0] != "hmc" or _room(name) == _room(module):
                 continue
-            part = name.removeprefix("hmc.")
-            if part == "codegen" and package == "passes":
-                continue  # `from hmc.codegen import spec` is listed by its full name too
-            allowed = ALLOWED[package]
-            assert part in allowed or part.split(".")[0] in allowed, f"{path} imports {name}"
+            assert order[_room(module)] < order[_room(name)], f"{path} imports {name}"
 
 
-def test_core_imports_none_of_the_other_packages() -> None:
-    for module in CORE:
-        for name, _ in _imports(ROOT / "hmc" / f"{module}.py"):
-            if name.startswith("hmc."):
-                assert name.removeprefix("hmc.") in CORE, f"{module} imports {name}"
+def test_folders_do_without_the_libraries_that_they_must_not_need() -> None:
+    for module, path in MODULES.items():
+        for folder, library in FORBIDDEN.items():
+            if f"{_room(module)}/".startswith(f"{folder}/"):
+                assert library not in {name.split(".")[0] for name, _ in _imports(path)}, path
 
 
 def test_no_import_hides_in_a_function() -> None:
-    for package in ("hmc", "passes", "codegen", "runtime"):
-        for path in (ROOT / package).rglob("*.py"):
-            if "cli" in path.parts or path.is_symlink():
-                continue
+    for path in MODULES.values():
+        if "cli" not in path.parts:
             assert not [name for name, inside in _imports(path) if inside], path
+
+
+def test_every_module_can_be_the_first() -> None:
+    """In a process each, forked from one that has loaded the libraries and nothing of hmc."""
+    names = [name for name in MODULES if not name.endswith("__main__")]
+    script = f"""
+import importlib, os, sys, traceback
+import click, llvmlite.binding, networkx, numpy, pydantic, rich, torch.fx, starlette.applications
+for name in {names!r}:
+    child = os.fork()
+    if child == 0:
+        try:
+            importlib.import_module(name)
+        except BaseException:
+            print(name, traceback.format_exc(), file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        sys.exit(1)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_the_three_folders_are_links() -> None:

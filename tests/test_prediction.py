@@ -95,23 +95,23 @@ def _generate(hmc: Run, path: Path, *more: object) -> tuple[str, str]:
 
 def test_rates_come_from_the_plan_then_the_profile(plan_file: Path, profile: Path) -> None:
     plan = load_plan(plan_file)
-    found = machine_here(plan)
+    found = machine_here(plan.machine)
     assert found is not None
     assert found.rates == _rated().rates
     mine = _rated().model_copy(update={"name": "the plan's"})
-    assert machine_here(plan.model_copy(update={"machine": mine})) == mine
+    assert machine_here(mine) == mine
 
 
 def test_rates_of_another_machine_predict_nothing(plan_file: Path, profile: Path) -> None:
     plan = load_plan(plan_file)
     other = _rated().model_copy(update={"cpu": "another CPU"})
     profile.write_text(other.model_dump_json())
-    assert machine_here(plan) is None
-    assert machine_here(plan.model_copy(update={"machine": other})) is None
-    assert machine_here(plan, str(profile)) == other  # who names one means it
+    assert machine_here(plan.machine) is None
+    assert machine_here(other) is None
+    assert machine_here(plan.machine, str(profile)) == other  # who names one means it
     profile.write_text(detect().model_dump_json())
     with pytest.raises(MachineError, match="hmc probe"):
-        machine_here(plan, str(profile))
+        machine_here(plan.machine, str(profile))
 
 
 # -- the commands ----------------------------------------------------------------------------------

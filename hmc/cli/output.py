@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hmc.errors import UsageError
+from hmc.files import write_beside
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -61,20 +59,12 @@ def table(
     return result
 
 
-def write_beside(path: str, text: str) -> None:
+def write_file(path: str, text: str) -> None:
     """Write a file whole or not at all; `UsageError` when it cannot be written."""
-    target = Path(path)
-    name = ""
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        write_beside(path, text)
     except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
-        raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def count(number: float) -> str:

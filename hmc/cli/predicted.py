@@ -30,7 +30,7 @@ class Comparison:
         self._figures: list[Figure] = []
         self.reason = ""
         self._predictor: Predictor | None = None
-        found = machine_here(plan, machine)
+        found = machine_here(plan.machine, machine)
         if found is None:
             self.reason = how_to()
         elif found.cores != workers:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hmc.cli.devices import DEVICES, GPUS, HOME, telling
-from hmc.cli.output import JSON, print_json, progress, write_beside
+from hmc.cli.output import JSON, print_json, progress, write_file
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan
@@ -156,7 +156,7 @@ def command(
         if compared is not None:
             compared.store("hmc run")
     if record_routing is not None and routing is not None:
-        write_beside(record_routing, json.dumps(routing.as_json()))
+        write_file(record_routing, json.dumps(routing.as_json()))
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _tracing(engine: Engine, path: str | None) -> Iterator[None]:
 
     with engine.executor.recorded() as recorder:
         yield
-    write_beside(path, json.dumps(chrome_trace(engine.plan, recorder)))
+    write_file(path, json.dumps(chrome_trace(engine.plan, recorder)))
 
 
 def _prompts(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.bench.arguments import THREADS, at_least
+from hmc.cli.arguments import THREADS, at_least
 from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.errors import UsageError
 from hmc.machine.here import machine_here
@@ -97,7 +97,7 @@ def command(
     decision = disaggregation.decide(
         plan,
         prefill_process,
-        machine=machine_here(plan) if prefill_process != "off" else None,
+        machine=machine_here(plan.machine) if prefill_process != "off" else None,
         threads=threads,
         prefill_threads=prefill_threads,
     )

@@ -10,7 +10,6 @@ from hmc.env import config_dir
 from hmc.errors import MachineError
 from hmc.machine.detect import detect, load_machine
 from hmc.machine.model import Machine
-from hmc.plan import Plan
 
 
 def profile_path() -> Path:
@@ -18,9 +17,9 @@ def profile_path() -> Path:
     return config_dir() / "machine.json"
 
 
-def machine_here(plan: Plan, name: str | None = None) -> Machine | None:
-    """A machine with CPU rates that are true here: the one named, else the plan's, else the saved
-    profile; None where neither has rates, or both are of another machine.
+def machine_here(planned: Machine, name: str | None = None) -> Machine | None:
+    """A machine with CPU rates that are true here: the one named, else `planned` (a plan's), else
+    the saved profile; None where neither has rates, or both are of another machine.
 
     Raises `UsageError` or `MachineError` for a machine that was named and has no rates.
     """
@@ -30,11 +29,11 @@ def machine_here(plan: Plan, name: str | None = None) -> Machine | None:
             raise MachineError(f"--machine {name} declares no rates: `hmc probe` measures them")
         return machine
     path = profile_path()
-    if plan.machine.rates is None and not path.exists():
+    if planned.rates is None and not path.exists():
         return None
     here = detect()
-    if plan.machine.rates is not None and _same(plan.machine, here):
-        return plan.machine
+    if planned.rates is not None and _same(planned, here):
+        return planned
     if path.exists():
         machine = load_machine(str(path))
         if machine.rates is not None and _same(machine, here):

@@ -10,9 +10,9 @@ the target and renames.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from hmc import env
 from hmc.errors import PlanError, PlanFormatError
+from hmc.files import write_beside
 from hmc.plan.model import SCHEMA_VERSION, Plan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -52,23 +53,19 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> None:
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
     target = Path(path)
-    name = ""
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for entry, content in (
+            ("digest.json", json.dumps(digest, sort_keys=True)),
+            ("plan.json", text),
+        ):
+            info = zipfile.ZipInfo(entry, _EPOCH)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = 0o644 << 16
+            archive.writestr(info, content, compresslevel=9)
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for entry, body in (
-                ("digest.json", json.dumps(digest, sort_keys=True)),
-                ("plan.json", text),
-            ):
-                info = zipfile.ZipInfo(entry, _EPOCH)
-                info.compress_type = zipfile.ZIP_DEFLATED
-                info.external_attr = 0o644 << 16
-                archive.writestr(info, body, compresslevel=9)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        write_beside(target, body.getvalue())
     except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
         raise PlanError(f"cannot write the plan to {target}: {error.strerror or error}") from error
 
 

@@ -31,8 +31,8 @@ from hmc.bench.gpu.sizes import FULL, SMALL, Bench, Choice, Sizes
 from hmc.bench.gpu.stream import rings, stream
 from hmc.bench.probe import probe
 from hmc.bench.probe.gpu import Device, gpu_rates, probe_gpus
-from hmc.cli.output import write_beside
 from hmc.errors import HmcError, MachineError
+from hmc.files import write_beside
 from hmc.machine import Gpu, Machine
 from hmc.machine.detect import load_machine
 

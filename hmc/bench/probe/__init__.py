@@ -13,10 +13,8 @@ is reported beside the machine.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hmc.bench.compare import Report, silent
 from hmc.bench.probe import cpu
@@ -24,6 +22,7 @@ from hmc.bench.probe.gpu import probe_gpus
 from hmc.bench.probe.result import FULL, QUICK, Effort, Measurement
 from hmc.codegen.isa import best_isa
 from hmc.errors import PlanError
+from hmc.files import write_beside
 from hmc.machine import Machine
 from hmc.machine.detect import detect
 from hmc.machine.topology import this_machine
@@ -77,16 +76,8 @@ def probe(
 
 def save(machine: Machine, path: str | os.PathLike[str]) -> None:
     """Write a machine file, whole or not at all; `PlanError` when it cannot be written."""
-    target = Path(path)
-    name = ""
     try:
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(machine.model_dump_json(indent=1, exclude_none=True) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        write_beside(path, machine.model_dump_json(indent=1, exclude_none=True) + "\n")
     except OSError as error:
-        if name:
-            Path(name).unlink(missing_ok=True)
         reason = error.strerror or error
-        raise PlanError(f"cannot write the machine to {target}: {reason}") from error
+        raise PlanError(f"cannot write the machine to {path}: {reason}") from error

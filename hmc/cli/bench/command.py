@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.bench.arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
+from hmc.cli.arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
 from hmc.cli.bench.kernels import kernels
 from hmc.cli.bench.predict import predict
 from hmc.cli.bench.serve import serve

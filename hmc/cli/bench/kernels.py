@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hmc.cli.bench.arguments import THREADS, at_least, circumstances, numbers, shapes_of, split
+from hmc.cli.arguments import THREADS, at_least, circumstances, numbers, shapes_of, split
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
 

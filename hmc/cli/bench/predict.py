@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hmc.cli.bench.arguments import at_least, circumstances, numbers, split
+from hmc.cli.arguments import at_least, circumstances, numbers, split
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import available_bytes, load_machine

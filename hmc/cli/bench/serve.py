@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.bench.arguments import COMMAND_LINE, at_least
+from hmc.cli.arguments import COMMAND_LINE, at_least
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import ExecutionError, UsageError
 from hmc.version import VERSION
