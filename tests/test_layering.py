@@ -23,7 +23,7 @@ hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream pas
 passes/graph passes/context passes/routing_profile hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime
-hmc/plan hmc/machine hmc/checkpoint
+hmc/plan hmc/ops hmc/machine hmc/checkpoint
 codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
 codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
 codegen/pool codegen/panel codegen/decode codegen/formats

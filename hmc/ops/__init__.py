@@ -1,0 +1,27 @@
+"""One row an op: everything that hmc knows of it, in one place (see row.py).
+
+matmul.py     linear, gate_up, experts
+norms.py      embed, gather_rows, norm, add, add_norm
+attention.py  rotary, attention, mla
+routing.py    route, sort
+moves.py      ops of schedules over several resources
+table.py      all of them by name
+"""
+
+from hmc.ops.row import Attrs, Load, Op, Role, State, Stored, Use, WeightRole, Work
+from hmc.ops.table import OPS, SHARED_ATTRS, op_of
+
+__all__ = [
+    "OPS",
+    "SHARED_ATTRS",
+    "Attrs",
+    "Load",
+    "Op",
+    "Role",
+    "State",
+    "Stored",
+    "Use",
+    "WeightRole",
+    "Work",
+    "op_of",
+]

@@ -1,0 +1,141 @@
+"""Matmuls: one matrix, gate and up of a gated MLP, the routed experts.
+
+Decode kernels take up to 16 tokens and read every weight once; those of prefill take any number, in
+tiles.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hmc.codegen.spec import KernelSpec
+from hmc.errors import UnsupportedError
+from hmc.ops.row import Attrs, Load, Op, Role, Use, WeightRole, Weights, Work, attr, picked, spec
+
+
+def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    stored = weights["weight"]
+    sizes = {"k": int(attrs["k"]), **stored.sizes}
+    if use.many:
+        return (spec("gemm", use, sizes, stored.format),)
+    return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
+
+
+def _gate_up(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    stored = weights["gate"]
+    sizes = {"k": int(attrs["k"]), "act": 0, **stored.sizes}
+    if use.many:
+        # the many-token form is that of experts: here one, which all tokens go to
+        one = {"experts": 1, "top_k": 1, "n": int(attrs["n"])}
+        return (spec("grouped_gate_up", use, sizes | one, stored.format, "bf16"),)
+    return (spec("gate_up", use, {**sizes, "tokens": use.tokens}, stored.format, "bf16"),)
+
+
+def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    stored = weights["gate"]
+    if {weights[role] for role in ("gate", "up", "down")} != {stored}:
+        raise UnsupportedError("gate, up and down of the experts differ in format")
+    sizes = stored.sizes | picked(attrs, "experts", "top_k")
+    into = {"k": int(attrs["k"]), "n": int(attrs["n"]), "act": 0, **sizes}
+    back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes}
+    names = ("grouped_gate_up", "grouped_down") if use.many else ("experts_gate_up", "experts_down")
+    few = {} if use.many else {"tokens": use.tokens}
+    return (
+        spec(names[0], use, into | few, stored.format, "bf16"),
+        spec(names[1], use, back | few, stored.format, "f32"),
+    )
+
+
+def distinct_experts(experts: int, top_k: int, tokens: float, here: int | None = None) -> float:
+    """Expected number of distinct experts that `tokens` tokens choose among `here` of `experts`.
+
+    With even, independent routing a token misses a given expert with probability 1 - k/E, so b
+    tokens all miss it with (1 - k/E)^b; the expectation of a sum is the sum of expectations:
+    here * (1 - (1 - k/E)^b). For E = 256, k = 8: 8, 15.75, 23.3 for 1, 2, 3 tokens.
+    """
+    count = experts if here is None else here
+    return float(count * (1 - (1 - top_k / experts) ** tokens))
+
+
+def chosen_experts(attrs: Attrs, load: Load) -> tuple[float, float]:
+    """(distinct experts, rows routed to them) of those that a step has, expected: with `chances`
+    the sums of 1 - (1 - p)^b and of p b over them.
+    """
+    experts, top_k = int(attrs["experts"]), int(attrs["top_k"])
+    if load.chances is None:
+        here = int(attrs.get("count", experts))
+        return (
+            distinct_experts(experts, top_k, load.tokens, here),
+            load.tokens * top_k * here / experts,
+        )
+    distinct = sum(1 - (1 - min(1.0, chance)) ** load.tokens for chance in load.chances)
+    return float(distinct), float(sum(load.chances) * load.tokens)
+
+
+def _experts_work(attrs: Attrs, load: Load) -> Work:
+    """A step holds the weights of `top_k` experts. Rows are gathered (bf16 in), gate x up goes out
+    and in, down out in f32, and is summed.
+    """
+    distinct, routed = chosen_experts(attrs, load)
+    top_k, hidden, inner = int(attrs["top_k"]), int(attrs["k"]), int(attrs["n"])
+    moved = routed * (4 * hidden + 4 * inner + 8 * hidden)
+    return Work(distinct / top_k, routed / top_k, moved=moved, pieces=distinct)
+
+
+def _matrix(attrs: Attrs) -> tuple[int, ...]:
+    return int(attrs["n"]), int(attrs["k"])
+
+
+def _back(attrs: Attrs) -> tuple[int, ...]:
+    return int(attrs["k"]), int(attrs["n"])
+
+
+OPS: Final = (
+    Op(
+        "linear",
+        inputs=(Role("x", "bf16", attr("k")),),
+        outputs=(Role("y", "f32", attr("n")),),
+        weights=(
+            WeightRole("weight", _matrix, matmul=True),
+            WeightRole("bias", lambda attrs: (int(attrs["n"]),), optional=True),
+        ),
+        attrs={"k": int, "n": int},
+        extra={"router": int},
+        kernels=_linear,
+        family="dense matmuls",
+    ),
+    Op(
+        "gate_up",
+        inputs=(Role("x", "bf16", attr("k")),),
+        outputs=(Role("y", "bf16", attr("n")),),
+        weights=(
+            WeightRole("gate", _matrix, matmul=True),
+            WeightRole("up", _matrix, matmul=True),
+        ),
+        attrs={"k": int, "n": int, "act": str},
+        kernels=_gate_up,
+        family="dense matmuls",
+    ),
+    Op(
+        "experts",
+        inputs=(
+            Role("x", "bf16", attr("k")),
+            Role("ids", "i32", attr("top_k")),
+            Role("routing", "f32", attr("top_k")),
+            Role("order", "i32", attr("top_k"), optional=True),
+        ),
+        outputs=(Role("y", "f32", attr("k")),),
+        weights=(
+            WeightRole("gate", _matrix, expert=True, matmul=True),
+            WeightRole("up", _matrix, expert=True, matmul=True),
+            WeightRole("down", _back, expert=True, matmul=True),
+        ),
+        attrs={"k": int, "n": int, "experts": int, "top_k": int, "act": str},
+        extra={"range": str, "count": int},
+        kernels=_experts,
+        work=_experts_work,
+        launches=4,  # gather, two matmuls, scatter
+        captured=False,  # the host asks how many rows each expert has
+        family="experts",
+    ),
+)

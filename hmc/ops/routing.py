@@ -1,0 +1,44 @@
+"""Which experts a token goes to, and tokens in the order of their experts."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hmc.codegen.spec import KernelSpec
+from hmc.ops.row import Attrs, Op, Role, Use, WeightRole, Weights, attr, picked, spec
+
+
+def _route(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    names = ("experts", "top_k", "scoring", "normalise", "groups", "top_groups")
+    return (spec("route", use, picked(attrs, *names)),)
+
+
+OPS: Final = (
+    Op(
+        "route",
+        inputs=(Role("logits", "f32", attr("experts")),),
+        outputs=(
+            Role("ids", "i32", attr("top_k")),
+            Role("routing", "f32", attr("top_k")),
+        ),
+        weights=(WeightRole("bias", lambda attrs: (int(attrs["experts"]),), optional=True),),
+        attrs={
+            **dict.fromkeys(("experts", "top_k", "scoring", "normalise"), int),
+            **dict.fromkeys(("groups", "top_groups"), int),
+            "factor": float,
+        },
+        kernels=_route,
+        launches=2,
+        everywhere=True,  # so that nothing sorted has to travel
+        family="routing",
+    ),
+    Op(
+        "sort",
+        inputs=(Role("ids", "i32"),),
+        outputs=(Role("order", "i32"),),
+        where="gpu",
+        launches=4,  # counts, scans and places
+        captured=False,  # the host asks how many rows each expert has
+        family="routing",
+    ),
+)

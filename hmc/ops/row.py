@@ -1,0 +1,258 @@
+"""What an op is (`Op`): the one place that says what it reads, writes, keeps, costs and is computed
+by. A row is data and small pure functions of attributes; nothing here loads torch or numpy.
+
+Everything else asks the row: the graph's nodes and the plan's steps, the verifier, the cost model,
+the cache's layout, what streams and what stays, which kernels run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from hmc.codegen.spec import KernelSpec
+
+Attrs = Mapping[str, Any]
+"""Attributes of a node or step by name."""
+Size = Callable[[Attrs], int]
+Section = Literal["attention", "mlp", "head", "any"]
+Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and sums", "transfers"]
+Where = Literal["any", "host", "gpu", "h2d", "d2h", "link"]
+
+FLOATS = "f32 bf16"
+
+
+@dataclass(frozen=True)
+class Role:
+    """An operand: rows of a buffer whose dtype is one of the words of `dtype`.
+
+    `width` is elements a row (None: whatever the buffer's columns are). `rows`: one a token of the
+    call, or one a row whose logits are wanted. `given` names the engine's own array that an input
+    is always bound to. An output that is `in_place` is the input of that name. A role that is
+    `many` stands for name0, name1, ...
+    """
+
+    name: str
+    dtype: str
+    width: Size | None = None
+    rows: Literal["tokens", "wanted"] = "tokens"
+    optional: bool = False
+    given: str = ""
+    in_place: str = ""
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class WeightRole:
+    """A weight: `shape` as stored, of one expert where there is one an `expert`.
+
+    A `matmul` operand is what quantised checkpoints store in few bits, and what FLOPs are counted
+    of; others are stored plain.
+    """
+
+    name: str
+    shape: Callable[[Attrs], tuple[int, ...]]
+    optional: bool = False
+    expert: bool = False
+    matmul: bool = False
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a layer keeps between calls: `width` elements of `dtype` a token (in pages) or a
+    sequence (in a slot). With a `window` only that many positions are ever read again.
+    """
+
+    name: str
+    width: int
+    per: Literal["token", "sequence"] = "token"
+    dtype: Literal["bf16", "f32"] = "bf16"
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How a weight is stored, as far as kernels must know: its format, the columns that share a
+    scale, and the bits of one (0 where the format fixes them).
+    """
+
+    format: str
+    group: int = 0
+    scale_bits: int = 0
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What of it is compiled into a kernel."""
+        return {"group": self.group, "scale_bits": self.scale_bits} if self.scale_bits else {}
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a kernel is wanted for: a tier, calls of up to `tokens` tokens or of any number (0),
+    pages of `block` tokens.
+    """
+
+    isa: str
+    tokens: int
+    block: int
+
+    @property
+    def many(self) -> bool:
+        """Whether calls have any number of tokens."""
+        return self.tokens == 0
+
+
+Weights = Mapping[str, Stored]
+"""Stored form by weight role."""
+Kernels = Callable[[Attrs, Weights, Use], tuple[KernelSpec, ...]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one step has to do in a call: `rows` it works on, of a call of `tokens` tokens, of
+    `sequences` sequences with `context` tokens before; attention sees the tokens of `ranks` times
+    as many. `chances` are probabilities of each expert that the step has to be chosen by a token
+    (None: all alike). `lifted`: latent attention runs with keys and values of every head.
+    """
+
+    rows: float
+    tokens: float
+    sequences: float = 1
+    context: float = 0
+    ranks: int = 1
+    chances: Sequence[float] | None = None
+    lifted: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does, in multiples of what one token's step holds: its weights are read `reads`
+    times and multiplied by `products` rows. Beside that `scores` FLOPs of attention over `keys`
+    cache rows, and `moved` bytes of activations (None: its operands, once each). `pieces` separate
+    matrices are begun and ended.
+    """
+
+    reads: float
+    products: float
+    scores: float = 0.0
+    keys: float = 0.0
+    moved: float | None = None
+    pieces: float = 0.0
+
+
+def once(attrs: Attrs, load: Load) -> Work:
+    """Weights are read once whatever the rows: every dense op."""
+    return Work(1.0, load.rows)
+
+
+def no_states(attrs: Attrs) -> tuple[State, ...]:
+    """Nothing is kept between calls."""
+    return ()
+
+
+def no_kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    """The host never computes it natively."""
+    return ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A row. `attrs` are the attributes it must have, with their types, `extra` those that it may
+    have; nothing else is accepted. `kernels` chooses native kernels in launch order.
+
+    `where` it may run: a table that stays with the host's memory ("host"), a transfer ("h2d",
+    "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured` whether they
+    depend on the host by numbers of rows alone, so that a graph may hold them; `everywhere`: on
+    several ranks each computes it for all tokens; `always`: it does something even for no rows.
+    """
+
+    name: str
+    inputs: tuple[Role, ...]
+    outputs: tuple[Role, ...]
+    family: Family
+    weights: tuple[WeightRole, ...] = ()
+    attrs: Mapping[str, type] = field(default_factory=dict)
+    extra: Mapping[str, type] = field(default_factory=dict)
+    kernels: Kernels = no_kernels
+    states: Callable[[Attrs], tuple[State, ...]] = no_states
+    work: Callable[[Attrs, Load], Work] = once
+    where: Where = "any"
+    launches: int = 1
+    captured: bool = True
+    everywhere: bool = False
+    always: bool = False
+
+    @property
+    def attends(self) -> bool:
+        """Whether layers keep something for it between calls."""
+        return self.states is not no_states
+
+    @property
+    def routed(self) -> bool:
+        """Whether its weights are one an expert."""
+        return any(weight.expert for weight in self.weights)
+
+    @property
+    def moves(self) -> bool:
+        """Whether it computes nothing: it moves rows or weights."""
+        return self.family == "transfers"
+
+    @property
+    def graph_inputs(self) -> tuple[Role, ...]:
+        """The inputs that come from other nodes of a graph, in order."""
+        return tuple(role for role in self.inputs if not role.given)
+
+    def weight(self, name: str) -> WeightRole | None:
+        """The weight role of a name, numbered ones by their stem; None when it has none."""
+        return _named(self.weights, name)
+
+    def operand(self, roles: tuple[Role, ...], name: str) -> Role | None:
+        """The role of a name among `roles`, numbered ones by their stem."""
+        return _named(roles, name)
+
+
+_AnyRole = TypeVar("_AnyRole", Role, WeightRole)
+
+
+def _named(roles: tuple[_AnyRole, ...], name: str) -> _AnyRole | None:
+    stem = name.rstrip("0123456789")
+    for role in roles:
+        if role.name == name or (role.many and role.name == stem and stem != name):
+            return role
+    return None
+
+
+def attr(name: str) -> Size:
+    """A width that is an attribute."""
+    return lambda attrs: int(attrs[name])
+
+
+def product(*names: str) -> Size:
+    """A width that is the product of attributes."""
+
+    def size(attrs: Attrs) -> int:
+        total = 1
+        for name in names:
+            total *= int(attrs[name])
+        return total
+
+    return size
+
+
+def spec(
+    op: str,
+    use: Use,
+    sizes: Mapping[str, int],
+    weight: str = "",
+    out: str = "f32",
+    expr: str = "",
+) -> KernelSpec:
+    """A kernel of a tier with sizes in canonical order."""
+    return KernelSpec(op, use.isa, weight, out, tuple(sorted(sizes.items())))
+
+
+def picked(attrs: Attrs, *names: str) -> dict[str, int]:
+    """Some attributes as whole numbers."""
+    return {name: int(attrs[name]) for name in names}
