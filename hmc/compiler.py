@@ -21,6 +21,7 @@ from hmc.machine import Machine
 from hmc.machine.detect import load_machine
 from hmc.passes import PIPELINE, Context, Options, run_pipeline
 from hmc.passes.graph.trace import trace
+from hmc.passes.place.nodes import routed_nodes
 from hmc.passes.routing_profile import RoutingProfile, load_profile
 from hmc.plan import ModelInfo, Plan
 from hmc.predict.feasible import require_goals
@@ -98,11 +99,7 @@ def compile(
 def _profile(path: str | Path, graph: torch.fx.GraphModule) -> RoutingProfile | None:
     if not str(path):
         return None
-    routed = {
-        found.layer: found.attr("experts")
-        for node in graph.graph.nodes
-        if (found := meta(node)).kind == "experts"
-    }
+    routed = {found.layer: found.attr("experts") for found in routed_nodes(graph)}
     return load_profile(path, routed)
 
 

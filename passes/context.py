@@ -129,8 +129,8 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def submodule(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
-    """The module that a call_module node calls."""
-    return graph.get_submodule(str(node.target))
+    """The module that a call_module node calls; None for any other node."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def replace_with_module(

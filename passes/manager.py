@@ -15,8 +15,9 @@ import torch.fx
 
 from hmc import env
 from hmc.errors import CompileError, PassFailedError, VerifyError
-from hmc.graph import KINDS, NodeMeta
+from hmc.graph import PLAIN, NodeMeta, meta
 from hmc.graph.printer import graph_text
+from hmc.ops import op_of
 from hmc.passes.context import Context, Pass
 
 
@@ -67,36 +68,31 @@ def verify_graph(graph: torch.fx.GraphModule) -> None:
     """Every node carries a `NodeMeta` of a known kind, with as many inputs as its kind has; else
     `VerifyError`.
     """
-    arity = {
-        "embedding": (1, 1),
-        "norm": (1, 1),
-        "linear": (1, 1),
-        "rotary": (2, 2),
-        "attention": (3, 3),
-        "mla": (3, 3),
-        "route": (1, 1),
-        "experts": (2, 2),
-        "silu_mul": (2, 2),
-        "gate_up": (1, 1),
-        "add": (2, 3),
-        "add_norm": (2, 3),
-        "item": (1, 1),
-    }
     for node in graph.graph.nodes:
         found = node.meta.get("hmc")
         if not isinstance(found, NodeMeta):
             raise VerifyError(f"node {node.name} carries no NodeMeta")
-        if found.kind not in KINDS:
-            raise VerifyError(f"node {node.name} is of unknown kind {found.kind}")
-        low, high = arity.get(found.kind, (0, 99))
-        if not low <= len(node.all_input_nodes) <= high:
-            # fx lists an input used twice once: h + h would be such a case
+        if found.kind in PLAIN:
+            continue
+        row = op_of(found.kind)
+        values = sum(_values(arg) for arg in node.args if isinstance(arg, torch.fx.Node))
+        least = sum(not role.optional for role in row.graph_inputs)
+        if not least <= values <= len(row.inputs):
             raise VerifyError(
-                f"node {node.name} ({found.kind}) has {len(node.all_input_nodes)} inputs,"
-                f" not {low}..{high}"
+                f"node {node.name} ({found.kind}) has {values} inputs,"
+                f" not {least}..{len(row.inputs)}"
             )
-        if found.width <= 0 and found.kind not in ("input", "output"):
+        names = {name for name, _ in found.attrs}
+        if odd := sorted(names - set(row.attrs) - set(row.extra) | (set(row.attrs) - names)):
+            raise VerifyError(f"node {node.name} ({found.kind}): attributes {', '.join(odd)}")
+        if found.width <= 0:
             raise VerifyError(f"node {node.name} ({found.kind}) has no width")
+
+
+def _values(node: torch.fx.Node) -> int:
+    """How many operands a value stands for: all results of an op, one of an item."""
+    kind = meta(node).kind
+    return 1 if kind in PLAIN else len(op_of(kind).outputs)
 
 
 def _shape(graph: torch.fx.GraphModule) -> list[tuple[object, ...]]:

@@ -44,7 +44,7 @@ from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.host.nan_scan import check_numbers
-from hmc.runtime.host.ops import OPS
+from hmc.runtime.host.ops import HOST_OPS
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
@@ -161,7 +161,7 @@ class Executor:
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
                 stack.callback(lowering.arena.close)
-                self.phases[phase.name] = LoweredPhase(lowering, OPS, self.pool)
+                self.phases[phase.name] = LoweredPhase(lowering, HOST_OPS, self.pool)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.pool.workers)
             self._stack = stack.pop_all()

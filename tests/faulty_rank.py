@@ -10,14 +10,14 @@ import sys
 import time
 
 from hmc.plan import Step
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.ranks import child as ranks_child
 
 
 def main(fault: str, arguments: list[str]) -> int:
-    sort = OPS["sort"]
+    sort = DEVICE_OPS["sort"]
 
     def faulty(bound: Bound, step: Step) -> Work:
         work, chosen = sort(bound, step), step.resource == "gpu1" and step.layer == 1
@@ -33,7 +33,7 @@ def main(fault: str, arguments: list[str]) -> int:
 
         return both
 
-    OPS["sort"] = faulty
+    DEVICE_OPS["sort"] = faulty
     return ranks_child.main(arguments)
 
 

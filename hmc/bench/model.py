@@ -28,9 +28,10 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.errors import ContextLengthError, ExecutionError, UsageError
+from hmc.ops import OPS
+from hmc.ops.matmul import distinct_experts
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import DECODE, PREFILL, decode_phase, prefill_phase
-from hmc.predict.cost import distinct_experts
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.tokens.sampler import Sampler, SamplingParams
@@ -328,7 +329,7 @@ def active_bytes(plan: Plan, batch: int = 1) -> int:
     total = 0.0
     for step in plan.phase("decode").steps:
         chosen = 1.0
-        if step.op == "experts" and batch > 1:
+        if OPS[step.op].routed and batch > 1:
             experts, top_k = int(step.attrs["experts"]), int(step.attrs["top_k"])
             chosen = distinct_experts(experts, top_k, batch) / top_k
         total += step.weight_bytes * chosen
@@ -345,7 +346,7 @@ def prefill_flops(plan: Plan, tokens: int) -> int:
     """FLOPs of the matmuls of a prompt: all tokens up to the gather, one row from there on."""
     total, rows = 0, tokens
     for step in plan.phase("prefill.host").steps:
-        rows = 1 if step.op == "gather_rows" else rows
+        rows = 1 if OPS[step.op].picks else rows
         total += rows * step.flops
     return total
 

@@ -8,7 +8,7 @@ names of the block's parameters, so a reference loader needs no table: `getattr(
 """
 
 from hmc.blocks.attention import MLA, Attention, Rotary
-from hmc.blocks.base import Block, Columns
+from hmc.blocks.base import Block, Columns, place, place_of
 from hmc.blocks.dense import (
     AddNorm,
     Embedding,
@@ -35,5 +35,7 @@ __all__ = [
     "Rotary",
     "Route",
     "Scoring",
+    "place",
+    "place_of",
     "silu_mul",
 ]

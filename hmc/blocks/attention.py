@@ -60,7 +60,7 @@ class Rotary(Block):
             start=self.start,
             dim=self.dim,
             interleaved=int(self.interleaved),
-            inv_freq=self.inv_freq,
+            rope=self.inv_freq,
             factor=self.factor,
             eps=0.0 if self.norm is None else self.norm.eps,
         )
@@ -87,7 +87,7 @@ class Attention(Block):
     """Causal grouped-query attention: q [T, heads * head_dim], k [T, kv_heads * head_dim], v [T,
     kv_heads * v_dim].
 
-    Query head h reads key head h // (heads / kv_heads). `window` is 0: every earlier token is seen.
+    Query head h reads key head h // (heads / kv_heads).
     """
 
     kind = "attention"
@@ -106,7 +106,6 @@ class Attention(Block):
             head_dim=self.head_dim,
             v_dim=self.v_dim,
             scale=self.scale,
-            window=0,
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

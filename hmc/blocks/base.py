@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hmc.graph import Attr, DType, WeightSpec, attrs
+from hmc.graph import Attr, DType, Section, WeightSpec, attrs
 
 
 class Block(nn.Module):
     """A leaf of the trace: one node, of kind `kind`, whose result has `width` elements a token.
 
     `dtype` is the format in which the result passes to its readers at run time; a reference
-    `forward` stays in float32.
+    `forward` stays in float32. `kind` is an op of hmc/ops, and `attributes` are those of its row.
     """
 
     kind: ClassVar[str]
@@ -34,6 +34,20 @@ class Block(nn.Module):
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         """Sizes and options of the node, as `NodeMeta.attrs` holds them."""
         return ()
+
+
+def place(module: nn.Module, layer: int, section: Section = "") -> nn.Module:
+    """Say of a module, and of all within it, which layer it is in (-1: none) and which half of it;
+    returns the module. Whoever builds a model says this, names never do.
+    """
+    for each in module.modules():
+        each.place = (layer, section)  # type: ignore[assignment]
+    return module
+
+
+def place_of(module: nn.Module) -> tuple[int, Section]:
+    """What `place` said of a module: (layer, section)."""
+    return getattr(module, "place", (-1, ""))
 
 
 class Columns(Block):

@@ -14,7 +14,7 @@ from hmc.graph import Attr, WeightSpec, attrs
 class Embedding(Block):
     """Rows of a table: ids [T] -> [T, width]."""
 
-    kind = "embedding"
+    kind = "embed"
 
     def __init__(self, vocab: int, width: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Embedding(Block):
         return (WeightSpec("table", f"{path}.weight", (self.vocab, self.width)),)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(vocab=self.vocab)
+        return attrs(vocab=self.vocab, width=self.width)
 
     def forward(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self.table)
@@ -48,7 +48,7 @@ class RMSNorm(Block):
         return (WeightSpec("gamma", f"{path}.weight", (self.size,)),)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(eps=self.eps, groups=self.groups)
+        return attrs(width=self.size, eps=self.eps, groups=self.groups, out="f32")
 
     def forward(self, x: Tensor) -> Tensor:
         chunks = x.reshape(len(x), self.groups, self.size)
@@ -81,6 +81,9 @@ class Linear(Block):
         if self.bias is None:
             return (weight,)
         return (weight, WeightSpec("bias", f"{path}.bias", (self.width,)))
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(k=self.inputs, n=self.width)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
@@ -125,7 +128,7 @@ class GateUp(Block):
         self.width = gate.width
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(act="silu")
+        return attrs(k=self.gate.inputs, n=self.width, act="silu")
 
     def forward(self, x: Tensor) -> Tensor:
         return silu_mul(self.gate(x), self.up(x))
@@ -146,7 +149,7 @@ class AddNorm(Block):
         self.width = norm.width
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return self.norm.attributes()
+        return attrs(width=self.width, eps=self.norm.eps)
 
     def forward(self, h: Tensor, d0: Tensor, d1: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = h + d0 if d1 is None else h + (d0 + d1)

@@ -142,7 +142,7 @@ class Experts(Block):
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(
-            experts=self.experts, top_k=self.top_k, intermediate=self.intermediate, act="silu"
+            k=self.width, n=self.intermediate, experts=self.experts, top_k=self.top_k, act="silu"
         )
 
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, print_json, progress, write_file
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
+from hmc.ops import OPS
 from hmc.plan import Plan, load_plan
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ def _kernels(plan: Plan) -> str:
     """
     steps = plan.phase("decode").steps
     native = [s for s in steps if any(key in plan.kernels for key in s.kernels)]
-    step = next((s for s in native if s.op == "experts"), native[-1])
+    step = next((s for s in native if OPS[s.op].routed), native[-1])
     kernel = plan.kernels[step.kernels[0]]
     return f"{kernel.weight} {kernel.op} on {kernel.isa}"
 

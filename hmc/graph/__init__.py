@@ -1,5 +1,5 @@
 """What hmc knows of a traced graph, and graphs as text."""
 
-from hmc.graph.node import KINDS, Attr, DType, NodeMeta, WeightSpec, attrs, meta
+from hmc.graph.node import PLAIN, Attr, DType, NodeMeta, Section, WeightSpec, attrs, meta
 
-__all__ = ["KINDS", "Attr", "DType", "NodeMeta", "WeightSpec", "attrs", "meta"]
+__all__ = ["PLAIN", "Attr", "DType", "NodeMeta", "Section", "WeightSpec", "attrs", "meta"]

@@ -4,29 +4,14 @@ The graph itself is a plain `torch.fx.GraphModule`. Passes read and *replace* th
 they never mutate it and never look at model families: all they reason about is the node kinds
 below.
 
-Node kinds, their fx inputs in order, and their result (T tokens; `width` counts elements of one
-token's row):
+A node's kind is an op of hmc/ops, whose row says what inputs, attributes and weights it has; or one
+of `PLAIN`:
 
-    input       token ids [T], positions [T]
-    embedding   (ids) -> f32 [T, width]                                   weight: table
-    norm        (x) -> bf16 or f32 [T, width]; `groups` chunks each       weight: gamma
-    linear      (x) -> f32 [T, width]                                     weights: weight, bias?
-    rotary      (x, positions) -> f32 [T, heads * head_dim]; may carry a fused per-head norm
-    (weight: gamma) attention   (q, k, v) -> bf16 [T, heads * v_dim]; appends k, v to the layer's
-    cache
-    mla         (q, latent, k_rope) -> bf16 [T, heads * v_dim]; appends (latent, k_rope)   weight:
-    kv_b
-    route       (logits) -> ids i32 and routing weights f32, both [T, top_k], as one value  weight:
-    bias?
-    experts     (x, routing) -> f32 [T, width]                            weights: gate, up, down
-    (one a expert)
-    silu_mul    (gate, up) -> bf16 [T, width]
-    gate_up     (x) -> bf16 [T, width]: two linears and silu_mul fused    weights: gate, up
-    add         (h, d) -> f32 [T, width]
-    add_norm    (h, d0[, d1]) -> (sum f32, norm bf16): fused residual and norm             weight:
-    gamma
-    item        (value) -> part `index` of a tuple, or columns [offset, offset + width) of rows
-    output      (logits)
+    input    token ids [T], positions [T]
+    item     part `index` of a value of several outputs, or columns [offset, offset + width) of rows
+    output   the logits
+
+Arguments of an fx node are values; one that has several outputs (`route`) stands for all of them.
 """
 
 from __future__ import annotations
@@ -36,11 +21,10 @@ from typing import Any, Literal, cast
 
 DType = Literal["f32", "bf16", "i32"]
 Attr = int | float | str | tuple[float, ...]
+Section = Literal["", "attention", "mlp", "head"]
 
-KINDS = frozenset(
-    "input embedding norm linear rotary attention mla route experts silu_mul gate_up add add_norm"
-    " item output".split()
-)
+PLAIN = frozenset(("input", "item", "output"))
+"""Kinds that compute nothing."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +50,15 @@ class NodeMeta:
     after tracing.
 
     `width` is elements per token of the result (its first part for tuples), `layer` -1 outside the
-    layers. `attrs` are sorted (name, value) pairs of the node's kind: sizes, eps, scale, scoring
-    mode.
+    layers, `section` the half of a layer it belongs to, or the head behind all. `attrs` are sorted
+    (name, value) pairs: those of the kind's row.
     """
 
     kind: str
     layer: int
     width: int
     dtype: DType
+    section: Section = ""
     weights: tuple[WeightSpec, ...] = ()
     attrs: tuple[tuple[str, Attr], ...] = ()
     formats: tuple[tuple[str, str], ...] = ()

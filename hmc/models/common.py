@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hmc.blocks import Attention, Embedding, Linear, RMSNorm, Rotary
+from hmc.blocks import Attention, Embedding, Linear, RMSNorm, Rotary, place
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import UnsupportedError
 from hmc.models.rope import Rope
@@ -27,6 +27,7 @@ class CausalLM(nn.Module):
         tied = config.get_bool("tie_word_embeddings", False)
         self.model = Backbone(config, vocab, hidden, layer)
         self.lm_head = Linear(hidden, vocab, tied="model.embed_tokens.weight" if tied else None)
+        place(self.lm_head, -1, "head")
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         return self.lm_head(self.model(ids, positions))  # type: ignore[no-any-return]
@@ -41,14 +42,23 @@ class Backbone(nn.Module):
         super().__init__()
         depth = config.require_int("num_hidden_layers", minimum=1)
         self.embed_tokens = Embedding(vocab, hidden)
-        self.layers = nn.ModuleList(layer(index) for index in range(depth))
+        self.layers = nn.ModuleList(_placed(layer(index), index) for index in range(depth))
         self.norm = RMSNorm(hidden, norm_eps(config))
+        place(self.norm, -1, "head")
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         h = self.embed_tokens(ids)
         for layer in self.layers:
             h = layer(h, positions)
         return self.norm(h)  # type: ignore[no-any-return]
+
+
+def _placed(layer: nn.Module, index: int) -> nn.Module:
+    """A layer whose first half, as it says itself, is "attention"; the rest is "mlp"."""
+    place(layer, index, "mlp")
+    for half in layer.attention_half:  # type: ignore[union-attr]
+        place(half, index, "attention")
+    return layer
 
 
 class DecoderLayer(nn.Module):
@@ -67,6 +77,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.add_module(mlp_name, mlp)
         self.mlp_name = mlp_name
+
+    @property
+    def attention_half(self) -> tuple[nn.Module, ...]:
+        """The modules of the layer's first half."""
+        return self.input_layernorm, self.self_attn
 
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
         h = h + self.self_attn(self.input_layernorm(h), positions)

@@ -195,9 +195,19 @@ class Op:
         return any(weight.expert for weight in self.weights)
 
     @property
+    def matmul(self) -> bool:
+        """Whether it multiplies dense matrices of its own with its rows."""
+        return any(weight.matmul for weight in self.weights) and not self.routed
+
+    @property
     def moves(self) -> bool:
         """Whether it computes nothing: it moves rows or weights."""
         return self.family == "transfers"
+
+    @property
+    def picks(self) -> bool:
+        """Whether it picks the rows whose logits are wanted: what follows works on these."""
+        return any(role.rows == "wanted" for role in self.outputs)
 
     @property
     def graph_inputs(self) -> tuple[Role, ...]:

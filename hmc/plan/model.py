@@ -248,13 +248,15 @@ class Step(Frozen):
     ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or "torch:<function>"
     where PyTorch computes the step. A step starts when every event in `waits` has been signalled.
     `weight_bytes` and `flops` are per call of one token (experts: its top_k; a load: what it
-    moves). `fills` names the slots a load writes, `uses` those a step reads: the signal of a load
+    moves). `section` is the half of its layer, or the head behind all layers.
+    `fills` names the slots a load writes, `uses` those a step reads: the signal of a load
     is the ON event of its slots, that of the last use their OFF event.
     """
 
     id: Count
     op: str
     layer: int
+    section: Literal["", "attention", "mlp", "head"] = ""
     resource: str
     inputs: dict[str, Operand]
     outputs: dict[str, Operand]

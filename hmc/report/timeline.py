@@ -9,22 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
+from hmc.ops import OPS
+from hmc.ops.row import Family
 from hmc.plan import Phase, Plan, Step
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.run import chosen, critical_path
 from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
 from hmc.report.words import si
 
-FAMILIES = {
-    "attention": ("mla", "attention", "rotary", "kv_out"),
-    "experts": ("experts",),
-    "dense matmuls": ("linear", "gate_up"),
-    "routing": ("route", "sort"),
-    "norms and sums": ("norm", "add", "add_norm", "embed", "gather_rows", "split", "join"),
-    "transfers": ("copy", "load", "all_gather", "exchange"),
-}
-"""Ops by what they are for; the legend of timelines and roofline, in this order."""
+FAMILIES = get_args(Family)
+"""What ops are for; the legend of timelines and roofline, in this order."""
 
 WIDTH, LEFT, TOP, LANE, GAP, AXIS = 1200, 64, 6, 26, 6, 26
 _FINEST = 0.6
@@ -89,8 +85,8 @@ class Drawing:
 
 
 def family_of(op: str) -> int:
-    """Index of an op's family; ops that no family names come after the last."""
-    return next((i for i, ops in enumerate(FAMILIES.values()) if op in ops), len(FAMILIES))
+    """Which of the legend's families an op belongs to."""
+    return FAMILIES.index(OPS[op].family)
 
 
 def decode_drawing(plan: Plan, model: CostModel, context: int, batch: int = 1) -> Drawing:
@@ -114,13 +110,13 @@ def prefill_drawing(plan: Plan, model: CostModel, tokens: int) -> Drawing:
 
 
 def _draw(name: str, phase: Phase, timeline: Timeline, caption: str) -> Drawing:
-    layers = sorted({step.layer for step in phase.steps if step.op == "experts"})
+    layers = sorted({step.layer for step in phase.steps if OPS[step.op].routed})
     layers = layers or sorted({step.layer for step in phase.steps if step.layer >= 0})
     middle = layers[len(layers) // 2]
     mine = [
         position
         for position, step in enumerate(phase.steps)
-        if step.layer == middle and step.op not in FAMILIES["transfers"]
+        if step.layer == middle and not OPS[step.op].moves
     ]
     first = min(timeline.start[position] for position in mine)
     last = max(timeline.finish[position] for position in mine)

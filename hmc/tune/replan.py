@@ -18,6 +18,7 @@ from hmc.errors import CapacityError, PlanMismatchError
 from hmc.passes import PIPELINE, Context, Options, run_pipeline
 from hmc.passes.graph.trace import trace
 from hmc.passes.place.expert_placement import ExpertPlacement
+from hmc.passes.place.nodes import routed_nodes
 from hmc.plan import LayerPlacement, Plan
 from hmc.plan.verify import expert_ranges
 
@@ -112,14 +113,11 @@ class _Given(ExpertPlacement):
 def _expert_bytes(graph: torch.fx.GraphModule, context: Context) -> dict[int, int]:
     """Stored bytes of one expert by layer."""
     sizes: dict[int, int] = {}
-    for node in graph.graph.nodes:
-        found = node.meta["hmc"]
-        if found.kind == "experts":
-            columns = [context.source(weight)[0] for weight in found.weights]
-            sizes[found.layer] = sum(
-                column.data.nbytes + (column.scale.nbytes if column.scale else 0)
-                for column in columns
-            )
+    for found in routed_nodes(graph):
+        columns = [context.source(weight)[0] for weight in found.weights]
+        sizes[found.layer] = sum(
+            column.data.nbytes + (column.scale.nbytes if column.scale else 0) for column in columns
+        )
     return sizes
 
 

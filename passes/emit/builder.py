@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hmc.graph import Section
 from hmc.plan import DTYPE_BYTES, Buffer, DType, Operand, Phase, Slot, Step
 from hmc.plan.memory import slot_offsets
 from hmc.plan.verify import EXTERNAL, slots_sharing
@@ -109,6 +110,7 @@ class Schedule:
         outputs: Parts,
         *,
         layer: int = -1,
+        section: Section = "",
         weights: Mapping[str, str] | None = None,
         attrs: Mapping[str, int | float | str] | None = None,
         kernels: tuple[str, ...] = (),
@@ -123,6 +125,7 @@ class Schedule:
             id=len(self._drafts),
             op=op,
             layer=layer,
+            section=section,
             resource=resource,
             inputs={},
             outputs={},

@@ -24,11 +24,12 @@ from typing import ClassVar
 
 import torch.fx
 
+from hmc.ops import OPS
 from hmc.passes.context import Context
 from hmc.passes.emit.builder import Schedule
 from hmc.passes.emit.hybrid import Lane
-from hmc.passes.graph.kernel_choice import DECODE
 from hmc.plan import Phase, Switch
+from hmc.plan.phases import DECODE
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import result_seconds, run
 
@@ -97,7 +98,7 @@ class DualBatch:
         schedule = Schedule(DUAL)
         base = context.bases[DECODE]
         placement = {each.layer: each for each in context.placement}
-        routed = [step.layer for step in base.steps if step.op == "experts"]
+        routed = [step.layer for step in base.steps if OPS[step.op].routed]
         first = next(i for i, step in enumerate(base.steps) if step.layer == min(routed))
         after = max(i for i, step in enumerate(base.steps) if step.layer == max(routed)) + 1
         whole = Lane(schedule, base, placement, whole=True)

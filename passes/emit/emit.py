@@ -31,7 +31,6 @@ from hmc.graph import meta
 from hmc.passes.context import Context
 from hmc.passes.emit.hybrid import hybrid_phase
 from hmc.passes.emit.steps import PhaseBuilder
-from hmc.passes.graph.kernel_choice import DECODE, PREFILL
 from hmc.plan import (
     CheckpointInfo,
     ExpertWeights,
@@ -40,6 +39,7 @@ from hmc.plan import (
     ShardInfo,
     Weight,
 )
+from hmc.plan.phases import DECODE, PREFILL
 from hmc.version import VERSION
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hmc.graph import Section
+from hmc.ops import OPS
 from hmc.passes.context import ranges
 from hmc.passes.emit.builder import Part, Parts, Schedule, Value
 from hmc.plan import LayerPlacement, Phase, Step
 from hmc.plan.verify import EXTERNAL, expert_ranges
-
-HOST_OPS = frozenset({"embed"})
-"""Ops that stay on the CPU."""
 
 
 @dataclass
@@ -94,10 +93,11 @@ class Lane:
                     self._values[name] = Value(
                         self.prefix + name, found.dtype, found.width, external=True
                     )
-            if step.op == "experts":
+            row = OPS[step.op]
+            if row.routed:
                 self._experts(step)
                 continue
-            device, resource = ("host", "cpu") if step.op in HOST_OPS else ("gpu0", "gpu0")
+            device, resource = ("host", "cpu") if row.where == "host" else ("gpu0", "gpu0")
             inputs = self._inputs(step, device)
             outputs = {}
             for role, operand in step.outputs.items():
@@ -120,7 +120,9 @@ class Lane:
             if "logits" in (each.buffer for each in step.outputs.values()):
                 logits = next(iter(outputs.values())).value
                 out = Value(f"{self.prefix}logits", logits.dtype, logits.width, external=True)
-                self._copy({"y": Part.all(logits)}, {"y": Part.all(out)}, "d2h0", step.layer)
+                self._copy(
+                    {"y": Part.all(logits)}, {"y": Part.all(out)}, "d2h0", step.layer, "head"
+                )
         if layer is not None:
             yield layer
 
@@ -138,6 +140,7 @@ class Lane:
             inputs,
             outputs,
             layer=step.layer,
+            section=step.section,
             weights=step.weights,
             attrs={**step.attrs, **(attrs or {}), **self._attrs()},
             kernels=step.kernels if resource == "cpu" else (f"torch:{step.op}",),
@@ -238,13 +241,16 @@ class Lane:
                 if copy is value and place == "host":
                     self._copies[origin, device] = copies[role]
 
-    def _copy(self, inputs: Parts, outputs: Parts, resource: str, layer: int) -> None:
+    def _copy(
+        self, inputs: Parts, outputs: Parts, resource: str, layer: int, section: Section = ""
+    ) -> None:
         self.schedule.add(
             "copy",
             resource,
             inputs,
             outputs,
             layer=layer,
+            section=section,
             attrs=self._attrs(),
             kernels=("torch:copy",),
             lane=self.lane,

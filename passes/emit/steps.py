@@ -5,17 +5,15 @@ pass alone.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 
 import torch.fx
 
-from hmc.codegen.spec import KernelSpec
 from hmc.errors import PassFailedError
-from hmc.graph import NodeMeta, meta
-from hmc.passes.context import Context
-from hmc.passes.graph.fuse import feeds_output
+from hmc.graph import PLAIN, NodeMeta, meta
+from hmc.ops import OPS, Use
+from hmc.passes.context import Context, stored_bytes
 from hmc.passes.graph.lower import kernel_key
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.verify import EXTERNAL
@@ -23,6 +21,10 @@ from hmc.plan.verify import EXTERNAL
 _ALIGN = 64
 
 Operands = dict[str, Operand]
+Attribute = int | float | str
+
+_GATHER = "gather_rows"
+"""The op that picks rows for the head."""
 
 
 @dataclass
@@ -76,52 +78,57 @@ class PhaseBuilder:
 
     def _emit(self, node: torch.fx.Node) -> None:
         found = meta(node)
-        match found.kind:
-            case "input":
-                self._values[node] = (self._external(node.name, "i32", 1),)
-            case "output":
-                pass
-            case "item":
-                self._values[node] = (self._item(node, found),)
-            case "rotary":
-                self._values[node] = (self._rotary(node, found),)
-            case _:
-                self._values[node] = self._general(node, found)
+        if found.kind == "input":
+            self._values[node] = (self._external(node.name, "i32", 1),)
+        elif found.kind == "item":
+            self._values[node] = (self._item(node, found),)
+        elif found.kind not in PLAIN:
+            self._values[node] = self._computed(node, found)
 
-    def _general(self, node: torch.fx.Node, found: NodeMeta) -> tuple[Operand, ...]:
-        roles = _INPUTS[found.kind]
-        inputs: Operands = {}
-        operands = [self._values[arg] for arg in node.args if isinstance(arg, torch.fx.Node)]
-        for role, values in zip(roles, operands, strict=False):
-            if role == "routing":
-                inputs["ids"], inputs["routing"] = values
-            else:
-                inputs[role] = values[0]
-        if found.kind == "norm" and feeds_output(node):
-            inputs["x"] = self._gather(node, inputs["x"])
-        if found.kind in ("attention", "mla"):
-            inputs["positions"] = self._named("positions")
+    def _computed(self, node: torch.fx.Node, found: NodeMeta) -> tuple[Operand, ...]:
+        """The step of a node, its operands named by the op's row; the results."""
+        row, attrs = OPS[found.kind], self._attrs(found)
+        read = [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
+        values = [operand for each in read for operand in self._values[each]]
+        inputs: Operands = {
+            role.name: operand for role, operand in zip(row.graph_inputs, values, strict=False)
+        }
+        if found.section == "head" and not any(meta(each).section == "head" for each in read):
+            first = row.graph_inputs[0].name
+            inputs[first] = self._gather(node, inputs[first])
+        inputs |= {role.name: self._named(role.given) for role in row.inputs if role.given}
+        is_logits = any(user.op == "output" for user in node.users)
         outputs: Operands = {}
-        is_logits = all(user.op == "output" for user in node.users)
-        for role, dtype, width in _OUTPUTS[found.kind](found):
-            name = "logits" if is_logits else f"{node.name}.{role}" if role != "y" else node.name
-            outputs[role] = (
-                self._external("logits", "f32", width)
+        for role in row.outputs:
+            if role.in_place:
+                self._alone(node, inputs[role.in_place])
+                outputs[role.name] = inputs[role.in_place]
+                continue
+            dtype = role.dtype if " " not in role.dtype else found.dtype
+            assert role.width is not None
+            width = role.width(attrs)
+            name = f"{node.name}.{role.name}" if role.name != "y" else node.name
+            outputs[role.name] = (
+                self._external("logits", dtype, width)
                 if is_logits
                 else self._buffer(name, dtype, width)
             )
-        self._step(_OPS.get(found.kind, found.kind), found, inputs, outputs)
+        self._step(found, attrs, inputs, outputs)
         return tuple(outputs.values())
 
     def _gather(self, node: torch.fx.Node, x: Operand) -> Operand:
-        spec = KernelSpec.of("gather_rows", self.context.isa, width=x.width)
-        self.context.kernels[kernel_key(spec)] = spec
+        """The rows whose logits are wanted: all that the head works on."""
+        use = Use(self.context.isa, 0, self.context.options.kv_block)
+        attrs: dict[str, Attribute] = {"width": x.width}
+        keys = []
+        for spec in OPS[_GATHER].kernels(attrs, {}, use):
+            keys.append(kernel_key(spec))
+            self.context.kernels[keys[-1]] = spec
         gathered = self._buffer(f"{node.name}.rows", "f32", x.width)
-        plain = NodeMeta(
-            "gather_rows", -1, x.width, "f32", kernels=((self.name, kernel_key(spec)),)
-        )
+        kernels = tuple((self.name, key) for key in keys)
+        plain = NodeMeta(_GATHER, -1, x.width, "f32", "head", kernels=kernels)
         inputs = {"x": x, "rows": self._named("rows")}
-        self._step("gather_rows", plain, inputs, {"y": gathered})
+        self._step(plain, attrs, inputs, {"y": gathered})
         return gathered
 
     def _item(self, node: torch.fx.Node, found: NodeMeta) -> Operand:
@@ -132,19 +139,20 @@ class PhaseBuilder:
         column, width = parts[0].column + found.attr("offset"), found.attr("width")
         return Operand(buffer=parts[0].buffer, column=column, width=width)
 
-    def _rotary(self, node: torch.fx.Node, found: NodeMeta) -> Operand:
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
-        if len(source.users) != 1 or meta(source).kind == "input":
-            raise PassFailedError(
-                f"{node.name}: rotary works in place, but its input has other readers"
-            )
-        x = self._values[source][0]
-        inputs = {"x": x, "positions": self._named("positions")}
-        self._step("rotary", found, inputs, {"x": x})
-        return x
+    def _alone(self, node: torch.fx.Node, operand: Operand) -> None:
+        """Refuse a step that works in place on what others read too."""
+        for source in node.all_input_nodes:
+            if operand in self._values[source] and (
+                len(source.users) != 1 or meta(source).kind == "input"
+            ):
+                raise PassFailedError(
+                    f"{node.name}: {meta(node).kind} works in place, but its input has other"
+                    " readers"
+                )
 
-    def _step(self, op: str, found: NodeMeta, inputs: Operands, outputs: Operands) -> None:
+    def _step(
+        self, found: NodeMeta, attrs: dict[str, Attribute], inputs: Operands, outputs: Operands
+    ) -> None:
         position = len(self._steps)
         for operand in (*inputs.values(), *outputs.values()):
             life = self._lives[operand.buffer]
@@ -154,36 +162,25 @@ class PhaseBuilder:
         self._steps.append(
             Step(
                 id=position,
-                op=op,
+                op=found.kind,
                 layer=found.layer,
+                section=found.section,
                 resource="cpu",
                 inputs=inputs,
                 outputs=outputs,
                 weights=_weight_names(found),
-                attrs=self._attrs(found),
+                attrs=attrs,
                 kernels=tuple(key for phase, key in found.kernels if phase == self.name),
                 weight_bytes=weight_bytes,
                 flops=flops,
             )
         )
 
-    def _attrs(self, found: NodeMeta) -> dict[str, int | float | str]:
-        result: dict[str, int | float | str] = {}
-        for name, value in found.attrs:
-            if isinstance(value, tuple):
-                result["rope"] = self._constant(value)
-            else:
-                result[name] = value
-        if found.kind in ("linear", "gate_up"):
-            result["n"], result["k"] = found.weights[0].shape
-        elif found.kind == "experts":
-            result["n"], result["k"] = found.weights[0].shape
-            result.pop("intermediate")
-        elif found.kind in ("norm", "add_norm"):
-            result["width"] = found.width // found.attr("groups")
-        elif found.kind in ("embedding", "add", "gather_rows"):
-            result["width"] = found.width
-        return result
+    def _attrs(self, found: NodeMeta) -> dict[str, Attribute]:
+        return {
+            name: self._constant(value) if isinstance(value, tuple) else value
+            for name, value in found.attrs
+        }
 
     def _constant(self, values: tuple[float, ...]) -> str:
         for name, known in self.constants.items():
@@ -194,18 +191,16 @@ class PhaseBuilder:
         return name
 
     def _cost(self, found: NodeMeta) -> tuple[int, int]:
-        """(weight bytes, FLOPs) of one token; a multiply-add counts 2, embedding reads one row."""
+        """(weight bytes, FLOPs) of one token; a multiply-add counts 2. A table is read a row."""
+        row = OPS[found.kind]
         total = flops = 0
         for weight in found.weights:
-            source = self.context.source(weight)[0]
-            size = source.data.nbytes + (source.scale.nbytes if source.scale else 0)
-            times = found.attr("top_k") if weight.experts else 1
-            if found.kind == "embedding":
-                size //= weight.shape[0]
-            total += times * size
-            flops += (
-                times * 2 * prod(weight.shape) if weight.linear or found.kind == "linear" else 0
-            )
+            role = row.weight(weight.role)
+            assert role is not None
+            size = stored_bytes(self.context.source(weight)[0])
+            times = found.attr("top_k") if role.expert else 1
+            total += times * (size // weight.shape[0] if row.where == "host" else size)
+            flops += times * 2 * prod(weight.shape) if role.matmul else 0
         return total, flops
 
     # -- buffers -----------------------------------------------------------------------------------
@@ -243,32 +238,3 @@ def _weight_names(found: NodeMeta) -> dict[str, str]:
     if any(weight.experts for weight in found.weights):
         return {"experts": f"layer:{found.layer}"}
     return {weight.role: weight.name for weight in found.weights}
-
-
-_OPS = {"embedding": "embed"}
-
-_INPUTS: dict[str, tuple[str, ...]] = {
-    "embedding": ("ids",),
-    "norm": ("x",),
-    "add": ("h", "d0", "d1"),
-    "add_norm": ("h", "d0", "d1"),
-    "linear": ("x",),
-    "gate_up": ("x",),
-    "attention": ("q", "k", "v"),
-    "mla": ("q", "latent", "k_rope"),
-    "route": ("logits",),
-    "experts": ("x", "routing"),
-}
-
-_OUTPUTS: dict[str, Callable[[NodeMeta], list[tuple[str, str, int]]]] = {
-    "embedding": lambda m: [("y", "f32", m.width)],
-    "norm": lambda m: [("y", m.dtype, m.width)],
-    "add": lambda m: [("y", "f32", m.width)],
-    "add_norm": lambda m: [("h_out", "f32", m.width), ("y", "bf16", m.width)],
-    "linear": lambda m: [("y", "f32", m.width)],
-    "gate_up": lambda m: [("y", "bf16", m.width)],
-    "attention": lambda m: [("y", "bf16", m.width)],
-    "mla": lambda m: [("y", "bf16", m.width)],
-    "route": lambda m: [("ids", "i32", m.width), ("routing", "f32", m.width)],
-    "experts": lambda m: [("y", "f32", m.width)],
-}

@@ -4,8 +4,7 @@ that reads them.
 Contract
     * requires a traced graph; establishes "canonical"
     * a norm with one group a head whose only reader is a rotary of the same heads becomes part of
-      it, since both walk
-      a head at a time and the result is rotated in place
+      it, since both walk a head at a time and the result is rotated in place
     * values are unchanged
 """
 
@@ -16,6 +15,7 @@ from typing import ClassVar
 
 import torch.fx
 
+from hmc.blocks import RMSNorm, Rotary
 from hmc.graph import meta
 from hmc.passes.context import Context, ranges, replace_with_module, submodule
 
@@ -44,14 +44,15 @@ class Canonicalise:
 
 
 def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    if meta(node).kind != "rotary":
+    turning = submodule(graph, node)
+    if not isinstance(turning, Rotary):
         return False
     source, positions = node.args
     assert isinstance(source, torch.fx.Node) and isinstance(positions, torch.fx.Node)
-    norm, rotary = meta(source), meta(node)
-    if norm.kind != "norm" or len(source.users) != 1 or norm.attr("groups") != rotary.attr("heads"):
+    norm, rotary = submodule(graph, source), meta(node)
+    if not isinstance(norm, RMSNorm) or len(source.users) != 1 or norm.groups != turning.heads:
         return False
-    fused = submodule(graph, node).with_norm(submodule(graph, source))
+    fused = turning.with_norm(norm)
     inputs = (source.args[0], positions)
     replace_with_module(
         graph,
@@ -59,7 +60,7 @@ def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
         f"{node.name}_normed",
         fused,
         inputs,  # type: ignore[arg-type]
-        rotary.with_(weights=norm.weights, attrs=fused.attributes()),
+        rotary.with_(weights=meta(source).weights, attrs=fused.attributes()),
     )
     graph.graph.erase_node(node)
     graph.graph.erase_node(source)

@@ -77,6 +77,7 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, context: Context, node: torch.fx.
             f"stored in two formats, {formats[0]} and {formats[1]}",
         )
         return False
+    fused = GateUp(submodule(graph, gate), submodule(graph, up))
     weights = tuple(
         replace(m.weights[0], role=role) for m, role in zip(two, ("gate", "up"), strict=True)
     )
@@ -84,9 +85,17 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, context: Context, node: torch.fx.
         graph,
         node,
         f"{gate.name}_up",
-        GateUp(submodule(graph, gate), submodule(graph, up)),
+        fused,
         (gate.args[0],),  # type: ignore[arg-type]
-        NodeMeta("gate_up", two[0].layer, two[0].width, "bf16", weights, attrs(act="silu")),
+        NodeMeta(
+            "gate_up",
+            two[0].layer,
+            two[0].width,
+            "bf16",
+            two[0].section,
+            weights,
+            fused.attributes(),
+        ),
     )
     for dead in (node, gate, up):
         graph.graph.erase_node(dead)
@@ -94,7 +103,7 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, context: Context, node: torch.fx.
 
 
 def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    if meta(node).kind != "norm" or meta(node).attr("groups") != 1 or feeds_output(node):
+    if meta(node).kind != "norm" or meta(node).attr("groups") != 1 or meta(node).section == "head":
         return False
     total = node.args[0]
     if not isinstance(total, torch.fx.Node) or meta(total).kind != "add":
@@ -111,7 +120,7 @@ def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
         pair = graph.graph.call_module(name, tuple(operands))
         parts = [graph.graph.call_function(operator.getitem, (pair, index)) for index in (0, 1)]
     pair.meta["hmc"] = NodeMeta(
-        "add_norm", layer, norm.width, "f32", norm.weights, module.attributes()
+        "add_norm", layer, norm.width, "f32", norm.section, norm.weights, module.attributes()
     )
     for index, (part, dtype) in enumerate(zip(parts, ("f32", norm.dtype), strict=True)):
         part.meta["hmc"] = NodeMeta(
@@ -119,6 +128,7 @@ def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
             layer,
             norm.width,
             dtype,
+            norm.section,
             attrs=attrs(index=index, offset=0, width=norm.width),
         )
     total.replace_all_uses_with(parts[0])
@@ -126,11 +136,3 @@ def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     graph.graph.erase_node(node)
     graph.graph.erase_node(total)
     return True
-
-
-def feeds_output(norm: torch.fx.Node) -> bool:
-    """Whether a norm's only readers are linears that give the graph's output."""
-    return all(
-        meta(user).kind == "linear" and all(last.op == "output" for last in user.users)
-        for user in norm.users
-    )

@@ -19,10 +19,16 @@ from typing import ClassVar
 
 import torch.fx
 
-from hmc.codegen.spec import KernelSpec
+from hmc.checkpoint import WeightSource
+from hmc.codegen.spec import MAX_TOKENS, KernelSpec
+from hmc.errors import PassFailedError, UnsupportedError
 from hmc.graph import WeightSpec, meta
+from hmc.ops import OPS, Stored, Use
 from hmc.passes.context import Context, ranges
-from hmc.passes.graph.kernel_choice import PHASES, Target, choose
+from hmc.plan.phases import DECODE, PREFILL
+
+TOKENS = {PREFILL: 0, DECODE: MAX_TOKENS}
+"""Tokens a call that kernels of each base phase take: any number, or few."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +43,26 @@ class Fp8Lowering:
         groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
         for node in graph.graph.nodes:
             found = meta(node)
-            if found.kind in ("input", "output", "item"):
+            row = OPS.get(found.kind)
+            if row is None:
                 continue
             sources = {weight.role: context.source(weight)[0] for weight in found.weights}
-            formats = {role: source.format for role, source in sources.items()}
-            target = Target(
-                context.isa,
-                context.options.kv_block,
-                formats,
-                {role: source.block for role, source in sources.items()},
-                {role: source.scale_dtype for role, source in sources.items()},
-            )
+            stored = {role: _stored(source) for role, source in sources.items()}
             kernels = []
-            for phase in PHASES:
-                for spec in choose(found, phase, target):
-                    kernels.append((phase, _register(context, spec)))
+            for phase, tokens in TOKENS.items():
+                use = Use(context.isa, tokens, context.options.kv_block)
+                for spec in row.kernels(dict(found.attrs), stored, use):
+                    key = kernel_key(spec, out="out" in row.attrs)
+                    context.kernels[key] = spec
+                    kernels.append((phase, key))
+            if not kernels:
+                raise PassFailedError(f"no kernel computes a {found.kind} node ({node.name})")
+            formats = {role: source.format for role, source in sources.items()}
             node.meta["hmc"] = found.with_(
                 formats=tuple(sorted(formats.items())), kernels=tuple(kernels)
             )
             for weight in found.weights:
-                names = ", ".join(key.split("-")[0] for phase, key in kernels if phase == "decode")
+                names = ", ".join(key.split("-")[0] for phase, key in kernels if phase == DECODE)
                 note = sources[weight.role].note
                 groups[_family_of(weight), formats[weight.role], f"{note}; decode: {names}"].append(
                     found.layer
@@ -71,18 +77,19 @@ def _family_of(weight: WeightSpec) -> str:
     return re.sub(r"\.\d+\.", ".*.", weight.name)
 
 
-def _register(context: Context, spec: KernelSpec | str) -> str:
-    if isinstance(spec, str):
-        return spec
-    key = kernel_key(spec)
-    context.kernels[key] = spec
-    return key
+def _stored(source: WeightSource) -> Stored:
+    """What kernels must know of how a weight is stored."""
+    if source.format != "int4":
+        return Stored(source.format)
+    bits = {"F32": 32, "BF16": 16}.get(source.scale_dtype)
+    if bits is None:
+        raise UnsupportedError(f"int4 scales in {source.scale_dtype}: kernels read BF16 and F32")
+    return Stored(source.format, source.block, bits)
 
 
-def kernel_key(spec: KernelSpec) -> str:
+def kernel_key(spec: KernelSpec, *, out: bool = False) -> str:
     """A readable name, unique within a plan (one tier): op, format and sizes, e.g.
-    `linear-fp8-k2048-tokens16`.
+    `linear-fp8-k2048-tokens16`; with the result's dtype where the op has more than one (`out`).
     """
     sizes = [f"{name}{value}" for name, value in spec.params]
-    out = [spec.out] if spec.op == "norm" else []
-    return "-".join(filter(None, [spec.op, spec.weight, *out, *sizes]))
+    return "-".join(filter(None, [spec.op, spec.weight, spec.out if out else "", *sizes]))

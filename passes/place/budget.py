@@ -11,8 +11,10 @@ import torch.fx
 
 from hmc.errors import CapacityError, UsageError
 from hmc.graph import meta
+from hmc.ops import OPS
 from hmc.passes.context import Budget, Context, stored_bytes
 from hmc.passes.place.memory_ledger import DEFAULT_CONTEXT, cache_layout, weight_kinds
+from hmc.passes.place.nodes import hosted_nodes, routed_nodes
 from hmc.plan import KVLayout
 from hmc.plan.memory import SCRATCH, context_scratch
 
@@ -64,12 +66,8 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     if sum(room) >= experts or not experts:
         return Budget(usable, dense, cache, workspace, 0, tuple(room), tokens, stream_token)
     layer = max(
-        sum(
-            stored_bytes(context.source(weight)[0]) * weight.experts
-            for weight in meta(node).weights
-        )
-        for node in graph.graph.nodes
-        if meta(node).kind == "experts"
+        sum(stored_bytes(context.source(weight)[0]) * weight.experts for weight in found.weights)
+        for found in routed_nodes(graph)
     )
     ranks = len(usable)
     window = 2 * _section(kinds, context)
@@ -108,10 +106,11 @@ def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
     results = [
         found.width * size[found.dtype]
         for node in graph.graph.nodes
-        if (found := meta(node)).kind in ("linear", "mla", "attention", "gate_up")
-        and found.layer >= 0
+        if (found := meta(node)).layer >= 0
+        and found.kind in OPS
+        and (OPS[found.kind].attends or OPS[found.kind].matmul)
     ]
-    hidden = next(meta(node).width for node in graph.graph.nodes if meta(node).kind == "embedding")
+    hidden = hosted_nodes(graph)[0].width
     widest = sorted(results)[-2:]
     return sum(widest) + 8 * 4 * hidden
 
@@ -126,9 +125,8 @@ def _section(kinds: dict[str, int], context: Context) -> int:
 def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
     return sum(
         stored_bytes(context.source(weight)[0])
-        for node in graph.graph.nodes
-        if meta(node).kind == "embedding"
-        for weight in meta(node).weights
+        for node in hosted_nodes(graph)
+        for weight in node.weights
     )
 
 

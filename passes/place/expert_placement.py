@@ -28,6 +28,7 @@ import torch.fx
 from hmc.graph import NodeMeta, meta
 from hmc.passes.context import Context, ranges, stored_bytes
 from hmc.passes.place.budget import divide
+from hmc.passes.place.nodes import leaves_host, routed_nodes
 from hmc.passes.place.solver import Item, solve
 from hmc.passes.routing_profile import RoutingCounts
 from hmc.plan import LayerPlacement
@@ -46,11 +47,11 @@ class ExpertPlacement:
     establishes: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        routed = [meta(node) for node in graph.graph.nodes if meta(node).kind == "experts"]
+        routed = routed_nodes(graph)
         budget = context.budget = divide(graph, context)
         for node in graph.graph.nodes:
             found = meta(node)
-            hybrid = budget is not None and found.kind not in ("experts", "embedding")
+            hybrid = budget is not None and leaves_host(found)
             device, stream = ("gpu0", "gpu0") if hybrid else ("host", "cpu")
             node.meta["hmc"] = found.with_(device=device, stream=stream)
         nodes = len(context.machine.nodes)

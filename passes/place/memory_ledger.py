@@ -21,7 +21,9 @@ import torch.fx
 
 from hmc.errors import PassFailedError, UsageError
 from hmc.graph import NodeMeta, meta
+from hmc.ops import OPS
 from hmc.passes.context import Context, stored_bytes
+from hmc.passes.place.nodes import hosted_nodes, routed_nodes
 from hmc.plan import KVLayout, LedgerItem, Limits
 from hmc.plan.verify import expert_ranges
 
@@ -122,9 +124,8 @@ def _hybrid_items(
     where they were placed."""
     table = sum(
         stored_bytes(context.source(weight)[0])
-        for node in graph.graph.nodes
-        if meta(node).kind == "embedding"
-        for weight in meta(node).weights
+        for node in hosted_nodes(graph)
+        for weight in node.weights
     )
     homes: dict[tuple[str, str], int] = {("host", "embedding and output"): table}
     for kind, total in kinds.items():
@@ -132,10 +133,7 @@ def _hybrid_items(
             inside = table if kind == "embedding and output" else 0
             homes["gpu0", kind] = total - inside
     tiers = {placement.layer: placement.tiers for placement in context.placement}
-    for node in graph.graph.nodes:
-        found = meta(node)
-        if found.kind != "experts":
-            continue
+    for found in routed_nodes(graph):
         columns = [context.source(weight) for weight in found.weights]
         for tier, text in tiers[found.layer].items():
             size = sum(stored_bytes(column[e]) for column in columns for e in expert_ranges(text))
@@ -148,16 +146,14 @@ def _hybrid_items(
 
 
 def _kind_of(node: NodeMeta) -> str:
-    if node.kind in ("embedding",) or (node.kind == "linear" and node.layer < 0):
+    row = OPS[node.kind]
+    if row.where == "host" or (row.matmul and node.section == "head"):
         return "embedding and output"
-    if node.kind in ("norm", "add_norm", "route"):
+    if row.family in ("norms and sums", "routing"):
         return "norms and router biases"
-    names = " ".join(weight.name for weight in node.weights)
-    if "attn" in names or node.kind in ("mla", "rotary"):
+    if node.section == "attention":
         return "attention"
-    if node.kind == "linear" and dict(node.attrs).get("router"):
-        return "routers"
-    return "shared experts and dense MLPs"
+    return "routers" if dict(node.attrs).get("router") else "shared experts and dense MLPs"
 
 
 def cache_layout(graph: torch.fx.GraphModule, context: Context) -> KVLayout:
@@ -166,13 +162,10 @@ def cache_layout(graph: torch.fx.GraphModule, context: Context) -> KVLayout:
     widths: set[tuple[str, tuple[int, ...]]] = set()
     for node in graph.graph.nodes:
         found = meta(node)
-        if found.kind == "attention":
-            heads = found.attr("kv_heads")
-            widths.add(("gqa", (heads * found.attr("head_dim"), heads * found.attr("v_dim"))))
-        elif found.kind == "mla":
-            widths.add(("mla", (found.attr("rank") + found.attr("rope"),)))
-        else:
+        if found.kind not in OPS or not (states := OPS[found.kind].states(dict(found.attrs))):
             continue
+        kind = "gqa" if len(states) > 1 else "mla"
+        widths.add((kind, tuple(state.width for state in states)))
         layers.append(found.layer)
     if len(widths) != 1:
         raise PassFailedError(

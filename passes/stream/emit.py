@@ -4,9 +4,9 @@ order. What is streamed, and how much, is decided in `stream_load.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from hmc.ops import OPS
 from hmc.passes.context import ranges
 from hmc.passes.emit.builder import Part, Parts, Schedule, Value
 from hmc.plan import ExpertWeights, Phase, Plan, Step, Weight
@@ -45,28 +45,19 @@ def stored_expert_bytes(plan: Plan) -> dict[int, int]:
 
 
 def dense_sections(phase: Phase) -> dict[tuple[int, str], list[str]]:
-    """Dense weights by (layer, "attention" or "mlp"): a layer's steps up to the matmul after its
-    attention, and the rest; embedding and experts are not among them."""
+    """Dense weights by (layer, section), in the order in which they are read; the embedding and
+    experts are not among them."""
     found: dict[tuple[int, str], list[str]] = {}
-    for section, step in _walk(phase.steps):
-        if step.op not in ("embed", "experts"):
-            found.setdefault(section, []).extend(
-                name for name in step.weights.values() if name not in found.get(section, ())
-            )
+    for step in phase.steps:
+        if leaves_host(step.op):
+            names = found.setdefault((step.layer, step.section), [])
+            names.extend(name for name in step.weights.values() if name not in names)
     return found
 
 
-def _walk(steps: Iterable[Step]) -> Iterable[tuple[tuple[int, str], Step]]:
-    layer, part, attended = -2, "attention", False
-    for step in steps:
-        if step.op in ("copy",):
-            continue
-        if step.layer != layer:
-            layer, part, attended = step.layer, "attention", False
-        elif part == "attention" and attended and step.op != "linear":
-            part = "mlp"
-        attended |= step.op in ("mla", "attention")
-        yield (layer, part), step
+def leaves_host(op: str) -> bool:
+    """Whether a step of the op goes to a GPU as a whole, where there is one."""
+    return not (OPS[op].routed or OPS[op].where == "host")
 
 
 def streamed_experts(plan: Plan, layer: int, rank: int, gpus: tuple[int, ...]) -> list[int]:
@@ -118,15 +109,15 @@ class StreamEmitter:
         self._weights = {weight.name: weight for weight in self.plan.weights}
         self._stored = stored_expert_bytes(self.plan)
         self._held = expert_bytes(self.plan)
-        routers = {step.inputs["logits"].buffer for step in self.base.steps if step.op == "route"}
-        for section, step in _walk(self.base.steps):
-            if step.op == "experts":
+        for step in self.base.steps:
+            section, row = (step.layer, step.section), OPS[step.op]
+            if row.routed:
                 self._experts(step)
-            elif step.op in ("mla", "attention"):
+            elif row.attends:
                 self._attention(section, step)
-            elif step.op == "route" or any(o.buffer in routers for o in step.outputs.values()):
+            elif row.everywhere or "router" in step.attrs:
                 self._everywhere(section, step)
-            elif step.layer < 0 and step.op != "embed":
+            elif step.section == "head":
                 self._plain(section, step, 0, {})  # rank 0 holds the prompt's last token
             else:
                 for rank in range(self.ranks):
@@ -189,6 +180,7 @@ class StreamEmitter:
             inputs,
             outputs,
             layer=step.layer,
+            section=step.section,
             weights=step.weights,
             attrs={**step.attrs, **attrs},
             kernels=step.kernels if resource == "cpu" else (f"torch:{step.op}",),
@@ -200,7 +192,7 @@ class StreamEmitter:
     def _plain(
         self, section: tuple[int, str], step: Step, rank: int, attrs: dict[str, int | float | str]
     ) -> None:
-        if step.op == "embed":
+        if OPS[step.op].where == "host":
             inputs, outputs = self._inputs(step, rank), self._outputs(step, rank, "host")
             self._add(step, rank, inputs, outputs, attrs, resource="cpu")
             (name,) = (operand.buffer for operand in step.outputs.values())
@@ -211,7 +203,7 @@ class StreamEmitter:
                 value.width,
                 f"gpu{self.gpus[rank]}",
             )
-            self._copy(f"h2d{self.gpus[rank]}", value, moved, attrs, step.layer)
+            self._copy(f"h2d{self.gpus[rank]}", value, moved, attrs, step)
             self._values[rank][name] = moved
             return
         uses = self._slots(section, step, rank)
@@ -221,7 +213,7 @@ class StreamEmitter:
             if operand.buffer == "logits":
                 value = outputs[role].value
                 out = Value("logits", value.dtype, value.width, external=True)
-                self._copy(f"d2h{self.gpus[rank]}", value, out, {}, step.layer)
+                self._copy(f"d2h{self.gpus[rank]}", value, out, {}, step)
 
     def _copy(
         self,
@@ -229,15 +221,15 @@ class StreamEmitter:
         source: Value,
         target: Value,
         attrs: dict[str, int | float | str],
-        layer: int,
+        step: Step,
     ) -> None:
-        # the embedding's copy moves every row; that of logits only those wanted
         self.schedule.add(
             "copy",
             resource,
             {"y": Part.all(source)},
             {"y": Part.all(target)},
-            layer=max(layer, 0) if resource.startswith("h2d") else layer,
+            layer=step.layer,
+            section=step.section,
             attrs=attrs,
             kernels=("torch:copy",),
         )
@@ -245,7 +237,7 @@ class StreamEmitter:
     def _attention(self, section: tuple[int, str], step: Step) -> None:
         """Attention of each rank's queries over the latents (or keys and values) of all, and the
         way of the new cache rows to the host."""
-        roles = [role for role in ("latent", "k_rope", "k", "v") if role in step.inputs]
+        roles = [role.name for role in OPS[step.op].graph_inputs[1:]]  # all but the queries
         every = {role: self._gather(step, role) for role in roles}
         for rank in range(self.ranks):
             inputs = self._inputs(step, rank) | {role: every[role][rank] for role in roles}
@@ -314,9 +306,6 @@ class StreamEmitter:
 
     def _everywhere(self, section: tuple[int, str], step: Step) -> None:
         """Gating: every rank does it for all tokens, so that nothing sorted has to travel."""
-        for role in step.inputs:
-            if step.op != "route":
-                self._gather(step, role)
         for rank in range(self.ranks):
             inputs = {role: self._gather(step, role)[rank] for role in step.inputs}
             uses = self._slots(section, step, rank)

@@ -37,13 +37,13 @@ from typing import ClassVar
 
 import torch.fx
 
+from hmc.ops.matmul import distinct_experts
 from hmc.passes.context import Context
-from hmc.passes.graph.kernel_choice import PREFILL
 from hmc.passes.stream.emit import BESIDE, CHOSEN, STREAM, StreamEmitter
 from hmc.passes.stream.memory import StreamMemory
 from hmc.passes.stream.switch import STEP, PrefillTimes
 from hmc.plan import Phase, Switch
-from hmc.predict.cost import distinct_experts
+from hmc.plan.phases import PREFILL
 
 _LENGTHS = tuple(1024 * tokens for tokens in (4, 8, 16, 24, 32, 48, 64, 96))
 """Prompts by which rings are compared."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hmc.passes.graph.kernel_choice import PREFILL
 from hmc.plan import Phase, Plan
+from hmc.plan.phases import PREFILL
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import PhaseTimer, host_prefill, result_seconds
 

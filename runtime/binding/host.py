@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hmc.codegen.jit import Jit
+from hmc.ops import OPS
 from hmc.plan import Buffer, Operand, Phase, Plan, Step
 from hmc.plan.verify import EXTERNAL
 from hmc.runtime.device_ops.base import Work
@@ -20,7 +21,7 @@ from hmc.runtime.device_ops.shares import Call, Share
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.host.arena import Arena
 from hmc.runtime.host.lowering import LoweredPhase, Lowering
-from hmc.runtime.host.ops import OPS
+from hmc.runtime.host.ops import HOST_OPS
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache
@@ -65,7 +66,7 @@ class HostSteps:
 
     def work(self, step: Step, share: Share) -> Work:
         """What a native step does in a call."""
-        lowered = LoweredPhase(self._lowering((_plain(step),)), OPS, self._pool)
+        lowered = LoweredPhase(self._lowering((_plain(step),)), HOST_OPS, self._pool)
         self.lowered.append(lowered)
 
         def work(call: Call) -> None:
@@ -81,7 +82,7 @@ class HostSteps:
         steps = [step for step in self._phase.steps if step.id in crossing.steps]
         return HostProgram(
             self._lowering(tuple(steps)),
-            OPS,
+            HOST_OPS,
             self._pool,
             steps,
             crossing,
@@ -119,6 +120,6 @@ class HostSteps:
 
 def _plain(step: Step) -> Step:
     """The step with inputs under the names a CPU phase has."""
-    if step.op != "embed":
+    if OPS[step.op].where != "host":
         return step
     return step.model_copy(update={"inputs": {"ids": Operand(buffer="ids", width=1)}})

@@ -28,6 +28,7 @@ import torch
 
 from hmc.codegen.jit import Jit
 from hmc.errors import ExecutionError
+from hmc.ops import OPS
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
@@ -35,7 +36,7 @@ from hmc.runtime.binding.memory import Device, GpuMemory, LentMemory
 from hmc.runtime.binding.pinned import Pinner, pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
-from hmc.runtime.device_ops import OPS, Work
+from hmc.runtime.device_ops import DEVICE_OPS, Work
 from hmc.runtime.device_ops.base import Routed
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
@@ -53,8 +54,6 @@ from hmc.runtime.weights.store import WeightStore, view
 
 _TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 _LOGITS = "logits"
-_WHOLE = {"load", "kv_out", "kv_in", "all_gather", "exchange", "split", "join"}
-"""Ops that do something whatever the rows of their share; all others need at least one."""
 
 
 class Binding:
@@ -342,8 +341,8 @@ class BoundPhase:
     def _bound(self, step: Step) -> Work:
         if step.resource == "cpu" and is_native(step):
             return self._host.work(step, self.share(step))
-        work, share = OPS[step.op](self, step), self.share(step)
-        if step.op in _WHOLE:
+        work, share = DEVICE_OPS[step.op](self, step), self.share(step)
+        if OPS[step.op].always:
             return work
         return lambda call: work(call) if call.count(share) else None
 
@@ -376,9 +375,10 @@ class BoundPhase:
         shares, picked = set(), {}
         for step in self.phase.steps:
             device = device_of(step.resource)
-            if step.op in ("rotary", "attention", "mla"):
+            row = OPS[step.op]
+            if "positions" in step.inputs:
                 shares.add((self._shares[step.id], device))
-            elif step.op == "gather_rows":
+            elif row.picks:
                 ranks = self.phase.ranks
                 picked[device] = Share("rank", int(device[3:]), ranks) if ranks > 1 else ALL
         home = HOME if HOME in self._memory else min(self._memory)

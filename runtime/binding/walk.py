@@ -4,6 +4,7 @@ to y, and which load filled the slots a step uses.
 
 from __future__ import annotations
 
+from hmc.ops import OPS
 from hmc.plan import Phase, Step
 from hmc.runtime.device_ops.shares import ALL, WANTED, Share
 
@@ -23,11 +24,11 @@ def walked(
     filled: dict[str, int] = {}
     picked = False
     for step in phase.steps:
-        picked = picked or step.op == "gather_rows"
+        picked = picked or OPS[step.op].picks
         shares[step.id] = WANTED if picked and step.op != "kv_out" else _share(phase, step)
         me = step.op, step.layer, step.lane
         for operand in step.outputs.values():
-            if step.op == "experts" and writer.get(operand.buffer) == me:
+            if OPS[step.op].routed and writer.get(operand.buffer) == me:
                 adding.add(step.id)
             writer[operand.buffer] = me
         holding[step.id] = {name: filled[name] for name in step.uses}

@@ -1,4 +1,5 @@
-"""What each step of a schedule computes on a device, by PyTorch: the literal table `OPS`.
+"""What each step of a schedule computes on a device, by PyTorch: the literal table
+`DEVICE_OPS`.
 
 An op function takes a phase's memory (`base.Bound`) and a step, and returns what the step does in a
 call. It works on any device, keeps no order (that is the schedule's) and leaves the stream it is
@@ -10,7 +11,7 @@ from __future__ import annotations
 from hmc.runtime.device_ops import attention, dense, exchange, moe
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
 
-OPS: dict[str, OpFunction] = {
+DEVICE_OPS: dict[str, OpFunction] = {
     "embed": dense.embed,
     "gather_rows": dense.gather_rows,
     "norm": dense.norm,
@@ -34,4 +35,4 @@ OPS: dict[str, OpFunction] = {
     "join": exchange.join,
 }
 
-__all__ = ["OPS", "Bound", "OpFunction", "Work"]
+__all__ = ["DEVICE_OPS", "Bound", "OpFunction", "Work"]

@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hmc.ops import OPS
 from hmc.plan import Phase, Step
 
 Kind = Literal["gathered", "exchanged", "context", "past", "dispatched", "combined"]
 Counts = Counter[tuple[int, Kind]]
 """Bytes by layer and kind."""
-
-_ATTENTION = ("attention", "mla")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def feeds_attention(phase: Phase, step: Step) -> str:
     """The role in which attention reads what a collective gathers; "" where it does not."""
     written = {operand.buffer for operand in step.outputs.values()}
     for reader in phase.steps:
-        if reader.layer == step.layer and reader.op in _ATTENTION:
+        if reader.layer == step.layer and OPS[reader.op].attends:
             for role, operand in reader.inputs.items():
                 if operand.buffer in written:
                     return role

@@ -1,4 +1,4 @@
-"""What each step op calls: the literal table `OPS`, from op to the function that appends its
+"""What each step op calls: the literal table `HOST_OPS`, from op to the function that appends its
 records.
 
 A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, attention for
@@ -403,7 +403,7 @@ def _experts(low: Lowering, step: Step) -> None:
     )
 
 
-OPS: dict[str, OpFunction] = {
+HOST_OPS: dict[str, OpFunction] = {
     "embed": _embed,
     "gather_rows": _gather_rows,
     "norm": _norm,

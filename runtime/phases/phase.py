@@ -23,6 +23,7 @@ import numpy.typing as npt
 from hmc import env
 from hmc.codegen.jit import Jit
 from hmc.errors import MachineError
+from hmc.ops import OPS
 from hmc.plan import Phase, Plan, Step
 from hmc.plan.memory import device_of, kind_of
 from hmc.plan.phases import BESIDE
@@ -314,10 +315,10 @@ def _counted(bound: BoundPhase, routing: RoutingRecorder) -> list[Work]:
 
         return both
 
-    routers = [step for step in bound.phase.steps if step.op == "route"]
+    routers = [step for step in bound.phase.steps if OPS[step.op].everywhere]
     first = min((step.resource for step in routers), default="")
     return [
-        told(step, work) if step.op == "route" and step.resource == first else work
+        told(step, work) if OPS[step.op].everywhere and step.resource == first else work
         for step, work in zip(bound.phase.steps, bound.works, strict=True)
     ]
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
+from hmc.ops import OPS
 from hmc.plan import Step
 from hmc.plan.verify import expert_ranges
 from hmc.runtime.device_ops.base import Bound, Work
@@ -32,7 +33,9 @@ class Routing:
         """The works of the phase's steps, with what routers on this rank's GPU choose counted."""
         resource = f"gpu{self._rank}"
         return [
-            self._after(step, work) if step.op == "route" and step.resource == resource else work
+            self._after(step, work)
+            if OPS[step.op].everywhere and step.resource == resource
+            else work
             for step, work in zip(self._bound.phase.steps, works, strict=True)
         ]
 
@@ -69,7 +72,7 @@ class Routing:
         found: dict[int, int] = {}
         width = 0
         for step in self._bound.plan.phase(self._bound.phase.name).steps:
-            if step.op == "experts" and step.layer == layer:
+            if OPS[step.op].routed and step.layer == layer:
                 width = step.outputs["y"].width
                 for expert in expert_ranges(str(step.attrs["range"])):
                     found[expert] = int(step.resource.removeprefix("gpu"))

@@ -10,23 +10,10 @@ Contract
 
 from __future__ import annotations
 
+from hmc.ops import OPS
 from hmc.plan import Phase
 from hmc.plan.memory import kind_of
 
-_FREE = {
-    "norm",
-    "add",
-    "add_norm",
-    "linear",
-    "gate_up",
-    "rotary",
-    "attention",
-    "mla",
-    "route",
-    "gather_rows",
-}
-"""Ops that depend on the host only by numbers of rows. `sort` and `experts` ask the device how many
-rows each expert has."""
 _LEAST = 2
 
 
@@ -39,7 +26,7 @@ def segments(phase: Phase) -> tuple[tuple[int, ...], ...]:
     for position, step in enumerate(phase.steps):
         if not step.resource.startswith("gpu"):
             continue
-        if step.op not in _FREE:
+        if not OPS[step.op].captured:
             open_on.pop(step.resource, None)
             continue
         if step.waits or step.resource not in open_on:

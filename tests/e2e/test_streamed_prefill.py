@@ -17,7 +17,7 @@ from split_plans import DUAL, STREAM, split_plan
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
 from hmc.plan import save_plan
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -134,7 +134,7 @@ def test_faults_end_in_one_line(
 
         return work
 
-    monkeypatch.setitem(OPS, "sort", broken)
+    monkeypatch.setitem(DEVICE_OPS, "sort", broken)
     code, _, err = run("run", plans["one"], *arguments)
     told = [line for line in err.splitlines() if line and not line.startswith("[decode: ")]
     assert (code, len(told)) == (6, 1)

@@ -23,7 +23,7 @@ from split_plans import DUAL, STREAM, split_plan
 from hmc.compiler import compile as compile_plan
 from hmc.errors import ExecutionError, MachineError, WorkerError
 from hmc.plan import Step
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.host import HostBackend
@@ -289,7 +289,7 @@ def test_a_device_that_raises_while_workers_wait_ends_everything(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = checkpoint("mixtral", "bf16", layers=2)
-    make = OPS["attention"]
+    make = DEVICE_OPS["attention"]
     armed = [False]
 
     def made(bound: Any, step: Step) -> Callable[[Any], None]:
@@ -303,7 +303,7 @@ def test_a_device_that_raises_while_workers_wait_ends_everything(
 
         return broken
 
-    monkeypatch.setitem(OPS, "attention", made)
+    monkeypatch.setitem(DEVICE_OPS, "attention", made)
     with executor(split_plan(directory), directory) as found:
         sequence = found.open()
         list(found.prefill(sequence, np.array(prompt(5, 1), np.int32), phase="prefill.host"))

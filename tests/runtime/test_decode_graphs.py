@@ -24,7 +24,7 @@ from hmc.cli.devices import telling
 from hmc.errors import ExecutionError, MachineError, UsageError
 from hmc.plan import Operand, Step
 from hmc.runtime.binding.phase import BoundPhase
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call, Fixed, Rows
 from hmc.runtime.devices.base import Work
@@ -323,7 +323,7 @@ def test_segments_do_nothing_that_a_capture_refuses(
             for at, step in enumerate(bound.phase.steps):
                 if not step.resource.startswith("gpu"):
                     continue
-                work = OPS[step.op](fake, step)
+                work = DEVICE_OPS[step.op](fake, step)
                 with Capturing():
                     if at in inside:
                         work(call)

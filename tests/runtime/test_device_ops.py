@@ -16,7 +16,7 @@ from hmc.blocks.dense import RMSNorm
 from hmc.codegen.kernels.routing.route import route as route_reference
 from hmc.errors import ExecutionError
 from hmc.plan import KVLayout
-from hmc.runtime.device_ops import OPS, matmul, moe, scratch, triton_fp8
+from hmc.runtime.device_ops import DEVICE_OPS, matmul, moe, scratch, triton_fp8
 from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Share, of_share
@@ -186,7 +186,7 @@ def test_rotary_rotates_in_place(kv: KVCache, interleaved: int, gamma: bool) -> 
     step = step_of(
         "rotary", buffers, "x", rope="rope", factor=1.5, interleaved=interleaved, **numbers
     )
-    OPS["rotary"](buffers, step)(call)  # type: ignore[arg-type]
+    DEVICE_OPS["rotary"](buffers, step)(call)  # type: ignore[arg-type]
     assert torch.allclose(x, expected.detach(), atol=1e-6)
 
 
@@ -223,7 +223,7 @@ def test_attention_sees_the_past_and_this_call(
     buffers = Buffers({**values, "y": torch.zeros(T, 32, dtype=torch.bfloat16)}, caches=caches)
     numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "window": window}
     step = step_of("attention", buffers, "y", scale=0.3, **numbers)
-    OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
+    DEVICE_OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
     q = values["q"].view(T, heads, dim)
     expected = reference(q, k.view(-1, kv_heads, dim), v.view(-1, kv_heads, dim), past, 0.3, window)
     assert (buffers.values["y"].double() - expected).norm() / expected.norm() < 4e-3
@@ -254,7 +254,7 @@ def test_attention_of_a_batch_reads_each_ones_past(
     buffers = Buffers({**values, "y": torch.zeros(3, 32)}, caches=caches)
     numbers = {"heads": 4, "kv_heads": 2, "head_dim": 8, "window": 0}
     step = step_of("attention", buffers, "y", scale=0.3, **numbers)
-    OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
+    DEVICE_OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
     for row, (k, v) in enumerate(kept):
         q = values["q"][row].view(1, 4, 8)
         expected = reference(q, k, v, pasts[row], 0.3, 0)[0]
@@ -280,7 +280,7 @@ def test_latent_attention_in_both_forms(
     buffers = Buffers(values, {"kv_b": w}, caches=[cache])
     numbers = {"heads": heads, "nope": nope, "rope": rope, "v_dim": v_dim, "rank": rank}
     step = step_of("mla", buffers, "y", scale=0.2, **numbers)
-    OPS["mla"](buffers, step)(call)  # type: ignore[arg-type]
+    DEVICE_OPS["mla"](buffers, step)(call)  # type: ignore[arg-type]
     parts = (rows[:, :rank].double() @ w.data.double().T).view(-1, heads, nope + v_dim)
     shared = rows[:, None, rank:].double().expand(-1, heads, -1)
     keys = torch.cat((parts[..., :nope], shared), -1)
@@ -309,7 +309,7 @@ def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.Monkey
         step = step.model_copy(
             update={"inputs": {k: v for k, v in step.inputs.items() if k != "y"}}
         )
-        OPS["experts"](buffers, step)(call)  # type: ignore[arg-type]
+        DEVICE_OPS["experts"](buffers, step)(call)  # type: ignore[arg-type]
     expected = torch.zeros(T, 16, dtype=torch.float64)
     for token in range(T):
         for slot in range(2):

@@ -36,7 +36,7 @@ from hmc.errors import (
 from hmc.plan import file as planfile
 from hmc.plan import load_plan
 from hmc.plan.phases import PREFILL, decode_phase, prefill_phase
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.executor import Executor
 from hmc.runtime.host.trace import chrome_trace
@@ -393,7 +393,7 @@ def test_a_plan_for_the_cpu_needs_no_devices(checkpoint: Checkpoint) -> None:
 
 def breaking(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[[], None]) -> None:
     """Let every step of an op call `fault` first."""
-    make = OPS[op]
+    make = DEVICE_OPS[op]
 
     def made(bound: Any, step: Any) -> Callable[[Any], None]:
         work = make(bound, step)
@@ -404,7 +404,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[[], None]
 
         return broken
 
-    monkeypatch.setitem(OPS, op, made)
+    monkeypatch.setitem(DEVICE_OPS, op, made)
 
 
 def test_a_step_that_raises_ends_everything(

@@ -21,7 +21,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan
 from hmc.plan.phases import DECODE, PREFILL
 from hmc.runtime.batching.scheduler import Scheduler
-from hmc.runtime.device_ops import OPS
+from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.executor import Executor
 from hmc.runtime.phases.beside import DevicePrefill
 from hmc.runtime.tokens.requests import Request, Ticket
@@ -81,7 +81,7 @@ def plan(checkpoint: Callable[..., Path]) -> Plan:
 @pytest.fixture
 def executor(plan: Plan, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
     """With the gate in the step `kv_in`, which no other phase has."""
-    make = OPS["kv_in"]
+    make = DEVICE_OPS["kv_in"]
 
     def gated(bound: Any, step: Any) -> Callable[[Any], None]:
         work = make(bound, step)
@@ -92,7 +92,7 @@ def executor(plan: Plan, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
         return both
 
-    monkeypatch.setitem(OPS, "kv_in", gated)
+    monkeypatch.setitem(DEVICE_OPS, "kv_in", gated)
     found = Executor(plan, Path(plan.checkpoint.path), threads=1, devices="host", delays=3)
     try:
         yield found

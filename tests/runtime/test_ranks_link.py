@@ -12,7 +12,7 @@ import torch
 from device_ops_fake import Buffers, call_of, random, step_of
 
 from hmc.plan import KVLayout
-from hmc.runtime.device_ops import OPS, scratch
+from hmc.runtime.device_ops import DEVICE_OPS, scratch
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call, Share, of_share
 from hmc.runtime.memory.kv import KVCache
@@ -45,7 +45,7 @@ def run(
         phase = SimpleNamespace(ranks=2, steps=[])
         buffers = Buffers(values(link.rank), link=link, phase=phase)
         step = step_of(op, buffers, f"y{link.rank}")
-        OPS[op](buffers, step)(call())  # type: ignore[arg-type]
+        DEVICE_OPS[op](buffers, step)(call())  # type: ignore[arg-type]
         return buffers.values[f"y{link.rank}"]
 
     with ThreadPoolExecutor(2) as threads:

@@ -16,7 +16,7 @@ from device_ops_fake import Buffers, call_of, random, step_of, stored
 from torch.profiler import ProfilerActivity, profile
 
 from hmc.plan import KVLayout, Step
-from hmc.runtime.device_ops import OPS, matmul, scratch
+from hmc.runtime.device_ops import DEVICE_OPS, matmul, scratch
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.memory.kv import KVCache
@@ -54,7 +54,7 @@ class Case:
     least: int = 0
 
     def work(self) -> None:
-        OPS[self.step.op](self.buffers, self.step)(self.call)  # type: ignore[arg-type]
+        DEVICE_OPS[self.step.op](self.buffers, self.step)(self.call)  # type: ignore[arg-type]
 
     @property
     def memory(self) -> list[torch.Tensor]:

@@ -12,17 +12,14 @@ from hypothesis import strategies as st
 
 from hmc.errors import MachineError
 from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.ops import OPS, Load
+from hmc.ops.attention import attended, gqa_flops, mla_flops
+from hmc.ops.matmul import chosen_experts, distinct_experts
 from hmc.plan import Plan, Step
 from hmc.predict.cost import (
     Call,
     CostModel,
-    attended,
-    distinct_experts,
-    distinct_of_profile,
     gemv_rate,
-    gqa_flops,
-    kv_bytes,
-    mla_flops,
 )
 
 MLA = {"heads": 128, "nope": 128, "rope": 64, "v_dim": 128, "rank": 512}
@@ -47,7 +44,9 @@ def test_distinct_experts_of_deepseek() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 64))
 def test_an_even_profile_is_even_routing(tokens: int, experts: int) -> None:
-    even = distinct_of_profile([2 / (experts + 2)] * experts, tokens)
+    load = Load(tokens, tokens, chances=[2 / (experts + 2)] * experts)
+    even, routed = chosen_experts({"experts": experts + 2, "top_k": 2}, load)
+    assert routed == pytest.approx(tokens * 2 * experts / (experts + 2))
     assert even == pytest.approx(distinct_experts(experts + 2, 2, tokens, experts))
 
 
@@ -72,8 +71,10 @@ def test_latent_attention_takes_the_cheaper_form() -> None:
 
 def test_plain_attention_and_cache_bytes() -> None:
     assert gqa_flops(32, 128, 128, 100) == 2 * 32 * 256 * 100
-    assert kv_bytes(576, 32_768, 1) == 1152 * 32_769
-    assert kv_bytes(576, 100, 4, 4) == 1152 * (4 * 100 + 4)
+    one = OPS["mla"].work(MLA, Load(1, 1, context=32_768))
+    assert one.keys == 32_769
+    four = OPS["mla"].work(MLA, Load(4, 4, sequences=4, context=100))
+    assert four.keys == 4 * 100 + 4
 
 
 def _rates(*points: tuple[str, int, float]) -> CpuRates:

@@ -26,8 +26,9 @@ from hmc.errors import CapacityError
 from hmc.machine import CpuRates, GemvRate, Rate
 from hmc.machine.detect import available_bytes
 from hmc.machine.topology import Node
+from hmc.ops import OPS
+from hmc.ops.attention import attended, gqa_flops
 from hmc.plan import Plan
-from hmc.predict.cost import attended, gqa_flops
 from hmc.runtime.executor import Executor
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import ProgramBuilder
@@ -252,7 +253,7 @@ def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
 
 def _attention_seconds(plan: Plan, phase: str, recorder: Recorder) -> float:
     """Seconds in the attention step's kernels."""
-    mine = {step.id for step in plan.phase(phase).steps if step.op == "attention"}
+    mine = {step.id for step in plan.phase(phase).steps if OPS[step.op].attends}
     return sum(seconds for step, seconds in recorder.by_step().items() if step in mine)
 
 
