@@ -50,7 +50,7 @@ def test_full_disk_is_one_clear_error(
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(PlanError, match="No space left on device"):
         save_plan(plan, tmp_path / "a.hmp")
     assert not list(tmp_path.iterdir())

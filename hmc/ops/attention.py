@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from hmc.codegen.spec import KernelSpec
+from hmc.errors import UnsupportedError
 from hmc.ops.row import (
     Attrs,
     Load,
@@ -37,6 +38,10 @@ def _rotary(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
 
 
 def _attention(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    if attrs.get("window"):
+        raise UnsupportedError(
+            f"attention with a window of {attrs['window']} tokens: no CPU kernel has one yet"
+        )
     sizes = picked(attrs, "heads", "kv_heads", "head_dim", "v_dim") | {"block": use.block}
     append = spec("kv_append", use, sizes)
     if use.many:
@@ -164,6 +169,7 @@ OPS: Final = (
             **dict.fromkeys(("heads", "kv_heads", "head_dim", "v_dim"), int),
             "scale": float,
         },
+        extra={"window": int},
         kernels=_attention,
         states=_attention_states,
         work=_attention_work,

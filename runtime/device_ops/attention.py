@@ -39,7 +39,8 @@ def attention(bound: Bound, step: Step) -> Work:
     """Grouped-query attention: query head h reads key head h // (heads / kv_heads)."""
     q, k, v = (bound.tensor(step.inputs[role]) for role in ("q", "k", "v"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    heads, kv_heads, head_dim, window = ints(step, "heads", "kv_heads", "head_dim", "window")
+    heads, kv_heads, head_dim = ints(step, "heads", "kv_heads", "head_dim")
+    window = int(step.attrs.get("window", 0))
     group, v_dim = heads // kv_heads, v.shape[1] // kv_heads
     queries = q.view(len(q), kv_heads, group, head_dim)
     scale, home = float(step.attrs["scale"]), bound.home(device)

@@ -102,7 +102,7 @@ class _UnknownKind(_DropsMeta):
     ("broken", "message"),
     [
         (_DropsMeta(), "after pass drops_meta: node ids carries no NodeMeta"),
-        (_UnknownKind(), "after pass unknown_kind: node ids is of unknown kind mystery"),
+        (_UnknownKind(), "after pass unknown_kind: unknown op mystery"),
     ],
 )
 def test_the_manager_names_the_pass_that_broke_the_graph(
