@@ -8,12 +8,17 @@ core.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import BinaryIO
 
 from hmc import env
-from hmc.codegen.jit import Jit, cached_object
+from hmc.codegen import cache
+from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
@@ -21,53 +26,75 @@ from hmc.errors import KernelError
 _FEW = 4
 """Fewer missing kernels than this are left to the caller: starting a process costs as much."""
 
+_COMMAND = [sys.executable, "-m", "hmc.codegen.build"]
+_PATIENCE_S = 60.0
+"""Seconds that a child may take for its start, and again for each kernel: they take one or two."""
 
-def build(
-    specs: Iterable[KernelSpec], progress: Callable[[str, int, int], None] | None = None
-) -> None:
-    """Fill the cache with those of `specs` that it lacks, one process a core.
+Progress = Callable[[str, int, int], None]
 
-    `progress(what, done, total)` counts kernels. Raises `KernelError` with the first line of what
-    went wrong.
+
+def build(specs: Iterable[KernelSpec], progress: Progress | None = None) -> None:
+    """Fill the cache with those of `specs` that it lacks, one process a core; left to the caller
+    where the cache cannot be written.
+
+    `progress(what, done, total)` counts kernels. Raises `KernelError` with the last line of what
+    went wrong. No child is left behind.
     """
-    missing = [spec for spec in dict.fromkeys(specs) if not cached_object(spec).is_file()]
+    missing = [spec for spec in dict.fromkeys(specs) if cache.load(spec) is None]
     if len(missing) < _FEW or env.debug_level() >= 5 or env.dump_dir() is not None:
         return
+    if not cache.is_writable():
+        return
     workers = min(env.threads(), len(missing))
-    command = [sys.executable, "-m", "hmc.codegen.build"]
-    children = []
-    for number in range(workers):
-        child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
-        assert child.stdin is not None
-        child.stdin.write(_to_json(missing[number::workers]).encode())
-        child.stdin.close()
-        children.append(child)
-    try:
-        for child in children:
-            while True:
-                try:
-                    child.wait(timeout=0.25)
-                    break
-                except subprocess.TimeoutExpired:
-                    _report(missing, progress)
+    end = time.monotonic() + _PATIENCE_S * (1 + -(-len(missing) // workers))
+    with ExitStack() as stack:
+        children = [_start(stack, missing[number::workers]) for number in range(workers)]
+        for child, said in children:
+            while not _has_ended(child):
+                _report(missing, progress)
+                if time.monotonic() > end:
+                    raise KernelError(
+                        f"building {len(missing)} kernels takes too long: stopped; HMC_THREADS=1"
+                        " builds one at a time"
+                    )
             if child.returncode:
-                assert child.stderr is not None
-                lines = child.stderr.read().decode().strip().splitlines() or ["no message"]
-                raise KernelError(f"building kernels failed: {lines[-1]}")
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            assert child.stderr is not None
-            child.stderr.close()
+                said.seek(0)
+                lines = said.read().decode(errors="replace").strip().splitlines()
+                last = lines[-1] if lines else f"its process ended with status {child.returncode}"
+                raise KernelError(f"building kernels failed: {last}")
     _report(missing, progress)
 
 
-def _report(specs: list[KernelSpec], progress: Callable[[str, int, int], None] | None) -> None:
+def _start(stack: ExitStack, specs: list[KernelSpec]) -> tuple[subprocess.Popen[bytes], BinaryIO]:
+    """A child that builds `specs`, and what it will say on stderr. Both ways are files in memory:
+    nobody waits for a reader. `stack` ends and reaps it.
+    """
+    told, said = (os.fdopen(os.memfd_create(name), "w+b") for name in ("specs", "stderr"))
+    stack.callback(told.close)
+    stack.callback(said.close)
+    told.write(_to_json(specs).encode())
+    told.seek(0)
+    try:
+        child = subprocess.Popen(_COMMAND, stdin=told, stdout=subprocess.DEVNULL, stderr=said)
+    except OSError as error:
+        raise KernelError(f"building kernels: no process starts: {error.strerror}") from error
+    stack.callback(child.wait)
+    stack.callback(child.kill)
+    return child, said
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Whether the child has ended, after a moment's wait."""
+    try:
+        child.wait(timeout=0.25)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def _report(specs: list[KernelSpec], progress: Progress | None) -> None:
     if progress is not None:
-        done = sum(cached_object(spec).is_file() for spec in specs)
+        done = sum(cache.path_of(spec).is_file() for spec in specs)
         progress("compiling kernels", done, len(specs))
 
 

@@ -1,11 +1,15 @@
-"""Kernel tiers: which CPU features each needs, what LLVM is told, and which one this machine runs.
+"""Kernel tiers, one row each: which CPU features a tier needs, what LLVM may use, and what kernels
+may ask for; which tier this machine runs.
 
-    avx512_bf16   AVX-512 F/BW/DQ/VL + BF16 + VBMI: byte-table FP8 decode, `vdpbf16ps`   (Zen 4,
-    Sapphire Rapids)
-    avx512        AVX-512 F/BW/DQ/VL: FP8 by shifts in place, FP32 FMA; INT4 in whole numbers
-    (Skylake-X, Cascade Lake)
-    avx2          AVX2 + FMA + F16C: the same at 256 bits                                 (Haswell,
-    Zen 1-3)
+    tier          features                          what it brings                  since
+    avx512_bf16   avx512 + BF16, VBMI               dot products of bf16 pairs,     Zen 4,
+                                                    tables of 128 bytes             Sapphire Rapids
+    avx512        avx2 + AVX-512 F, BW, DQ, VL, CD  512 bits, 32 registers          Skylake-X
+    avx2          AVX2, FMA, F16C, BMI 1 and 2      256 bits, 16 registers          Haswell, Zen 1
+
+Kernels ask for capabilities (`pair_dot`, `lanes`, `registers`, ...), never for a tier's name. LLVM
+is handed exactly the features that the tier checks, on top of plain x86-64: the name of a CPU would
+let it use what a virtual machine masks. A name only says whose instruction costs it schedules by.
 
 The features come from /proc/cpuinfo alone: LLVM's own detection was seen to report features that a
 virtual machine does not have.
@@ -22,42 +26,53 @@ from hmc.errors import MachineError, UsageError
 
 @dataclass(frozen=True)
 class Isa:
-    """A tier: `flags` as /proc/cpuinfo spells them, `features` as LLVM does, `cpu` the named CPU it
-    is emitted for.
+    """A tier: `flags` as /proc/cpuinfo spells them, `tune` the CPU whose costs LLVM schedules by.
+
+    `pair_dot`: sums of products of bf16 pairs into f32 (`vdpbf16ps`). `byte_table`: a byte of a
+    table of 128, or a word of one of 32, for every lane (`vpermi2b`, `vpermw`).
     """
 
     name: str
     vector_bits: int
-    cpu: str
+    registers: int
+    tune: str
     flags: frozenset[str]
-    features: str
+    pair_dot: bool = False
+    byte_table: bool = False
+    pause: str = "llvm.x86.sse2.pause"
+
+    @property
+    def features(self) -> str:
+        """Exactly `flags`, as LLVM spells features. The AVX features imply the older vector ones,
+        as they do on every CPU that has them.
+        """
+        spelt = {"bmi1": "bmi", "avx512_bf16": "avx512bf16"}
+        names = [f"+{spelt.get(flag, flag)}" for flag in sorted(self.flags)]
+        return ",".join([*names, "-prefer-256-bit"])
 
     @property
     def lanes(self) -> int:
         """f32 lanes of one vector."""
         return self.vector_bits // 32
 
+    @property
+    def token_tile(self) -> int:
+        """Broadcast words that are multiplied by two vectors at once: their sums take three
+        quarters of the registers.
+        """
+        return self.registers * 3 // 8
 
-_AVX2 = "avx2 fma f16c bmi1 bmi2 popcnt"
-_AVX512 = _AVX2 + " avx512f avx512bw avx512dq avx512vl avx512cd"
-_BF16 = _AVX512 + " avx512_bf16 avx512vbmi"
 
-
-def _tier(name: str, bits: int, cpu: str, flags: str) -> Isa:
-    features = "+sse4.2,+avx," + ",".join(
-        "+" + {"bmi1": "bmi", "avx512_bf16": "avx512bf16"}.get(flag, flag) for flag in flags.split()
-    )
-    if bits == 512:
-        features += ",-prefer-256-bit"
-    return Isa(name, bits, cpu, frozenset(flags.split()), features)
-
+_AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 popcnt".split())
+_AVX512 = _AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl avx512cd".split())
+_BF16 = _AVX512 | frozenset("avx512_bf16 avx512vbmi".split())
 
 TIERS: dict[str, Isa] = {
     tier.name: tier
     for tier in (
-        _tier("avx512_bf16", 512, "znver4", _BF16),
-        _tier("avx512", 512, "skylake-avx512", _AVX512),
-        _tier("avx2", 256, "haswell", _AVX2),
+        Isa("avx512_bf16", 512, 32, "znver4", _BF16, pair_dot=True, byte_table=True),
+        Isa("avx512", 512, 32, "skylake-avx512", _AVX512),
+        Isa("avx2", 256, 16, "haswell", _AVX2),
     )
 }
 """Best first."""
@@ -109,11 +124,11 @@ def in_whole_numbers(isa: str, weight: str) -> bool:
     """Whether tier `isa` multiplies weights of that format by activations rounded to 16-bit whole
     numbers, chunk by chunk (whole.py); all others are multiplied by activations as they are.
     """
-    return weight == "int4" and isa != "avx512_bf16"
+    return weight == "int4" and not TIERS[isa].pair_dot
 
 
 def needs_numbers(isa: str) -> bool:
     """Whether the FP8 kernels of tier `isa` take NaN codes for numbers (unpack.py), so that weights
-    must be checked for them; the others give NaN.
+    must be checked for them; those that look codes up in tables give NaN.
     """
-    return isa != "avx512_bf16"
+    return not TIERS[isa].byte_table

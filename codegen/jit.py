@@ -1,27 +1,20 @@
-"""From IR to a callable address: LLVM through llvmlite, with an object cache on disk; hides engines
-and target machines.
-
-A compiled object is cached under a key of spec, LLVM version, tier, and the source of this package,
-so an edit of an emitter never meets a stale object. Writes go beside and are renamed, so that
-processes can share the folder.
+"""From IR to a callable address: LLVM through llvmlite, with objects kept on disk (cache.py); hides
+engines and target machines.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import tempfile
+import functools
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-import llvmlite
 from llvmlite import binding, ir
 
 from hmc import env
+from hmc.codegen import cache
 from hmc.codegen.isa import TIERS, Isa, require
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
@@ -29,6 +22,8 @@ from hmc.errors import KernelError
 KERNEL_TYPE = ir.FunctionType(ir.VoidType(), [ir.IntType(64).as_pointer(), *[ir.IntType(64)] * 3])
 """`void kernel(i64* args, i64 worker, i64 workers, i64 span)`: the shares of workers `worker` to
 `worker + span - 1` of `workers`."""
+
+_DEFINITION = re.compile(r"^(define [^{\n]*)", re.MULTILINE)
 
 _PROTOTYPE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, *[ctypes.c_int64] * 3)
 
@@ -85,9 +80,8 @@ class Jit:
     def object_code(self, spec: KernelSpec) -> bytes:
         """Relocatable object of `spec`, from the disk cache when it is there."""
         isa = TIERS[spec.isa]
-        path = cached_object(spec)
-        if path.is_file():
-            return path.read_bytes()
+        if (kept := cache.load(spec)) is not None:
+            return kept
         text = self.ir_text(spec)
         try:
             module = optimised(text, isa)
@@ -102,7 +96,7 @@ class Jit:
             env.debug(6, assembly)
             env.dump(f"kernels/{spec.symbol}.ll", text)
             env.dump(f"kernels/{spec.symbol}.s", assembly)
-        _write_beside(path, code)
+        cache.store(spec, code)
         return code
 
     def _load(self, symbol: str, code: bytes) -> int:
@@ -114,25 +108,20 @@ class Jit:
         return address
 
 
-def cached_object(spec: KernelSpec) -> Path:
-    """Where the compiled object of `spec` is, or would be."""
-    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_toolchain_key(TIERS[spec.isa])}.o"
-
-
-@cache
+@functools.cache
 def _initialise() -> None:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     binding.initialize_native_asmparser()  # the pool's system calls are inline assembly
 
 
-@cache
+@functools.cache
 def target_machine(isa: Isa) -> binding.TargetMachine:
-    """What LLVM is told of the CPU that `isa` names."""
+    """Plain x86-64 with the features of `isa` and no others."""
     _initialise()
     target = binding.Target.from_triple("x86_64-unknown-linux-gnu")
     return target.create_target_machine(
-        cpu=isa.cpu, features=isa.features, opt=3, reloc="pic", codemodel="small"
+        cpu="x86-64", features=isa.features, opt=3, reloc="pic", codemodel="small"
     )
 
 
@@ -149,7 +138,7 @@ def optimised(text: str, isa: Isa) -> binding.ModuleRef:
     """The module of IR `text`, optimised for `isa`; `RuntimeError` where LLVM refuses it."""
     _initialise()
     machine = target_machine(isa)
-    module = binding.parse_assembly(text)
+    module = binding.parse_assembly(_DEFINITION.sub(rf'\1 "tune-cpu"="{isa.tune}"', text))
     module.triple = "x86_64-unknown-linux-gnu"
     module.data_layout = str(machine.target_data)
     module.verify()
@@ -160,28 +149,3 @@ def optimised(text: str, isa: Isa) -> binding.ModuleRef:
     builder = binding.create_pass_builder(machine, options)
     builder.getModulePassManager().run(module, builder)
     return module
-
-
-@cache
-def _toolchain_key(isa: Isa) -> str:
-    """12 hex digits over LLVM's version, the tier's target and this package's source."""
-    digest = hashlib.sha256()
-    digest.update(
-        repr((llvmlite.__version__, binding.llvm_version_info, isa.cpu, isa.features)).encode()
-    )
-    for source in sorted(Path(__file__).resolve().parent.rglob("*.py")):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def _write_beside(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    except OSError as error:
-        raise KernelError(
-            f"kernel cache {path.parent} cannot be written: {error.strerror}; set HMC_CACHE"
-        ) from error
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    os.replace(name, path)

@@ -159,33 +159,18 @@ def sigmoid(e: Emitter, x: Value) -> Value:
     return e.b.fdiv(one, e.b.fadd(one, exp(e, e.b.fneg(x))))
 
 
-def exp_scalar(e: Emitter, x: Value) -> Value:
-    """`exp` of one f32."""
-    return e.b.extract_element(exp(e, e.splat(x, 4)), ir.Constant(I32, 0))
-
-
 def sqrt(e: Emitter, x: Value) -> Value:
     """Square root of one f32."""
     return e.call("llvm.sqrt.f32", F32, x)
 
 
-def bf16_pairs(e: Emitter, words: Value) -> Value:
-    """`<n x i32>` reinterpreted as `<2n x bfloat>`."""
-    return e.b.bitcast(words, vec(BF16, 2 * words.type.count))
-
-
 def dot_pairs(e: Emitter, total: Value, left: Value, right: Value) -> Value:
-    """total + the dot products of bf16 pairs (i32 lanes) by `vdpbf16ps`; the widths 4, 8 and 16
-    exist.
+    """total + the dot products of bf16 pairs, one a lane, on tiers with `pair_dot`; the widths 4, 8
+    and 16 exist.
     """
-    bits = 32 * total.type.count
-    return e.call(
-        f"llvm.x86.avx512bf16.dpbf16ps.{bits}",
-        total.type,
-        total,
-        bf16_pairs(e, left),
-        bf16_pairs(e, right),
-    )
+    count = total.type.count
+    pairs = [e.b.bitcast(words, vec(BF16, 2 * count)) for words in (left, right)]
+    return e.call(f"llvm.x86.avx512bf16.dpbf16ps.{32 * count}", total.type, total, *pairs)
 
 
 def _f32(value: float) -> float:

@@ -7,10 +7,10 @@ by itself and add it, scaled, to the total. Hidden here: how codes become number
 which activations must lie for that (`prepare` brings them into it once a call, so that weights
 never move between lanes).
 
-    tier          fp8                      bf16       int4                   fp16, f32
-    avx512_bf16   byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
-    avx512, avx2  to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
-                  (unpack.py)                         (whole.py)
+    tiers            fp8                      bf16       int4                   fp16, f32
+    with pair_dot    byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
+    without          to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
+                     (unpack.py)                         (whole.py)
 
 The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
 magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
@@ -35,11 +35,11 @@ from hmc.codegen.formats.unpack import (
     order,
     unit_of,
 )
-from hmc.codegen.formats.weights import masked_vec, row_bytes, splat_int, weights_f32
-from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.formats.weights import IN_PAIRS, masked_vec, row_bytes, splat_int, weights_f32
+from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
-from hmc.codegen.vector import concat, fsplat, lanes_mask
+from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Dot:
     @property
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
-        return self.spec.isa == "avx512_bf16" and self.spec.weight in ("fp8", "bf16", "int4")
+        return TIERS[self.spec.isa].pair_dot and self.spec.weight in IN_PAIRS
 
     @property
     def whole(self) -> bool:
@@ -208,8 +208,7 @@ class Dot:
         """`total` + weights * activations, lane by lane (pair by pair)."""
         if not self.paired:
             return e.fma(weights, activations, total)
-        pairs = [e.b.bitcast(value, vec(BF16, 32)) for value in (weights, activations)]
-        return e.call("llvm.x86.avx512bf16.dpbf16ps.512", total.type, total, *pairs)
+        return dot_pairs(e, total, weights, activations)
 
     # -- scales ------------------------------------------------------------------------------------
 

@@ -10,11 +10,34 @@ accumulators.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llvmlite import ir
 
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, Emitter, Value, vec
 from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import WeightFormat
+from hmc.codegen.spec import FP8_BLOCK, KernelSpec, WeightFormat
+
+IN_PAIRS: frozenset[WeightFormat] = frozenset({"fp8", "bf16", "int4"})
+"""Formats whose weights, without their scales, bf16 holds exactly."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """A scale of `bytes` bytes (f32 or bf16) for `rows` x `columns` weights; 0 columns: none."""
+
+    rows: int
+    columns: int
+    bytes: int
+
+
+def scales_of(spec: KernelSpec) -> Scales:
+    """The scales of the weights that `spec` reads (int4: params group, scale_bits)."""
+    known = {
+        "fp8": Scales(FP8_BLOCK, FP8_BLOCK, 4),
+        "int4": Scales(1, spec.get("group", 128), spec.get("scale_bits", 32) // 8),
+    }
+    return known.get(spec.weight, Scales(1, 0, 4))
 
 
 def row_bytes(weight_format: WeightFormat, k: int) -> int:

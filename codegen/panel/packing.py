@@ -1,5 +1,5 @@
 """Tokens packed for the many-token matmul: bf16 rows to [chunk of K][tile][block][token], a block
-being 4 words and a word a pair of bf16, an f32 or a pair of whole numbers, as the form has it.
+being 4 words and a word what the micro-kernel multiplies (formats/micro.py).
 
 What a round of a tile's loop reads of its tokens lies together, and the tile's share in one line:
 hardware prefetchers like that better than one run a token (Zen 3: 6 % faster). Packing every word
@@ -12,12 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hmc.codegen.formats.unpack import FP8_ACTIVATIONS
-from hmc.codegen.formats.weights import masked_vec
-from hmc.codegen.formats.whole import bf16_values, whole_numbers
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.tiling import CHUNK, Form
-from hmc.codegen.vector import fsplat, lanes_mask
+from hmc.codegen.vector import lanes_mask
 
 BLOCK = 16
 """Bytes of a token that lie together."""
@@ -98,30 +95,9 @@ class Packing:
                         moved = b.mul(first, const(form.token_bytes))
                         moved = b.add(moved, b.mul(b.sub(token, first), const(BLOCK)))
                         packed = _Packed(e, e.offset(place, moved), b.sub(end, first))
-                        if form.whole:
+                        factor = None
+                        if form.micro.token_factors:
                             index = b.add(b.mul(chunk_index, tokens), token)
                             factor = factors_at(e, form, scratch, index)
-                            self._whole(row, from_k, length, packed, factor)
-                        else:
-                            self._plain(row, from_k, length, packed)
+                        form.micro.pack(e, row, from_k, length, CHUNK, packed.store, factor)
                 chunk = const(chunks)
-
-    def _plain(self, row: Value, first: Value, length: int, packed: _Packed) -> None:
-        e, lanes = self.e, self.form.lanes
-        for start in range(0, CHUNK, lanes):
-            bits: Value = e.zeros(I16, lanes)
-            if start < length:
-                index = e.b.add(first, const(start))
-                bits = masked_vec(e, row, index, I16, lanes, length - start)
-            value = bits if self.form.dot else e.bf16_to_f32(bits)
-            if self.form.in_place:
-                value = e.b.fmul(value, fsplat(FP8_ACTIVATIONS, lanes))
-            packed.store(value, start * (2 if self.form.dot else 4))
-
-    def _whole(self, row: Value, first: Value, length: int, packed: _Packed, factor: Value) -> None:
-        e, lanes = self.e, self.form.lanes
-        values = bf16_values(e, row, first, CHUNK, length, lanes)
-        whole, scale = whole_numbers(e, values)
-        e.b.store(scale, factor)
-        for number, value in enumerate(whole):
-            packed.store(e.b.trunc(value, vec(I16, lanes)), 2 * number * lanes)

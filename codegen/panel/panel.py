@@ -3,16 +3,9 @@
 A panel is two vectors of weight rows by one chunk of K. Each chunk is decoded straight from
 checkpoint rows into a scratch panel in L1 in which one vector holds the same K position of `lanes`
 rows, so sums run along K inside lanes and nothing is ever added across them. Tokens are packed once
-(packing.py), and tiles of up to `tile` of them are multiplied by broadcasting:
-
-    dot form   panel of bf16 pairs [K/2][2][16], `vdpbf16ps`; the sums of a scale group are added,
-               scaled, to f32 totals: one multiply-add for 16 to 64 dot products.
-               For avx512_bf16 with fp8, bf16 and int4, which bf16 holds exactly
-    whole form int4 on the other tiers: panel of i16 pairs [K/2][2][lanes], `vpmaddwd`; tokens are
-               rounded to whole numbers chunk by chunk (whole.py), sums are exact, and go times the
-               token's factor and the scales into f32 totals
-    fma form   panel of f32 [K][2][lanes], multiply-add. All others; fp8 by shifts and masks in
-               place (unpack.py) after the rows are interleaved, and its scales go in with that
+(packing.py), and tiles of up to `tile` of them are multiplied by broadcasting. What a word of a
+panel [K/step][2][lanes] and of a token holds, and how they are multiplied, is the micro-kernel's
+(formats/micro.py).
 
 Arithmetic of one output depends on its row and token alone: never on tile, worker or neighbours.
 
@@ -27,21 +20,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llvmlite import ir
 
-from hmc.codegen.formats.interleave import decode_codes, decode_columns, decode_pairs, decode_words
-from hmc.codegen.formats.unpack import FP8_RESULT
 from hmc.codegen.formats.weights import row_bytes
-from hmc.codegen.formats.whole import multiply_words
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, Packing, each_tile, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
-from hmc.codegen.vector import bf16_pairs, fsplat
 
 _UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,8 @@ class Panels:
         e, b, form = self.e, self.e.b, self.form
         end = b.sub(rows, const(1))
         row = e.minimum(row, end)
-        index = b.lshr(row, const(7)) if form.spec.weight == "fp8" else row
+        shared = form.scales.rows
+        index = b.lshr(row, const(shared.bit_length() - 1)) if shared > 1 else row
         return Rows(
             e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k)))),
             e.offset(scales, b.mul(index, const(form.scale_stride))),
@@ -124,8 +114,9 @@ class Panels:
         e, b, form = self.e, self.e.b, self.form
         moved = b.mul(chunk, const(row_bytes(form.spec.weight, CHUNK)))
         scales_moved = const(0)
-        if form.group:
-            scales_moved = b.mul(chunk, const(CHUNK // form.group * form.scale_bytes))
+        if form.scales.columns:
+            groups = CHUNK // form.scales.columns
+            scales_moved = b.mul(chunk, const(groups * form.scales.bytes))
         scales = e.offset(scratch, const(form.scales_offset))
         for v in range(VECTORS):
             weights, stored, last = words[3 * v : 3 * v + 3]
@@ -138,9 +129,10 @@ class Panels:
                 e.offset(stored, scales_moved),
                 last,
             )
-        groups, steps = 1, -(-length // (form.step * _UNROLL)) * _UNROLL
-        if form.scaled and form.group < CHUNK:
-            groups, steps = -(-length // form.group), form.group // form.step
+        step, group = form.micro.step, form.scales.columns
+        groups, steps = 1, -(-length // (step * _UNROLL)) * _UNROLL
+        if form.scaled and group < CHUNK:
+            groups, steps = -(-length // group), group // step
         fetch = [
             e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
         ]
@@ -193,7 +185,7 @@ class Panels:
         ):
             b = e.b
             scaled = form.scaled
-            none = e.zeros(I32 if form.whole else F32, lanes)
+            none = form.micro.zero(e)
             cells = [(t, v) for t in range(count) for v in range(VECTORS)]
 
             def total_of(t: int, v: int) -> Value:
@@ -221,35 +213,24 @@ class Panels:
                             one = e.splat(e.load(x_step, index, F32, align=4), lanes)
                             for v in range(VECTORS):
                                 slot = sums[t, v]
-                                b.store(self._multiply_add(weights[v], one, b.load(slot)), slot)
+                                total = form.micro.multiply_add(e, weights[v], one, b.load(slot))
+                                b.store(total, slot)
                 scales_row = b.mul(group, const(form.rows))
                 factors = [
                     e.load_vec(scales, b.add(scales_row, const(v * lanes)), F32, lanes, align=4)
                     for v in range(VECTORS if scaled else 0)
                 ]
                 for t, v in cells:
-                    total = b.load(sums[t, v])
-                    if form.whole:
-                        times = e.splat(e.load(token_factors, const(t), F32, align=4), lanes)
-                        total = b.fmul(b.sitofp(total, times.type), times)
+                    factor = partial(e.load, token_factors, const(t), F32, align=4)
+                    total = form.micro.finish(e, b.load(sums[t, v]), factor)
                     if scaled:
                         total = e.fma(total, factors[v], total_of(t, v))
                     e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
 
-    def _multiply_add(self, weights: Value, one: Value, total: Value) -> Value:
-        if self.form.whole:
-            kind = vec(I16, 2 * self.form.lanes)
-            words = (self.e.b.bitcast(value, kind) for value in (weights, one))
-            return self.e.another(multiply_words(self.e, total, *words))
-        if not self.form.dot:
-            return self.e.fma(weights, one, total)
-        pairs = (bf16_pairs(self.e, weights), bf16_pairs(self.e, one))
-        return self.e.call(_DOT, total.type, total, *pairs)
-
     def _prefetch(self, pointer: Value, step: Value) -> None:
         """The lines that `_UNROLL` steps of one vector of rows take: all steps fetch a chunk."""
         e, form = self.e, self.form
-        size = form.lanes * row_bytes(form.spec.weight, _UNROLL * form.step * 8) // 8
+        size = form.lanes * row_bytes(form.spec.weight, _UNROLL * form.micro.step * 8) // 8
         lines = -(-size // 64)
         moved = e.offset(pointer, e.b.mul(step, const(size // _UNROLL)))
         for line in range(lines):
@@ -268,25 +249,19 @@ class Panels:
             order = [e.minimum(const(r), last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))
             rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
-            if form.in_place:
-                factor = e.b.fmul(self._factor(stored, order, 0), fsplat(FP8_RESULT, form.lanes))
-                decode_codes(e, panel, form.rows, rows, length, factor)
-            elif form.whole:
-                decode_words(e, panel, form.rows, rows, length)
-            elif form.dot:
-                decode_pairs(e, form.spec.weight, panel, form.rows, rows, length)
-            else:
-                decode_columns(e, form.spec.weight, panel, form.rows, rows, length)
-            for index in range(-(-length // form.group) if form.scaled else 0):
+            form.micro.decode(
+                e, panel, form.rows, rows, length, lambda: self._factor(stored, order, 0)
+            )
+            for index in range(-(-length // form.scales.columns) if form.scaled else 0):
                 factor = self._factor(stored, order, index)
                 e.store(factor, scales, const(index * form.rows), align=4)
 
     def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
         """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: one for all)."""
         e, b, form = self.e, self.e.b, self.form
-        if form.spec.weight == "fp8":
+        if form.scales.rows > 1:
             return e.splat(e.load(stored, const(group), F32), form.lanes)
-        kind = I16 if form.scale_bytes == 2 else F32
+        kind = I16 if form.scales.bytes == 2 else F32
         factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
         for r, row in enumerate(order):
             base = e.offset(stored, b.mul(row, const(form.scale_stride)))

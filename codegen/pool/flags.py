@@ -18,6 +18,7 @@ import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 
 _NANOSLEEP = 35
@@ -39,7 +40,7 @@ def emit_flag_wait(spec: KernelSpec) -> str:
         reached = b.icmp_signed(">=", ahead, ir.Constant(I32, 0))
         b.cbranch(b.or_(reached, _aborted(e)), done, again)
         b.position_at_end(again)
-        e.call("llvm.x86.sse2.pause", ir.VoidType())
+        e.call(TIERS[e.spec.isa].pause, ir.VoidType())
         spent = b.sub(e.call("llvm.readcyclecounter", I64), start)
         b.cbranch(b.icmp_unsigned("<", spent, e.arg["spin"]), head, nap)
         b.position_at_end(nap)

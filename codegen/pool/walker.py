@@ -25,6 +25,7 @@ from llvmlite import ir
 
 from hmc.codegen.decode.pieces import share
 from hmc.codegen.ir import I1, I32, I64, Emitter, Value, const
+from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import KERNEL_TYPE
 from hmc.codegen.spec import KernelSpec
 
@@ -258,7 +259,7 @@ def _spin(e: Emitter, pointer: Value, old: Value, limit: int) -> Value:
     b.store(changed, result)
     b.cbranch(changed, done, again)
     b.position_at_end(again)
-    e.call("llvm.x86.sse2.pause", ir.VoidType())
+    e.call(TIERS[e.spec.isa].pause, ir.VoidType())
     in_time = b.icmp_unsigned("<", b.sub(_ticks(e), start), cycles)
     b.cbranch(in_time, head, done)
     b.position_at_end(done)

@@ -44,7 +44,7 @@ def in_whole_numbers(x: np.ndarray, chunk: int) -> np.ndarray:
 
 def as_packed(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
     """Activations x [T, K] as a many-token kernel multiplies them."""
-    return in_whole_numbers(x, CHUNK) if Form.of(spec).whole else x
+    return in_whole_numbers(x, CHUNK) if Form.of(spec).micro.token_factors else x
 
 
 def bf16(values: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ class Shape:
     @property
     def dot(self) -> bool:
         """Whether pairs of bf16 are multiplied."""
-        return self.isa == "avx512_bf16"
+        return TIERS[self.isa].pair_dot
 
     @property
     def step(self) -> int:
@@ -91,7 +91,7 @@ class Shape:
     @property
     def tile(self) -> int:
         """Positions scored at once: as many as there are registers for."""
-        most = 16 if self.lanes == 16 else 8
+        most = TIERS[self.isa].registers // 2
         return max(count for count in range(2, most + 1, 2) if self.run % count == 0)
 
     @property

@@ -3,10 +3,10 @@
 A key element is broadcast, the queries are transposed once a task, and softmax needs no sums across
 lanes.
 
-    dot form   pairs of bf16 through `vdpbf16ps` (avx512_bf16). Queries enter as `terms` bf16 terms
+    dot form   pairs of bf16 through `vdpbf16ps`. Queries enter as `terms` bf16 terms
                (2: the value and what rounding left, error 2^-17), probabilities rounded to bf16
                with the sum taken over the rounded ones.
-    fma form   f32 multiply-add, keys widened to f32 a tile at a time (avx512, avx2)
+    fma form   f32 multiply-add, keys widened to f32 a tile at a time
 """
 
 from __future__ import annotations

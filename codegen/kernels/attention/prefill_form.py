@@ -44,7 +44,7 @@ class Form:
 
     @staticmethod
     def _of(spec: KernelSpec, kv_heads: int, key: int, *, terms: int, keys: int, rows: int) -> Form:
-        wide = TIERS[spec.isa].lanes == 16
+        tier = TIERS[spec.isa]
         form = Form(
             isa=spec.isa,
             heads=spec["heads"],
@@ -52,9 +52,9 @@ class Form:
             key=key,
             value=spec["v_dim"],
             block=spec["block"],
-            terms=spec.tiled("terms", terms) if spec.isa == "avx512_bf16" else 1,
+            terms=spec.tiled("terms", terms) if tier.pair_dot else 1,
             vectors=spec.tiled("vectors", 2),
-            high=spec.tiled("high", 12 if wide else 6),
+            high=spec.tiled("high", tier.token_tile),
             keys=spec.tiled("keys", keys),
             rows=spec.tiled("rows", rows),
         )
@@ -74,7 +74,7 @@ class Form:
     @property
     def dot(self) -> bool:
         """Whether pairs of bf16 are multiplied."""
-        return self.isa == "avx512_bf16"
+        return TIERS[self.isa].pair_dot
 
     @property
     def step(self) -> int:

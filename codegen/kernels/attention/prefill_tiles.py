@@ -5,9 +5,9 @@ lanes, keys are used as they lie in the cache, and only pairs of value rows are 
 S[key][query] and results O[dimension][query] are products of the same form, register tiles of
 `high` broadcast words by `vectors` vectors of queries.
 
-    dot form   pairs of bf16 through `vdpbf16ps` (avx512_bf16). Queries enter as `terms` bf16 terms;
+    dot form   pairs of bf16 through `vdpbf16ps`. Queries enter as `terms` bf16 terms;
                probabilities are rounded to bf16 and their sum is taken over the rounded ones.
-    fma form   f32 multiply-add (avx512, avx2)
+    fma form   f32 multiply-add
 
 Softmax is online: m the largest score so far, l the sum of weights 2**(score - m); queries carry
 the factor scale * log2(e), so that scores are exponents of 2.

@@ -29,9 +29,7 @@ _BLOCK = FP8_BLOCK
 
 @dataclass(frozen=True)
 class _Unit:
-    """A few weights of a row, decoded to f32 vectors; `fp8` on avx512_bf16 leaves them in an order
-    of its own.
-    """
+    """A few weights of a row as f32 vectors; byte tables leave fp8 in an order of their own."""
 
     spec: KernelSpec
 
@@ -42,7 +40,7 @@ class _Unit:
     @property
     def tables(self) -> bool:
         """Whether 64 codes are looked up in byte tables at once (dot.py)."""
-        return self.spec.isa == "avx512_bf16" and self.spec.weight == "fp8"
+        return TIERS[self.spec.isa].byte_table and self.spec.weight == "fp8"
 
     @property
     def size(self) -> int:

@@ -6,13 +6,12 @@ throughput of the multiply-add (Zen 4: 6 cycles x 1 a cycle at 512 bits; Haswell
 
 from __future__ import annotations
 
-from hmc.codegen.ir import BF16, F32, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
+from hmc.codegen.ir import F32, Emitter, Value, const, vec
+from hmc.codegen.isa import TIERS, Isa
 from hmc.codegen.spec import KernelSpec
+from hmc.codegen.vector import dot_pairs
 
-_CHAINS = {"avx512_bf16": 24, "avx512": 24, "avx2": 12}
 _UNROLL = 4
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 
 
 def emit_dot_peak(spec: KernelSpec) -> str:
@@ -20,21 +19,16 @@ def emit_dot_peak(spec: KernelSpec) -> str:
     that needs them all."""
     e = Emitter(spec)
     b = e.b
-    lanes = TIERS[spec.isa].lanes
+    tier = TIERS[spec.isa]
+    lanes = tier.lanes
     # Operands depend on the worker so that nothing folds; small, finite and normal.
     seed = b.uitofp(b.add(b.and_(e.worker, const(7)), const(1)), F32)
     x = e.splat(seed, lanes)
     y = e.splat(b.fdiv(seed, F32(-64.0)), lanes)
-    if spec.isa == "avx512_bf16":
-        x, y = (b.bitcast(operand, vec(BF16, 2 * lanes)) for operand in (x, y))
-    sums = [
-        e.local(vec(F32, lanes), e.splat(F32(float(i)), lanes)) for i in range(_CHAINS[spec.isa])
-    ]
+    sums = [e.local(vec(F32, lanes), e.splat(F32(float(i)), lanes)) for i in range(_chains(tier))]
 
     def multiply_add(total: Value) -> Value:
-        if spec.isa == "avx512_bf16":
-            return e.call(_DOT, vec(F32, lanes), total, x, y)
-        return e.fma(x, y, total)
+        return dot_pairs(e, total, x, y) if tier.pair_dot else e.fma(x, y, total)
 
     with e.for_range(const(0), e.arg["rounds"]):
         for _ in range(_UNROLL):
@@ -53,14 +47,19 @@ def dot_peak_flops(spec: KernelSpec) -> int:
     chains x unroll x f32 lanes x 2, doubled where each lane takes a pair of bf16 products
     (`vdpbf16ps`).
     """
-    pairs = 2 if spec.isa == "avx512_bf16" else 1
-    return _CHAINS[spec.isa] * _UNROLL * TIERS[spec.isa].lanes * 2 * pairs
+    tier = TIERS[spec.isa]
+    return _chains(tier) * _UNROLL * tier.lanes * 2 * (2 if tier.pair_dot else 1)
+
+
+def _chains(tier: Isa) -> int:
+    """Sums side by side: three quarters of the registers."""
+    return tier.registers * 3 // 4
 
 
 def dot_peak(spec: KernelSpec, rounds: int, worker: int) -> float:
     """Reference of `dot_peak`: the worker's sink, exact while sums stay below 2^24 / 64."""
     seed = float(worker % 8 + 1)
-    lanes, chains = TIERS[spec.isa].lanes, _CHAINS[spec.isa]
+    lanes, chains = TIERS[spec.isa].lanes, _chains(TIERS[spec.isa])
     # The bf16 halves of an f32 with a short mantissa are (0, value): one product a pair.
     each = rounds * _UNROLL * seed * (seed / -64.0)
     return lanes * (chains * (chains - 1) / 2 + chains * each)

@@ -1,0 +1,204 @@
+"""Micro-kernels of the many-token matmul: what a register tile multiplies, and how weights and
+tokens are brought into that shape. One class a form; `micro_of` chooses once, by format and tier.
+
+    Pairs          bf16 pairs by `vdpbf16ps`, for formats whose weights bf16 holds exactly, on tiers
+                   with `pair_dot`; sums of a scale group go, scaled, into f32 totals: one
+                   multiply-add for 16 to 64 dot products
+    WholeNumbers   int4 on the other tiers: i16 pairs by `vpmaddwd`; tokens are rounded to whole
+                   numbers chunk by chunk (whole.py), sums are exact, and go times the token's
+                   factor and the scales into f32 totals
+    Fp8InPlace     fp8 on the other tiers: to f32 by shifts and masks in place (unpack.py) after the
+                   rows are interleaved; its scales go in with that, so there is one sum a chunk
+    Floats         f32 multiply-add; formats without scales
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hmc.codegen.formats.interleave import decode_codes, decode_columns, decode_pairs, decode_words
+from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
+from hmc.codegen.formats.weights import IN_PAIRS, masked_vec
+from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.isa import TIERS, in_whole_numbers
+from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.vector import dot_pairs, fsplat
+
+Store = Callable[[Value, int], None]
+"""Stores a vector of a token's share of a chunk, from that byte of it on."""
+
+
+@dataclass(frozen=True)
+class MicroKernel:
+    """Multiplies `step` weights of a row at once, in `lanes` rows. `scales_sums`: sums of a group
+    are scaled, not the weights; `token_factors`: so are the chunks of tokens, by `finish`.
+    """
+
+    weight: WeightFormat
+    lanes: int
+    step: ClassVar[int] = 1
+    scales_sums: ClassVar[bool] = False
+    token_factors: ClassVar[bool] = False
+
+    def pack(
+        self,
+        e: Emitter,
+        row: Value,
+        k: Value,
+        valid: int,
+        size: int,
+        store: Store,
+        factor: Value | None,
+    ) -> None:
+        """`size` activations of the bf16 `row` from `k` on, zeros past `valid`, by `store`; what
+        the chunk's sums are multiplied by goes to `factor` (f32*), where there are `token_factors`.
+        """
+        for start in range(0, size, self.lanes):
+            bits: Value = e.zeros(I16, self.lanes)
+            if start < valid:
+                index = e.b.add(k, const(start))
+                bits = masked_vec(e, row, index, I16, self.lanes, valid - start)
+            store(self._activation(e, bits), start * 4 // self.step)
+
+    def _activation(self, e: Emitter, bits: Value) -> Value:
+        return e.bf16_to_f32(bits)
+
+    def decode(
+        self,
+        e: Emitter,
+        panel: Value,
+        stride: int,
+        rows: list[Value],
+        length: int,
+        scale: Callable[[], Value],
+    ) -> None:
+        """`length` weights of `lanes` `rows` (i8*) to `panel`, `stride` words between steps;
+        `scale()` is each row's scale of them.
+        """
+        decode_columns(e, self.weight, panel, stride, rows, length)
+
+    def zero(self, e: Emitter) -> Value:
+        """What a sum starts from."""
+        return e.zeros(F32, self.lanes)
+
+    def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
+        """`total` + a step of `weights` x the word `one` in every lane; both come as f32."""
+        return e.fma(weights, one, total)
+
+    def finish(self, e: Emitter, total: Value, factor: Callable[[], Value]) -> Value:
+        """A sum as f32; `factor()` is the token's, where there are `token_factors`."""
+        return total
+
+
+class Floats(MicroKernel):
+    """f32 by f32."""
+
+
+class Fp8InPlace(MicroKernel):
+    """fp8 as f32 of another exponent, which activations and scales make up for."""
+
+    def _activation(self, e: Emitter, bits: Value) -> Value:
+        return e.b.fmul(e.bf16_to_f32(bits), fsplat(FP8_ACTIVATIONS, self.lanes))
+
+    def decode(
+        self,
+        e: Emitter,
+        panel: Value,
+        stride: int,
+        rows: list[Value],
+        length: int,
+        scale: Callable[[], Value],
+    ) -> None:
+        """Scaled weights."""
+        factor = e.b.fmul(scale(), fsplat(FP8_RESULT, self.lanes))
+        decode_codes(e, panel, stride, rows, length, factor)
+
+
+class Pairs(MicroKernel):
+    """bf16 pairs."""
+
+    step = 2
+    scales_sums = True
+
+    def _activation(self, e: Emitter, bits: Value) -> Value:
+        return bits
+
+    def decode(
+        self,
+        e: Emitter,
+        panel: Value,
+        stride: int,
+        rows: list[Value],
+        length: int,
+        scale: Callable[[], Value],
+    ) -> None:
+        """Pairs of bf16, a word each."""
+        decode_pairs(e, self.weight, panel, stride, rows, length)
+
+    def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
+        """Two products a lane."""
+        return dot_pairs(e, total, weights, one)
+
+
+class WholeNumbers(MicroKernel):
+    """i16 pairs, summed in i32."""
+
+    step = 2
+    scales_sums = True
+    token_factors = True
+
+    def pack(
+        self,
+        e: Emitter,
+        row: Value,
+        k: Value,
+        valid: int,
+        size: int,
+        store: Store,
+        factor: Value | None,
+    ) -> None:
+        """Whole numbers, and the factor that makes activations of them."""
+        values = bf16_values(e, row, k, size, valid, self.lanes)
+        whole, scale = whole_numbers(e, values)
+        e.b.store(scale, factor)
+        for number, value in enumerate(whole):
+            store(e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes)
+
+    def decode(
+        self,
+        e: Emitter,
+        panel: Value,
+        stride: int,
+        rows: list[Value],
+        length: int,
+        scale: Callable[[], Value],
+    ) -> None:
+        """Pairs of i16, a word each."""
+        decode_words(e, panel, stride, rows, length)
+
+    def zero(self, e: Emitter) -> Value:
+        """i32."""
+        return e.zeros(I32, self.lanes)
+
+    def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
+        """Two products a lane."""
+        words = (e.b.bitcast(value, vec(I16, 2 * self.lanes)) for value in (weights, one))
+        return e.another(multiply_words(e, total, *words))
+
+    def finish(self, e: Emitter, total: Value, factor: Callable[[], Value]) -> Value:
+        """The sum times the token's factor."""
+        times = e.splat(factor(), self.lanes)
+        return e.b.fmul(e.b.sitofp(total, times.type), times)
+
+
+def micro_of(spec: KernelSpec) -> MicroKernel:
+    """The micro-kernel for the format and the tier of `spec`."""
+    tier, weight = TIERS[spec.isa], spec.weight
+    if tier.pair_dot and weight in IN_PAIRS:
+        return Pairs(weight, tier.lanes)
+    if in_whole_numbers(tier.name, weight):
+        return WholeNumbers(weight, tier.lanes)
+    return (Fp8InPlace if weight == "fp8" else Floats)(weight, tier.lanes)
