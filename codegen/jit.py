@@ -15,6 +15,7 @@ from llvmlite import binding, ir
 
 from hmc import env
 from hmc.codegen import cache
+from hmc.codegen.checks import check_spec
 from hmc.codegen.isa import TIERS, Isa, require
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
@@ -65,9 +66,8 @@ class Jit:
             return self._kernels[spec]
 
     def ir_text(self, spec: KernelSpec) -> str:
-        """LLVM IR of `spec`, before optimisation."""
-        if spec.op not in self._emitters:
-            raise KernelError(f"no emitter for kernel {spec.op}")
+        """LLVM IR of `spec`, before optimisation; `KernelError` for a spec without a kernel."""
+        check_spec(spec)
         with env.uncollected():
             return self._emitters[spec.op](spec)
 

@@ -196,10 +196,6 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # added for choosing only; factor scales the result. Ties go to the lower id. Group score = sum
     # of its two largest biased scores.
     "route": _args("logits* logits_stride bias* ids* routing* tokens factor~"),
-    # best i32 [tokens] = argmax of logits f32 [tokens, vocab]; lowest id wins ties. params: vocab.
-    # Two records: argmax_part (each worker its slice, into scratch), (barrier), argmax_join.
-    "argmax_part": _args("logits* logits_stride tokens scratch*"),
-    "argmax_join": _args("scratch* best* tokens parts"),
     # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
     # `gemm_scratch_bytes` says how many.

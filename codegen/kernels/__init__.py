@@ -9,7 +9,7 @@ from hmc.codegen.kernels.attention import attention, mla, mla_prefill, prefill_a
 from hmc.codegen.kernels.matmul import experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
-from hmc.codegen.kernels.routing import argmax, route, sort_experts
+from hmc.codegen.kernels.routing import route, sort_experts
 from hmc.codegen.pool import flags, resident_ids
 from hmc.codegen.pool.walker import emit_pool_call, emit_read_tsc, emit_worker_loop
 from hmc.codegen.spec import KernelSpec
@@ -64,7 +64,7 @@ REFERENCES |= {
 # What lies between the matmuls, and between CPU and devices.
 for _module in (
     *(embed, norm, rotary, attention, prefill_attention, mla, mla_prefill),
-    *(route, sort_experts, resident_ids, argmax),
+    *(route, sort_experts, resident_ids),
     flags,
 ):
     EMITTERS |= _module.EMITTERS

@@ -28,6 +28,7 @@ from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, Packing, each_tile, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
+from hmc.codegen.vector import lanes_mask
 
 _UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()
@@ -37,12 +38,20 @@ _PTR = I8.as_pointer()
 class Rows:
     """One vector of weight rows: address of its first row and of its scales, and the rows after it.
 
-    Lanes past `last` repeat that row: their results are computed and never stored.
+    Lanes past `last` repeat that row: their results are computed and never stored. Where vectors
+    straddle blocks of scales, lanes from `edge` on have the next block's.
     """
 
     weights: Value
     scales: Value
     last: Value
+    edge: Value | None = None
+
+    @property
+    def words(self) -> list[Value]:
+        """What routines are told of them."""
+        found = [self.weights, self.scales, self.last]
+        return found if self.edge is None else [*found, self.edge]
 
 
 class Panels:
@@ -65,10 +74,14 @@ class Panels:
         row = e.minimum(row, end)
         shared = form.scales.rows
         index = b.lshr(row, const(shared.bit_length() - 1)) if shared > 1 else row
+        edge = None
+        if form.straddles:
+            edge = b.sub(const(shared), b.and_(row, const(shared - 1)))
         return Rows(
             e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k)))),
             e.offset(scales, b.mul(index, const(form.scale_stride))),
             b.sub(end, row),
+            edge,
         )
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
@@ -77,7 +90,7 @@ class Panels:
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
-        words = [word for part in panel for word in (part.weights, part.scales, part.last)]
+        words = [word for part in panel for word in part.words]
         self._call("multiply", self.scratch, tokens, *words, *ahead)
 
     def total(self, token: Value, vector: int) -> Value:
@@ -87,15 +100,20 @@ class Panels:
         index = e.b.add(e.b.mul(token, const(form.rows)), const(vector * form.lanes))
         return e.load_vec(totals, index, F32, form.lanes, align=4)
 
+    @property
+    def _row_kinds(self) -> list[ir.Type]:
+        """Types of `Rows.words`."""
+        return [_PTR, _PTR, I64, *[I64] * self.form.straddles]
+
     # -- routines ----------------------------------------------------------------------------------
 
     def _call(self, name: str, *values: Value) -> None:
         self.e.b.call(self.e.module.globals[name], values)
 
     def _emit_multiply(self) -> None:
-        """multiply(scratch, tokens, 2 x (weights, scales, last), 2 x ahead)."""
+        """multiply(scratch, tokens, 2 x the words of rows, 2 x ahead)."""
         e, form = self.e, self.form
-        kinds = [_PTR, I64, *[_PTR, _PTR, I64] * VECTORS, *[_PTR] * VECTORS]
+        kinds = [_PTR, I64, *self._row_kinds * VECTORS, *[_PTR] * VECTORS]
         with e.subroutine("multiply", *kinds) as (scratch, tokens, *words):
             b = e.b
             totals = e.offset(scratch, const(form.totals_offset))
@@ -118,8 +136,9 @@ class Panels:
             groups = CHUNK // form.scales.columns
             scales_moved = b.mul(chunk, const(groups * form.scales.bytes))
         scales = e.offset(scratch, const(form.scales_offset))
+        each = len(self._row_kinds)
         for v in range(VECTORS):
-            weights, stored, last = words[3 * v : 3 * v + 3]
+            weights, stored, *rest = words[each * v : each * (v + 1)]
             lane = const(v * form.lanes * 4)
             self._call(
                 f"decode{length}",
@@ -127,14 +146,15 @@ class Panels:
                 e.offset(scales, lane),
                 e.offset(weights, moved),
                 e.offset(stored, scales_moved),
-                last,
+                *rest,
             )
         step, group = form.micro.step, form.scales.columns
         groups, steps = 1, -(-length // (step * _UNROLL)) * _UNROLL
         if form.scaled and group < CHUNK:
             groups, steps = -(-length // group), group // step
         fetch = [
-            e.offset(pointer, b.mul(moved, const(form.lanes))) for pointer in words[3 * VECTORS :]
+            e.offset(pointer, b.mul(moved, const(form.lanes)))
+            for pointer in words[each * VECTORS :]
         ]
         x = e.offset(scratch, const(form.x_offset))
         x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
@@ -237,34 +257,42 @@ class Panels:
             e.prefetch(e.offset(moved, const(line * 64)), 2)
 
     def _emit_decode(self, length: int) -> None:
-        """decode(panel, scales, weights, stored scales, last): `length` weights of `lanes` rows."""
+        """decode(panel, scales, the words of rows): `length` weights of `lanes` rows."""
         e, form = self.e, self.form
-        with e.subroutine(f"decode{length}", _PTR, _PTR, _PTR, _PTR, I64) as (
+        with e.subroutine(f"decode{length}", _PTR, _PTR, *self._row_kinds) as (
             panel,
             scales,
-            weights,
-            stored,
-            last,
+            *words,
         ):
-            order = [e.minimum(const(r), last) for r in range(form.lanes)]
+            rows_here = Rows(*words)
+            order = [e.minimum(const(r), rows_here.last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))
-            rows = [e.offset(weights, e.b.mul(r, stride)) for r in order]
+            rows = [e.offset(rows_here.weights, e.b.mul(r, stride)) for r in order]
             form.micro.decode(
-                e, panel, form.rows, rows, length, lambda: self._factor(stored, order, 0)
+                e, panel, form.rows, rows, length, lambda: self._factor(rows_here, order, 0)
             )
             for index in range(-(-length // form.scales.columns) if form.scaled else 0):
-                factor = self._factor(stored, order, index)
+                factor = self._factor(rows_here, order, index)
                 e.store(factor, scales, const(index * form.rows), align=4)
 
-    def _factor(self, stored: Value, order: list[Value], group: int) -> Value:
-        """`<lanes x float>`: scale number `group` of the chunk for each row (fp8: one for all)."""
+    def _factor(self, rows: Rows, order: list[Value], group: int) -> Value:
+        """`<lanes x float>`: scale number `group` of the chunk for each row."""
         e, b, form = self.e, self.e.b, self.form
         if form.scales.rows > 1:
-            return e.splat(e.load(stored, const(group), F32), form.lanes)
+            one = e.splat(e.load(rows.scales, const(group), F32), form.lanes)
+            if rows.edge is None:
+                return one
+            # The next block's scales are there where a row is.
+            crosses = b.icmp_signed("<=", rows.edge, rows.last)
+            moved = b.select(crosses, const(form.scale_stride), const(0))
+            other = e.load(e.offset(rows.scales, moved), const(group), F32)
+            edge = e.splat(b.trunc(rows.edge, I32), form.lanes)
+            is_first = b.icmp_signed("<", lanes_mask(list(range(form.lanes))), edge)
+            return b.select(is_first, one, e.splat(other, form.lanes))
         kind = I16 if form.scales.bytes == 2 else F32
         factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
         for r, row in enumerate(order):
-            base = e.offset(stored, b.mul(row, const(form.scale_stride)))
+            base = e.offset(rows.scales, b.mul(row, const(form.scale_stride)))
             factors = b.insert_element(
                 factors, e.load(base, const(group), kind), ir.Constant(I32, r)
             )

@@ -5,6 +5,7 @@ Contract
     * requires "fused"; establishes "kernels"
     * intact weights: the format is the checkpoint's own, nothing is converted, so no choice here
       changes numerics
+    * every kernel can be built, or compiling ends here
     * every weight a node names is found in the checkpoint, with the shape the model gives it
     * the reason says why a weight is, or is not, in a low-bit format; equal decisions are reported
       once, with a count
@@ -20,6 +21,7 @@ from typing import ClassVar
 import torch.fx
 
 from hmc.checkpoint import WeightSource
+from hmc.codegen.checks import check_spec
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError, UnsupportedError
 from hmc.graph import WeightSpec, meta
@@ -52,6 +54,7 @@ class Fp8Lowering:
             for phase, tokens in TOKENS.items():
                 use = Use(context.isa, tokens, context.options.kv_block)
                 for spec in row.kernels(dict(found.attrs), stored, use):
+                    check_spec(spec)
                     key = kernel_key(spec, out="out" in row.attrs)
                     context.kernels[key] = spec
                     kernels.append((phase, key))

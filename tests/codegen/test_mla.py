@@ -18,14 +18,13 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention import mla
 from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.spec import WeightFormat
-from hmc.errors import KernelError
 
 Params = dict[str, int]
 FORMATS: list[WeightFormat] = ["fp8", "bf16", "fp16", "f32"]
 SHAPES: list[Params] = [
     {"heads": 16, "nope": 128, "rope": 64, "v_dim": 128, "rank": 512, "block": 32, "tokens": 16},
     # Scale blocks straddle heads, and no width is a whole number of vectors.
-    {"heads": 5, "nope": 28, "rope": 10, "v_dim": 44, "rank": 202, "block": 10, "tokens": 16},
+    {"heads": 5, "nope": 29, "rope": 10, "v_dim": 45, "rank": 202, "block": 10, "tokens": 16},
 ]
 
 
@@ -203,10 +202,3 @@ def test_append(jit: Jit, isa: str, params: Params) -> None:
             positions=address(paged.positions), tokens=tokens,
         )  # fmt: skip
         assert (cache == expected).all()
-
-
-def test_shapes_without_a_kernel_are_refused(jit: Jit) -> None:
-    with pytest.raises(KernelError, match="multiples of 4"):
-        jit.ir_text(spec_of("mla_up", "avx2", (SHAPES[0] | {"nope": 30}), "bf16"))
-    with pytest.raises(KernelError, match="even"):
-        jit.ir_text(spec_of("mla_attention", "avx2", (SHAPES[0] | {"rope": 7})))

@@ -15,13 +15,12 @@ from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_t
 from paged import Paged
 from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
-from hmc.codegen.isa import TIERS
+from hmc.codegen.isa import TIERS, best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.mla_prefill import mla_prefill, mla_prefill_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
-from hmc.codegen.kernels.attention.prefill_latent import lift_form
+from hmc.codegen.kernels.attention.prefill_form import lift_form
 from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.errors import KernelError
 
 Params = dict[str, int]
 DEEPSEEK: Params = {
@@ -157,9 +156,11 @@ def test_tiny(jit: Jit, isa: str, weight: WeightFormat) -> None:
 
 
 @pytest.mark.parametrize("isa", TIERS)
-def test_ragged(jit: Jit, isa: str) -> None:
+@pytest.mark.parametrize("weight", ["fp8", "bf16"])
+def test_ragged(jit: Jit, isa: str, weight: WeightFormat) -> None:
+    """Heads are no whole vectors: one vector of rows has scales of two blocks."""
     for past, tokens in ((0, 33), (200, 50)):
-        case = Case(isa, "bf16", RAGGED, past, tokens)
+        case = Case(isa, weight, RAGGED, past, tokens)
         y = case.run(jit, 1)
         case.check(y)
         assert (case.run(jit, 4) == y).all()
@@ -175,6 +176,18 @@ def test_deepseek(jit: Jit, isa: str, weight: WeightFormat) -> None:
     assert (case.run(jit, 16) == whole).all()
     parts = [case.run(jit, 2, *cut) for cut in pairwise((0, 1, 64, 163, 250))]
     assert (np.concatenate(parts) == whole).all()
+
+
+@pytest.mark.parametrize("sizes", [{"nope": 24}, {"v_dim": 40}, {"nope": 25, "rope": 3}])
+def test_odd_heads(jit: Jit, sizes: dict[str, int]) -> None:
+    case = Case(best_isa().name, "fp8", TINY | sizes, 45, 19)
+    case.check(case.run(jit, 2))
+
+
+def test_a_rank_that_leaves_room_for_few_positions(jit: Jit) -> None:
+    case = Case("avx2", "f32", TINY | {"heads": 1, "rank": 2600}, 150, 40)
+    assert lift_form(case.spec).block < 192
+    case.check(case.run(jit, 1))
 
 
 def test_more_tokens_than_a_unit_holds(jit: Jit) -> None:
@@ -193,10 +206,3 @@ def test_workers_at_once(jit: Jit) -> None:
     scratch = np.zeros(4 * mla_prefill_scratch_bytes(case.spec), np.uint8)
     run(jit, case.spec, 4, **case.arguments(case.q, positions, sequence, y, scratch))
     assert (y.reshape(alone.shape) == alone).all()
-
-
-def test_shapes_without_a_kernel_are_refused(jit: Jit) -> None:
-    with pytest.raises(KernelError, match="multiples of 8 in fp8"):
-        jit.ir_text(spec_of("mla_prefill", "avx2", TINY | {"nope": 28}, "fp8"))
-    with pytest.raises(KernelError, match="even"):
-        jit.ir_text(spec_of("mla_prefill", "avx2", TINY | {"rope": 7}, "bf16"))

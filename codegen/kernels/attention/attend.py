@@ -18,7 +18,6 @@ from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import exp, load_part, store_f32
-from hmc.errors import KernelError
 
 PARTITION = 256
 """Positions of one task."""
@@ -45,12 +44,6 @@ class Shape:
     block: int
     window: int
     terms: int
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise KernelError(f"attention: {self.heads} heads over {self.kv_heads} key heads")
-        if self.block % 2 or self.key % 2:
-            raise KernelError("attention: block and key width must be even")
 
     @property
     def lanes(self) -> int:

@@ -27,7 +27,6 @@ from hmc.codegen.kernels.matmul.absorb import emit_mla_absorb, mla_absorb
 from hmc.codegen.kernels.matmul.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import load_f32, store_f32
-from hmc.errors import KernelError
 
 Array = NDArray[Any]
 
@@ -80,8 +79,6 @@ def emit_mla_attention(spec: KernelSpec) -> str:
     """`mla_attention`: records of every (token, partition, head group)."""
     e = Emitter(spec)
     b, heads, rank, nope, rope = e.b, spec["heads"], spec["rank"], spec["nope"], spec["rope"]
-    if rank % 2 or rope % 2:
-        raise KernelError("mla_attention: rank and rope must be even")
 
     def latent(token: Value, head: Value) -> Value:
         row = b.add(b.mul(token, const(heads)), head)
@@ -111,8 +108,6 @@ def emit_mla_up(spec: KernelSpec) -> str:
     most = spec["tokens"]
     dot = dot_of(spec, rank)
     tiles = Tiles(e, dot, most)
-    if nope % tiles.rows or v_dim % tiles.rows:
-        raise KernelError(f"mla_up: nope and v_dim must be multiples of {tiles.rows}")
     w, tokens = e.arg["w"], e.arg["tokens"]
     out = b.bitcast(e.local(F32, count=most * v_dim), FLOATS)
     slices = -(-v_dim // _SLICE)

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from hmc.codegen.ir import I64, Emitter, Value, const
 from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
-from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.kernels.attention.prefill_latent import LatentKeys, lift_form
+from hmc.codegen.kernels.attention.prefill_form import Form, lift_form
+from hmc.codegen.kernels.attention.prefill_latent import LatentKeys
 from hmc.codegen.kernels.attention.prefill_units import attend_units
 from hmc.codegen.ragged import ceil_div
 from hmc.codegen.spec import KernelSpec

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hmc.codegen.isa import TIERS
+from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
+
+
+def lift_form(spec: KernelSpec) -> tiling.Form:
+    """How `mla_prefill` multiplies latents by kv_b. Heads that are no whole vectors straddle blocks
+    of scales.
+    """
+    params = dict(spec.params) | {"k": spec["rank"]}
+    form = tiling.Form.of(replace(spec, params=tuple(sorted(params.items())), tile=()))
+    odd = any(spec[name] % form.lanes for name in ("nope", "v_dim"))
+    return replace(form, straddles=odd and form.scales.rows > 1)
 
 
 @dataclass(frozen=True)
@@ -31,16 +42,18 @@ class Form:
 
     @staticmethod
     def of(spec: KernelSpec) -> Form:
-        """The form of `attention_prefill`; `KernelError` for sizes without a kernel."""
+        """The form of `attention_prefill`; `KernelError` for tile choices without a kernel."""
         return Form._of(spec, spec["kv_heads"], spec["head_dim"], terms=2, keys=96, rows=256)
 
     @staticmethod
     def of_latent(spec: KernelSpec) -> Form:
         """The form of `mla_prefill`, every head with keys and values of its own; `KernelError` for
-        sizes without a kernel. Units are long, since each makes its keys anew.
+        tile choices without a kernel. Units are long, since each makes its keys anew; a tile has no
+        more of them than are lifted at once.
         """
-        key = spec["nope"] + spec["rope"]
-        return Form._of(spec, spec["heads"], key, terms=1, keys=192, rows=2048)
+        key, high = spec["nope"] + spec["rope"], TIERS[spec.isa].token_tile
+        keys = min(192, lift_form(spec).block // high * high)
+        return Form._of(spec, spec["heads"], key, terms=1, keys=keys, rows=2048)
 
     @staticmethod
     def _of(spec: KernelSpec, kv_heads: int, key: int, *, terms: int, keys: int, rows: int) -> Form:
@@ -58,10 +71,6 @@ class Form:
             keys=spec.tiled("keys", keys),
             rows=spec.tiled("rows", rows),
         )
-        if form.heads % form.kv_heads:
-            raise KernelError(f"attention: {form.heads} heads over {form.kv_heads} key heads")
-        if form.key % 2:
-            raise KernelError("attention: key width must be even")
         if form.keys % form.high or form.high % 2:
             raise KernelError("attention: a key tile is a multiple of an even register tile")
         return form

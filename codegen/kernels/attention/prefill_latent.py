@@ -8,19 +8,16 @@ cache holds it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hmc.codegen.ir import F32, I16, Emitter, Value, const
 from hmc.codegen.kernels.attention.attend_scores import round_bf16
-from hmc.codegen.kernels.attention.prefill_form import Form
+from hmc.codegen.kernels.attention.prefill_form import Form, lift_form
 from hmc.codegen.kernels.attention.prefill_keys import Table
 from hmc.codegen.kernels.attention.prefill_rows import Unit
 from hmc.codegen.kernels.attention.prefill_tiles import bf16_pair
-from hmc.codegen.panel import tiling
 from hmc.codegen.panel.panel import Panels
-from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_strips, load_part, store_part
-from hmc.errors import KernelError
 
 
 @dataclass(frozen=True)
@@ -31,18 +28,6 @@ class _Rows:
     column: int
     count: int
     of_values: bool
-
-
-def lift_form(spec: KernelSpec) -> tiling.Form:
-    """How `mla_prefill` multiplies latents by kv_b; `KernelError` for sizes without a kernel."""
-    params = dict(spec.params) | {"k": spec["rank"]}
-    form = tiling.Form.of(replace(spec, params=tuple(sorted(params.items())), tile=()))
-    keys = Form.of_latent(spec).keys
-    if spec.weight == "fp8" and (spec["nope"] % form.lanes or spec["v_dim"] % form.lanes):
-        raise KernelError(f"{spec.op}: nope and v_dim must be multiples of {form.lanes} in fp8")
-    if keys > form.block:
-        raise KernelError(f"{spec.op}: rank {spec['rank']} leaves room for {form.block} positions")
-    return form
 
 
 class LatentKeys:

@@ -19,7 +19,6 @@ from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 from hmc.codegen.vector import lanes_mask, resize
-from hmc.errors import KernelError
 
 Array = NDArray[Any]
 
@@ -209,8 +208,6 @@ class _Nest:
     def _grouped(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
         """int4 weights times their group's scale; a unit never straddles groups."""
         e, b, group = self.e, self.e.b, self.e.spec["group"]
-        if group % self.unit.size:
-            raise KernelError(f"int4 groups of {group} columns: units are {self.unit.size} wide")
         across = const(-(-self.rank // group))
         at = b.add(b.mul(row, across), b.udiv(index, const(group)))
         if e.spec["scale_bits"] == 16:

@@ -12,12 +12,10 @@ from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.kernels.matmul.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import sigmoid
-from hmc.errors import KernelError
 
 
 def emit_gate_up(spec: KernelSpec) -> str:
     """IR of `gate_up`; params k, tokens, act (0 silu) (, group, scale_bits for int4)."""
-    require_silu(spec)
     e = Emitter(spec)
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     tokens = e.arg["tokens"]
@@ -31,12 +29,6 @@ def emit_gate_up(spec: KernelSpec) -> str:
     buffers = Buffers(e, spec["tokens"])
     buffers.gate_up(e, tiles, gate, up, start, stop, xs, ys, tokens, end)
     return e.finish()
-
-
-def require_silu(spec: KernelSpec) -> None:
-    """`KernelError` for an activation that is not built."""
-    if spec.get("act") != 0:
-        raise KernelError(f"kernel {spec.op} has no activation {spec.get('act')}: 0 is silu")
 
 
 def addresses_of_rows(e: Emitter, base: Value, count: Value, stride: Value, most: int) -> Value:

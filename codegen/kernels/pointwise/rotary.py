@@ -17,7 +17,6 @@ from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.pointwise.norm import SquareSum
 from hmc.codegen.spec import KernelSpec
-from hmc.errors import KernelError
 
 Array = NDArray[Any]
 
@@ -27,8 +26,6 @@ def emit_rotary(spec: KernelSpec) -> str:
     e = Emitter(spec)
     b, heads, head_dim = e.b, spec["heads"], spec["head_dim"]
     start_column, dim = spec["start"], spec["dim"]
-    if dim % 2 or start_column + dim > head_dim:
-        raise KernelError(f"rotary: slice {start_column}+{dim} does not fit head_dim {head_dim}")
     start, stop = e.split(b.mul(e.arg["tokens"], const(heads)))
     with e.for_range(start, stop) as item:
         token, head = b.sdiv(item, const(heads)), b.srem(item, const(heads))

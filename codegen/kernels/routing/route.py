@@ -32,7 +32,6 @@ from hmc.codegen.vector import (
     load_f32,
     sigmoid,
 )
-from hmc.errors import KernelError
 
 Array = NDArray[Any]
 
@@ -72,7 +71,6 @@ class _Router:
         self.experts, self.top_k = spec["experts"], spec["top_k"]
         self.scoring = spec["scoring"]
         self.groups, self.top_groups = spec.get("groups"), spec.get("top_groups")
-        self._check()
         padded = -(-self.experts // self.lanes) * self.lanes
         self.padded = padded
         self.scores, self.choice = (self._buffer(F32, padded) for _ in range(2))
@@ -87,17 +85,6 @@ class _Router:
         slot = self.e.local(element, count=count)
         slot.align = 64
         return slot
-
-    def _check(self) -> None:
-        candidates = self.experts
-        if self.scoring not in (SOFTMAX, SIGMOID, SOFTMAX_CHOSEN):
-            raise KernelError(f"route: no scoring {self.scoring}")
-        if self.top_groups:
-            if self.groups < 1 or self.experts % self.groups or self.experts < 2 * self.groups:
-                raise KernelError(f"route: {self.experts} experts in {self.groups} groups")
-            candidates = self.experts // self.groups * min(self.groups, self.top_groups)
-        if not 0 < self.top_k <= candidates:
-            raise KernelError(f"route: top_k {self.top_k} of {candidates} candidates")
 
     def emit(self, token: Value) -> None:
         """Code that routes one token."""

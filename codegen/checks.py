@@ -1,0 +1,146 @@
+"""Whether there is a kernel for a spec, answered where specs are chosen, long before one is built;
+hides what the emitters cannot do.
+
+Emitters check nothing: they build every spec that passes here. Tile choices are measured, not
+chosen by anybody else, and are taken as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import ARGS, MAX_TOKENS, KernelSpec
+from hmc.errors import KernelError
+
+_ATTENTION = "heads kv_heads head_dim v_dim block"
+_LATENT = "heads nope rope v_dim rank block"
+_SIZES: dict[str, str] = {
+    **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
+    "rotary": "heads head_dim dim",
+    "linear": "k tokens",
+    "gate_up": "k tokens",
+    "gemm": "k",
+    **dict.fromkeys(("experts_gate_up", "experts_down"), "k n top_k experts tokens"),
+    **dict.fromkeys(("grouped_gate_up", "grouped_down"), "k n top_k experts"),
+    **dict.fromkeys(("kv_append", "attention", "attention_join", "attention_prefill"), _ATTENTION),
+    **dict.fromkeys(("mla_append", "mla_attention", "mla_attention_join", "mla_prefill"), _LATENT),
+    **dict.fromkeys(("mla_absorb", "mla_up"), f"{_LATENT} tokens"),
+    "route": "experts top_k",
+    "sort_experts": "top_k experts",
+    "resident_ids": "top_k",
+    "stream_read": "streams",
+}
+"""Sizes that an op needs, all at least 1."""
+
+_ROWS = frozenset({"bf16", "fp16", "f32"})
+_STORED = _ROWS | {"fp8", "int4"}
+_GROUPED = frozenset({"int4"})
+_MATMULS = (
+    "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
+    " mla_absorb mla_up mla_prefill"
+).split()
+_FORMATS: dict[str, frozenset[str]] = {
+    **dict.fromkeys(_MATMULS, _STORED),
+    **dict.fromkeys(("embed", "norm", "add_norm"), _ROWS),
+    "rotary": _ROWS | {""},
+}
+"""Formats that an op reads; those that are not here read no weights."""
+
+
+def check_spec(spec: KernelSpec) -> None:
+    """Raise `KernelError`, one line, where no emitter can build `spec`."""
+    if spec.op not in ARGS:
+        raise KernelError(f"no kernel is called {spec.op}")
+    if spec.isa not in TIERS:
+        raise KernelError(f"kernel {spec.op}: no tier {spec.isa}; choose {', '.join(TIERS)}")
+    formats = _FORMATS.get(spec.op, frozenset({""}))
+    if spec.weight not in formats:
+        names = ", ".join(sorted(filter(None, formats))) or "none"
+        raise _error(spec, f"operand format {spec.weight!r}: choose {names}")
+    if spec.out not in ("f32", "bf16"):
+        raise _error(spec, f"result format {spec.out!r}: choose bf16 or f32")
+    for name in _SIZES.get(spec.op, "").split():
+        if spec.get(name) < 1:
+            raise _error(spec, f"needs a size {name} of at least 1")
+    if spec.get("tokens") > MAX_TOKENS:
+        raise _error(spec, f"takes up to {MAX_TOKENS} tokens, not {spec['tokens']}")
+    if spec.get("act") != 0:
+        raise _error(spec, f"has no activation {spec['act']}: 0 is silu")
+    if spec.weight in _GROUPED:
+        _check_groups(spec)
+    _RULES.get(spec.op, _anything)(spec)
+
+
+def _error(spec: KernelSpec, what: str) -> KernelError:
+    return KernelError(f"kernel {spec.op} {what}")
+
+
+def _anything(spec: KernelSpec) -> None:
+    """No rule of the op's own."""
+
+
+def _check_groups(spec: KernelSpec) -> None:
+    if spec.get("group") not in (32, 64, 128) or spec.get("scale_bits") not in (16, 32):
+        raise _error(
+            spec,
+            f"reads int4 in groups of 32, 64 or 128 with scales of 16 or 32 bits, not"
+            f" {spec.get('group')} and {spec.get('scale_bits')}",
+        )
+
+
+def _check_attention(spec: KernelSpec) -> None:
+    if spec["heads"] % spec["kv_heads"]:
+        raise _error(spec, f"cannot share {spec['kv_heads']} key heads by {spec['heads']} heads")
+    _check_even(spec, "head_dim")
+
+
+def _check_decode(spec: KernelSpec) -> None:
+    _check_attention(spec)
+    _check_even(spec, "block")
+
+
+def _check_latent(spec: KernelSpec) -> None:
+    for name in ("rank", "rope", "block"):
+        _check_even(spec, name)
+
+
+def _check_expanded(spec: KernelSpec) -> None:
+    if (spec["nope"] + spec["rope"]) % 2:
+        raise _error(spec, f"needs nope + rope even, not {spec['nope']} + {spec['rope']}")
+
+
+def _check_even(spec: KernelSpec, name: str) -> None:
+    if spec[name] % 2:
+        raise _error(spec, f"needs {name} even, not {spec[name]}")
+
+
+def _check_rotary(spec: KernelSpec) -> None:
+    start, dim, width = spec.get("start"), spec["dim"], spec["head_dim"]
+    if dim % 2 or start < 0 or start + dim > width:
+        raise _error(spec, f"cannot turn {dim} of {width} elements from {start} on")
+
+
+def _check_route(spec: KernelSpec) -> None:
+    experts, top_k, candidates = spec["experts"], spec["top_k"], spec["experts"]
+    groups, top_groups = spec.get("groups"), spec.get("top_groups")
+    if not 0 <= spec.get("scoring") <= 2:
+        raise _error(spec, f"has no scoring {spec['scoring']}")
+    if top_groups:
+        if groups < 1 or experts % groups or experts < 2 * groups:
+            raise _error(spec, f"cannot divide {experts} experts into {groups} groups")
+        candidates = experts // groups * min(groups, top_groups)
+    if top_k > candidates:
+        raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
+
+
+_RULES: dict[str, Callable[[KernelSpec], None]] = {
+    "attention": _check_decode,
+    "attention_join": _check_decode,
+    "attention_prefill": _check_attention,
+    "mla_attention": _check_latent,
+    "mla_attention_join": _check_latent,
+    "mla_prefill": _check_expanded,
+    "rotary": _check_rotary,
+    "route": _check_route,
+}
