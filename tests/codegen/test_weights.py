@@ -16,6 +16,9 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
 
+_GROUPS = {"group": 128, "scale_bits": 16}
+"""Of int4, for whose scales nobody asks here."""
+
 
 def emit_decode(spec: KernelSpec) -> str:
     """y = the first k weights of w, in f32."""
@@ -34,7 +37,7 @@ def decode(
     decoder: Jit, isa: str, weight: WeightFormat, count: int, data: np.ndarray
 ) -> np.ndarray:
     """`count` weights of `data` and what lies behind them in whole vectors."""
-    spec = KernelSpec.of("linear", isa, weight=weight, k=count)
+    spec = KernelSpec.of("linear", isa, weight=weight, k=count, tokens=1, **_GROUPS)
     y = filled((-(-count // TIERS[isa].lanes) * TIERS[isa].lanes,), np.float32)
     block = pack(
         "linear", x=0, x_stride=0, w=address(data), scale=0, bias=0, y=address(y), y_stride=0,
