@@ -34,6 +34,7 @@ _SIZES: dict[str, str] = {
 """Sizes that an op needs, all at least 1."""
 
 _ROWS = frozenset({"bf16", "fp16", "f32"})
+_RESULTS = frozenset({"bf16", "f32"})
 _STORED = _ROWS | {"fp8", "int4"}
 _GROUPED = frozenset({"int4"})
 _MATMULS = (
@@ -58,7 +59,7 @@ def check_spec(spec: KernelSpec) -> None:
     if spec.weight not in formats:
         names = ", ".join(sorted(filter(None, formats))) or "none"
         raise _error(spec, f"operand format {spec.weight!r}: choose {names}")
-    if spec.out not in ("f32", "bf16"):
+    if spec.out not in _RESULTS:
         raise _error(spec, f"result format {spec.out!r}: choose bf16 or f32")
     for name in _SIZES.get(spec.op, "").split():
         if spec.get(name) < 1:

@@ -14,22 +14,14 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F16, F32, I16, I32, Emitter, Value, const, fconst, vec
-from hmc.errors import KernelError
 
 ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
 """How a storage format is loaded; bf16 travels as its bits."""
 
 
-def element_of(format_name: str) -> ir.Type:
-    """LLVM type that `format_name` is loaded as; `KernelError` for a format without one."""
-    if format_name not in ELEMENTS:
-        raise KernelError(f"kernel operand format {format_name!r}: choose {', '.join(ELEMENTS)}")
-    return ELEMENTS[format_name]
-
-
 def width_of(format_name: str) -> int:
     """Bytes of one element."""
-    return 4 if element_of(format_name) is F32 else 2
+    return 4 if ELEMENTS[format_name] is F32 else 2
 
 
 def lanes_mask(numbers: list[int]) -> ir.Constant:
@@ -73,10 +65,11 @@ def load_f32(
     e: Emitter, format_name: str, base: Value, index: Value, count: int, lanes: int
 ) -> Value:
     """`count` elements stored as bf16, fp16 or f32, as `lanes` f32 (zeros behind)."""
-    raw = load_part(e, base, index, element_of(format_name), count, lanes)
-    if format_name == "bf16":
+    element = ELEMENTS[format_name]
+    raw = load_part(e, base, index, element, count, lanes)
+    if element is I16:
         return e.bf16_to_f32(raw)
-    if format_name == "fp16":
+    if element is F16:
         return e.b.fpext(raw, vec(F32, lanes))
     return raw
 
@@ -85,9 +78,8 @@ def store_f32(
     e: Emitter, format_name: str, value: Value, base: Value, index: Value, count: int
 ) -> None:
     """Store `count` lanes of f32 `value` as bf16 (to nearest even) or f32."""
-    if format_name not in ("bf16", "f32"):
-        raise KernelError(f"kernel result format {format_name!r}: choose bf16 or f32")
-    store_part(e, e.f32_to_bf16(value) if format_name == "bf16" else value, base, index, count)
+    is_bf16 = ELEMENTS[format_name] is I16
+    store_part(e, e.f32_to_bf16(value) if is_bf16 else value, base, index, count)
 
 
 def for_strips(
