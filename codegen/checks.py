@@ -96,6 +96,12 @@ def _check_attention(spec: KernelSpec) -> None:
     _check_even(spec, "head_dim")
 
 
+def _check_prefill(spec: KernelSpec) -> None:
+    _check_attention(spec)
+    if spec.get("window"):
+        raise _error(spec, f"has no window, as of {spec['window']} tokens")
+
+
 def _check_decode(spec: KernelSpec) -> None:
     _check_attention(spec)
     _check_even(spec, "block")
@@ -138,7 +144,7 @@ def _check_route(spec: KernelSpec) -> None:
 _RULES: dict[str, Callable[[KernelSpec], None]] = {
     "attention": _check_decode,
     "attention_join": _check_decode,
-    "attention_prefill": _check_attention,
+    "attention_prefill": _check_prefill,
     "mla_attention": _check_latent,
     "mla_attention_join": _check_latent,
     "mla_prefill": _check_expanded,

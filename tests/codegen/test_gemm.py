@@ -82,12 +82,14 @@ def test_workers_tiles_and_neighbours_change_no_bit(
     rows, tokens, k = 130, 61, 384
     w = stored(rng, weight, rows, k)
     x = activations(rng, tokens, k, k)
-    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, scale_bits=16)
+    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, group=128, scale_bits=16)
     alone = call(jit, spec, x, w, rows, tokens)
     for workers in (2, 3, 7):
         assert np.array_equal(call(jit, spec, x, w, rows, tokens, workers), alone)
     assert np.array_equal(call(jit, spec, x[5:6], w, rows, 1), alone[5:6])
-    small = KernelSpec.of("gemm", isa, weight=weight, k=k, scale_bits=16, tile={"tokens": 5})
+    small = KernelSpec.of(
+        "gemm", isa, weight=weight, k=k, group=128, scale_bits=16, tile={"tokens": 5}
+    )
     assert np.array_equal(call(jit, small, x, w, rows, tokens), alone)
 
 

@@ -11,13 +11,14 @@ import torch
 import torch.fx
 
 import hmc
-from hmc.errors import PassFailedError, UnsupportedError, VerifyError
+from hmc.errors import KernelError, PassFailedError, UnsupportedError, VerifyError
 from hmc.graph import NodeMeta, meta
 from hmc.graph.printer import graph_text
 from hmc.passes import PIPELINE, Context, run_pipeline
 from hmc.passes.context import ranges
 from hmc.passes.graph.canonicalise import Canonicalise
 from hmc.passes.graph.fuse import Fuse
+from hmc.passes.graph.lower import Fp8Lowering
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
 Lowering = Callable[..., tuple[torch.fx.GraphModule, Context]]
@@ -78,6 +79,12 @@ def test_a_mixed_pair_is_not_fused(lowering: Lowering, monkeypatch: pytest.Monke
     kept = [d for d in context.decisions if d.choice == "not fused"]
     assert len(kept) == 2
     assert all("fp8 and bf16" in decision.reason for decision in kept)
+
+
+def test_a_kernel_that_cannot_be_built_ends_compiling(lowering: Lowering) -> None:
+    graph, context = lowering("qwen3_moe", kv_block=7)
+    with pytest.raises(KernelError, match="kernel attention needs block even, not 7"):
+        run_pipeline((Canonicalise(), Fuse(), Fp8Lowering()), graph, context)
 
 
 @dataclass(frozen=True)
