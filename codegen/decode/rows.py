@@ -80,7 +80,7 @@ class Rows:
         """Add `valid` weights of the chunk at element `chunk` to `sums[row][token]`."""
         unit = self.dot.unit
         whole = valid // unit * unit
-        if self.dot.lanes == 8 and len(self.x) > 1 and whole > 2 * unit:
+        if self.dot.registers < 32 and len(self.x) > 1 and whole > 2 * unit:
             with self.e.for_range(0, whole, unit) as start:  # short, so that sums are in registers
                 self._unit(chunk, sums, start, unit)
         else:
@@ -94,7 +94,7 @@ class Rows:
         e, b, dot = self.e, self.e.b, self.dot
         rows = list(range(len(self.bases)))
         # Rows side by side share the loads of activations where there are registers for it.
-        shared = dot.lanes == 16 or len(self.x) == 1
+        shared = dot.registers >= 32 or len(self.x) == 1
         for group in [rows] if shared else [[row] for row in rows]:
             if group[0] and len(self.x) > 1:
                 start = e.another(start)

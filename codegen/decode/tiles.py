@@ -26,12 +26,12 @@ ROWS = 512
 GRAIN = 16
 """Rows that work is split by: whole batches of whole streams."""
 
-_TOKEN_TILES = {16: (8, 6, 4, 3, 2, 1), 8: (4, 3, 2, 1)}
-"""Tokens of a tile, by f32 lanes. With 16 registers of 8 lanes two tiles of 4 take 27 cycles for 32
+_TOKEN_TILES = {32: (8, 6, 4, 3, 2, 1), 16: (4, 3, 2, 1)}
+"""Tokens of a tile, by registers. With 16 registers of 8 lanes two tiles of 4 take 27 cycles for 32
 FP8 weights where one of 8 takes 40: what it saves in decoding it loses in sums that do not fit."""
 
-_AHEAD = {16: 8192, 8: 2048}
-"""Bytes to prefetch ahead, by f32 lanes: measured on Zen 4 and Zen 3, where 8 KiB cost BF16 a tenth
+_AHEAD = {32: 8192, 16: 2048}
+"""Bytes to prefetch ahead, by registers: measured on Zen 4 and Zen 3, where 8 KiB cost BF16 a tenth
 and more."""
 
 _SUMS = 8
@@ -49,8 +49,8 @@ class Tiles:
         self.dot = dot
         self.rows = e.spec.tiled("rows", 4)
         self._streams = e.spec.tiled("streams", 4)
-        self._prefetch_bytes = e.spec.tiled("prefetch", _AHEAD[dot.lanes])
-        self._sizes = [size for size in _TOKEN_TILES[dot.lanes] if size <= tokens]
+        self._prefetch_bytes = e.spec.tiled("prefetch", _AHEAD[dot.registers])
+        self._sizes = [size for size in _TOKEN_TILES[dot.registers] if size <= tokens]
         for size in self._sizes:
             self._emit_tile(e, size)
         self._emit_matvec(e)

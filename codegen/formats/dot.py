@@ -55,6 +55,11 @@ class Dot:
         return TIERS[self.spec.isa].lanes
 
     @property
+    def registers(self) -> int:
+        """Vector registers of the tier."""
+        return TIERS[self.spec.isa].registers
+
+    @property
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
         return TIERS[self.spec.isa].pair_dot and self.spec.weight in IN_PAIRS

@@ -31,8 +31,9 @@ VECTORS = {
         vmov[hl]ps vmovs[hl]dup vmovs[sd] vpack[su]s(dw|wb) vpadd[bdqw] vpandn? vpblend[dw]
         vpblendvb vpbroadcast[bdqw] vpcmp(eq|gt)[bdqw] vperm2[if]128 vperm[dq] vpextr[bdqw]
         vpinsr[bdqw] vpmaddubsw vpmaddwd vpmaskmov[dq] vp(max|min)[su][bdw] vpmovmskb
-        vpmov[sz]x[bdw][dqw] vpmulld vpor vpshuf(b|d|hw|lw) vp(sll|sra|srl)[dqw] vp(sll|sra|srl)v[dq]
-        vp(sll|srl)dq vpsub[bdqw] vpunpck[hl](bw|dq|qdq|wd) vpxor vzeroupper""",
+        vpmov[sz]x[bdw][dqw] vpmulld vpor vpshuf(b|d|hw|lw) vp(sll|sra|srl)[dqw]
+        vp(sll|sra|srl)v[dq] vp(sll|srl)dq vpsub[bdqw] vpunpck[hl](bw|dq|qdq|wd)
+        vpxor vzeroupper""",
     "avx512f": """k(add|and|mov|not|or|ortest|shift[lr]|test|unpck|xnor|xor)[bdqw]* valign[dq]
         v(broadcast|extract|insert|shuf)[if](32|64)x[248] vmovdqa(32|64) vmovdqu(8|16|32|64)
         vp(and|andn|or|xor|ternlog|blendm|abs)[bdqw] vperm[it]2([dqw]|p[sd]) vpermw vpmov[bdqw]2m

@@ -51,6 +51,11 @@ class Shape:
         return TIERS[self.isa].lanes
 
     @property
+    def sums(self) -> int:
+        """Vectors that are summed up at once: half of the registers."""
+        return TIERS[self.isa].registers // 2
+
+    @property
     def dot(self) -> bool:
         """Whether pairs of bf16 are multiplied."""
         return TIERS[self.isa].pair_dot
@@ -84,8 +89,7 @@ class Shape:
     @property
     def tile(self) -> int:
         """Positions scored at once: as many as there are registers for."""
-        most = TIERS[self.isa].registers // 2
-        return max(count for count in range(2, most + 1, 2) if self.run % count == 0)
+        return max(count for count in range(2, self.sums + 1, 2) if self.run % count == 0)
 
     @property
     def record_bytes(self) -> int:

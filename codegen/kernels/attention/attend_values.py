@@ -34,9 +34,8 @@ class Results:
         dimensions.
         """
         s = self.shape
-        budget = 16 if s.lanes == 16 else 8
-        tall = min(s.members, budget // 2)
-        strips = min(max(budget // tall, 2), 4) & ~1
+        tall = min(s.members, s.sums // 2)
+        strips = min(max(s.sums // tall, 2), 4) & ~1
         span = strips * s.lanes
         whole = s.value // span * span
         heads = s.members // tall * tall
