@@ -14,7 +14,7 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,8 +27,20 @@ from hmc.codegen.isa import TIERS, in_whole_numbers
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import dot_pairs, fsplat
 
-Store = Callable[[Value, int], None]
-"""Stores a vector of a token's share of a chunk, from that byte of it on."""
+Vectors = Iterator[tuple[Value, int]]
+"""Vectors of a token's share of a chunk, each with the byte of the share that it starts at."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`length` weights of each of `rows` (i8*, a lane each) on their way to `panel`, `stride` words
+    between steps.
+    """
+
+    panel: Value
+    stride: int
+    rows: list[Value]
+    length: int
 
 
 @dataclass(frozen=True)
@@ -44,41 +56,24 @@ class MicroKernel:
     token_factors: ClassVar[bool] = False
 
     def pack(
-        self,
-        e: Emitter,
-        row: Value,
-        k: Value,
-        valid: int,
-        size: int,
-        store: Store,
-        factor: Value | None,
-    ) -> None:
-        """`size` activations of the bf16 `row` from `k` on, zeros past `valid`, by `store`; what
-        the chunk's sums are multiplied by goes to `factor` (f32*), where there are `token_factors`.
+        self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
+    ) -> Vectors:
+        """`size` activations of the bf16 `row` from `k` on, zeros past `valid`; what the chunk's
+        sums are multiplied by goes to `factor` (f32*), where there are `token_factors`.
         """
         for start in range(0, size, self.lanes):
             bits: Value = e.zeros(I16, self.lanes)
             if start < valid:
                 index = e.b.add(k, const(start))
                 bits = masked_vec(e, row, index, I16, self.lanes, valid - start)
-            store(self._activation(e, bits), start * 4 // self.step)
+            yield self._activation(e, bits), start * 4 // self.step
 
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return e.bf16_to_f32(bits)
 
-    def decode(
-        self,
-        e: Emitter,
-        panel: Value,
-        stride: int,
-        rows: list[Value],
-        length: int,
-        scale: Callable[[], Value],
-    ) -> None:
-        """`length` weights of `lanes` `rows` (i8*) to `panel`, `stride` words between steps;
-        `scale()` is each row's scale of them.
-        """
-        decode_columns(e, self.weight, panel, stride, rows, length)
+    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
+        """Weights to the panel; `scale()` is each row's scale of them."""
+        decode_columns(e, self.weight, chunk.panel, chunk.stride, chunk.rows, chunk.length)
 
     def zero(self, e: Emitter) -> Value:
         """What a sum starts from."""
@@ -103,18 +98,10 @@ class Fp8InPlace(MicroKernel):
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return e.b.fmul(e.bf16_to_f32(bits), fsplat(FP8_ACTIVATIONS, self.lanes))
 
-    def decode(
-        self,
-        e: Emitter,
-        panel: Value,
-        stride: int,
-        rows: list[Value],
-        length: int,
-        scale: Callable[[], Value],
-    ) -> None:
+    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Scaled weights."""
         factor = e.b.fmul(scale(), fsplat(FP8_RESULT, self.lanes))
-        decode_codes(e, panel, stride, rows, length, factor)
+        decode_codes(e, chunk.panel, chunk.stride, chunk.rows, chunk.length, factor)
 
 
 class Pairs(MicroKernel):
@@ -126,17 +113,9 @@ class Pairs(MicroKernel):
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return bits
 
-    def decode(
-        self,
-        e: Emitter,
-        panel: Value,
-        stride: int,
-        rows: list[Value],
-        length: int,
-        scale: Callable[[], Value],
-    ) -> None:
+    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Pairs of bf16, a word each."""
-        decode_pairs(e, self.weight, panel, stride, rows, length)
+        decode_pairs(e, self.weight, chunk.panel, chunk.stride, chunk.rows, chunk.length)
 
     def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
         """Two products a lane."""
@@ -151,33 +130,18 @@ class WholeNumbers(MicroKernel):
     token_factors = True
 
     def pack(
-        self,
-        e: Emitter,
-        row: Value,
-        k: Value,
-        valid: int,
-        size: int,
-        store: Store,
-        factor: Value | None,
-    ) -> None:
+        self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
+    ) -> Vectors:
         """Whole numbers, and the factor that makes activations of them."""
         values = bf16_values(e, row, k, size, valid, self.lanes)
         whole, scale = whole_numbers(e, values)
         e.b.store(scale, factor)
         for number, value in enumerate(whole):
-            store(e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes)
+            yield e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes
 
-    def decode(
-        self,
-        e: Emitter,
-        panel: Value,
-        stride: int,
-        rows: list[Value],
-        length: int,
-        scale: Callable[[], Value],
-    ) -> None:
+    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Pairs of i16, a word each."""
-        decode_words(e, panel, stride, rows, length)
+        decode_words(e, chunk.panel, chunk.stride, chunk.rows, chunk.length)
 
     def zero(self, e: Emitter) -> Value:
         """i32."""

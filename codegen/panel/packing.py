@@ -99,5 +99,6 @@ class Packing:
                         if form.micro.token_factors:
                             index = b.add(b.mul(chunk_index, tokens), token)
                             factor = factors_at(e, form, scratch, index)
-                        form.micro.pack(e, row, from_k, length, CHUNK, packed.store, factor)
+                        for part, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):
+                            packed.store(part, at)
                 chunk = const(chunks)

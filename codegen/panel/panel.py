@@ -24,6 +24,7 @@ from functools import partial
 
 from llvmlite import ir
 
+from hmc.codegen.formats.micro import Chunk
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, Packing, each_tile, factors_at
@@ -268,9 +269,8 @@ class Panels:
             order = [e.minimum(const(r), rows_here.last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))
             rows = [e.offset(rows_here.weights, e.b.mul(r, stride)) for r in order]
-            form.micro.decode(
-                e, panel, form.rows, rows, length, lambda: self._factor(rows_here, order, 0)
-            )
+            chunk = Chunk(panel, form.rows, rows, length)
+            form.micro.decode(e, chunk, lambda: self._factor(rows_here, order, 0))
             for index in range(-(-length // form.scales.columns) if form.scaled else 0):
                 factor = self._factor(rows_here, order, index)
                 e.store(factor, scales, const(index * form.rows), align=4)
