@@ -106,22 +106,25 @@ class Executor:
         if store is None:
             check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
+            self._memory = ExitStack()
+            stack.callback(self._give_back)
             used = {key for phase in phases for step in phase.steps for key in step.kernels}
             build((spec_of(k) for key, k in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
             self.pool = stack.enter_context(
                 Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
             )
+            self.pool.uses(self)
             self.store = store or WeightStore.open(
                 plan, directory, dummy=dummy_weights, home=home, progress=progress
             )
             if store is None:
-                stack.callback(self.store.close)
+                self._memory.callback(self.store.close)
                 if self.store.home != "dummy":
                     check_numbers(self.store, self.pool, jit, plan.isa, progress)
             self.kv = kv or KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
             if kv is None:
-                stack.callback(self.kv.close)
+                self._memory.callback(self.kv.close)
             tables = Tables(plan, self.store)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
@@ -160,7 +163,7 @@ class Executor:
                 lowering = Lowering(
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
-                stack.callback(lowering.arena.close)
+                self._memory.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, HOST_OPS, self.pool)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.pool.workers)
@@ -291,9 +294,17 @@ class Executor:
                 phase.recorder = None
 
     def close(self) -> None:
-        """Stop the workers and free weights, cache and buffers; a second call does nothing."""
+        """Stop the workers and free weights, cache and buffers; a second call does nothing. When a
+        worker hangs (see `Pool`) everything stays as it is until the process ends.
+        """
         self._open = False
-        self._stack.close()
+        if not self.pool.left_behind:
+            self._stack.close()
+
+    def _give_back(self) -> None:
+        """Free the memory that workers touch, once they have ended."""
+        if not self.pool.left_behind:
+            self._memory.close()
 
     def _run_beside(
         self,

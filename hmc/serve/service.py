@@ -157,18 +157,21 @@ class Service:
 
     def close(self) -> None:
         """End all requests, the scheduler, the prefill process and the engine. A step that hangs is
-        left behind.
+        left behind with the memory it computes in, and is the server's `failure`.
         """
         self._draining = True
         self._closing.set()
         with self._lock:
             opened, scheduler = self._opened, self._scheduler
-        if scheduler is not None:
-            scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
-        if opened is not None and self._hung and opened.worker is not None:
-            opened.worker.close()
-        if opened is not None and not self._hung:
+        ended = scheduler is None or scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
+        if not ended:
+            self.failure = self.failure or WorkerError(
+                self._hung or f"a step did not end within {_CLOSE_SECONDS:g} s"
+            )
+        if opened is not None and ended:
             opened.close()
+        elif opened is not None and opened.worker is not None:
+            opened.worker.close()
 
     def _load(self, failed: Callable[[], None]) -> None:
         try:
