@@ -413,7 +413,6 @@ HANGS = {
     ),
     "after Ctrl-C": (
         "60, 0.3, 0.1",
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()\nrun()",
     ),
     "at exit": (
@@ -445,7 +444,6 @@ import numpy as np
 import test_pool as t
 from hmc.codegen.jit import Jit
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 t.ARGS.update(t.TEST_ARGS)
 jit = Jit({{**t.EMITTERS, "test_mix": t.emit_mix}})
 buffers = np.random.default_rng(0).integers(0, 1 << 60, (6, 503))
