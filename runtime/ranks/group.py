@@ -19,7 +19,6 @@ is enough. Not safe for use from several threads.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -156,7 +155,6 @@ class RankGroup:
             threads or max(1, env.threads() // self.ranks),
             "",
             seconds,
-            os.getpid(),
             delays,
         )
         self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]
