@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.codegen.build import build
 from hmc.codegen.isa import TIERS, require
@@ -40,8 +40,6 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.devices.base import Backend
-from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import HOST_OPS
@@ -50,10 +48,13 @@ from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.phases.beside import DevicePrefill
-from hmc.runtime.phases.phase import DevicePhase, DevicePhases, Devices, on_devices
-from hmc.runtime.ranks.group import check_gpus
+from hmc.runtime.phases.choice import Devices, check_gpus, device_half, on_devices
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.weights.store import Home, Progress, WeightStore
+
+if TYPE_CHECKING:
+    from hmc.runtime.devices.base import Backend
+    from hmc.runtime.phases.phase import DevicePhase, DevicePhases
 
 __all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
@@ -102,7 +103,7 @@ class Executor:
             own = home == "arena" or (dummy_weights and home != "shared")
             check_gpus(plan, gpus, private=store is None and own)
         wanting = [phase for phase in phases if on_devices(phase)]
-        played = bool(wanting) and (devices == "host" or isinstance(devices, HostBackend))
+        played = bool(wanting) and device_half().plays_gpus(devices)
         if store is None:
             check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
@@ -133,7 +134,7 @@ class Executor:
             """Computes prompts while others decode; None where the plan has no phase for that."""
             self._opened: DevicePhases | None = None
             if wanting:
-                opened = DevicePhases(
+                opened: DevicePhases = device_half().DevicePhases(
                     plan,
                     wanting,
                     devices,
@@ -165,8 +166,6 @@ class Executor:
                 )
                 self._memory.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, HOST_OPS, self.pool)
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.pool.workers)
             self._stack = stack.pop_all()
         self._tables = tables
         self._open = True

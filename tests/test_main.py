@@ -8,11 +8,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import click
 import pytest
 
 from hmc import cli, env
+from hmc.compiler import compile as compile_plan
+from hmc.plan import save_plan
 
 
 def test_a_pipe_of_ours_that_breaks_is_an_error_and_not_a_closed_stdout(
@@ -44,6 +47,22 @@ def test_a_reader_that_is_gone_ends_it_in_silence(arguments: list[str]) -> None:
         streams = {"stdout": gone, "stderr": subprocess.PIPE if silent else gone}
         done = subprocess.run(command, check=False, **streams)  # type: ignore[call-overload]
     assert done.returncode == 141 and not done.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--dummy-weights"]])
+def test_a_plan_for_cpus_runs_without_torch(tmp_path: Path, more: list[str]) -> None:
+    example = Path(__file__).parents[1] / "examples" / "tiny-kjv"
+    save_plan(compile_plan(example), tmp_path / "tiny.hmp")
+    script = (
+        "import sys\nfrom hmc.cli import main\ntry:\n    main(sys.argv[1:])\n"
+        "finally:\n    assert not {'torch', 'transformers'} & sys.modules.keys()"
+    )
+    arguments = ["run", str(tmp_path / "tiny.hmp"), "-p", "In the beginning", "-n", "4"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments, *more], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "decode x 3" in done.stderr
 
 
 def test_the_collector_is_off_until_the_last_thread_is_through() -> None:

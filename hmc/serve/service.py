@@ -19,7 +19,7 @@ from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.plan import Plan
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.engine import Engine
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 from hmc.runtime.prefill.disaggregation import Decision, Disaggregated
 from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request

@@ -157,16 +157,17 @@ class Crew:
     # -- listening ---------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        open_ = dict(self._members)
+        open_ = {member.fileno(): rank for rank, member in self._members.items()}
         while self.trouble is None and open_:
-            ready = wait([*open_.values(), self._inside], _TICK_SECONDS)
+            ready = wait([*open_, self._inside], _TICK_SECONDS)
             if self._inside in ready:
                 return
-            for rank in [rank for rank, member in open_.items() if member in ready]:
+            for descriptor in open_.keys() & ready:
+                rank = open_[descriptor]
                 try:
-                    self._take(rank, open_[rank].hear(0.0))
+                    self._take(rank, self._members[rank].hear(0.0))
                 except WorkerError as error:
-                    del open_[rank]
+                    del open_[descriptor]
                     if rank not in self._victims:
                         self.lose(error)
             if self._suspected and time.monotonic() > self._suspected + _GRACE_SECONDS:
@@ -226,11 +227,11 @@ class Crew:
 
     def _answers(self, ranks: list[int]) -> None:
         """Take in what these ranks say now."""
-        members = {rank: self._members[rank] for rank in ranks}
-        ready = wait(list(members.values()), _TICK_SECONDS / 5)
-        for rank in [rank for rank, member in members.items() if member in ready]:
+        members = {self._members[rank].fileno(): rank for rank in ranks}
+        for descriptor in members.keys() & wait(list(members), _TICK_SECONDS / 5):
+            rank = members[descriptor]
             try:
-                report = members[rank].hear(0.0)
+                report = self._members[rank].hear(0.0)
             except WorkerError as error:
                 self.lose(error)
                 return

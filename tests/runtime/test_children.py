@@ -75,7 +75,7 @@ def test_a_stopped_process_takes_no_message_for_ever(child: Child) -> None:
 
 def test_a_process_stopped_in_the_middle_of_a_message_is_not_waited_for(child: Child) -> None:
     child.send("much")
-    assert wait([child], 20)
+    assert wait([child.fileno()], 20)
     os.kill(child.pid, signal.SIGSTOP)
     with pytest.raises(Stalled):
         child.hear(20)

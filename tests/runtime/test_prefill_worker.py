@@ -180,11 +180,11 @@ def test_a_cancelled_job_writes_no_more(pair):
     with pytest.raises(ExecutionError, match="cancelled"):
         queued.poll()
     written = job.tokens
-    before = pair.executor.kv.tensor(0, 0).clone()
+    before = pair.executor.kv.array(0, 0).copy()
     assert next_job.wait(LONG) is not None
-    after = pair.executor.kv.tensor(0, 0)
+    after = pair.executor.kv.array(0, 0)
     for block in (*sequence.blocks, *waiting.blocks):
-        assert before[block].equal(after[block])
+        assert np.array_equal(before[block], after[block])
     assert queued.tokens == 0 and written <= 240
     for each in (sequence, waiting, last):
         pair.executor.release(each)

@@ -187,7 +187,7 @@ from hmc.runtime.weights.store import WeightStore
 plan = load(sys.argv[1])
 store = WeightStore.attach(plan, int(sys.argv[2]))
 weight = plan.weights[0]
-print(store.home, float(store.tensor(weight.name).float().sum()), flush=True)
+print(store.home, float(store.vector(weight.name).sum()), flush=True)
 """
 
 
@@ -218,7 +218,7 @@ def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
         text=True,
         check=True,
     )
-    expected = float(mapped.tensor(plan.weights[0].name).float().sum())
+    expected = float(mapped.vector(plan.weights[0].name).sum())
     assert found.stdout.split() == ["shared", str(expected)]
     store.close()
     assert ctypes.string_at(attached.address(plan.weights[0].name), 64)  # lives on
