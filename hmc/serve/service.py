@@ -151,6 +151,11 @@ class Service:
             self._form = form_of(engine.text.chat)
         return self._form
 
+    @property
+    def answered(self) -> bool:
+        """While draining: whether every request that was accepted has ended."""
+        return self._scheduler is None or self._scheduler.drain(0.0)
+
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
         self._draining = True

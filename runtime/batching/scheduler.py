@@ -230,6 +230,7 @@ class Scheduler:
                 self._changed.notify_all()
                 if self._closing:
                     return False
+                # Without patience nothing can happen but what notifies: a request, a close.
                 if not self._changed.wait(self._batch.patience):
                     break
             if self._batch.waits and (self._blocked or not self._queue):

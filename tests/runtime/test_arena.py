@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from test_program import words_of
 
 import hmc
 from hmc.codegen.pool import walker
@@ -131,5 +132,5 @@ def _tokens(program, count):
     for index in range(count):
         names = [arg.name for arg in ARGS[program.kernels[index].spec.op]]
         if "tokens" in names:
-            result.append(int(program.args_view(index)[names.index("tokens")]))
+            result.append(words_of(program, index)[names.index("tokens")])
     return result

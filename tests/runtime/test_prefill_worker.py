@@ -367,8 +367,8 @@ def test_cores_are_divided_whole_and_over_all_nodes():
     two = machine(tuple((i, i + 16) for i in range(8)), tuple((i, i + 16) for i in range(8, 16)))
     decode, prefill = divide_cpus(two, 16, 0.25)
     assert (len(decode), len(prefill)) == (12, 4)
-    assert [two.node_of(cpu) for cpu in prefill] == [0, 0, 1, 1]
-    assert [two.node_of(cpu) for cpu in decode] == [0] * 6 + [1] * 6
+    assert [cpu % 16 // 8 for cpu in prefill] == [0, 0, 1, 1]
+    assert [cpu % 16 // 8 for cpu in decode] == [0] * 6 + [1] * 6
     decode, prefill = divide_cpus(two, 32, 0.5)  # with siblings
     assert sorted(decode + prefill) == list(range(32))
     assert {cpu % 16 for cpu in decode}.isdisjoint(cpu % 16 for cpu in prefill)

@@ -152,6 +152,21 @@ def test_sigterm_finishes_what_has_been_accepted(plan_path: Path, live: Any) -> 
             httpx.get(f"{url}/health")
 
 
+def test_a_client_that_never_finishes_its_question_does_not_keep_the_server(
+    plan: Plan, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmc.serve.server._CLIENT_SECONDS", 0.2)
+    with start(plan, Settings(name="tiny")) as live:
+        live.wait_ready()
+        host, port = live.url.removeprefix("http://").split(":")
+        client = socket.create_connection((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        time.sleep(0.2)
+    with client:  # the server has ended: `start` waits half a minute for that
+        assert client.recv(1) == b""
+
+
 HUNG = f"""
 import ctypes, sys
 sys.path.insert(0, {str(Path(__file__).parents[1] / "runtime")!r})
