@@ -17,11 +17,16 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hmc.errors import UsageError
+
+_collecting = threading.Lock()
+_uncollected = 0  # how many `uncollected` blocks are under way, in all threads
+_was_collecting = True
 
 
 def debug_level() -> int:
@@ -87,14 +92,23 @@ def graphs(default: bool) -> bool:
 def uncollected() -> Iterator[None]:
     """No garbage collection meanwhile, for work that makes many objects and keeps them: loading a
     plan, emitting IR and passes spend up to a half of their time in collections that find nothing.
+
+    The collector is the process's: it stays off until the last of all blocks, in whatever threads
+    they are, is over, and is then as it was before the first.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    global _uncollected, _was_collecting
+    with _collecting:
+        if _uncollected == 0:
+            _was_collecting = gc.isenabled()
+            gc.disable()
+        _uncollected += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _collecting:
+            _uncollected -= 1
+            if _uncollected == 0 and _was_collecting:
+                gc.enable()
 
 
 def _folder(own: str, xdg: str, fallback: str) -> Path:

@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hmc.plan import Plan
-from hmc.runtime.devices.base import Backend
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.memory.kv import KVCache
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
 from hmc.runtime.tokens.prompts import Prompt, prompt_ids, sampling_params
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import StopStrings, Text
 from hmc.runtime.weights.store import Home, Progress
+
+if TYPE_CHECKING:
+    from hmc.runtime.devices.base import Backend
 
 _DEFAULT_NEW_TOKENS = 256
 

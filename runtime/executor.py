@@ -14,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.codegen.build import build
 from hmc.codegen.isa import TIERS, require
@@ -40,8 +40,6 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.devices.base import Backend
-from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import HOST_OPS
@@ -50,10 +48,13 @@ from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.phases.beside import DevicePrefill
-from hmc.runtime.phases.phase import DevicePhase, DevicePhases, Devices, on_devices
-from hmc.runtime.ranks.group import check_gpus
+from hmc.runtime.phases.choice import Devices, check_gpus, device_half, on_devices
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.weights.store import Home, Progress, WeightStore
+
+if TYPE_CHECKING:
+    from hmc.runtime.devices.base import Backend
+    from hmc.runtime.phases.phase import DevicePhase, DevicePhases
 
 __all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
@@ -102,26 +103,29 @@ class Executor:
             own = home == "arena" or (dummy_weights and home != "shared")
             check_gpus(plan, gpus, private=store is None and own)
         wanting = [phase for phase in phases if on_devices(phase)]
-        played = bool(wanting) and (devices == "host" or isinstance(devices, HostBackend))
+        played = bool(wanting) and device_half().plays_gpus(devices)
         if store is None:
             check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
+            self._memory = ExitStack()
+            stack.callback(self._give_back)
             used = {key for phase in phases for step in phase.steps for key in step.kernels}
             build((spec_of(k) for key, k in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
             self.pool = stack.enter_context(
                 Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
             )
+            self.pool.uses(self)
             self.store = store or WeightStore.open(
                 plan, directory, dummy=dummy_weights, home=home, progress=progress
             )
             if store is None:
-                stack.callback(self.store.close)
+                self._memory.callback(self.store.close)
                 if self.store.home != "dummy":
                     check_numbers(self.store, self.pool, jit, plan.isa, progress)
             self.kv = kv or KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
             if kv is None:
-                stack.callback(self.kv.close)
+                self._memory.callback(self.kv.close)
             tables = Tables(plan, self.store)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
@@ -130,7 +134,7 @@ class Executor:
             """Computes prompts while others decode; None where the plan has no phase for that."""
             self._opened: DevicePhases | None = None
             if wanting:
-                opened = DevicePhases(
+                opened: DevicePhases = device_half().DevicePhases(
                     plan,
                     wanting,
                     devices,
@@ -160,10 +164,8 @@ class Executor:
                 lowering = Lowering(
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
-                stack.callback(lowering.arena.close)
+                self._memory.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, HOST_OPS, self.pool)
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.pool.workers)
             self._stack = stack.pop_all()
         self._tables = tables
         self._open = True
@@ -291,9 +293,17 @@ class Executor:
                 phase.recorder = None
 
     def close(self) -> None:
-        """Stop the workers and free weights, cache and buffers; a second call does nothing."""
+        """Stop the workers and free weights, cache and buffers; a second call does nothing. When a
+        worker hangs (see `Pool`) everything stays as it is until the process ends.
+        """
         self._open = False
-        self._stack.close()
+        if not self.pool.left_behind:
+            self._stack.close()
+
+    def _give_back(self) -> None:
+        """Free the memory that workers touch, once they have ended."""
+        if not self.pool.left_behind:
+            self._memory.close()
 
     def _run_beside(
         self,

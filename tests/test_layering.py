@@ -22,7 +22,7 @@ runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops
 hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
 passes/graph passes/context passes/routing_profile hmc/blocks hmc/graph
 hmc/predict
-runtime/devices runtime/weights runtime/memory runtime/routing runtime
+runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
 hmc/plan hmc/ops hmc/machine hmc/checkpoint
 codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
 codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes

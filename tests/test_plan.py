@@ -93,6 +93,34 @@ def test_what_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> None:
         load_plan(path)
 
 
+@pytest.mark.parametrize(("entry", "size"), [("plan.json", 257 << 20), ("digest.json", 5 << 10)])
+def test_an_entry_that_unpacks_to_much_more_than_a_plan_is_refused(
+    plan: Plan, tmp_path: Path, entry: str, size: int
+) -> None:
+    path = tmp_path / "a.hmp"
+    save_plan(plan, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, body in parts.items():
+            with archive.open(name, "w") as file:
+                file.write(body)
+                for _ in range(size >> 10 if name == entry else 0):
+                    file.write(bytes(1 << 10))
+    assert path.stat().st_size < 4 << 20
+    with pytest.raises(PlanFormatError, match=f"its {entry} has .* bytes, more than the"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_plan_compressed_otherwise_is_refused(plan: Plan, tmp_path: Path, method: int) -> None:
+    path = tmp_path / "a.hmp"
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("digest.json", b"{}")
+    with pytest.raises(PlanFormatError, match="not deflated"):
+        load_plan(path)
+
+
 def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "a.hmp"
     save_plan(plan, path)

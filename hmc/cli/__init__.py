@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from typing import NoReturn
 
 import click
 
 from hmc import env
-from hmc.errors import HmcError
+from hmc.errors import ExecutionError, HmcError
 from hmc.version import VERSION
 
 _COMMANDS = {
@@ -30,6 +31,9 @@ _COMMANDS = {
     "probe": "Measure this machine and write it as a machine file.",
     "tune": "Change a plan by hand, or by search on this machine.",
 }
+
+_STANDARD = (1, 2)
+"""Descriptors of standard output and error."""
 
 
 def _home(name: str) -> str:
@@ -70,19 +74,50 @@ def cli() -> None:
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit; an `HmcError` ends in one line on stderr and its exit code."""
+    """Run the command line and exit; an `HmcError` ends in one line on stderr and its exit code,
+    a reader of stdout or stderr that is gone in 141, as a shell has it for SIGPIPE.
+    """
     try:
-        code = cli.main(args=arguments, prog_name="hmc", standalone_mode=False)
+        code = _run(arguments)
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+    except BrokenPipeError:
+        for descriptor in filter(_unread, _STANDARD):  # where Python flushes once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        code = 141
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None) -> int:
+    """The exit code of a command, whose error has been told; `BrokenPipeError` is raised when it
+    is stdout or stderr that nobody reads.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        # Not `cli.main`, which takes every broken pipe for a closed stdout.
+        with cli.make_context("hmc", given) as context:
+            code = cli.invoke(context)
+        return code if isinstance(code, int) else 0
     except HmcError as error:
-        click.echo(f"hmc: error: {error}", err=True)
-        code = error.exit_code
+        failure = error
+    except click.exceptions.Exit as error:
+        return error.exit_code
     except click.ClickException as error:
         error.show()
-        code = error.exit_code
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("hmc: cancelled", err=True)
-        code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    sys.exit(code if isinstance(code, int) else 0)
+        return 130
+    except BrokenPipeError as error:
+        if any(map(_unread, _STANDARD)):
+            raise
+        failure = ExecutionError(f"a process or a socket that hmc writes to is gone: {error}")
+    click.echo(f"hmc: error: {failure}", err=True)
+    return failure.exit_code
+
+
+def _unread(descriptor: int) -> bool:
+    """Whether a descriptor is a pipe or a socket that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -56,13 +56,6 @@ class Topology:
         top = max((cache.level for cache in self.caches), default=0)
         return sum(cache.bytes for cache in self.caches if cache.level == top)
 
-    def node_of(self, cpu: int) -> int:
-        """The node id of a usable CPU; `KeyError` for any other."""
-        for node in self.nodes:
-            if any(cpu in core for core in node.cores):
-                return node.id
-        raise KeyError(cpu)
-
     def worker_cpus(self, threads: int) -> list[int]:
         """The CPU of each of `threads` workers; neighbouring workers share a node, nodes get equal
         parts of the work.

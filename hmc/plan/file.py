@@ -25,6 +25,8 @@ from hmc.files import write_beside
 from hmc.plan.model import SCHEMA_VERSION, Plan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+_DIGEST_BYTES, _PLAN_BYTES = 4 << 10, 256 << 20
+"""What the entries may unpack to: the plan of a model of 671e9 parameters has some MiB."""
 
 
 def canonical_json(plan: Plan) -> str:
@@ -74,8 +76,8 @@ def load(path: str | os.PathLike[str]) -> Plan:
     source = Path(path)
     try:
         with zipfile.ZipFile(source) as archive:
-            digest_text = archive.read("digest.json")
-            text = archive.read("plan.json")
+            digest_text = _read(archive, source, "digest.json", _DIGEST_BYTES)
+            text = _read(archive, source, "plan.json", _PLAN_BYTES)
     except OSError as error:
         raise PlanError(f"cannot read the plan {source}: {error.strerror or error}") from error
     except KeyError as error:
@@ -104,3 +106,17 @@ def load(path: str | os.PathLike[str]) -> Plan:
             where = ".".join(str(part) for part in first["loc"])
             raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
     return plan
+
+
+def _read(archive: zipfile.ZipFile, source: Path, entry: str, limit: int) -> bytes:
+    """An entry, stored as `save` stores it, of at most `limit` bytes."""
+    info = archive.getinfo(entry)
+    encrypted = info.flag_bits & 1
+    if encrypted or info.compress_type not in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED):
+        raise PlanFormatError(f"{source} is no hmc plan: its {entry} is encrypted or not deflated")
+    if info.file_size > limit:
+        raise PlanFormatError(
+            f"{source} is no hmc plan: its {entry} has {info.file_size:,} bytes, more than the"
+            f" {limit:,} that one may have"
+        )
+    return archive.read(info)  # no more than the size it names, or it is damaged

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import uvicorn
@@ -18,6 +19,7 @@ from hmc.plan import Plan
 from hmc.serve.app import application
 from hmc.serve.service import Service, Settings
 
+_CLIENT_SECONDS = 5.0
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -43,6 +45,23 @@ class Server(uvicorn.Server):
         """From any thread: take no new requests, finish the others, end."""
         self.service.drain()
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which waits for every client; those that do not read their answer, or never
+        finish their question, are left once everything accepted has been answered.
+        """
+        leaving = asyncio.create_task(self._leave_clients())
+        await super().shutdown(sockets)
+        leaving.cancel()
+        with suppress(asyncio.CancelledError):
+            await leaving
+
+    async def _leave_clients(self) -> None:
+        while not self.service.answered:  # the watchdog ends a step that hangs
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(_CLIENT_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

@@ -19,7 +19,7 @@ from hmc.errors import ExecutionError, HmcError, WorkerError
 from hmc.plan import Plan
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.engine import Engine
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 from hmc.runtime.prefill.disaggregation import Decision, Disaggregated
 from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request
@@ -151,24 +151,32 @@ class Service:
             self._form = form_of(engine.text.chat)
         return self._form
 
+    @property
+    def answered(self) -> bool:
+        """While draining: whether every request that was accepted has ended."""
+        return self._scheduler is None or self._scheduler.drain(0.0)
+
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
         self._draining = True
 
     def close(self) -> None:
         """End all requests, the scheduler, the prefill process and the engine. A step that hangs is
-        left behind.
+        left behind with the memory it computes in, and is the server's `failure`.
         """
         self._draining = True
         self._closing.set()
         with self._lock:
             opened, scheduler = self._opened, self._scheduler
-        if scheduler is not None:
-            scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
-        if opened is not None and self._hung and opened.worker is not None:
-            opened.worker.close()
-        if opened is not None and not self._hung:
+        ended = scheduler is None or scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
+        if not ended:
+            self.failure = self.failure or WorkerError(
+                self._hung or f"a step did not end within {_CLOSE_SECONDS:g} s"
+            )
+        if opened is not None and ended:
             opened.close()
+        elif opened is not None and opened.worker is not None:
+            opened.worker.close()
 
     def _load(self, failed: Callable[[], None]) -> None:
         try:

@@ -14,7 +14,7 @@ from hmc.bench.compare import Compared, interleave
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 
 _PROMPTS = (5, 23, 130)
 _ANSWER = 16

@@ -188,7 +188,7 @@ class PrefillsBeside(Generic[Owner]):
         for owner in self.owners:
             self.drop(owner)
         limit = time.monotonic() + _FINISH_SECONDS
-        while self._current is not None:
+        while self._current is not None:  # on devices their own deadlines end a call that hangs
             if time.monotonic() > limit:
                 self._computer.end()
             self._settle(self._current)

@@ -166,9 +166,10 @@ class Scheduler:
         for job in [*waiting, *self._batch.jobs]:
             job.end("error", error)
 
-    def close(self, timeout: float = _CLOSE_SECONDS) -> None:
-        """Cancel everything and end the thread. A step that does not come back within `timeout`
-        seconds is left behind, its requests end with an error. A second call does nothing.
+    def close(self, timeout: float = _CLOSE_SECONDS) -> bool:
+        """Cancel everything and end the thread; whether it has ended. A step that does not come
+        back within `timeout` seconds is left behind and goes on using the executor, its requests
+        end with an error. A second call does nothing.
         """
         with self._changed:
             self._draining = self._closing = True
@@ -177,15 +178,16 @@ class Scheduler:
             thread = self._thread
             self._changed.notify_all()
         if thread is threading.current_thread():
-            return  # a listener closes: the loop ends after this step
+            return True  # a listener closes: the loop ends after this step
         if thread is None:
             self._drop_cancelled()
-            return
+            return True
         thread.join(timeout)
         if thread.is_alive():
             self.abandon(
                 ExecutionError(f"a step did not end within {timeout:g} s of closing the scheduler")
             )
+        return not thread.is_alive()
 
     def __enter__(self) -> Scheduler:
         self.start()
@@ -228,6 +230,7 @@ class Scheduler:
                 self._changed.notify_all()
                 if self._closing:
                     return False
+                # Without patience nothing can happen but what notifies: a request, a close.
                 if not self._changed.wait(self._batch.patience):
                     break
             if self._batch.waits and (self._blocked or not self._queue):

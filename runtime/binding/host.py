@@ -92,7 +92,8 @@ class HostSteps:
 
     def tensor(self, operand: Operand) -> torch.Tensor:
         """All rows of a host buffer's columns."""
-        return self.arena.tensor(operand, self.arena.max_tokens)
+        found = torch.from_numpy(self.arena.array(operand, self.arena.max_tokens))
+        return found.view(torch.bfloat16) if found.dtype == torch.uint16 else found
 
     @property
     def span(self) -> tuple[int, int]:

@@ -50,7 +50,8 @@ from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.schedule.crossing import Crossing, is_native
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.runner import part_of_rank
-from hmc.runtime.weights.store import WeightStore, view
+from hmc.runtime.weights.store import WeightStore
+from hmc.runtime.weights.torch_view import view
 
 _TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 _LOGITS = "logits"

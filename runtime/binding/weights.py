@@ -12,7 +12,8 @@ import torch
 from hmc.plan import ExpertWeights, Format, Weight
 from hmc.plan.memory import aligned, scale_form
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.weights.store import Role, WeightStore, view
+from hmc.runtime.weights.store import Role, WeightStore
+from hmc.runtime.weights.torch_view import view
 
 Expert = tuple[Matrix, Matrix, Matrix]
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")

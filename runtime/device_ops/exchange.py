@@ -21,7 +21,8 @@ from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call, Share, of_share
 from hmc.runtime.device_ops.traffic import Kind, feeds_attention
-from hmc.runtime.weights.store import view
+from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.weights.torch_view import view
 
 
 def copy(bound: Bound, step: Step) -> Work:
@@ -95,7 +96,7 @@ def kv_out(bound: Bound, step: Step) -> Work:
         )
         block, place = slots // bound.kv.block, slots % bound.kv.block
         for part, values in enumerate(parts):
-            target = bound.kv.tensor(step.layer, part, heads)
+            target = cached(bound.kv, step.layer, part, heads)
             target[block, :, place] = values.view(len(values), heads, -1)
 
     def work(call: Call) -> None:
@@ -104,6 +105,11 @@ def kv_out(bound: Bound, step: Step) -> Work:
             block(some, slots[some])
 
     return work
+
+
+def cached(kv: KVCache, layer: int, part: int, heads: int = 1) -> torch.Tensor:
+    """One tensor of a layer in the host's cache, bf16 [blocks, heads, block, dim]; a view."""
+    return torch.from_numpy(kv.array(layer, part, heads)).view(torch.bfloat16)
 
 
 _KV_ROW = 2 * 2
@@ -118,7 +124,7 @@ def kv_in(bound: Bound, step: Step) -> Work:
     def work(call: Call) -> None:
         slots = torch.from_numpy(call.host_slots)
         for part in range(parts):
-            whole = bound.kv.tensor(step.layer, part, heads)
+            whole = cached(bound.kv, step.layer, part, heads)
             cache = bound.cache(step.layer, part)
             for some in scratch.blocks(0, call.tokens, _KV_ROW * cache.shape[1]):
                 block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block

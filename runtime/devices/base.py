@@ -1,7 +1,8 @@
 """What a schedule needs of devices: memory, streams, events and clocks, whatever is behind them.
 
-Three backends implement it: `cuda` (GPUs), `host` (CPU memory and one real thread a stream, so that
-the same schedules run, and their ordering bugs show, without a GPU) and `null` (a simulated clock).
+Two backends implement it: `cuda` (GPUs) and `host` (CPU memory and one real thread a stream, so
+that the same schedules run, and their ordering bugs show, without a GPU); tests have one with a
+simulated clock.
 Streams are those of a plan's resources: "cpu", "gpu<n>", "h2d<n>", "d2h<n>" and "link". A stream
 works through what it was given in order; streams know of each other only through events.
 

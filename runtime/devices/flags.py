@@ -54,11 +54,6 @@ class Flags:
         """Whether a flag's event has happened in a call or a later one."""
         return (int(self._words[number]) - epoch) % _MODULUS < _MODULUS // 2
 
-    @property
-    def aborted(self) -> bool:
-        """Whether the flags were given up."""
-        return bool(self._words[self.count])
-
     def abort(self) -> None:
         """Let nobody wait any longer, for good: native programs end where they wait; streams go
         on, with results that nobody is to use. In this order: see codegen/pool/flags.py.

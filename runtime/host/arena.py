@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase
 from hmc.runtime.memory.blocks import Block
-from hmc.runtime.weights.store import view
 
 Names = frozenset[Hashable]
 
-_TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
+_NUMPY = {"f32": np.float32, "bf16": np.uint16, "i32": np.int32}
 
 
 class Arena:
@@ -73,12 +72,16 @@ class Arena:
         """The external output f32 [max_tokens, vocab]."""
         return self._external["logits"].array.view(np.float32).reshape(self.max_tokens, -1)
 
-    def tensor(self, operand: Operand, tokens: int) -> torch.Tensor:
-        """The operand's first `tokens` rows as PyTorch sees them, [tokens, width]; a view."""
+    def array(self, operand: Operand, tokens: int) -> npt.NDArray[Any]:
+        """The operand's first `tokens` rows, [tokens, width], of bf16 the bits (u16); a view."""
         buffer = self._buffers[operand.buffer]
-        shape = (self.max_tokens, buffer.width)
-        whole = view(self._base(buffer), _TORCH[buffer.dtype], shape)
-        return whole[:tokens, operand.column : operand.column + operand.width]
+        block, start = self._block, buffer.offset * self.max_tokens
+        if buffer.offset < 0:
+            block, start = self._external[buffer.name], 0
+        size = buffer.width * DTYPE_BYTES[buffer.dtype] * self.max_tokens
+        whole = block.array[start : start + size].view(_NUMPY[buffer.dtype])
+        columns = slice(operand.column, operand.column + operand.width)
+        return whole.reshape(self.max_tokens, buffer.width)[:tokens, columns]
 
     def workspace(self, name: str, size: int) -> int:
         """Address of `size` bytes that all steps asking for the same name and size share."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,6 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.spec import ARGS, KernelSpec, pack
 from hmc.errors import ExecutionError
 from hmc.plan import Kernel, Operand, Phase, Plan, Step
-from hmc.runtime.devices.flags import Flags
 from hmc.runtime.host.arena import Arena
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
@@ -30,6 +30,9 @@ from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.weights.store import WeightStore
+
+if TYPE_CHECKING:
+    from hmc.runtime.devices.flags import Flags
 
 
 @dataclass(frozen=True)

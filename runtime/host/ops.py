@@ -327,8 +327,7 @@ def _route(low: Lowering, step: Step) -> None:
         experts = int(step.attrs["experts"])
 
         def count(call: Call) -> None:
-            chosen = low.arena.tensor(ids, call.tokens).numpy()
-            recorder.count(step.layer, experts, chosen)
+            recorder.count(step.layer, experts, low.arena.array(ids, call.tokens))
 
         low.python(step, count)
 

@@ -8,7 +8,10 @@ pinning the caller would pin every thread it starts later.
 
 Whatever happens in the caller (Ctrl-C above all), `run` returns or raises only when no worker is in
 the program any more, so buffers that records point at may be freed as soon as it is back. The one
-exception is `WorkerError`.
+exception is `WorkerError`: a native worker that hangs cannot be ended, so it is left behind, and
+what it may still touch stays until the process ends. Its thread is a daemon that never comes back
+from native code: it holds the control block, which holds the records and the owners that said
+`uses`, and nothing that Python does at exit takes a thread's frame apart.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ from hmc.machine.topology import worker_cpus
 
 _POLL_SECONDS = 0.05
 _JOIN_SECONDS = 2.0
+_RECORD_SECONDS = 300.0
+"""One record may take so long; the largest reads some GiB of weights from a disk."""
+_LEAVE_SECONDS = 10.0
+"""The same once somebody wants to leave: after Ctrl-C, and when the pool is closed."""
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -44,7 +51,6 @@ class Pool:
     idle_spin      seconds a worker spins for the next program before it sleeps
     barrier_spin   seconds a worker spins at a barrier within a program, or for a flag, before it
                    sleeps
-    watchdog       seconds one record may take before `run` raises `WorkerError`; None: no limit
 
     Both spins are cut to a microsecond when workers share CPUs: they would only delay each other.
 
@@ -61,12 +67,9 @@ class Pool:
         cpus: Sequence[int] | None = None,
         idle_spin: float = 50e-6,
         barrier_spin: float = 200e-6,
-        watchdog: float | None = None,
     ) -> None:
         self.cpus = tuple(worker_cpus(threads or env.threads()) if cpus is None else cpus)
         self.workers = len(self.cpus)
-        self.watchdog = watchdog
-        self._jit = jit
         self._call = _CALL(jit.get(KernelSpec.of("pool_call", isa.name)).address)
         self._lock = threading.Lock()
         self._broken = ""
@@ -92,8 +95,8 @@ class Pool:
         through: whether to the end, or only to a flag that was given up.
 
         `trace`, int64 [n, workers, 2], receives the time stamp counter at start and end of each
-        record. Raises `WorkerError` when a worker died or a record exceeds the watchdog: the pool
-        is closed then, and a worker that still hangs keeps touching the program's buffers.
+        record. Raises `WorkerError` when a worker died, or stays in one record for five minutes
+        (for ten seconds after Ctrl-C): the pool is closed then, see `left_behind`.
         """
         if (
             records.dtype != np.int64
@@ -107,7 +110,7 @@ class Pool:
             trace.dtype != np.int64 or trace.shape != (len(records), self.workers, 2)
         ):
             raise ValueError(f"trace must be int64 [{len(records)}, {self.workers}, 2]")
-        with self._lock:
+        with self._lock:  # whoever has it ends: `_finish` gives up a program that hangs
             self._finish()  # waits only when repeated Ctrl-C tore an earlier call out of its wait
             if self._broken or not self._finalizer.alive:
                 raise WorkerError(self._broken or "the worker pool is closed")
@@ -137,8 +140,17 @@ class Pool:
         ticks, nanoseconds = _clock_pair(self._read_tsc)
         return ticks, round(nanoseconds)
 
+    def uses(self, owner: object) -> None:
+        """Programs touch memory of `owner`: when a worker is left behind, `owner` lives on."""
+        self._control.users.add(owner)
+
+    @property
+    def left_behind(self) -> bool:
+        """Whether a worker hangs in a program: memory that it uses must not be given back."""
+        return bool(self._control.kept)
+
     def close(self) -> None:
-        """End the workers; a running program is finished first."""
+        """End the workers; a running program is finished first, unless it hangs."""
         self._finalizer()
 
     def __enter__(self) -> Pool:
@@ -155,38 +167,25 @@ class Pool:
     def _finish(self) -> None:
         """Wait until no program runs; a Ctrl-C meanwhile is raised afterwards."""
         interrupt: KeyboardInterrupt | None = None
-        progress = _Progress(self.workers, self.watchdog)
+        progress = _Progress(self._control, self._team)
         while self._control.busy and not self._broken:
             try:
                 self._call(self._control.address, walker.WAIT, self.workers)
-                if self._control.busy and (trouble := self._trouble(progress)):
-                    self._broken = trouble
+                if interrupt is None:
+                    self._broken = progress.trouble(_RECORD_SECONDS)
+                else:
+                    self._broken = progress.trouble(_LEAVE_SECONDS)
             except KeyboardInterrupt as error:
+                if interrupt is None:
+                    progress.begin()
                 interrupt = error
         if self._broken and self._finalizer.alive:
+            self._control.hangs = True
             self._finalizer()
-            raise WorkerError(self._broken)
+            raise WorkerError(self._broken) from interrupt
         self._control.running = None
         if interrupt is not None:
             raise interrupt
-
-    def _trouble(self, progress: _Progress) -> str:
-        """Why the program will not end, or an empty string."""
-        for worker in self._team:
-            if not worker.alive():
-                why = f": {worker.error}" if worker.error else ""
-                return (
-                    f"native worker {worker.index} (CPU {worker.cpu}) died{why}; the pool is closed"
-                )
-        if (stuck := progress.stuck(self._control.places(self.workers))) is None:
-            return ""
-        index, record = stuck
-        records, _ = self._control.running or (np.zeros((0, 4), np.int64), None)
-        tag = int(records[record, 3]) if record < len(records) else -1
-        return (
-            f"native worker {index} (CPU {self.cpus[index]}) has been in record {record}"
-            f" (tag {tag}) for more than {self.watchdog:g} s; the pool is closed"
-        )
 
 
 @cache
@@ -216,7 +215,7 @@ def _clock_pair(read_tsc: Kernel) -> tuple[int, float]:
 
 
 class _Control:
-    """The control block, and what the running program must keep alive."""
+    """The control block, and what the workers' programs must keep alive."""
 
     def __init__(self, workers: int) -> None:
         count = walker.control_words(workers)
@@ -225,16 +224,23 @@ class _Control:
         self.address = -(-ctypes.addressof(self._memory) // line) * line
         self.words = (ctypes.c_int64 * count).from_address(self.address)
         self.running: tuple[np.ndarray, np.ndarray | None] | None = None
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
+        self.kept: list[object] = []
+        self.hangs = False  # known, so nobody waits for it again
 
     @property
     def busy(self) -> bool:
         return self.words[walker.FINISHED] != self.words[walker.GENERATION]
 
-    def places(self, workers: int) -> list[tuple[int, int]]:
-        """(generation, 1 + record) each worker is in."""
-        generation = self.words[walker.GENERATION]
-        first, line = walker.FIRST_WORKER, walker.LINE
-        return [(generation, self.words[first + index * line]) for index in range(workers)]
+    def leave_behind(self) -> None:
+        """A worker will not end: what it may touch stays for as long as its thread, which holds
+        this block."""
+        self.kept = [self, *self.users]
+
+    def place(self, worker: int) -> tuple[int, int]:
+        """(generation, 1 + record) a worker is in."""
+        word = self.words[walker.FIRST_WORKER + worker * walker.LINE]
+        return self.words[walker.GENERATION], word
 
 
 class _Worker:
@@ -267,31 +273,53 @@ class _Worker:
 
 
 class _Progress:
-    """Notices a worker that stays in one record for longer than `limit` seconds."""
+    """Notices a worker that died, or stays in one record for too long."""
 
-    def __init__(self, workers: int, limit: float | None) -> None:
-        self._limit = limit
-        self._since: list[tuple[tuple[int, int], float]] = [((-1, 0), 0.0)] * workers
+    def __init__(self, control: _Control, team: list[_Worker]) -> None:
+        self._control, self._team = control, team
+        self.begin()
 
-    def stuck(self, places: list[tuple[int, int]]) -> tuple[int, int] | None:
-        """(worker, record) of the first worker over the limit, else None."""
-        if self._limit is None:
-            return None
+    def begin(self) -> None:
+        """Count from now on."""
+        self._since: dict[int, tuple[tuple[int, int], float]] = {}
+
+    def trouble(self, limit: float) -> str:
+        """Why the program will not end when a record may take `limit` seconds; "" when it ended,
+        or may."""
+        if not self._control.busy:
+            return ""
+        for worker in self._team:
+            if not worker.alive():
+                why = f": {worker.error}" if worker.error else ""
+                return (
+                    f"native worker {worker.index} (CPU {worker.cpu}) died{why}; the pool is closed"
+                )
         now = time.monotonic()
-        for index, place in enumerate(places):
-            known, since = self._since[index]
+        stuck = []
+        for index in range(len(self._team)):
+            place = self._control.place(index)
+            known, since = self._since.get(index, ((-1, 0), now))
             if known != place:
                 self._since[index] = (place, now)
-            elif place[1] and now - since > self._limit:
-                return index, place[1] - 1
-        return None
+            elif place[1] and now - since > limit:
+                stuck.append((place[1] - 1, index))
+        if not stuck:
+            return ""
+        record, index = min(stuck)  # the others wait for it
+        records, _ = self._control.running or (np.zeros((0, 4), np.int64), None)
+        tag = int(records[record, 3]) if record < len(records) else -1
+        return (
+            f"native worker {index} (CPU {self._team[index].cpu}) hangs: it has been in record"
+            f" {record} (tag {tag}) for more than {limit:g} s; the pool is closed"
+        )
 
 
 def _halt(call: ctypes._FuncPointer, control: _Control, team: list[_Worker], jit: Jit) -> None:
-    """End the workers and wait for them; those that died or hang are left behind (with what they
-    hold alive)."""
+    """End the workers and wait for them; those that died are gone, those that hang are left behind
+    with what they hold alive."""
+    progress = _Progress(control, team)
     try:
-        while control.busy and all(worker.alive() for worker in team):
+        while control.busy and not control.hangs and not progress.trouble(_LEAVE_SECONDS):
             call(control.address, walker.WAIT, len(team))
     finally:
         call(control.address, walker.HALT, len(team))
@@ -299,3 +327,5 @@ def _halt(call: ctypes._FuncPointer, control: _Control, team: list[_Worker], jit
     for worker in team:
         if worker.thread is not threading.current_thread() and worker.alive():
             worker.thread.join(max(0.0, deadline - time.monotonic()))
+    if any(worker.alive() for worker in team):
+        control.leave_behind()

@@ -68,11 +68,6 @@ class Program:
         """Indices of the records with `tag`, in order."""
         return [int(index) for index in np.flatnonzero(self.records[:, 3] == tag)]
 
-    def args_view(self, index: int) -> np.ndarray:
-        """The argument words of record `index`, int64, writable, in the order of `ARGS`."""
-        start = int(self._first[index])
-        return self._words[start : start + len(ARGS[self._kernels[index].spec.op])]
-
     def patch(self, index: int, **fields: int | float) -> None:
         """Set arguments of record `index` by name; `ValueError` when its kernel has no such
         argument."""
@@ -115,14 +110,9 @@ class Program:
 
 
 class ProgramBuilder:
-    """Collects records in the order in which one worker alone would run them.
+    """Collects records in the order in which one worker alone would run them."""
 
-    `private` names buffers of which every worker only ever touches a part of its own (per-worker
-    scratch): they order nothing.
-    """
-
-    def __init__(self, private: Iterable[Hashable] = ()) -> None:
-        self._private = frozenset(private)
+    def __init__(self) -> None:
         self._kernels: list[Kernel] = []
         self._blocks: list[bytes] = []
         self._meta: list[tuple[int, int]] = []
@@ -157,8 +147,7 @@ class ProgramBuilder:
                 f"record {len(self._kernels)}: kernel {op} takes {len(ARGS[op])} argument words,"
                 f" not {len(args) / 8:g}"
             )
-        read = frozenset(reads) - self._private
-        written = frozenset(writes) - self._private
+        read, written = frozenset(reads), frozenset(writes)
         flags = share_flags(*pieces)
         behind = bool((read | written) & self._written or written & self._read)
         if behind or alone or self._gated:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.plan import Plan
 from hmc.runtime.weights.store import WeightStore
@@ -18,20 +17,22 @@ class Tables:
     def __init__(self, plan: Plan, store: WeightStore) -> None:
         self._plan, self._store = plan, store
         self._angles: dict[tuple[str, float], tuple[npt.NDArray[np.float32], ...]] = {}
-        self._vectors: dict[str, torch.Tensor] = {}
+        self._vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._arrays: dict[tuple[str | int, ...], npt.NDArray[np.generic]] = {}
 
     def rotary(self, constant: str, factor: float) -> tuple[int, int]:
         """Addresses of cos and sin, f32 [max_context, dim / 2], both times `factor`.
 
-        Angles are products in f32, as the models were trained with.
+        Angles are products in f32, as the models were trained with; of them the nearest f32.
         """
         key = (constant, factor)
         if key not in self._angles:
-            inverse = torch.tensor(self._plan.constants[constant], dtype=torch.float32)
-            positions = torch.arange(self._plan.limits.max_context, dtype=torch.float32)
-            angle = positions[:, None] * inverse
-            self._angles[key] = tuple((f(angle) * factor).numpy() for f in (torch.cos, torch.sin))
+            inverse = np.array(self._plan.constants[constant], np.float32)
+            positions = np.arange(self._plan.limits.max_context, dtype=np.float32)
+            angle = (positions[:, None] * inverse).astype(np.float64)
+            self._angles[key] = tuple(
+                f(angle).astype(np.float32) * np.float32(factor) for f in (np.cos, np.sin)
+            )
         cos, sin = self._angles[key]
         return cos.ctypes.data, sin.ctypes.data
 
@@ -44,8 +45,8 @@ class Tables:
         if self._store.weight(name).format == "f32":
             return self._store.address(name)
         if name not in self._vectors:
-            self._vectors[name] = self._store.tensor(name).to(torch.float32)
-        return self._vectors[name].data_ptr()
+            self._vectors[name] = self._store.vector(name)
+        return int(self._vectors[name].ctypes.data)
 
     def array(self, key: tuple[str | int, ...], values: npt.NDArray[np.generic]) -> int:
         """Address of an array that records point at, kept alive under `key`; the first one given

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.plan import KVLayout
@@ -175,13 +174,15 @@ class KVCache:
         """Address of one tensor of a layer: part 0 is k (or the latent), part 1 is v."""
         return self._memory.address + self._offsets[layer, part]
 
-    def tensor(self, layer: int, part: int, heads: int = 1) -> torch.Tensor:
-        """bf16 view [blocks, heads, block, dim] of one tensor of a layer (latent: heads = 1)."""
+    def array(self, layer: int, part: int, heads: int = 1) -> npt.NDArray[np.uint16]:
+        """View [blocks, heads, block, dim] of one tensor of a layer (latent: heads = 1); the bits
+        of bf16.
+        """
         width = self.layout.widths[part]
         start = self._offsets[layer, part]
         size = 2 * width * self.block * self.allocator.count
-        flat = torch.from_numpy(self._memory.array[start : start + size]).view(torch.bfloat16)
-        return flat.view(self.allocator.count, heads, self.block, width // heads)
+        flat = self._memory.array[start : start + size].view(np.uint16)
+        return flat.reshape(self.allocator.count, heads, self.block, width // heads)
 
     def open(self) -> Sequence:
         """A new, empty sequence; `CapacityError` when all rows are taken."""

@@ -1,5 +1,5 @@
-"""Blocks that several processes map: memory files, handed over by descriptor; hides memfd, pools of
-huge pages and what the processes take together.
+"""Blocks that several processes map: memory files, handed over by descriptor; hides memfd and
+pools of huge pages.
 
 A memory file has no name: it is gone with the last process that has it open or mapped, however that
 process ends, and leaves nothing behind.
@@ -13,8 +13,6 @@ import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
-from pathlib import Path
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.machine.detect import free_huge_pages, huge_by_advice
@@ -23,7 +21,6 @@ from hmc.runtime.memory.blocks import HUGE_PAGE, Block, Pages, libc
 _MAP_NORESERVE = 0x4000
 _MFD_HUGE_2MB = 21 << 26
 _HUGETLBFS = 0x958458F6
-_HUGE = ("AnonHugePages", "ShmemPmdMapped", "Private_Hugetlb", "Shared_Hugetlb")
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -125,38 +122,6 @@ class SharedBlock(Block):
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map_over(mmap.PROT_READ | mmap.PROT_WRITE, flags, -1)
         self._release()
-
-
-def proportional_bytes(pids: Iterable[int]) -> int:
-    """Memory that processes take together: each page counted once, shared ones among those who map
-    them (the kernel's Pss; shared reserved huge pages, which Pss leaves out, once in all).
-
-    `ExecutionError` when a process is gone or another user's.
-    """
-    total = shared_huge = 0
-    for pid in pids:
-        path = Path(f"/proc/{pid}/smaps_rollup")
-        try:
-            lines = path.read_text().splitlines()[1:]
-        except OSError as error:
-            raise ExecutionError(f"memory of process {pid}: {error.strerror}") from error
-        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines}
-        total += sizes["Pss"] + sizes["Private_Hugetlb"]
-        shared_huge = max(shared_huge, sizes["Shared_Hugetlb"])
-    return total + shared_huge
-
-
-def huge_bytes(block: Block) -> int:
-    """How much of a block lies in huge pages now, as the kernel counts this process's mapping."""
-    total, inside = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        head, *rest = line.split()
-        if not head.endswith(":"):
-            first, last = (int(part, 16) for part in head.split("-"))
-            inside = first < block.address + block.span and block.address < last
-        elif inside and head[:-1] in _HUGE:
-            total += int(rest[0]) << 10
-    return total
 
 
 def _pages(descriptor: int) -> Pages:

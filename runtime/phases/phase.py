@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from hmc import env
 from hmc.codegen.jit import Jit
@@ -40,6 +40,7 @@ from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.memory.kv import Sequence as CacheSequence
+from hmc.runtime.phases.choice import Devices
 from hmc.runtime.phases.decode_graphs import DecodeGraphs
 from hmc.runtime.ranks.group import GroupRunner, RankGroup, open_ranks
 from hmc.runtime.routing import RoutingRecorder
@@ -48,14 +49,10 @@ from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.runner import Measured, ScheduleRunner
 from hmc.runtime.weights.store import WeightStore
 
-Devices = Literal["auto", "cuda", "host"]
-"""Where steps on GPUs run: "cuda" on this machine's GPUs, "auto" likewise (its error says what else
-there is), "host" on threads that play them."""
 
-
-def on_devices(phase: Phase) -> bool:
-    """Whether a phase computes on anything but the CPU."""
-    return any(step.resource != "cpu" for step in phase.steps)
+def plays_gpus(devices: Devices | Backend) -> bool:
+    """Whether GPUs are played, in memory of the host."""
+    return devices == "host" or isinstance(devices, HostBackend)
 
 
 def open_devices(
@@ -253,6 +250,8 @@ class DevicePhases:
                 group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(pool.workers)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> DevicePhases:

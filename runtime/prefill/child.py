@@ -8,49 +8,44 @@ chunk, and ends the process when the parent closes the socket or is gone.
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import threading
 from collections import deque
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hmc.errors import HmcError, WorkerError
 from hmc.plan import Plan
+from hmc.runtime.children import Parent, adopted
 from hmc.runtime.executor import PREFILL, Executor
 from hmc.runtime.memory.kv import KVCache, Sequence, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
 from hmc.runtime.prefill.messages import (
     Advanced,
     Cancel,
-    Command,
     Ended,
     Finished,
     Ready,
     Refused,
-    Report,
     Setup,
     Start,
 )
 from hmc.runtime.weights.store import WeightStore
 
-_PARENT_CHECK_SECONDS = 1.0
-
 
 class Mailbox:
-    """Jobs to do, in order, and who was told to stop; ends the process with its parent."""
+    """Jobs to do, in order, and who was told to stop."""
 
-    def __init__(self, connection: Connection, parent: int) -> None:
-        self._connection, self._parent = connection, parent
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._changed = threading.Condition()
         self._waiting: deque[Start] = deque()
         self._current = -1
         self._stop = False
-        threading.Thread(target=self._read, name="hmc-commands", daemon=True).start()
+        parent.listen(self._take)
 
     def next(self) -> Start:
-        """The next job, once there is one."""
+        """The next job, once there is one: the process ends with its parent, so it may wait."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting)
             start = self._waiting.popleft()
@@ -62,22 +57,7 @@ class Mailbox:
         """Whether the job under way was cancelled."""
         return self._stop
 
-    def send(self, report: Report) -> None:
-        """Tell the parent; both threads do."""
-        with self._changed:
-            self._connection.send(report)
-
-    def _read(self) -> None:
-        while True:
-            try:
-                if self._connection.poll(_PARENT_CHECK_SECONDS):
-                    self._take(self._connection.recv())
-                elif os.getppid() != self._parent:
-                    os._exit(0)  # somebody else still holds the socket open
-            except (EOFError, OSError):
-                os._exit(0)
-
-    def _take(self, command: Command) -> None:
+    def _take(self, command: Start | Cancel) -> None:
         with self._changed:
             if isinstance(command, Start):
                 self._waiting.append(command)
@@ -86,26 +66,24 @@ class Mailbox:
                 found = next((each for each in self._waiting if each.job == command.job), None)
                 if found is not None:
                     self._waiting.remove(found)
-                    self._connection.send(Ended(command.job, None))
+                    self._parent.send(Ended(command.job, None))
                 self._stop = self._stop or command.job == self._current
 
 
 def main(arguments: list[str]) -> int:
     """Serve jobs until the parent closes the socket; 1 when the setup cannot be used."""
-    setup_file, socket = map(int, arguments)
-    with os.fdopen(setup_file, "rb") as file:
-        setup: Setup = pickle.load(file)
+    setup, parent = adopted(arguments)
     os.sched_setaffinity(0, setup.cpus)
-    mailbox = Mailbox(Connection(socket), setup.parent)
+    mailbox = Mailbox(parent)
     with ExitStack() as stack:
         try:
             executor = _opened(setup, stack)
         except HmcError as error:
-            mailbox.send(Refused(error))
+            parent.send(Refused(error))
             return 1
-        mailbox.send(Ready())
+        parent.send(Ready())
         while True:
-            _prefill(executor, mailbox, mailbox.next())
+            _prefill(executor, parent, mailbox, mailbox.next())
 
 
 def _opened(setup: Setup, stack: ExitStack) -> Executor:
@@ -127,23 +105,23 @@ def _opened(setup: Setup, stack: ExitStack) -> Executor:
     return executor
 
 
-def _prefill(executor: Executor, mailbox: Mailbox, start: Start) -> None:
+def _prefill(executor: Executor, parent: Parent, mailbox: Mailbox, start: Start) -> None:
     sequence = Sequence(0)
     sequence.blocks, sequence.length = list(start.blocks), start.past
     executor.kv.tables[0] = 0
     executor.kv.tables[0, : len(start.blocks)] = start.blocks
     try:
         for logits in executor.prefill(sequence, start.ids, phase=PREFILL):
-            mailbox.send(Advanced(start.job, sequence.length - start.past))
+            parent.send(Advanced(start.job, sequence.length - start.past))
             if sequence.length == start.past + len(start.ids):
-                mailbox.send(Finished(start.job, logits[0].copy()))
+                parent.send(Finished(start.job, logits[0].copy()))
             elif mailbox.stop:
-                mailbox.send(Ended(start.job, None))
+                parent.send(Ended(start.job, None))
                 return
     except WorkerError:
         raise  # nothing can be computed here any more: the parent sees the process end
     except HmcError as error:
-        mailbox.send(Ended(start.job, error))
+        parent.send(Ended(start.job, error))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from hmc.predict.disaggregation import Load, Outlook, divided, interleaved
 from hmc.runtime.engine import Engine
 from hmc.runtime.memory.kv import KVCache, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 from hmc.runtime.prefill.cpus import divide_cpus
 from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.weights.store import Home, Progress

@@ -15,7 +15,7 @@ class Setup:
     """What the process needs to begin, left for it in a memory file; descriptors as it has them.
 
     `plan` is the plan's JSON. `weights` is the arena, None for shards it maps itself from
-    `directory`. `parent` is the process whose end is to be its own.
+    `directory`.
     """
 
     plan: str
@@ -23,7 +23,6 @@ class Setup:
     weights: int | None
     cache: int
     cpus: tuple[int, ...]
-    parent: int
 
 
 @dataclass(frozen=True)
@@ -79,5 +78,4 @@ class Ended:
     error: HmcError | None
 
 
-Command = Start | Cancel
 Report = Ready | Refused | Advanced | Finished | Ended

@@ -15,7 +15,7 @@ Blocks stay the parent's: it keeps those of a job reserved until the job is over
 
 from __future__ import annotations
 
-import os
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -34,6 +34,7 @@ from hmc.errors import (
 )
 from hmc.plan import Plan
 from hmc.plan.file import canonical_json
+from hmc.runtime.children import Child
 from hmc.runtime.memory.shared import SharedBlock
 from hmc.runtime.prefill.messages import (
     Advanced,
@@ -46,9 +47,9 @@ from hmc.runtime.prefill.messages import (
     Setup,
     Start,
 )
-from hmc.runtime.prefill.process import PrefillProcess
 from hmc.runtime.weights.store import WeightStore
 
+_COMMAND = (sys.executable, "-m", "hmc.runtime.prefill.child")
 _POLL_SECONDS = 0.05
 _CANCEL_SECONDS = 60.0
 
@@ -219,9 +220,14 @@ class PrefillWorker:
             None if arena is None else arena.descriptor,
             self._cache.descriptor,
             self._cpus,
-            os.getpid(),
         )
-        self._process = PrefillProcess(setup)
+        self._process = Child(
+            _COMMAND,
+            setup,
+            [setup.cache, *([] if setup.weights is None else [setup.weights])],
+            name="the prefill worker",
+            remedy="restart it and start its jobs again",
+        )
         self._trouble: HmcError | None = None
         self.ready = False
         self._heard = time.monotonic()
@@ -236,7 +242,7 @@ class PrefillWorker:
         """Take in what the process has said, waiting up to `timeout` seconds for a first word."""
         with self._lock:
             try:
-                while self._trouble is None and (report := self._process.report(timeout)):
+                while self._trouble is None and (report := self._process.hear(timeout)):
                     self._heard = time.monotonic()
                     self._take(report)
                     timeout = 0.0

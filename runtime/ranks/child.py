@@ -8,12 +8,9 @@ streams are, and ends the process when rank 0 closes the socket or is gone.
 from __future__ import annotations
 
 import os
-import pickle
 import queue
 import sys
-import threading
 from contextlib import ExitStack
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan, Step
 from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import Binding, BoundPhase
+from hmc.runtime.children import Parent, adopted
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call
@@ -45,15 +43,12 @@ from hmc.runtime.ranks.messages import (
     Joined,
     Prefill,
     Ready,
-    Report,
     Setup,
     Where,
 )
 from hmc.runtime.ranks.routing import Routing
 from hmc.runtime.schedule.runner import ScheduleRunner
 from hmc.runtime.weights.store import WeightStore
-
-_PARENT_CHECK_SECONDS = 1.0
 
 
 class Rank:
@@ -149,62 +144,46 @@ def _opened(plan: Plan, setup: Setup, ranks: int) -> CudaBackend | HostBackend:
 
 
 class Mailbox:
-    """Commands in order; ends the process with its parent."""
+    """Commands in order; the rank's state for who asks."""
 
-    def __init__(self, connection: Connection, parent: int) -> None:
-        self._connection, self._parent = connection, parent
-        self._lock = threading.Lock()
+    def __init__(self, parent: Parent) -> None:
+        self._parent = parent
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self.rank: Rank | None = None
-        threading.Thread(target=self._read, name="hmc-commands", daemon=True).start()
+        parent.listen(self._take)
 
     def next(self) -> Command:
-        """The next command, once there is one."""
+        """The next command, once there is one: the process ends with its parent, so it may wait."""
         return self._commands.get()
 
-    def send(self, report: Report) -> None:
-        """Tell rank 0; both threads do."""
-        with self._lock:
-            self._connection.send(report)
-
-    def _read(self) -> None:
-        while True:
-            try:
-                if self._connection.poll(_PARENT_CHECK_SECONDS):
-                    command: Command = self._connection.recv()
-                    if isinstance(command, Where):
-                        self.send(At("is getting ready" if self.rank is None else self.rank.doing))
-                    else:
-                        self._commands.put(command)
-                elif os.getppid() != self._parent:
-                    os._exit(0)  # somebody else still holds the socket open
-            except (EOFError, OSError):
-                os._exit(0)
+    def _take(self, command: Command) -> None:
+        if isinstance(command, Where):
+            self._parent.send(At("is getting ready" if self.rank is None else self.rank.doing))
+        else:
+            self._commands.put(command)
 
 
 def main(arguments: list[str]) -> int:
     """Serve calls until rank 0 closes the socket; 1 when something failed, which was reported."""
-    setup_file, socket = map(int, arguments)
-    with os.fdopen(setup_file, "rb") as file:
-        setup: Setup = pickle.load(file)
-    mailbox = Mailbox(Connection(socket), setup.parent)
+    setup, parent = adopted(arguments)
+    mailbox = Mailbox(parent)
     rank = None
     try:
         while True:
             command = mailbox.next()
             if isinstance(command, Begin):
                 rank = mailbox.rank = Rank(setup, command.memory[setup.rank])
-                mailbox.send(Ready())
+                parent.send(Ready())
             assert rank is not None, "rank 0 says Begin first"
             if isinstance(command, Prefill):
-                mailbox.send(rank.prefill(command))
+                parent.send(rank.prefill(command))
             elif isinstance(command, Join):
                 rank.join()
-                mailbox.send(Joined())
+                parent.send(Joined())
     except HmcError as error:
-        mailbox.send(Failed(error, rank is not None and rank.link.failed))
+        parent.send(Failed(error, rank is not None and rank.link.failed))
     except Exception as error:
-        mailbox.send(Failed(ExecutionError(f"{type(error).__name__}: {error}"), link=False))
+        parent.send(Failed(ExecutionError(f"{type(error).__name__}: {error}"), link=False))
     os._exit(1)  # a step that hangs must not keep the process, or its GPU, alive
 
 

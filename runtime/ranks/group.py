@@ -19,7 +19,6 @@ is enough. Not safe for use from several threads.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -104,29 +103,6 @@ def open_ranks(
     return RankGroup(plan, shared, devices, store, directory, threads, seconds, delays)
 
 
-def check_gpus(plan: Plan, gpus: int, private: bool = False) -> None:
-    """Refuse another number of GPUs, each driven by a process, than prompts are shared between, and
-    several with `private` weights: `UsageError` saying what the plan is for, or what to do."""
-    ranks = max(phase.ranks for phase in plan.phases)
-    if gpus == ranks and plan.machine.gpus:
-        if private and gpus > 1:
-            raise UsageError(
-                f"--gpus {gpus}: weights in private memory cannot be shared with other processes:"
-                " give --home shared"
-            )
-        return
-    if not plan.machine.gpus:
-        found = "uses no GPU"
-    elif ranks == 1:
-        found = "gives every prompt to one GPU: give --gpus 1"
-    else:
-        found = f"shares prompts between {ranks} GPUs: give --gpus {ranks}"
-    raise UsageError(
-        f"--gpus {gpus}: the plan for {plan.machine.name} {found}, or compile one for a machine"
-        f" with {max(gpus, 1)}"
-    )
-
-
 class RankGroup:
     """The ranks of the phases that they share; this process is rank 0. A context manager."""
 
@@ -156,7 +132,6 @@ class RankGroup:
             threads or max(1, env.threads() // self.ranks),
             "",
             seconds,
-            os.getpid(),
             delays,
         )
         self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]

@@ -20,8 +20,8 @@ class Setup:
 
     `plan` is the plan's JSON, `phases` names those that the ranks share. `weights` is the arena,
     None for shards it maps itself from `directory`. `store` is the file by which the ranks find
-    each other, `seconds` how long one may keep the others waiting. `parent` is the process whose
-    end is to be its own; `delays` a seed of the streams' random delays (devices played by the CPU).
+    each other, `seconds` how long one may keep the others waiting, `delays` a seed of the streams'
+    random delays (devices played by the CPU).
     """
 
     plan: str
@@ -33,7 +33,6 @@ class Setup:
     threads: int
     store: str
     seconds: float
-    parent: int
     delays: int | None
 
 

@@ -7,19 +7,17 @@ rank died, failed for a reason of its own, or says nothing.
 
 from __future__ import annotations
 
-import os
-import pickle
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection, wait
+from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 from hmc.errors import HmcError, WorkerError
+from hmc.runtime.children import Child, Stalled
 from hmc.runtime.ranks.messages import (
     At,
     Command,
@@ -36,56 +34,13 @@ _R = TypeVar("_R", At, Done, Joined, Ready)
 
 COMMAND = (sys.executable, "-m", "hmc.runtime.ranks.child")
 
+_REMEDY = "every rank was ended; start them again"
 _END_SECONDS = 5.0
 _GRACE_SECONDS = 1.0
 """How long the cause of a lost connection may take to show, and a rank to say where it is."""
 _SETTLE_SECONDS = 8.0
 """How long it may take to notice how a process ended, on a machine that is busy."""
 _TICK_SECONDS = 0.25
-
-
-class RankProcess:
-    """One process and the way to it."""
-
-    def __init__(self, setup: Setup, shared: Iterable[int]) -> None:
-        """`shared` are descriptors that it inherits."""
-        self.rank = setup.rank
-        ours, theirs = socket.socketpair()
-        with theirs, os.fdopen(os.memfd_create("hmc setup"), "w+b") as file:
-            pickle.dump(setup, file)
-            file.seek(0)  # the process reads on where this one is
-            given = [file.fileno(), theirs.fileno()]
-            self.process = subprocess.Popen(
-                [*COMMAND, *map(str, given)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[*given, *shared],
-                start_new_session=True,  # Ctrl-C is for rank 0, which knows what to end
-            )
-        self.connection = Connection(ours.detach())
-
-    @property
-    def dead(self) -> bool:
-        """Whether it has ended; unlike `Popen.poll`, also while another thread waits for that."""
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        try:
-            return os.waitid(os.P_PID, self.process.pid, flags) is not None
-        except ChildProcessError:
-            return True
-
-    def kill(self) -> None:
-        """End it, whatever it does, and wait until it is gone."""
-        self.process.kill()
-        self.process.wait(_END_SECONDS)
-
-    def ended(self) -> str:
-        """How it ended, in words, after it closed its socket."""
-        try:
-            code = self.process.wait(_GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "closed its socket"
-        if code < 0:
-            return f"was killed by signal {-code} ({signal.Signals(-code).name})"
-        return f"ended with status {code}, see what it wrote to stderr"
 
 
 class Crew:
@@ -100,12 +55,14 @@ class Crew:
         self._victims: dict[int, str] = {}
         self._suspected = 0.0
         self._lost = lost
-        self._members: dict[int, RankProcess] = {}
+        self._members: dict[int, Child] = {}
         self._inside, self._outside = socket.socketpair()
         self.trouble: HmcError | None = None
         try:
             for setup in setups:
-                self._members[setup.rank] = RankProcess(setup, shared)
+                self._members[setup.rank] = Child(
+                    COMMAND, setup, shared, name=f"rank {setup.rank}", remedy=_REMEDY
+                )
         except BaseException:
             self._kill()
             raise
@@ -115,15 +72,18 @@ class Crew:
     @property
     def pids(self) -> dict[int, int]:
         """The process of each rank."""
-        return {rank: member.process.pid for rank, member in self._members.items()}
+        return {rank: member.pid for rank, member in self._members.items()}
 
     def tell(self, command: Command) -> None:
         """Send a command to every rank; raises the trouble there is."""
         for member in self._members.values():
             self.check()
             try:
-                member.connection.send(command)
-            except OSError:
+                member.send(command)
+            except Stalled as error:
+                self.lose(error)
+                raise
+            except WorkerError:
                 self.settle()
 
     def check(self) -> None:
@@ -187,7 +147,7 @@ class Crew:
         if threading.current_thread() is not self._listener:
             self._listener.join(_END_SECONDS)
         for member in self._members.values():
-            member.connection.close()
+            member.end()
         self._inside.close()
 
     def _kill(self) -> None:
@@ -197,20 +157,19 @@ class Crew:
     # -- listening ---------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        open_ = {member.connection: member for member in self._members.values()}
+        open_ = {member.fileno(): rank for rank, member in self._members.items()}
         while self.trouble is None and open_:
             ready = wait([*open_, self._inside], _TICK_SECONDS)
             if self._inside in ready:
                 return
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                member = open_[connection]
+            for descriptor in open_.keys() & ready:
+                rank = open_[descriptor]
                 try:
-                    self._take(member.rank, connection.recv())
-                except (EOFError, OSError):
-                    del open_[connection]
-                    if member.rank not in self._victims:
-                        self._gone(member)
+                    self._take(rank, self._members[rank].hear(0.0))
+                except WorkerError as error:
+                    del open_[descriptor]
+                    if rank not in self._victims:
+                        self.lose(error)
             if self._suspected and time.monotonic() > self._suspected + _GRACE_SECONDS:
                 self._judge()
 
@@ -224,14 +183,6 @@ class Crew:
         with self._changed:
             self._reports[type(report), rank] = report
             self._changed.notify_all()
-
-    def _gone(self, member: RankProcess) -> None:
-        self.lose(
-            WorkerError(
-                f"rank {member.rank} (process {member.process.pid}) {member.ended()}: every rank"
-                " was ended; start them again"
-            )
-        )
 
     def _judge(self) -> None:
         """A connection was lost, and no rank gave a cause: it is one that says nothing."""
@@ -253,10 +204,8 @@ class Crew:
         first."""
         for rank in ranks:
             self._reports.pop((At, rank), None)
-            try:
-                self._members[rank].connection.send(Where())
-            except OSError:
-                continue
+            with suppress(WorkerError):  # one that cannot be asked does not answer
+                self._members[rank].send(Where())
         until = time.monotonic() + _GRACE_SECONDS
         while (
             self.trouble is None
@@ -271,22 +220,19 @@ class Crew:
         rank = next((rank for rank in ranks if said[rank] is None), ranks[0])
         answer = said[rank]
         where = answer.doing if isinstance(answer, At) else "does not answer"
-        pid = self._members[rank].process.pid
+        name = self._members[rank].name
         self.lose(
-            WorkerError(
-                f"rank {rank} (process {pid}) kept the others waiting for too long, and {where}:"
-                " every rank was ended; start them again"
-            )
+            WorkerError(f"{name} kept the others waiting for too long, and {where}: {_REMEDY}")
         )
 
     def _answers(self, ranks: list[int]) -> None:
         """Take in what these ranks say now."""
-        connections = {self._members[rank].connection: rank for rank in ranks}
-        for connection in wait(list(connections), _TICK_SECONDS / 5):
-            assert isinstance(connection, Connection)
+        members = {self._members[rank].fileno(): rank for rank in ranks}
+        for descriptor in members.keys() & wait(list(members), _TICK_SECONDS / 5):
+            rank = members[descriptor]
             try:
-                report = connection.recv()
-            except (EOFError, OSError):
-                self._gone(self._members[connections[connection]])
+                report = self._members[rank].hear(0.0)
+            except WorkerError as error:
+                self.lose(error)
                 return
-            self._reports[type(report), connections[connection]] = report
+            self._reports[type(report), rank] = report

@@ -117,7 +117,7 @@ class Ticket:
         """What was generated, once it has ended (waits for that); raises the error it ended
         with.
         """
-        self._ended.wait()
+        self._ended.wait()  # the scheduler ends what it accepted: done, failed, closed or abandoned
         if self._error is not None:
             raise self._error
         if self._generation is None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.errors import ShardError
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup
@@ -156,8 +155,7 @@ class _Patterns:
     """Values to cut tensors from, as bytes, one array per format and scale."""
 
     def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self._gauss = torch.randn(_PATTERN, generator=generator)
+        self._gauss = np.random.default_rng(0).standard_normal(_PATTERN, np.float32)
         self._known: dict[tuple[str, int], npt.NDArray[Any]] = {}
 
     def of(self, group: TensorGroup) -> npt.NDArray[Any]:
@@ -170,21 +168,36 @@ class _Patterns:
     def _make(self, group: TensorGroup) -> npt.NDArray[Any]:
         std = (group.fan_in or 1) ** -0.5
         if group.format == "fp8":
-            codes = (self._gauss * _CODE_STD).clamp_(-448, 448).to(torch.float8_e4m3fn)
-            return codes.view(torch.uint8).numpy()
+            return _fp8_codes(self._gauss * np.float32(_CODE_STD))
         if group.format == "int4":
-            return self._gauss.view(torch.uint8).numpy()[0::4]  # the lowest mantissa bits: uniform
+            return self._gauss.view(np.uint8)[0::4]  # the lowest mantissa bits: uniform
         if group.format == "fp8 scale":
             return np.full(4096, std / _CODE_STD, np.float32).view(np.uint32)
         if group.format == "int4 scale":
-            scales = torch.full((4096,), std / _INT4_STD, dtype=torch.bfloat16)
-            return scales.view(torch.int16).numpy().view(np.uint16)
+            return _bf16_bits(np.full(4096, std / _INT4_STD, np.float32))
         # Vectors are gains of norms or biases: near 1 is harmless for both.
-        values = self._gauss * std if group.fan_in else 1 + 0.05 * self._gauss
+        values = self._gauss * np.float32(std) if group.fan_in else 1 + 0.05 * self._gauss
         if group.format == "f32":
-            return values.numpy().view(np.uint32)
-        half = torch.bfloat16 if group.format == "bf16" else torch.float16
-        return values.to(half).view(torch.int16).numpy().view(np.uint16)
+            return values.view(np.uint32)
+        if group.format == "bf16":
+            return _bf16_bits(values)
+        return values.astype(np.float16).view(np.uint16)
+
+
+def _bf16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """f32 values rounded to bf16, to the nearest even."""
+    bits = values.view(np.uint32)
+    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+
+
+def _fp8_codes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """f32 values as E4M3 codes, cut off at 448: subnormals are multiples of 2^-9."""
+    sizes = np.minimum(np.abs(values), np.float32(448))
+    bits = sizes.view(np.uint32)
+    # To the nearest even of three bits behind the first; the exponent 1 is 121 in f32.
+    normal = ((bits + (0x7FFFF + (bits >> 20 & 1))) >> 20) - (120 << 3)
+    codes = np.where(sizes < 2**-6, np.rint(sizes * 512), normal).astype(np.uint8)
+    return np.where(np.signbit(values), codes | np.uint8(0x80), codes)
 
 
 def _run(

@@ -18,13 +18,13 @@ are widened to f32 (1/16384 of the weights' size), because kernels read f32 scal
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
@@ -42,19 +42,14 @@ from hmc.runtime.weights.tensors import (
     tensor_groups,
 )
 
-__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "view"]
+__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore"]
 
 Home = Literal["mapped", "arena", "shared"]
 Role = Literal["gate", "up", "down"]
 
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
-_TORCH = {
-    "fp8": torch.float8_e4m3fn,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "f32": torch.float32,
-    "int4": torch.uint8,
-}
+_NUMPY: dict[str, npt.DTypeLike] = {"bf16": np.uint16, "fp16": np.float16, "f32": np.float32}
+"""How numpy holds the elements of a format: of bf16 the bits, of others the bytes."""
 
 
 class WeightStore:
@@ -160,52 +155,28 @@ class WeightStore:
             if group.format == weight_format:
                 yield group.key, self._places[group.key], group.home_bytes
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A weight's data as PyTorch sees it, without a copy, in its stored format; do not write,
-        do not keep.
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """A weight's data without a copy, in its shape as `_NUMPY` says, else u8 [bytes]; do not
+        write, do not keep.
         """
         weight = self._weights[name]
-        shape = weight.shape if weight.format != "int4" else (weight.bytes,)
-        return view(self.address(name), _TORCH[weight.format], shape)
+        dtype = np.dtype(_NUMPY.get(weight.format, np.uint8))
+        shape = weight.shape if weight.bytes == math.prod(weight.shape) * dtype.itemsize else -1
+        raw = (ctypes.c_uint8 * weight.bytes).from_address(self.address(name))
+        return np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
 
-    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) of a matrix as f32 [n, K], whatever its format: for PyTorch, a slice
-        at a time.
-        """
-        weight = self._weights[name]
-        columns = weight.shape[1]
-        stored = self.tensor(name)
-        if weight.format == "int4":
-            words = stored.view(torch.int32).view(weight.shape[0], -1)[first:last]
-            nibbles = words[..., None] >> torch.arange(0, 32, 4) & 15
-            found = (nibbles - 8).flatten(1)[:, :columns].to(torch.float32)
-        else:
-            found = stored[first:last].to(torch.float32)
-        if not weight.scale_dtype:
-            return found
-        rows = torch.arange(first, last) // (weight.group if weight.format == "fp8" else 1)
-        return found * self._scales(weight)[rows].repeat_interleave(weight.group, 1)[:, :columns]
-
-    def _scales(self, weight: Weight) -> torch.Tensor:
-        """Scales as kernels read them, [row blocks, column blocks]."""
-        per_row = weight.group if weight.format == "fp8" else 1
-        shape = (-(-weight.shape[0] // per_row), -(-weight.shape[1] // weight.group))
-        narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
-        kind = torch.bfloat16 if narrow else torch.float32
-        return view(self.scale_address(weight.name), kind, shape)
+    def vector(self, name: str) -> npt.NDArray[np.float32]:
+        """A weight without scales as f32, in its shape."""
+        found = self.array(name)
+        if found.dtype == np.uint16:
+            return (found.astype(np.uint32) << 16).view(np.float32)
+        return found.astype(np.float32)
 
     def close(self) -> None:
         """Give mappings and memory back; no address is valid after it."""
         for owner in self._owners:
             owner.close()
         self._owners, self._places = [], {}
-
-
-def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over memory at `address` that somebody else owns."""
-    count = int(np.prod(shape))
-    raw = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(raw, dtype=dtype, count=count).view(shape)
 
 
 def _open_mapped(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from test_program import words_of
 
 import hmc
 from hmc.codegen.pool import walker
@@ -56,14 +56,13 @@ def test_rows_are_one_width_apart_and_buffers_apart(arena):
     assert arena.address(operand("wide", 8, 16)) == arena.address(wide) + 64
     assert arena.packed(wide)
     assert not arena.packed(operand("wide", 8, 16))
-    arena.tensor(wide, 7).fill_(1)
-    arena.tensor(slim, 7).fill_(2)
-    part = arena.tensor(operand("wide", 8, 16), 3)
-    part.fill_(3)
-    expected = torch.ones(7, 40)
+    arena.array(wide, 7)[:] = 1
+    arena.array(slim, 7)[:] = 2
+    arena.array(operand("wide", 8, 16), 3)[:] = 3
+    expected = np.ones((7, 40))
     expected[:3, 16:24] = 3
-    assert torch.equal(arena.tensor(wide, 7), expected)
-    assert torch.equal(arena.tensor(slim, 7), torch.full((7, 4), 2.0))
+    assert np.array_equal(arena.array(wide, 7), expected)
+    assert np.array_equal(arena.array(slim, 7), np.full((7, 4), 2.0))
 
 
 def test_hazards_know_columns_and_shared_bytes(arena):
@@ -133,5 +132,5 @@ def _tokens(program, count):
     for index in range(count):
         names = [arg.name for arg in ARGS[program.kernels[index].spec.op]]
         if "tokens" in names:
-            result.append(int(program.args_view(index)[names.index("tokens")]))
+            result.append(words_of(program, index)[names.index("tokens")])
     return result

@@ -302,7 +302,9 @@ def assert_host_cache(found: Bench, sequence: Sequence, tokens: int) -> None:
     }
     for layer in found.plan.kv.layers:
         for part in range(len(found.plan.kv.widths)):
-            host = found.kv.tensor(layer, part, heads[layer]).transpose(1, 2).flatten(0, 1)
+            host = (
+                exchange.cached(found.kv, layer, part, heads[layer]).transpose(1, 2).flatten(0, 1)
+            )
             rows = memory.cache(layer, part)[slots]
             assert torch.equal(host[slots].flatten(1), rows)
             assert rows.float().abs().max() > 0

@@ -2,6 +2,7 @@ import ctypes
 import gc
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -369,19 +370,71 @@ def test_a_worker_that_cannot_be_pinned_is_reported(jit: Jit) -> None:
         pool.run(np.zeros((0, 4), np.int64))
 
 
-def test_a_record_over_the_watchdog_is_named(jit: Jit) -> None:
-    flag = ctypes.c_int64(0)
-    builder = ProgramBuilder()
-    builder.add(kernel(jit, "test_exit"), words(-1), tag=41)
-    builder.add(kernel(jit, "test_hang"), words(ctypes.addressof(flag)), tag=4711)
-    program = builder.build()
-    pool = Pool(jit, ISA, 2, watchdog=0.2)
-    # Releases the worker while the pool, already broken, waits for its threads.
-    release = threading.Timer(0.8, lambda: setattr(flag, "value", 1))
-    release.start()
-    with pytest.raises(WorkerError, match=r"worker 0 .* record 1 \(tag 4711\)"):
-        pool.run(program.records)
-    release.join()
+HUNG = """
+import gc, signal, sys, threading, time, weakref
+sys.path.insert(0, {folder!r})
+import test_pool as t
+from hmc.codegen.jit import Jit
+from hmc.errors import WorkerError
+from hmc.runtime.host import pool as home
+from hmc.runtime.memory.blocks import Block
+
+class Owner:
+    def __init__(self):
+        self.memory = Block(8, "a word nobody sets")
+
+t.ARGS.update(t.TEST_ARGS)
+jit = Jit({{**t.EMITTERS, "test_hang": t.emit_hang, "test_exit": t.emit_exit}})
+home._RECORD_SECONDS, home._LEAVE_SECONDS, home._JOIN_SECONDS = {limits}
+pool = t.Pool(jit, t.ISA, 2)
+owner = Owner()
+pool.uses(owner)
+builder = t.ProgramBuilder()
+builder.add(t.kernel(jit, "test_exit"), t.words(-1), tag=41)
+builder.add(t.kernel(jit, "test_hang"), t.words(owner.memory.address), tag=4711)
+builder.add(t.kernel(jit, "test_exit"), t.words(-1), tag=42, alone=True)
+records = builder.build().records
+
+def run():
+    try:
+        pool.run(records)
+    except WorkerError as error:
+        print(error, flush=True)
+
+print("ready", flush=True)
+{scene}
+"""
+
+HANGS = {
+    "while it runs": (
+        "0.3, 60, 0.1",
+        "run()\nrun()\nassert pool.left_behind\nkept = weakref.ref(owner)\n"
+        "del pool, owner, records, builder\ngc.collect()\nassert kept() is not None",
+    ),
+    "after Ctrl-C": (
+        "60, 0.3, 0.1",
+        "threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()\nrun()",
+    ),
+    "at exit": (
+        "60, 0.3, 0.1",
+        "threading.Thread(target=run, daemon=True).start()\ntime.sleep(0.2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", HANGS)
+def test_a_process_with_a_worker_that_hangs_ends(moment: str) -> None:
+    """Nobody ever frees the worker."""
+    limits, scene = HANGS[moment]
+    script = HUNG.format(folder=str(Path(__file__).parent), limits=limits, scene=scene)
+    done = subprocess.run(
+        [sys.executable, "-c", script], timeout=60, check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    said = done.stdout.splitlines()
+    assert len(said) == {"while it runs": 3, "after Ctrl-C": 2, "at exit": 1}[moment]
+    for line in said[1:]:
+        assert re.search(r"worker 0 .* record 1 \(tag 4711\) for more than 0.3 s", line)
 
 
 INTERRUPTED = """
@@ -391,7 +444,6 @@ import numpy as np
 import test_pool as t
 from hmc.codegen.jit import Jit
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 t.ARGS.update(t.TEST_ARGS)
 jit = Jit({{**t.EMITTERS, "test_mix": t.emit_mix}})
 buffers = np.random.default_rng(0).integers(0, 1 << 60, (6, 503))

@@ -12,7 +12,7 @@ from hmc.codegen.decode.pieces import flags as flags_of
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pool import walker
 from hmc.codegen.spec import ARGS, KernelSpec, pack
-from hmc.runtime.host.program import ProgramBuilder
+from hmc.runtime.host.program import Program, ProgramBuilder
 
 FILL = Kernel(KernelSpec.of("stream_fill", "avx2"), 0x1000)
 ADD = Kernel(KernelSpec.of("norm", "avx2", width=8), 0x2000)
@@ -27,8 +27,18 @@ def norm_args(tokens: int, eps: float) -> bytes:
     return pack("norm", **{**words, "tokens": tokens, "eps": eps})
 
 
-def flags(accesses: Sequence[tuple[str, str]], private: str = "") -> list[int]:
-    builder = ProgramBuilder(private)
+def words_of(program: Program, index: int) -> list[int]:
+    """The argument words of a record."""
+    count = len(ARGS[program.kernels[index].spec.op])
+    return list((ctypes.c_int64 * count).from_address(int(program.records[index, 1])))
+
+
+def block_of(program: Program, index: int) -> bytes:
+    return np.array(words_of(program, index), np.int64).tobytes()
+
+
+def flags(accesses: Sequence[tuple[str, str]]) -> list[int]:
+    builder = ProgramBuilder()
     for index, (reads, writes) in enumerate(accesses):
         builder.add(FILL, fill_args(), tag=index, reads=reads, writes=writes)
     return [int(flag) for flag in builder.build().records[:, 2]]
@@ -47,11 +57,6 @@ def test_barriers_only_where_data_flows() -> None:
 def test_a_barrier_orders_everything_before_it() -> None:
     # The barrier for b also finished a: reading a needs no second one.
     assert flags([("", "a"), ("", "b"), ("b", "c"), ("a", "d")]) == [0, 0, 1, 0]
-
-
-def test_private_buffers_order_nothing() -> None:
-    assert flags([("", "sa"), ("s", "sb"), ("s", "s")], private="s") == [0, 0, 0]
-    assert flags([("", "sa"), ("sa", "b")], private="s") == [0, 1]
 
 
 @given(st.lists(st.tuples(st.text("abcd", max_size=2), st.text("abcd", max_size=2)), max_size=12))
@@ -84,10 +89,8 @@ def test_records_point_at_aligned_copies_of_the_arguments() -> None:
     assert list(program.records[:, 0]) == [0x1000, 0x2000, 0x1000]
     assert list(program.records[:, 3]) == [7, 9, 7]
     assert not (program.records[:, 1] % 64).any()
-    assert list(program.args_view(0)) == [8, 16, -3]
-    assert program.args_view(0).ctypes.data == program.records[0, 1]
-    assert program.args_view(1).tobytes() == norm_args(5, 1e-6)
-    assert program.args_view(2).ctypes.data == program.records[2, 1]
+    assert words_of(program, 0) == [8, 16, -3]
+    assert block_of(program, 1) == norm_args(5, 1e-6)
     assert program.find(7) == [0, 2]
     assert program.find(1) == []
     assert program.barriers == 0
@@ -103,18 +106,18 @@ def test_patch_changes_words_in_place() -> None:
     before = program.records.copy()
     program.patch(0, tokens=3, eps=0.5)
     program.patch(1, size=32)
-    assert program.args_view(0).tobytes() == norm_args(3, 0.5)
-    assert program.args_view(2).tobytes() == norm_args(5, 1e-6)
-    assert list(program.args_view(1)) == [8, 32, -3]
+    assert block_of(program, 0) == norm_args(3, 0.5)
+    assert block_of(program, 2) == norm_args(5, 1e-6)
+    assert words_of(program, 1) == [8, 32, -3]
     program.patch_all(tokens=2)
     program.patch_all(eps=-2.0)
-    assert program.args_view(0).tobytes() == norm_args(2, -2.0)
-    assert program.args_view(2).tobytes() == norm_args(2, -2.0)
-    assert struct.unpack("<f", program.args_view(2).tobytes()[-8:-4]) == (-2.0,)
+    assert block_of(program, 0) == norm_args(2, -2.0)
+    assert block_of(program, 2) == norm_args(2, -2.0)
+    assert struct.unpack("<f", block_of(program, 2)[-8:-4]) == (-2.0,)
     program.patch_all(0, 1, tokens=7)
     program.patch_all(1, 3, tokens=8)
-    assert program.args_view(0).tobytes() == norm_args(7, -2.0)
-    assert program.args_view(2).tobytes() == norm_args(8, -2.0)
+    assert block_of(program, 0) == norm_args(7, -2.0)
+    assert block_of(program, 2) == norm_args(8, -2.0)
     with pytest.raises(ValueError, match="tokens is no argument in records 1 to 2"):
         program.patch_all(1, 2, tokens=8)
     assert (program.records == before).all()

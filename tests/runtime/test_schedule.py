@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hybrid_plans import ONE, TWO, plan_for, waits_of, with_phase, without_wait
+from null_device import NullBackend
 from version_stamps import Stamps
 
 from hmc.errors import CapacityError, ExecutionError, VerifyError, WorkerError
@@ -18,7 +19,6 @@ from hmc.plan.verify import check_order, verify_plan
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import result_seconds, run
 from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.devices.null import NullBackend
 from hmc.runtime.schedule.runner import ScheduleRunner, part_of_rank
 
 STREAM, DUAL = "prefill.stream", "decode.dual"

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from hmc.plan import KVLayout, Step
 from hmc.runtime.device_ops import DEVICE_OPS, matmul, scratch
+from hmc.runtime.device_ops.exchange import cached
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.memory.kv import KVCache
@@ -61,7 +62,7 @@ class Case:
         """All that a step may write."""
         kept = [*self.buffers.values.values(), *self.buffers.caches]
         if self.buffers.kv is not None:
-            kept += [self.buffers.kv.tensor(0, part, 1) for part in (0, 1)]
+            kept += [cached(self.buffers.kv, 0, part, 1) for part in (0, 1)]
         return kept
 
 
@@ -198,7 +199,7 @@ def kv_moved(op: str) -> Case:
     values = {"k": random(T, 256), "v": random(T, 256, seed=1)}
     caches = [torch.zeros(kv.allocator.count * 16, 256, dtype=torch.bfloat16) for _ in range(2)]
     for part in (0, 1):
-        kv.tensor(0, part, 1).copy_(bf16(*kv.tensor(0, part, 1).shape, seed=part))
+        cached(kv, 0, part, 1).copy_(bf16(*cached(kv, 0, part, 1).shape, seed=part))
     buffers = Buffers(values, caches=caches, kv=kv, phase=SimpleNamespace(steps=[]))
     # slots, their blocks and places
     return Case(step_of(op, buffers, ""), buffers, call_of(kv, [(0, T)], [0]), 3 * 8 * T)

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 from hybrid_plans import ONE, TWO, plan_for
+from null_device import NullBackend
 
 from hmc.plan import Phase
-from hmc.runtime.devices.null import NullBackend
 from hmc.runtime.schedule.runner import ScheduleRunner
 from hmc.runtime.schedule.segments import segments
 

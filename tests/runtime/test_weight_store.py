@@ -18,6 +18,7 @@ from hmc.runtime.weights import fill
 from hmc.runtime.weights import store as weights
 from hmc.runtime.weights.store import WeightStore
 from hmc.runtime.weights.tensors import tensor_groups
+from hmc.runtime.weights.torch_view import view
 
 
 def raw(address, size):
@@ -87,8 +88,10 @@ def test_tensors_are_views(checkpoint):
     plan, tensors = hmc.compile(directory), stored(directory)
     store = WeightStore.open(plan, directory)
     for weight in plan.weights[:9]:
-        assert torch.equal(store.tensor(weight.name), tensors[weight.name])
-        assert store.tensor(weight.name).data_ptr() == store.address(weight.name)
+        found, expected = store.array(weight.name), tensors[weight.name]
+        assert found.shape == expected.shape and found.ctypes.data == store.address(weight.name)
+        assert np.array_equal(found, expected.view(torch.uint16).numpy())
+        assert np.array_equal(store.vector(weight.name), expected.float().numpy())
     store.close()
 
 
@@ -108,10 +111,32 @@ def test_rows_are_dequantised(checkpoint, quant):
         expected = tensors[name].float() * spread[:rows, :columns]
     else:
         expected = tensors[name]
-    found = store.rows(name, 57, 203)
+    found = rows_of(store, name, 57, 203)
     assert found.dtype == torch.float32
     assert torch.equal(found, expected.float()[57:203])
     store.close()
+
+
+def rows_of(store, name, first, last):
+    """Rows [first, last) of a matrix as f32 [n, K], whatever its format."""
+    weight = store.weight(name)
+    columns = weight.shape[1]
+    stored = torch.from_numpy(store.array(name))
+    if weight.format == "int4":
+        words = stored.view(torch.int32).view(weight.shape[0], -1)[first:last]
+        nibbles = words[..., None] >> torch.arange(0, 32, 4) & 15
+        found = (nibbles - 8).flatten(1)[:, :columns].to(torch.float32)
+    else:
+        kinds = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "f32": torch.float32}
+        found = stored.view(kinds[weight.format])[first:last].to(torch.float32)
+    if not weight.scale_dtype:
+        return found
+    per_row = weight.group if weight.format == "fp8" else 1
+    shape = (-(-weight.shape[0] // per_row), -(-columns // weight.group))
+    narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
+    kind = torch.bfloat16 if narrow else torch.float32
+    scales = view(store.scale_address(name), kind, shape)[torch.arange(first, last) // per_row]
+    return found * scales.repeat_interleave(weight.group, 1)[:, :columns]
 
 
 def test_another_config_is_refused(copy):
@@ -163,15 +188,16 @@ def test_dummies_look_like_weights(checkpoint, quant, monkeypatch):
     again = WeightStore.open(plan, None, dummy=True)
     for weight in plan.weights:
         if len(weight.shape) != 2:
-            values = store.tensor(weight.name).float()
+            values = store.vector(weight.name)
             assert ((values > 0.5) & (values < 1.5)).all()
             continue
-        values = store.rows(weight.name, 0, weight.shape[0])
+        values = rows_of(store, weight.name, 0, weight.shape[0])
         assert torch.isfinite(values).all()
         assert abs(float(values.std()) * weight.shape[1] ** 0.5 - 1) < 0.15, weight
         assert abs(float(values.mean())) < 0.2 * float(values.std())
         if weight.format == "fp8":
-            assert float(store.tensor(weight.name).float().abs().max()) > 300
+            codes = torch.from_numpy(store.array(weight.name)).view(torch.float8_e4m3fn)
+            assert float(codes.float().abs().max()) > 300
     one, two = store.experts(1, "gate"), store.expert_table(1)
     first, second = (raw(int(two[e, 0]), one.bytes) for e in (0, 1))
     assert not np.array_equal(first, second)

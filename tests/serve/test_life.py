@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
-from hmc.errors import ShardError
+from hmc.errors import ShardError, WorkerError
 from hmc.plan import Plan
 from hmc.serve import service
 from hmc.serve.service import Settings
@@ -114,12 +114,15 @@ def test_a_step_that_hangs_fails_its_requests_and_turns_health(
         assert httpx.post(url, json=ASK).status_code == 503
         release.set()
     said = capfd.readouterr().err
-    assert said.count("what the threads do") == 1 and "scheduler_batch.py" in said
+    assert said.count("what the threads do") == 1 and "batching/batch.py" in said
 
 
 @contextmanager
-def _process(plan_path: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    command = [sys.executable, "-m", "hmc", "serve", str(plan_path), "--port", "0", *arguments]
+def _process(
+    plan_path: Path, *arguments: str, program: tuple[str, ...] = ("-m", "hmc")
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    serve = ["serve", str(plan_path), "--port", "0", *arguments]
+    command = [sys.executable, *program, *serve]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
@@ -147,6 +150,54 @@ def test_sigterm_finishes_what_has_been_accepted(plan_path: Path, live: Any) -> 
         assert process.wait(20) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/health")
+
+
+def test_a_client_that_never_finishes_its_question_does_not_keep_the_server(
+    plan: Plan, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hmc.serve.server._CLIENT_SECONDS", 0.2)
+    with start(plan, Settings(name="tiny")) as live:
+        live.wait_ready()
+        host, port = live.url.removeprefix("http://").split(":")
+        client = socket.create_connection((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        time.sleep(0.2)
+    with client:  # the server has ended: `start` waits half a minute for that
+        assert client.recv(1) == b""
+
+
+HUNG = f"""
+import ctypes, sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "runtime")!r})
+import test_pool as t
+from hmc.cli import main
+from hmc.codegen.jit import Jit
+from hmc.runtime.executor import Executor
+from hmc.runtime.host import pool
+
+pool._LEAVE_SECONDS = pool._JOIN_SECONDS = 0.3
+t.ARGS.update(t.TEST_ARGS)
+jit, word = Jit({{**t.EMITTERS, "test_hang": t.emit_hang}}), ctypes.c_int64()
+builder = t.ProgramBuilder()
+builder.add(t.kernel(jit, "test_hang"), t.words(ctypes.addressof(word)), tag=0)
+records = builder.build().records
+Executor.decode = lambda self, *_: self.pool.run(records)
+main(sys.argv[1:])
+"""
+
+
+def test_sigterm_ends_a_server_whose_native_program_hangs(plan_path: Path, live: Any) -> None:
+    """Nobody ever frees the worker."""
+    with _process(plan_path, "--watchdog", "0.5", program=("-c", HUNG)) as (process, url):
+        with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            assert "0.5 s" in [line for line in lines if line][-1]
+        said = process.communicate(timeout=30)[1].splitlines()
+    assert process.returncode == WorkerError.exit_code
+    assert said[-1] == "hmc: error: a step has been running for more than 0.5 s"
 
 
 def test_a_second_signal_ends_at_once(plan_path: Path, live: Any) -> None:

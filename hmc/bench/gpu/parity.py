@@ -22,7 +22,7 @@ from hmc.bench.gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
-from hmc.runtime.phases.phase import Devices
+from hmc.runtime.phases.choice import Devices
 
 _MEDIAN, _FAR, _SHARE = 0.01, 0.03, 0.25
 _PROMPT, _PROMPTS, _ROWS, _STEPS, _BATCH = 40, 4, 16, 16, 4

@@ -18,7 +18,7 @@ from hmc.errors import CapacityError
 from hmc.machine import Machine, Rate
 from hmc.plan import Phase, Plan
 from hmc.plan.verify import expert_ranges
-from hmc.runtime.phases.phase import on_devices
+from hmc.runtime.phases.choice import on_devices
 
 STREAM, DUAL, DECODE, HOST = "prefill.stream", "decode.dual", "decode", "prefill.host"
 _STEPS = 8
