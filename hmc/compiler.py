@@ -1,5 +1,5 @@
 """From a checkpoint directory to a plan: config and headers -> model on meta tensors -> torch.fx
-graph -> passes -> plan.
+graph -> graph passes -> plan for the CPU -> plan passes -> plan.
 
 Reads no weight and needs neither the machine the plan is for nor its GPU.
 """
@@ -19,11 +19,16 @@ from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
 from hmc.machine import Machine
 from hmc.machine.detect import load_machine
-from hmc.passes import PIPELINE, Context, Options, run_pipeline
+from hmc.passes import GRAPH, PLAN
+from hmc.passes.emit.emit import emit
 from hmc.passes.graph.trace import trace
-from hmc.passes.place.nodes import routed_nodes
-from hmc.passes.routing_profile import RoutingProfile, load_profile
+from hmc.passes.manager import configured, run_graph, run_plan
+from hmc.passes.place.budget import capacity
+from hmc.passes.place.needs import needs_of
+from hmc.passes.records import Base, Target
 from hmc.plan import ModelInfo, Plan
+from hmc.plan.options import Options
+from hmc.plan.routing_profile import load_profile
 from hmc.predict.feasible import require_goals
 from hmc.predict.goals import parse_goals
 
@@ -62,45 +67,62 @@ def compile(
         raise UsageError("vram must not be negative, concurrency not below 1")
     if ring < 0 or ring == 1:
         raise UsageError(f"ring={ring}: 2 experts at least, one computed while one is loaded")
-    goals = parse_goals(slo, concurrency)
     if layers and not dummy_weights:
         raise UsageError("--layers cuts the depth of a model with dummy weights only")
-    checkpoint = Checkpoint.from_config(path) if dummy_weights else Checkpoint.open(path)
-    if layers:
-        checkpoint = _cut(checkpoint, layers)
-    model = models.load(checkpoint.config)
-    graph = trace(model.module)
-    _check_tensors(checkpoint, graph, model.tolerated)
-    target = machine if isinstance(machine, Machine) else load_machine(machine)
-    context = Context(
-        checkpoint=checkpoint,
-        info=_model_info(model.info, checkpoint),
-        machine=target,
-        isa=best_isa(frozenset(target.flags)).name,
-        options=Options(
-            max_context=max_context or (goals.ttft_prompt if goals.ttft_prompt > 32_768 else 0),
-            max_chunk=max_chunk,
-            max_batch=max(Options.max_batch, concurrency),
-            threads=threads,
-            vram=int(vram * 1e9),
-            concurrency=concurrency,
-            ring=ring,
-            profile=_profile(routing_profile, graph),
-        ),
+    goals = parse_goals(slo, concurrency)
+    options = Options(
+        max_context=max_context or (goals.ttft_prompt if goals.ttft_prompt > 32_768 else 0),
+        max_chunk=max_chunk,
+        threads=threads,
+        dummy_weights=dummy_weights,
+        layers=layers,
+        vram=int(vram * 1e9),
+        concurrency=concurrency,
+        ring=ring,
+        slo=slo,
+        profile=load_profile(routing_profile) if str(routing_profile) else None,
     )
+    target = machine if isinstance(machine, Machine) else load_machine(machine)
     with env.uncollected():
-        run_pipeline(PIPELINE, graph, context)
-    assert context.plan is not None
-    plan = context.plan.model_copy(update={"goals": goals})
+        base = begin(open_checkpoint(path, options), target, options)
+        plan = run_plan(configured(PLAN, options), base)
     require_goals(plan)
     return plan
 
 
-def _profile(path: str | Path, graph: torch.fx.GraphModule) -> RoutingProfile | None:
-    if not str(path):
-        return None
-    routed = {found.layer: found.attr("experts") for found in routed_nodes(graph)}
-    return load_profile(path, routed)
+def open_checkpoint(path: str | Path, options: Options) -> Checkpoint:
+    """The model directory `path`, or its config alone, as far as the options want of it."""
+    if not options.dummy_weights:
+        return Checkpoint.open(path)
+    checkpoint = Checkpoint.from_config(path)
+    return _cut(checkpoint, options.layers) if options.layers else checkpoint
+
+
+def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
+    """The plan for the CPU alone, from which the plan passes start."""
+    model = models.load(checkpoint.config)
+    graph = trace(model.module)
+    _check_tensors(checkpoint, graph, model.tolerated)
+    if options.profile is not None:
+        options.profile.check(
+            {
+                meta(node).layer: weight.experts
+                for node in graph.graph.nodes
+                for weight in meta(node).weights
+                if weight.experts
+            }
+        )
+    target = Target(
+        checkpoint=checkpoint,
+        info=_model_info(model.info, checkpoint),
+        machine=machine,
+        isa=best_isa(frozenset(machine.flags)).name,
+    )
+    lowered = run_graph(configured(GRAPH, options), graph, target)
+    needs = needs_of(lowered)
+    room = capacity(needs, target, options)
+    plan = emit(lowered, room, options, parse_goals(options.slo, options.concurrency))
+    return Base(plan, needs, room.budget)
 
 
 def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:

@@ -1,27 +1,19 @@
-"""The compiler's passes, one a file, in the order of `PIPELINE`; a manager runs and checks them."""
+"""The compiler's passes, one a file, in two pipelines; a manager runs and checks them.
 
-from hmc.passes.context import Context, Options, Pass
+`GRAPH` rewrites the traced graph of blocks, `emit` makes a plan of it, and `PLAN` rewrites that.
+records.py has what the stages hand each other.
+"""
+
 from hmc.passes.emit.dual_batch import DualBatch
-from hmc.passes.emit.emit import Emit
-from hmc.passes.emit.phase_memory import PhaseMemory
 from hmc.passes.graph.canonicalise import Canonicalise
 from hmc.passes.graph.fuse import Fuse
-from hmc.passes.graph.lower import Fp8Lowering
-from hmc.passes.manager import run_pipeline
+from hmc.passes.graph.lower import Lower
 from hmc.passes.place.expert_placement import ExpertPlacement
-from hmc.passes.place.memory_ledger import MemoryLedger
+from hmc.passes.place.memory import Memory
+from hmc.passes.records import GraphPass, PlanPass
 from hmc.passes.stream.load import StreamLoad
 
-PIPELINE: tuple[Pass, ...] = (
-    Canonicalise(),
-    Fuse(),
-    Fp8Lowering(),
-    ExpertPlacement(),
-    MemoryLedger(),
-    Emit(),
-    DualBatch(),
-    StreamLoad(),
-    PhaseMemory(),
-)
+GRAPH: tuple[GraphPass, ...] = (Canonicalise(), Fuse(), Lower())
+PLAN: tuple[PlanPass, ...] = (ExpertPlacement(), DualBatch(), StreamLoad(), Memory())
 
-__all__ = ["PIPELINE", "Context", "Options", "Pass", "run_pipeline"]
+__all__ = ["GRAPH", "PLAN"]

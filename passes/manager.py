@@ -2,14 +2,19 @@
 the graph; names the pass that failed.
 
 Passes themselves do none of this. The properties a pass requires are checked against what earlier
-ones established.
+ones established. Dumps are numbered through both pipelines: `00-trace.txt`, `01-canonicalise.txt`,
+..., `04-emit.txt`, `05-expert_placement.txt`, ...
 """
 
 from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch.fx
 
@@ -18,50 +23,125 @@ from hmc.errors import CompileError, PassFailedError, VerifyError
 from hmc.graph import PLAIN, NodeMeta, meta
 from hmc.graph.printer import graph_text
 from hmc.ops import op_of
-from hmc.passes.context import Context, Pass
+from hmc.passes.records import Base, GraphPass, Lowered, Pass, PlanPass, Target
+from hmc.plan import Decision, Phase, Plan, verify_plan
+from hmc.plan.options import Options
+
+AnyPass = TypeVar("AnyPass", bound=Pass)
 
 
-def run_pipeline(
-    pipeline: Sequence[Pass], graph: torch.fx.GraphModule, context: Context
-) -> torch.fx.GraphModule:
-    """Run the passes in order over `graph` (changed in place and returned)."""
-    established: set[str] = {"traced"}
+def configured(passes: Sequence[AnyPass], options: Options) -> tuple[AnyPass, ...]:
+    """The passes with those of the options that their fields name."""
+    result = []
+    for each in passes:
+        known: Any = each
+        names = [field.name for field in fields(known) if field.name in Options.model_fields]
+        result.append(replace(known, **{name: getattr(options, name) for name in names}))
+    return tuple(result)
+
+
+def run_graph(passes: Sequence[GraphPass], graph: torch.fx.GraphModule, target: Target) -> Lowered:
+    """Run the passes in order over a traced `graph`, which is changed in place."""
     verify_graph(graph)
-    before = graph_text(graph.graph) if _wants_text() else ""
-    for number, each in enumerate(pipeline, start=1):
-        if missing := each.requires - established:
+    watch = _Watch({"traced"}, 1, lambda: graph_text(graph.graph))
+    decisions: list[Decision] = []
+    for each in passes:
+        with watch.over(each):
+            shape = _shape(graph)
+            try:
+                made = each.run(graph, target)
+                if _shape(graph) != shape:
+                    graph.graph.lint()
+                    graph.recompile()
+            except RuntimeError as error:
+                raise PassFailedError(f"it left a broken graph: {error}") from error
+            verify_graph(graph)
+        watch.told(each, made, lambda: graph_text(graph.graph))
+        decisions += made
+    return Lowered(graph, target, tuple(decisions))
+
+
+def run_plan(passes: Sequence[PlanPass], base: Base, number: int = 5) -> Plan:
+    """Run the passes in order over an emitted plan; the dump of the first has `number`."""
+    plan = base.plan
+    verify_plan(plan)
+    watch = _Watch({"plan"}, number, partial(plan_text, plan))
+    env.dump(f"{number - 1:02d}-emit.txt", plan_text(plan) if env.dump_dir() else "")
+    for each in passes:
+        with watch.over(each):
+            before, plan = plan, each.run(plan, base)
+            if plan is not before:
+                verify_plan(plan)
+        watch.told(each, plan.decisions[len(before.decisions) :], partial(plan_text, plan))
+    return plan
+
+
+class _Watch:
+    """What is done around every pass; `text` gives what is worked on as text, when asked for."""
+
+    def __init__(self, established: set[str], number: int, text: Callable[[], str]) -> None:
+        self._established, self._number = established, number
+        self._before = text() if _wants_text() else ""
+        self._seconds = 0.0
+
+    @contextmanager
+    def over(self, each: Pass) -> Iterator[None]:
+        """A pass runs in the `with` block: its requirements are met, its errors name it."""
+        if missing := each.requires - self._established:
             raise PassFailedError(
                 f"pass {each.name} requires {', '.join(sorted(missing))}, which no earlier pass"
                 " establishes"
             )
-        decided = len(context.decisions)
         started = time.perf_counter()
-        shape = _shape(graph)
         try:
-            each.run(graph, context)
-            if _shape(graph) != shape:
-                graph.graph.lint()
-                graph.recompile()
-            verify_graph(graph)
+            yield
         except VerifyError as error:
             raise VerifyError(f"after pass {each.name}: {error}") from error
-        except RuntimeError as error:
-            raise PassFailedError(f"pass {each.name} left a broken graph: {error}") from error
         except CompileError as error:
             raise type(error)(f"pass {each.name}: {error}") from error
-        established |= each.establishes
-        seconds = time.perf_counter() - started
-        env.debug(1, f"{each.name}: {seconds * 1e3:.1f} ms")
-        for decision in context.decisions[decided:]:
+        self._established |= each.establishes
+        self._seconds = time.perf_counter() - started
+
+    def told(self, each: Pass, made: Sequence[Decision], text: Callable[[], str]) -> None:
+        """Print and dump what the pass did, as far as `HMC_DEBUG` and `HMC_DUMP` ask for it."""
+        env.debug(1, f"{each.name}: {self._seconds * 1e3:.1f} ms")
+        for decision in made:
             env.debug(1, f"  {decision.subject}: {decision.choice} ({decision.reason})")
         if _wants_text():
-            after = graph_text(graph.graph)
-            diff = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+            before, self._before = self._before.splitlines(), text()
+            diff = difflib.unified_diff(before, self._before.splitlines(), lineterm="", n=0)
             env.debug(2, "\n".join(line for line in diff if not line.startswith(("---", "+++"))))
-            env.debug(3, after)
-            env.dump(f"{number:02d}-{each.name}.txt", after)
-            before = after
-    return graph
+            env.debug(3, self._before)
+            env.dump(f"{self._number:02d}-{each.name}.txt", self._before)
+        self._number += 1
+
+
+def plan_text(plan: Plan) -> str:
+    """What plan passes change, a line a step: for dumps and diffs."""
+    lines = [f"context {plan.limits.max_context}, cache {plan.kv.capacity_tokens} tokens"]
+    for placement in plan.placement:
+        tiers = ", ".join(f"{tier} {text}" for tier, text in placement.tiers.items())
+        lines.append(f"experts of layer {placement.layer}: {tiers}")
+    for phase in plan.phases:
+        lines += _phase_lines(phase)
+    lines += [f"{each.phase} from {each.tokens} ({each.kind})" for each in plan.switches]
+    lines += [f"{each.device} {each.kind}: {each.bytes} B" for each in plan.ledger]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _phase_lines(phase: Phase) -> Iterator[str]:
+    yield f"phase {phase.name}: up to {phase.max_tokens} tokens"
+    for step in phase.steps:
+        into, out = (
+            " ".join(f"{role}={operand.buffer}" for role, operand in operands.items())
+            for operands in (step.inputs, step.outputs)
+        )
+        some = f"[{step.attrs['range']}]" if "range" in step.attrs else ""
+        events = [f"waits {each}" for each in step.waits]
+        events += [f"signals {step.signal}"] if step.signal >= 0 else []
+        layer = f"@{step.layer}" if step.layer >= 0 else ""
+        parts = [f"  {step.resource} {step.op}{layer}{some}", f"({into}) -> ({out})", *events]
+        yield " ".join(parts)
 
 
 def verify_graph(graph: torch.fx.GraphModule) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +36,7 @@ from hmc.plan.phases import (
     DECODE,
     PREFILL,
     chunk_tokens,
+    decode_calls,
     decode_phase,
     prefill_phase,
 )
@@ -203,7 +203,7 @@ class Executor:
         phase: str = "",
     ) -> Iterator[Logits]:
         """Append the tokens `ids` (at least one) to a sequence, chunk by chunk, by the phase that
-        scheduler_policy.py chooses or the one named.
+        hmc/plan/phases.py chooses or the one named.
 
         Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next
         chunk) with `every`, else [0, vocab], and [1, vocab] after the last. Raises
@@ -253,7 +253,7 @@ class Executor:
         self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
-        until the next call. By the phase that scheduler_policy.py chooses, or the one named; more
+        until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
         sequences than a call of it takes go in several.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
@@ -267,17 +267,16 @@ class Executor:
         table = np.array([sequence.row for sequence in sequences], np.int32)
         name = phase or decode_phase(self.plan, len(sequences))
         found = self._require(name)
-        calls = -(-len(sequences) // found.max_tokens)
-        edges = [len(sequences) * i // calls for i in range(calls + 1)]
+        calls = decode_calls(found.max_tokens, len(sequences))
         parts = []
-        for part in (slice(first, last) for first, last in pairwise(edges)):
+        for part in (slice(first, last) for first, last in calls):
             rows = np.arange(part.stop - part.start, dtype=np.int32)
             logits = found.run(tokens[part], positions[part], table[part], rows)
-            parts.append(logits if calls == 1 else logits.copy())
+            parts.append(logits if len(calls) == 1 else logits.copy())
             self.calls[name] += 1
         for sequence in sequences:
             sequence.length += 1
-        return parts[0] if calls == 1 else np.concatenate(parts)
+        return parts[0] if len(calls) == 1 else np.concatenate(parts)
 
     @contextmanager
     def recorded(self) -> Iterator[Recorder]:

@@ -10,15 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.fx
 
 from hmc.compiler import compile as compile_plan
-from hmc.graph import meta
 from hmc.machine import Machine, Rate
 from hmc.machine.detect import load_machine
-from hmc.passes import Context
-from hmc.passes.context import Budget, stored_bytes
 from hmc.passes.place.budget import divide
+from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan, Switch
 
 STREAM, DUAL, BESIDE = "prefill.stream", "decode.dual", "prefill.beside"
@@ -64,22 +61,16 @@ def split_plan(
     short to choose all experts.
     """
 
-    def budget(graph: torch.fx.GraphModule, about: Context) -> Budget:
-        found = divide(graph, about)
+    def budget(needs: Needs, *about: Any) -> Budget:
+        found = divide(needs, *about)
         assert found is not None
-        size = sum(
-            stored_bytes(about.source(weight)[0]) * weight.experts
-            for node in graph.graph.nodes
-            for weight in meta(node).weights
-            if weight.experts
-        )
-        room = int(held * size / gpus)
+        room = int(held * needs.experts / gpus)
         usable = [room + found.workspace + beside] * gpus
         usable[0] += found.dense + found.cache
         return replace(found, usable=tuple(usable), experts=(room,) * gpus)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("hmc.passes.place.expert_placement.divide", budget)
+        patched.setattr("hmc.passes.place.budget.divide", budget)
         patched.setattr("hmc.passes.emit.dual_batch.WORTHWHILE", 0.0)
         settings = {"max_context": 256, "max_chunk": 64, "threads": 2, **options}
         plan = compile_plan(directory, machine=machine(gpus, slow), **settings)

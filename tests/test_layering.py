@@ -20,7 +20,7 @@ hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
 runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops runtime/host
 hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
-passes/graph passes/context passes/routing_profile hmc/blocks hmc/graph
+passes/graph passes/records hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
 hmc/plan hmc/ops hmc/machine hmc/checkpoint
@@ -29,7 +29,7 @@ codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/vector codegen/ir codegen/jit codegen/cache codegen/checks
 codegen/isa codegen/spec
-hmc/files hmc/env hmc/errors hmc/version
+hmc/ranges hmc/files hmc/env hmc/errors hmc/version
 """.split()
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an
 import goes down. Names are of folders, dots where slashes are."""

@@ -19,11 +19,12 @@ from hmc.errors import CapacityError, MachineError, UsageError
 from hmc.machine.detect import load_machine
 from hmc.plan import Plan, load_plan, save_plan
 from hmc.plan.diff import diff
-from hmc.plan.verify import expert_ranges, verify_plan
+from hmc.plan.verify import verify_plan
 from hmc.predict import measured as store
+from hmc.ranges import expert_ranges
 from hmc.tune import apply, parse_pin, parse_setting, place, search
 from hmc.tune.measure import Runner
-from hmc.tune.settings import Setting, current, decided
+from hmc.tune.settings import Setting, current
 from hmc.tune.trials import candidates, won
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "deepseek-v3"
@@ -123,8 +124,8 @@ def test_a_ring_is_planned_anew(hybrid: Plan) -> None:
     assert hybrid.phase("prefill.stream").ring != 32
     assert (found.threads, found.placement) == (3, hybrid.placement)
     verify_plan(found)
-    told = decided(found, "ring=32", "set", "asked for by hand")
-    freed = place(told, [parse_pin("layers.3-5.experts.*=host")])  # pins keep it
+    assert found.options.ring == 32 and found.options.threads == 3
+    freed = place(found, [parse_pin("layers.3-5.experts.*=host")])  # pins keep it
     assert freed.phase("prefill.stream").ring == 32
 
 
@@ -181,6 +182,39 @@ def test_pins_that_change_nothing_change_nothing(hybrid: Plan) -> None:
     found = diff(hybrid, place(hybrid, pins))
     assert not found.placement and not found.ledger and not found.kernels
     assert not [phase for phase in found.phases if phase.added or phase.removed or phase.changed]
+
+
+def _recorded(path: Path) -> Path:
+    counts = {layer: [900 if expert < 40 else 20 for expert in range(256)] for layer in (3, 4, 5)}
+    part = {"tokens": 1000, "counts": counts}
+    path.write_text(json.dumps({"learn": part, "held_out": part}))
+    return path
+
+
+def test_pins_ask_for_what_the_plan_was_asked_for(tmp_path: Path) -> None:
+    """A plan for a part of a GPU stays one, and keeps the routing that it was made by."""
+    plan = compile_plan(
+        CONFIG,
+        machine="epyc9355-rtx5090",
+        dummy_weights=True,
+        layers=6,
+        vram=12,
+        max_chunk=256,
+        slo="tps=1",
+        routing_profile=_recorded(tmp_path / "routing.json"),
+    )
+    save_plan(plan, tmp_path / "a.hmp")
+    plan = load_plan(tmp_path / "a.hmp")
+    assert plan.options.profile is not None
+    found = place(plan, [parse_pin("layers.3.experts.0=host")])
+    held = sum(item.bytes for item in found.ledger if item.device == "gpu0")
+    assert held <= 12e9
+    assert found.options == plan.options and found.goals == plan.goals
+    again = place(plan, [])
+    assert sorted(map(str, again.decisions)) == sorted(map(str, plan.decisions))
+    assert again.model_copy(update={"decisions": plan.decisions}) == plan
+    with pytest.raises(CapacityError, match="pinned to gpu0, which has room for"):
+        place(plan, [parse_pin("layers.3-4.experts.*=gpu0")])
 
 
 def test_pins_keep_what_was_set(hybrid: Plan) -> None:

@@ -327,7 +327,7 @@ def active_bytes(plan: Plan, batch: int = 1) -> int:
     distinct ones that so many tokens are expected to choose.
     """
     total = 0.0
-    for step in plan.phase("decode").steps:
+    for step in plan.phase(DECODE).steps:
         chosen = 1.0
         if OPS[step.op].routed and batch > 1:
             experts, top_k = int(step.attrs["experts"]), int(step.attrs["top_k"])
@@ -345,7 +345,7 @@ def total_bytes(plan: Plan) -> int:
 def prefill_flops(plan: Plan, tokens: int) -> int:
     """FLOPs of the matmuls of a prompt: all tokens up to the gather, one row from there on."""
     total, rows = 0, tokens
-    for step in plan.phase("prefill.host").steps:
+    for step in plan.phase(PREFILL).steps:
         rows = 1 if OPS[step.op].picks else rows
         total += rows * step.flops
     return total

@@ -16,6 +16,7 @@ from hmc.compiler import compile as compile_plan
 from hmc.machine import CpuRates, GpuRates, Machine, Rate
 from hmc.machine.detect import load_machine
 from hmc.plan import Plan
+from hmc.plan.phases import DUAL, STREAM
 from hmc.predict.cost import Call, CostModel, gemv_rate
 from hmc.predict.run import Run, run_decode, run_prefill
 from hmc.predict.timeline import run
@@ -61,12 +62,12 @@ class _Bed:
 
     def ring(self) -> float:
         """GB of the slots that experts stream through, of one GPU."""
-        phase = self.plan.phase("prefill.stream")
+        phase = self.plan.phase(STREAM)
         return sum(slot.bytes for slot in phase.slots if slot.name.startswith("ring0")) / 1e9
 
     def switch(self) -> float:
         """Prompt tokens from which on streaming is used."""
-        return next(each.tokens for each in self.plan.switches if each.phase == "prefill.stream")
+        return next(each.tokens for each in self.plan.switches if each.phase == STREAM)
 
     def stage(self, resource: str) -> float:
         """Microseconds of a decode layer's steps on one resource; with the copies on the GPU's."""
@@ -105,7 +106,7 @@ def _kimi() -> _Bed:
 
 
 def _dual(batch: int, context: int = _SHORT) -> float:
-    return _deepseek(1).rate(context, batch, "decode.dual")
+    return _deepseek(1).rate(context, batch, DUAL)
 
 
 def _gain(batch: int) -> float:

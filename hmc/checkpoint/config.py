@@ -66,11 +66,6 @@ class ModelConfig:
             raise self._wrong(key, "a finite number")
         return float(value)
 
-    def require_bool(self, key: str) -> bool:
-        """True or false."""
-        self._present(key)
-        return self.get_bool(key, False)
-
     def get_bool(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.values.get(key)

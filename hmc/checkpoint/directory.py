@@ -20,7 +20,6 @@ from hmc.checkpoint.quantization import Quantization, read_quantization
 from hmc.checkpoint.weights import (
     InventedWeights,
     StoredWeights,
-    WeightRequest,
     Weights,
     WeightSource,
 )
@@ -126,13 +125,6 @@ class Checkpoint:
         mis-shaped or mis-typed, or if its format, its scales and the config contradict each other.
         """
         return self.weights.find(name, shape, linear)
-
-    def resolve_all(self, requests: Iterable[WeightRequest]) -> list[WeightSource]:
-        """`resolve` of each; weights that are missing are counted and named in one error."""
-        requests = list(requests)
-        self.require_present(request.name for request in requests)
-        find = self.weights.find
-        return [find(request.name, request.shape, request.linear) for request in requests]
 
     def resolve_experts(
         self, pattern: str, count: int, shape: tuple[int, ...]

@@ -36,16 +36,6 @@ _NIBBLES = 8  # INT4 values in one I32
 
 
 @dataclass(frozen=True, slots=True)
-class WeightRequest:
-    """A parameter of the model: its name in the checkpoint, its logical shape, and whether it is
-    the weight of a linear layer [out, in] (only those are ever quantised)."""
-
-    name: str
-    shape: tuple[int, ...]
-    linear: bool
-
-
-@dataclass(frozen=True, slots=True)
 class WeightSource:
     """A parameter found: `data` as stored, and `scale` for fp8 and int4.
 

@@ -41,7 +41,7 @@ def command(as_json: bool) -> None:
             ", ".join(t.name for t in TIERS.values() if t.flags <= flags) or "none",
             isa,
         ),
-        ("NUMA", f"{len(machine.nodes)} node(s)", "expert rows sliced by node"),
+        ("NUMA", f"{len(machine.nodes)} node(s)", "workers are spread over all of them"),
         ("last-level cache", size(machine.llc_bytes), "-"),
         (
             "memory",

@@ -84,7 +84,7 @@ def _show_plan(plan: Plan) -> None:
         ),
         (
             "numerics",
-            ", ".join(plan.lossy) or _numerics(plan),
+            _numerics(plan),
         ),
     ]
     out.print(table("Plan", ("", ""), facts))
@@ -130,7 +130,7 @@ def _show_plan(plan: Plan) -> None:
 
 
 def _numerics(plan: Plan) -> str:
-    """How a plan without lossy steps multiplies."""
+    """How a plan multiplies."""
     if any(in_whole_numbers(kernel.isa, kernel.weight) for kernel in plan.kernels.values()):
         return "exact: stored weights; int4 x 16-bit activations in whole numbers, bf16 x f32 sums"
     return "exact: stored weights, bf16 x f32 sums"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import accumulate, islice
 
 from hmc.plan import ExpertWeights, Plan
-from hmc.plan.verify import expand_runs, expert_ranges
+from hmc.plan.verify import expand_runs
+from hmc.ranges import expert_ranges
 
 
 def ledger_totals(plan: Plan) -> dict[str, int]:

@@ -19,6 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from hmc.codegen.spec import KernelSpec
+
 DType = Literal["f32", "bf16", "i32"]
 Attr = int | float | str | tuple[float, ...]
 Section = Literal["", "attention", "mlp", "head"]
@@ -51,7 +53,7 @@ class NodeMeta:
 
     `width` is elements per token of the result (its first part for tuples), `layer` -1 outside the
     layers, `section` the half of a layer it belongs to, or the head behind all. `attrs` are sorted
-    (name, value) pairs: those of the kind's row.
+    (name, value) pairs: those of the kind's row. `kernels` are (phase, spec) in launch order.
     """
 
     kind: str
@@ -62,10 +64,7 @@ class NodeMeta:
     weights: tuple[WeightSpec, ...] = ()
     attrs: tuple[tuple[str, Attr], ...] = ()
     formats: tuple[tuple[str, str], ...] = ()
-    kernels: tuple[tuple[str, str], ...] = ()
-    device: str = ""
-    stream: str = ""
-    lane: int = 0
+    kernels: tuple[tuple[str, KernelSpec], ...] = ()
 
     def attr(self, name: str) -> Any:
         """An attribute of the node's kind; `KeyError` when the kind has none of that name."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hmc.graph.node import Attr, NodeMeta, WeightSpec, meta
+from hmc.ops import OPS
 
 if TYPE_CHECKING:
     from torch.fx import Graph
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
 def graph_text(graph: Graph) -> str:
     """Every node in order: `name: kind @layer dtype[width] (inputs) {attributes} weights formats
-    kernels place`.
+    kernels`.
 
     Parts a node lacks are left out. The text holds nothing that varies from run to run.
     """
@@ -30,11 +31,7 @@ def _line(node: Any, about: NodeMeta) -> str:
     parts += [_weight(weight, formats.get(weight.role, "")) for weight in about.weights]
     roles = {weight.role for weight in about.weights}
     parts += [f"{key}:{value}" for key, value in about.formats if key not in roles]
-    parts += [f"{key}->{value}" for key, value in about.kernels]
-    if about.device:
-        parts.append(f"on {about.device}")
-    if about.stream:
-        parts.append(f"stream {about.stream}.{about.lane}")
+    parts += [f"{phase}->{OPS[about.kind].key(spec)}" for phase, spec in about.kernels]
     return " ".join(parts)
 
 

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from hmc.errors import MachineError, UsageError
 from hmc.machine.model import Machine, NumaNode
+from hmc.ranges import parse
 
 KERNEL_FLAGS = (
     "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
@@ -179,7 +180,7 @@ def _nodes(cpus: set[int], memory: int) -> tuple[NumaNode, ...]:
     for folder in sorted(
         Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])
     ):
-        mine = sorted(_cpu_list((folder / "cpulist").read_text()) & cpus)
+        mine = sorted(cpus.intersection(parse((folder / "cpulist").read_text())))
         if mine:
             total = next(
                 int(line.split()[3]) * 1024
@@ -188,14 +189,6 @@ def _nodes(cpus: set[int], memory: int) -> tuple[NumaNode, ...]:
             )
             found.append(NumaNode(id=int(folder.name[4:]), cpus=tuple(mine), memory_bytes=total))
     return tuple(found) or (NumaNode(id=0, cpus=tuple(sorted(cpus)), memory_bytes=memory),)
-
-
-def _cpu_list(text: str) -> set[int]:
-    result: set[int] = set()
-    for part in filter(None, text.strip().split(",")):
-        first, _, last = part.partition("-")
-        result.update(range(int(first), int(last or first) + 1))
-    return result
 
 
 def _llc_bytes() -> int:

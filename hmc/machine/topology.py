@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hmc.ranges import parse
+
 SYS = Path("/sys/devices/system")
 
 
@@ -93,7 +95,7 @@ def read_topology(root: Path = SYS, allowed: Iterable[int] | None = None) -> Top
     usable = sorted(os.sched_getaffinity(0) if allowed is None else allowed)
     cores: dict[tuple[int, ...], list[int]] = {}
     for cpu in usable:
-        siblings = _cpu_list(root / f"cpu/cpu{cpu}/topology/thread_siblings_list") or [cpu]
+        siblings = parse(_text(root / f"cpu/cpu{cpu}/topology/thread_siblings_list")) or [cpu]
         cores.setdefault(tuple(siblings), []).append(cpu)
     nodes: dict[int, list[tuple[int, ...]]] = {}
     home = _homes(root)
@@ -127,7 +129,7 @@ def _homes(root: Path) -> dict[int, int]:
     """CPU -> node id."""
     found: dict[int, int] = {}
     for folder in (root / "node").glob("node[0-9]*"):
-        for cpu in _cpu_list(folder / "cpulist"):
+        for cpu in parse(_text(folder / "cpulist")):
             found[cpu] = int(folder.name.removeprefix("node"))
     return found
 
@@ -138,7 +140,7 @@ def _caches(root: Path, usable: list[int]) -> tuple[Cache, ...]:
         for folder in (root / f"cpu/cpu{cpu}/cache").glob("index[0-9]*"):
             if _text(folder / "type") not in ("Data", "Unified"):
                 continue
-            sharing = set(_cpu_list(folder / "shared_cpu_list")) or {cpu}
+            sharing = set(parse(_text(folder / "shared_cpu_list"))) or {cpu}
             cpus = tuple(sorted(sharing & set(usable)))
             level, size = _text(folder / "level"), _text(folder / "size")
             if level.isdigit() and size:
@@ -151,15 +153,6 @@ def _text(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""  # /sys is partial in many containers
-
-
-def _cpu_list(path: Path) -> list[int]:
-    """`0-3,8,10-11` as numbers; empty for an absent or empty file."""
-    numbers: list[int] = []
-    for part in filter(None, _text(path).split(",")):
-        first, _, last = part.partition("-")
-        numbers.extend(range(int(first), int(last or first) + 1))
-    return numbers
 
 
 def _size(text: str) -> int:

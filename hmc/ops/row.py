@@ -214,6 +214,14 @@ class Op:
         """The inputs that come from other nodes of a graph, in order."""
         return tuple(role for role in self.inputs if not role.given)
 
+    def key(self, spec: KernelSpec) -> str:
+        """A readable name of one of its kernels, unique within a plan (one tier): kernel, format
+        and sizes, e.g. `linear-fp8-k2048-tokens16`; with the result's dtype where it has several.
+        """
+        sizes = [f"{name}{value}" for name, value in spec.params]
+        out = spec.out if "out" in self.attrs else ""
+        return "-".join(filter(None, [spec.op, spec.weight, out, *sizes]))
+
     def weight(self, name: str) -> WeightRole | None:
         """The weight role of a name, numbered ones by their stem; None when it has none."""
         return _named(self.weights, name)

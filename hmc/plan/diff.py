@@ -10,12 +10,12 @@ one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
 
 from hmc.plan.model import ExpertWeights, Phase, Plan, Step, Weight
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges, ranges
 
 ABSENT = "-"
 """What stands for a side that has no such thing."""
@@ -30,8 +30,8 @@ FACTS = (
     "threads",
     "limits",
     "goals",
+    "options",
     "kv",
-    "lossy",
     "switches",
     "constants",
 )
@@ -262,16 +262,6 @@ def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
         count = len(expert_ranges(experts))
         size = sum(count * sizes.get(layer, 0) for layer in layers)
         yield Moved(ranges(layers), source, target, experts, count * len(layers), size)
-    slices = (
-        {p.layer: str(p.node_slices) for p in a.placement},
-        {p.layer: str(p.node_slices) for p in b.placement},
-    )
-    changed = [
-        layer for layer in slices[0] if slices[1].get(layer, slices[0][layer]) != slices[0][layer]
-    ]
-    if changed:
-        names = [f"{each[changed[0]]} node slice(s)" for each in slices]
-        yield Moved(ranges(changed), names[0], names[1], "all", 0, 0)
 
 
 def _tiers(plan: Plan) -> dict[int, dict[int, str]]:
@@ -462,17 +452,6 @@ def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:
         found[*key, seen[key]] = (each.choice, each.reason)
         seen[key] += 1
     return found
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Ascending whole numbers as text: 0-3,7."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _union(before: Iterable[Found], after: Iterable[Found]) -> list[Found]:

@@ -45,7 +45,8 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> None:
     """Write `plan` to `path` (.hmp); `PlanError` when the file cannot be written
     whole.
     """
-    text = canonical_json(plan)
+    with env.uncollected():
+        text = canonical_json(plan)
     if env.debug_level() >= 4:
         env.debug(4, text)
     env.dump("plan.json", text)

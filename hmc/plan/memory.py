@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hmc.plan.model import DTYPE_BYTES, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
-from hmc.plan.verify import EXTERNAL, expert_ranges
+from hmc.plan.verify import EXTERNAL
+from hmc.ranges import expert_ranges
 
 HOME = "gpu0"
 """The GPU that has the cache and the dense weights of decode."""
@@ -78,6 +79,19 @@ def expert_bytes(plan: Plan) -> dict[int, int]:
     for each in plan.experts:
         columns.setdefault(each.layer, []).append(each)
     return {layer: packed_bytes(found) for layer, found in columns.items()}
+
+
+def stored(weight: Weight | ExpertWeights) -> int:
+    """Bytes of a tensor in the checkpoint, with scales."""
+    return weight.bytes + weight.scale_bytes
+
+
+def stored_expert_bytes(plan: Plan) -> dict[int, int]:
+    """Stored bytes of one routed expert, by layer."""
+    found: dict[int, int] = {}
+    for each in plan.experts:
+        found[each.layer] = found.get(each.layer, 0) + stored(each)
+    return found
 
 
 def resident_names(phases: Iterable[Phase], device: str) -> list[str]:

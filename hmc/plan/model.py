@@ -60,8 +60,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from hmc.machine import Machine
+from hmc.plan.options import Options
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 DType = Literal["f32", "bf16", "i32"]
 Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
@@ -166,13 +167,10 @@ class ExpertWeights(Frozen):
 class LayerPlacement(Frozen):
     """Where the experts of one layer live: expert ranges by tier ("host", "gpu0", "streamed"), as
     "0-31,77".
-
-    `node_rows` says how many NUMA nodes slice each host expert's output rows.
     """
 
     layer: Count
     tiers: dict[str, str]
-    node_slices: Count = 1
 
 
 class KVLayout(Frozen):
@@ -349,7 +347,7 @@ class Limits(Frozen):
 
 
 class Plan(Frozen):
-    """An execution plan for one model on one machine."""
+    """An execution plan for one model on one machine; `options` are what it was asked to be."""
 
     schema_version: int = SCHEMA_VERSION
     hmc_version: str
@@ -368,9 +366,9 @@ class Plan(Frozen):
     phases: tuple[Phase, ...]
     ledger: tuple[LedgerItem, ...]
     decisions: tuple[Decision, ...]
-    lossy: tuple[str, ...] = ()
     switches: tuple[Switch, ...] = ()
     goals: Goals = Goals()
+    options: Options = Options()
 
     def phase(self, name: str) -> Phase:
         """The phase of a name; `KeyError` when the plan has none."""

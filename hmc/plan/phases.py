@@ -1,5 +1,5 @@
-"""Which phase computes a prompt or a decode step, and how much of a prompt goes into one chunk; one
-place for the engine and the scheduler.
+"""Which phase computes a prompt or a decode step, and how its calls are cut: pure functions of the
+plan, which the runtime follows and every prediction assumes.
 
 The policy, as far as the phases of a plan allow it:
     * the plan's switch-over points choose the phase: for a prompt by the tokens left to compute,
@@ -25,11 +25,16 @@ The policy, as far as the phases of a plan allow it:
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from hmc.plan.model import Plan
 
-DECODE, PREFILL, BESIDE = "decode", "prefill.host", "prefill.beside"
+PREFILL, STREAM, CHOSEN = "prefill.host", "prefill.stream", "prefill.stream.chosen"
+"""Prompts: in chunks, each layer's weights streamed once, and those of chosen experts alone."""
+BESIDE = "prefill.beside"
+"""Streams through the last GPU alone, for a prompt that comes while gpu0 and the CPU decode."""
+DECODE, DUAL = "decode", "decode.dual"
 _BESIDE_DECODE = 4
 
 
@@ -67,8 +72,31 @@ def chunk_tokens(plan: Plan, phase: str, left: int, decoding: int) -> int:
     most = plan.phase(phase).max_tokens
     if decoding and phase == PREFILL:
         most = min(most, max(plan.kv.block, plan.limits.max_chunk // _BESIDE_DECODE))
-    chunks = -(-left // most)
-    return -(-left // chunks)
+    return _even(left, most)
+
+
+def prompt_calls(most: int, tokens: int) -> list[tuple[int, int]]:
+    """(first token, tokens) of every call in which a phase that takes up to `most`
+    computes a prompt that is alone."""
+    calls, first = [], 0
+    while first < tokens:
+        count = _even(tokens - first, most)
+        calls.append((first, count))
+        first += count
+    return calls
+
+
+def decode_calls(most: int, batch: int) -> list[tuple[int, int]]:
+    """[first, last) of the sequences in every call of a decode step, whose phase takes up to
+    `most`."""
+    calls = -(-batch // most)
+    edges = [batch * number // calls for number in range(calls + 1)]
+    return list(pairwise(edges))
+
+
+def _even(left: int, most: int) -> int:
+    """The next call's share of what is left, of as few equal calls as `most` allows."""
+    return -(-left // -(-left // most))
 
 
 def _phase(plan: Plan, kind: Literal["prefill", "decode"], tokens: int, default: str) -> str:

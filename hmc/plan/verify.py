@@ -19,6 +19,7 @@ from itertools import accumulate
 
 from hmc.errors import VerifyError
 from hmc.plan.model import DTYPE_BYTES, Buffer, Phase, Plan, Slot, Step
+from hmc.ranges import expert_ranges
 
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
@@ -45,17 +46,6 @@ def verify_plan(plan: Plan) -> None:
             raise VerifyError(
                 f"phase {phase.name}: attention layers differ from the KV cache's layers"
             )
-
-
-def expert_ranges(text: str) -> list[int]:
-    """Expert numbers of a placement text such as "0-31,77"; `VerifyError` when it is none."""
-    result: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise VerifyError(f"placement: '{text}' is no list of expert ranges")
-        result.extend(range(int(first), int(last or first) + 1))
-    return result
 
 
 def _check_names(plan: Plan, phase: Phase, step: Step, weights: set[str]) -> None:

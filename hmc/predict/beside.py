@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from hmc.errors import ContextLengthError, UsageError
 from hmc.machine import Machine
 from hmc.plan import Phase, Plan, Step
+from hmc.plan.phases import BESIDE, decode_phase
 from hmc.predict.cost import COPY_PIECE, TRANSFERS, Call, Cost, CostModel, gemv_rate
-from hmc.predict.run import busy_until, chosen, prefill_extra
+from hmc.predict.run import busy_until, prefill_extra
 from hmc.predict.timeline import result_seconds, run, schedule
-
-BESIDE = "prefill.beside"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def beside(
             f"--batch {batch}: a decode step of the plan takes {plan.limits.max_batch}"
         )
     model = CostModel(plan, machine)
-    decode = plan.phase(chosen(plan, "decode", batch))
+    decode = plan.phase(decode_phase(plan, batch))
     first = _Side(found, Call(prompt), model)
     second = _Side(decode, Call(batch, context, batch), model)
     slower = _memory_factor(model, plan)

@@ -15,9 +15,10 @@ from typing import Any, Literal
 from hmc.errors import HmcError
 from hmc.machine import Machine
 from hmc.plan import Plan
+from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict import measured as store
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.run import chosen, run_decode, run_prefill
+from hmc.predict.run import run_decode, run_prefill
 from hmc.predict.timeline import host_prefill, run
 
 Kind = Literal["prefill", "decode"]
@@ -56,7 +57,7 @@ class Figure:
 
 class Predictor:
     """Predictions of what the runtime does with a plan on the rates of `machine`, by the phase that
-    the plan's switch-over points choose, or by one named.
+    serves a load, or by one named.
 
     Raises `MachineError` when these lack what the plan uses.
     """
@@ -67,7 +68,8 @@ class Predictor:
 
     def phase(self, kind: Kind, tokens: int) -> str:
         """The phase of a prompt of `tokens`, or of decoding so many sequences."""
-        return chosen(self.plan, kind, tokens)
+        choose = prefill_phase if kind == "prefill" else decode_phase
+        return choose(self.plan, tokens)
 
     def rate(self, kind: Kind, tokens: int, phase: str = "", batch: int = 1) -> float:
         """Tokens a second of a load."""

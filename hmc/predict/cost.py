@@ -16,6 +16,7 @@ from hmc.machine import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
+from hmc.ranges import expert_ranges
 
 TRANSFERS = ("h2d", "d2h")
 
@@ -322,9 +323,4 @@ def _chances(step: Step, call: Call) -> list[float] | None:
 
 
 def _range(step: Step, experts: int) -> list[int]:
-    text = str(step.attrs.get("range", f"0-{experts - 1}"))
-    found: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found.extend(range(int(first), int(last or first) + 1))
-    return found
+    return expert_ranges(str(step.attrs.get("range", f"0-{experts - 1}")))

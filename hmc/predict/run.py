@@ -1,23 +1,22 @@
-"""From a plan and a load to a prediction: chooses the phases as the plan's switch-over points say,
-runs their timelines, and finds what binds.
+"""From a plan and a load to a prediction: runs the timelines of the phases that serve it
+(hmc/plan/phases.py), and finds what binds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import networkx
 
 from hmc.errors import ContextLengthError, UsageError
 from hmc.machine import Machine
 from hmc.plan import Phase, Plan
+from hmc.plan.phases import decode_calls, decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.goals import Verdict, verdicts
 from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
 
-PREFILL, DECODE = "prefill.host", "decode"
 _LONGEST_PATHS = 12
 
 
@@ -154,18 +153,9 @@ def _too_large(plan: Plan, machine: Machine) -> tuple[str, ...]:
     return tuple(each for each, total in totals.items() if total > machine.memory_of(each))
 
 
-def chosen(plan: Plan, kind: str, tokens: int) -> str:
-    """The phase that the plan's switch-over points name for so many tokens or sequences."""
-    name = PREFILL if kind == "prefill" else DECODE
-    for switch in sorted(plan.switches, key=lambda each: each.tokens):
-        if switch.kind == kind and switch.tokens <= tokens:
-            name = switch.phase
-    return name
-
-
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
-    found = plan.phase(phase or chosen(plan, "prefill", prompt))
+    found = plan.phase(phase or prefill_phase(plan, prompt))
     calls = host_prefill(found, prompt, model)
     # all calls but the last differ in context alone, and time is linear in it: a few stand for all
     if len(calls) <= 4:
@@ -200,17 +190,16 @@ def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: st
     """One token of each of `batch` sequences with `context` tokens before it, in as many calls as
     the phase takes.
     """
-    found = plan.phase(phase or chosen(plan, "decode", batch))
-    calls = -(-batch // found.max_tokens)
-    edges = [batch * i // calls for i in range(calls + 1)]
+    found = plan.phase(phase or decode_phase(plan, batch))
+    calls = decode_calls(found.max_tokens, batch)
     total, busy = 0.0, dict[str, float]()
-    for size in (last - first for first, last in pairwise(edges)):
+    for size in (last - first for first, last in calls):
         timeline = run(found, Call(size, context, size), model)
         until = result_seconds(found, timeline)
         total += until
         for name, seconds in busy_until(found, timeline, until).items():
             busy[name] = busy.get(name, 0.0) + seconds
-    return Run(found.name, calls, total, busy, critical_path(found, timeline))
+    return Run(found.name, len(calls), total, busy, critical_path(found, timeline))
 
 
 def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, float]:

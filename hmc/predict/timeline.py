@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from hmc.plan import Phase, Step
+from hmc.plan.phases import prompt_calls
 from hmc.predict.cost import Call, Cost, CostModel
 
 
@@ -43,6 +43,7 @@ class PhaseTimer:
 
     def __init__(self, phase: Phase, model: CostModel) -> None:
         self._phase, self._model = phase, model
+        self._results = _results(phase)
         self._alike: dict[bool, list[int]] = {}
 
     def run(self, call: Call) -> Timeline:
@@ -55,6 +56,10 @@ class PhaseTimer:
                 known[first] = self._model.step(self._phase, step, call)
             costs.append(known[first])
         return scheduled(self._phase, costs)
+
+    def seconds(self, call: Call) -> float:
+        """`result_seconds` of one call."""
+        return _end(self._results, self.run(call))
 
     def _first_alike(self, profiled: bool) -> list[int]:
         """By position, the first step that costs the same in every call; with a profile of routing,
@@ -110,24 +115,28 @@ def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
     return Timeline(tuple(start), tuple(finish), tuple(cause), tuple(costs), busy)
 
 
-def _is_result(step: Step) -> bool:
-    return any(operand.buffer.endswith("logits") for operand in step.outputs.values())
-
-
 def result_seconds(phase: Phase, timeline: Timeline) -> float:
     """When the last logits are there: what follows (memory given back, weights put back) delays
     nobody's token."""
-    ends = [end for step, end in zip(phase.steps, timeline.finish, strict=True) if _is_result(step)]
-    return max(ends, default=timeline.seconds)
+    return _end(_results(phase), timeline)
+
+
+def _results(phase: Phase) -> list[int]:
+    """Positions of the steps that give logits."""
+    return [
+        position
+        for position, step in enumerate(phase.steps)
+        if any(operand.buffer.endswith("logits") for operand in step.outputs.values())
+    ]
+
+
+def _end(results: list[int], timeline: Timeline) -> float:
+    return max((timeline.finish[each] for each in results), default=timeline.seconds)
 
 
 def host_prefill(phase: Phase, tokens: int, model: CostModel, context: int = 0) -> list[Call]:
-    """The calls in which a chunked phase takes a prompt: equal chunks, as the runtime cuts them;
-    logits are wanted of the last alone.
-    """
-    chunks = -(-tokens // phase.max_tokens)
-    edges = [tokens * i // chunks for i in range(chunks + 1)]
+    """The calls in which a phase takes a prompt; logits are wanted of the last alone."""
     return [
-        Call(last - first, context + first, logits=last == tokens)
-        for first, last in pairwise(edges)
+        Call(count, context + first, logits=first + count == tokens)
+        for first, count in prompt_calls(phase.max_tokens, tokens)
     ]

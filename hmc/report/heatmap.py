@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hmc.plan import Plan
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges
 from hmc.report.words import si
 
 WIDTH, LEFT, TOP, BOTTOM = 1200, 52, 8, 40

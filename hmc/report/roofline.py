@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hmc.plan import Phase, Plan
+from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.run import chosen
 from hmc.predict.timeline import host_prefill
 from hmc.report.timeline import family_of
 from hmc.report.words import number, si
@@ -111,8 +111,8 @@ class _Dot:
 
 def roofline(plan: Plan, model: CostModel | None, context: int, prompt: int) -> Roofline:
     """Decode of one sequence behind `context` tokens, and prefill of `prompt` tokens."""
-    decode = plan.phase(chosen(plan, "decode", 1))
-    prefill = plan.phase(chosen(plan, "prefill", prompt))
+    decode = plan.phase(decode_phase(plan, 1))
+    prefill = plan.phase(prefill_phase(plan, prompt))
     dots: list[_Dot] = []
     calls = (
         host_prefill(prefill, prompt, model) if model else [Call(min(prompt, prefill.max_tokens))]

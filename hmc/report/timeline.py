@@ -14,8 +14,9 @@ from typing import get_args
 from hmc.ops import OPS
 from hmc.ops.row import Family
 from hmc.plan import Phase, Plan, Step
+from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.run import chosen, critical_path
+from hmc.predict.run import critical_path
 from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
 from hmc.report.words import si
 
@@ -91,7 +92,7 @@ def family_of(op: str) -> int:
 
 def decode_drawing(plan: Plan, model: CostModel, context: int, batch: int = 1) -> Drawing:
     """One decode step of `batch` sequences behind `context` tokens each."""
-    phase = plan.phase(chosen(plan, "decode", batch))
+    phase = plan.phase(decode_phase(plan, batch))
     found = run(phase, Call(batch, context, batch), model)
     many = f"{batch} sequences" if batch > 1 else "one sequence"
     return _draw("Decode step", phase, found, f"{many} at a context of {context} tokens")
@@ -99,7 +100,7 @@ def decode_drawing(plan: Plan, model: CostModel, context: int, batch: int = 1) -
 
 def prefill_drawing(plan: Plan, model: CostModel, tokens: int) -> Drawing:
     """A prompt of `tokens` tokens: all of it, or the last of the chunks it is cut into."""
-    phase = plan.phase(chosen(plan, "prefill", tokens))
+    phase = plan.phase(prefill_phase(plan, tokens))
     calls = host_prefill(phase, tokens, model)
     found = run(phase, calls[-1], model)
     which = f", chunk {len(calls)} of {len(calls)}" if len(calls) > 1 else ""

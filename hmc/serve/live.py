@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hmc.plan import Plan
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges
 from hmc.serve.service import Service
 
 

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hmc.errors import UsageError
-from hmc.passes.context import ranges
 from hmc.plan import LayerPlacement, Plan
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges, parse, ranges
 from hmc.tune.replan import replan
 
 _FORM = re.compile(r"layers\.(?P<layers>[\d,-]+)\.experts\.(?P<experts>\*|[\d,-]+)=(?P<tier>\w+)")
@@ -86,12 +85,7 @@ def pinned(plan: Plan, pins: Sequence[Pin]) -> tuple[LayerPlacement, ...]:
 
 
 def _numbers(pin: str, text: str) -> list[int]:
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"--pin {pin}: '{text}' is no list of ranges such as 0-31,77")
-        if int(last or first) < int(first):
-            raise UsageError(f"--pin {pin}: the range {part} is empty")
-        found.extend(range(int(first), int(last or first) + 1))
-    return found
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise UsageError(f"--pin {pin}: {error}") from error

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from hmc.errors import UsageError
-from hmc.passes.emit.phase_memory import accounted
+from hmc.passes.place.memory import accounted
 from hmc.plan import Decision, Kernel, Plan
+from hmc.plan.phases import PREFILL, STREAM
 from hmc.tune.replan import replan
 
-PREFILL, STREAM = "prefill.host", "prefill.stream"
 DECODE_OPS = ("linear", "gate_up", "experts_gate_up", "experts_down")
 PREFILL_OPS = ("gemm", "grouped_gate_up", "grouped_down")
 _BATCH = 16
@@ -69,7 +69,7 @@ def apply(plan: Plan, settings: tuple[Setting, ...], checkpoint: str = "") -> Pl
         elif setting.name == "threads":
             if setting.value > _MOST_THREADS:
                 raise UsageError(f"--set {setting}: more than {_MOST_THREADS} threads")
-            plan = plan.model_copy(update={"threads": setting.value})
+            plan = _asked(plan, threads=setting.value).model_copy(update={"threads": setting.value})
         elif setting.name == "ring":
             plan = _with_ring(plan, setting.value, checkpoint)
         else:
@@ -120,6 +120,12 @@ def _of_op(plan: Plan, op: str) -> list[Kernel]:
     return [kernel for kernel in plan.kernels.values() if kernel.op == op]
 
 
+def _asked(plan: Plan, **options: int) -> Plan:
+    """The plan with other options, so that planning anew keeps them."""
+    changed = plan.options.model_copy(update=options)
+    return plan.model_copy(update={"options": changed})
+
+
 def _chunked(plan: Plan, tokens: int) -> Plan:
     """Chunks of `tokens`: the limit, the phase, and what its activations take."""
     if tokens > plan.limits.max_context:
@@ -128,7 +134,7 @@ def _chunked(plan: Plan, tokens: int) -> Plan:
         )
     phase = plan.phase(PREFILL).model_copy(update={"max_tokens": tokens})
     return accounted(
-        plan.model_copy(
+        _asked(plan, max_chunk=tokens).model_copy(
             update={
                 "limits": plan.limits.model_copy(update={"max_chunk": tokens}),
                 "phases": tuple(phase if each.name == PREFILL else each for each in plan.phases),

@@ -15,12 +15,11 @@ from hmc.bench.compare import Compared, Report, silent
 from hmc.errors import HmcError
 from hmc.machine.detect import detect
 from hmc.plan import Plan
-from hmc.plan.phases import prefill_phase
+from hmc.plan.phases import PREFILL, prefill_phase
 from hmc.predict.measured import Measured
 from hmc.tune.measure import Runner, compare
 from hmc.tune.settings import (
     DECODE_OPS,
-    PREFILL,
     PREFILL_OPS,
     Setting,
     apply,

@@ -1,8 +1,8 @@
-"""Turns the lowered graph into a plan: steps over named buffers, laid out in one activation arena a
-phase.
+"""Turns the lowered graph into a plan for the CPU alone: steps over named buffers, laid out in one
+activation arena a phase.
 
 Contract
-    * requires "ledger"; establishes "plan"
+    * the plan is whole and keeps the rules; what other devices do is up to the passes over it
     * knows node kinds and nothing of families: the steps follow the graph's order
     * rotary works in place, so its input must have no other reader; items are columns of their
       producer's buffer
@@ -10,91 +10,89 @@ Contract
 
 Method
     1. walk the nodes, emit one step a node (two for the gather before the last norm), note first
-      and last use of
-       every buffer
+       and last use of every buffer
     2. give buffers offsets: largest first, each at the lowest offset free during its life
-    3. with a GPU budget, move the dense part to gpu0 and add the copies (`hybrid.py`)
-    4. columns of expert weights, run-length and difference coded
+    3. columns of expert weights, run-length and difference coded
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import groupby, pairwise
-from typing import ClassVar
 
 import torch.fx
 
-from hmc.codegen.spec import MAX_TOKENS
+from hmc.checkpoint import Checkpoint
+from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
 from hmc.graph import meta
-from hmc.passes.context import Context
-from hmc.passes.emit.hybrid import hybrid_phase
 from hmc.passes.emit.steps import PhaseBuilder
+from hmc.passes.records import Capacity, Lowered, Target
 from hmc.plan import (
     CheckpointInfo,
     ExpertWeights,
+    Goals,
     Kernel,
+    LayerPlacement,
     Plan,
     ShardInfo,
     Weight,
 )
+from hmc.plan.options import Options
 from hmc.plan.phases import DECODE, PREFILL
+from hmc.ranges import ranges
 from hmc.version import VERSION
 
 
-@dataclass(frozen=True)
-class Emit:
-    """Fills `context.plan`."""
+def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -> Plan:
+    """The plan of a lowered graph, everything on the host, and without a ledger.
 
-    name: ClassVar[str] = "emit"
-    requires: ClassVar[frozenset[str]] = frozenset({"ledger"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"plan"})
+    Raises `PassFailedError` on a graph that cannot be emitted.
+    """
+    graph, target, limits = lowered.graph, lowered.target, capacity.limits
+    constants: dict[str, tuple[float, ...]] = {}
+    kernels: dict[str, KernelSpec] = {}
+    most = min(limits.max_batch, MAX_TOKENS)  # more sequences take several steps
+    phases = tuple(
+        PhaseBuilder(name, target, constants, kernels).build(graph, calls)
+        for name, calls in ((PREFILL, limits.max_chunk), (DECODE, most))
+    )
+    experts = _experts(graph, target)
+    return Plan(
+        hmc_version=VERSION,
+        model=target.info,
+        checkpoint=_checkpoint(target.checkpoint),
+        machine=target.machine,
+        isa=target.isa,
+        threads=options.threads or target.machine.cores,
+        options=options,
+        limits=limits,
+        weights=_weights(graph, target),
+        experts=experts,
+        constants=constants,
+        placement=tuple(
+            LayerPlacement(layer=layer, tiers={"host": ranges(range(count))})
+            for layer, count in {each.layer: each.count for each in experts}.items()
+        ),
+        kv=capacity.kv,
+        kernels={
+            key: Kernel(
+                op=spec.op,
+                isa=spec.isa,
+                weight=spec.weight,
+                out=spec.out,
+                params=spec.params,
+                tile=spec.tile,
+            )
+            for key, spec in sorted(kernels.items())
+        },
+        phases=phases,
+        ledger=(),
+        decisions=(*lowered.decisions, *capacity.decisions),
+        goals=goals,
+    )
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        limits, kv = context.limits, context.kv
-        assert limits is not None and kv is not None
-        constants: dict[str, tuple[float, ...]] = {}
-        phases = []
-        step = min(limits.max_batch, MAX_TOKENS)  # more sequences take several steps
-        for name, tokens in ((PREFILL, limits.max_chunk), (DECODE, step)):
-            phase = PhaseBuilder(name, context, constants).build(graph, tokens)
-            context.bases[name] = phase
-            if context.budget is not None:
-                phase = hybrid_phase(phase, {each.layer: each for each in context.placement})
-            phases.append(phase)
-        context.plan = Plan(
-            hmc_version=VERSION,
-            model=context.info,
-            checkpoint=_checkpoint(context),
-            machine=context.machine,
-            isa=context.isa,
-            threads=context.options.threads or context.machine.cores,
-            limits=limits,
-            weights=_weights(graph, context),
-            experts=_experts(graph, context),
-            constants=constants,
-            placement=context.placement,
-            kv=kv,
-            kernels={
-                key: Kernel(
-                    op=spec.op,
-                    isa=spec.isa,
-                    weight=spec.weight,
-                    out=spec.out,
-                    params=spec.params,
-                    tile=spec.tile,
-                )
-                for key, spec in sorted(context.kernels.items())
-            },
-            phases=tuple(phases),
-            ledger=(),
-            decisions=tuple(context.decisions),
-        )
 
-
-def _checkpoint(context: Context) -> CheckpointInfo:
-    found = context.checkpoint
+def _checkpoint(found: Checkpoint) -> CheckpointInfo:
     return CheckpointInfo(
         path=str(found.directory),
         config_sha256=found.config.sha256,
@@ -110,13 +108,13 @@ def _checkpoint(context: Context) -> CheckpointInfo:
     )
 
 
-def _weights(graph: torch.fx.GraphModule, context: Context) -> tuple[Weight, ...]:
+def _weights(graph: torch.fx.GraphModule, target: Target) -> tuple[Weight, ...]:
     found: dict[str, Weight] = {}
     for node in graph.graph.nodes:
         for weight in meta(node).weights:
             if weight.experts or weight.name in found:
                 continue
-            (source,) = context.source(weight)
+            (source,) = target.source(weight)
             found[weight.name] = Weight(
                 name=weight.name,
                 format=source.format,
@@ -133,14 +131,14 @@ def _weights(graph: torch.fx.GraphModule, context: Context) -> tuple[Weight, ...
     return tuple(found.values())
 
 
-def _experts(graph: torch.fx.GraphModule, context: Context) -> tuple[ExpertWeights, ...]:
+def _experts(graph: torch.fx.GraphModule, target: Target) -> tuple[ExpertWeights, ...]:
     result = []
     for node in graph.graph.nodes:
         found = meta(node)
         for weight in found.weights:
             if not weight.experts:
                 continue
-            sources = context.source(weight)
+            sources = target.source(weight)
             first = sources[0]
             scales = [source.scale for source in sources if source.scale is not None]
             if len({(s.format, s.block, s.scale_dtype) for s in sources}) != 1:

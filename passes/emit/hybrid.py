@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 from hmc.graph import Section
 from hmc.ops import OPS
-from hmc.passes.context import ranges
 from hmc.passes.emit.builder import Part, Parts, Schedule, Value
 from hmc.plan import LayerPlacement, Phase, Step
-from hmc.plan.verify import EXTERNAL, expert_ranges
+from hmc.plan.verify import EXTERNAL
+from hmc.ranges import expert_ranges, ranges
 
 
 @dataclass

@@ -10,11 +10,11 @@ from math import prod
 
 import torch.fx
 
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import PassFailedError
 from hmc.graph import PLAIN, NodeMeta, meta
 from hmc.ops import OPS, Use
-from hmc.passes.context import Context, stored_bytes
-from hmc.passes.graph.lower import kernel_key
+from hmc.passes.records import BLOCK, Target, stored_bytes
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.verify import EXTERNAL
 
@@ -44,13 +44,14 @@ class _Life:
 
 @dataclass
 class PhaseBuilder:
-    """One use: `build` walks the graph and returns the phase. `constants` is shared by all phases
-    of the plan.
+    """One use: `build` walks the graph and returns the phase. `constants` and `kernels` (by key)
+    are shared by all phases of the plan, and filled.
     """
 
     name: str
-    context: Context
+    target: Target
     constants: dict[str, tuple[float, ...]]
+    kernels: dict[str, KernelSpec]
     _steps: list[Step] = field(default_factory=list)
     _lives: dict[str, _Life] = field(default_factory=dict)
     _values: dict[torch.fx.Node, tuple[Operand, ...]] = field(default_factory=dict)
@@ -118,14 +119,10 @@ class PhaseBuilder:
 
     def _gather(self, node: torch.fx.Node, x: Operand) -> Operand:
         """The rows whose logits are wanted: all that the head works on."""
-        use = Use(self.context.isa, 0, self.context.options.kv_block)
         attrs: dict[str, Attribute] = {"width": x.width}
-        keys = []
-        for spec in OPS[_GATHER].kernels(attrs, {}, use):
-            keys.append(kernel_key(spec))
-            self.context.kernels[keys[-1]] = spec
+        specs = OPS[_GATHER].kernels(attrs, {}, Use(self.target.isa, 0, BLOCK))
         gathered = self._buffer(f"{node.name}.rows", "f32", x.width)
-        kernels = tuple((self.name, key) for key in keys)
+        kernels = tuple((self.name, spec) for spec in specs)
         plain = NodeMeta(_GATHER, -1, x.width, "f32", "head", kernels=kernels)
         inputs = {"x": x, "rows": self._named("rows")}
         self._step(plain, attrs, inputs, {"y": gathered})
@@ -159,6 +156,8 @@ class PhaseBuilder:
             life.first = position if life.first < 0 else life.first
             life.last = position
         weight_bytes, flops = self._cost(found)
+        row, specs = OPS[found.kind], [s for phase, s in found.kernels if phase == self.name]
+        self.kernels.update((row.key(spec), spec) for spec in specs)
         self._steps.append(
             Step(
                 id=position,
@@ -170,7 +169,7 @@ class PhaseBuilder:
                 outputs=outputs,
                 weights=_weight_names(found),
                 attrs=attrs,
-                kernels=tuple(key for phase, key in found.kernels if phase == self.name),
+                kernels=tuple(map(row.key, specs)),
                 weight_bytes=weight_bytes,
                 flops=flops,
             )
@@ -197,7 +196,7 @@ class PhaseBuilder:
         for weight in found.weights:
             role = row.weight(weight.role)
             assert role is not None
-            size = stored_bytes(self.context.source(weight)[0])
+            size = stored_bytes(self.target.source(weight)[0])
             times = found.attr("top_k") if role.expert else 1
             total += times * (size // weight.shape[0] if row.where == "host" else size)
             flops += times * 2 * prod(weight.shape) if role.matmul else 0

@@ -10,6 +10,7 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,9 @@ import torch.fx
 
 from hmc.blocks import RMSNorm, Rotary
 from hmc.graph import meta
-from hmc.passes.context import Context, ranges, replace_with_module, submodule
+from hmc.passes.records import Notes, Target, replace_with_module, submodule
+from hmc.plan import Decision
+from hmc.ranges import ranges
 
 
 @dataclass(frozen=True)
@@ -28,19 +31,20 @@ class Canonicalise:
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         graph.graph.eliminate_dead_code()
         folded = [
             meta(node).layer for node in list(graph.graph.nodes) if _fold_head_norm(graph, node)
         ]
+        notes = Notes(self.name)
         if folded:
-            context.decide(
-                self.name,
+            notes.decide(
                 f"per-head norms of layers {ranges(set(folded))}",
                 "folded into rotary",
                 f"{len(folded)} norms read by a rotary of the same heads alone:"
                 " one walk over q and k, not two",
             )
+        return notes.made
 
 
 def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:

@@ -3,11 +3,9 @@
 Contract
     * requires "canonical"; establishes "fused"
     * silu_mul of two bias-free linears of one input, stored in one format, becomes gate_up: both
-      weights are read in
-      one pass over the input and the two results never reach memory
+      weights are read in one pass over the input and the two results never reach memory
     * add whose sum a full-width norm reads becomes add_norm; a sum of two results added to the
-      residual (routed and
-      shared experts) is taken in as the third operand
+      residual (routed and shared experts) is taken in as the third operand
     * the norm before the output layer stays alone: only the rows whose logits are wanted reach it
     * values are unchanged beyond the order of two additions
 """
@@ -15,6 +13,7 @@ Contract
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -22,7 +21,9 @@ import torch.fx
 
 from hmc.blocks import AddNorm, GateUp
 from hmc.graph import NodeMeta, attrs, meta
-from hmc.passes.context import Context, ranges, replace_with_module, submodule
+from hmc.passes.records import Notes, Target, replace_with_module, submodule
+from hmc.plan import Decision
+from hmc.ranges import ranges
 
 
 @dataclass(frozen=True)
@@ -33,29 +34,31 @@ class Fuse:
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
     establishes: ClassVar[frozenset[str]] = frozenset({"fused"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
+        notes = Notes(self.name)
         nodes = list(graph.graph.nodes)
-        gated = [meta(node).layer for node in nodes if _fuse_gate_up(graph, context, node)]
+        gated = [meta(node).layer for node in nodes if _fuse_gate_up(graph, target, notes, node)]
         normed = [meta(node).layer for node in nodes if _fuse_add_norm(graph, node)]
         graph.graph.eliminate_dead_code()
         if gated:
-            context.decide(
-                self.name,
+            notes.decide(
                 f"gate and up of {len(gated)} dense or shared MLPs",
                 "fused",
                 "one input, one format: both weights are read in one pass and the products stay"
                 " in registers",
             )
         if normed:
-            context.decide(
-                self.name,
+            notes.decide(
                 f"residual and norm of layers {ranges(set(normed))}",
                 f"fused {len(normed)} times",
                 "the sum is normalised while it is in cache: one record and one barrier less each",
             )
+        return notes.made
 
 
-def _fuse_gate_up(graph: torch.fx.GraphModule, context: Context, node: torch.fx.Node) -> bool:
+def _fuse_gate_up(
+    graph: torch.fx.GraphModule, target: Target, notes: Notes, node: torch.fx.Node
+) -> bool:
     if meta(node).kind != "silu_mul":
         return False
     gate, up = node.args
@@ -68,10 +71,9 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, context: Context, node: torch.fx.
         return False
     if len(gate.users) != 1 or len(up.users) != 1:
         return False
-    formats = [context.source(m.weights[0])[0].format for m in two]
+    formats = [target.source(m.weights[0])[0].format for m in two]
     if formats[0] != formats[1]:
-        context.decide(
-            "fuse",
+        notes.decide(
             f"{two[0].weights[0].name} and {two[1].weights[0].name}",
             "not fused",
             f"stored in two formats, {formats[0]} and {formats[1]}",

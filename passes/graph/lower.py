@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,57 +23,56 @@ import torch.fx
 
 from hmc.checkpoint import WeightSource
 from hmc.codegen.checks import check_spec
-from hmc.codegen.spec import MAX_TOKENS, KernelSpec
+from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import PassFailedError, UnsupportedError
 from hmc.graph import WeightSpec, meta
 from hmc.ops import OPS, Stored, Use
-from hmc.passes.context import Context, ranges
+from hmc.passes.records import BLOCK, Notes, Target
+from hmc.plan import Decision
 from hmc.plan.phases import DECODE, PREFILL
+from hmc.ranges import ranges
 
 TOKENS = {PREFILL: 0, DECODE: MAX_TOKENS}
 """Tokens a call that kernels of each base phase take: any number, or few."""
 
 
 @dataclass(frozen=True)
-class Fp8Lowering:
+class Lower:
     """Fills `formats` and `kernels` of every node."""
 
-    name: ClassVar[str] = "fp8_lowering"
+    name: ClassVar[str] = "lower"
     requires: ClassVar[frozenset[str]] = frozenset({"fused"})
     establishes: ClassVar[frozenset[str]] = frozenset({"kernels"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
         for node in graph.graph.nodes:
             found = meta(node)
             row = OPS.get(found.kind)
             if row is None:
                 continue
-            sources = {weight.role: context.source(weight)[0] for weight in found.weights}
+            sources = {weight.role: target.source(weight)[0] for weight in found.weights}
             stored = {role: _stored(source) for role, source in sources.items()}
-            kernels = []
-            for phase, tokens in TOKENS.items():
-                use = Use(context.isa, tokens, context.options.kv_block)
-                for spec in row.kernels(dict(found.attrs), stored, use):
-                    check_spec(spec)
-                    key = kernel_key(spec, out="out" in row.attrs)
-                    context.kernels[key] = spec
-                    kernels.append((phase, key))
+            kernels = tuple(
+                (phase, spec)
+                for phase, tokens in TOKENS.items()
+                for spec in row.kernels(dict(found.attrs), stored, Use(target.isa, tokens, BLOCK))
+            )
+            for _, spec in kernels:
+                check_spec(spec)
             if not kernels:
                 raise PassFailedError(f"no kernel computes a {found.kind} node ({node.name})")
             formats = {role: source.format for role, source in sources.items()}
-            node.meta["hmc"] = found.with_(
-                formats=tuple(sorted(formats.items())), kernels=tuple(kernels)
-            )
+            node.meta["hmc"] = found.with_(formats=tuple(sorted(formats.items())), kernels=kernels)
+            names = ", ".join(spec.op for phase, spec in kernels if phase == DECODE)
             for weight in found.weights:
-                names = ", ".join(key.split("-")[0] for phase, key in kernels if phase == DECODE)
-                note = sources[weight.role].note
-                groups[_family_of(weight), formats[weight.role], f"{note}; decode: {names}"].append(
-                    found.layer
-                )
+                reason = f"{sources[weight.role].note}; decode: {names}"
+                groups[_family_of(weight), formats[weight.role], reason].append(found.layer)
+        notes = Notes(self.name)
         for (subject, form, reason), layers in groups.items():
             where = "" if layers == [-1] else f" of layers {ranges(layers)}"
-            context.decide(self.name, subject + where, form, reason)
+            notes.decide(subject + where, form, reason)
+        return notes.made
 
 
 def _family_of(weight: WeightSpec) -> str:
@@ -88,11 +88,3 @@ def _stored(source: WeightSource) -> Stored:
     if bits is None:
         raise UnsupportedError(f"int4 scales in {source.scale_dtype}: kernels read BF16 and F32")
     return Stored(source.format, source.block, bits)
-
-
-def kernel_key(spec: KernelSpec, *, out: bool = False) -> str:
-    """A readable name, unique within a plan (one tier): op, format and sizes, e.g.
-    `linear-fp8-k2048-tokens16`; with the result's dtype where the op has more than one (`out`).
-    """
-    sizes = [f"{name}{value}" for name, value in spec.params]
-    return "-".join(filter(None, [spec.op, spec.weight, spec.out if out else "", *sizes]))

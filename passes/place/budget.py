@@ -1,40 +1,77 @@
-"""Divides the memory of the GPUs before experts are placed: attention, shared experts and norms
-first, then the cache, then what streamed prefill needs, then experts.
+"""How many tokens of context and of cache a plan has room for; with GPUs, how their memory is
+divided before experts are placed: attention, shared experts and norms first, then the cache, then
+what streamed prefill needs, then experts.
 
-Nothing is placed on GPUs of a machine that declares no rates, or that cannot hold the dense part;
-both are recorded as decisions.
+Contract
+    * nothing is placed on GPUs of a machine that declares no rates, or that cannot hold the dense
+      part; both are recorded as decisions
+    * an explicit context length is kept. Else with GPUs it is what gpu0 holds, on the CPU alone the
+      largest that leaves a tenth of the memory free; at most 32,768 and the model's own
+    * a host too small is no error here: plans are made for machines that are not at hand. The
+      ledger shows it, and a run refuses
 """
 
 from __future__ import annotations
 
-import torch.fx
-
 from hmc.errors import CapacityError, UsageError
-from hmc.graph import meta
-from hmc.ops import OPS
-from hmc.passes.context import Budget, Context, stored_bytes
-from hmc.passes.place.memory_ledger import DEFAULT_CONTEXT, cache_layout, weight_kinds
-from hmc.passes.place.nodes import hosted_nodes, routed_nodes
-from hmc.plan import KVLayout
+from hmc.passes.records import Budget, Capacity, Needs, Notes, Target
+from hmc.plan import Limits
 from hmc.plan.memory import SCRATCH, context_scratch
+from hmc.plan.options import Options
 
-_RESERVE = 0.04
-"""Share of a GPU's memory left to its driver, its libraries and fragmentation."""
+_DEFAULT_CONTEXT = 32_768
 _SMALLEST = 1_024
+_GPU_RESERVE = 0.04
+"""Share of a GPU's memory left to its driver, its libraries and fragmentation."""
+_HOST_RESERVE = 0.1
 
 
-def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
-    """The budget of a hybrid plan, or None (with a decision) where the CPU works alone.
+def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
+    """The plan's limits, its cache, and its GPUs' budget.
 
-    Raises `CapacityError` when an explicit context length, concurrency or --vram cannot be met; it
-    names what binds and what would lift it.
+    Raises `CapacityError` when an explicit context length, concurrency or --vram cannot be met by a
+    GPU; it names what binds and what would lift it.
     """
-    machine, options = context.machine, context.options
+    model, asked = target.info.context, options.max_context
+    if asked and model and asked > model:
+        raise UsageError(
+            f"--max-context {asked}: the model's context is {model} tokens"
+            " (max_position_embeddings)"
+        )
+    notes = Notes("budget")
+    budget = divide(needs, target, options, notes)
+    if budget is None:
+        tokens = _host_tokens(needs, target, asked, notes)
+    else:
+        tokens = budget.tokens
+        notes.decide(
+            "context length",
+            f"{tokens} tokens, {options.concurrency} sequence(s)",
+            f"the model allows {model}; gpu0 holds {budget.dense / 1e9:.1f} GB"
+            f" of dense weights and {budget.cache / 1e9:.1f} GB of cache in"
+            f" {budget.usable[0] / 1e9:.1f} GB",
+        )
+    block = needs.cache.block
+    held = -(-tokens // block) * block * options.concurrency + _partial_blocks(needs, options)
+    return Capacity(
+        Limits(
+            max_context=tokens,
+            max_chunk=min(options.max_chunk, tokens),
+            max_batch=options.max_batch,
+        ),
+        needs.cache.model_copy(update={"capacity_tokens": held}),
+        budget,
+        tuple(notes.made),
+    )
+
+
+def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budget | None:
+    """The budget of a hybrid plan, or None (with a decision) where the CPU works alone."""
+    machine = target.machine
     if not machine.gpus:
         return None
     if not machine.hybrid:
-        context.decide(
-            "expert_placement",
+        notes.decide(
             "GPUs",
             "unused",
             f"machine {machine.name} declares {len(machine.gpus)} GPU(s) without rates: what"
@@ -42,112 +79,78 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
         )
         return None
     usable = tuple(
-        int(min(gpu.memory_bytes, options.vram or gpu.memory_bytes) * (1 - _RESERVE))
+        int(min(gpu.memory_bytes, options.vram or gpu.memory_bytes) * (1 - _GPU_RESERVE))
         for gpu in machine.gpus
     )
-    kinds = weight_kinds(graph, context)
-    experts = kinds.pop("routed experts", 0)
-    table = _table_bytes(graph, context)
-    dense = sum(kinds.values()) - table
-    layout = cache_layout(graph, context)
-    per_token = layout.bytes_per_token
-    stream_token = stream_bytes_per_token(graph)
-    workspace = _workspace(context, stream_token)
-    tokens = _tokens(context, usable[0], dense, workspace, layout)
+    dense, per_token = needs.dense, needs.cache.bytes_per_token
+    workspace = _workspace(needs, target.info.vocab, options)
+    tokens = _gpu_tokens(needs, target, options, usable[0], workspace, notes)
     if tokens == 0:
         return None
-    attention = context_scratch(layout, tokens)
+    attention = context_scratch(needs.cache, tokens)
     workspace += attention
-    cache = per_token * (tokens * options.concurrency + _partial_blocks(context))
+    cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
     room = [
         usable[0] - dense - cache - workspace,
         *(each - SCRATCH - attention for each in usable[1:]),
     ]
-    if sum(room) >= experts or not experts:
-        return Budget(usable, dense, cache, workspace, 0, tuple(room), tokens, stream_token)
-    layer = max(
-        sum(stored_bytes(context.source(weight)[0]) * weight.experts for weight in found.weights)
-        for found in routed_nodes(graph)
-    )
-    ranks = len(usable)
-    window = 2 * _section(kinds, context)
-    activations = stream_token * tokens // ranks
-    left = [
-        usable[0] - activations - window - cache - workspace,
-        *(each - activations - window - SCRATCH - attention for each in usable[1:]),
-    ]
-    asked = options.ring * (layer // context.info.experts)
-    ring = max(0, min(layer // ranks, asked or layer, *left))
-    head = kinds.get("embedding and output", 0) - table
-    slots = max(ring, head - window)  # the output layer lies over the others
-    room = [max(0, min(one, other - slots)) for one, other in zip(room, left, strict=True)]
-    return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, stream_token)
+    ring = 0
+    if needs.experts and sum(room) < needs.experts:
+        ranks = len(usable)
+        window = 2 * _section(needs, target.info.layers)
+        activations = needs.stream_token * tokens // ranks
+        left = [
+            usable[0] - activations - window - cache - workspace,
+            *(each - activations - window - SCRATCH - attention for each in usable[1:]),
+        ]
+        asked = options.ring * (needs.layer // target.info.experts)
+        ring = max(0, min(needs.layer // ranks, asked or needs.layer, *left))
+        head = needs.kinds.get("embedding and output", 0) - needs.table
+        slots = max(ring, head - window)  # the output layer lies over the others
+        room = [max(0, min(one, other - slots)) for one, other in zip(room, left, strict=True)]
+    return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, needs.stream_token)
 
 
-def _partial_blocks(context: Context) -> int:
+def _partial_blocks(needs: Needs, options: Options) -> int:
     """Tokens of cache that many sequences at once may waste in blocks that are not full."""
-    return context.options.kv_block * (context.options.max_batch - 1)
+    return needs.cache.block * (options.max_batch - 1)
 
 
-def _workspace(context: Context, token: int) -> int:
-    """Bytes of gpu0 for temporaries, activations of a decode step and of a prefill chunk, and their
-    logits."""
-    rows = context.options.max_chunk + context.options.max_batch
-    logits = rows + context.options.max_batch  # a streamed prompt has its own
-    return SCRATCH + rows * token + 4 * context.info.vocab * logits
-
-
-def stream_bytes_per_token(graph: torch.fx.GraphModule) -> int:
-    """Activation bytes of one token in a streamed prefill, estimated before its buffers are laid
-    out: the two widest results, and eight rows of the residual stream for the sums around them and
-    the gathered rows of a group of experts.
-    """
-    size = {"f32": 4, "bf16": 2, "i32": 4}
-    results = [
-        found.width * size[found.dtype]
-        for node in graph.graph.nodes
-        if (found := meta(node)).layer >= 0
-        and found.kind in OPS
-        and (OPS[found.kind].attends or OPS[found.kind].matmul)
-    ]
-    hidden = hosted_nodes(graph)[0].width
-    widest = sorted(results)[-2:]
-    return sum(widest) + 8 * 4 * hidden
-
-
-def _section(kinds: dict[str, int], context: Context) -> int:
-    """Bytes of one layer's dense weights, of which two are on their way or in use; what is before
-    and after the layers has no slot of its own."""
-    layers = sum(size for kind, size in kinds.items() if kind != "embedding and output")
-    return layers // max(1, context.info.layers) * 2
-
-
-def _table_bytes(graph: torch.fx.GraphModule, context: Context) -> int:
-    return sum(
-        stored_bytes(context.source(weight)[0])
-        for node in hosted_nodes(graph)
-        for weight in node.weights
+def _host_tokens(needs: Needs, target: Target, asked: int, notes: Notes) -> int:
+    """Context length on the CPU alone."""
+    if asked:
+        notes.decide("context length", f"{asked} tokens", "asked for")
+        return asked
+    model, weights = target.info.context, sum(needs.kinds.values()) + needs.experts
+    free = int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
+    fits = max(0, free) // needs.cache.bytes_per_token
+    limit = min(_DEFAULT_CONTEXT, model or _DEFAULT_CONTEXT)
+    tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST, limit))
+    notes.decide(
+        "context length",
+        f"{tokens} tokens",
+        f"the model allows {model}, memory beside {weights / 1e9:.1f} GB of weights holds"
+        f" {fits}, the default is at most {_DEFAULT_CONTEXT}; --max-context asks for more or"
+        " less",
     )
+    return tokens
 
 
-def _tokens(context: Context, usable: int, dense: int, workspace: int, layout: KVLayout) -> int:
+def _gpu_tokens(
+    needs: Needs, target: Target, options: Options, usable: int, workspace: int, notes: Notes
+) -> int:
     """Context length that fits gpu0, or what was asked for; 0: the dense part is too large."""
-    options, model = context.options, context.info.context
-    if options.max_context and model and options.max_context > model:
-        raise UsageError(
-            f"--max-context {options.max_context}: the model's context is {model} tokens"
-            " (max_position_embeddings)"
-        )
-    per_token, attention = layout.bytes_per_token, context_scratch(layout, 1)
-    free = usable - dense - workspace - per_token * _partial_blocks(context)
+    model, dense = target.info.context, needs.dense
+    per_token, attention = needs.cache.bytes_per_token, context_scratch(needs.cache, 1)
+    free = usable - dense - workspace - per_token * _partial_blocks(needs, options)
     fits = max(0, free) // (per_token * options.concurrency + attention)
-    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
+    limit = min(_DEFAULT_CONTEXT, model or _DEFAULT_CONTEXT)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:
         need = asked * per_token * options.concurrency
-        workspace += attention * asked
-        lifts = [f"a GPU with {(dense + workspace + need) / (1 - _RESERVE) / 1e9:.0f} GB"]
+        whole = dense + workspace + attention * asked + need
+        lifts = [f"a GPU with {whole / (1 - _GPU_RESERVE) / 1e9:.0f} GB"]
         if fits >= _SMALLEST:
             lifts.insert(0, f"--max-context {fits // 256 * 256}")
         if (
@@ -163,8 +166,7 @@ def _tokens(context: Context, usable: int, dense: int, workspace: int, layout: K
             f" {per_token} B) exceed {have}; what would lift it: {' or '.join(lifts)}"
         )
     if fits < min(_SMALLEST, limit):
-        context.decide(
-            "expert_placement",
+        notes.decide(
             "GPUs",
             "unused",
             f"attention, shared experts and norms take {dense / 1e9:.1f} GB, activations, logits"
@@ -173,3 +175,18 @@ def _tokens(context: Context, usable: int, dense: int, workspace: int, layout: K
         )
         return 0
     return asked or min(fits // 256 * 256, limit)
+
+
+def _workspace(needs: Needs, vocab: int, options: Options) -> int:
+    """Bytes of gpu0 for temporaries, activations of a decode step and of a prefill chunk, and their
+    logits."""
+    rows = options.max_chunk + options.max_batch
+    logits = rows + options.max_batch  # a streamed prompt has its own
+    return SCRATCH + rows * needs.stream_token + 4 * vocab * logits
+
+
+def _section(needs: Needs, layers: int) -> int:
+    """Bytes of one layer's dense weights, of which two are on their way or in use; what is before
+    and after the layers has no slot of its own."""
+    inside = sum(size for kind, size in needs.kinds.items() if kind != "embedding and output")
+    return inside // max(1, layers) * 2

@@ -1,13 +1,12 @@
-"""Decides where every routed expert lives: on the host, sliced by NUMA node, or resident on a GPU
-where its budget has room.
+"""Decides where every routed expert lives, on the host or resident on a GPU where its budget has
+room, and rewrites the phases for it.
 
 Contract
-    * requires "kernels"; establishes "placed"
+    * requires "plan"; establishes "placed". Without a GPU budget the plan stays as it is
     * every expert of every layer is in exactly one tier; no GPU holds more than its budget
-    * a host expert's output rows are cut into one slice a NUMA node, so that workers read their own
-      node's memory
     * with a GPU: attention, shared experts, norms and cache come first (`budget.py`), then experts
-      by the time a token gains a byte, as the cost model has it
+      by the time a token gains a byte, as the cost model has it; the dense part of every phase runs
+      on gpu0, experts where they are (hmc/passes/emit/hybrid.py)
 
 Method
     1. the gain of an expert on a GPU: its chance to be chosen x (CPU time - GPU time)
@@ -19,94 +18,92 @@ Method
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.fx
-
-from hmc.graph import NodeMeta, meta
-from hmc.passes.context import Context, ranges, stored_bytes
-from hmc.passes.place.budget import divide
-from hmc.passes.place.nodes import leaves_host, routed_nodes
+from hmc.errors import CapacityError
+from hmc.passes.emit.hybrid import hybrid_phase
 from hmc.passes.place.solver import Item, solve
-from hmc.passes.routing_profile import RoutingCounts
-from hmc.plan import LayerPlacement
+from hmc.passes.records import Base, Budget, Notes
+from hmc.plan import LayerPlacement, Plan
+from hmc.plan.memory import stored_expert_bytes
+from hmc.plan.routing_profile import RoutingCounts, RoutingProfile
 from hmc.predict.cost import cpu_expert_seconds, gpu_expert_seconds
+from hmc.ranges import expert_ranges, ranges
 
 WORTHWHILE = 1.1
 """Held-out choices that pins must catch, relative to as many experts taken evenly."""
 
+Homes = dict[tuple[int, int], int]
+"""(layer, expert) -> GPU of the resident experts."""
+
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Fills `context.budget`, `context.placement` and the device of every node."""
+    """Fills `Plan.placement`, by the routing `profile` if there is one, or takes the one `given`;
+    and moves the phases' steps to the GPUs.
+    """
 
     name: ClassVar[str] = "expert_placement"
-    requires: ClassVar[frozenset[str]] = frozenset({"kernels"})
+    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
     establishes: ClassVar[frozenset[str]] = frozenset({"placed"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        routed = routed_nodes(graph)
-        budget = context.budget = divide(graph, context)
-        for node in graph.graph.nodes:
-            found = meta(node)
-            hybrid = budget is not None and leaves_host(found)
-            device, stream = ("gpu0", "gpu0") if hybrid else ("host", "cpu")
-            node.meta["hmc"] = found.with_(device=device, stream=stream)
-        nodes = len(context.machine.nodes)
-        homes: dict[tuple[int, int], int] = {}
-        if budget is not None and routed:
-            homes = self._residents(context, routed, budget.experts)
-        context.placement = tuple(
-            LayerPlacement(
-                layer=found.layer,
-                tiers=_tiers(homes, found.layer, found.attr("experts")),
-                node_slices=nodes,
-            )
-            for found in routed
-        )
-        if not routed:
-            return
-        where = "one NUMA node" if nodes == 1 else f"{nodes} NUMA nodes, rows sliced by node"
-        subject = f"experts of layers {ranges(each.layer for each in context.placement)}"
-        if not context.machine.gpus:
-            why = f"machine {context.machine.name} has no GPU"
-            context.decide(self.name, subject, f"all on host, {where}", why)
-        elif budget is None:
-            why = "the GPUs are unused (see above)"
-            context.decide(self.name, subject, f"all on host, {where}", why)
-        else:
-            total = sum(found.attr("experts") for found in routed)
-            rooms = ", ".join(
-                f"gpu{g} {room / 1e9:.1f} GB" for g, room in enumerate(budget.experts)
-            )
-            context.decide(
-                self.name,
-                subject,
-                f"{len(homes)} of {total} resident on GPUs, the others on host, {where}",
-                f"room for experts after {budget.dense / 1e9:.1f} GB of attention, shared experts"
-                f" and norms, {budget.cache / 1e9:.1f} GB of cache ({budget.tokens} tokens) and"
-                f" {budget.ring / 1e9:.1f} GB of ring: {rooms}",
-            )
+    profile: RoutingProfile | None = None
+    given: tuple[LayerPlacement, ...] = ()
 
-    def _residents(
-        self, context: Context, routed: list[NodeMeta], budgets: tuple[int, ...]
-    ) -> dict[tuple[int, int], int]:
-        """(layer, expert) -> GPU of the resident experts."""
-        profile = context.options.profile
+    def run(self, plan: Plan, base: Base) -> Plan:
+        notes = Notes(self.name)
+        if self.given:
+            _check_room(plan, self.given, base.budget)
+            placement = self.given
+        elif plan.placement:
+            placement = self._solved(plan, base.budget, notes)
+        else:
+            placement = ()
+        if base.budget is None:
+            return notes.on(plan)
+        homes = {each.layer: each for each in placement}
+        phases = tuple(hybrid_phase(phase, homes) for phase in plan.phases)
+        return notes.on(plan, placement=placement, phases=phases)
+
+    def _solved(
+        self, plan: Plan, budget: Budget | None, notes: Notes
+    ) -> tuple[LayerPlacement, ...]:
+        subject = f"experts of layers {ranges(each.layer for each in plan.placement)}"
+        if budget is None:
+            alone = f"machine {plan.machine.name} has no GPU"
+            why = "the GPUs are unused (see above)" if plan.machine.gpus else alone
+            notes.decide(subject, "all on host", why)
+            return plan.placement
+        homes = self._residents(plan, budget.experts, notes)
+        rooms = ", ".join(f"gpu{g} {room / 1e9:.1f} GB" for g, room in enumerate(budget.experts))
+        total = sum(_counts(plan).values())
+        notes.decide(
+            subject,
+            f"{len(homes)} of {total} resident on GPUs, the others on host",
+            f"room for experts after {budget.dense / 1e9:.1f} GB of attention, shared experts"
+            f" and norms, {budget.cache / 1e9:.1f} GB of cache ({budget.tokens} tokens) and"
+            f" {budget.ring / 1e9:.1f} GB of ring: {rooms}",
+        )
+        return tuple(
+            LayerPlacement(layer=layer, tiers=_tiers(homes, layer, count))
+            for layer, count in _counts(plan).items()
+        )
+
+    def _residents(self, plan: Plan, budgets: tuple[int, ...], notes: Notes) -> Homes:
+        profile = self.profile
         if profile is None:
-            return self._placed(context, routed, budgets, None)
-        pinned = self._placed(context, routed, budgets, profile.learn)
+            return _placed(plan, budgets, None, notes)
+        pinned = _placed(plan, budgets, profile.learn, notes)
         learned = _caught(profile.learn, pinned)
         held_out = _caught(profile.held_out, pinned)
         layers = {layer for layer, _ in pinned}
-        even = len(pinned) / max(
-            1, sum(found.attr("experts") for found in routed if found.layer in layers)
-        )
+        counts = _counts(plan)
+        even = len(pinned) / max(1, sum(counts[layer] for layer in layers))
         keep = held_out >= WORTHWHILE * even
-        context.decide(
-            self.name,
+        notes.decide(
             f"{len(pinned)} experts pinned by the routing profile",
             "pinned" if keep else "not pinned: as if routing were even",
             f"of the choices in their layers they catch {learned:.1%} in the part learned from"
@@ -114,53 +111,74 @@ class ExpertPlacement:
             f" ({profile.held_out.tokens} tokens); as many taken evenly catch {even:.1%}, and pins"
             f" are recommended from {WORTHWHILE} times that on",
         )
-        return pinned if keep else self._placed(context, routed, budgets, None)
+        return pinned if keep else _placed(plan, budgets, None, notes)
 
-    def _placed(
-        self,
-        context: Context,
-        routed: list[NodeMeta],
-        budgets: tuple[int, ...],
-        counts: RoutingCounts | None,
-    ) -> dict[tuple[int, int], int]:
-        rates = context.machine.rates
-        assert rates is not None
-        items = []
-        for found in routed:
-            experts, top_k = found.attr("experts"), found.attr("top_k")
-            chances = counts.probabilities(found.layer, experts) if counts else []
-            form = dict(found.formats)["gate"]
-            columns = [context.source(weight) for weight in found.weights]
-            gained: dict[int, tuple[float, ...]] = {}
-            for expert in range(experts):
-                size = sum(stored_bytes(column[expert]) for column in columns)
-                if size not in gained:
-                    host = cpu_expert_seconds(rates, form, size)
-                    gained[size] = tuple(
-                        host - gpu_expert_seconds(gpu.rates, size)
-                        for gpu in context.machine.gpus
-                        if gpu.rates is not None
-                    )
-                chance = chances[expert] if chances else top_k / experts
-                gains = tuple(chance * gain for gain in gained[size])
-                items.append(Item(found.layer, expert, size, gains))
-        result = solve(items, budgets)
-        if result.gain > 0:
-            context.decide(
-                self.name,
-                "experts by gain a byte",
-                f"{result.gain * 1e3:.2f} ms less CPU time a token",
-                f"no placement in these budgets gains more than {result.bound * 1e3:.2f} ms"
-                f" ({result.gain / result.bound:.2%} of the linear bound)",
+
+def _placed(
+    plan: Plan, budgets: tuple[int, ...], profile: RoutingCounts | None, notes: Notes
+) -> Homes:
+    """The experts that gain the most, by recorded routing or as if it were even."""
+    rates = plan.machine.rates
+    assert rates is not None
+    sizes, items = stored_expert_bytes(plan), []
+    for each in plan.experts:
+        if each.role != "gate":
+            continue
+        layer, size = each.layer, sizes[each.layer]
+        host = cpu_expert_seconds(rates, each.format, size)
+        gained = tuple(
+            host - gpu_expert_seconds(gpu.rates, size)
+            for gpu in plan.machine.gpus
+            if gpu.rates is not None
+        )
+        chances = profile.probabilities(layer, each.count) if profile else []
+        for expert in range(each.count):
+            chance = chances[expert] if chances else plan.model.top_k / each.count
+            items.append(Item(layer, expert, size, tuple(chance * gain for gain in gained)))
+    result = solve(items, budgets)
+    if result.gain > 0:
+        notes.decide(
+            "experts by gain a byte",
+            f"{result.gain * 1e3:.2f} ms less CPU time a token",
+            f"no placement in these budgets gains more than {result.bound * 1e3:.2f} ms"
+            f" ({result.gain / result.bound:.2%} of the linear bound)",
+        )
+    return {
+        (item.layer, item.expert): home
+        for item, home in zip(items, result.homes, strict=True)
+        if home >= 0
+    }
+
+
+def _counts(plan: Plan) -> dict[int, int]:
+    """Routed experts by layer."""
+    return {each.layer: each.count for each in plan.experts}
+
+
+def _check_room(plan: Plan, given: tuple[LayerPlacement, ...], budget: Budget | None) -> None:
+    """Raise `CapacityError` where a GPU has no room for what is placed there."""
+    sizes = stored_expert_bytes(plan)
+    held: Counter[str] = Counter()
+    for placement in given:
+        for tier, text in placement.tiers.items():
+            held[tier] += sizes[placement.layer] * len(expert_ranges(text))
+    for tier, size in held.items():
+        if tier == "host":
+            continue
+        if budget is None:
+            raise CapacityError(
+                f"the plan uses no GPU of {plan.machine.name}: its rates are not known, or the"
+                " dense part does not fit; nothing can be pinned there"
             )
-        return {
-            (item.layer, item.expert): home
-            for item, home in zip(items, result.homes, strict=True)
-            if home >= 0
-        }
+        room = budget.experts[int(tier.removeprefix("gpu"))]
+        if size > room:
+            raise CapacityError(
+                f"{size / 1e9:.1f} GB of experts are pinned to {tier}, which has room for"
+                f" {room / 1e9:.1f} GB beside dense weights, cache and activations: pin fewer"
+            )
 
 
-def _tiers(homes: Mapping[tuple[int, int], int], layer: int, experts: int) -> dict[str, str]:
+def _tiers(homes: Homes, layer: int, experts: int) -> dict[str, str]:
     """Expert ranges of one layer by tier; tiers that hold none are left out."""
     members: dict[str, list[int]] = {}
     for expert in range(experts):

@@ -7,18 +7,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hmc.ops import OPS
-from hmc.passes.context import ranges
 from hmc.passes.emit.builder import Part, Parts, Schedule, Value
-from hmc.plan import ExpertWeights, Phase, Plan, Step, Weight
-from hmc.plan.memory import HOME, expert_bytes, packed_bytes, resident_names
-from hmc.plan.verify import EXTERNAL, expert_ranges
-
-STREAM = "prefill.stream"
-CHOSEN = "prefill.stream.chosen"
-"""For prompts too short to choose nearly all experts: those alone are loaded."""
-BESIDE = "prefill.beside"
-"""Streams through the last GPU alone, for a prompt that comes while gpu0 and the CPU decode."""
-
+from hmc.plan import Phase, Plan, Step
+from hmc.plan.memory import (
+    HOME,
+    expert_bytes,
+    packed_bytes,
+    resident_names,
+    stored,
+    stored_expert_bytes,
+)
+from hmc.plan.phases import STREAM
+from hmc.plan.verify import EXTERNAL
+from hmc.ranges import expert_ranges, ranges
 
 _TURNS = 8
 """Loads that a ring is divided into: each is long enough for full bandwidth, and the first one
@@ -29,19 +30,6 @@ def ring_turns(ring: int) -> tuple[int, int]:
     """Experts of one load into a ring of `ring` experts, and the slots that makes."""
     group = max(1, ring // _TURNS)
     return group, max(2, ring // group)
-
-
-def stored(weight: Weight | ExpertWeights) -> int:
-    """Bytes of a tensor in the checkpoint, with scales."""
-    return weight.bytes + weight.scale_bytes
-
-
-def stored_expert_bytes(plan: Plan) -> dict[int, int]:
-    """Stored bytes of one routed expert, by layer."""
-    found: dict[int, int] = {}
-    for each in plan.experts:
-        found[each.layer] = found.get(each.layer, 0) + stored(each)
-    return found
 
 
 def dense_sections(phase: Phase) -> dict[tuple[int, str], list[str]]:

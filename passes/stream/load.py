@@ -1,8 +1,8 @@
 """Streams every weight once through the GPUs while they compute: phase `prefill.stream`.
 
 Contract
-    * requires "plan"; establishes "streamed". Without a GPU budget, or with every expert resident,
-      nothing changes
+    * requires "placed"; establishes "streamed". Without a GPU budget, or with every expert
+      resident, nothing changes
     * the whole prompt passes each layer once. Weights are read from the one host copy
     * ordinary tensors (attention, shared experts, routers) are loaded a sub-layer at a time into
       two alternating slots, one ahead; experts in groups into a ring of slots that crosses layers.
@@ -35,15 +35,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch.fx
-
 from hmc.ops.matmul import distinct_experts
-from hmc.passes.context import Context
-from hmc.passes.stream.emit import BESIDE, CHOSEN, STREAM, StreamEmitter
+from hmc.passes.records import Base, Notes
+from hmc.passes.stream.emit import StreamEmitter
 from hmc.passes.stream.memory import StreamMemory
 from hmc.passes.stream.switch import STEP, PrefillTimes
-from hmc.plan import Phase, Switch
-from hmc.plan.phases import PREFILL
+from hmc.plan import Phase, Plan, Switch
+from hmc.plan.phases import BESIDE, CHOSEN, PREFILL, STREAM
 
 _LENGTHS = tuple(1024 * tokens for tokens in (4, 8, 16, 24, 32, 48, 64, 96))
 """Prompts by which rings are compared."""
@@ -55,65 +53,58 @@ WORTHWHILE = 1.03
 
 @dataclass(frozen=True)
 class StreamLoad:
-    """Adds `prefill.stream` to `context.plan`, and its switch-over point."""
+    """Adds `prefill.stream`, with slots for `ring` experts (0: as many as pay), and its switch-over
+    point.
+    """
 
     name: ClassVar[str] = "stream_load"
-    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
+    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
     establishes: ClassVar[frozenset[str]] = frozenset({"streamed"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        plan, budget = context.plan, context.budget
-        assert plan is not None
+    ring: int = 0
+
+    def run(self, plan: Plan, base: Base) -> Plan:
+        budget, notes = base.budget, Notes(self.name)
         hosted = any("host" in placement.tiers for placement in plan.placement)
         if budget is None or not hosted:
-            return
+            return plan
         gpus = tuple(range(len(budget.usable)))
         beside = gpus[-1:]  # streams a prompt while gpu0 decodes
         if len(gpus) > 1 and (plan.machine.rates is None or plan.machine.rates.link is None):
-            context.decide(
-                self.name, STREAM, "one GPU", "the machine declares no link rate between its GPUs"
-            )
+            notes.decide(STREAM, "one GPU", "the machine declares no link rate between its GPUs")
             gpus = gpus[:1]
         memory = StreamMemory.of(plan, budget, gpus)
-        emitter = StreamEmitter(context.bases[PREFILL], plan, memory.streams_dense, gpus)
-        phase = self._fitted(context, memory, emitter)
+        emitter = StreamEmitter(base.plan.phase(PREFILL), plan, memory.streams_dense, gpus)
+        phase = self._fitted(notes, memory, emitter)
         if phase is None:
-            return
+            return notes.on(plan)
         times = PrefillTimes(plan)
-        longer = self._longer_ring(context, memory, emitter, phase, times)
+        longer = self._longer_ring(notes, memory, emitter, phase, times)
         streams = [phase] if longer is None else [longer, phase]
         first = times.crossing(streams[0])
         if first:
-            chosen = self._chosen_alone(context, memory, emitter, streams[0], first, times)
+            chosen = self._chosen_alone(notes, memory, emitter, streams[0], first, times)
             if chosen is not None:
                 streams.insert(0, chosen)
                 first = times.crossing(chosen, _FEW)
-        switches = self._switches(context, times, streams, first)
+        switches = self._switches(notes, times, streams, first)
         added = streams[::-1]
         if beside != (0,):
             alone = StreamMemory.of(plan, budget, beside)
             second = self._fitted(
-                context,
+                notes,
                 alone,
                 replace(emitter, streams_dense=alone.streams_dense, gpus=beside, name=BESIDE),
             )
             added += [] if second is None else [second]
-        context.plan = plan.model_copy(
-            update={
-                "phases": (*plan.phases, *added),
-                "switches": (*plan.switches, *switches),
-                "decisions": tuple(context.decisions),
-            }
-        )
+        return notes.on(plan, phases=(*plan.phases, *added), switches=(*plan.switches, *switches))
 
-    def _fitted(
-        self, context: Context, memory: StreamMemory, emitter: StreamEmitter
-    ) -> Phase | None:
+    def _fitted(self, notes: Notes, memory: StreamMemory, emitter: StreamEmitter) -> Phase | None:
         """The phase with the longest ring with which the longest prompt takes as few calls as with
         the shortest."""
         limits, name = memory.plan.limits, emitter.name
         streamed, wanted = memory.streamed, limits.max_context
-        asked = min(context.options.ring, streamed)
+        asked = min(self.ring, streamed)
         phase = replace(emitter, ring=asked or streamed).emit()
         calls = -(-wanted // max(1, memory.tokens(phase, 2)))
         ring = phase.ring
@@ -123,8 +114,7 @@ class StreamLoad:
         if ring != phase.ring:
             phase = replace(emitter, ring=ring).emit()
         if tokens < limits.max_chunk:
-            context.decide(
-                self.name,
+            notes.decide(
                 name,
                 "not emitted",
                 f"a ring of {ring} experts leaves room for a prompt of {tokens} tokens;"
@@ -132,8 +122,7 @@ class StreamLoad:
             )
             return None
         tokens = min(tokens, max(wanted, limits.max_chunk))
-        context.decide(
-            self.name,
+        notes.decide(
             f"ring of {name}",
             memory.ring_text(ring),
             f"prompts up to {tokens} tokens fit beside it ({wanted} wanted);"
@@ -143,7 +132,7 @@ class StreamLoad:
 
     def _longer_ring(
         self,
-        context: Context,
+        notes: Notes,
         memory: StreamMemory,
         emitter: StreamEmitter,
         base: Phase,
@@ -153,7 +142,7 @@ class StreamLoad:
         with a short one loads wait for attention, whose layer they cannot be ahead of."""
         rings = []
         ring = base.ring
-        while ring < memory.streamed and not context.options.ring:
+        while ring < memory.streamed and not self.ring:
             ring = min(memory.streamed, 2 * ring)
             most = min(memory.tokens(base, ring), base.max_tokens)
             rings.append((ring, most // 1024 * 1024 or most))
@@ -173,8 +162,7 @@ class StreamLoad:
                     for tokens in lengths
                 )
         if found is not None:
-            context.decide(
-                self.name,
+            notes.decide(
                 f"ring of {found.name}",
                 memory.ring_text(found.ring),
                 saved,
@@ -183,7 +171,7 @@ class StreamLoad:
 
     def _chosen_alone(
         self,
-        context: Context,
+        notes: Notes,
         memory: StreamMemory,
         emitter: StreamEmitter,
         every: Phase,
@@ -208,7 +196,7 @@ class StreamLoad:
                 f"prompts of {last} tokens, the shortest worth streaming, choose {share[last]:.1%}"
                 " of a layer's experts; shorter ones are computed sooner on the host"
             )
-            context.decide(self.name, subject, choice, reason)
+            notes.decide(subject, choice, reason)
             return None
         phase = replace(emitter, ring=every.ring, name=CHOSEN, chosen=True).emit()
         phase = phase.model_copy(update={"max_tokens": every.max_tokens})
@@ -223,26 +211,25 @@ class StreamLoad:
         best = max(gains, key=lambda tokens: gains[tokens], default=0)
         if not best or gains[best] < WORTHWHILE:
             reason = f"{PREFILL} below {last} tokens and loading all from there on is as fast"
-            context.decide(self.name, subject, choice, reason)
+            notes.decide(subject, choice, reason)
             return None
         reason = (
             f"{best} tokens choose {share[best]:.1%} of a layer's experts and take"
             f" {times.streamed(phase, best):.2f} s; {PREFILL} takes {times.host(best):.2f} s, with"
             f" all experts loaded it is {times.streamed(every, best):.2f} s"
         )
-        context.decide(self.name, subject, f"from {first} to {end} tokens", reason)
+        notes.decide(subject, f"from {first} to {end} tokens", reason)
         return phase.model_copy(update={"max_tokens": end})
 
     def _switches(
-        self, context: Context, times: PrefillTimes, streams: list[Phase], first: int
+        self, notes: Notes, times: PrefillTimes, streams: list[Phase], first: int
     ) -> tuple[Switch, ...]:
         """From how many tokens on each phase is used: streamed ones, which take ever longer
         prompts, from `first` on; none where the host is always faster (0)."""
         phase = streams[0]
         if not first:
             most = phase.max_tokens // STEP * STEP
-            context.decide(
-                self.name,
+            notes.decide(
                 "switch-over",
                 f"{PREFILL} for every prompt",
                 f"at {most} tokens streaming takes {times.streamed(phase, most):.2f} s, the host"
@@ -250,8 +237,7 @@ class StreamLoad:
             )
             return ()
         twice = min(2 * first, phase.max_tokens)
-        context.decide(
-            self.name,
+        notes.decide(
             "switch-over",
             f"{phase.name} from {first} prompt tokens on",
             f"streaming takes {times.streamed(phase, first):.2f} s there and {PREFILL}"

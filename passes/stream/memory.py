@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmc.passes.context import Budget
+from hmc.passes.records import Budget
 from hmc.passes.stream.emit import ring_turns, streamed_experts
 from hmc.plan import Phase, Plan
 from hmc.plan.memory import DeviceMemory, expert_bytes, slot_offsets

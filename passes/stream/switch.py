@@ -98,7 +98,7 @@ class PrefillTimes:
         return first + high * step
 
     def _call(self, phase: Phase, call: Call) -> float:
-        return result_seconds(phase, self._timer(phase).run(call))
+        return self._timer(phase).seconds(call)
 
     def _timer(self, phase: Phase) -> PhaseTimer:
         if id(phase) not in self._timers:

@@ -22,7 +22,7 @@ from hmc.plan.memory import (
     resident_names,
     result_bytes,
 )
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges
 from hmc.runtime.binding.weights import Packed, Piece
 from hmc.runtime.devices.lending import Lent
 from hmc.runtime.memory.kv import KVCache

@@ -44,11 +44,6 @@ class LayerTraffic:
         """Sent so that every expert's tokens are computed."""
         return self.gathered + self.exchanged
 
-    @property
-    def dispatch_combine(self) -> int:
-        """What dispatch/combine would have sent for the same."""
-        return self.dispatched + self.combined
-
 
 def table(counts: Sequence[Counts]) -> tuple[LayerTraffic, ...]:
     """One row for each rank and layer; `counts` by rank."""

@@ -21,7 +21,7 @@ from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 from hmc.plan import Operand, Step
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges
 from hmc.runtime.host.lowering import Call, Lowering, OpFunction
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hmc.ops import OPS
 from hmc.plan import Step
-from hmc.plan.verify import expert_ranges
+from hmc.ranges import expert_ranges
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.device_ops.shares import Call, Share
 from hmc.runtime.device_ops.traffic import Counts

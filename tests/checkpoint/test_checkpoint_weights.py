@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoint_files import FP8_CONFIG, int4_config, write_config, write_shard
 
-from hmc.checkpoint import Checkpoint, WeightRequest
+from hmc.checkpoint import Checkpoint
 from hmc.errors import TensorError
 
 W = "model.layers.0.mlp.up_proj.weight"
@@ -191,11 +191,9 @@ def test_fp8_of_compressed_tensors(tmp_path: Path) -> None:
 
 def test_many_missing_weights_are_one_error(tmp_path: Path) -> None:
     checkpoint = opened(tmp_path, {W: ("BF16", SHAPE)})
-    requests = [WeightRequest(W, SHAPE, True)]
-    assert [source.name for source in checkpoint.resolve_all(requests)] == [W]
-    requests += [WeightRequest(f"m{number}", (1,), False) for number in range(7)]
+    checkpoint.require_present([W])
     with pytest.raises(TensorError, match=r"7 tensors are missing: m0, m1, m2, m3 and 3 more$"):
-        checkpoint.resolve_all(requests)
+        checkpoint.require_present([W, *(f"m{number}" for number in range(7))])
     with pytest.raises(TensorError, match=r"2 tensors are missing: e0.w, e1.w$"):
         checkpoint.resolve_experts("e{e}.w", 2, SHAPE)
     with pytest.raises(TensorError, match=r"1 tensor is missing: x$"):

@@ -75,7 +75,7 @@ def test_compile_says_what_it_made(model: Path, tmp_path: Path, run: Run) -> Non
 def test_show(plan: Path, run: Run) -> None:
     code, out, _ = run("show", plan)
     assert code == 0
-    for part in ("Memory", "Experts", "Phases", "Kernels", "Decisions", "KV cache", "fp8_lowering"):
+    for part in ("Memory", "Experts", "Phases", "Kernels", "Decisions", "KV cache", "lower"):
         assert part in out
     code, out, _ = run("show", plan, "--json")
     assert json.loads(out)["model"]["family"] == "qwen3_moe"

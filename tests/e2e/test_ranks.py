@@ -61,7 +61,7 @@ def assert_counted(found: Bench, gpus: int) -> None:
     rows = [row for row in found.group.traffic() if row.gathered]
     assert {row.rank for row in rows} == set(range(gpus))
     assert sum(row.dispatched for row in rows) == sum(row.combined for row in rows)
-    ratio = sum(row.experts for row in rows) / sum(row.dispatch_combine for row in rows)
+    ratio = sum(row.experts for row in rows) / sum(row.dispatched + row.combined for row in rows)
     top_k = found.plan.model.top_k
     assert abs(ratio / (gpus / top_k) - 1) < 0.2, ratio
     if top_k == 8:

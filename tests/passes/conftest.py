@@ -1,10 +1,9 @@
-"""A small traced model of every family, and contexts to run passes in."""
+"""A small traced model of every family, and targets to run passes for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.fx
@@ -12,8 +11,8 @@ import torch.fx
 from hmc import models
 from hmc.checkpoint import Checkpoint
 from hmc.machine import Machine, NumaNode
-from hmc.passes import Context, Options
 from hmc.passes.graph.trace import trace
+from hmc.passes.records import Target
 from hmc.plan import ModelInfo
 
 MACHINE = Machine(
@@ -33,22 +32,19 @@ MACHINE = Machine(
 @pytest.fixture
 def lowering(
     checkpoint: Callable[..., Path],
-) -> Callable[..., tuple[torch.fx.GraphModule, Context]]:
-    """`lowering(family, quant)`: a fresh traced graph and a context for it."""
+) -> Callable[..., tuple[torch.fx.GraphModule, Target]]:
+    """`lowering(family, quant)`: a fresh traced graph and a target for it."""
 
-    def make(
-        family: str, quant: str = "fp8", **options: Any
-    ) -> tuple[torch.fx.GraphModule, Context]:
+    def make(family: str, quant: str = "fp8") -> tuple[torch.fx.GraphModule, Target]:
         found = Checkpoint.open(checkpoint(family, quant))
         model = models.load(found.config)
         info = model.info
-        context = Context(
+        target = Target(
             checkpoint=found,
             info=ModelInfo(architecture="test", **vars(info)),
             machine=MACHINE,
             isa="avx512_bf16",
-            options=Options(**options),
         )
-        return trace(model.module), context
+        return trace(model.module), target
 
     return make

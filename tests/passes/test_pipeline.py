@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,36 +14,42 @@ import hmc
 from hmc.errors import KernelError, PassFailedError, UnsupportedError, VerifyError
 from hmc.graph import NodeMeta, meta
 from hmc.graph.printer import graph_text
-from hmc.passes import PIPELINE, Context, run_pipeline
-from hmc.passes.context import ranges
+from hmc.passes import GRAPH, PLAN
+from hmc.passes.emit.emit import emit
 from hmc.passes.graph.canonicalise import Canonicalise
 from hmc.passes.graph.fuse import Fuse
-from hmc.passes.graph.lower import Fp8Lowering
+from hmc.passes.graph.lower import Lower
+from hmc.passes.manager import configured, run_graph, run_plan
+from hmc.passes.place.budget import capacity
+from hmc.passes.place.needs import needs_of
+from hmc.passes.records import Base, Target
+from hmc.plan import Decision, Goals, Plan
+from hmc.plan.options import Options
 
 FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
-Lowering = Callable[..., tuple[torch.fx.GraphModule, Context]]
+Lowering = Callable[..., tuple[torch.fx.GraphModule, Target]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lowered_graph_is_the_golden_one(
     family: str, lowering: Lowering, golden: Callable[[str, str], None]
 ) -> None:
-    graph, context = lowering(family)
-    run_pipeline(PIPELINE, graph, context)
+    graph, target = lowering(family)
+    run_graph(GRAPH, graph, target)
     golden(f"passes/{family}.txt", graph_text(graph.graph))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewrites_keep_the_values(family: str, lowering: Lowering) -> None:
-    graph, context = lowering(family)
+    graph, target = lowering(family)
     graph.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for parameter in graph.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
-    ids = torch.randint(0, context.info.vocab, (9,), generator=generator)
+    ids = torch.randint(0, target.info.vocab, (9,), generator=generator)
     positions = torch.arange(9)
     before = graph(ids, positions)
-    run_pipeline((Canonicalise(), Fuse()), graph, context)
+    run_graph((Canonicalise(), Fuse()), graph, target)
     after = graph(ids, positions)
     kinds = {meta(node).kind for node in graph.graph.nodes}
     assert "add_norm" in kinds
@@ -52,39 +58,65 @@ def test_rewrites_keep_the_values(family: str, lowering: Lowering) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_and_weight_is_decided_with_a_reason(family: str, lowering: Lowering) -> None:
-    graph, context = lowering(family)
-    run_pipeline(PIPELINE, graph, context)
+    base = _base(lowering, family)
+    plan = run_plan(PLAN, base)
+    used = {key for phase in plan.phases for step in phase.steps for key in step.kernels}
+    assert used == plan.kernels.keys()
+    assert all(decision.reason for decision in plan.decisions)
+    by = {decision.by for decision in plan.decisions}
+    assert by >= {"fuse", "lower", "budget", "expert_placement"}
+
+
+def _base(lowering: Lowering, family: str) -> Base:
+    """A family's plan as emitted."""
+    graph, target = lowering(family)
+    lowered, options = run_graph(GRAPH, graph, target), Options()
     for node in graph.graph.nodes:
         about = meta(node)
         if about.kind not in ("input", "output", "item"):
             assert {phase for phase, _ in about.kernels} == {"decode", "prefill.host"}
-            assert about.device == "host"
-    assert all(decision.reason for decision in context.decisions)
-    by = {decision.by for decision in context.decisions}
-    assert by >= {"fuse", "fp8_lowering", "expert_placement", "memory_ledger"}
+    needs = needs_of(lowered)
+    room = capacity(needs, target, options)
+    return Base(emit(lowered, room, options, Goals()), needs, room.budget)
+
+
+def test_needs_are_what_the_ledger_prints(lowering: Lowering) -> None:
+    base = _base(lowering, "deepseek_v3")
+    ledger = {item.kind: item.bytes for item in run_plan(PLAN, base).ledger}
+    assert base.needs.kinds.items() <= ledger.items()
+    assert ledger["routed experts"] == base.needs.experts
+    assert base.needs.dense + base.needs.table == sum(base.needs.kinds.values())
+
+
+def test_passes_take_the_options_that_their_fields_name() -> None:
+    placed, _, streamed, _ = configured(PLAN, Options(ring=4, vram=7))
+    assert (placed, streamed) == (PLAN[0], type(PLAN[2])(ring=4))  # type: ignore[call-arg]
 
 
 def test_a_mixed_pair_is_not_fused(lowering: Lowering, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph, context = lowering("deepseek_v3")
-    plain = Context.source
+    graph, target = lowering("deepseek_v3")
+    plain = Target.source
 
-    def source(self: Context, weight: Any) -> Any:
+    def source(self: Target, weight: Any) -> Any:
         found = plain(self, weight)
         if "shared_experts.up_proj" in weight.name:
             return [replace(found[0], format="bf16")]
         return found
 
-    monkeypatch.setattr(Context, "source", source)
-    run_pipeline((Canonicalise(), Fuse()), graph, context)
-    kept = [d for d in context.decisions if d.choice == "not fused"]
+    monkeypatch.setattr(Target, "source", source)
+    lowered = run_graph((Canonicalise(), Fuse()), graph, target)
+    kept = [d for d in lowered.decisions if d.choice == "not fused"]
     assert len(kept) == 2
     assert all("fp8 and bf16" in decision.reason for decision in kept)
 
 
-def test_a_kernel_that_cannot_be_built_ends_compiling(lowering: Lowering) -> None:
-    graph, context = lowering("qwen3_moe", kv_block=7)
+def test_a_kernel_that_cannot_be_built_ends_compiling(
+    lowering: Lowering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph, target = lowering("qwen3_moe")
+    monkeypatch.setattr("hmc.passes.graph.lower.BLOCK", 7)
     with pytest.raises(KernelError, match="kernel attention needs block even, not 7"):
-        run_pipeline((Canonicalise(), Fuse(), Fp8Lowering()), graph, context)
+        run_graph((Canonicalise(), Fuse(), Lower()), graph, target)
 
 
 @dataclass(frozen=True)
@@ -93,16 +125,18 @@ class _DropsMeta:
     requires: ClassVar[frozenset[str]] = frozenset({"traced"})
     establishes: ClassVar[frozenset[str]] = frozenset()
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         del next(iter(graph.graph.nodes)).meta["hmc"]
+        return ()
 
 
 @dataclass(frozen=True)
 class _UnknownKind(_DropsMeta):
     name: ClassVar[str] = "unknown_kind"
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         next(iter(graph.graph.nodes)).meta["hmc"] = NodeMeta("mystery", -1, 1, "f32")
+        return ()
 
 
 @pytest.mark.parametrize(
@@ -115,36 +149,59 @@ class _UnknownKind(_DropsMeta):
 def test_the_manager_names_the_pass_that_broke_the_graph(
     broken: Any, message: str, lowering: Lowering
 ) -> None:
-    graph, context = lowering("mixtral")
+    graph, target = lowering("mixtral")
     with pytest.raises(VerifyError, match=message):
-        run_pipeline((broken,), graph, context)
+        run_graph((broken,), graph, target)
+
+
+@dataclass(frozen=True)
+class _LosesAStep:
+    name: ClassVar[str] = "loses_a_step"
+    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
+    establishes: ClassVar[frozenset[str]] = frozenset()
+
+    def run(self, plan: Plan, base: Base) -> Plan:
+        first, *rest = plan.phases
+        return plan.model_copy(
+            update={"phases": (first.model_copy(update={"steps": first.steps[1:]}), *rest)}
+        )
+
+
+def test_the_manager_names_the_pass_that_broke_the_plan(lowering: Lowering) -> None:
+    with pytest.raises(VerifyError, match=r"after pass loses_a_step: phase prefill\.host, step"):
+        run_plan((_LosesAStep(),), _base(lowering, "mixtral"))
 
 
 def test_a_pass_before_its_requirement_is_refused(lowering: Lowering) -> None:
-    graph, context = lowering("mixtral")
+    graph, target = lowering("mixtral")
     with pytest.raises(PassFailedError, match="fuse requires canonical"):
-        run_pipeline((Fuse(),), graph, context)
+        run_graph((Fuse(),), graph, target)
+    with pytest.raises(PassFailedError, match="memory requires dual, placed, streamed"):
+        run_plan(PLAN[3:], _base(lowering, "mixtral"))
 
 
 def test_rotary_input_with_another_reader_is_refused(lowering: Lowering) -> None:
-    graph, context = lowering("mixtral")
-    run_pipeline(PIPELINE[:5], graph, context)
+    graph, target = lowering("mixtral")
+    lowered = run_graph(GRAPH, graph, target)
+    room = capacity(needs_of(lowered), target, Options())
     rotary = next(n for n in graph.graph.nodes if meta(n).kind == "rotary")
     attention = next(n for n in graph.graph.nodes if meta(n).kind == "attention")
     attention.replace_input_with(attention.args[2], rotary.args[0])
     with pytest.raises(PassFailedError, match="works in place"):
-        PIPELINE[5].run(graph, context)
+        emit(lowered, room, Options(), Goals())
 
 
 def test_dumps_and_debug_text(
-    lowering: Lowering, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    checkpoint: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
+    model = checkpoint("mixtral", "fp8")
     monkeypatch.setenv("HMC_DUMP", str(tmp_path))
     monkeypatch.setenv("HMC_DEBUG", "2")
-    graph, context = lowering("mixtral")
-    run_pipeline(PIPELINE, graph, context)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names[:3] == ["00-trace.txt", "01-canonicalise.txt", "02-fuse.txt"]
+    hmc.compile(model, max_context=64)
+    graph = ["00-trace", "01-canonicalise", "02-fuse", "03-lower"]
+    plan = ["04-emit", "05-expert_placement", "06-dual_batch", "07-stream_load", "08-memory"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == graph + plan
+    assert "host KV cache: " in (tmp_path / "08-memory.txt").read_text()
     text = capsys.readouterr().err
     assert "fuse:" in text
     assert "add_norm" in text
@@ -154,10 +211,3 @@ def test_unknown_family_names_the_known_ones(tmp_path: Any) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
     with pytest.raises(UnsupportedError, match=r"nonesuch.*deepseek_v3, kimi_k2, mixtral"):
         hmc.compile(tmp_path, dummy_weights=True)
-
-
-@pytest.mark.parametrize(
-    ("numbers", "text"), [([], ""), ([3], "3"), ([0, 1, 2, 5], "0-2,5"), ([2, 1, 0], "0-2")]
-)
-def test_ranges(numbers: list[int], text: str) -> None:
-    assert ranges(numbers) == text

@@ -5,24 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.fx
 from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for, with_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hmc.checkpoint import Checkpoint
+from hmc.compiler import begin
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
-from hmc.passes import PIPELINE, Context, run_pipeline
-from hmc.passes.context import Budget, stored_bytes
-from hmc.passes.place import expert_placement
+from hmc.passes.place.expert_placement import ExpertPlacement
 from hmc.passes.place.solver import Item, solve
-from hmc.passes.routing_profile import RoutingCounts, RoutingProfile
+from hmc.passes.records import Budget
 from hmc.plan import Plan, load_plan, save_plan
-from hmc.plan.verify import expert_ranges
+from hmc.plan.memory import stored_expert_bytes
+from hmc.plan.options import Options
+from hmc.plan.routing_profile import RoutingCounts, RoutingProfile
+from hmc.ranges import expert_ranges
 
 EXPERT = 3 * (7168 * 2048 + 4 * 56 * 16)
 """Bytes of a DeepSeek-V3 expert: three FP8 matrices with a float a block of 128 x 128."""
@@ -204,28 +207,19 @@ def _counts(hot: range, layers: range) -> RoutingCounts:
 def test_pins_are_made_where_the_held_out_part_agrees(
     held_out: range,
     choice: str,
-    lowering: Callable[..., tuple[torch.fx.GraphModule, Context]],
-    monkeypatch: pytest.MonkeyPatch,
+    checkpoint: Callable[..., Path],
 ) -> None:
-    graph, context = lowering("deepseek_v3")
-    layers = [n.meta["hmc"].layer for n in graph.graph.nodes if n.meta["hmc"].kind == "experts"]
+    base = begin(Checkpoint.open(checkpoint("deepseek_v3", "fp8")), named(ONE), Options())
+    layers = [each.layer for each in base.plan.placement]
     span = range(min(layers), max(layers) + 1)
-    size = context.info.experts
-    assert size == 16
-    context.options = type(context.options)(
-        profile=RoutingProfile(learn=_counts(range(4), span), held_out=_counts(held_out, span))
-    )
-    run_pipeline(PIPELINE[:3], graph, context)
-    routed = [n.meta["hmc"] for n in graph.graph.nodes if n.meta["hmc"].kind == "experts"]
-    expert = sum(stored_bytes(context.source(weight)[0]) for weight in routed[0].weights)
-    room = 4 * len(routed) * expert  # for four experts of each layer
+    assert base.plan.model.experts == 16
+    profile = RoutingProfile(learn=_counts(range(4), span), held_out=_counts(held_out, span))
+    room = 4 * sum(stored_expert_bytes(base.plan).values())  # for four experts of each layer
     budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024, 1024)
-    monkeypatch.setattr(expert_placement, "divide", lambda graph, context: budget)
-    context.machine = named(ONE)
-    PIPELINE[3].run(graph, context)
-    hot = {p.tiers["gpu0"] for p in context.placement if "gpu0" in p.tiers}
+    plan = ExpertPlacement(profile).run(base.plan, replace(base, budget=budget))
+    hot = {p.tiers["gpu0"] for p in plan.placement if "gpu0" in p.tiers}
     assert (hot == {"0-3"}) is (choice == "pinned")
-    (decision,) = [d for d in context.decisions if "routing profile" in d.subject]
+    (decision,) = [d for d in plan.decisions if "routing profile" in d.subject]
     assert decision.choice.startswith(choice)
     assert "held-out" in decision.reason and "learned" in decision.reason
 

@@ -23,10 +23,11 @@ from hybrid_plans import (
 from hmc.compiler import compile as compile_plan
 from hmc.errors import VerifyError
 from hmc.plan import Phase, Plan, Step
-from hmc.plan.verify import expert_ranges, verify_plan
+from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, Cost, CostModel
 from hmc.predict.run import run_prefill
 from hmc.predict.timeline import result_seconds, run, schedule
+from hmc.ranges import expert_ranges
 
 STREAM = "prefill.stream"
 

@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import torch.fx
 from checkpoints import prompt
 from split_plans import CHOSEN, split_plan
 
@@ -21,12 +21,10 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.compiler import compile as compile_plan
 from hmc.errors import ExecutionError
-from hmc.graph import meta
 from hmc.machine import Machine
 from hmc.machine.detect import load_machine
-from hmc.passes import Context
-from hmc.passes.context import Budget, stored_bytes
 from hmc.passes.place.budget import divide
+from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops import exchange
@@ -139,22 +137,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Plan]:
     def compile_split(
         directory: Path, gpus: int = 1, beside: int = 1 << 30, held: float = 0.7, context: int = 256
     ) -> Plan:
-        def budget(graph: torch.fx.GraphModule, about: Context) -> Budget:
-            found = divide(graph, about)
+        def budget(needs: Needs, *about: Any) -> Budget:
+            found = divide(needs, *about)
             assert found is not None
-            size = sum(
-                stored_bytes(about.source(weight)[0]) * weight.experts
-                for node in graph.graph.nodes
-                for weight in meta(node).weights
-                if weight.experts
-            )
-            room = int(held * size / gpus)
+            room = int(held * needs.experts / gpus)
             usable = [room + found.workspace + beside] * gpus
             usable[0] += found.dense + found.cache
             return replace(found, usable=tuple(usable), experts=(room,) * gpus)
 
         with monkeypatch.context() as patched:
-            patched.setattr("hmc.passes.place.expert_placement.divide", budget)
+            patched.setattr("hmc.passes.place.budget.divide", budget)
             patched.setattr("hmc.passes.emit.dual_batch.WORTHWHILE", 0.0)
             return compile_plan(
                 directory, machine=machine(gpus), max_context=context, max_chunk=64, threads=2

@@ -84,7 +84,7 @@ def test_bytes_are_exact_and_a_lost_rank_can_be_started_again(
             assert row.exchanged == 2 * 192 * shares[other]
             assert row.dispatched == 2 * 192 * shares[row.rank] * held[other]
             assert row.combined == 2 * 192 * shares[other] * held[row.rank]
-            assert 2 * row.experts <= row.dispatch_combine
+            assert 2 * row.experts <= row.dispatched + row.combined
             assert row.past == 0
 
         os.kill(found.group.pids[1], signal.SIGKILL)

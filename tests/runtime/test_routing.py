@@ -15,8 +15,8 @@ from test_bench import _CONFIG
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
 from hmc.errors import UsageError
-from hmc.passes.routing_profile import load_profile
 from hmc.plan import load_plan, save_plan
+from hmc.plan.routing_profile import load_profile
 from hmc.runtime.engine import Engine
 from hmc.runtime.routing import RoutingRecorder
 
@@ -106,7 +106,8 @@ def test_the_command_writes_what_compile_reads(
     _, err = capsys.readouterr()
     assert not stopped.value.code, err
     assert "predict" not in err  # counting slows down: there is nothing to compare
-    profile = load_profile(target, dict.fromkeys(range(LAYERS), EXPERTS))
+    profile = load_profile(target)
+    profile.check(dict.fromkeys(range(LAYERS), EXPERTS))
     assert (profile.learn.tokens, profile.held_out.tokens) == (19 + 3, 2)
     for part in (profile.learn, profile.held_out):
         assert sorted(part.counts) == list(range(LAYERS))

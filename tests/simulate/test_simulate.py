@@ -14,10 +14,11 @@ from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for
 from hmc.bench.paper import MODELS, rows
 from hmc.cli import cli
 from hmc.errors import ContextLengthError, HmcError, UsageError
-from hmc.plan import Goals, Phase, Step, save_plan
+from hmc.plan import Goals, Phase, Step, Switch, save_plan
+from hmc.plan.phases import PREFILL, STREAM, chunk_tokens, decode_phase, prefill_phase
 from hmc.predict import parse_goals, simulate
 from hmc.predict.cost import Call, Cost, CostModel
-from hmc.predict.run import chosen, critical_path, dag, run_decode, run_prefill
+from hmc.predict.run import critical_path, dag, run_decode, run_prefill
 from hmc.predict.timeline import host_prefill, result_seconds, run, schedule
 
 
@@ -78,7 +79,7 @@ def test_chunks_are_those_of_the_runtime() -> None:
     assert [
         (c.tokens, c.context)
         for c in host_prefill(phase, 1025, CostModel(plan_for("deepseek-v3", "laptop")))
-    ] == [(341, 0), (342, 341), (342, 683)]
+    ] == [(342, 0), (342, 342), (341, 684)]
 
 
 def test_decode_on_a_cpu_is_bytes_over_bandwidth() -> None:
@@ -104,10 +105,25 @@ def test_more_context_and_more_sequences_take_longer() -> None:
 def test_phases_are_chosen_by_the_plans_switches() -> None:
     plan = plan_for("deepseek-v3", ONE, 10, vram=18)
     point = next(s.tokens for s in plan.switches if s.phase == "prefill.stream")
-    assert chosen(plan, "prefill", point - 1) == "prefill.host"
-    assert chosen(plan, "prefill", point) == "prefill.stream"
+    assert prefill_phase(plan, point - 1) == "prefill.host"
+    assert prefill_phase(plan, point) == "prefill.stream"
     assert simulate(plan, prompt=point).prefill.phase == "prefill.stream"
-    assert chosen(plan, "decode", 1) == "decode"
+    assert decode_phase(plan, 1) == "decode"
+
+
+def test_predictions_take_the_phase_and_the_calls_that_the_runtime_takes() -> None:
+    plan = plan_for("deepseek-v3", TWO, 16, vram=18)
+    assert plan.phase(STREAM).ranks == 2
+    eager = plan.model_copy(update={"switches": (Switch(kind="prefill", phase=STREAM, tokens=1),)})
+    for tokens in (3, 4):  # two GPUs share a prompt in four pieces
+        assert simulate(eager, prompt=tokens).prefill.phase == prefill_phase(eager, tokens)
+    assert simulate(eager, prompt=3).prefill.phase == PREFILL
+    left, taken = 1300, []
+    while left:
+        taken.append(chunk_tokens(plan, PREFILL, left, 0))
+        left -= taken[-1]
+    calls = host_prefill(plan.phase(PREFILL), 1300, CostModel(plan))
+    assert [call.tokens for call in calls] == taken
 
 
 @pytest.mark.parametrize(

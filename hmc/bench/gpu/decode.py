@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from hmc.bench.gpu.plans import DECODE, DUAL, HOST, only, resident
+from hmc.bench.gpu.plans import only, resident
 from hmc.bench.gpu.rows import Clock, Row
 from hmc.bench.gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
+from hmc.plan.phases import DECODE, DUAL, PREFILL
 from hmc.predict.cost import CostModel
 from hmc.predict.run import run_decode
 from hmc.runtime.executor import Executor
@@ -74,7 +75,7 @@ def decode(bench: Bench, name: str, clock: Clock) -> Iterator[Row]:
     plan = bench.model(name, 2 * bench.sizes.chunk).divided(DECODE, DUAL)
     model = CostModel(plan, bench.machine)
     held = f"{resident(plan):.0%} of the experts resident"
-    with bench.running(name, only(plan, HOST, DECODE, DUAL)) as executor:
+    with bench.running(name, only(plan, PREFILL, DECODE, DUAL)) as executor:
         for batch in _BATCHES:
             single = 0.0
             for phase in (DECODE, DUAL) if batch > 1 else (DECODE,):
@@ -108,7 +109,7 @@ def _opened(executor: Executor, batch: int) -> list[CacheSequence]:
     sequences = [executor.open() for _ in range(batch)]
     for seed, sequence in enumerate(sequences):
         ids = token_ids(executor.plan.limits.max_chunk, executor.plan.model.vocab, seed)
-        for _ in executor.prefill(sequence, ids, phase=HOST):
+        for _ in executor.prefill(sequence, ids, phase=PREFILL):
             pass
     return sequences
 

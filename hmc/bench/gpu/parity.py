@@ -16,11 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.gpu.models import write_checkpoint
-from hmc.bench.gpu.plans import DECODE, DUAL, HOST, STREAM, Model
+from hmc.bench.gpu.plans import Model
 from hmc.bench.gpu.rows import Clock, Row
 from hmc.bench.gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan import Plan
+from hmc.plan.phases import DECODE, DUAL, PREFILL, STREAM
 from hmc.runtime.executor import Executor
 from hmc.runtime.phases.choice import Devices
 
@@ -38,9 +39,9 @@ def parity(bench: Bench, clock: Clock) -> Iterator[Row]:
         clock.check(case)
         directory = write_checkpoint(bench.folder, name, quant, seed)
         model = Model(directory, bench.machine, _CONTEXT, _CHUNK, dummy=False)
-        expected = _logits(model.host(), directory, {HOST: HOST, DECODE: DECODE}, "auto")
+        expected = _logits(model.host(), directory, {PREFILL: PREFILL, DECODE: DECODE}, "auto")
         plan = model.divided(STREAM, DUAL, DECODE)
-        phases = {STREAM: HOST, DECODE: DECODE, DUAL: DECODE}
+        phases = {STREAM: PREFILL, DECODE: DECODE, DUAL: DECODE}
         found = _logits(plan, directory, phases, bench.devices)
         for phase, same in phases.items():
             yield _compared(case, phase, found[phase], expected[same])
@@ -72,7 +73,7 @@ def _decoded(executor: Executor, phase: str) -> Floats:
     vocab = executor.plan.model.vocab
     sequences = [executor.open() for _ in range(_BATCH)]
     for seed, sequence in enumerate(sequences):
-        for _ in executor.prefill(sequence, token_ids(_PROMPT - seed, vocab, seed), phase=HOST):
+        for _ in executor.prefill(sequence, token_ids(_PROMPT - seed, vocab, seed), phase=PREFILL):
             pass
     given = token_ids(_STEPS * _BATCH, vocab, _BATCH).reshape(_STEPS, _BATCH)
     logits = [executor.decode(sequences, tokens, phase).copy() for tokens in given]

@@ -17,10 +17,10 @@ from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError
 from hmc.machine import Machine, Rate
 from hmc.plan import Phase, Plan
-from hmc.plan.verify import expert_ranges
+from hmc.plan.phases import STREAM
+from hmc.ranges import expert_ranges
 from hmc.runtime.phases.choice import on_devices
 
-STREAM, DUAL, DECODE, HOST = "prefill.stream", "decode.dual", "decode", "prefill.host"
 _STEPS = 8
 """Grants are found to the experts' bytes over this."""
 _EAGER = "only to emit what is to be measured"

@@ -14,11 +14,12 @@ from statistics import median
 
 import torch
 
-from hmc.bench.gpu.plans import STREAM, only, resident
+from hmc.bench.gpu.plans import only, resident
 from hmc.bench.gpu.rows import Clock, Row, Verdict
 from hmc.bench.gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan import Plan
+from hmc.plan.phases import STREAM
 from hmc.predict.cost import CostModel
 from hmc.predict.run import run_prefill
 from hmc.runtime.devices.pinned import pinned

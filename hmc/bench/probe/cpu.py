@@ -29,6 +29,7 @@ from hmc.machine.topology import Node
 from hmc.ops import OPS
 from hmc.ops.attention import attended, gqa_flops
 from hmc.plan import Plan
+from hmc.plan.phases import PREFILL
 from hmc.runtime.executor import Executor
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import ProgramBuilder
@@ -234,7 +235,7 @@ def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
                 next(parts)
             with executor.recorded() as recorder:
                 next(parts)
-            prefill.append(_attention_seconds(plan, "prefill.host", recorder))
+            prefill.append(_attention_seconds(plan, PREFILL, recorder))
             with executor.recorded() as recorder:
                 executor.decode([sequence], ids[:1])
             decode.append(_attention_seconds(plan, "decode", recorder))

@@ -1,10 +1,12 @@
-"""Accounts for what running the phases takes: activations on the host, and on each GPU what weights
-and cache leave uncounted.
+"""Accounts for the memory of every device: weights and cache by kind, and what running the phases
+takes beside them.
 
 Contract
-    * requires "plan" and every phase in it; establishes "accounted"
-    * the plan's ledger is complete afterwards: for every GPU its sum is what the runtime allocates
-      when all phases are ready, and what operations may take beside that (hmc/plan/memory.py)
+    * requires "placed", "dual" and "streamed"; establishes "accounted": no phase is added later
+    * with a GPU budget, the dense part and the cache are on gpu0, the embedding table on the host,
+      experts where placement has them
+    * for every GPU the sum is what the runtime allocates when all phases are ready, and what
+      operations may take beside that (hmc/plan/memory.py)
 """
 
 from __future__ import annotations
@@ -12,26 +14,50 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.fx
-
-from hmc.passes.context import Context
+from hmc.passes.records import Base, Needs
 from hmc.plan import LedgerItem, Phase, Plan
-from hmc.plan.memory import DeviceMemory, device_of
+from hmc.plan.memory import HOME, DeviceMemory, device_of, stored_expert_bytes
+from hmc.ranges import expert_ranges
 
 
 @dataclass(frozen=True)
-class PhaseMemory:
-    """Completes `context.ledger` and gives it, and every decision, to `context.plan`."""
+class Memory:
+    """Fills `Plan.ledger`."""
 
-    name: ClassVar[str] = "phase_memory"
-    requires: ClassVar[frozenset[str]] = frozenset({"plan", "streamed", "dual"})
+    name: ClassVar[str] = "memory"
+    requires: ClassVar[frozenset[str]] = frozenset({"placed", "dual", "streamed"})
     establishes: ClassVar[frozenset[str]] = frozenset({"accounted"})
 
-    def run(self, graph: torch.fx.GraphModule, context: Context) -> None:
-        plan = context.plan
-        assert plan is not None
-        update = {"ledger": tuple(context.ledger), "decisions": tuple(context.decisions)}
-        context.plan = accounted(plan.model_copy(update=update))
+    def run(self, plan: Plan, base: Base) -> Plan:
+        home = "host" if base.budget is None else HOME
+        weights = [
+            LedgerItem(device=device, kind=kind, bytes=size, detail="weights")
+            for (device, kind), size in sorted(_weights(plan, base.needs, home).items())
+            if size
+        ]
+        capacity, token = plan.kv.capacity_tokens, plan.kv.bytes_per_token
+        cache = LedgerItem(
+            device=home,
+            kind="KV cache",
+            bytes=capacity * token,
+            detail=f"{capacity} tokens x {token} B ({plan.kv.kind})",
+        )
+        return accounted(plan.model_copy(update={"ledger": (*weights, cache)}))
+
+
+def _weights(plan: Plan, needs: Needs, home: str) -> dict[tuple[str, str], int]:
+    """Stored bytes of weights by device and kind."""
+    found = {(home, kind): size for kind, size in needs.kinds.items()}
+    tables = "embedding and output"
+    found[home, tables] -= needs.table
+    found["host", tables] = found.get(("host", tables), 0) + needs.table
+    sizes = stored_expert_bytes(plan)
+    for placement in plan.placement:
+        for tier, text in placement.tiers.items():
+            key = tier, "routed experts"
+            size = sizes[placement.layer] * len(expert_ranges(text))
+            found[key] = found.get(key, 0) + size
+    return found
 
 
 _KINDS = frozenset({"activations", "streaming", "logits", "scratch", "padding"})

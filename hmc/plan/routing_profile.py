@@ -40,27 +40,27 @@ class RoutingProfile(BaseModel):
     learn: RoutingCounts
     held_out: RoutingCounts
 
+    def check(self, experts_by_layer: Mapping[int, int]) -> None:
+        """Raise `UsageError` for a model whose routed layers have other numbers of experts."""
+        for part in (self.learn, self.held_out):
+            for layer, counts in part.counts.items():
+                experts = experts_by_layer.get(layer)
+                if experts != len(counts):
+                    raise UsageError(
+                        f"routing profile: layer {layer} has {len(counts)} counts, the model"
+                        f" {experts or 'no routed'} experts there: it was recorded with another"
+                        " model"
+                    )
 
-def load_profile(path: str | Path, experts_by_layer: Mapping[int, int]) -> RoutingProfile:
-    """Read a recorded profile for a model whose routed layers have these numbers of experts.
 
-    Raises `UsageError` for a file that is none, or that belongs to another model.
-    """
+def load_profile(path: str | Path) -> RoutingProfile:
+    """Read a recorded profile; `UsageError` for a file that is none."""
     source = Path(path)
     try:
-        profile = RoutingProfile.model_validate_json(source.read_text())
+        return RoutingProfile.model_validate_json(source.read_text())
     except OSError as error:
         raise UsageError(f"routing profile {source}: {error.strerror}") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise UsageError(f"routing profile {source}: {where}: {first['msg']}") from error
-    for part in (profile.learn, profile.held_out):
-        for layer, counts in part.counts.items():
-            experts = experts_by_layer.get(layer)
-            if experts != len(counts):
-                raise UsageError(
-                    f"routing profile {source}: layer {layer} has {len(counts)} counts, the model"
-                    f" {experts or 'no routed'} experts there: it was recorded with another model"
-                )
-    return profile

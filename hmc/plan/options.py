@@ -1,0 +1,41 @@
+"""What was asked of a compilation. It stands in the plan, so that whoever plans anew (`hmc tune`)
+asks for the same.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hmc.plan.routing_profile import RoutingProfile
+
+_BATCH = 16
+"""Sequences that a plan decodes at once at least."""
+
+
+class Options(BaseModel):
+    """Numbers are 0 where nothing was asked: the passes decide.
+
+    `max_context` tokens of one sequence, `max_chunk` of a prefill chunk, `threads` native workers.
+    A plan with `dummy_weights` is made from a config alone, cut to `layers`. `vram` bytes of each
+    GPU may be used (0: all); the cache holds `concurrency` sequences; `ring` experts fit into the
+    slots of a streamed prefill. `slo` are goals as the user wrote them, `profile` recorded routing.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    max_context: Annotated[int, Field(ge=0)] = 0
+    max_chunk: Annotated[int, Field(ge=1)] = 512
+    threads: Annotated[int, Field(ge=0)] = 0
+    dummy_weights: bool = False
+    layers: Annotated[int, Field(ge=0)] = 0
+    vram: Annotated[int, Field(ge=0)] = 0
+    concurrency: Annotated[int, Field(ge=1)] = 1
+    ring: Annotated[int, Field(ge=0)] = 0
+    slo: str = ""
+    profile: RoutingProfile | None = None
+
+    @property
+    def max_batch(self) -> int:
+        """Sequences that may decode at once."""
+        return max(_BATCH, self.concurrency)

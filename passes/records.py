@@ -1,0 +1,185 @@
+"""What the stages of a compilation hand each other, each a frozen record that the next takes:
+
+    Target  -> graph passes -> Lowered -> Needs -> Capacity -> emit -> Base -> plan passes -> Plan
+
+and what passes share: their two protocols, how they note decisions, how they rewrite a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch.fx
+
+from hmc.checkpoint import Checkpoint, WeightSource
+from hmc.graph import NodeMeta, WeightSpec
+from hmc.machine import Machine
+from hmc.plan import Decision, KVLayout, Limits, ModelInfo, Plan
+
+BLOCK = 64
+"""Tokens that a block of the paged cache holds."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is compiled, and for what: a model's checkpoint, a machine, its kernel tier."""
+
+    checkpoint: Checkpoint
+    info: ModelInfo
+    machine: Machine
+    isa: str
+    _found: dict[str, list[WeightSource]] = field(default_factory=dict, repr=False, compare=False)
+
+    def source(self, weight: WeightSpec) -> list[WeightSource]:
+        """Where a weight is stored and how: one entry, or one for every expert. Cached by name."""
+        if weight.name not in self._found:
+            if weight.experts:
+                found = self.checkpoint.resolve_experts(weight.name, weight.experts, weight.shape)
+            else:
+                found = [self.checkpoint.resolve(weight.name, weight.shape, linear=weight.linear)]
+            self._found[weight.name] = found
+        return self._found[weight.name]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph whose nodes carry formats and kernels, and what was decided on the way."""
+
+    graph: torch.fx.GraphModule
+    target: Target
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a model takes of memory, wherever its parts will be; in bytes as stored.
+
+    `kinds` are those of all weights but routed experts, by the ledger's words; `table` of them the
+    embedding table; `experts` all routed experts and `layer` the largest layer's. `cache` has no
+    capacity yet; `stream_token` are activations of one token in a streamed prefill, roughly.
+    """
+
+    kinds: Mapping[str, int]
+    table: int
+    experts: int
+    layer: int
+    cache: KVLayout
+    stream_token: int
+
+    @property
+    def dense(self) -> int:
+        """Attention, shared experts, norms and output: what a GPU holds before any expert."""
+        return sum(self.kinds.values()) - self.table
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a hybrid plan divides its GPUs, in bytes: `dense` and `cache` on gpu0 for decode,
+    `workspace` on each, `experts` left for resident experts on each; `usable` of each GPU in all.
+    The cache holds `tokens` tokens of each sequence, and streamed prefill may have `ring` bytes of
+    slots and takes `stream_token` bytes of activations a token, roughly.
+    """
+
+    usable: tuple[int, ...]
+    dense: int
+    cache: int
+    workspace: int
+    ring: int
+    experts: tuple[int, ...]
+    tokens: int
+    stream_token: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a run may ask for, the cache for it, and the GPUs' budget; None: the CPU alone."""
+
+    limits: Limits
+    kv: KVLayout
+    budget: Budget | None
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where plan passes start: the plan as emitted, for the CPU alone, and what it was sized by."""
+
+    plan: Plan
+    needs: Needs
+    budget: Budget | None
+
+
+@dataclass
+class Notes:
+    """The decisions of one pass, in order."""
+
+    by: str
+    made: list[Decision] = field(default_factory=list)
+
+    def decide(self, subject: str, choice: str, reason: str) -> None:
+        """Note a decision with its reason."""
+        self.made.append(Decision(by=self.by, subject=subject, choice=choice, reason=reason))
+
+    def on(self, plan: Plan, **changes: Any) -> Plan:
+        """The plan with changes to its fields, and these decisions added."""
+        decisions = (*plan.decisions, *self.made)
+        return plan.model_copy(update={**changes, "decisions": decisions})
+
+
+class Pass(Protocol):
+    """A frozen dataclass whose fields are its options, named as in `hmc.plan.options.Options`.
+
+    `requires` and `establishes` name properties ("canonical", "fused", "kernels", ...): the manager
+    refuses a pipeline in which a requirement was not established before.
+    """
+
+    name: ClassVar[str]
+    requires: ClassVar[frozenset[str]]
+    establishes: ClassVar[frozenset[str]]
+
+
+class GraphPass(Pass, Protocol):
+    """One rewrite of the traced graph."""
+
+    def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
+        """Rewrite `graph` in place; raise `PassFailedError` on a graph it cannot handle."""
+        ...
+
+
+class PlanPass(Pass, Protocol):
+    """One rewrite of the plan, which keeps the rules (hmc/plan/verify.py) after every pass."""
+
+    def run(self, plan: Plan, base: Base) -> Plan:
+        """The plan changed; `plan` itself where there is nothing to do."""
+        ...
+
+
+def stored_bytes(source: WeightSource) -> int:
+    """Bytes of a stored weight with its scales."""
+    return source.data.nbytes + (source.scale.nbytes if source.scale else 0)
+
+
+def submodule(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
+    """The module that a call_module node calls; None for any other node."""
+    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def replace_with_module(
+    graph: torch.fx.GraphModule,
+    old: torch.fx.Node,
+    name: str,
+    module: torch.nn.Module,
+    inputs: tuple[torch.fx.Node, ...],
+    meta: NodeMeta,
+) -> torch.fx.Node:
+    """A call of `module`, added to the graph as `name`, right before `old` and instead of it for
+    its users.
+    """
+    graph.add_submodule(name, module)
+    with graph.graph.inserting_before(old):
+        node = graph.graph.call_module(name, inputs)
+    node.meta["hmc"] = meta
+    old.replace_all_uses_with(node)
+    return node
