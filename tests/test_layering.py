@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = """
 hmc.__main__
-hmc/cli/bench hmc/bench/gpu hmc/cli
+hmc/cli/bench hmc/cli
 hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
 runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops runtime/host
