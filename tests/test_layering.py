@@ -29,7 +29,7 @@ codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/vector codegen/ir codegen/jit codegen/cache codegen/checks
 codegen/isa codegen/spec
-hmc/files hmc/env hmc/errors hmc/version
+hmc/files hmc/closing hmc/env hmc/errors hmc/version
 """.split()
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an
 import goes down. Names are of folders, dots where slashes are."""

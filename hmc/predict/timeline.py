@@ -121,13 +121,10 @@ def result_seconds(phase: Phase, timeline: Timeline) -> float:
     return max(ends, default=timeline.seconds)
 
 
-def host_prefill(phase: Phase, tokens: int, model: CostModel, context: int = 0) -> list[Call]:
+def host_prefill(phase: Phase, tokens: int, model: CostModel) -> list[Call]:
     """The calls in which a chunked phase takes a prompt: equal chunks, as the runtime cuts them;
     logits are wanted of the last alone.
     """
     chunks = -(-tokens // phase.max_tokens)
     edges = [tokens * i // chunks for i in range(chunks + 1)]
-    return [
-        Call(last - first, context + first, logits=last == tokens)
-        for first, last in pairwise(edges)
-    ]
+    return [Call(last - first, first, logits=last == tokens) for first, last in pairwise(edges)]
