@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,28 @@ def test_no_import_hides_in_a_function() -> None:
             assert not [name for name, inside in _imports(path) if inside], path
 
 
+def _packages(module: str) -> set[str]:
+    """The packages that a module lies in, which Python imports before it."""
+    parts = module.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts))}
+
+
+def test_no_circle_of_imports_keeps_a_module_from_being_the_first() -> None:
+    """An import runs the module and those packages of its that are not under way already. Where no
+    module reaches itself so, none meets another half done, whichever comes first.
+    """
+    needs: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        names = {name for name, inside in _imports(path) if name in MODULES and not inside}
+        around = set().union(*map(_packages, names)) - _packages(module)
+        needs[module] = (names | around) - {module}
+    try:
+        list(TopologicalSorter(needs).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.slow
 def test_every_module_can_be_the_first() -> None:
     """In a process each, forked from one that has loaded the libraries and nothing of hmc."""
     names = [name for name in MODULES if not name.endswith("__main__")]

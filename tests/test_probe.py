@@ -103,7 +103,7 @@ def test_the_table_and_the_default_place(
 def test_refusals(tmp_path: Path, run: Run) -> None:
     code, out, err = run("-o", tmp_path / "m.json", "--threads", 0)
     assert (code, out) == (2, "")
-    assert "--threads 0" in err
+    assert "'--threads': 0" in err
     with pytest.raises(PlanError, match="cannot write the machine"):
         save(detect(), tmp_path / "no" / "m.json")
 
