@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def _room(module: str) -> str:
     return str(path.with_suffix(""))
 
 
-def _imports(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def _imports(path: Path) -> list[tuple[str, bool]]:
     """(dotted name, inside a function) of every import outside `if TYPE_CHECKING`."""
 
     def visit(node: ast.AST, inside: bool) -> Iterator[tuple[str, bool]]:
@@ -79,7 +81,7 @@ def _imports(path: Path) -> Iterator[tuple[str, bool]]:
             functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
             yield from visit(child, inside or isinstance(child, functions))
 
-    yield from visit(ast.parse(path.read_text()), inside=False)
+    return list(visit(ast.parse(path.read_text()), inside=False))
 
 
 def test_every_import_goes_down() -> None:

@@ -73,8 +73,7 @@ def test_every_format_and_tier_at_odd_sizes(
         assert (np.abs(y - exact) <= 2e-6 * bound + 1e-30).all()
 
 
-@pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("weight", ["fp8", "bf16", "int4"])
+@pytest.mark.parametrize(("isa", "weight"), dealt(TIERS, ["fp8", "bf16", "int4"]))
 def test_workers_tiles_and_neighbours_change_no_bit(
     jit: Jit, isa: str, weight: WeightFormat
 ) -> None:
@@ -132,9 +131,11 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
         assert np.isnan(y[:, ~finite]).all()
 
 
-@pytest.mark.parametrize("isa", ["avx512_bf16", "avx2"])
-@pytest.mark.parametrize(("group", "scale_bits"), [(32, 32), (64, 16), (128, 16), (128, 32)])
-def test_int4_groups_and_scales(jit: Jit, isa: str, group: int, scale_bits: int) -> None:
+@pytest.mark.parametrize(
+    ("group", "scale_bits", "isa"),
+    dealt([(32, 32), (64, 16), (128, 16), (128, 32)], ["avx512_bf16", "avx2"]),
+)
+def test_int4_groups_and_scales(jit: Jit, group: int, scale_bits: int, isa: str) -> None:
     need(isa)
     rng = np.random.default_rng(group)
     w = stored(rng, "int4", 40, 256, group, scale_bits)
