@@ -203,7 +203,7 @@ class Executor:
         phase: str = "",
     ) -> Iterator[Logits]:
         """Append the tokens `ids` (at least one) to a sequence, chunk by chunk, by the phase that
-        scheduler_policy.py chooses or the one named.
+        `hmc/plan/phases.py` chooses or the one named.
 
         Yields after each chunk the f32 logits of its tokens ([n, vocab], a view until the next
         chunk) with `every`, else [0, vocab], and [1, vocab] after the last. Raises
@@ -253,7 +253,7 @@ class Executor:
         self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
-        until the next call. By the phase that scheduler_policy.py chooses, or the one named; more
+        until the next call. By the phase that `hmc/plan/phases.py` chooses, or the one named; more
         sequences than a call of it takes go in several.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before

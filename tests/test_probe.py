@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hmc.bench.cases import Case, Row
 from hmc.bench.compare import Compared
-from hmc.bench.kernels import Case, Row
 from hmc.bench.probe import Effort, Measurement, cpu, gpu, probe, save
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan

@@ -12,7 +12,7 @@ none of its business: `works` may run whenever the plan's events allow. One call
 of phase at a time (hmc/plan/memory.py): phases of a kind share the same memory.
 
 A phase shared by ranks keeps the cache on gpu0: other ranks read the past of a prompt's later calls
-from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the
+from there. With a `link` the other ranks are processes (runtime/ranks/): of such a phase the
 link's rank alone is bound, and the past is sent to ranks that have no cache.
 """
 

@@ -106,7 +106,8 @@ def kernels(
     experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
     if l2 and threads not in (None, 1):
         raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench, cases_of
+    from hmc.bench.cases import cases_of
+    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench
     from hmc.codegen.isa import TIERS, best_isa, require
 
     if isa is not None and isa not in TIERS:
