@@ -10,7 +10,7 @@ class Closing(ABC):
     """Base of everything that holds processes, threads, mappings or memory."""
 
     @abstractmethod
-    def close(self) -> None:
+    def close(self) -> object:
         """Let go of it all; a second call does nothing."""
 
     def __enter__(self) -> Self:

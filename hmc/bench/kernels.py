@@ -19,6 +19,7 @@ from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, interleave, silent
 from hmc.bench.matrices import Matrices
 from hmc.bench.reference import CacheReference, MemoryReference, PeakReference
+from hmc.closing import Closing
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -38,7 +39,7 @@ _PASS_FLOPS = 2e11  # a prefill pass need not go through all of the buffer to be
 _L2_PASS_BYTES = 64 << 20
 
 
-class KernelBench:
+class KernelBench(Closing):
     """Pool and references of one run; a context manager. `isa` may be any tier the machine has.
 
     `l2` measures on one core, from its L2. Without `barriers`, linear matrices follow each other
@@ -53,10 +54,8 @@ class KernelBench:
         self.pool = Pool(self._jit, isa, 1 if l2 else threads)
         self.reference: MemoryReference | None = None
 
-    def __enter__(self) -> KernelBench:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the pool."""
         self.pool.close()
 
     def measure(
