@@ -52,7 +52,7 @@ test-eval: $(VENV)/eval
 	$(BIN)/pytest tests/serve/test_lm_eval.py
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/base)
-	$(GPU_PYTHON) -m hmc.bench.gpu.check $(GPU_ARGS)
+	PYTHONPATH=tests $(GPU_PYTHON) -m gpu.check $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

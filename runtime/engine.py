@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hmc.closing import Closing
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor, Logits
 from hmc.runtime.memory.kv import KVCache
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DEFAULT_NEW_TOKENS = 256
 
 
-class Engine:
+class Engine(Closing):
     """Runs a plan. A context manager; `close` frees everything, and using a closed engine is an
     `ExecutionError`.
 
@@ -57,7 +57,6 @@ class Engine:
         progress: Progress | None = None,
         routing: RoutingRecorder | None = None,
         devices: Devices | Backend = "auto",
-        delays: int | None = None,
         kv: KVCache | None = None,
         cpus: Items[int] | None = None,
         gpus: int | None = None,
@@ -78,7 +77,6 @@ class Engine:
             progress=progress,
             routing=routing,
             devices=devices,
-            delays=delays,
             kv=kv,
             cpus=cpus,
             gpus=gpus,
@@ -179,14 +177,3 @@ class Engine:
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         self.executor.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

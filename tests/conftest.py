@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# The suite runs a process a core already. Set before anything loads torch or numpy.
+for _library in ("OMP", "OPENBLAS", "MKL"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,16 +51,23 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint(family, quant, **options)`: a directory of `checkpoints.write_checkpoint`, not to
-    be changed.
+    be changed; the session's processes share them.
     """
-    checkpoints = importlib.import_module("checkpoints")  # only now: it loads transformers
-    written: dict[str, Path] = {}
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def get(family: str, quant: str, **options: Any) -> Path:
-        key = repr((family, quant, sorted(options.items())))
-        if key not in written:
-            directory = tmp_path_factory.mktemp(f"{family}-{quant}")
-            written[key] = checkpoints.write_checkpoint(directory, family, quant, **options)
-        return written[key]
+        key = sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
+        directory = shared / f"{family}-{quant}-{key}"
+        if not directory.exists():
+            checkpoints = importlib.import_module("checkpoints")  # only now: it loads transformers
+            beside = tmp_path_factory.mktemp(directory.name)
+            checkpoints.write_checkpoint(beside, family, quant, **options)
+            try:
+                beside.rename(directory)
+            except OSError:
+                if not directory.exists():  # by another process, which was faster
+                    raise
+        return directory
 
     return get

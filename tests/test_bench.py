@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from hmc.bench.cases import Case, cases_of
 from hmc.bench.compare import Compared, in_turn, interleave
-from hmc.bench.kernels import Case, KernelBench, cases_of
+from hmc.bench.kernels import KernelBench
 from hmc.bench.matrices import Matrices, MatrixShape
 from hmc.bench.model import active_bytes, prefill_flops, total_bytes
 from hmc.cli import main
@@ -302,14 +303,17 @@ def test_bytes_and_flops_of_a_plan(config: Path) -> None:
     [
         (("nowhere",), "no such file"),
         (("CONFIG",), "needs --dummy-weights"),
-        (("CONFIG", "--dummy-weights", "-p", "a"), "-p a: not a list of whole numbers"),
+        (
+            ("CONFIG", "--dummy-weights", "-p", "a"),
+            "'-p' / '--prompts': 'a' is not a valid whole number",
+        ),
         (("CONFIG", "--dummy-weights", "-p", "5,,6"), "commas"),
-        (("CONFIG", "--dummy-weights", "-p", "-5"), "at least 0"),
+        (("CONFIG", "--dummy-weights", "-p", "-5"), "x>=0"),
         (("CONFIG", "--dummy-weights", "-p", "0", "-n", "0"), "nothing to measure"),
-        (("CONFIG", "--dummy-weights", "-n", "-1"), "at least 0"),
-        (("CONFIG", "--dummy-weights", "--context", "-1"), "at least 0"),
-        (("CONFIG", "--dummy-weights", "--repetitions", "0"), "at least 1"),
-        (("CONFIG", "--dummy-weights", "--threads", "0"), "at least 1"),
+        (("CONFIG", "--dummy-weights", "-n", "-1"), "x>=0"),
+        (("CONFIG", "--dummy-weights", "--context", "-1"), "x>=0"),
+        (("CONFIG", "--dummy-weights", "--repetitions", "0"), "x>=1"),
+        (("CONFIG", "--dummy-weights", "--threads", "0"), "x>=1"),
         (("CONFIG", "--dummy-weights", "--layers", "9"), "--layers 9"),
         (("CONFIG", "--dummy-weights", "--home", "arena"), "huge pages always"),
         (("PLAN", "--dummy-weights", "--layers", "1"), "not a plan"),
@@ -318,15 +322,15 @@ def test_bytes_and_flops_of_a_plan(config: Path) -> None:
         (("kernels", "--shape", "64"), "ROWSxK"),
         (("kernels", "--shape", "0x64"), "positive"),
         (("kernels", "--tokens", "17"), "1 to 16 tokens"),
-        (("kernels", "--tokens", "0"), "at least 1"),
+        (("kernels", "--tokens", "0"), "x>=1"),
         (("kernels", "--format", "q4"), "formats fp8"),
         (("kernels", "--format", "int4", "--shape", "64x72", "--group", "32"), "whole groups"),
         (("kernels", "--format", "int4", "--shape", "64x72", "--group", "24"), "32, 64 or 128"),
         (("kernels", "--isa", "sse2"), "no such kernel tier"),
         (("kernels", "--l2", "--op", "experts"), "--op linear alone"),
         (("kernels", "--l2", "--threads", "2"), "one core"),
-        (("kernels", "--repetitions", "0"), "at least 1"),
-        (("kernels", "--megabytes", "-1"), "at least 0"),
+        (("kernels", "--repetitions", "0"), "x>=1"),
+        (("kernels", "--megabytes", "-1"), "x>=0"),
     ],
 )
 def test_bad_arguments_give_one_line(
@@ -346,7 +350,7 @@ def test_bad_arguments_give_one_line(
 def test_help_names_both_forms(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert "hmc bench TARGET [OPTIONS]" in out
+    assert "hmc bench TARGET [OPTIONS] | COMMAND" in out
     assert "kernels" in out
     code, out, _ = run("kernels", "--help")
     assert code == 0

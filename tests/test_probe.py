@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hmc.bench.cases import Case, Row
 from hmc.bench.compare import Compared
-from hmc.bench.kernels import Case, Row
 from hmc.bench.probe import Effort, Measurement, cpu, gpu, probe, save
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
@@ -103,7 +103,7 @@ def test_the_table_and_the_default_place(
 def test_refusals(tmp_path: Path, run: Run) -> None:
     code, out, err = run("-o", tmp_path / "m.json", "--threads", 0)
     assert (code, out) == (2, "")
-    assert "--threads 0" in err
+    assert "'--threads': 0" in err
     with pytest.raises(PlanError, match="cannot write the machine"):
         save(detect(), tmp_path / "no" / "m.json")
 

@@ -4,6 +4,6 @@ best, in the same minutes.
     compare.py     measured thing and reference take turns; medians of pairwise ratios
     reference.py   the references: the best streaming read of a sweep, register-only multiply-adds
     matrices.py    weights far beyond the caches, cycled through
-    kernels.py     single kernels
+    cases.py       which kernel, format and shape; kernels.py measures them
     model.py       prefill and decode of a plan
 """

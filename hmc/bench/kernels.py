@@ -8,16 +8,18 @@ and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
+from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, interleave, silent
-from hmc.bench.matrices import FORMATS, Matrices, MatrixShape
+from hmc.bench.matrices import Matrices
 from hmc.bench.reference import CacheReference, MemoryReference, PeakReference
+from hmc.closing import Closing
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -25,15 +27,10 @@ from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
-from hmc.errors import ExecutionError, MachineError, UsageError
-from hmc.machine.topology import this_machine
+from hmc.errors import ExecutionError, UsageError
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
 from hmc.runtime.memory.blocks import Block
-
-DECODE_OPS = ("linear", "experts")
-PREFILL_OPS = ("gemm", "grouped")
-OPS = DECODE_OPS + PREFILL_OPS
 
 DEFAULT_MEGABYTES = 640
 """Weights of a pass, in 10^6 bytes."""
@@ -42,79 +39,7 @@ _PASS_FLOPS = 2e11  # a prefill pass need not go through all of the buffer to be
 _L2_PASS_BYTES = 64 << 20
 
 
-@dataclass(frozen=True)
-class Case:
-    """One row of the table. Experts: `rows` x `k` are gate and up (intermediate x hidden), `top_k`
-    of them a token."""
-
-    op: str
-    format: str
-    rows: int
-    k: int
-    tokens: int
-    group: int = 128
-    top_k: int = 8
-
-    def __post_init__(self) -> None:
-        if self.op not in OPS or self.format not in FORMATS:
-            raise UsageError(
-                f"{self.op} of {self.format}: ops are {', '.join(OPS)},"
-                f" formats {', '.join(FORMATS)}"
-            )
-        if min(self.rows, self.k, self.tokens, self.top_k) < 1:
-            raise UsageError(f"{self.shape}, {self.tokens} tokens: sizes must be positive")
-        if self.op in DECODE_OPS and self.tokens > MAX_TOKENS:
-            raise UsageError(
-                f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
-                f" --op {'gemm' if self.op == 'linear' else 'grouped'}"
-            )
-        if self.format == "int4" and self.group not in (32, 64, 128):
-            raise UsageError(f"int4 groups are 32, 64 or 128 weights, not {self.group}")
-        _ = self.matrices  # raises for rows that are no whole groups, before anything is measured
-
-    @property
-    def shape(self) -> str:
-        """`rowsxk`."""
-        return f"{self.rows}x{self.k}"
-
-    @property
-    def matrices(self) -> tuple[MatrixShape, ...]:
-        """What one call (linear) or one expert reads."""
-        group = self.group if self.format == "int4" else 0
-        into = MatrixShape(self.format, self.rows, self.k, group)
-        if self.op in ("linear", "gemm"):
-            return (into,)
-        return (into, into, MatrixShape(self.format, self.k, self.rows, group))
-
-    @property
-    def flops(self) -> int:
-        """Of one call: a multiply-add counts two."""
-        each = 2 * self.rows * self.k * self.tokens
-        return each if self.op in ("linear", "gemm") else 3 * self.top_k * each
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a case gave: bytes/s or, for prefill, FLOP/s, beside the reference's."""
-
-    case: Case
-    compared: Compared
-
-    def record(self) -> dict[str, str | int | float]:
-        """As JSON has it."""
-        unit = "gflops" if self.case.op in PREFILL_OPS else "gbps"
-        return {
-            "op": self.case.op,
-            "format": self.case.format,
-            "shape": self.case.shape,
-            "tokens": self.case.tokens,
-            unit: round(self.compared.value / 1e9, 3),
-            f"reference_{unit}": round(self.compared.reference / 1e9, 3),
-            "ratio": round(self.compared.ratio, 4),
-        }
-
-
-class KernelBench:
+class KernelBench(Closing):
     """Pool and references of one run; a context manager. `isa` may be any tier the machine has.
 
     `l2` measures on one core, from its L2. Without `barriers`, linear matrices follow each other
@@ -129,10 +54,8 @@ class KernelBench:
         self.pool = Pool(self._jit, isa, 1 if l2 else threads)
         self.reference: MemoryReference | None = None
 
-    def __enter__(self) -> KernelBench:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the pool."""
         self.pool.close()
 
     def measure(
@@ -154,7 +77,7 @@ class KernelBench:
                 self.pool, self._jit, self.isa, megabytes=megabytes, report=report
             )
         if self.l2:
-            cases = [_cut_to_cache(case) for case in cases]
+            cases = [cut_to_cache(case) for case in cases]
         rows = []
         for shapes, group in groupby(cases, key=lambda case: case.matrices):
             together = list(group)
@@ -351,35 +274,6 @@ _WORK: dict[str, Callable[[KernelBench, Case, Matrices], _Work]] = {
     "experts": KernelBench.experts,
     "grouped": KernelBench.grouped,
 }
-
-
-def cases_of(
-    op: str,
-    formats: Iterable[str],
-    shapes: Iterable[tuple[int, int]],
-    tokens: Sequence[int],
-    *,
-    group: int = 128,
-    top_k: int = 8,
-) -> list[Case]:
-    """Every combination, cases that share their weights next to each other."""
-    sizes = list(shapes)
-    return [
-        Case(op, format, rows, k, count, group, top_k)
-        for format in formats
-        for rows, k in sizes
-        for count in tokens
-    ]
-
-
-def _cut_to_cache(case: Case) -> Case:
-    """The case with as many rows as fill half of a core's L2."""
-    sizes = [cache.bytes for cache in this_machine().caches if cache.level == 2]
-    if not sizes:
-        raise MachineError("--l2: this machine does not tell the size of its L2 cache")
-    row = -(-sum(shape.bytes for shape in case.matrices) // case.rows)
-    rows = min(case.rows, max(16, min(sizes) // 2 // row // 16 * 16))
-    return Case(case.op, case.format, rows, case.k, case.tokens, case.group, case.top_k)
 
 
 def _into(case: Case) -> dict[str, int]:

@@ -5,12 +5,10 @@ multiply-add peak; hides the sweep.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 
 import numpy as np
 
 from hmc.bench.bandwidth import (
-    SWEEP,
     StreamingRead,
     StreamResult,
     Variant,
@@ -44,8 +42,6 @@ class MemoryReference:
         isa: Isa,
         *,
         megabytes: int = 0,
-        variants: Sequence[Variant] = SWEEP,
-        repetitions: int = 7,
         report: Report = silent,
     ) -> None:
         """Runs the sweep; `CapacityError` when its buffers do not fit the memory that is free."""
@@ -57,9 +53,7 @@ class MemoryReference:
                 f" {free / 1e9:.1f} GB are free: measure fewer layers, or lower --megabytes"
             )
         report("finding the fastest streaming read", 0, 1)
-        self.sweep: StreamResult = streaming_read(
-            pool, jit, isa, size=self._reader.size, variants=variants, repetitions=repetitions
-        )
+        self.sweep: StreamResult = streaming_read(pool, jit, isa, size=self._reader.size)
         report("finding the fastest streaming read", 1, 1)
         self.variant = self.sweep.best
         self._reader.once(self.variant)

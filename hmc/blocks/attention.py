@@ -123,7 +123,7 @@ class MLA(Block):
     q [T, heads * (nope + rope)], its rope part rotated; latent [T, rank], normed; k_rope [T, rope],
     rotated, shared by all heads. `kv_b` [heads * (nope + v_dim), rank] expands a latent to each
     head's key and value; a kernel absorbs it into the query and the result instead. Its checkpoint
-    name is `kv_b_name` beside the block.
+    name is `kv_b_proj.weight` beside the block.
     """
 
     kind = "mla"
@@ -137,17 +137,16 @@ class MLA(Block):
         v_dim: int,
         rank: int,
         scale: float,
-        kv_b_name: str = "kv_b_proj.weight",
     ) -> None:
         super().__init__()
         self.heads, self.nope, self.rope, self.v_dim = heads, nope, rope, v_dim
-        self.rank, self.scale, self.kv_b_name = rank, scale, kv_b_name
+        self.rank, self.scale = rank, scale
         self.width = heads * v_dim
         self.kv_b = parameter(heads * (nope + v_dim), rank)
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         shape = (self.heads * (self.nope + self.v_dim), self.rank)
-        return (WeightSpec("kv_b", sibling(path, self.kv_b_name), shape, linear=True),)
+        return (WeightSpec("kv_b", sibling(path, "kv_b_proj.weight"), shape, linear=True),)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(

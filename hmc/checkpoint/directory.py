@@ -45,8 +45,7 @@ class Checkpoint:
     """An opened model directory.
 
     `shards` are sorted by name, and `TensorInfo.shard` indexes them; `tensors` are all of theirs.
-    The four paths are None where the directory lacks the file. With `dummy`, there are no shards
-    and `resolve` invents weights.
+    With `dummy`, there are no shards and `resolve` invents weights.
     """
 
     directory: Path
@@ -56,10 +55,6 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     weights: Weights
     dummy: bool
-    generation_config: Path | None
-    tokenizer: Path | None
-    tokenizer_config: Path | None
-    chat_template: Path | None
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -99,10 +94,6 @@ class Checkpoint:
         tensors: Mapping[str, TensorInfo],
         weights: Weights,
     ) -> Checkpoint:
-        def sibling(name: str) -> Path | None:
-            path = directory / name
-            return path if path.is_file() else None
-
         return cls(
             directory=directory,
             config=config,
@@ -111,10 +102,6 @@ class Checkpoint:
             tensors=tensors,
             weights=weights,
             dummy=not shards,
-            generation_config=sibling("generation_config.json"),
-            tokenizer=sibling("tokenizer.json"),
-            tokenizer_config=sibling("tokenizer_config.json"),
-            chat_template=sibling("chat_template.jinja"),
         )
 
     def resolve(self, name: str, shape: tuple[int, ...], *, linear: bool) -> WeightSource:

@@ -12,13 +12,13 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc.checkpoint.headers import TensorInfo
+from hmc.closing import Closing
 from hmc.errors import ShardError
 
 STORAGE: dict[str, np.dtype[Any]] = {
@@ -32,17 +32,8 @@ STORAGE: dict[str, np.dtype[Any]] = {
 }
 """numpy dtype of the same size for each dtype hmc reads; FP8, BF16 and FP16 stay raw bits."""
 
-Advice = Literal["willneed", "sequential", "random", "dontneed"]
 
-_ADVICE: dict[str, int] = {
-    "willneed": mmap.MADV_WILLNEED,
-    "sequential": mmap.MADV_SEQUENTIAL,
-    "random": mmap.MADV_RANDOM,
-    "dontneed": mmap.MADV_DONTNEED,
-}
-
-
-class MappedShards:
+class MappedShards(Closing):
     """Shards of a directory, mapped read-only when first used.
 
     `names_and_sizes` lists every shard in order (a shard's number is its place there) with the size
@@ -58,17 +49,6 @@ class MappedShards:
         self._maps: list[mmap.mmap | None] = [None] * len(self._shards)
         self._lock = threading.Lock()
         self._closed = False
-
-    def __enter__(self) -> MappedShards:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of all mappings; a second call does nothing."""
@@ -108,22 +88,6 @@ class MappedShards:
             path = self._directory / self._shards[info.shard][0]
             raise ShardError(f"{path}: tensor {info.name} is {info.dtype}, which hmc does not read")
         return self.array(info.shard, info.offset, dtype, info.shape)
-
-    def advise(self, shard: int, offset: int, nbytes: int, advice: Advice) -> None:
-        """Tell the kernel how these bytes will be read (madvise(2)), widened to whole pages.
-
-        "dontneed" is narrowed instead, so that a neighbour's page is never dropped.
-        """
-        self._check_range(shard, offset, nbytes)
-        self._mapped(shard)
-        mapping = self._maps[shard]
-        page = mmap.PAGESIZE
-        if advice == "dontneed":
-            begin, end = -(-offset // page) * page, (offset + nbytes) // page * page
-        else:
-            begin, end = offset // page * page, offset + nbytes
-        if mapping is not None and end > begin:
-            mapping.madvise(_ADVICE[advice], begin, end - begin)
 
     def _mapped(self, shard: int) -> npt.NDArray[np.uint8]:
         data = self._bytes[shard]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import select
+import shlex
 import sys
 from typing import NoReturn
 
@@ -36,10 +37,6 @@ _STANDARD = (1, 2)
 """Descriptors of standard output and error."""
 
 
-def _home(name: str) -> str:
-    return "hmc.cli.bench.command" if name == "bench" else f"hmc.cli.{name}_command"
-
-
 class _Lazy(click.Group):
     """Knows names and one-line helps; loads a command's module on use."""
 
@@ -52,7 +49,8 @@ class _Lazy(click.Group):
         # Nobody extends hmc's models by plugins, and looking for some takes 20 ms.
         os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "1")
         with env.uncollected():
-            command = importlib.import_module(_home(cmd_name)).command
+            home = "bench" if cmd_name == "bench" else f"{cmd_name}_command"
+            command = importlib.import_module(f"hmc.cli.{home}").command
         assert isinstance(command, click.Command)
         return command
 
@@ -95,15 +93,18 @@ def _run(arguments: list[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         # Not `cli.main`, which takes every broken pipe for a closed stdout.
-        with cli.make_context("hmc", given) as context:
+        with cli.make_context("hmc", given, obj=shlex.join(["hmc", *given])) as context:
             code = cli.invoke(context)
         return code if isinstance(code, int) else 0
     except HmcError as error:
         failure = error
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        click.echo(f"hmc: error: {error.format_message()}", err=True)
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("hmc: cancelled", err=True)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from hmc.cli.output import JSON, console, print_json, size, table
 from hmc.plan import Plan, load_plan
-from hmc.plan.diff import ABSENT, PlanDiff, diff
+from hmc.plan.changes import ABSENT, PlanDiff
+from hmc.plan.diff import diff
 
 _MANY = 40
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.arguments import POSITIVE
 from hmc.cli.output import JSON, console, print_json, progress, table
-from hmc.errors import UsageError
 from hmc.machine.here import profile_path
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 )
 @click.option("--quick", is_flag=True, help="Fewer passes over less memory: rougher, in seconds.")
 @click.option(
-    "--threads", type=int, metavar="N", help="Native workers [default: HMC_THREADS, or one a core]."
+    "--threads",
+    type=POSITIVE,
+    metavar="N",
+    help="Native workers [default: HMC_THREADS, or one a core].",
 )
 @JSON
 def command(output: str | None, quick: bool, threads: int | None, as_json: bool) -> None:
@@ -35,8 +38,6 @@ def command(output: str | None, quick: bool, threads: int | None, as_json: bool)
     Figures are medians with least and most. The file goes to `hmc compile --machine FILE`, `hmc
     simulate --machine FILE`. Nothing else should run meanwhile.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads {threads}: must be at least 1")
     from hmc.bench.probe import FULL, QUICK, probe, save
 
     with progress() as report:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.arguments import THREADS, at_least
+from hmc.cli.arguments import POSITIVE, THREADS
 from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.errors import UsageError
 from hmc.machine.here import machine_here
@@ -21,16 +21,29 @@ from hmc.plan import load_plan
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; give a key too."
 )
-@click.option("--port", default=8000, show_default=True, metavar="N", help="0: any free port.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    metavar="N",
+    help="0: any free port.",
+)
 @click.option(
     "--api-key", metavar="KEY", help="What clients have to send [default: HMC_API_KEY, else none]."
 )
 @click.option(
-    "--max-queue", default=64, show_default=True, metavar="N", help="Requests that may wait."
+    "--max-queue",
+    type=POSITIVE,
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Requests that may wait.",
 )
 @click.option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
 @click.option(
     "--watchdog",
+    type=click.FloatRange(min=0, min_open=True),
     default=300.0,
     show_default=True,
     metavar="SECONDS",
@@ -80,15 +93,8 @@ def command(
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
          -d '{"model": "plan", "prompt": "In the beginning"}'
     """
-    at_least("--max-queue", max_queue, 1)
-    if threads is not None:
-        at_least("--threads", threads, 1)
     if prefill_threads is not None and prefill_process == "off":
         raise UsageError("--prefill-threads: there is no such process with --prefill-process off")
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port {port}: must be within 0..65535")
-    if not watchdog > 0:
-        raise UsageError(f"--watchdog {watchdog:g}: must be more than 0 seconds")
     key = api_key if api_key is not None else os.environ.get("HMC_API_KEY")
     if api_key == "":
         raise UsageError("--api-key: it is empty")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.arguments import COUNT, POSITIVE
 from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
@@ -45,12 +46,33 @@ if TYPE_CHECKING:
 )
 @click.option("--checkpoint", default="", metavar="DIR", help="Model directory, if it has moved.")
 @click.option("--dummy-weights", is_flag=True, help="Search with random weights.")
-@click.option("--prompt", default=1024, show_default=True, metavar="N", help="Tokens of a prefill.")
 @click.option(
-    "--context", default=128, show_default=True, metavar="N", help="Tokens before those decoded."
+    "--prompt",
+    type=POSITIVE,
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a prefill.",
 )
-@click.option("--tokens", default=16, show_default=True, metavar="N", help="Tokens to decode.")
-@click.option("--repetitions", default=5, show_default=True, metavar="R", help="Turns of each try.")
+@click.option(
+    "--context",
+    type=COUNT,
+    default=128,
+    show_default=True,
+    metavar="N",
+    help="Tokens before those decoded.",
+)
+@click.option(
+    "--tokens", type=POSITIVE, default=16, show_default=True, metavar="N", help="Tokens to decode."
+)
+@click.option(
+    "--repetitions",
+    type=POSITIVE,
+    default=5,
+    show_default=True,
+    metavar="R",
+    help="Turns of each try.",
+)
 @DEVICES
 @JSON
 def command(
@@ -81,14 +103,6 @@ def command(
     hmc tune plan.hmp -o tuned.hmp --set threads=32 --set linear.prefetch=4096
     hmc tune plan.hmp -o tuned.hmp --pin 'layers.3-10.experts.0-31=gpu0'
     """
-    for option, value, least in (
-        ("--prompt", prompt, 1),
-        ("--context", context, 0),
-        ("--tokens", tokens, 1),
-        ("--repetitions", repetitions, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{option} {value}: must be at least {least}")
     plan = load_plan(plan_path)
     from hmc.predict import measured as store
     from hmc.tune import apply, parse_pin, parse_setting, place, search

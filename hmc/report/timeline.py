@@ -90,12 +90,11 @@ def family_of(op: str) -> int:
     return FAMILIES.index(OPS[op].family)
 
 
-def decode_drawing(plan: Plan, model: CostModel, context: int, batch: int = 1) -> Drawing:
-    """One decode step of `batch` sequences behind `context` tokens each."""
-    phase = plan.phase(decode_phase(plan, batch))
-    found = run(phase, Call(batch, context, batch), model)
-    many = f"{batch} sequences" if batch > 1 else "one sequence"
-    return _draw("Decode step", phase, found, f"{many} at a context of {context} tokens")
+def decode_drawing(plan: Plan, model: CostModel, context: int) -> Drawing:
+    """One decode step of one sequence behind `context` tokens."""
+    phase = plan.phase(decode_phase(plan, 1))
+    found = run(phase, Call(1, context, 1), model)
+    return _draw("Decode step", phase, found, f"one sequence at a context of {context} tokens")
 
 
 def prefill_drawing(plan: Plan, model: CostModel, tokens: int) -> Drawing:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 _LARGE = ("", "k", "M", "G", "T", "P")
 _SMALL = ("", "m", "µ", "n", "p")
+_DIGITS = 3
 
 
-def si(value: float, unit: str, digits: int = 3) -> str:
+def si(value: float, unit: str) -> str:
     """`value` with an SI prefix: 1.5 GB, 46.1 ms, 820 GFLOP/s."""
     if value == 0:
         return f"0 {unit}"
@@ -14,19 +15,15 @@ def si(value: float, unit: str, digits: int = 3) -> str:
     while abs(scaled) >= 999.5 and index < len(_LARGE) - 1:
         scaled, index = scaled / 1000, index + 1
     if index or abs(scaled) >= 1 or unit in ("B", "FLOP", "tokens"):
-        return f"{_digits(scaled, digits)} {_LARGE[index]}{unit}"
+        return f"{number(scaled)} {_LARGE[index]}{unit}"
     while abs(scaled) < 1 and index < len(_SMALL) - 1:
         scaled, index = scaled * 1000, index + 1
-    return f"{_digits(scaled, digits)} {_SMALL[index]}{unit}"
+    return f"{number(scaled)} {_SMALL[index]}{unit}"
 
 
-def number(value: float, digits: int = 3) -> str:
-    """A number of so many digits, whole where it is larger, with thin spaces between thousands."""
-    return _digits(value, digits)
-
-
-def _digits(value: float, digits: int) -> str:
+def number(value: float) -> str:
+    """A number of three digits, whole where it is larger, with thin spaces between thousands."""
     whole = len(str(int(abs(value))))
-    places = max(0, digits - whole) if abs(value) >= 1 else digits
+    places = max(0, _DIGITS - whole) if abs(value) >= 1 else _DIGITS
     text = f"{value:,.{places}f}".replace(",", " ")
     return text.rstrip("0").rstrip(".") if "." in text else text

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.compare import Compared, interleave
+from hmc.closing import Closing
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
@@ -22,7 +23,7 @@ _LEAST_SECONDS = 0.2
 """Seconds that a pass takes at least: it is repeated until then."""
 
 
-class Runner:
+class Runner(Closing):
     """One plan ready to run; a context manager. `tokens` are decoded behind `context` others, and
     prompts of `prompt` tokens are taken; all clipped to the plan's context.
     """
@@ -46,12 +47,6 @@ class Runner:
         self._context = min(context, limit - self._tokens)
         directory = Path(checkpoint or plan.checkpoint.path)
         self._executor = Executor(plan, directory, dummy_weights=dummy_weights, devices=devices)
-
-    def __enter__(self) -> Runner:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free everything."""

@@ -1,5 +1,5 @@
 """Emits the steps of `prefill.stream`: loads, computation and exchanges of every rank, in program
-order. What is streamed, and how much, is decided in `stream_load.py`.
+order. What is streamed, and how much, is decided in `load.py`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class PrefillState:
 
 
 class PrefillKeeper:
-    """Looks after a process; implements `scheduler_prefill.Computer`."""
+    """Looks after a process; implements `batching.prefill.Computer`."""
 
     exclusive = False
     stuck_for = 0.0

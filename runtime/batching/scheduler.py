@@ -21,8 +21,8 @@ import threading
 import time
 from collections import deque
 from itertools import count
-from types import TracebackType
 
+from hmc.closing import Closing
 from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, UsageError
 from hmc.runtime.batching.batch import Batch
 from hmc.runtime.batching.job import Job
@@ -35,7 +35,7 @@ from hmc.runtime.tokens.requests import Request, Ticket, token_ids
 _CLOSE_SECONDS = 10.0
 
 
-class Scheduler:
+class Scheduler(Closing):
     """Owns the executor's time from `start` to `close`: nobody else may use the executor meanwhile.
 
     All methods may be called from any thread. A context manager that starts and closes.
@@ -192,14 +192,6 @@ class Scheduler:
     def __enter__(self) -> Scheduler:
         self.start()
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _run(self) -> None:
         """The thread: step after step until it is closed or something fails."""

@@ -12,7 +12,7 @@ none of its business: `works` may run whenever the plan's events allow. One call
 of phase at a time (hmc/plan/memory.py): phases of a kind share the same memory.
 
 A phase shared by ranks keeps the cache on gpu0: other ranks read the past of a prompt's later calls
-from there. With a `link` the other ranks are processes (runtime/ranks.py): of such a phase the
+from there. With a `link` the other ranks are processes (runtime/ranks/): of such a phase the
 link's rank alone is bound, and the past is sent to ranks that have no cache.
 """
 
@@ -20,12 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from hmc.closing import Closing
 from hmc.codegen.jit import Jit
 from hmc.errors import ExecutionError
 from hmc.ops import OPS
@@ -57,7 +57,7 @@ _TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 _LOGITS = "logits"
 
 
-class Binding:
+class Binding(Closing):
     """Owns the device memory of a plan; a context manager, `close` frees all of it."""
 
     def __init__(
@@ -135,17 +135,6 @@ class Binding:
             for name, memory in self._memory.items()
             if name != HOME
         }
-
-    def __enter__(self) -> Binding:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

@@ -23,11 +23,11 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import cache
-from types import TracebackType
 
 import numpy as np
 
 from hmc import env
+from hmc.closing import Closing
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit, Kernel
 from hmc.codegen.pool import walker
@@ -44,7 +44,7 @@ _LEAVE_SECONDS = 10.0
 _CALL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 
-class Pool:
+class Pool(Closing):
     """`cpus[w]` is where worker w stays; default: `threads` (`HMC_THREADS`) CPUs chosen by
     hmc/machine/topology.py.
 
@@ -152,17 +152,6 @@ class Pool:
     def close(self) -> None:
         """End the workers; a running program is finished first, unless it hangs."""
         self._finalizer()
-
-    def __enter__(self) -> Pool:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _finish(self) -> None:
         """Wait until no program runs; a Ctrl-C meanwhile is raised afterwards."""

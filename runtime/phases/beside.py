@@ -80,7 +80,7 @@ class DeviceJob:
 
 class DevicePrefill:
     """Computes prompts by one phase of an executor, for the thread that owns it; implements
-    `scheduler_prefill.Computer`."""
+    `batching.prefill.Computer`."""
 
     exclusive = True
 

@@ -14,13 +14,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from hmc import env
+from hmc.closing import Closing
 from hmc.codegen.jit import Jit
 from hmc.errors import MachineError
 from hmc.ops import OPS
@@ -182,7 +183,7 @@ class DevicePhase:
         return call
 
 
-class DevicePhases:
+class DevicePhases(Closing):
     """All phases of a plan that use GPUs, by name, and the devices; a context manager."""
 
     def __init__(
@@ -253,17 +254,6 @@ class DevicePhases:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(pool.workers)
             self._stack = stack.pop_all()
-
-    def __enter__(self) -> DevicePhases:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def handover(self) -> str:

@@ -16,9 +16,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
+from hmc.closing import Closing
 from hmc.errors import UsageError
 from hmc.machine import Machine
 from hmc.machine.topology import Topology, this_machine
@@ -117,7 +117,7 @@ def decide(
     return Decision(found, f"prefill process: on{asked}; {_cpus(found)}; {what}")
 
 
-class Disaggregated:
+class Disaggregated(Closing):
     """An engine, and with a `division` the prefill process beside it. A context manager; `close`
     gives everything back, in order.
     """
@@ -180,17 +180,6 @@ class Disaggregated:
     def close(self) -> None:
         """End the process, then free what both use; a second call does nothing."""
         self._stack.close()
-
-    def __enter__(self) -> Disaggregated:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _useless(plan: Plan) -> str:

@@ -20,11 +20,11 @@ import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 
+from hmc.closing import Closing
 from hmc.errors import (
     ContextLengthError,
     ExecutionError,
@@ -105,7 +105,7 @@ class Job:
         self._worker._cancel(self)
 
 
-class PrefillWorker:
+class PrefillWorker(Closing):
     """The parent's side. A context manager; methods may be called from any thread."""
 
     def __init__(
@@ -198,17 +198,6 @@ class PrefillWorker:
         """End the process, within seconds whatever it does; a second call does nothing."""
         with self._lock:
             self._lose(WorkerError("the prefill process is closed"))
-
-    def __enter__(self) -> PrefillWorker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # -- what the process says ---------------------------------------------------------------------
 

@@ -26,13 +26,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc import env
+from hmc.closing import Closing
 from hmc.errors import ExecutionError, UsageError, WorkerError
 from hmc.plan import Phase, Plan
 from hmc.plan.file import canonical_json
@@ -103,7 +103,7 @@ def open_ranks(
     return RankGroup(plan, shared, devices, store, directory, threads, seconds, delays)
 
 
-class RankGroup:
+class RankGroup(Closing):
     """The ranks of the phases that they share; this process is rank 0. A context manager."""
 
     def __init__(
@@ -207,17 +207,6 @@ class RankGroup:
     def close(self) -> None:
         """End the processes, within seconds whatever they do; a second call does nothing."""
         self._end()
-
-    def __enter__(self) -> RankGroup:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     # -- inside ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 [0, 4096)   magic, then JSON: digest of what it holds, bytes, home; written last, so a file
             without it was never filled
-[4096, )    tensors as `tensor_groups.layout` places them
+[4096, )    tensors as `tensors.layout` places them
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 mapping, copying, faking.
 
     mapped   the shards themselves in the page cache: nothing copied, shared by all processes;
-             instant start, but for fp8 on tiers that have it checked (numbers.py)
+             instant start, but for fp8 on tiers that have it checked (host/nan_scan.py)
     arena    read once into private memory of huge pages, every tensor 64-byte aligned: the fastest
              to read
     shared   the same in a memory file (of huge pages where the system gives them to such files:

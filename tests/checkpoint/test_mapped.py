@@ -13,7 +13,7 @@ from checkpoint_files import write_shard
 from safetensors.numpy import save_file
 
 from hmc.checkpoint import Shard, TensorInfo, read_header
-from hmc.checkpoint.mapped import Advice, MappedShards
+from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import ShardError
 
 ARRAYS: dict[str, npt.NDArray[Any]] = {
@@ -116,13 +116,3 @@ def test_close(tmp_path: Path) -> None:
     np.testing.assert_array_equal(view, ARRAYS["f32"])  # its mapping lives as long as it does
     with pytest.raises(ShardError, match="closed already"):
         shards.address(0, 0, 1)
-
-
-@pytest.mark.parametrize("advice", ["willneed", "sequential", "random", "dontneed"])
-def test_advice_changes_no_byte(tmp_path: Path, advice: Advice) -> None:
-    path = write_shard(tmp_path / "x", {"a": ("U8", (20_000,))})
-    info = read_header(path).tensors["a"]
-    with MappedShards(tmp_path, [("x", path.stat().st_size)]) as shards:
-        for offset, nbytes in ((info.offset, info.nbytes), (5000, 1), (0, 0)):
-            shards.advise(0, offset, nbytes, advice)
-        assert not shards.tensor(info).any()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from dealt import dealt
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, guarded, in_turn
 from prefill_data import activations, from_bf16, need
@@ -23,12 +24,11 @@ def assert_gated(y: np.ndarray, x: np.ndarray, gate: np.ndarray, up: np.ndarray)
     assert (np.abs(from_bf16(y) - exact) <= 1.01 * 2.0**-8 * np.abs(exact) + slack).all()
 
 
-@pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(
-    ("weight", "k", "group"),
-    [("fp8", 200, 0), ("bf16", 31, 0), ("fp16", 33, 0), ("int4", 100, 32)],
+    ("weight", "k", "group", "isa"),
+    dealt([("fp8", 200, 0), ("bf16", 31, 0), ("fp16", 33, 0), ("int4", 100, 32)], TIERS),
 )
-def test_gate_up(jit: Jit, isa: str, weight: WeightFormat, k: int, group: int) -> None:
+def test_gate_up(jit: Jit, weight: WeightFormat, k: int, group: int, isa: str) -> None:
     need(isa)
     rng = np.random.default_rng(k)
     plain = KernelSpec.of("gate_up", isa, weight=weight, out="bf16", k=k, tokens=MAX_TOKENS, act=0)

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from dealt import dealt
 from prefill_data import (
     FORMATS,
     Stored,
@@ -92,9 +93,9 @@ def both(
     return act, y[:, :hidden]
 
 
-@pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("weight", FORMATS)
-@pytest.mark.parametrize(("hidden", "inner"), [(200, 130), (128, 33)])
+@pytest.mark.parametrize(
+    ("isa", "weight", "hidden", "inner"), dealt(TIERS, FORMATS, [(200, 130), (128, 33)])
+)
 def test_experts_against_float64(
     jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int
 ) -> None:
@@ -152,7 +153,7 @@ def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:
 def test_slots_of_experts_elsewhere_add_nothing(jit: Jit, isa: str) -> None:
     need(isa)
     rng = np.random.default_rng(6)
-    hidden, inner, tokens = 136, 40, 30
+    hidden, inner, tokens = 264, 72, 30
     shapes = ((inner, hidden),) * 2 + ((hidden, inner),)
     experts = [tuple(stored(rng, "fp8", *shape) for shape in shapes) for _ in range(EXPERTS)]
     table, pair = table_of(experts), specs(isa, "fp8", hidden, inner)  # type: ignore[arg-type]

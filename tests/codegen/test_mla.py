@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
 from paged import Paged
 from prefill_data import Stored, need, stored
@@ -77,9 +78,7 @@ def heads_of(q: np.ndarray, params: Params) -> np.ndarray:
     return q[:, :-3].reshape(len(q), params["heads"], -1)
 
 
-@pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("weight", FORMATS)
-@pytest.mark.parametrize("params", SHAPES, ids=["deepseek", "ragged"])
+@pytest.mark.parametrize(("isa", "weight", "params"), dealt(TIERS, FORMATS, SHAPES))
 def test_absorb(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     need(isa)
     rng = np.random.default_rng(1)
@@ -97,9 +96,7 @@ def test_absorb(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> Non
         assert (alone[0] == y[-1]).all()
 
 
-@pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("weight", FORMATS)
-@pytest.mark.parametrize("params", SHAPES, ids=["deepseek", "ragged"])
+@pytest.mark.parametrize(("isa", "weight", "params"), dealt(TIERS, FORMATS, SHAPES))
 def test_up(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     need(isa)
     rng = np.random.default_rng(2)

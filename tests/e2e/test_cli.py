@@ -318,8 +318,8 @@ def test_doctor(run: Run) -> None:
 
 
 def test_help_of_every_command(run: Run) -> None:
-    for name in ("compile", "run", "show", "bench", "doctor"):
-        code, out, _ = run(name, "--help")
+    for words in (("compile",), ("run",), ("show",), ("bench", "model"), ("doctor",)):
+        code, out, _ = run(*words, "--help")
         assert code == 0
         assert "--json" in out
 

@@ -64,14 +64,17 @@ def assert_no_worse(cases: list[tuple[Floats, Floats, Floats]]) -> None:
 BEST, *OTHERS = [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
 """The kernel tiers this machine can run."""
 
+ALWAYS = [("qwen3_moe", "bf16"), ("mixtral", "int4"), ("deepseek_v3", "fp8")]
 CASES = [
-    pytest.param(family, quant, BEST, marks=[pytest.mark.slow] if quant == last else [])
-    for family, last in (("qwen3_moe", "int4"), ("mixtral", "fp8"), ("deepseek_v3", ""))
+    pytest.param(family, quant, BEST, marks=() if (family, quant) in ALWAYS else pytest.mark.slow)
+    for family in ("qwen3_moe", "mixtral", "deepseek_v3")
     for quant in ("bf16", "fp8", "int4")
 ] + [
-    pytest.param(family, quant, isa, marks=[] if quant == "fp8" else [pytest.mark.slow])
+    pytest.param(
+        family, quant, isa, marks=() if (quant, isa) == ("fp8", OTHERS[-1]) else pytest.mark.slow
+    )
     for isa in OTHERS
-    for family, quant in (("deepseek_v3", "fp8"), ("qwen3_moe", "bf16"), ("mixtral", "int4"))
+    for family, quant in ALWAYS
 ]
 
 

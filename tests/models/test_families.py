@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, oracle_logits, prompt
+from dealt import dealt
 from reference import load_model, run
 
 from hmc.checkpoint.config import ModelConfig, load_config
@@ -81,10 +82,11 @@ def test_reference_equals_transformers(checkpoint: Callable[..., Path], variant:
         assert error < 1e-4, f"{length} tokens: {error}"
 
 
-@pytest.mark.parametrize("quant", ["bf16", "fp16", "fp8", "int4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("quant", "family"), dealt(["fp8", "bf16", "int4", "fp16"], sorted(FAMILIES))
+)
 def test_reference_equals_transformers_quantised(
-    checkpoint: Callable[..., Path], family: str, quant: str
+    checkpoint: Callable[..., Path], quant: str, family: str
 ) -> None:
     directory = checkpoint(family, quant, shards=2)
     ids = prompt(33)

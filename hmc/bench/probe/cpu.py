@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
-from hmc.bench.kernels import DECODE_OPS, PREFILL_OPS, Case, KernelBench, Row
+from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row
+from hmc.bench.kernels import KernelBench
 from hmc.bench.probe.result import Effort, Measurement
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit

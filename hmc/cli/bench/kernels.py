@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hmc.cli.arguments import THREADS, at_least, circumstances, numbers, shapes_of, split
+from hmc.cli.arguments import COUNT, POSITIVE, THREADS, Several, Shape, circumstances
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
 
@@ -26,6 +26,7 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 @click.option(
     "--format",
     "formats",
+    type=Several(click.STRING),
     default="fp8,bf16,int4",
     show_default=True,
     metavar="F,..",
@@ -34,12 +35,16 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 @click.option(
     "--shape",
     "shapes",
+    type=Several(Shape()),
     metavar="ROWSxK,..",
     help="Output rows x K; experts: intermediate x hidden"
     f" [default: {_SHAPES}; experts: {_EXPERT_SHAPES}].",
 )
 @click.option(
-    "--tokens", metavar="T,..", help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512]."
+    "--tokens",
+    type=Several(POSITIVE),
+    metavar="T,..",
+    help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512].",
 )
 @click.option("--group", default=128, show_default=True, metavar="G", help="Group size of int4.")
 @click.option(
@@ -58,10 +63,11 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
     help="Let linear matrices follow each other without waiting: shows what barriers cost.",
 )
 @click.option("--isa", metavar="TIER", help="Kernel tier [default: the best this machine has].")
-@click.option("--repetitions", default=9, show_default=True, metavar="R")
+@click.option("--repetitions", type=POSITIVE, default=9, show_default=True, metavar="R")
 @THREADS
 @click.option(
     "--megabytes",
+    type=COUNT,
     default=0,
     metavar="N",
     help="Weights to go through in a pass, and memory of the streaming read [default: 640];"
@@ -72,9 +78,9 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 def kernels(
     ctx: click.Context,
     op: str,
-    formats: str,
-    shapes: str | None,
-    tokens: str | None,
+    formats: list[str],
+    shapes: list[tuple[int, int]] | None,
+    tokens: list[int] | None,
     group: int,
     top_k: int,
     l2: bool,
@@ -98,13 +104,10 @@ def kernels(
     hmc bench kernels --op grouped --format fp8 --tokens 512,2048
     """
     experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
-    at_least("--repetitions", repetitions, 1)
-    at_least("--megabytes", megabytes, 0)
-    if threads is not None:
-        at_least("--threads", threads, 1)
-        if l2 and threads != 1:
-            raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench, cases_of
+    if l2 and threads not in (None, 1):
+        raise UsageError("--l2 measures one core: leave --threads out")
+    from hmc.bench.cases import cases_of
+    from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench
     from hmc.codegen.isa import TIERS, best_isa, require
 
     if isa is not None and isa not in TIERS:
@@ -112,9 +115,9 @@ def kernels(
     tier = best_isa() if isa is None else require(isa)
     cases = cases_of(
         op,
-        split("--format", formats),
-        shapes_of(shapes or (_EXPERT_SHAPES if experts else _SHAPES)),
-        numbers("--tokens", tokens or ("512" if prefill else "1,2,4,8"), least=1),
+        formats,
+        shapes or Several(Shape())(_EXPERT_SHAPES if experts else _SHAPES),
+        tokens or ([512] if prefill else [1, 2, 4, 8]),
         group=group,
         top_k=top_k,
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hmc.cli.arguments import at_least, circumstances, numbers, split
+from hmc.cli.arguments import COUNT, POSITIVE, Several, circumstances
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import available_bytes, load_machine
@@ -18,19 +18,40 @@ if TYPE_CHECKING:
     from hmc.machine import Machine
 
 
-@click.command("predict")
+@click.command("predict", short_help="Predictions for models of real shapes beside measurements.")
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG..")
-@click.option("--formats", default="fp8,bf16", show_default=True, metavar="F,..")
-@click.option("--contexts", default="128,4096", show_default=True, metavar="N,..")
-@click.option("-p", "--prompts", default="512,2048", show_default=True, metavar="N,..")
-@click.option("-n", "--tokens", default=16, show_default=True, help="Steps around each context.")
-@click.option("--repetitions", default=5, show_default=True, metavar="R")
+@click.option(
+    "--formats", type=Several(click.STRING), default="fp8,bf16", show_default=True, metavar="F,.."
+)
+@click.option(
+    "--contexts", type=Several(POSITIVE), default="128,4096", show_default=True, metavar="N,.."
+)
+@click.option(
+    "-p",
+    "--prompts",
+    type=Several(POSITIVE),
+    default="512,2048",
+    show_default=True,
+    metavar="N,..",
+)
+@click.option(
+    "-n",
+    "--tokens",
+    type=POSITIVE,
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Steps around each context.",
+)
+@click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="R")
 @click.option(
     "--memory", type=float, metavar="GB", help="Weights at most [default: half of what is free]."
 )
-@click.option("--layers", default=0, metavar="N", help="Cut to N layers [default: what fits].")
-@click.option("--experts", default=0, metavar="N", help="Cut to N experts a layer.")
-@click.option("--megabytes", default=0, metavar="N", help="As in `hmc bench`.")
+@click.option(
+    "--layers", type=COUNT, default=0, metavar="N", help="Cut to N layers [default: what fits]."
+)
+@click.option("--experts", type=COUNT, default=0, metavar="N", help="Cut to N experts a layer.")
+@click.option("--megabytes", type=COUNT, default=0, metavar="N", help="As in `hmc bench`.")
 @click.option(
     "--machine", metavar="FILE", help="The rates [default: the profile that `hmc probe` saved]."
 )
@@ -39,9 +60,9 @@ if TYPE_CHECKING:
 def predict(
     ctx: click.Context,
     configs: tuple[str, ...],
-    formats: str,
-    contexts: str,
-    prompts: str,
+    formats: list[str],
+    contexts: list[int],
+    prompts: list[int],
     tokens: int,
     repetitions: int,
     memory: float | None,
@@ -63,20 +84,11 @@ def predict(
     """
     from hmc.bench.predict import FORMATS, Loads, compare, median_error
 
-    forms = split("--formats", formats)
-    if unknown := [each for each in forms if each not in FORMATS]:
+    if unknown := [each for each in formats if each not in FORMATS]:
         raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
-    for option, value, least in (
-        ("-n", tokens, 1),
-        ("--repetitions", repetitions, 1),
-        ("--layers", layers, 0),
-        ("--experts", experts, 0),
-        ("--megabytes", megabytes, 0),
-    ):
-        at_least(option, value, least)
     loads = Loads(
-        numbers("--contexts", contexts, least=1),
-        numbers("-p", prompts, least=1),
+        contexts,
+        prompts,
         tokens,
         repetitions,
     )
@@ -85,7 +97,7 @@ def predict(
     rows: list[Row] = []
     with progress() as report:
         for config in configs:
-            for form in forms:
+            for form in formats:
                 rows += compare(
                     Path(config),
                     form,

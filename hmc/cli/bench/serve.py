@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COMMAND_LINE, at_least
+from hmc.cli.arguments import COUNT, POSITIVE
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import ExecutionError, UsageError
 from hmc.version import VERSION
@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 _LINES = 200  # of a server's messages that are kept
 
 
-@click.command("serve")
+@click.command("serve", short_help="Requests to a server: latencies, throughput, goals met.")
 @click.argument("target", metavar="URL|PLAN")
-@click.option("-n", "--requests", default=32, show_default=True, metavar="N")
+@click.option("-n", "--requests", type=POSITIVE, default=32, show_default=True, metavar="N")
 @click.option(
-    "--rate", type=float, metavar="R", help="Poisson arrivals, R a second [default: all at once]."
+    "--rate",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="R",
+    help="Poisson arrivals, R a second [default: all at once].",
 )
 @click.option(
-    "--concurrency", default=0, metavar="N", help="At most N requests at a time; 0: no limit."
+    "--concurrency",
+    type=COUNT,
+    default=0,
+    metavar="N",
+    help="At most N requests at a time; 0: no limit.",
 )
 @click.option(
     "--prompt", "prompts", default="128-512", show_default=True, metavar="N-M", help="Tokens."
@@ -49,6 +56,7 @@ _LINES = 200  # of a server's messages that are kept
 )
 @click.option(
     "--prefill",
+    type=COUNT,
     default=0,
     metavar="N",
     help="Instead: one prompt (the longest of --prompt) beside N decoding requests (the shortest,"
@@ -56,13 +64,14 @@ _LINES = 200  # of a server's messages that are kept
 )
 @click.option(
     "--streams",
+    type=COUNT,
     default=0,
     metavar="N",
     help="Instead: N answers at once (the shortest of --prompt, the longest of --output), for the"
     " server's share of a decode step.",
 )
 @click.option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
-@click.option("--seed", default=0, show_default=True, metavar="N")
+@click.option("--seed", type=COUNT, default=0, show_default=True, metavar="N")
 @click.option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
 @click.option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
 @JSON
@@ -106,16 +115,6 @@ def serve(
         ) from error
     from hmc.bench.serve.load import Lengths, Slo
 
-    for option, value, least in (
-        ("-n", requests, 1),
-        ("--concurrency", concurrency, 0),
-        ("--prefill", prefill, 0),
-        ("--streams", streams, 0),
-        ("--seed", seed, 0),
-    ):
-        at_least(option, value, least)
-    if rate is not None and not rate > 0:
-        raise UsageError(f"--rate {rate:g}: must be more than 0 requests a second")
     if prefill and streams:
         raise UsageError("--prefill and --streams are two measurements: give one of them")
     mixes = Lengths.read("--prompt", prompts), Lengths.read("--output", outputs)
@@ -125,7 +124,7 @@ def serve(
     about = {
         "target": target,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ctx.meta[COMMAND_LINE],
+        "command": ctx.obj,
         "hmc_version": VERSION,
     }
     with _served(target, serve_options.split()) as url:

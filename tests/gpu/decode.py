@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 
-from hmc.bench.gpu.plans import only, resident
-from hmc.bench.gpu.rows import Clock, Row
-from hmc.bench.gpu.sizes import Bench, token_ids
+from gpu.plans import only, resident
+from gpu.rows import Clock, Row
+from gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan.phases import DECODE, DUAL, PREFILL
 from hmc.predict.cost import CostModel

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hmc.bench.gpu import check as gpu_check
-from hmc.bench.gpu import parity as gpu_parity
-from hmc.bench.gpu.models import DEEPSEEK, MIXTRAL, QWEN
-from hmc.bench.gpu.rows import Clock, Row, Section, run_sections, sound, text_table
-from hmc.bench.gpu.sizes import Sizes
+from gpu import check as gpu_check
+from gpu import parity as gpu_parity
+from gpu.models import DEEPSEEK, MIXTRAL, QWEN
+from gpu.rows import Clock, Row, Section, run_sections, sound, text_table
+from gpu.sizes import Sizes
 from hmc.bench.probe import Effort, save
 from hmc.errors import ExecutionError
 from hmc.machine.detect import load_machine

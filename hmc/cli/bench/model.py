@@ -1,8 +1,7 @@
-"""`hmc bench`: a plan or a model shape, or with `kernels` as first argument single kernels."""
+"""`hmc bench TARGET`: prefill and decode of a plan or a model shape."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -10,10 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COMMAND_LINE, THREADS, at_least, circumstances, numbers
-from hmc.cli.bench.kernels import kernels
-from hmc.cli.bench.predict import predict
-from hmc.cli.bench.serve import serve
+from hmc.cli.arguments import COUNT, POSITIVE, THREADS, Several, circumstances
 from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
@@ -24,56 +20,30 @@ if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
     from hmc.plan import Plan
 
-_SUB_BENCHMARKS: dict[str, click.Command] = {
-    "kernels": kernels,
-    "predict": predict,
-    "serve": serve,
-}
 
-
-class _Bench(click.Command):
-    """Measures a TARGET, unless the first argument names a sub-benchmark."""
-
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        line = shlex.join(["hmc", str(info_name), *args])
-        if args and args[0] in _SUB_BENCHMARKS:
-            sub = _SUB_BENCHMARKS[args[0]]
-            context = sub.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
-        else:
-            context = super().make_context(info_name, args, parent, **extra)
-        context.meta[COMMAND_LINE] = line
-        return context
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        super().format_options(ctx, formatter)
-        with formatter.section("Sub-benchmarks (as first argument; each has its own --help)"):
-            formatter.write_dl([(n, c.get_short_help_str(80)) for n, c in _SUB_BENCHMARKS.items()])
-
-    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return ["TARGET [OPTIONS]"]
-
-
-@click.command("bench", cls=_Bench)
+@click.command("model", short_help="Prefill and decode of a plan or a model shape.")
 @click.argument("target", metavar="TARGET")
 @click.option(
     "-p",
     "--prompts",
+    type=Several(COUNT),
     default="512",
     show_default=True,
     metavar="N,..",
     help="Prompt lengths; 0: none.",
 )
 @click.option(
-    "-n", "--tokens", default=64, show_default=True, metavar="N", help="Tokens to decode; 0: none."
+    "-n",
+    "--tokens",
+    type=COUNT,
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Tokens to decode; 0: none.",
 )
 @click.option(
     "--context",
+    type=COUNT,
     default=0,
     show_default=True,
     metavar="N",
@@ -82,6 +52,7 @@ class _Bench(click.Command):
 @click.option(
     "--batch",
     "batches",
+    type=Several(POSITIVE),
     default="1",
     show_default=True,
     metavar="N,..",
@@ -93,9 +64,13 @@ class _Bench(click.Command):
     help="Random weights of the real shapes: config.json is enough.",
 )
 @click.option(
-    "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
+    "--layers",
+    type=COUNT,
+    default=0,
+    metavar="N",
+    help="With --dummy-weights: cut the depth to N layers.",
 )
-@click.option("--repetitions", default=5, show_default=True, metavar="R")
+@click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="R")
 @click.option(
     "--phase",
     "phases",
@@ -114,6 +89,7 @@ class _Bench(click.Command):
 )
 @click.option(
     "--megabytes",
+    type=COUNT,
     default=0,
     metavar="N",
     help="Memory the streaming read goes through [default: 1 GiB or 8 x the last-level cache];"
@@ -126,13 +102,13 @@ class _Bench(click.Command):
 )
 @JSON
 @click.pass_context
-def command(
+def model(
     ctx: click.Context,
     target: str,
-    prompts: str,
+    prompts: list[int],
     tokens: int,
     context: int,
-    batches: str,
+    batches: list[int],
     dummy_weights: bool,
     layers: int,
     repetitions: int,
@@ -160,16 +136,8 @@ def command(
     \b
     hmc bench plan.hmp -p 512,2048 -n 64
     hmc bench config.json --dummy-weights --layers 8 -p 0 --batch 1,2,4,6
-    hmc bench kernels --format fp8 --shape 2048x7168 --tokens 1,4
     """
-    lengths = [length for length in numbers("-p", prompts, least=0) if length]
-    at_least("-n", tokens, 0)
-    at_least("--context", context, 0)
-    at_once = numbers("--batch", batches, least=1)
-    at_least("--repetitions", repetitions, 1)
-    at_least("--megabytes", megabytes, 0)
-    if threads is not None:
-        at_least("--threads", threads, 1)
+    lengths = [length for length in prompts if length]
     if dummy_weights and home == "arena":
         raise UsageError("--home arena: dummy weights are in huge pages always")
     from hmc.bench.model import ModelBench, active_bytes, check_tests, total_bytes
@@ -177,8 +145,8 @@ def command(
 
     with progress() as report:
         longest = max((*lengths, context + tokens))
-        plan = _plan(target, longest, max(at_once), dummy_weights, layers, threads, report)
-        check_tests(plan, lengths, tokens, context, at_once)
+        plan = _plan(target, longest, max(batches), dummy_weights, layers, threads, report)
+        check_tests(plan, lengths, tokens, context, batches)
         named = _named(plan, phases)
         executor = Executor(
             plan,
@@ -200,7 +168,7 @@ def command(
                     report=report,
                 )
                 prompt_rows = [bench.prompt(length) for length in lengths]
-                decode_rows = bench.decodes(tokens, context, at_once) if tokens else []
+                decode_rows = bench.decodes(tokens, context, batches) if tokens else []
             workers, used = executor.pool.workers, executor.kernels_used
         finally:
             executor.close()
@@ -209,13 +177,13 @@ def command(
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
     reference = _reference(bench.memory.sweep.bytes_per_second, decode_rows)
-    model = plan.model
+    about = plan.model
     facts: dict[str, Any] = {
-        "model": f"{model.architecture}, {model.layers} layers",
+        "model": f"{about.architecture}, {about.layers} layers",
         "bytes": total_bytes(plan),
         "active_bytes": active_bytes(plan),
-        "parameters": model.parameters,
-        "active_parameters": model.active_parameters,
+        "parameters": about.parameters,
+        "active_parameters": about.active_parameters,
         "weights": "dummy" if dummy_weights else home,
         "formats": _formats(plan),
     }

@@ -10,9 +10,9 @@ from statistics import median
 
 import torch
 
-from hmc.bench.gpu.models import quantised
-from hmc.bench.gpu.rows import Clock, Row
-from hmc.bench.gpu.sizes import Bench
+from gpu.models import quantised
+from gpu.rows import Clock, Row
+from gpu.sizes import Bench
 from hmc.runtime.device_ops.matmul import Matrix, fp8_form, matmul
 
 _PASSES = 5

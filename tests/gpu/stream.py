@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 
-from hmc.bench.gpu.plans import only, resident
-from hmc.bench.gpu.rows import Clock, Row, Verdict
-from hmc.bench.gpu.sizes import Bench, token_ids
+from gpu.plans import only, resident
+from gpu.rows import Clock, Row, Verdict
+from gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan import Plan
 from hmc.plan.phases import STREAM

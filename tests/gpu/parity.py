@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hmc.bench.gpu.models import write_checkpoint
-from hmc.bench.gpu.plans import Model
-from hmc.bench.gpu.rows import Clock, Row
-from hmc.bench.gpu.sizes import Bench, token_ids
+from gpu.models import write_checkpoint
+from gpu.plans import Model
+from gpu.rows import Clock, Row
+from gpu.sizes import Bench, token_ids
 from hmc.errors import ExecutionError
 from hmc.plan import Plan
 from hmc.plan.phases import DECODE, DUAL, PREFILL, STREAM

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from hmc.bench.gpu.models import FAMILIES, FORMATS, cut, reduced
-from hmc.bench.gpu.plans import Model
+from gpu.models import FAMILIES, FORMATS, cut, reduced
+from gpu.plans import Model
 from hmc.bench.probe import QUICK, Effort
 from hmc.machine import Machine
 from hmc.plan import Plan

@@ -1,4 +1,4 @@
-"""The GPU check, one script: `python -m hmc.bench.gpu.check`, or `make gpu-check`.
+"""The GPU check, one script: `make gpu-check`, or `PYTHONPATH=tests python -m gpu.check`.
 
 Probes the machine, compares what the GPU computes with what the CPU does, times streamed prompts,
 hybrid decoding, ring lengths and FP8 products beside references and predictions of the same run,
@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from hmc.bench.gpu.decode import decode
-from hmc.bench.gpu.models import DEEPSEEK, QWEN
-from hmc.bench.gpu.parity import parity
-from hmc.bench.gpu.products import products
-from hmc.bench.gpu.rows import Clock, Row, Section, run_sections, sound, text_table
-from hmc.bench.gpu.sizes import FULL, SMALL, Bench, Choice, Sizes
-from hmc.bench.gpu.stream import rings, stream
+from gpu.decode import decode
+from gpu.models import DEEPSEEK, QWEN
+from gpu.parity import parity
+from gpu.products import products
+from gpu.rows import Clock, Row, Section, run_sections, sound, text_table
+from gpu.sizes import FULL, SMALL, Bench, Choice, Sizes
+from gpu.stream import rings, stream
 from hmc.bench.probe import probe
 from hmc.bench.probe.gpu import Device, gpu_rates, probe_gpus
 from hmc.errors import HmcError, MachineError
@@ -115,7 +115,7 @@ def check(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check and print its table; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m hmc.bench.gpu.check", description=(__doc__ or "").split("\n\n")[1]
+        prog="python -m gpu.check", description=(__doc__ or "").split("\n\n")[1]
     )
     parser.add_argument("--devices", choices=("cuda", "host"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="reduced models")

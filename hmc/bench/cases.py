@@ -1,0 +1,117 @@
+"""Cases of `hmc bench kernels`: a kernel, a format and a shape, checked; the row each becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hmc.bench.compare import Compared
+from hmc.bench.matrices import FORMATS, MatrixShape
+from hmc.codegen.spec import MAX_TOKENS
+from hmc.errors import MachineError, UsageError
+from hmc.machine.topology import this_machine
+
+DECODE_OPS = ("linear", "experts")
+PREFILL_OPS = ("gemm", "grouped")
+OPS = DECODE_OPS + PREFILL_OPS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. Experts: `rows` x `k` are gate and up (intermediate x hidden), `top_k`
+    of them a token."""
+
+    op: str
+    format: str
+    rows: int
+    k: int
+    tokens: int
+    group: int = 128
+    top_k: int = 8
+
+    def __post_init__(self) -> None:
+        if self.op not in OPS or self.format not in FORMATS:
+            raise UsageError(
+                f"{self.op} of {self.format}: ops are {', '.join(OPS)},"
+                f" formats {', '.join(FORMATS)}"
+            )
+        if min(self.rows, self.k, self.tokens, self.top_k) < 1:
+            raise UsageError(f"{self.shape}, {self.tokens} tokens: sizes must be positive")
+        if self.op in DECODE_OPS and self.tokens > MAX_TOKENS:
+            raise UsageError(
+                f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
+                f" --op {'gemm' if self.op == 'linear' else 'grouped'}"
+            )
+        if self.format == "int4" and self.group not in (32, 64, 128):
+            raise UsageError(f"int4 groups are 32, 64 or 128 weights, not {self.group}")
+        _ = self.matrices  # raises for rows that are no whole groups, before anything is measured
+
+    @property
+    def shape(self) -> str:
+        """`rowsxk`."""
+        return f"{self.rows}x{self.k}"
+
+    @property
+    def matrices(self) -> tuple[MatrixShape, ...]:
+        """What one call (linear) or one expert reads."""
+        group = self.group if self.format == "int4" else 0
+        into = MatrixShape(self.format, self.rows, self.k, group)
+        if self.op in ("linear", "gemm"):
+            return (into,)
+        return (into, into, MatrixShape(self.format, self.k, self.rows, group))
+
+    @property
+    def flops(self) -> int:
+        """Of one call: a multiply-add counts two."""
+        each = 2 * self.rows * self.k * self.tokens
+        return each if self.op in ("linear", "gemm") else 3 * self.top_k * each
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a case gave: bytes/s or, for prefill, FLOP/s, beside the reference's."""
+
+    case: Case
+    compared: Compared
+
+    def record(self) -> dict[str, str | int | float]:
+        """As JSON has it."""
+        unit = "gflops" if self.case.op in PREFILL_OPS else "gbps"
+        return {
+            "op": self.case.op,
+            "format": self.case.format,
+            "shape": self.case.shape,
+            "tokens": self.case.tokens,
+            unit: round(self.compared.value / 1e9, 3),
+            f"reference_{unit}": round(self.compared.reference / 1e9, 3),
+            "ratio": round(self.compared.ratio, 4),
+        }
+
+
+def cases_of(
+    op: str,
+    formats: Iterable[str],
+    shapes: Iterable[tuple[int, int]],
+    tokens: Sequence[int],
+    *,
+    group: int = 128,
+    top_k: int = 8,
+) -> list[Case]:
+    """Every combination, cases that share their weights next to each other."""
+    sizes = list(shapes)
+    return [
+        Case(op, format, rows, k, count, group, top_k)
+        for format in formats
+        for rows, k in sizes
+        for count in tokens
+    ]
+
+
+def cut_to_cache(case: Case) -> Case:
+    """The case with as many rows as fill half of a core's L2."""
+    sizes = [cache.bytes for cache in this_machine().caches if cache.level == 2]
+    if not sizes:
+        raise MachineError("--l2: this machine does not tell the size of its L2 cache")
+    row = -(-sum(shape.bytes for shape in case.matrices) // case.rows)
+    rows = min(case.rows, max(16, min(sizes) // 2 // row // 16 * 16))
+    return Case(case.op, case.format, rows, case.k, case.tokens, case.group, case.top_k)
