@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hmc.plan.model import DTYPE_BYTES, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
-from hmc.plan.verify import EXTERNAL, expert_ranges
+from hmc.plan.model import DTYPE_BYTES, EXTERNAL, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
+from hmc.plan.ranges import expert_ranges
 
 HOME = "gpu0"
 """The GPU that has the cache and the dense weights of decode."""
