@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -233,6 +233,42 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "pool_call": (),
     "read_tsc": _args("sink*"),
 }
+
+
+def _power(value: int) -> bool:
+    return value in (1, 2, 4, 8, 16)
+
+
+def _ahead(value: int) -> bool:
+    return 0 <= value <= 1 << 24
+
+
+def _tokens(value: int) -> bool:
+    return 1 <= value <= 12
+
+
+_Accepts = Mapping[str, Callable[[int], bool]]
+_BY_ROWS: _Accepts = {"rows": _power, "streams": _power, "prefetch": _ahead}
+_BY_TOKENS: _Accepts = {"tokens": _tokens}
+TILES: Mapping[str, _Accepts] = {
+    **dict.fromkeys(("linear", "gate_up", "experts_gate_up", "experts_down"), _BY_ROWS),
+    **dict.fromkeys(("gemm", "grouped_gate_up", "grouped_down"), _BY_TOKENS),
+}
+"""op -> tile choice of `KernelSpec.tile` -> whether emitters take a value."""
+_BATCH = 16
+"""What rows x streams must divide (codegen/decode/tiles.py: GRAIN)."""
+
+
+def tile_fault(op: str, tile: Mapping[str, int]) -> str:
+    """Why emitters do not take these tile choices of a kernel; empty where they do."""
+    accepts = TILES.get(op, {})
+    for name, value in tile.items():
+        if name not in accepts or not accepts[name](value):
+            return f"no tile choice {name}={value}"
+    batch = tile.get("rows", 4) * tile.get("streams", 4)
+    if accepts is _BY_ROWS and _BATCH % batch:
+        return f"rows x streams is {batch} (unset: 4 each), it must divide {_BATCH}"
+    return ""
 
 
 def pack(op: str, **values: int | float) -> bytes:

@@ -26,11 +26,12 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def parse(text: str) -> list[int]:
-    """The numbers of such a text in its order, none of an empty one; `ValueError` says what is
-    wrong with another.
+def intervals(text: str) -> list[tuple[int, int]]:
+    """(first, last) of every part of such a text in its order, none of an empty one; `ValueError`
+    says what is wrong with another.
     """
-    found: list[int] = []
+    found: list[tuple[int, int]] = []
+    many = 0
     for part in filter(None, text.strip().split(",")):
         match = _PART.fullmatch(part)
         if match is None:
@@ -38,15 +39,26 @@ def parse(text: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"the range {part} is empty")
-        if last - first + len(found) >= _MOST:
+        many += last - first + 1
+        if many > _MOST:
             raise ValueError(f"the range {part} is too long")
-        found.extend(range(first, last + 1))
+        found.append((first, last))
     return found
+
+
+def parse(text: str) -> list[int]:
+    """The numbers of such a text in its order; `ValueError` as `intervals` says."""
+    return [each for first, last in intervals(text) for each in range(first, last + 1)]
+
+
+def expert_intervals(text: str) -> list[tuple[int, int]]:
+    """Intervals of expert numbers of a placement text; `VerifyError` when it is none."""
+    try:
+        return intervals(text)
+    except ValueError as error:
+        raise VerifyError(f"placement: {error}") from error
 
 
 def expert_ranges(text: str) -> list[int]:
     """Expert numbers of a placement text such as "0-31,77"; `VerifyError` when it is none."""
-    try:
-        return parse(text)
-    except ValueError as error:
-        raise VerifyError(f"placement: {error}") from error
+    return [each for first, last in expert_intervals(text) for each in range(first, last + 1)]

@@ -34,6 +34,12 @@ def _rotary(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return (spec("rotary", use, sizes, gamma),)
 
 
+def _slice(attrs: Attrs) -> bool:
+    """Pairs of each head are turned, those of the slice."""
+    start, dim, head_dim = picked(attrs, "start", "dim", "head_dim").values()
+    return dim > 0 and dim % 2 == 0 and start + dim <= head_dim and int(attrs["interleaved"]) < 2
+
+
 # -- grouped-query attention -----------------------------------------------------------------------
 
 
@@ -153,6 +159,7 @@ OPS: Final = (
             "factor": float,
             "eps": float,
         },
+        possible=_slice,
         kernels=_rotary,
         family="attention",
     ),
@@ -160,8 +167,8 @@ OPS: Final = (
         "attention",
         inputs=(
             Role("q", "f32", product("heads", "head_dim")),
-            Role("k", "f32 bf16", product("kv_heads", "head_dim")),
-            Role("v", "f32 bf16", product("kv_heads", "v_dim")),
+            Role("k", "f32 bf16", product("kv_heads", "head_dim"), rows="all"),
+            Role("v", "f32 bf16", product("kv_heads", "v_dim"), rows="all"),
             _POSITIONS,
         ),
         outputs=(Role("y", "bf16", product("heads", "v_dim")),),
@@ -170,6 +177,7 @@ OPS: Final = (
             "scale": float,
         },
         extra={"window": int},
+        possible=lambda attrs: int(attrs["heads"]) % max(1, int(attrs["kv_heads"])) == 0,
         kernels=_attention,
         states=_attention_states,
         work=_attention_work,
@@ -180,8 +188,8 @@ OPS: Final = (
         "mla",
         inputs=(
             Role("q", "f32", lambda a: int(a["heads"]) * (int(a["nope"]) + int(a["rope"]))),
-            Role("latent", "f32 bf16", attr("rank")),
-            Role("k_rope", "f32 bf16", attr("rope")),
+            Role("latent", "f32 bf16", attr("rank"), rows="all"),
+            Role("k_rope", "f32 bf16", attr("rope"), rows="all"),
             _POSITIONS,
         ),
         outputs=(Role("y", "bf16", product("heads", "v_dim")),),

@@ -132,6 +132,7 @@ OPS: Final = (
         ),
         attrs={"k": int, "n": int, "experts": int, "top_k": int, "act": str},
         extra={"range": str, "count": int},
+        possible=lambda attrs: int(attrs["top_k"]) <= int(attrs["experts"]),
         kernels=_experts,
         work=_experts_work,
         launches=4,  # gather, two matmuls, scatter

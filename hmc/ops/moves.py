@@ -4,7 +4,7 @@ between ranks and between lanes, and weights into slots.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
 from hmc.ops.row import Op, Role
 
@@ -13,13 +13,16 @@ _ROWS = tuple(Role(name, "f32 bf16", optional=True) for name in ("latent", "k_ro
 _SHARED = {"experts": int, "top_k": int, "range": str, "count": int, "what": str}
 
 
-def _many(name: str) -> tuple[Role, ...]:
-    return (Role(name, _ANY, many=True),)
+_EACH = Role("*", _ANY)
+
+
+def _many(name: str, rows: Literal["tokens", "all"] = "tokens") -> tuple[Role, ...]:
+    return (Role(name, _ANY, rows=rows, many=True),)
 
 
 OPS: Final = (
     # the same rows on another device, whatever the roles are called
-    Op("copy", (), (), where="any", captured=False, family="transfers"),
+    Op("copy", (_EACH,), (_EACH,), where="h2d d2h", captured=False, family="transfers"),
     # the weights named, or experts `range` of the layer, into a slot; with `order` those of them
     # alone that a token chose; without weights, the dense ones of decode back to their place
     Op(
@@ -39,7 +42,7 @@ OPS: Final = (
     Op(
         "all_gather",
         _many("x"),
-        _many("y"),
+        _many("y", "all"),
         attrs={"bytes": int},
         where="link",
         captured=False,
@@ -49,7 +52,7 @@ OPS: Final = (
     # partial sums of all rows a rank, to each rank the sum of its own rows
     Op(
         "exchange",
-        _many("x"),
+        _many("x", "all"),
         _many("y"),
         attrs={"bytes": int},
         where="link",

@@ -83,9 +83,10 @@ OPS: Final = (
     Op(
         "norm",
         inputs=(Role("x", "f32", product("width", "groups")),),
-        outputs=(Role("y", FLOATS, product("width", "groups")),),
+        outputs=(Role("y", "out", product("width", "groups")),),
         weights=(WeightRole("gamma", _width),),
         attrs={"width": int, "groups": int, "eps": float, "out": str},
+        possible=lambda attrs: str(attrs["out"]) in FLOATS.split(),
         kernels=_norm,
         family="norms and sums",
     ),

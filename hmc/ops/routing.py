@@ -13,6 +13,17 @@ def _route(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return (spec("route", use, picked(attrs, *names)),)
 
 
+def _choosable(attrs: Attrs) -> bool:
+    experts, top_k, groups, best = picked(
+        attrs, "experts", "top_k", "groups", "top_groups"
+    ).values()
+    fits = top_k <= experts and int(attrs["scoring"]) < 3
+    if not best:  # no groups
+        return fits
+    equal = groups > 0 and experts % groups == 0 and experts >= 2 * groups
+    return fits and equal and best <= groups and top_k <= best * (experts // groups)
+
+
 OPS: Final = (
     Op(
         "route",
@@ -27,6 +38,7 @@ OPS: Final = (
             **dict.fromkeys(("groups", "top_groups"), int),
             "factor": float,
         },
+        possible=_choosable,
         kernels=_route,
         launches=2,
         everywhere=True,  # so that nothing sorted has to travel

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from hmc.codegen.spec import KernelSpec
@@ -18,29 +19,35 @@ Attrs = Mapping[str, Any]
 Size = Callable[[Attrs], int]
 Section = Literal["attention", "mlp", "head", "any"]
 Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and sums", "transfers"]
-Where = Literal["any", "host", "gpu", "h2d", "d2h", "link"]
+Where = Literal["any", "host", "gpu", "h2d", "d2h", "h2d d2h", "link"]
 
 FLOATS = "f32 bf16"
 
 
 @dataclass(frozen=True)
 class Role:
-    """An operand: rows of a buffer whose dtype is one of the words of `dtype`.
+    """An operand: rows of a buffer whose dtype is one of the words of `dtype`, or of the attribute
+    of that name. Native kernels read and write the first.
 
-    `width` is elements a row (None: whatever the buffer's columns are). `rows`: one a token of the
-    call, or one a row whose logits are wanted. `given` names the engine's own array that an input
-    is always bound to. An output that is `in_place` is the input of that name. A role that is
-    `many` stands for name0, name1, ...
+    `width` is elements a row (None: as wide as what it is copied from or to). `rows`: one a token
+    that the step works on, one a token of the whole call also where ranks share it, or one a row
+    whose logits are wanted. `given` names the engine's own array that an input is always bound to.
+    An output that is `in_place` is the input of that name. A role that is `many` stands for name0,
+    name1, ..., and "*" for any name.
     """
 
     name: str
     dtype: str
     width: Size | None = None
-    rows: Literal["tokens", "wanted"] = "tokens"
+    rows: Literal["tokens", "all", "wanted"] = "tokens"
     optional: bool = False
     given: str = ""
     in_place: str = ""
     many: bool = False
+
+    def dtypes(self, attrs: Attrs) -> tuple[str, ...]:
+        """What the buffer's dtype may be."""
+        return tuple(str(attrs.get(self.dtype, self.dtype)).split())
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,11 @@ def no_states(attrs: Attrs) -> tuple[State, ...]:
     return ()
 
 
+def anything(attrs: Attrs) -> bool:
+    """Attributes bound each other only by the widths and shapes that they make."""
+    return True
+
+
 def no_kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     """The host never computes it natively."""
     return ()
@@ -160,7 +172,8 @@ def no_kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ..
 @dataclass(frozen=True)
 class Op:
     """A row. `attrs` are the attributes it must have, with their types, `extra` those that it may
-    have; nothing else is accepted. `kernels` chooses native kernels in launch order.
+    have; nothing else is accepted, and they must be `possible` together: what kernels take for
+    granted and no width or shape says. `kernels` chooses native kernels in launch order.
 
     `where` it may run: a table that stays with the host's memory ("host"), a transfer ("h2d",
     "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured` whether they
@@ -175,6 +188,7 @@ class Op:
     weights: tuple[WeightRole, ...] = ()
     attrs: Mapping[str, type] = field(default_factory=dict)
     extra: Mapping[str, type] = field(default_factory=dict)
+    possible: Callable[[Attrs], bool] = anything
     kernels: Kernels = no_kernels
     states: Callable[[Attrs], tuple[State, ...]] = no_states
     work: Callable[[Attrs, Load], Work] = once
@@ -184,12 +198,12 @@ class Op:
     everywhere: bool = False
     always: bool = False
 
-    @property
+    @cached_property
     def attends(self) -> bool:
         """Whether layers keep something for it between calls."""
         return self.states is not no_states
 
-    @property
+    @cached_property
     def routed(self) -> bool:
         """Whether its weights are one an expert."""
         return any(weight.expert for weight in self.weights)
@@ -199,15 +213,35 @@ class Op:
         """Whether it multiplies dense matrices of its own with its rows."""
         return any(weight.matmul for weight in self.weights) and not self.routed
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """Whether it computes nothing: it moves rows or weights."""
         return self.family == "transfers"
 
-    @property
+    @cached_property
+    def native(self) -> bool:
+        """Whether the host computes it by native kernels."""
+        return self.kernels is not no_kernels
+
+    @cached_property
+    def loads(self) -> bool:
+        """Whether it brings weights into slots."""
+        return self.moves and self.where == "h2d"
+
+    @cached_property
     def picks(self) -> bool:
         """Whether it picks the rows whose logits are wanted: what follows works on these."""
         return any(role.rows == "wanted" for role in self.outputs)
+
+    @cached_property
+    def loose(self) -> bool:
+        """Whether what it writes is as wide as what it reads, whatever that is."""
+        return any(role.width is None for role in self.outputs)
+
+    @cached_property
+    def many(self) -> bool:
+        """Whether it has operands for each of several ranks or lanes."""
+        return any(role.many for role in (*self.inputs, *self.outputs))
 
     @property
     def graph_inputs(self) -> tuple[Role, ...]:
@@ -237,7 +271,7 @@ _AnyRole = TypeVar("_AnyRole", Role, WeightRole)
 def _named(roles: tuple[_AnyRole, ...], name: str) -> _AnyRole | None:
     stem = name.rstrip("0123456789")
     for role in roles:
-        if role.name == name or (role.many and role.name == stem and stem != name):
+        if role.name in (name, "*") or (role.many and role.name == stem and stem != name):
             return role
     return None
 

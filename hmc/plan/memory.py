@@ -20,8 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hmc.plan.model import DTYPE_BYTES, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
-from hmc.plan.verify import EXTERNAL
+from hmc.plan.model import DTYPE_BYTES, EXTERNAL, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
 from hmc.ranges import expert_ranges
 
 HOME = "gpu0"

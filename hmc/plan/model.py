@@ -68,6 +68,8 @@ DType = Literal["f32", "bf16", "i32"]
 Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
 Count = Annotated[int, Field(ge=0)]
 DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4}
+EXTERNAL = -1
+"""Offset of buffers that the engine owns: ids, positions, rows and logits."""
 
 
 class Frozen(BaseModel):

@@ -5,9 +5,10 @@ op, such as `linear.prefetch=4096`; hides how a plan takes a change.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hmc.codegen.spec import TILES, tile_fault
 from hmc.errors import UsageError
 from hmc.passes.place.memory import accounted
 from hmc.plan import Decision, Kernel, Plan
@@ -16,9 +17,7 @@ from hmc.tune.replan import replan
 
 DECODE_OPS = ("linear", "gate_up", "experts_gate_up", "experts_down")
 PREFILL_OPS = ("gemm", "grouped_gate_up", "grouped_down")
-_BATCH = 16
-"""rows x streams of a decode kernel must divide it (codegen/decode/tiles.py: GRAIN)."""
-_MOST_THREADS, _MOST_BYTES, _MOST_TILE = 4096, 1 << 24, 12
+_MOST_THREADS = 4096
 
 _FORM = re.compile(
     r"(?P<name>threads|chunk|ring|(?P<op>[a-z_]+)\.(?P<tile>[a-z_]+))=(?P<value>\d+)"
@@ -52,7 +51,7 @@ def parse_setting(text: str) -> Setting:
         if value < least:
             raise UsageError(f"--set {text}: must be at least {least}")
         return Setting(match["name"], value)
-    tiles = _TILES.get(match["op"], {})
+    tiles = TILES.get(match["op"], {})
     if match["tile"] not in tiles:
         raise UsageError(f"--set {text}: no such tile choice; there are {_known()}")
     if not tiles[match["tile"]](value):
@@ -74,7 +73,7 @@ def apply(plan: Plan, settings: tuple[Setting, ...], checkpoint: str = "") -> Pl
             plan = _with_ring(plan, setting.value, checkpoint)
         else:
             plan = _chunked(plan, setting.value)
-    _check_batches(plan)
+    _check_tiles(plan)
     return plan
 
 
@@ -154,35 +153,11 @@ def _with_ring(plan: Plan, ring: int, checkpoint: str) -> Plan:
     return found
 
 
-def _check_batches(plan: Plan) -> None:
+def _check_tiles(plan: Plan) -> None:
     for kernel in plan.kernels.values():
-        tile = dict(kernel.tile)
-        batch = tile.get("rows", 4) * tile.get("streams", 4)
-        if kernel.op in DECODE_OPS and _BATCH % batch:
-            raise UsageError(
-                f"--set {kernel.op}: rows x streams is {batch} (unset: 4 each), it must divide"
-                f" {_BATCH}"
-            )
+        if fault := tile_fault(kernel.op, dict(kernel.tile)):
+            raise UsageError(f"--set {kernel.op}: {fault}")
 
 
 def _known() -> str:
-    return "; ".join(f"{op}: {', '.join(tiles)}" for op, tiles in _TILES.items())
-
-
-def _power(value: int) -> bool:
-    return value in (1, 2, 4, 8, 16)
-
-
-def _bytes(value: int) -> bool:
-    return value <= _MOST_BYTES
-
-
-def _tile(value: int) -> bool:
-    return 1 <= value <= _MOST_TILE
-
-
-_Accepts = Callable[[int], bool]
-_OF_DECODE: dict[str, _Accepts] = {"rows": _power, "streams": _power, "prefetch": _bytes}
-_OF_PREFILL: dict[str, _Accepts] = {"tokens": _tile}
-_TILES = dict.fromkeys(DECODE_OPS, _OF_DECODE) | dict.fromkeys(PREFILL_OPS, _OF_PREFILL)
-"""op -> tile choice -> whether it can take a value."""
+    return "; ".join(f"{op}: {', '.join(tiles)}" for op, tiles in TILES.items())

@@ -105,7 +105,7 @@ class PhaseBuilder:
                 self._alone(node, inputs[role.in_place])
                 outputs[role.name] = inputs[role.in_place]
                 continue
-            dtype = role.dtype if " " not in role.dtype else found.dtype
+            (dtype,) = role.dtypes(attrs)
             assert role.width is not None
             width = role.width(attrs)
             name = f"{node.name}.{role.name}" if role.name != "y" else node.name

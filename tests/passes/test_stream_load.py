@@ -23,7 +23,7 @@ from hybrid_plans import (
 from hmc.compiler import compile as compile_plan
 from hmc.errors import VerifyError
 from hmc.plan import Phase, Plan, Step
-from hmc.plan.verify import verify_plan
+from hmc.plan.verify import check_order, verify_plan
 from hmc.predict.cost import Call, Cost, CostModel
 from hmc.predict.run import run_prefill
 from hmc.predict.timeline import result_seconds, run, schedule
@@ -106,10 +106,14 @@ def test_verify_catches_wrong_slots() -> None:
         verify_plan(_changed(plan, ranged, uses=("ring0.7",)))
     step = next(step for step in plan.phase(STREAM).steps if ranged(step))
     with pytest.raises(VerifyError, match="its slots do not hold layer:3"):
-        verify_plan(_changed(plan, ranged, attrs={**step.attrs, "range": "1-2"}))
-    load = lambda step: step.op == "load"  # noqa: E731
+        check_order(_changed(plan, ranged, attrs={**step.attrs, "range": "1-2"}).phase(STREAM))
+
+    def smaller(phase: Phase) -> Phase:
+        slots = tuple(each.model_copy(update={"bytes": each.bytes - 1}) for each in phase.slots)
+        return phase.model_copy(update={"slots": slots})
+
     with pytest.raises(VerifyError, match="its slots are too small"):
-        verify_plan(_changed(plan, load, weight_bytes=1 << 40))
+        verify_plan(with_phase(plan, STREAM, smaller))
 
 
 @pytest.mark.parametrize(("model", "gigabytes"), [("deepseek-v3", 11.28), ("kimi-k2", 16.92)])
