@@ -26,7 +26,8 @@ class Options:
 
     `vram` bytes of each GPU may be used (0: all); the cache holds `concurrency` sequences of
     `max_context` tokens; `ring` experts fit into the slots of a streamed prefill; `profile` are
-    recorded routing counts.
+    recorded routing counts. Of models that keep states a sequence, `snapshot_bytes` may hold those
+    of prompts, for others that begin alike.
     """
 
     max_context: int = 0
@@ -38,6 +39,7 @@ class Options:
     concurrency: int = 1
     ring: int = 0
     profile: RoutingProfile | None = None
+    snapshot_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True)

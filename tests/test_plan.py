@@ -81,7 +81,7 @@ def test_another_schema_version_is_refused(plan: Plan, tmp_path: Path) -> None:
         return json.dumps(json.loads(body) | {"schema_version": 0}).encode()
 
     _rewrite(path, "digest.json", older)
-    with pytest.raises(PlanFormatError, match="plan schema 0, this hmc reads 2"):
+    with pytest.raises(PlanFormatError, match="plan schema 0, this hmc reads 3"):
         load_plan(path)
 
 

@@ -9,7 +9,7 @@ names       weights, kernels, constants and events that steps name exist
 slots       weights are used from a slot that a load filled with them before, and no load fills
 bytes that are in use, be it by another slot or by activations (ON and OFF events)
 placement   every expert of every layer is in exactly one tier
-cache       the attention steps' layers are the KV layout's
+cache       what the steps of each phase keep between calls is what the layout says
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 from hmc.errors import VerifyError
-from hmc.plan.model import DTYPE_BYTES, Buffer, Phase, Plan, Slot, Step
+from hmc.ops import op_of
+from hmc.plan.base import DTYPE_BYTES
+from hmc.plan.model import Buffer, Phase, Plan, Slot, Step
+from hmc.plan.states import state_groups
 
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
@@ -35,16 +38,20 @@ def verify_plan(plan: Plan) -> None:
             _check_names(plan, phase, step, weights)
         _check_bounds(phase)
         check_order(phase)
-        attended: dict[int, int] = {}
-        for step in phase.steps:
-            if step.op in ("attention", "mla"):
-                rows = phase.lanes if "whole" in step.attrs else 1
-                attended[step.layer] = attended.get(step.layer, 0) + rows
-        copies = phase.ranks * phase.lanes
-        if attended != dict.fromkeys(plan.kv.layers, copies):
-            raise VerifyError(
-                f"phase {phase.name}: attention layers differ from the KV cache's layers"
-            )
+        _check_states(plan, phase)
+
+
+def _check_states(plan: Plan, phase: Phase) -> None:
+    """Every phase keeps what the layout says: each op of each layer once for all rows of a call."""
+    rows: dict[tuple[int, str], int] = {}
+    kept = []
+    for step in phase.steps:
+        if states := op_of(step.op).states(step.attrs):
+            kept.append((step.layer, states))
+            count = phase.lanes if "whole" in step.attrs else 1
+            rows[step.layer, step.op] = rows.get((step.layer, step.op), 0) + count
+    if state_groups(kept) != plan.kv.groups or set(rows.values()) - {phase.ranks * phase.lanes}:
+        raise VerifyError(f"phase {phase.name}: its steps keep other states than the layout says")
 
 
 def expert_ranges(text: str) -> list[int]:

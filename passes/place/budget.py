@@ -59,6 +59,7 @@ def divide(graph: torch.fx.GraphModule, context: Context) -> Budget | None:
     attention = context_scratch(layout, tokens)
     workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(context))
+    cache += layout.slots * layout.bytes_per_sequence
     room = [
         usable[0] - dense - cache - workspace,
         *(each - SCRATCH - attention for each in usable[1:]),
@@ -140,7 +141,8 @@ def _tokens(context: Context, usable: int, dense: int, workspace: int, layout: K
         )
     per_token, attention = layout.bytes_per_token, context_scratch(layout, 1)
     free = usable - dense - workspace - per_token * _partial_blocks(context)
-    fits = max(0, free) // (per_token * options.concurrency + attention)
+    free -= layout.slots * layout.bytes_per_sequence
+    fits = max(0, free) // max(1, per_token * options.concurrency + attention)
     limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"

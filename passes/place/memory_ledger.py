@@ -21,10 +21,10 @@ import torch.fx
 
 from hmc.errors import PassFailedError, UsageError
 from hmc.graph import NodeMeta, meta
-from hmc.ops import OPS
+from hmc.ops import OPS, State
 from hmc.passes.context import Context, stored_bytes
 from hmc.passes.place.nodes import hosted_nodes, routed_nodes
-from hmc.plan import KVLayout, LedgerItem, Limits
+from hmc.plan import KVLayout, LedgerItem, Limits, state_groups
 from hmc.plan.verify import expert_ranges
 
 DEFAULT_CONTEXT = 32_768
@@ -53,7 +53,7 @@ class MemoryLedger:
         layout = cache_layout(graph, context)
         budget, sequences = context.budget, context.options.concurrency
         if budget is None:
-            tokens = self._context_length(context, layout.bytes_per_token, weights)
+            tokens = self._context_length(context, layout, weights)
         else:
             tokens = budget.tokens
             context.decide(
@@ -72,16 +72,27 @@ class MemoryLedger:
             max_chunk=min(context.options.max_chunk, tokens),
             max_batch=context.options.max_batch,
         )
+        home = "host" if budget is None else "gpu0"
         context.ledger.append(
             LedgerItem(
-                device="host" if budget is None else "gpu0",
+                device=home,
                 kind="KV cache",
                 bytes=capacity * layout.bytes_per_token,
-                detail=f"{capacity} tokens x {layout.bytes_per_token} B ({layout.kind})",
+                detail=f"{capacity} tokens x {layout.bytes_per_token} B",
             )
         )
+        if each := layout.bytes_per_sequence:
+            kept = f"{layout.snapshots} snapshots" if layout.snapshots else "no prompt reused"
+            context.ledger.append(
+                LedgerItem(
+                    device=home,
+                    kind="sequence states",
+                    bytes=layout.slots * each,
+                    detail=f"{layout.sequences} sequences, {kept}, {each} B each",
+                )
+            )
 
-    def _context_length(self, context: Context, per_token: int, weights: int) -> int:
+    def _context_length(self, context: Context, layout: KVLayout, weights: int) -> int:
         asked, model = context.options.max_context, context.info.context
         if asked:
             if model and asked > model:
@@ -92,7 +103,8 @@ class MemoryLedger:
             context.decide(self.name, "context length", f"{asked} tokens", "asked for")
             return asked
         free = int(context.machine.memory_bytes * (1 - _RESERVE)) - weights
-        fits = max(0, free) // per_token
+        free -= layout.slots * layout.bytes_per_sequence
+        fits = max(0, free) // max(1, layout.bytes_per_token)
         limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
         tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST_CONTEXT, limit))
         context.decide(
@@ -157,25 +169,31 @@ def _kind_of(node: NodeMeta) -> str:
 
 
 def cache_layout(graph: torch.fx.GraphModule, context: Context) -> KVLayout:
-    """The cache's layout, without its capacity; `PassFailedError` when layers differ."""
-    layers: list[int] = []
-    widths: set[tuple[str, tuple[int, ...]]] = set()
+    """What layers keep between calls, by the rows of their ops; without its capacity in tokens.
+
+    `PassFailedError` where two nodes of a layer keep states of the same name.
+    """
+    kept: list[tuple[int, tuple[State, ...]]] = []
+    named: set[tuple[int, str]] = set()
     for node in graph.graph.nodes:
         found = meta(node)
-        if found.kind not in OPS or not (states := OPS[found.kind].states(dict(found.attrs))):
-            continue
-        kind = "gqa" if len(states) > 1 else "mla"
-        widths.add((kind, tuple(state.width for state in states)))
-        layers.append(found.layer)
-    if len(widths) != 1:
-        raise PassFailedError(
-            "the layers' KV caches differ in shape, or the model has no attention"
-        )
-    kind, width = widths.pop()
-    return KVLayout(
-        kind=kind,  # type: ignore[arg-type]
-        block=context.options.kv_block,
-        widths=width,
-        layers=tuple(layers),
+        states = OPS[found.kind].states(dict(found.attrs)) if found.kind in OPS else ()
+        for state in states:
+            if (found.layer, state.name) in named:
+                raise PassFailedError(
+                    f"{node.name}: another node of layer {found.layer} keeps a state {state.name}"
+                )
+            named.add((found.layer, state.name))
+        kept.append((found.layer, states))
+    options = context.options
+    layout = KVLayout(
+        block=options.kv_block,
         capacity_tokens=0,
+        sequences=options.max_batch,
+        groups=state_groups(kept),
     )
+    if not (each := layout.bytes_per_sequence):
+        return layout
+    pages = -(-(options.max_context or DEFAULT_CONTEXT) // options.kv_block)
+    pages = pages * options.concurrency + options.max_batch - 1
+    return layout.model_copy(update={"snapshots": min(options.snapshot_bytes // each, pages)})

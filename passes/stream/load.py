@@ -74,6 +74,15 @@ class StreamLoad:
                 self.name, STREAM, "one GPU", "the machine declares no link rate between its GPUs"
             )
             gpus = gpus[:1]
+        if beside != (0,) and plan.kv.bytes_per_sequence:
+            context.decide(
+                self.name,
+                STREAM,
+                "one GPU",
+                "layers keep states a sequence, which tokens change one after the other and which"
+                " gpu0 alone has: prompts are neither shared between GPUs nor computed elsewhere",
+            )
+            gpus = beside = (0,)
         memory = StreamMemory.of(plan, budget, gpus)
         emitter = StreamEmitter(context.bases[PREFILL], plan, memory.streams_dense, gpus)
         phase = self._fitted(context, memory, emitter)
