@@ -90,7 +90,7 @@ class GpuMemory:
         self.device = device
         self._taken: list[torch.Tensor] = []
         self._kv = kv
-        self._slots_kept: list[torch.Tensor] = []
+        self._kept: list[torch.Tensor] = []
         self._calls = dict(phases)
         chosen = [plan.phase(name) for name in phases]
         self._layout = DeviceMemory.of(plan, device.name, phases)
@@ -185,25 +185,25 @@ class GpuMemory:
                 self.caches[layer, name] = flat.view(rows, state.width).zero_()
                 start += aligned(rows * state.bytes)
                 if state.per == "sequence":
-                    self._slots_kept.append(self.caches[layer, name])
+                    self._kept.append(self.caches[layer, name])
         self._kv.attach(self)
 
     def clear(self, slot: int) -> None:
         """Zero the states a sequence of a slot."""
-        for slots in self._slots_kept:
+        for slots in self._kept:
             slots[slot].zero_()
         self._settle()
 
     def copy(self, source: int, target: int) -> None:
         """Copy the states a sequence of a slot to another."""
-        for slots in self._slots_kept:
+        for slots in self._kept:
             slots[target].copy_(slots[source])
         self._settle()
 
     def _settle(self) -> None:
         """Wait for what was done to slots: the streams of steps do not."""
-        if self._slots_kept and self._slots_kept[0].is_cuda:
-            torch.cuda.current_stream(self._slots_kept[0].device).synchronize()
+        if self._kept and self._kept[0].is_cuda:
+            torch.cuda.current_stream(self._kept[0].device).synchronize()
 
     def lend(self) -> LentMemory:
         """This memory, for the process of the GPU's rank."""
