@@ -119,7 +119,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
         isa=best_isa(frozenset(machine.flags)).name,
     )
     lowered = run_graph(configured(GRAPH, options), graph, target)
-    needs = needs_of(lowered)
+    needs = needs_of(lowered, options)
     room = capacity(needs, target, options)
     plan = emit(lowered, room, options, parse_goals(options.slo, options.concurrency))
     return Base(plan, needs, room.budget)

@@ -20,6 +20,8 @@ from hmc.plan import Decision, KVLayout, Limits, ModelInfo, Plan
 
 BLOCK = 64
 """Tokens that a block of the paged cache holds."""
+DEFAULT_CONTEXT = 32_768
+"""Tokens of context that nobody needs to ask for."""
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ class Executor:
                 self._memory.callback(self.store.close)
                 if self.store.home != "dummy":
                     check_numbers(self.store, self.pool, jit, plan.isa, progress)
-            self.kv = kv or KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
+            self.kv = kv or KVCache(plan.kv, plan.limits.max_context)
             if kv is None:
                 self._memory.callback(self.kv.close)
             tables = Tables(plan, self.store)
@@ -216,7 +216,8 @@ class Executor:
         self._require(name)
         first = 0
         while first < len(ids):
-            last = first + chunk_tokens(self.plan, name, len(ids) - first, 0)
+            past = sequence.length
+            last = first + chunk_tokens(self.plan, name, len(ids) - first, 0, past)
             rows = np.arange(last - first, dtype=np.int32)
             if not every:
                 rows = rows[-1:] if last == len(ids) else rows[:0]

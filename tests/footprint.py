@@ -156,7 +156,7 @@ class _Recorder:
     def rows_begin(self) -> None:
         self.records.append(("rows",))
 
-    def address(self, operand: Any, part: int = 0) -> int:
+    def address(self, operand: Any, part: str = "") -> int:
         if isinstance(operand, int):  # of the cache, a layer's tensor
             return _number(("cache", operand, part))
         return self._now[_key(operand)]

@@ -99,7 +99,7 @@ def bench(
         )
         jit = Jit(EMITTERS)
         pool = stack.enter_context(Pool(jit, TIERS[plan.isa], 2))
-        kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
+        kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus]
         tables, tokens = Tables(plan, store), {STREAM: plan.phase(STREAM).max_tokens}

@@ -238,7 +238,8 @@ def test_long_contexts_cost_their_cache_in_decode(plan_file: Path) -> None:
     record = 1e-6 * len(step.kernels)
     cost = model.step(phase, step, Call(1, 100_000, 1))
     assert cost.bound == "cache"
-    assert cost.seconds - record == pytest.approx(2 * sum(plan.kv.widths) * 100_001 / 2e10)
+    kept = sum(state.bytes for state in plan.kv.states(step.layer))
+    assert cost.seconds - record == pytest.approx(kept * 100_001 / 2e10)
 
 
 def test_a_predictor_is_the_simulator(plan_file: Path) -> None:

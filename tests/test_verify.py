@@ -11,7 +11,7 @@ import pytest
 import hmc
 from hmc.errors import VerifyError
 from hmc.ops import OPS
-from hmc.plan import Operand, Phase, Plan, Step, Weight
+from hmc.plan import KVLayout, Operand, Phase, Plan, Step, Weight
 from hmc.plan.order import check_order
 from hmc.plan.stored import expected_bytes
 from hmc.plan.verify import verify_plan
@@ -71,6 +71,14 @@ def _with_kernel(plan: Plan, op: str, **changes: Any) -> Plan:
         for key, each in plan.kernels.items()
     }
     return plan.model_copy(update={"kernels": kernels})
+
+
+def _narrow(kv: KVLayout) -> KVLayout:
+    """The layout with another width of its first state."""
+    group = kv.groups[0]
+    state = group.states[0].model_copy(update={"width": 8})
+    narrow = group.model_copy(update={"states": (state, *group.states[1:])})
+    return kv.model_copy(update={"groups": (narrow, *kv.groups[1:])})
 
 
 BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
@@ -218,8 +226,8 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "rotary constant",
     ),
     "a cache of another width": (
-        lambda p: p.model_copy(update={"kv": p.kv.model_copy(update={"widths": (8,)})}),
-        "it caches latent 80, not mla 8",
+        lambda p: p.model_copy(update={"kv": _narrow(p.kv)}),
+        "keep other states than the cache's layout says",
     ),
     "pages of no tokens": (
         lambda p: p.model_copy(update={"kv": p.kv.model_copy(update={"block": 0})}),

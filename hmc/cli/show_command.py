@@ -11,6 +11,7 @@ from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier
 from hmc.codegen.isa import in_whole_numbers
 from hmc.errors import UsageError
 from hmc.plan import Kernel, Operand, Phase, Plan, load_plan
+from hmc.ranges import ranges
 
 
 @click.command("show")
@@ -94,6 +95,12 @@ def _show_plan(plan: Plan) -> None:
         verdict = "fits" if total <= room else "TOO LARGE for"
         rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))
     out.print(table("Memory", ("device", "kind", "bytes", "detail"), rows, numbers=("bytes",)))
+    states = [
+        (ranges(group.layers), s.name, f"{s.width} {s.dtype}", f"a {s.per}", s.window or "all")
+        for group in plan.kv.groups
+        for s in group.states
+    ]
+    out.print(table("States", ("layers", "state", "elements", "kept", "positions"), states))
     placed = [
         (layers, tier, experts)
         for layers, tiers in placement_groups(plan)

@@ -60,10 +60,10 @@ def _attention(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ..
 
 
 def _attention_states(attrs: Attrs) -> tuple[State, ...]:
-    heads = int(attrs["kv_heads"])
+    heads, window = int(attrs["kv_heads"]), int(attrs.get("window", 0))
     return (
-        State("k", heads * int(attrs["head_dim"])),
-        State("v", heads * int(attrs["v_dim"])),
+        State("k", heads * int(attrs["head_dim"]), window=window),
+        State("v", heads * int(attrs["v_dim"]), window=window),
     )
 
 

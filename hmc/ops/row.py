@@ -78,6 +78,11 @@ class State:
     dtype: Literal["bf16", "f32"] = "bf16"
     window: int = 0
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of a token or sequence in one layer."""
+        return self.width * (4 if self.dtype == "f32" else 2)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -202,6 +207,10 @@ class Op:
     def attends(self) -> bool:
         """Whether layers keep something for it between calls."""
         return self.states is not no_states
+
+    def pages(self, attrs: Attrs) -> bool:
+        """Whether a layer keeps something a token for it, as all kinds of attention do."""
+        return any(state.per == "token" for state in self.states(attrs))
 
     @cached_property
     def routed(self) -> bool:

@@ -15,20 +15,15 @@ from __future__ import annotations
 import os
 
 from hmc.plan import file
+from hmc.plan.base import DTYPE_BYTES, Count, DType, Format, Frozen
 from hmc.plan.model import (
-    DTYPE_BYTES,
     SCHEMA_VERSION,
     Buffer,
     CheckpointInfo,
-    Count,
     Decision,
-    DType,
     ExpertWeights,
-    Format,
-    Frozen,
     Goals,
     Kernel,
-    KVLayout,
     LayerPlacement,
     LedgerItem,
     Limits,
@@ -42,6 +37,7 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
+from hmc.plan.states import KVLayout, StateGroup, StateInfo, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
@@ -67,11 +63,14 @@ __all__ = [
     "Plan",
     "ShardInfo",
     "Slot",
+    "StateGroup",
+    "StateInfo",
     "Step",
     "Switch",
     "Weight",
     "load_plan",
     "save_plan",
+    "state_groups",
     "verify_plan",
 ]
 

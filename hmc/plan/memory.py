@@ -1,6 +1,6 @@
 """What a plan takes of each GPU: one layout, which the ledger counts and the runtime allocates.
 
-    cache      gpu0 alone: one tensor [tokens, width] bf16 for each tensor of each layer
+    cache      gpu0 alone: one tensor [tokens or slots, width] for each state of each layer
     experts    those placed there
     region     dense weights that steps use where they lie; and of every phase that streams, of
                which one runs at a time, slots (`Slot.offset`) and then activations
@@ -20,7 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hmc.plan.model import DTYPE_BYTES, EXTERNAL, ExpertWeights, KVLayout, Phase, Plan, Step, Weight
+from hmc.plan.base import DTYPE_BYTES
+from hmc.plan.model import EXTERNAL, ExpertWeights, Phase, Plan, Step, Weight
+from hmc.plan.states import KVLayout
 from hmc.ranges import expert_ranges
 
 HOME = "gpu0"
@@ -141,7 +143,7 @@ def context_scratch(kv: KVLayout, context: int) -> int:
     """Bytes that attention over `context` tokens takes whatever the size of its blocks: latents of
     the past and of the call side by side, and keys and values of one head lifted from them, which
     are no wider."""
-    return 4 * sum(kv.widths) * context if kv.kind == "mla" else 0
+    return 4 * kv.widest("latent") * context
 
 
 def slot_offsets(sizes: Sequence[tuple[int, bool]]) -> tuple[list[int], int]:
@@ -219,5 +221,4 @@ def _experts(plan: Plan, device: str) -> int:
 
 
 def _cache(plan: Plan) -> int:
-    tokens = -(-plan.kv.capacity_tokens // plan.kv.block) * plan.kv.block
-    return len(plan.kv.layers) * sum(aligned(2 * tokens * width) for width in plan.kv.widths)
+    return sum(aligned(plan.kv.rows(state) * state.bytes) for _, state in plan.kv.each())

@@ -57,25 +57,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hmc.machine import Machine
+from hmc.plan.base import Count, DType, Format, Frozen
 from hmc.plan.options import Options
+from hmc.plan.states import KVLayout
 
 SCHEMA_VERSION = 3
-
-DType = Literal["f32", "bf16", "i32"]
-Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
-Count = Annotated[int, Field(ge=0)]
-DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4}
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
-
-
-class Frozen(BaseModel):
-    """Immutable, and strict about unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class ModelInfo(Frozen):
@@ -175,26 +166,6 @@ class LayerPlacement(Frozen):
     tiers: dict[str, str]
 
 
-class KVLayout(Frozen):
-    """The paged KV cache: `kind` "gqa" (k and v) or "mla" (latent and rope part), bf16, `block`
-    tokens a block.
-
-    `widths` are elements per token of each tensor of one layer: gqa (kv_heads * head_dim, kv_heads
-    * v_dim), mla (rank + rope,). `layers` lists the layers that have a cache.
-    """
-
-    kind: Literal["gqa", "mla"]
-    block: Count
-    widths: tuple[int, ...]
-    layers: tuple[int, ...]
-    capacity_tokens: Count
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Cache bytes of one token over all layers."""
-        return 2 * sum(self.widths) * len(self.layers)
-
-
 class Kernel(Frozen):
     """A `KernelSpec`, spelled out (codegen.spec.KernelSpec has the meaning of each field)."""
 
@@ -260,8 +231,8 @@ class Step(Frozen):
     resource: str
     inputs: dict[str, Operand]
     outputs: dict[str, Operand]
-    weights: dict[str, str] = {}
-    attrs: dict[str, int | float | str] = {}
+    weights: dict[str, str] = Field(default_factory=dict)
+    attrs: dict[str, int | float | str] = Field(default_factory=dict)
     kernels: tuple[str, ...] = ()
     waits: tuple[int, ...] = ()
     signal: int = -1
@@ -291,8 +262,8 @@ class Phase(Frozen):
     buffers: tuple[Buffer, ...]
     steps: tuple[Step, ...]
     slots: tuple[Slot, ...] = ()
-    device_bytes: dict[str, Count] = {}
-    arena_at: dict[str, Count] = {}
+    device_bytes: dict[str, Count] = Field(default_factory=dict)
+    arena_at: dict[str, Count] = Field(default_factory=dict)
     ranks: Annotated[int, Field(ge=1)] = 1
     lanes: Annotated[int, Field(ge=1)] = 1
     ring: Count = 0

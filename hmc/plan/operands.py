@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from hmc.errors import VerifyError
 from hmc.ops import Op, Role
 from hmc.plan.about import About, Expected
-from hmc.plan.model import DTYPE_BYTES, EXTERNAL, Buffer, Operand, Phase, Plan, Step
+from hmc.plan.base import DTYPE_BYTES
+from hmc.plan.model import EXTERNAL, Buffer, Operand, Phase, Plan, Step
 
 ALIGN = 64
 """Bytes that buffers of an arena are aligned to."""

@@ -20,7 +20,9 @@ class Options(BaseModel):
     `max_context` tokens of one sequence, `max_chunk` of a prefill chunk, `threads` native workers.
     A plan with `dummy_weights` is made from a config alone, cut to `layers`. `vram` bytes of each
     GPU may be used (0: all); the cache holds `concurrency` sequences; `ring` experts fit into the
-    slots of a streamed prefill. `slo` are goals as the user wrote them, `profile` recorded routing.
+    slots of a streamed prefill. Of models that keep states a sequence, `snapshot_bytes` may hold
+    those of prompts, for others that begin alike. `slo` are goals as the user wrote them,
+    `profile` recorded routing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -32,6 +34,7 @@ class Options(BaseModel):
     vram: Annotated[int, Field(ge=0)] = 0
     concurrency: Annotated[int, Field(ge=1)] = 1
     ring: Annotated[int, Field(ge=0)] = 0
+    snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     slo: str = ""
     profile: RoutingProfile | None = None
 

@@ -14,7 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from hmc.errors import VerifyError
-from hmc.plan.model import DTYPE_BYTES, EXTERNAL, Buffer, Phase, Slot, Step
+from hmc.plan.base import DTYPE_BYTES
+from hmc.plan.model import EXTERNAL, Buffer, Phase, Slot, Step
 
 _Clock = list[int]
 """By resource, the position of its last step known to be done."""

@@ -21,6 +21,9 @@ The policy, as far as the phases of a plan allow it:
       not gain: beside decode they delay every other by four quarter chunks at most.
     * any other prefill phase streams the weights once for all it is given: such a prompt goes in
       one call as far as the phase takes it.
+    * where layers keep states a sequence, a chunk ends where the prompt's last block in its reach
+      does, if there is room for snapshots: a state can be kept there alone. A prefill process takes
+      no such prompt: one that ends half way would leave states of no known position.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def in_own_process(plan: Plan, phase: str, tokens: int, *, every: bool) -> bool:
     """Whether a prefill process, where there is one, computes a prompt of that `phase` of which
     `tokens` are left.
     """
-    return phase == PREFILL and not every and tokens > plan.limits.max_chunk
+    chunks = phase == PREFILL and not every and tokens > plan.limits.max_chunk
+    return chunks and not plan.kv.bytes_per_sequence
 
 
 def decode_phase(plan: Plan, batch: int) -> str:
@@ -65,13 +69,17 @@ def decode_phase(plan: Plan, batch: int) -> str:
     return _phase(plan, "decode", batch, DECODE)
 
 
-def chunk_tokens(plan: Plan, phase: str, left: int, decoding: int) -> int:
-    """How many of the `left` tokens of a prompt the next call takes while `decoding` sequences
-    decode; chunks come out equal, since a short last one would read all weights for few tokens.
+def chunk_tokens(plan: Plan, phase: str, left: int, decoding: int, past: int = 0) -> int:
+    """How many of the `left` tokens of a prompt, `past` of which are in the cache, the next call
+    takes while `decoding` sequences decode; chunks come out equal, since a short last one would
+    read all weights for few tokens.
     """
-    most = plan.phase(phase).max_tokens
+    most, block = plan.phase(phase).max_tokens, plan.kv.block
     if decoding and phase == PREFILL:
-        most = min(most, max(plan.kv.block, plan.limits.max_chunk // _BESIDE_DECODE))
+        most = min(most, max(block, plan.limits.max_chunk // _BESIDE_DECODE))
+    if plan.kv.snapshots:
+        last = (past + min(left, most)) // block * block
+        return last - past if last > past else min(left, most)
     return _even(left, most)
 
 

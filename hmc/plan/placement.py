@@ -21,11 +21,10 @@ from hmc.plan.about import About
 from hmc.plan.memory import device_of, expert_bytes, packed_bytes, resident_names, restores
 from hmc.plan.model import Phase, Plan, Step
 from hmc.plan.phases import DECODE, PREFILL
+from hmc.plan.states import state_groups
 from hmc.ranges import expert_intervals
 
 _Intervals = tuple[tuple[int, int], ...]
-_STATES = {"gqa": 2, "mla": 1}
-"""Tensors of a layer by kind of cache."""
 _MOST_TOKENS = 1 << 31
 
 
@@ -58,7 +57,8 @@ class Placement:
         """Raise `VerifyError` on the first rule that a phase's steps break together."""
         computed: dict[tuple[int, int], list[tuple[int, int]]] = {}
         resident: dict[tuple[int, int, str], list[tuple[int, int]]] = {}
-        attended: dict[int, int] = {}
+        attended: dict[tuple[int, str], int] = {}
+        kept: list[tuple[int, tuple[State, ...]]] = []
         slots = {(slot.name, slot.device): slot.bytes for slot in phase.slots}
         if len({slot.name for slot in phase.slots}) != len(phase.slots):
             raise VerifyError(f"phase {phase.name}: two slots share a name")
@@ -77,8 +77,8 @@ class Placement:
                         resident.setdefault(key, []).extend(some)
             elif row.attends:
                 rows = phase.lanes if "whole" in step.attrs else 1
-                attended[step.layer] = attended.get(step.layer, 0) + rows
-                self._check_states(phase, step, row.states(step.attrs))
+                attended[step.layer, step.op] = attended.get((step.layer, step.op), 0) + rows
+                kept.append((step.layer, row.states(step.attrs)))
             if step.fills or step.uses or row.loads:
                 self._check_slots(phase, step, about, slots)
         for resource in resources - {"cpu"}:
@@ -95,9 +95,11 @@ class Placement:
                     f"phase {phase.name}: {tier} computes other experts of layer {layer} than are"
                     " placed there"
                 )
-        if attended != dict.fromkeys(self._plan.kv.layers, phase.ranks * phase.lanes):
+        if state_groups(kept) != self._plan.kv.groups or (
+            set(attended.values()) - {phase.ranks * phase.lanes}
+        ):
             raise VerifyError(
-                f"phase {phase.name}: attention layers differ from the KV cache's layers"
+                f"phase {phase.name}: its steps keep other states than the cache's layout says"
             )
 
     def _some(self, phase: Phase, step: Step) -> _Intervals:
@@ -113,19 +115,6 @@ class Placement:
                 f" experts of layer {step.layer}"
             )
         return some
-
-    def _check_states(self, phase: Phase, step: Step, states: tuple[State, ...]) -> None:
-        kv = self._plan.kv
-        if (
-            tuple(state.width for state in states) != kv.widths
-            or len(states) != _STATES[kv.kind]
-            or any((state.per, state.dtype) != ("token", "bf16") for state in states)
-        ):
-            raise VerifyError(
-                f"phase {phase.name}, step {step.id} ({step.op}): it caches"
-                f" {', '.join(f'{state.name} {state.width}' for state in states)}, not {kv.kind}"
-                f" {', '.join(map(str, kv.widths))}"
-            )
 
     def _check_slots(
         self, phase: Phase, step: Step, about: About, slots: Mapping[tuple[str, str], int]

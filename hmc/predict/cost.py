@@ -200,7 +200,9 @@ class CostModel:
                 operand.width * sizes[operand.buffer]
                 for operand in (*step.inputs.values(), *step.outputs.values())
             )
-        cache = 2.0 * work.keys * sum(state.width for state in row.states(step.attrs))
+        # a sequence's own states are read and written, whatever its length
+        times = {"token": work.keys, "sequence": 2.0 * call.sequences}
+        cache = float(sum(times[s.per] * s.bytes for s in row.states(step.attrs)))
         form = next((self._format[name] for name in step.weights.values()), "")
         weight, flops = step.weight_bytes * work.reads, step.flops * work.products
         return _Asked(weight, flops, moved, cache, work.scores, work.pieces, form)

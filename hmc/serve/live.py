@@ -38,6 +38,8 @@ def live(service: Service) -> dict[str, Any]:
         "kv_used": stats.kv_used,
         "kv_cached": stats.kv_cached,
         "kv_total": stats.kv_total,
+        "snapshots": stats.snapshots,
+        "snapshots_total": stats.snapshots_total,
         "tokens_generated": stats.tokens_generated,
         "prompt_tokens": stats.prompt_tokens,
         "prefix_tokens": stats.prefix_tokens,

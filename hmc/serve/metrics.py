@@ -98,6 +98,8 @@ def _gauges(stats: SchedulerStats) -> Iterator[Metric]:
         ("kv_blocks_used", "Cache blocks of running requests", stats.kv_used),
         ("kv_blocks_cached", "Cache blocks kept for reuse", stats.kv_cached),
         ("kv_blocks_total", "Cache blocks", stats.kv_total),
+        ("snapshots_kept", "States a sequence kept for reuse", stats.snapshots),
+        ("snapshots_total", "Room for them; none: no prompt is reused", stats.snapshots_total),
         ("batch_size", "Sequences of the last decode step", stats.batch),
         ("step_age_seconds", "Age of the step under way", stats.step_age),
     ):

@@ -14,12 +14,11 @@ Contract
 from __future__ import annotations
 
 from hmc.errors import CapacityError, UsageError
-from hmc.passes.records import Budget, Capacity, Needs, Notes, Target
+from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
 from hmc.plan import Limits
 from hmc.plan.memory import SCRATCH, context_scratch
 from hmc.plan.options import Options
 
-_DEFAULT_CONTEXT = 32_768
 _SMALLEST = 1_024
 _GPU_RESERVE = 0.04
 """Share of a GPU's memory left to its driver, its libraries and fragmentation."""
@@ -90,6 +89,7 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
     attention = context_scratch(needs.cache, tokens)
     workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
+    cache += needs.cache.slots * needs.cache.bytes_per_sequence
     room = [
         usable[0] - dense - cache - workspace,
         *(each - SCRATCH - attention for each in usable[1:]),
@@ -123,14 +123,15 @@ def _host_tokens(needs: Needs, target: Target, asked: int, notes: Notes) -> int:
         return asked
     model, weights = target.info.context, sum(needs.kinds.values()) + needs.experts
     free = int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
-    fits = max(0, free) // needs.cache.bytes_per_token
-    limit = min(_DEFAULT_CONTEXT, model or _DEFAULT_CONTEXT)
+    free -= needs.cache.slots * needs.cache.bytes_per_sequence
+    fits = max(0, free) // max(1, needs.cache.bytes_per_token)
+    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
     tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST, limit))
     notes.decide(
         "context length",
         f"{tokens} tokens",
         f"the model allows {model}, memory beside {weights / 1e9:.1f} GB of weights holds"
-        f" {fits}, the default is at most {_DEFAULT_CONTEXT}; --max-context asks for more or"
+        f" {fits}, the default is at most {DEFAULT_CONTEXT}; --max-context asks for more or"
         " less",
     )
     return tokens
@@ -143,8 +144,9 @@ def _gpu_tokens(
     model, dense = target.info.context, needs.dense
     per_token, attention = needs.cache.bytes_per_token, context_scratch(needs.cache, 1)
     free = usable - dense - workspace - per_token * _partial_blocks(needs, options)
-    fits = max(0, free) // (per_token * options.concurrency + attention)
-    limit = min(_DEFAULT_CONTEXT, model or _DEFAULT_CONTEXT)
+    free -= needs.cache.slots * needs.cache.bytes_per_sequence
+    fits = max(0, free) // max(1, per_token * options.concurrency + attention)
+    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:

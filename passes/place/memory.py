@@ -40,9 +40,26 @@ class Memory:
             device=home,
             kind="KV cache",
             bytes=capacity * token,
-            detail=f"{capacity} tokens x {token} B ({plan.kv.kind})",
+            detail=f"{capacity} tokens x {token} B",
         )
-        return accounted(plan.model_copy(update={"ledger": (*weights, cache)}))
+        items = (*weights, cache, *_sequence_states(plan, home))
+        return accounted(plan.model_copy(update={"ledger": items}))
+
+
+def _sequence_states(plan: Plan, home: str) -> list[LedgerItem]:
+    """What states a sequence take, where layers keep any."""
+    kv, each = plan.kv, plan.kv.bytes_per_sequence
+    if not each:
+        return []
+    kept = f"{kv.snapshots} snapshots" if kv.snapshots else "no prompt reused"
+    return [
+        LedgerItem(
+            device=home,
+            kind="sequence states",
+            bytes=kv.slots * each,
+            detail=f"{kv.sequences} sequences, {kept}, {each} B each",
+        )
+    ]
 
 
 def _weights(plan: Plan, needs: Needs, home: str) -> dict[tuple[str, str], int]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from hmc.errors import PassFailedError
 from hmc.graph import NodeMeta, meta
-from hmc.ops import OPS
-from hmc.passes.records import BLOCK, Lowered, Needs, stored_bytes
-from hmc.plan import DTYPE_BYTES, KVLayout
+from hmc.ops import OPS, State
+from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Lowered, Needs, stored_bytes
+from hmc.plan import DTYPE_BYTES, KVLayout, state_groups
+from hmc.plan.options import Options
 
 
-def needs_of(lowered: Lowered) -> Needs:
-    """The needs of a graph; `PassFailedError` when the KV caches of its layers differ."""
+def needs_of(lowered: Lowered, options: Options) -> Needs:
+    """The needs of a graph; `PassFailedError` where two nodes of a layer keep a state of the same
+    name.
+    """
     kinds: dict[str, int] = {}
     table = experts = largest = 0
     nodes = [found for node in lowered.graph.graph.nodes if (found := meta(node)).kind in OPS]
@@ -31,7 +34,7 @@ def needs_of(lowered: Lowered) -> Needs:
         table=table,
         experts=experts,
         layer=largest,
-        cache=_cache_layout(nodes),
+        cache=_cache_layout(nodes, options),
         stream_token=_stream_bytes(nodes),
     )
 
@@ -62,25 +65,22 @@ def _stream_bytes(nodes: list[NodeMeta]) -> int:
     return sum(widest) + 8 * 4 * hidden
 
 
-def _cache_layout(nodes: list[NodeMeta]) -> KVLayout:
-    """The cache's layout, without its capacity."""
-    layers: list[int] = []
-    widths: set[tuple[str, tuple[int, ...]]] = set()
+def _cache_layout(nodes: list[NodeMeta], options: Options) -> KVLayout:
+    """What layers keep between calls, by the rows of their ops; without its capacity in tokens."""
+    kept: list[tuple[int, tuple[State, ...]]] = []
+    named: set[tuple[int, str]] = set()
     for found in nodes:
-        if not (states := OPS[found.kind].states(dict(found.attrs))):
-            continue
-        kind = "gqa" if len(states) > 1 else "mla"
-        widths.add((kind, tuple(state.width for state in states)))
-        layers.append(found.layer)
-    if len(widths) != 1:
-        raise PassFailedError(
-            "the layers' KV caches differ in shape, or the model has no attention"
-        )
-    kind, width = widths.pop()
-    return KVLayout(
-        kind=kind,  # type: ignore[arg-type]
-        block=BLOCK,
-        widths=width,
-        layers=tuple(layers),
-        capacity_tokens=0,
+        states = OPS[found.kind].states(dict(found.attrs))
+        for state in states:
+            if (found.layer, state.name) in named:
+                raise PassFailedError(f"two nodes of layer {found.layer} keep a state {state.name}")
+            named.add((found.layer, state.name))
+        kept.append((found.layer, states))
+    layout = KVLayout(
+        block=BLOCK, capacity_tokens=0, sequences=options.max_batch, groups=state_groups(kept)
     )
+    if not (each := layout.bytes_per_sequence):
+        return layout
+    pages = -(-(options.max_context or DEFAULT_CONTEXT) // BLOCK) * options.concurrency
+    most = min(options.snapshot_bytes // each, pages + options.max_batch - 1)
+    return layout.model_copy(update={"snapshots": most})

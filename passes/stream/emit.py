@@ -101,7 +101,7 @@ class StreamEmitter:
             section, row = (step.layer, step.section), OPS[step.op]
             if row.routed:
                 self._experts(step)
-            elif row.attends:
+            elif row.pages(step.attrs):
                 self._attention(section, step)
             elif row.everywhere or "router" in step.attrs:
                 self._everywhere(section, step)

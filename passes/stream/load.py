@@ -73,6 +73,14 @@ class StreamLoad:
         if len(gpus) > 1 and (plan.machine.rates is None or plan.machine.rates.link is None):
             notes.decide(STREAM, "one GPU", "the machine declares no link rate between its GPUs")
             gpus = gpus[:1]
+        if beside != (0,) and plan.kv.bytes_per_sequence:
+            notes.decide(
+                STREAM,
+                "one GPU",
+                "layers keep states a sequence, which tokens change one after the other and which"
+                " gpu0 alone has: prompts are neither shared between GPUs nor computed elsewhere",
+            )
+            gpus = beside = (0,)
         memory = StreamMemory.of(plan, budget, gpus)
         emitter = StreamEmitter(base.plan.phase(PREFILL), plan, memory.streams_dense, gpus)
         phase = self._fitted(notes, memory, emitter)

@@ -190,7 +190,8 @@ class Batch:
         sequence = job.sequence
         assert sequence is not None
         plan, first = self._executor.plan, sequence.length
-        count = chunk_tokens(plan, job.phase, len(job.ids) - first, len(self.running))
+        left, decoding = len(job.ids) - first, len(self.running)
+        count = chunk_tokens(plan, job.phase, left, decoding, first)
         last = first + count == len(job.ids)
         rows = np.arange(count, dtype=np.int32)
         if job.scored is None:

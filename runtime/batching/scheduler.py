@@ -121,7 +121,7 @@ class Scheduler(Closing):
     def stats(self) -> SchedulerStats:
         """The figures now."""
         return self._meter.snapshot(
-            self._executor.kv.allocator,
+            self._executor.kv,
             running=len(self._batch.running),
             prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside),
             waiting=len(self._queue),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hmc.runtime.batching.process import PrefillState
-from hmc.runtime.memory.kv import BlockAllocator
+from hmc.runtime.memory.kv import KVCache
 
 _RECENT = 256
 
@@ -34,6 +34,8 @@ class SchedulerStats:
 
     running, prefilling, waiting   requests that decode, whose prompt is computed, that queue
     kv_used, kv_cached, kv_total   blocks that sequences own, that are kept for reuse, that exist
+    snapshots, snapshots_total     states a sequence kept for reuse, and room for them; 0 of 0 where
+                                   layers keep none (or none is kept: then no prompt is reused)
     tokens_generated               tokens sampled
     prompt_tokens                  prompt tokens computed; those reused are in `prefix_tokens`
     prefix_hits, prefix_tokens     prompts that began with known blocks, and their tokens
@@ -52,6 +54,8 @@ class SchedulerStats:
     kv_used: int
     kv_cached: int
     kv_total: int
+    snapshots: int
+    snapshots_total: int
     tokens_generated: int
     prompt_tokens: int
     prefix_hits: int
@@ -159,7 +163,7 @@ class Meter:
 
     def snapshot(
         self,
-        blocks: BlockAllocator,
+        kv: KVCache,
         *,
         running: int,
         prefilling: int,
@@ -173,9 +177,11 @@ class Meter:
                 running=running,
                 prefilling=prefilling,
                 waiting=waiting,
-                kv_used=blocks.used,
-                kv_cached=blocks.cached,
-                kv_total=blocks.count,
+                kv_used=kv.allocator.used,
+                kv_cached=kv.allocator.cached,
+                kv_total=kv.allocator.count,
+                snapshots=len(kv.snapshots),
+                snapshots_total=kv.layout.snapshots,
                 tokens_generated=self._tokens,
                 prompt_tokens=self._prompt_tokens,
                 prefix_hits=self._prefix_hits,

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from hmc.plan import Phase, Plan, Step
+from hmc.plan import KVLayout, Phase, Plan, Step
 from hmc.plan.memory import (
     ALIGN,
     DeviceMemory,
@@ -27,6 +27,8 @@ from hmc.runtime.binding.weights import Packed, Piece
 from hmc.runtime.devices.lending import Lent
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.weights.store import WeightStore
+
+TORCH_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 
 
 class Device(Protocol):
@@ -87,6 +89,8 @@ class GpuMemory:
         """
         self.device = device
         self._taken: list[torch.Tensor] = []
+        self._kv = kv
+        self._kept: list[torch.Tensor] = []
         self._calls = dict(phases)
         chosen = [plan.phase(name) for name in phases]
         self._layout = DeviceMemory.of(plan, device.name, phases)
@@ -120,15 +124,16 @@ class GpuMemory:
                 kind: self._allocate(size, f"{device.name}: logits of {kind}")
                 for kind, size in self._layout.results.items()
             }
-            self.caches: dict[tuple[int, int], torch.Tensor] = {}
+            self.caches: dict[tuple[int, str], torch.Tensor] = {}
             if held:
-                self._cache(kv)
+                self._cache(kv.layout)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Free everything."""
+        self._kv.detach(self)
         for tensor in self._taken:
             self.device.free(tensor)
         self._taken = []
@@ -168,16 +173,37 @@ class GpuMemory:
         count = min(tokens, (end - start) // size)  # a rank's share, or all ranks' rows
         return arena[start : start + count * size].view(count, size)
 
-    def _cache(self, kv: KVCache) -> None:
-        tokens = kv.capacity_tokens
-        for part, width in enumerate(kv.layout.widths):
-            size = aligned(2 * tokens * width)
-            raw = self._allocate(size * len(kv.layout.layers), f"{self.device.name}: KV cache")
-            for number, layer in enumerate(kv.layout.layers):
-                start = size * number
-                flat = raw[start : start + 2 * tokens * width].view(torch.bfloat16)
+    def _cache(self, layout: KVLayout) -> None:
+        for name in dict.fromkeys(state.name for _, state in layout.each()):
+            found = [(layer, state) for layer, state in layout.each() if state.name == name]
+            size = sum(aligned(layout.rows(state) * state.bytes) for _, state in found)
+            raw, start = self._allocate(size, f"{self.device.name}: cache of {name}"), 0
+            for layer, state in found:
+                rows = layout.rows(state)
+                flat = raw[start : start + rows * state.bytes].view(TORCH_TYPES[state.dtype])
                 # padded reads of unwritten rows are multiplied by 0, which NaN would survive
-                self.caches[layer, part] = flat.view(tokens, width).zero_()
+                self.caches[layer, name] = flat.view(rows, state.width).zero_()
+                start += aligned(rows * state.bytes)
+                if state.per == "sequence":
+                    self._kept.append(self.caches[layer, name])
+        self._kv.attach(self)
+
+    def clear(self, slot: int) -> None:
+        """Zero the states a sequence of a slot."""
+        for slots in self._kept:
+            slots[slot].zero_()
+        self._settle()
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the states a sequence of a slot to another."""
+        for slots in self._kept:
+            slots[target].copy_(slots[source])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Wait for what was done to slots: the streams of steps do not."""
+        if self._kept and self._kept[0].is_cuda:
+            torch.cuda.current_stream(self._kept[0].device).synchronize()
 
     def lend(self) -> LentMemory:
         """This memory, for the process of the GPU's rank."""

@@ -32,11 +32,11 @@ from hmc.ops import OPS
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
-from hmc.runtime.binding.memory import Device, GpuMemory, LentMemory
+from hmc.runtime.binding.memory import TORCH_TYPES, Device, GpuMemory, LentMemory
 from hmc.runtime.binding.pinned import Pinner, pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
-from hmc.runtime.device_ops import DEVICE_OPS, Work
+from hmc.runtime.device_ops import Work, device_op
 from hmc.runtime.device_ops.base import Routed
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
@@ -53,7 +53,6 @@ from hmc.runtime.schedule.runner import part_of_rank
 from hmc.runtime.weights.store import WeightStore
 from hmc.runtime.weights.torch_view import view
 
-_TORCH = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
 _LOGITS = "logits"
 
 
@@ -161,7 +160,7 @@ class BoundPhase:
         self.plan, self.phase, self.kv, self.max_tokens = plan, phase, kv, max_tokens
         self.sorted: Routed = {}
         self.link = link if phase.ranks > 1 else None
-        self._past: dict[tuple[int, int], torch.Tensor] = {}
+        self._past: dict[tuple[int, str], torch.Tensor] = {}
         self._memory, self._host = memory, host
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
         self.max_wanted = wanted_rows(plan, phase, max_tokens)
@@ -249,7 +248,7 @@ class BoundPhase:
             return self._host.tensor(operand)
         size = DTYPE_BYTES[buffer.dtype] * buffer.width
         raw = self._memory[buffer.device].rows(self.phase, buffer.offset, size)
-        return raw.view(_TORCH[buffer.dtype])[:, columns]
+        return raw.view(TORCH_TYPES[buffer.dtype])[:, columns]
 
     def matrix(self, step: Step, role: str) -> Matrix:
         """A matrix of the step, resident or in its slot."""
@@ -277,17 +276,17 @@ class BoundPhase:
         """Whether an experts step adds to what earlier ones left in y."""
         return step.id in self._adding
 
-    def cache(self, layer: int, part: int) -> torch.Tensor:
-        """One tensor of the home GPU's cache: bf16 [tokens, width]."""
-        return self._memory[HOME].caches[layer, part]
+    def cache(self, layer: int, state: str) -> torch.Tensor:
+        """A layer's state on the home GPU: [tokens, width], or [slots, width] of one a sequence."""
+        return self._memory[HOME].caches[layer, state]
 
-    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
+    def before(self, call: Call, layer: int, state: str) -> torch.Tensor:
         """Cache rows of the tokens before a call's, in order: bf16 [past, width]."""
         if HOME not in self._memory:
-            return self._past[layer, part]
-        return self.cache(layer, part)[call.past_slots]
+            return self._past[layer, state]
+        return self.cache(layer, state)[call.past_slots]
 
-    def share_past(self, call: Call, layer: int, part: int) -> None:
+    def share_past(self, call: Call, layer: int, state: str) -> None:
         """Give the other ranks what `before` needs, or take it from rank 0.
 
         One layer's rows are kept: those of the next come when its attention is due.
@@ -295,14 +294,14 @@ class BoundPhase:
         if self.link is None:
             raise ExecutionError(f"phase {self.phase.name} has no other ranks to tell of the past")
         if HOME in self._memory:
-            self.link.broadcast(self.before(call, layer, part), layer, "past")
+            self.link.broadcast(self.before(call, layer, state), layer, "past")
             return
         (memory,) = self._memory.values()
-        shape = call.past, self.plan.kv.widths[part]
+        shape = call.past, self.plan.kv.state(layer, state).width
         rows = torch.empty(shape, dtype=torch.bfloat16, device=memory.device.torch_device)
         for old in [key for key in self._past if key[0] != layer]:
             del self._past[old]
-        self._past[layer, part] = self.link.broadcast(rows, layer, "past").to(rows.device)
+        self._past[layer, state] = self.link.broadcast(rows, layer, "past").to(rows.device)
 
     def place(self, operand: Operand) -> str:
         """The device an operand's buffer is on."""
@@ -331,7 +330,7 @@ class BoundPhase:
     def _bound(self, step: Step) -> Work:
         if step.resource == "cpu" and is_native(step):
             return self._host.work(step, self.share(step))
-        work, share = DEVICE_OPS[step.op](self, step), self.share(step)
+        work, share = device_op(step.op)(self, step), self.share(step)
         if OPS[step.op].always:
             return work
         return lambda call: work(call) if call.count(share) else None
@@ -355,7 +354,9 @@ class BoundPhase:
                 size = DTYPE_BYTES[buffer.dtype] * buffer.width * self.max_wanted
                 memory = self._memory[buffer.device]
                 raw = memory.result(self.phase, buffer.name, self.max_wanted)
-                found = raw[:size].view(_TORCH[buffer.dtype]).view(self.max_wanted, buffer.width)
+                found = (
+                    raw[:size].view(TORCH_TYPES[buffer.dtype]).view(self.max_wanted, buffer.width)
+                )
             else:
                 raise ExecutionError(f"a device step reads {buffer.name}, which stays on the host")
             self._externals[buffer.name] = found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from hmc.runtime.device_ops import attention, dense, exchange, moe
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
+from hmc.runtime.device_ops.default import by_reference
 
 DEVICE_OPS: dict[str, OpFunction] = {
     "embed": dense.embed,
@@ -35,4 +36,12 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "join": exchange.join,
 }
 
-__all__ = ["DEVICE_OPS", "Bound", "OpFunction", "Work"]
+
+def device_op(name: str) -> OpFunction:
+    """What computes an op on a device: a function of its own where PyTorch has something faster,
+    else its reference.
+    """
+    return DEVICE_OPS.get(name, by_reference)
+
+
+__all__ = ["DEVICE_OPS", "Bound", "OpFunction", "Work", "device_op"]

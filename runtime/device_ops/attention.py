@@ -44,7 +44,7 @@ def attention(bound: Bound, step: Step) -> Work:
     group, v_dim = heads // kv_heads, v.shape[1] // kv_heads
     queries = q.view(len(q), kv_heads, group, head_dim)
     scale, home = float(step.attrs["scale"]), bound.home(device)
-    caches = [bound.cache(step.layer, part) for part in (0, 1)] if home else []
+    caches = [bound.cache(step.layer, name) for name in ("k", "v")] if home else []
     kind = _kind(q.device)
     of_row = group * kind.itemsize * (head_dim + 2 * max(head_dim, v_dim))  # q and y, y in order
     padded = head_dim if v_dim < head_dim else 0  # by _attend
@@ -65,8 +65,8 @@ def attention(bound: Bound, step: Step) -> Work:
     ) -> None:
         number = mine.shape[1]
         keys, values = (
-            _seen(bound, step, call, part, columns, (new[:, columns],), kind)
-            for part, (columns, new) in enumerate(zip(parts, (k, v), strict=True))
+            _seen(bound, step, call, name, columns, (new[:, columns],), kind)
+            for name, columns, new in zip(("k", "v"), parts, (k, v), strict=True)
         )
         keys, values = (each.view(len(each), number, -1) for each in (keys, values))
         # fused kernels on CUDA know where later positions are; only a window is told by a mask
@@ -129,7 +129,7 @@ def mla(bound: Bound, step: Step) -> Work:
     heads, nope, rope, v_dim, rank = ints(step, "heads", "nope", "rope", "v_dim", "rank")
     sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
-    caches = [bound.cache(step.layer, 0)] if home else []
+    caches = [bound.cache(step.layer, "latent")] if home else []
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
@@ -138,7 +138,7 @@ def mla(bound: Bound, step: Step) -> Work:
         result = y[: rows.count].view(rows.count, heads, v_dim)
         if rows.reach is None:
             columns = slice(0, rank + rope)
-            seen = _seen(bound, step, call, 0, columns, (latent, k_rope), kind)
+            seen = _seen(bound, step, call, "latent", columns, (latent, k_rope), kind)
             _latent(rows, queries, seen, kv_b, result, sizes)
         else:
             _latent_batch(rows, queries, caches[0], kv_b, result, sizes, kind)
@@ -318,7 +318,7 @@ def _seen(
     bound: Bound,
     step: Step,
     call: Call,
-    part: int,
+    state: str,
     columns: slice,
     new: tuple[torch.Tensor, ...],
     kind: torch.dtype,
@@ -327,13 +327,13 @@ def _seen(
     from the cache those of this call are `new` side by side, rounded as the cache rounds them."""
     if bound.home(bound.device(step)):
         slots = torch.cat((call.past_slots, call.slots)) if call.past else call.slots
-        return bound.cache(step.layer, part)[:, columns][slots].to(kind)
+        return bound.cache(step.layer, state)[:, columns][slots].to(kind)
     width = columns.stop - columns.start
     found = new[0].new_empty((call.past + call.tokens, width), dtype=kind)
     if call.past:
         # of GPUs in other processes only the rows are known, and not the cache
         paged = bound.link is None
-        past = bound.cache(step.layer, part) if paged else bound.before(call, step.layer, part)
+        past = bound.cache(step.layer, state) if paged else bound.before(call, step.layer, state)
         for some in scratch.blocks(0, call.past, 2 * 2 * width, scratch.quarter()):
             rows = past[:, columns]
             found[some] = rows[call.past_slots[some]] if paged else rows[some]

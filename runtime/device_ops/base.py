@@ -59,15 +59,15 @@ class Bound(Protocol):
         """Whether an experts step adds to what earlier ones left in y."""
         ...
 
-    def cache(self, layer: int, part: int) -> torch.Tensor:
-        """One tensor of the home GPU's cache: bf16 [tokens, width]."""
+    def cache(self, layer: int, state: str) -> torch.Tensor:
+        """A layer's state on the home GPU: [tokens, width], or [slots, width] of one a sequence."""
         ...
 
-    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
+    def before(self, call: Call, layer: int, state: str) -> torch.Tensor:
         """Cache rows of the tokens before a call's, in order: bf16 [past, width]."""
         ...
 
-    def share_past(self, call: Call, layer: int, part: int) -> None:
+    def share_past(self, call: Call, layer: int, state: str) -> None:
         """Give the other ranks what `before` needs, or take it from rank 0."""
         ...
 

@@ -78,25 +78,20 @@ def _move(pieces: list[tuple[int, torch.Tensor]]) -> None:
 
 def kv_out(bound: Bound, step: Step) -> Work:
     """The call's new cache rows of a layer to the host's cache."""
-    roles = [role for role in ("k", "v", "latent", "k_rope") if role in step.inputs]
-    found = {role: bound.tensor(step.inputs[role]) for role in roles}
+    found = {
+        state: [bound.tensor(step.inputs[role]) for role in roles]
+        for state, roles in _ROWS.items()
+        if state in step.inputs
+    }
     heads = _heads(bound, step.layer)
-
-    row = _KV_ROW * sum(part.shape[1] for part in found.values())
+    row = _KV_ROW * sum(part.shape[1] for parts in found.values() for part in parts)
 
     def block(some: slice, slots: torch.Tensor) -> None:
-        rows = {
-            role: part[some].to(torch.bfloat16).to("cpu", non_blocking=False)
-            for role, part in found.items()
-        }
-        parts = (
-            (rows["k"], rows["v"])
-            if "k" in rows
-            else (torch.cat((rows["latent"], rows["k_rope"]), 1),)
-        )
         block, place = slots // bound.kv.block, slots % bound.kv.block
-        for part, values in enumerate(parts):
-            target = cached(bound.kv, step.layer, part, heads)
+        for state, parts in found.items():
+            rows = [part[some].to(torch.bfloat16).to("cpu", non_blocking=False) for part in parts]
+            values = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            target = cached(bound.kv, step.layer, state, heads)
             target[block, :, place] = values.view(len(values), heads, -1)
 
     def work(call: Call) -> None:
@@ -107,11 +102,13 @@ def kv_out(bound: Bound, step: Step) -> Work:
     return work
 
 
-def cached(kv: KVCache, layer: int, part: int, heads: int = 1) -> torch.Tensor:
-    """One tensor of a layer in the host's cache, bf16 [blocks, heads, block, dim]; a view."""
-    return torch.from_numpy(kv.array(layer, part, heads)).view(torch.bfloat16)
+def cached(kv: KVCache, layer: int, state: str, heads: int = 1) -> torch.Tensor:
+    """Pages of a layer's state in the host's cache, bf16 [blocks, heads, block, dim]; a view."""
+    return torch.from_numpy(kv.array(layer, state, heads)).view(torch.bfloat16)
 
 
+_ROWS = {"k": ("k",), "v": ("v",), "latent": ("latent", "k_rope")}
+"""The inputs of attention whose columns, side by side, are a row of a state."""
 _KV_ROW = 2 * 2
 """Bytes of an element on its way between caches: in bf16, once more in another layout."""
 
@@ -119,13 +116,13 @@ _KV_ROW = 2 * 2
 def kv_in(bound: Bound, step: Step) -> Work:
     """The call's new cache rows of a layer from the host's cache to the home GPU's, for a prompt
     that another GPU computed."""
-    heads, parts = _heads(bound, step.layer), len(bound.plan.kv.widths)
+    heads, states = _heads(bound, step.layer), [name for name in _ROWS if name in step.inputs]
 
     def work(call: Call) -> None:
         slots = torch.from_numpy(call.host_slots)
-        for part in range(parts):
-            whole = cached(bound.kv, step.layer, part, heads)
-            cache = bound.cache(step.layer, part)
+        for state in states:
+            whole = cached(bound.kv, step.layer, state, heads)
+            cache = bound.cache(step.layer, state)
             for some in scratch.blocks(0, call.tokens, _KV_ROW * cache.shape[1]):
                 block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block
                 cache.index_copy_(
@@ -179,7 +176,6 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
     shares = [Share("rank", rank, link.ranks) for rank in range(link.ranks)]
     reader = feeds_attention(bound.phase, step)
     kind: Kind = "context" if reader else "gathered"
-    past = {"k": 0, "latent": 0, "v": 1}.get(reader)
     row = (1 + link.ranks) * whole.shape[1] * whole.element_size()  # what is sent and all found
 
     def block(call: Call, some: slice) -> None:
@@ -191,8 +187,8 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
         rows = max(call.count(share) for share in shares)  # padded: others may have more
         for some in scratch.blocks(0, rows, row):
             block(call, some)
-        if past is not None and call.past:
-            bound.share_past(call, step.layer, past)
+        if reader in _ROWS and call.past:
+            bound.share_past(call, step.layer, reader)
 
     return work
 

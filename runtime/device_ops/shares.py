@@ -82,7 +82,8 @@ class Rows:
     """The rows of a share as a device's ops need them.
 
     `positions` i64 [count]; `slots` i64 [count], each token's row of the flat cache (block *
-    block_size + place). A call of one sequence has `spans` and no `reach`; one of many sequences
+    block_size + place); `sequences` i64 [count], the slot of each token's sequence, where layers
+    keep states a sequence. A call of one sequence has `spans` and no `reach`; one of many sequences
     has `reach` i64 [count, longest], the cache rows each token sees (padded with 0), and `lengths`
     i64 [count], how many they are. So has a call of `Fixed` tensors, whose shapes must not grow.
     """
@@ -93,6 +94,7 @@ class Rows:
     spans: tuple[Span, ...]
     reach: torch.Tensor | None
     lengths: torch.Tensor | None
+    sequences: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def make_call(
     block = kv.block
     slots = kv.tables[tables, positions // block].astype(np.int64) * block + positions % block
     past, home = int(positions[0]) if single else 0, needs.home
+    slotted = kv.layout.bytes_per_sequence > 0
 
     def sent(values: npt.NDArray[np.int64], device: str, *key: Hashable) -> torch.Tensor:
         found = torch.from_numpy(np.ascontiguousarray(values))
@@ -223,6 +226,7 @@ def make_call(
             tuple(span for span in spans if span.last > span.first),
             reach,
             lengths,
+            sent(tables[at].astype(np.int64), device, "sequences", share) if slotted else None,
         )
 
     before = np.arange(past)

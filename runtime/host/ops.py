@@ -174,7 +174,7 @@ def _rotary(low: Lowering, step: Step) -> None:
 def _attention(low: Lowering, step: Step) -> None:
     q, k, v, positions = (step.inputs[role] for role in ("q", "k", "v", "positions"))
     y, specs, cache = step.outputs["y"], low.specs(step), ("kv", step.layer)
-    caches = {"k_cache": low.kv.address(step.layer, 0), "v_cache": low.kv.address(step.layer, 1)}
+    caches = {f"{name}_cache": low.kv.address(step.layer, name) for name in ("k", "v")}
     paged = _paged(low, positions)
     scale = float(step.attrs["scale"])
     reads = [k, v, positions]
@@ -231,7 +231,7 @@ def _mla(low: Lowering, step: Step) -> None:
     )
     y, specs, cache = step.outputs["y"], low.specs(step), ("kv", step.layer)
     paged = _paged(low, positions)
-    held = low.kv.address(step.layer, 0)
+    held = low.kv.address(step.layer, "latent")
     kv_b = step.weights["kv_b"]
     heads, rank, scale = *_ints(step, "heads", "rank"), float(step.attrs["scale"])
     low.add(

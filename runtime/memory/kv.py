@@ -1,21 +1,25 @@
-"""The paged KV cache: bf16 tensors in blocks of tokens, and who owns which block; hides free lists,
-block tables and what is kept of prompts that may come again.
+"""What sequences keep between calls: states a token in pages (the paged KV cache), states a
+sequence in slots, and who owns which; hides free lists, page tables and what is kept of prompts
+that may come again.
 
-Layouts per layer, as the kernels of codegen/spec.py read them: grouped-query attention has k
-[blocks, kv_heads, block, head_dim] and v likewise; latent attention has one tensor [blocks, block,
-rank + rope]. All layers share one numbering of blocks, so a sequence has one row of the block
-table.
+A layer has a tensor for each of its states, as the kernels of codegen/spec.py read them. In pages:
+keys and values [blocks, kv_heads, block, head_dim], latents [blocks, block, rank + rope]; all
+layers share one numbering of blocks, so a sequence has one row of the page table. In slots:
+[slots, width], of which a sequence has the one that is numbered as its row, all zeros when it is
+opened. Devices that keep states of their own (`attach`) follow.
 
 Prefix reuse: full blocks of prompt tokens can be kept when their sequence is released, and a new
 sequence whose prompt begins with the same tokens shares them, read-only. Only what a *prefill*
 wrote is kept: a decode step computes the same values by other kernels, whose rounding may differ,
-and an answer must not depend on whether its prompt was an answer before.
+and an answer must not depend on whether its prompt was an answer before. Where layers keep states a
+sequence, blocks are shared up to one for whose end there is a snapshot of them (snapshots.py).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +28,21 @@ from hmc.errors import CapacityError, ExecutionError
 from hmc.plan import KVLayout
 from hmc.runtime.memory.blocks import LINE, Block, aligned
 from hmc.runtime.memory.prefix import PrefixIndex
+from hmc.runtime.memory.snapshots import Snapshots
+
+_TYPES: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16}
+
+
+class Follower(Protocol):
+    """Slots of states a sequence that a device has beside those here."""
+
+    def clear(self, slot: int) -> None:
+        """Zero all states of a slot."""
+        ...
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy all states of a slot to another."""
+        ...
 
 
 class BlockAllocator:
@@ -129,36 +148,35 @@ class Sequence:
 
 
 class KVCache:
-    """The cache of every layer for up to `sequences` sequences of up to `max_context` tokens each.
+    """The states of every layer for as many sequences as the layout says, of up to `max_context`
+    tokens each.
 
     `tables` is i32 [sequences, blocks a sequence can need]; kernels read it in place.
     """
 
-    def __init__(
-        self, layout: KVLayout, sequences: int, max_context: int, memory: Block | None = None
-    ) -> None:
+    def __init__(self, layout: KVLayout, max_context: int, memory: Block | None = None) -> None:
         """In `memory` of at least `cache_bytes(layout)`, owned from now on, else in a block of its
         own.
         """
         self.layout = layout
         self.block = layout.block
         self._prefixes = PrefixIndex(layout.block)
-        self.allocator = BlockAllocator(
-            -(-layout.capacity_tokens // layout.block), self._prefixes.forget
-        )
-        self._rows = list(range(sequences - 1, -1, -1))
+        self.allocator = BlockAllocator(layout.blocks, self._forget)
+        self._rows = list(range(layout.sequences - 1, -1, -1))
         self._per_sequence = -(-max_context // layout.block)
-        self.tables: npt.NDArray[np.int32] = np.zeros((sequences, self._per_sequence), np.int32)
-        tensor_bytes = _tensor_bytes(layout)
-        self._offsets: dict[tuple[int, int], int] = {}
-        end = 0
-        for layer in layout.layers:
-            for part, size in enumerate(tensor_bytes):
-                self._offsets[layer, part] = end
-                end += size
+        shape = (layout.sequences, self._per_sequence)
+        self.tables: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+        self._offsets, end = _places(layout)
         self._memory = memory or Block(end, f"KV cache of {self.capacity_tokens} tokens")
         if self._memory.size < end:
             raise ExecutionError(f"a KV cache of {end:,} bytes in {self._memory.size:,}")
+        self.snapshots = Snapshots(range(layout.sequences, layout.slots), self._copy)
+        self._slots = [
+            self.array(layer, state.name)
+            for layer, state in layout.each()
+            if state.per == "sequence"
+        ]
+        self._followers: list[Follower] = []
 
     @property
     def capacity_tokens(self) -> int:
@@ -170,19 +188,29 @@ class KVCache:
         """Bytes of address space of the cache."""
         return self._memory.size
 
-    def address(self, layer: int, part: int) -> int:
-        """Address of one tensor of a layer: part 0 is k (or the latent), part 1 is v."""
-        return self._memory.address + self._offsets[layer, part]
+    def address(self, layer: int, state: str) -> int:
+        """Address of the tensor of a layer's state."""
+        return self._memory.address + self._offsets[layer, state]
 
-    def array(self, layer: int, part: int, heads: int = 1) -> npt.NDArray[np.uint16]:
-        """View [blocks, heads, block, dim] of one tensor of a layer (latent: heads = 1); the bits
-        of bf16.
+    def array(self, layer: int, state: str, heads: int = 1) -> npt.NDArray[Any]:
+        """View of the tensor of a layer's state, f32 or the bits of bf16 (u16): [blocks, heads,
+        block, dim] in pages, or [slots, width].
         """
-        width = self.layout.widths[part]
-        start = self._offsets[layer, part]
-        size = 2 * width * self.block * self.allocator.count
-        flat = self._memory.array[start : start + size].view(np.uint16)
-        return flat.reshape(self.allocator.count, heads, self.block, width // heads)
+        found, start = self.layout.state(layer, state), self._offsets[layer, state]
+        size = self.layout.rows(found) * found.bytes
+        flat = self._memory.array[start : start + size].view(_TYPES[found.dtype])
+        if found.per == "sequence":
+            return flat.reshape(self.layout.slots, found.width)
+        return flat.reshape(self.allocator.count, heads, self.block, found.width // heads)
+
+    def attach(self, follower: Follower) -> None:
+        """Have a device's slots follow what happens to sequences."""
+        self._followers.append(follower)
+
+    def detach(self, follower: Follower) -> None:
+        """Let go of a device's slots."""
+        if follower in self._followers:
+            self._followers.remove(follower)
 
     def open(self) -> Sequence:
         """A new, empty sequence; `CapacityError` when all rows are taken."""
@@ -190,7 +218,12 @@ class KVCache:
             raise CapacityError(
                 f"all {len(self.tables)} sequences of the cache are in use: finish one first"
             )
-        return Sequence(self._rows.pop())
+        row = self._rows.pop()
+        for slots in self._slots:
+            slots[row] = 0
+        for follower in self._followers:
+            follower.clear(row)
+        return Sequence(row)
 
     @property
     def rows_free(self) -> int:
@@ -206,6 +239,11 @@ class KVCache:
         if sequence.blocks or sequence.length:
             raise ExecutionError(f"sequence in cache row {sequence.row} is not empty")
         blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block)
+        if self._slots:
+            while blocks and blocks[-1] not in self.snapshots:
+                blocks.pop()
+            if blocks:
+                self.snapshots.restore(blocks[-1], sequence.row)
         self.allocator.share(blocks)
         sequence.blocks = blocks
         sequence.length = len(blocks) * self.block
@@ -215,7 +253,8 @@ class KVCache:
 
     def keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
         """Keep the full blocks of `sequence`, all of whose tokens are the prompt `ids` as far as
-        they are stored and were written by a prefill.
+        they are stored and were written by a prefill; and its states where they are those at the
+        end of a block.
         """
         full = min(sequence.length, len(ids)) // self.block
         while sequence.indexed < full and not sequence.alone:
@@ -224,6 +263,10 @@ class KVCache:
                 sequence.indexed += 1
             else:
                 sequence.alone = True
+        if self._slots and full and full * self.block == sequence.length:
+            known = self._prefixes.match(ids, full)  # its own blocks, or those that hold the same
+            if len(known) == full:
+                self.snapshots.keep(known[-1], sequence.row)
 
     def reserve(self, sequence: Sequence, tokens: int) -> None:
         """Make room for `tokens` more tokens after `sequence.length`.
@@ -264,13 +307,27 @@ class KVCache:
         """Give the memory back."""
         self._memory.close()
 
+    def _forget(self, block: int) -> None:
+        self._prefixes.forget(block)
+        self.snapshots.forget(block)
+
+    def _copy(self, source: int, target: int) -> None:
+        """Copy the states a sequence of one slot to another."""
+        for slots in self._slots:
+            slots[target] = slots[source]
+        for follower in self._followers:
+            follower.copy(source, target)
+
 
 def cache_bytes(layout: KVLayout) -> int:
     """Bytes of memory of a `KVCache`."""
-    return len(layout.layers) * sum(_tensor_bytes(layout))
+    return _places(layout)[1]
 
 
-def _tensor_bytes(layout: KVLayout) -> list[int]:
-    """Bytes of each tensor of a layer."""
-    blocks = -(-layout.capacity_tokens // layout.block)
-    return [aligned(2 * width * layout.block * blocks, LINE) for width in layout.widths]
+def _places(layout: KVLayout) -> tuple[dict[tuple[int, str], int], int]:
+    """Where the tensor of each layer's state begins, and where the last one ends."""
+    offsets, end = {}, 0
+    for layer, state in layout.each():
+        offsets[layer, state.name] = end
+        end += aligned(layout.rows(state) * state.bytes, LINE)
+    return offsets, end

@@ -96,7 +96,7 @@ def _opened(setup: Setup, stack: ExitStack) -> Executor:
     stack.callback(store.close)
     size = cache_bytes(plan.kv)
     memory = SharedBlock.attach(setup.cache, size, "shared KV cache", write=True)
-    kv = KVCache(plan.kv, 1, plan.limits.max_context, memory)
+    kv = KVCache(plan.kv, plan.limits.max_context, memory)
     stack.callback(kv.close)
     # Which block is whose is the parent's business: here none is ever free.
     kv.allocator.take(kv.allocator.count)

@@ -155,7 +155,7 @@ class Disaggregated(Closing):
                 stack.callback(self.engine.close)
             else:
                 cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
-                kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
+                kv = KVCache(plan.kv, plan.limits.max_context, cache)
                 stack.callback(kv.close)
                 self.engine = Engine(
                     plan,
@@ -190,6 +190,8 @@ def _useless(plan: Plan) -> str:
         return ""
     if longest <= plan.limits.max_chunk:
         return f"a whole context of {longest} tokens fits one chunk"
+    if plan.kv.bytes_per_sequence:
+        return "the model keeps states a sequence, which cannot be handed over half way"
     return f"the plan computes long prompts in {phase}, on GPUs"
 
 

@@ -2,7 +2,7 @@
 hides its queue of jobs and what it says of them.
 
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
-    kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
+    kv = KVCache(plan.kv, plan.limits.max_context, cache)
     executor = Executor(plan, directory, home="shared", kv=kv, cpus=decode_cpus)
     with PrefillWorker(plan, directory, executor.store, cache, cpus=prefill_cpus) as worker:
         executor.kv.reserve(sequence, len(ids))
@@ -29,6 +29,7 @@ from hmc.errors import (
     ContextLengthError,
     ExecutionError,
     HmcError,
+    UnsupportedError,
     UsageError,
     WorkerError,
 )
@@ -120,12 +121,18 @@ class PrefillWorker(Closing):
         """Start a process on `cpus` that shares `store` (shared, or mapped shards of `directory`)
         and the cache in `cache`. It takes a while to be ready; jobs may be started before.
 
-        `UsageError` when the weights are neither: private dummies cannot be shared.
+        `UsageError` when the weights are neither: private dummies cannot be shared;
+        `UnsupportedError` for models that keep states a sequence.
         """
         if store.arena is None and store.home != "mapped":
             raise UsageError(
                 f"{store.home} weights in private memory cannot be shared with a prefill process:"
                 ' open them with home="shared"'
+            )
+        if plan.kv.bytes_per_sequence:
+            raise UnsupportedError(
+                "a prefill process for a model that keeps states a sequence: prompts that it loses"
+                " half way could not go on; run without one"
             )
         self._plan, self._cache, self._store = plan, cache, store
         self._directory = None if directory is None else str(directory.absolute())

@@ -73,7 +73,7 @@ class Rank:
                 store = WeightStore.attach(plan, setup.weights)
             stack.callback(store.close)
             # An empty cache, never written: rank 0 has the cache, and sends what is read of it.
-            kv = KVCache(plan.kv, 1, plan.limits.max_context)
+            kv = KVCache(plan.kv, plan.limits.max_context)
             stack.callback(kv.close)
             binding = stack.enter_context(
                 Binding(

@@ -75,7 +75,7 @@ def _base(lowering: Lowering, family: str) -> Base:
         about = meta(node)
         if about.kind not in ("input", "output", "item"):
             assert {phase for phase, _ in about.kernels} == {"decode", "prefill.host"}
-    needs = needs_of(lowered)
+    needs = needs_of(lowered, Options())
     room = capacity(needs, target, options)
     return Base(emit(lowered, room, options, Goals()), needs, room.budget)
 
@@ -183,7 +183,7 @@ def test_a_pass_before_its_requirement_is_refused(lowering: Lowering) -> None:
 def test_rotary_input_with_another_reader_is_refused(lowering: Lowering) -> None:
     graph, target = lowering("mixtral")
     lowered = run_graph(GRAPH, graph, target)
-    room = capacity(needs_of(lowered), target, Options())
+    room = capacity(needs_of(lowered, Options()), target, Options())
     rotary = next(n for n in graph.graph.nodes if meta(n).kind == "rotary")
     attention = next(n for n in graph.graph.nodes if meta(n).kind == "attention")
     attention.replace_input_with(attention.args[2], rotary.args[0])

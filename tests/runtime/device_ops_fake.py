@@ -79,11 +79,9 @@ class Buffers:
 
     @property
     def plan(self) -> Any:
-        widths = [cache.shape[1] for cache in self.caches]
         return SimpleNamespace(
             constants=self.constants,
             model=SimpleNamespace(experts=8),
-            kv=SimpleNamespace(widths=widths),
         )
 
     def place(self, operand: Operand) -> str:
@@ -113,11 +111,11 @@ class Buffers:
     def adds(self, step: Step) -> bool:
         return self.adding
 
-    def cache(self, layer: int, part: int) -> torch.Tensor:
-        return self.caches[part]
+    def cache(self, layer: int, state: str) -> torch.Tensor:
+        return self.caches[state == "v"]
 
-    def before(self, call: Call, layer: int, part: int) -> torch.Tensor:
-        return self.caches[part][call.past_slots]
+    def before(self, call: Call, layer: int, state: str) -> torch.Tensor:
+        return self.cache(layer, state)[call.past_slots]
 
 
 def step_of(op: str, buffers: Buffers, outputs: str, **attrs: int | float | str) -> Step:

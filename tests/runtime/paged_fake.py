@@ -12,9 +12,9 @@ import zlib
 from types import SimpleNamespace
 
 import numpy as np
+from layouts import keys_and_values, layout
 
 from hmc.errors import WorkerError
-from hmc.plan import KVLayout
 from hmc.plan.phases import DECODE, PREFILL
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.tokens.generation import Ends
@@ -64,9 +64,8 @@ class PagedFake:
     """`fault` is raised by the next call; `gate` cleared holds every call up."""
 
     def __init__(self, *, batch=4, context=64, chunk=16, capacity=128, switches=()):
-        layout = KVLayout(
-            kind="gqa", block=BLOCK, widths=(1, 1), layers=(0,), capacity_tokens=capacity
-        )
+        states = keys_and_values(1, 1)
+        kept = layout(*states, block=BLOCK, tokens=capacity, sequences=batch)
         phases = {
             PREFILL: SimpleNamespace(max_tokens=chunk),
             "prefill.stream": SimpleNamespace(max_tokens=context, ranks=1),
@@ -77,10 +76,10 @@ class PagedFake:
             model=SimpleNamespace(vocab=VOCAB),
             switches=switches,
             phases=(),
-            kv=layout,
+            kv=kept,
             phase=phases.__getitem__,
         )
-        self.kv = KVCache(layout, batch, context)
+        self.kv = KVCache(kept, context)
         self.stored = np.full((self.kv.allocator.count, BLOCK), -1, np.int32)
         self.beside = None
         self.calls = []

@@ -112,7 +112,7 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
         pool = stack.enter_context(Pool(jit, TIERS[plan.isa], 2))
         store = WeightStore.open(plan, directory)
         stack.callback(store.close)
-        kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context)
+        kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         devices = [FakeDevice(f"gpu{n}") for n in range(len(plan.machine.gpus))]
         tables = Tables(plan, store)
@@ -297,11 +297,10 @@ def assert_host_cache(found: Bench, sequence: Sequence, tokens: int) -> None:
         if s.op in ("attention", "mla")
     }
     for layer in found.plan.kv.layers:
-        for part in range(len(found.plan.kv.widths)):
-            host = (
-                exchange.cached(found.kv, layer, part, heads[layer]).transpose(1, 2).flatten(0, 1)
-            )
-            rows = memory.cache(layer, part)[slots]
+        for state in found.plan.kv.states(layer):
+            whole = exchange.cached(found.kv, layer, state.name, heads[layer])
+            host = whole.transpose(1, 2).flatten(0, 1)
+            rows = memory.cache(layer, state.name)[slots]
             assert torch.equal(host[slots].flatten(1), rows)
             assert rows.float().abs().max() > 0
 

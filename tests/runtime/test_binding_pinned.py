@@ -75,7 +75,7 @@ def bound(plan: Plan) -> Iterator[Callable[..., Binding]]:
     with ExitStack() as stack:
         jit = Jit(EMITTERS)
         pool = stack.enter_context(Pool(jit, TIERS[plan.isa], 1))
-        kv = KVCache(plan.kv, 1, plan.limits.max_context)
+        kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
 
         def bind(store: WeightStore) -> Binding:

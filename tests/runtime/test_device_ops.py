@@ -10,12 +10,12 @@ import torch
 from device_ops_fake import Buffers, call_of, random, step_of, stored
 from hypothesis import given
 from hypothesis import strategies as some
+from layouts import keys_and_values, layout
 
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
 from hmc.codegen.kernels.routing.route import route as route_reference
 from hmc.errors import ExecutionError
-from hmc.plan import KVLayout
 from hmc.runtime.device_ops import DEVICE_OPS, matmul, moe, scratch, triton_fp8
 from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
@@ -63,9 +63,7 @@ def test_ranks_zig_zag() -> None:
 
 @pytest.fixture
 def kv() -> KVCache:
-    return KVCache(
-        KVLayout(kind="gqa", block=4, widths=(16, 16), layers=(0,), capacity_tokens=256), 4, 64
-    )
+    return KVCache(layout(*keys_and_values(16, 16), block=4, tokens=256, sequences=4), 64)
 
 
 def test_calls_that_cannot_be_shared_are_refused(kv: KVCache) -> None:

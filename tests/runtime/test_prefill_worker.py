@@ -76,7 +76,7 @@ class Pair:
 def opened(directory, home="shared", **options):
     plan = hmc.compile(directory, **options)
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
-    kv = KVCache(plan.kv, plan.limits.max_batch, plan.limits.max_context, cache)
+    kv = KVCache(plan.kv, plan.limits.max_context, cache)
     executor = Executor(plan, directory, home=home, kv=kv, cpus=CPUS)
     try:
         with PrefillWorker(plan, directory, executor.store, cache, cpus=CPUS) as worker:
@@ -180,9 +180,9 @@ def test_a_cancelled_job_writes_no_more(pair):
     with pytest.raises(ExecutionError, match="cancelled"):
         queued.poll()
     written = job.tokens
-    before = pair.executor.kv.array(0, 0).copy()
+    before = pair.executor.kv.array(0, "latent").copy()
     assert next_job.wait(LONG) is not None
-    after = pair.executor.kv.array(0, 0)
+    after = pair.executor.kv.array(0, "latent")
     for block in (*sequence.blocks, *waiting.blocks):
         assert np.array_equal(before[block], after[block])
     assert queued.tokens == 0 and written <= 240

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layouts import keys_and_values, layout
 
 from hmc.errors import CapacityError, ExecutionError
-from hmc.plan import KVLayout
+from hmc.ops import State
 from hmc.runtime.memory.kv import BlockAllocator, KVCache
 from hmc.runtime.memory.prefix import PrefixIndex
 
@@ -18,11 +19,35 @@ def ids(*tokens):
     return np.array(tokens, np.int32)
 
 
-def cache(blocks=8, sequences=4, context=12):
-    layout = KVLayout(
-        kind="gqa", block=BLOCK, widths=(1, 1), layers=(0,), capacity_tokens=blocks * BLOCK
-    )
-    return KVCache(layout, sequences, context)
+SUM = State("sum", 1, "sequence", "f32")
+
+
+def cache(blocks=8, sequences=4, context=12, snapshots=None):
+    """With room for some `snapshots`, layers keep a state a sequence beside keys and values."""
+    states, sizes = keys_and_values(1, 1), {"tokens": blocks * BLOCK, "sequences": sequences}
+    if snapshots is not None:
+        states, sizes = (*states, SUM), {**sizes, "snapshots": snapshots}
+    return KVCache(layout(*states, block=BLOCK, layers=(0, 1), **sizes), context)
+
+
+def advance(kv, sequence, tokens):
+    """Change the state of a sequence as the op of a layer would, depending on every token."""
+    for layer in (0, 1):
+        state = kv.array(layer, "sum")[sequence.row]
+        for token in tokens:
+            state[:] = state / 2 + token + 1 + layer
+
+
+def state_of(tokens, layer):
+    state = np.float32(0)
+    for token in tokens:
+        state = state / 2 + token + 1 + layer
+    return state
+
+
+def assert_state(kv, sequence, tokens):
+    for layer in (0, 1):
+        assert kv.array(layer, "sum")[sequence.row] == state_of(tokens, layer)
 
 
 def prefilled(kv, prompt):
@@ -135,11 +160,68 @@ MOVES = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(MOVES, max_size=60))
-def test_any_history_keeps_every_sequence_intact(moves):
-    """Sequences' tokens, written through the block tables, are read back whole after every move."""
-    kv = cache(blocks=9, sequences=3, context=14)
+def test_states_of_a_prompt_are_kept_and_restored():
+    kv = cache(snapshots=2)
+
+    def prefill(prompt):
+        sequence = kv.open()
+        found = kv.adopt(sequence, ids(*prompt))
+        kv.reserve(sequence, len(prompt) - found)
+        for at in range(found, len(prompt), BLOCK):
+            part = prompt[at : at + BLOCK]
+            advance(kv, sequence, part)
+            sequence.length += len(part)
+            kv.keep(sequence, ids(*prompt))
+        assert_state(kv, sequence, prompt)
+        kv.release(sequence)
+        return found
+
+    assert prefill((1, 2, 3, 4, 5)) == 0
+    assert len(kv.snapshots) == 2
+    assert prefill((1, 2, 3, 4, 6)) == 4
+    assert prefill((1, 2, 9)) == 2
+    assert prefill((7, 8, 9)) == 0  # its states take the place of those used longest ago
+    assert prefill((1, 2, 3, 4, 7)) == 2  # the second block is there, its states are not
+    assert prefill((1, 2, 3, 4, 7)) == 4  # and were kept again, for the block that was known
+    kv.close()
+
+
+class Followed:
+    """What a device is told of its slots."""
+
+    def __init__(self):
+        self.told = []
+
+    def clear(self, slot):
+        self.told.append(slot)
+
+    def copy(self, source, target):
+        self.told.append((source, target))
+
+
+def test_a_device_follows_with_its_own_slots():
+    kv, device = cache(snapshots=1), Followed()
+    kv.attach(device)
+    sequence = kv.open()
+    kv.reserve(sequence, 2)
+    sequence.length = 2
+    kv.keep(sequence, ids(1, 2))
+    other = kv.open()
+    assert kv.adopt(other, ids(1, 2, 3)) == 2
+    assert device.told == [sequence.row, (sequence.row, 4), other.row, (4, other.row)]
+    kv.detach(device)
+    kv.open()
+    assert len(device.told) == 4
+    kv.close()
+
+
+@pytest.mark.parametrize("snapshots", [None, 0, 1, 3])
+@settings(max_examples=100, deadline=None)
+@given(moves=st.lists(MOVES, max_size=60))
+def test_any_history_keeps_every_sequence_intact(snapshots, moves):
+    """Sequences' tokens, written through the block tables, are read back whole after every move,
+    and their states are those of their tokens."""
+    kv = cache(blocks=9, sequences=3, context=14, snapshots=snapshots)
     stored = np.full((kv.allocator.count, BLOCK), -1)
     held = {}
 
@@ -147,6 +229,8 @@ def test_any_history_keeps_every_sequence_intact(moves):
         block, place = divmod(sequence.length, BLOCK)
         stored[kv.tables[sequence.row, block], place] = token
         sequence.length += 1
+        if snapshots is not None:
+            advance(kv, sequence, [token])
 
     for what, value in moves:
         if what == "prefill" and kv.rows_free:
@@ -161,6 +245,8 @@ def test_any_history_keeps_every_sequence_intact(moves):
                 continue
             for token in value[found:]:
                 write(sequence, token)
+                if sequence.length % (2 * BLOCK) == 0:
+                    kv.keep(sequence, prompt)
             kv.keep(sequence, prompt)
             held[sequence] = list(value)
         elif what != "prefill" and held:
@@ -179,6 +265,8 @@ def test_any_history_keeps_every_sequence_intact(moves):
             blocks = kv.tables[sequence.row, : len(sequence.blocks)]
             assert blocks.tolist() == sequence.blocks
             assert stored[blocks].reshape(-1)[: len(tokens)].tolist() == tokens
+            if snapshots is not None:
+                assert_state(kv, sequence, tokens)
         allocator = kv.allocator
         owned = {block for sequence in held for block in sequence.blocks}
         assert allocator.used == len(owned)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from device_ops_fake import Buffers, call_of, random, step_of
+from layouts import keys_and_values, layout
 
-from hmc.plan import KVLayout
 from hmc.runtime.device_ops import DEVICE_OPS, scratch
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call, Share, of_share
@@ -32,8 +32,8 @@ def links(tmp_path: Path) -> Iterator[list[Link]]:
 
 
 def call() -> Call:
-    layout = KVLayout(kind="gqa", block=4, widths=(16, 16), layers=(0,), capacity_tokens=64)
-    return call_of(KVCache(layout, 2, 64), [(0, TOKENS)], [TOKENS - 1], ranks=2)
+    kv = KVCache(layout(*keys_and_values(16, 16), block=4, tokens=64, sequences=2), 64)
+    return call_of(kv, [(0, TOKENS)], [TOKENS - 1], ranks=2)
 
 
 def run(

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from device_ops_fake import Buffers, call_of, random, step_of, stored
+from layouts import keys_and_values, layout
 from torch.profiler import ProfilerActivity, profile
 
-from hmc.plan import KVLayout, Step
+from hmc.ops import State
+from hmc.plan import Step
 from hmc.runtime.device_ops import DEVICE_OPS, matmul, scratch
 from hmc.runtime.device_ops.exchange import cached
 from hmc.runtime.device_ops.matmul import Matrix
@@ -62,15 +64,14 @@ class Case:
         """All that a step may write."""
         kept = [*self.buffers.values.values(), *self.buffers.caches]
         if self.buffers.kv is not None:
-            kept += [cached(self.buffers.kv, 0, part, 1) for part in (0, 1)]
+            kept += [cached(self.buffers.kv, 0, state) for state in ("k", "v")]
         return kept
 
 
 def paged(tokens: int, *widths: int) -> KVCache:
-    kind: Any = "gqa" if len(widths) == 2 else "mla"
-    blocks = -(-tokens // 16)
-    layout = KVLayout(kind=kind, block=16, widths=widths, layers=(0,), capacity_tokens=16 * blocks)
-    return KVCache(layout, 8, 16 * blocks)
+    states = keys_and_values(*widths) if len(widths) == 2 else (State("latent", *widths),)
+    room = -(-tokens // 16) * 16
+    return KVCache(layout(*states, block=16, tokens=room, sequences=8), room)
 
 
 def plain(op: str, outputs: str, values: dict[str, torch.Tensor], **options: Any) -> Case:
@@ -198,8 +199,9 @@ def kv_moved(op: str) -> Case:
     kv = paged(T, 256, 256)
     values = {"k": random(T, 256), "v": random(T, 256, seed=1)}
     caches = [torch.zeros(kv.allocator.count * 16, 256, dtype=torch.bfloat16) for _ in range(2)]
-    for part in (0, 1):
-        cached(kv, 0, part, 1).copy_(bf16(*cached(kv, 0, part, 1).shape, seed=part))
+    for part, state in enumerate(("k", "v")):
+        pages = cached(kv, 0, state)
+        pages.copy_(bf16(*pages.shape, seed=part))
     buffers = Buffers(values, caches=caches, kv=kv, phase=SimpleNamespace(steps=[]))
     # slots, their blocks and places
     return Case(step_of(op, buffers, ""), buffers, call_of(kv, [(0, T)], [0]), 3 * 8 * T)
