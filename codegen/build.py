@@ -99,13 +99,13 @@ def _report(specs: list[KernelSpec], progress: Progress | None) -> None:
 
 
 def _to_json(specs: list[KernelSpec]) -> str:
-    return json.dumps([[s.op, s.isa, s.weight, s.out, s.params, s.tile] for s in specs])
+    return json.dumps([[s.op, s.isa, s.weight, s.out, s.params, s.tile, s.expr] for s in specs])
 
 
 def _from_json(text: str) -> list[KernelSpec]:
     return [
-        KernelSpec(op, isa, weight, out, _pairs(params), _pairs(tile))
-        for op, isa, weight, out, params, tile in json.loads(text)
+        KernelSpec(op, isa, weight, out, _pairs(params), _pairs(tile), expr)
+        for op, isa, weight, out, params, tile, expr in json.loads(text)
     ]
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hmc.codegen.expr import activation
 from hmc.codegen.isa import TIERS
+from hmc.codegen.rowwise import Rowwise
 from hmc.codegen.spec import ARGS, MAX_TOKENS, KernelSpec
 from hmc.errors import KernelError
 
@@ -17,6 +19,7 @@ _ATTENTION = "heads kv_heads head_dim v_dim block"
 _LATENT = "heads nope rope v_dim rank block"
 _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
+    "pointwise": "width groups",
     "rotary": "heads head_dim dim",
     "linear": "k tokens",
     "gate_up": "k tokens",
@@ -66,8 +69,8 @@ def check_spec(spec: KernelSpec) -> None:
             raise _error(spec, f"needs a size {name} of at least 1")
     if spec.get("tokens") > MAX_TOKENS:
         raise _error(spec, f"takes up to {MAX_TOKENS} tokens, not {spec['tokens']}")
-    if spec.get("act") != 0:
-        raise _error(spec, f"has no activation {spec['act']}: 0 is silu")
+    if spec.expr and spec.op not in _EXPRESSIONS:
+        raise _error(spec, f"computes no expression such as {spec.expr!r}")
     if spec.weight in _GROUPED:
         _check_groups(spec)
     _RULES.get(spec.op, _anything)(spec)
@@ -141,6 +144,14 @@ def _check_route(spec: KernelSpec) -> None:
         raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
 
 
+def _check_activation(spec: KernelSpec) -> None:
+    activation(spec.expr)
+
+
+def _check_pointwise(spec: KernelSpec) -> None:
+    Rowwise.of(spec)
+
+
 _RULES: dict[str, Callable[[KernelSpec], None]] = {
     "attention": _check_decode,
     "attention_join": _check_decode,
@@ -150,4 +161,9 @@ _RULES: dict[str, Callable[[KernelSpec], None]] = {
     "mla_prefill": _check_expanded,
     "rotary": _check_rotary,
     "route": _check_route,
+    "pointwise": _check_pointwise,
+    **dict.fromkeys(("gate_up", "experts_gate_up", "grouped_gate_up"), _check_activation),
 }
+_EXPRESSIONS = frozenset(
+    op for op, rule in _RULES.items() if rule in (_check_activation, _check_pointwise)
+)

@@ -40,7 +40,8 @@ class KernelSpec:
     `op` names an entry of `ARGS`; `isa` a tier of codegen/isa.py; `weight` the storage format of
     the weights; `out` the format of the result ("f32" or "bf16"); `params` the sizes fixed at
     compile time, sorted by name (for instance k, tokens, heads, head_dim, block); `tile` choices
-    made by measurement (rows, prefetch bytes ahead).
+    made by measurement (rows, prefetch bytes ahead); `expr` arithmetic that is compiled in, as the
+    text of an expression (codegen/expr.py).
     """
 
     op: str
@@ -49,6 +50,7 @@ class KernelSpec:
     out: str = "f32"
     params: tuple[tuple[str, int], ...] = ()
     tile: tuple[tuple[str, int], ...] = ()
+    expr: str = ""
 
     @staticmethod
     def of(
@@ -58,12 +60,12 @@ class KernelSpec:
         weight: WeightFormat = "",
         out: str = "f32",
         tile: Mapping[str, int] | None = None,
+        expr: str = "",
         **params: int,
     ) -> KernelSpec:
         """Build a spec with `params` and `tile` in canonical order."""
-        return KernelSpec(
-            op, isa, weight, out, tuple(sorted(params.items())), tuple(sorted((tile or {}).items()))
-        )
+        sizes, tiles = (tuple(sorted(each.items())) for each in (params, tile or {}))
+        return KernelSpec(op, isa, weight, out, sizes, tiles, expr)
 
     def __getitem__(self, name: str) -> int:
         """A compile-time size; `KeyError` names what is absent."""
@@ -83,7 +85,7 @@ class KernelSpec:
     @property
     def digest(self) -> str:
         """16 hex digits over every field: the cache key's part that depends on the spec."""
-        fields = [self.op, self.isa, self.weight, self.out, self.params, self.tile]
+        fields = [self.op, self.isa, self.weight, self.out, self.params, self.tile, self.expr]
         return hashlib.sha256(json.dumps(fields, separators=(",", ":")).encode()).hexdigest()[:16]
 
     @property
@@ -123,15 +125,23 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     ),
     # y = h + d0 (+ d1), f32; params: width.
     "add": _args("h* h_stride d0* d0_stride d1* d1_stride y* y_stride tokens"),
+    # y[t, :] = expr of rows x0[t, :], ... (f32), b0[t, :], ... (bf16) and vectors v0, ... (f32), y
+    # in `out`; what the expression does not name is 0. Params, columns of operands: rowwise.py.
+    "pointwise": _args(
+        "x0* x0_stride x1* x1_stride x2* x2_stride x3* x3_stride x4* x4_stride x5* x5_stride"
+        " x6* x6_stride x7* x7_stride b0* b0_stride b1* b1_stride b2* b2_stride b3* b3_stride"
+        " b4* b4_stride b5* b5_stride b6* b6_stride b7* b7_stride"
+        " v0* v1* v2* v3* v4* v5* v6* v7* y* y_stride tokens"
+    ),
     # y[t, n] = sum_k x[t, k] w[n, k] (+ bias[n]); x bf16; params: k, tokens (largest batch). bias
     # f32 or 0.
     "linear": _args("x* x_stride w* scale* bias* y* y_stride rows tokens"),
-    # y[t, n] = act(x . gate[n]) * (x . up[n]), y bf16; params: k, tokens, act (0 silu).
+    # y[t, n] = expr(gate = x . gate[n], up = x . up[n]), y bf16; params: k, tokens.
     "gate_up": _args("x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens"),
     # Routed experts, first half, for every (token, slot): act[t * top_k + j, n], bf16, UNweighted.
     # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses.
     # ids i32 [tokens, top_k], negative: not computed here, its row of `act` is left as it was;
-    # params: k (hidden), n (intermediate), top_k, experts, tokens, act.
+    # params: k (hidden), n (intermediate), top_k, experts, tokens; expr as of gate_up.
     "experts_gate_up": _args("x* x_stride ids* table* act* tokens scratch*"),
     # Second half: y[t, n] = sum_j routing[t, j] * (act[t * top_k + j, :] . down[ids[t, j]][n, :]),
     # f32, over the slots j with ids[t, j] >= 0. params: k (intermediate), n (hidden), top_k,

@@ -53,12 +53,18 @@ def load_part(
     e: Emitter, base: Value, index: Value, element: ir.Type, count: int, lanes: int
 ) -> Value:
     """`count` <= `lanes` elements from element `index` on, padded with zeros to `lanes`."""
+    if count == 1:  # no vector of one lane: LLVM 22 aborts where it combines some of them
+        one = e.load(base, index, element)
+        return e.b.insert_element(e.zeros(element, lanes), one, ir.Constant(I32, 0))
     return resize(e, e.load_vec(base, index, element, count), lanes)
 
 
 def store_part(e: Emitter, value: Value, base: Value, index: Value, count: int) -> None:
     """Store the first `count` lanes of `value` at element `index`."""
-    e.store(resize(e, value, count), base, index)
+    if count == 1:
+        e.store(e.b.extract_element(value, ir.Constant(I32, 0)), base, index)
+    else:
+        e.store(resize(e, value, count), base, index)
 
 
 def load_f32(

@@ -29,8 +29,8 @@ hmc/plan hmc/ops hmc/machine hmc/checkpoint
 codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
 codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
 codegen/pool codegen/panel codegen/decode codegen/formats
-codegen codegen/ragged codegen/vector codegen/ir codegen/jit codegen/cache codegen/checks
-codegen/isa codegen/spec
+codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
+codegen/checks codegen/isa codegen/rowwise codegen/spec codegen/expr
 hmc/ranges hmc/files hmc/closing hmc/env hmc/errors hmc/version
 """.split()
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an

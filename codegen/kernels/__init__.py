@@ -7,7 +7,7 @@ from typing import Any
 
 from hmc.codegen.kernels.attention import attention, mla, mla_prefill, prefill_attention
 from hmc.codegen.kernels.matmul import experts, gate_up, gemm, grouped, linear
-from hmc.codegen.kernels.pointwise import embed, norm, rotary
+from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
 from hmc.codegen.kernels.routing import route, sort_experts
 from hmc.codegen.pool import flags, resident_ids
@@ -57,13 +57,13 @@ EMITTERS |= {
 }
 REFERENCES |= {
     "gemm": gemm.gemm,
-    "grouped_gate_up": grouped.grouped_gate_up,
-    "grouped_down": grouped.grouped_down,
+    "grouped_gate_up": experts.experts_gate_up,
+    "grouped_down": experts.experts_down,
 }
 
 # What lies between the matmuls, and between CPU and devices.
 for _module in (
-    *(embed, norm, rotary, attention, prefill_attention, mla, mla_prefill),
+    *(embed, norm, pointwise, rotary, attention, prefill_attention, mla, mla_prefill),
     *(route, sort_experts, resident_ids),
     flags,
 ):

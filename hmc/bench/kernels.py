@@ -20,6 +20,7 @@ from hmc.bench.compare import Compared, Report, interleave, silent
 from hmc.bench.matrices import Matrices
 from hmc.bench.reference import CacheReference, MemoryReference, PeakReference
 from hmc.closing import Closing
+from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -177,7 +178,7 @@ class KernelBench(Closing):
         """Each (token, slot) has the next expert: a pass reads every expert, few of them twice."""
         experts, pairs = matrices.count, case.tokens * case.top_k
         sizes = {"experts": experts, "top_k": case.top_k, "tokens": MAX_TOKENS}
-        into = self._spec(case, "experts_gate_up", _into(case) | sizes, "bf16")
+        into = self._spec(case, "experts_gate_up", _into(case) | sizes, "bf16", SWIGLU)
         back = self._spec(case, "experts_down", _back(case) | sizes)
         calls = -(-experts // pairs)
         ids = (np.arange(calls * pairs, dtype=np.int32) % experts).reshape(calls, -1)
@@ -212,7 +213,7 @@ class KernelBench(Closing):
         """One layer of all the experts there are, `top_k` of them drawn evenly for each token."""
         experts = matrices.count
         sizes = {"experts": experts, "top_k": case.top_k}
-        into = self._spec(case, "grouped_gate_up", _into(case) | sizes, "bf16")
+        into = self._spec(case, "grouped_gate_up", _into(case) | sizes, "bf16", SWIGLU)
         back = self._spec(case, "grouped_down", _back(case) | sizes)
         random = np.random.default_rng(0)
         ids = np.stack(
@@ -248,11 +249,13 @@ class KernelBench(Closing):
         kept = (x, act, slots, offsets, table, routing, scratch)
         return _Work(builder.build(), case.flops, y, kept)
 
-    def _spec(self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32") -> KernelSpec:
+    def _spec(
+        self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32", expr: str = ""
+    ) -> KernelSpec:
         if case.format == "int4":
             sizes = {**sizes, "group": case.group, "scale_bits": 16}
         params = tuple(sorted(sizes.items()))
-        return KernelSpec(op, self.isa.name, case.format, out, params)
+        return KernelSpec(op, self.isa.name, case.format, out, params, expr=expr)
 
     def _scratch(self, bytes_per_worker: int) -> Block:
         return Block(self.pool.workers * bytes_per_worker, "scratch")
@@ -277,7 +280,7 @@ _WORK: dict[str, Callable[[KernelBench, Case, Matrices], _Work]] = {
 
 
 def _into(case: Case) -> dict[str, int]:
-    return {"k": case.k, "n": case.rows, "act": 0}
+    return {"k": case.k, "n": case.rows}
 
 
 def _back(case: Case) -> dict[str, int]:

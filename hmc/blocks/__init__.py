@@ -16,9 +16,9 @@ from hmc.blocks.dense import (
     GateUp,
     Linear,
     RMSNorm,
-    silu_mul,
 )
 from hmc.blocks.moe import Experts, Route, Scoring
+from hmc.blocks.pointwise import Pointwise, Vector, activated
 
 __all__ = [
     "MLA",
@@ -31,11 +31,13 @@ __all__ = [
     "GateUp",
     "GatedMLP",
     "Linear",
+    "Pointwise",
     "RMSNorm",
     "Rotary",
     "Route",
     "Scoring",
+    "Vector",
+    "activated",
     "place",
     "place_of",
-    "silu_mul",
 ]

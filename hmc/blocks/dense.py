@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter
+from hmc.blocks.pointwise import activated
+from hmc.codegen.expr import SWIGLU
 from hmc.graph import Attr, WeightSpec, attrs
 
 
@@ -89,15 +91,8 @@ class Linear(Block):
         return functional.linear(x, self.weight, self.bias)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise; one node of kind silu_mul in a trace."""
-    return functional.silu(gate) * up
-
-
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line; traced as its four
-    parts.
-    """
+    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line."""
 
     def __init__(self, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -106,12 +101,13 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+        hidden = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 
 class GateUp(Block):
-    """Two linears of the same input and `silu_mul` as one node; stands where the fuse pass found
-    the three.
+    """Two linears of the same input and an activation `act`, an expression of `gate` and `up`, as
+    one node; stands where the fuse pass found them.
 
     Weight roles `gate` and `up` are the two linears' weights, under their own checkpoint names,
     which the pass takes from the nodes it replaces. Linears with a bias have no fused form.
@@ -120,18 +116,18 @@ class GateUp(Block):
     kind = "gate_up"
     dtype = "bf16"
 
-    def __init__(self, gate: Linear, up: Linear) -> None:
+    def __init__(self, gate: Linear, up: Linear, act: str = SWIGLU) -> None:
         super().__init__()
         if gate.bias is not None or up.bias is not None:
             raise ValueError("a linear with a bias cannot be fused into gate_up")
-        self.gate, self.up = gate, up
+        self.gate, self.up, self.act = gate, up, act
         self.width = gate.width
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(k=self.gate.inputs, n=self.width, act="silu")
+        return attrs(k=self.gate.inputs, n=self.width, act=self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return silu_mul(self.gate(x), self.up(x))
+        return activated(self.act, self.gate(x), self.up(x))
 
 
 class AddNorm(Block):

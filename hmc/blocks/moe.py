@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter, sibling
+from hmc.blocks.pointwise import activated
+from hmc.codegen.expr import SWIGLU
 from hmc.graph import Attr, WeightSpec, attrs
 
 
@@ -104,7 +106,7 @@ class Route(Block):
 
 class Experts(Block):
     """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
-    -> [T, hidden].
+    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls.
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
@@ -120,10 +122,11 @@ class Experts(Block):
         intermediate: int,
         top_k: int,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        act: str = SWIGLU,
     ) -> None:
         super().__init__()
         self.experts, self.intermediate, self.top_k = experts, intermediate, top_k
-        self.names = names
+        self.names, self.act = names, act
         self.width = hidden
         self.gate = parameter(experts, intermediate, hidden)
         self.up = parameter(experts, intermediate, hidden)
@@ -142,7 +145,11 @@ class Experts(Block):
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(
-            k=self.width, n=self.intermediate, experts=self.experts, top_k=self.top_k, act="silu"
+            k=self.width,
+            n=self.intermediate,
+            experts=self.experts,
+            top_k=self.top_k,
+            act=self.act,
         )
 
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
@@ -151,8 +158,8 @@ class Experts(Block):
         for expert in sorted(set(ids.flatten().tolist())):
             token, slot = torch.where(ids == expert)
             rows = x[token]
-            gate = functional.linear(rows, self.gate[expert])
-            hidden = functional.silu(gate) * functional.linear(rows, self.up[expert])
+            gate, up = (functional.linear(rows, each[expert]) for each in (self.gate, self.up))
+            hidden = activated(self.act, gate, up)
             result = functional.linear(hidden, self.down[expert])
             total.index_add_(0, token, result * weights[token, slot, None])
         return total

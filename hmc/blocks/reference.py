@@ -12,9 +12,23 @@ from typing import Any
 
 from torch import Tensor
 
+from hmc.blocks.pointwise import pointwise
+from hmc.ops.pointwise import rowwise
+
 Tensors = Mapping[str, Tensor]
 Reference = Callable[[Mapping[str, Any], Tensors, Tensors, Tensors], tuple[Tensors, Tensors]]
 """(attributes, inputs, weights, states before) -> (outputs, states after), each by name."""
 
-REFERENCES: dict[str, Reference] = {}
+
+def _pointwise(
+    attrs: Mapping[str, Any], inputs: Tensors, weights: Tensors, states: Tensors
+) -> tuple[Tensors, Tensors]:
+    rows = {name: each.flatten(0, 1).float() for name, each in inputs.items()}
+    vectors = {name: each.float() for name, each in weights.items()}
+    sequences = len(next(iter(inputs.values())))
+    found = pointwise(rowwise(attrs), rows | vectors)
+    return {"y": found.reshape(sequences, -1, found.shape[1])}, states
+
+
+REFERENCES: dict[str, Reference] = {"pointwise": _pointwise}
 """By op. Those of attention work on all positions at once, and are blocks alone."""

@@ -9,6 +9,8 @@ of `PLAIN`:
 
     input    token ids [T], positions [T]
     item     part `index` of a value of several outputs, or columns [offset, offset + width) of rows
+    vector   a weight as it is, read by arithmetic of a model file (`pointwise` nodes) alone
+    mask     a comparison, part of the arithmetic that chooses by it
     output   the logits
 
 Arguments of an fx node are values; one that has several outputs (`route`) stands for all of them.
@@ -25,8 +27,8 @@ DType = Literal["f32", "bf16", "i32"]
 Attr = int | float | str | tuple[float, ...]
 Section = Literal["", "attention", "mlp", "head"]
 
-PLAIN = frozenset(("input", "item", "output"))
-"""Kinds that compute nothing."""
+PLAIN = frozenset(("input", "item", "vector", "mask", "output"))
+"""Kinds that compute nothing by themselves."""
 
 
 @dataclass(frozen=True)

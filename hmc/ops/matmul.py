@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
+from hmc.codegen.expr import activation
 from hmc.codegen.spec import KernelSpec
-from hmc.errors import UnsupportedError
+from hmc.errors import KernelError, UnsupportedError, VerifyError
 from hmc.ops.row import Attrs, Load, Op, Role, Use, WeightRole, Weights, Work, attr, picked, spec
 
 
@@ -21,14 +22,22 @@ def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
 
 
+def _activated(attrs: Attrs) -> bool:
+    """Whether `act` is an expression of gate and up; `VerifyError` says what of it is not."""
+    try:
+        return bool(activation(str(attrs["act"])).leaves)
+    except KernelError as error:
+        raise VerifyError(str(error)) from error
+
+
 def _gate_up(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     stored = weights["gate"]
-    sizes = {"k": int(attrs["k"]), "act": 0, **stored.sizes}
+    sizes, act = {"k": int(attrs["k"]), **stored.sizes}, str(attrs["act"])
     if use.many:
         # the many-token form is that of experts: here one, which all tokens go to
         one = {"experts": 1, "top_k": 1, "n": int(attrs["n"])}
-        return (spec("grouped_gate_up", use, sizes | one, stored.format, "bf16"),)
-    return (spec("gate_up", use, {**sizes, "tokens": use.tokens}, stored.format, "bf16"),)
+        return (spec("grouped_gate_up", use, sizes | one, stored.format, "bf16", act),)
+    return (spec("gate_up", use, {**sizes, "tokens": use.tokens}, stored.format, "bf16", act),)
 
 
 def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
@@ -36,12 +45,12 @@ def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]
     if {weights[role] for role in ("gate", "up", "down")} != {stored}:
         raise UnsupportedError("gate, up and down of the experts differ in format")
     sizes = stored.sizes | picked(attrs, "experts", "top_k")
-    into = {"k": int(attrs["k"]), "n": int(attrs["n"]), "act": 0, **sizes}
+    into = {"k": int(attrs["k"]), "n": int(attrs["n"]), **sizes}
     back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes}
     names = ("grouped_gate_up", "grouped_down") if use.many else ("experts_gate_up", "experts_down")
     few = {} if use.many else {"tokens": use.tokens}
     return (
-        spec(names[0], use, into | few, stored.format, "bf16"),
+        spec(names[0], use, into | few, stored.format, "bf16", str(attrs["act"])),
         spec(names[1], use, back | few, stored.format, "f32"),
     )
 
@@ -113,6 +122,7 @@ OPS: Final = (
             WeightRole("up", _matrix, matmul=True),
         ),
         attrs={"k": int, "n": int, "act": str},
+        possible=_activated,
         kernels=_gate_up,
         family="dense matmuls",
     ),
@@ -132,7 +142,7 @@ OPS: Final = (
         ),
         attrs={"k": int, "n": int, "experts": int, "top_k": int, "act": str},
         extra={"range": str, "count": int},
-        possible=lambda attrs: int(attrs["top_k"]) <= int(attrs["experts"]),
+        possible=lambda attrs: int(attrs["top_k"]) <= int(attrs["experts"]) and _activated(attrs),
         kernels=_experts,
         work=_experts_work,
         launches=4,  # gather, two matmuls, scatter

@@ -99,13 +99,6 @@ OPS: Final = (
         family="norms and sums",
     ),
     Op(
-        "silu_mul",  # fused into gate_up, or refused: no kernel computes it alone
-        inputs=(Role("gate", "f32"), Role("up", "f32")),
-        outputs=(Role("y", "bf16"),),
-        attrs={"act": str},
-        family="norms and sums",
-    ),
-    Op(
         "add_norm",
         inputs=_TERMS,
         outputs=(Role("h_out", "f32", attr("width")), Role("y", "bf16", attr("width"))),

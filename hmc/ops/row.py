@@ -7,7 +7,8 @@ the cache's layout, what streams and what stays, which kernels run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -184,6 +185,7 @@ class Op:
     "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured` whether they
     depend on the host by numbers of rows alone, so that a graph may hold them; `everywhere`: on
     several ranks each computes it for all tokens; `always`: it does something even for no rows.
+    Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 
     name: str
@@ -200,6 +202,7 @@ class Op:
     where: Where = "any"
     launches: int = 1
     captured: bool = True
+    named: Callable[[Attrs], Collection[str]] | None = None
     everywhere: bool = False
     always: bool = False
 
@@ -259,11 +262,18 @@ class Op:
 
     def key(self, spec: KernelSpec) -> str:
         """A readable name of one of its kernels, unique within a plan (one tier): kernel, format
-        and sizes, e.g. `linear-fp8-k2048-tokens16`; with the result's dtype where it has several.
+        and sizes, e.g. `linear-fp8-k2048-tokens16`; with the result's dtype where it has several,
+        and a digest of an expression that is compiled in.
         """
-        sizes = [f"{name}{value}" for name, value in spec.params]
+        sizes = [f"{name}{'_' * name[-1].isdigit()}{value}" for name, value in spec.params]
         out = spec.out if "out" in self.attrs else ""
-        return "-".join(filter(None, [spec.op, spec.weight, out, *sizes]))
+        compiled = hashlib.sha256(spec.expr.encode()).hexdigest()[:6] if spec.expr else ""
+        return "-".join(filter(None, [spec.op, spec.weight, out, *sizes, compiled]))
+
+    def read(self, attrs: Attrs) -> tuple[Role, ...]:
+        """Those of `graph_inputs` that attributes call for, or may."""
+        names = None if self.named is None else self.named(attrs)
+        return tuple(role for role in self.graph_inputs if names is None or role.name in names)
 
     def weight(self, name: str) -> WeightRole | None:
         """The weight role of a name, numbered ones by their stem; None when it has none."""
@@ -311,7 +321,7 @@ def spec(
     expr: str = "",
 ) -> KernelSpec:
     """A kernel of a tier with sizes in canonical order."""
-    return KernelSpec(op, use.isa, weight, out, tuple(sorted(sizes.items())))
+    return KernelSpec(op, use.isa, weight, out, tuple(sorted(sizes.items())), expr=expr)
 
 
 def picked(attrs: Attrs, *names: str) -> dict[str, int]:

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Final
 
 from hmc.errors import VerifyError
-from hmc.ops import attention, matmul, moves, norms, routing
+from hmc.ops import attention, matmul, moves, norms, pointwise, routing
 from hmc.ops.row import Op
 
-OPS: Final[dict[str, Op]] = {
-    op.name: op for op in (*norms.OPS, *matmul.OPS, *attention.OPS, *routing.OPS, *moves.OPS)
-}
+_FAMILIES = norms, pointwise, matmul, attention, routing, moves
+
+OPS: Final[dict[str, Op]] = {op.name: op for family in _FAMILIES for op in family.OPS}
 """Every op of graphs and plans. Tests add rows of their own."""
 
 SHARED_ATTRS: Final[Mapping[str, type]] = {"ranks": int, "whole": int}

@@ -29,7 +29,8 @@ class Expected:
 @dataclass
 class About:
     """What is the same for all steps of an op with the same attributes and kernels; `model` is the
-    same for those that differ in nothing but what a schedule adds."""
+    same for those that differ in nothing but what a schedule adds; `named` are operands that the
+    attributes ask for although the row has them as optional."""
 
     row: Op
     number: int
@@ -38,6 +39,7 @@ class About:
     inputs: dict[str, Expected]
     outputs: dict[str, Expected]
     least: tuple[frozenset[str], frozenset[str]]
+    named: frozenset[str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def expected(self, step: Step, name: str, *, output: bool) -> Expected:
@@ -71,6 +73,7 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
             raise VerifyError(f"attribute {name} is not the model's {getattr(plan.model, name)}")
     if not row.possible(step.attrs):
         raise VerifyError("its attributes fit no kernel")
+    named = frozenset(() if row.named is None else row.named(step.attrs))
     native = step.resource == "cpu" and row.native
     specs = [plan.kernels[key] for key in step.kernels if key in plan.kernels]
     names = frozenset(arg.name for spec in specs for arg in ARGS.get(spec.op, ()))
@@ -82,7 +85,8 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
         native,
         _expectations(row.inputs, step, strides),
         _expectations(row.outputs, step, strides),
-        (_least(row.inputs), _least(row.outputs)),
+        (_least(row.inputs) | (named & {role.name for role in row.inputs}), _least(row.outputs)),
+        named,
         {role.name: role.shape(step.attrs) for role in row.weights},
     )
 

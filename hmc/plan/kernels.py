@@ -78,13 +78,13 @@ class KernelChecker:
             found = self._plan.kernels.get(key)
             if found is None:
                 raise VerifyError(f"{_where(phase, step)}: kernel {key} is not in the plan")
-            if (found.op, found.isa, found.weight, found.out, found.params) != (
-                *(spec.op, spec.isa, spec.weight, spec.out, spec.params),
+            if (found.op, found.isa, found.weight, found.out, found.params, found.expr) != (
+                *(spec.op, spec.isa, spec.weight, spec.out, spec.params, spec.expr),
             ):
                 sizes = ", ".join(f"{name} {value}" for name, value in spec.params)
                 raise VerifyError(
                     f"{_where(phase, step)}: kernel {key} is not {spec.op} of {spec.weight or '-'}"
-                    f" in {spec.out} for {spec.isa} with {sizes}"
+                    f" in {spec.out} for {spec.isa} with {sizes} {spec.expr}"
                 )
 
 

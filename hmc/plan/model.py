@@ -175,6 +175,7 @@ class Kernel(Frozen):
     out: str
     params: tuple[tuple[str, int], ...]
     tile: tuple[tuple[str, int], ...]
+    expr: str = ""
 
 
 class Buffer(Frozen):

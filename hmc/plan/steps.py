@@ -94,7 +94,7 @@ class StepChecker:
         for role in row.weights:
             name = step.weights.get(role.name)
             if name is None:
-                if not role.optional:
+                if not role.optional or role.name in about.named:
                     raise VerifyError(f"it has no weight {role.name}")
                 continue
             known += 1

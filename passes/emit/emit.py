@@ -82,6 +82,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
                 out=spec.out,
                 params=spec.params,
                 tile=spec.tile,
+                expr=spec.expr,
             )
             for key, spec in sorted(kernels.items())
         },

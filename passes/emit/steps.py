@@ -92,10 +92,10 @@ class PhaseBuilder:
         read = [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
         values = [operand for each in read for operand in self._values[each]]
         inputs: Operands = {
-            role.name: operand for role, operand in zip(row.graph_inputs, values, strict=False)
+            role.name: operand for role, operand in zip(row.read(attrs), values, strict=False)
         }
         if found.section == "head" and not any(meta(each).section == "head" for each in read):
-            first = row.graph_inputs[0].name
+            first = row.read(attrs)[0].name
             inputs[first] = self._gather(node, inputs[first])
         inputs |= {role.name: self._named(role.given) for role in row.inputs if role.given}
         is_logits = any(user.op == "output" for user in node.users)

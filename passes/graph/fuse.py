@@ -1,26 +1,35 @@
-"""Fuses what one kernel does better than several: gate+up+activation, and residual+norm.
+"""Fuses what one kernel does better than several: residual+norm, gate+up+activation, and connected
+pieces of a model file's own arithmetic.
 
 Contract
     * requires "canonical"; establishes "fused"
-    * silu_mul of two bias-free linears of one input, stored in one format, becomes gate_up: both
-      weights are read in one pass over the input and the two results never reach memory
     * add whose sum a full-width norm reads becomes add_norm; a sum of two results added to the
       residual (routed and shared experts) is taken in as the third operand
     * the norm before the output layer stays alone: only the rows whose logits are wanted reach it
+    * a piece of arithmetic (pieces.py) of two bias-free linears of one input, stored in one format,
+      becomes gate_up with the piece's expression: both weights are read in one pass over the input
+      and the two results never reach memory
+    * every other piece becomes one pointwise node, in bf16 where matmuls read it
+    * matmuls read bf16: an f32 value that others read too is rounded for them by a node of its own
     * values are unchanged beyond the order of two additions
 """
 
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch.fx
 
-from hmc.blocks import AddNorm, GateUp
-from hmc.graph import NodeMeta, attrs, meta
+from hmc.blocks import AddNorm, GateUp, Linear, Pointwise, RMSNorm
+from hmc.codegen.expr import REDUCTIONS, leaf, substitute
+from hmc.codegen.rowwise import Rowwise
+from hmc.graph import DType, NodeMeta, attrs, meta
+from hmc.passes.graph.pieces import Piece, pieces
+from hmc.passes.graph.trace import ADD, dtype_wanted, reads_bf16
 from hmc.passes.records import Notes, Target, replace_with_module, submodule
 from hmc.plan import Decision
 from hmc.ranges import ranges
@@ -28,7 +37,7 @@ from hmc.ranges import ranges
 
 @dataclass(frozen=True)
 class Fuse:
-    """Forms gate_up and add_norm nodes."""
+    """Forms gate_up, add_norm and pointwise nodes."""
 
     name: ClassVar[str] = "fuse"
     requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
@@ -36,13 +45,18 @@ class Fuse:
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         notes = Notes(self.name)
-        nodes = list(graph.graph.nodes)
-        gated = [meta(node).layer for node in nodes if _fuse_gate_up(graph, target, notes, node)]
-        normed = [meta(node).layer for node in nodes if _fuse_add_norm(graph, node)]
+        normed = [meta(n).layer for n in list(graph.graph.nodes) if _fuse_add_norm(graph, n)]
+        gated, joined = 0, Counter[str]()
+        for piece in pieces(graph.graph):
+            if _fuse_gate_up(graph, target, notes, piece):
+                gated += 1
+            elif _put_pointwise(graph, piece):
+                joined[piece.form.text] += 1
         graph.graph.eliminate_dead_code()
+        _round_for_matmuls(graph)
         if gated:
             notes.decide(
-                f"gate and up of {len(gated)} dense or shared MLPs",
+                f"gate and up of {gated} dense or shared MLPs",
                 "fused",
                 "one input, one format: both weights are read in one pass and the products stay"
                 " in registers",
@@ -53,69 +67,124 @@ class Fuse:
                 f"fused {len(normed)} times",
                 "the sum is normalised while it is in cache: one record and one barrier less each",
             )
+        for text, count in joined.items():
+            choice = f"one pointwise node, {count} times"
+            notes.decide(text, choice, "read and written once, in one walk over rows")
         return notes.made
 
 
-def _fuse_gate_up(
-    graph: torch.fx.GraphModule, target: Target, notes: Notes, node: torch.fx.Node
-) -> bool:
-    if meta(node).kind != "silu_mul":
+def _fuse_gate_up(graph: torch.fx.GraphModule, target: Target, notes: Notes, piece: Piece) -> bool:
+    two = [submodule(graph, node) for node in piece.inputs]
+    if len(two) != 2 or not all(isinstance(each, Linear) and each.bias is None for each in two):
         return False
-    gate, up = node.args
-    assert isinstance(gate, torch.fx.Node) and isinstance(up, torch.fx.Node)
-    two = (meta(gate), meta(up))
-    if (
-        any(m.kind != "linear" or len(m.weights) != 1 for m in two)
-        or gate.args[0] is not up.args[0]
-    ):
+    (gate, up), tree = piece.inputs, piece.form.tree
+    plain = not piece.vectors and not any(node.op in REDUCTIONS for node in tree)
+    alike = {each.width for each in two} == {meta(piece.result).width}
+    alone = all(user in piece.members for node in (gate, up) for user in node.users)
+    if not (plain and alike and alone) or gate.args[0] is not up.args[0]:
         return False
-    if len(gate.users) != 1 or len(up.users) != 1:
+    if dtype_wanted(piece.result) != "bf16":
         return False
-    formats = [target.source(m.weights[0])[0].format for m in two]
+    weights = [meta(node).weights[0] for node in (gate, up)]
+    formats = [target.source(weight)[0].format for weight in weights]
     if formats[0] != formats[1]:
         notes.decide(
-            f"{two[0].weights[0].name} and {two[1].weights[0].name}",
+            f"{weights[0].name} and {weights[1].name}",
             "not fused",
             f"stored in two formats, {formats[0]} and {formats[1]}",
         )
         return False
-    fused = GateUp(submodule(graph, gate), submodule(graph, up))
-    weights = tuple(
-        replace(m.weights[0], role=role) for m, role in zip(two, ("gate", "up"), strict=True)
-    )
+    names = dict(zip(tree.leaves, (leaf("gate"), leaf("up")), strict=True))
+    fused = GateUp(two[0], two[1], str(substitute(tree, names)))
+    about = meta(gate)
+    roles = zip(weights, ("gate", "up"), strict=True)
     replace_with_module(
         graph,
-        node,
+        piece.result,
         f"{gate.name}_up",
         fused,
         (gate.args[0],),  # type: ignore[arg-type]
         NodeMeta(
-            "gate_up",
-            two[0].layer,
-            two[0].width,
-            "bf16",
-            two[0].section,
-            weights,
+            fused.kind,
+            about.layer,
+            about.width,
+            fused.dtype,
+            about.section,
+            tuple(replace(weight, role=role) for weight, role in roles),
             fused.attributes(),
         ),
     )
-    for dead in (node, gate, up):
-        graph.graph.erase_node(dead)
     return True
 
 
+def _put_pointwise(graph: torch.fx.GraphModule, piece: Piece) -> bool:
+    """A node for a piece; none, and False, where the piece only shapes its input."""
+    dtype = dtype_wanted(piece.result)
+    if piece.form.tree.name and meta(piece.inputs[0]).dtype == dtype:
+        piece.result.replace_all_uses_with(piece.inputs[0])
+        return False
+    block = Pointwise(piece.form, [submodule(graph, node) for node in piece.vectors], dtype)
+    specs = (meta(node).weights[0] for node in piece.vectors)
+    weights = tuple(replace(weight, role=f"v{n}") for n, weight in enumerate(specs))
+    about = meta(piece.result)
+    replace_with_module(
+        graph,
+        piece.result,
+        f"{piece.result.name}_fused",
+        block,
+        piece.inputs,
+        NodeMeta(
+            block.kind,
+            about.layer,
+            block.width,
+            dtype,
+            about.section,
+            weights,
+            block.attributes(),
+        ),
+    )
+    return True
+
+
+def _round_for_matmuls(graph: torch.fx.GraphModule) -> None:
+    """Give matmuls bf16 where what they read is f32."""
+    rounded: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in list(graph.graph.nodes):
+        if not reads_bf16(meta(node).kind) or meta(source := node.args[0]).dtype != "f32":
+            continue
+        if source not in rounded:
+            about = meta(source)
+            form = Rowwise.given("x0", {"width": about.width, "groups": 1, "x0": about.width})
+            block = Pointwise(form, (), "bf16")
+            name = f"{source.name}_rounded"
+            graph.add_submodule(name, block)
+            with graph.graph.inserting_after(source):
+                rounded[source] = graph.graph.call_module(name, (source,))
+            rounded[source].meta["hmc"] = NodeMeta(
+                block.kind,
+                about.layer,
+                about.width,
+                "bf16",
+                about.section,
+                attrs=block.attributes(),
+            )
+        node.replace_input_with(source, rounded[source])
+
+
 def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
-    if meta(node).kind != "norm" or meta(node).attr("groups") != 1 or meta(node).section == "head":
+    if not isinstance(block := submodule(graph, node), RMSNorm) or block.groups != 1:
+        return False
+    if meta(node).section == "head" or meta(node).dtype != "bf16":
         return False
     total = node.args[0]
-    if not isinstance(total, torch.fx.Node) or meta(total).kind != "add":
+    if not isinstance(total, torch.fx.Node) or meta(total).kind != ADD:
         return False
     operands = list(total.args)
     second = operands[1]
-    if isinstance(second, torch.fx.Node) and meta(second).kind == "add" and len(second.users) == 1:
+    if isinstance(second, torch.fx.Node) and meta(second).kind == ADD and len(second.users) == 1:
         operands[1:] = second.args
     norm, layer = meta(node), meta(node).layer
-    module = AddNorm(submodule(graph, node))
+    module = AddNorm(block)
     name = f"{node.name}_added"
     graph.add_submodule(name, module)
     with graph.graph.inserting_before(total):
@@ -124,7 +193,8 @@ def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     pair.meta["hmc"] = NodeMeta(
         "add_norm", layer, norm.width, "f32", norm.section, norm.weights, module.attributes()
     )
-    for index, (part, dtype) in enumerate(zip(parts, ("f32", norm.dtype), strict=True)):
+    dtypes: tuple[DType, ...] = ("f32", "bf16")
+    for index, (part, dtype) in enumerate(zip(parts, dtypes, strict=True)):
         part.meta["hmc"] = NodeMeta(
             "item",
             layer,

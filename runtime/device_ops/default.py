@@ -1,8 +1,10 @@
 """The default device op: an op's reference (hmc/blocks/reference.py) on the device's tensors; hides
 where the rows of a call and the states of its sequences lie.
 
-A call of one sequence gives the reference S = 1 sequence of T tokens, one of several sequences S
-of one token each. States a sequence are those of its slot, on the home GPU.
+Rows of an op without states do not depend on each other, and are done in blocks that keep to
+`scratch.BYTES`. Where there are states, a call of one sequence gives the reference S = 1 sequence
+of T tokens, one of several sequences S of one token each. States a sequence are those of its slot,
+on the home GPU.
 """
 
 from __future__ import annotations
@@ -11,8 +13,12 @@ from hmc.blocks.reference import REFERENCES, Tensors
 from hmc.errors import UnsupportedError
 from hmc.ops import op_of
 from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.device_ops.shares import Call
+
+_TEMPORARIES = 6
+"""Results that a reference is taken to have in hand at once."""
 
 
 def by_reference(bound: Bound, step: Step) -> Work:
@@ -42,6 +48,20 @@ def by_reference(bound: Bound, step: Step) -> Work:
                 found[role] = vector
         return found
 
+    wide = [tensor.shape[1] for tensor in (*inputs.values(), *outputs.values())]
+    row = 4 * (sum(wide) + _TEMPORARIES * max(wide))
+
+    def block(part: slice, given: Tensors) -> None:
+        rows = {role: tensor[None, part] for role, tensor in inputs.items()}
+        made, _ = reference(step.attrs, rows, given, {})
+        for role, tensor in outputs.items():
+            tensor[part].copy_(made[role][0])
+
+    def by_row(call: Call) -> None:
+        given = weights()
+        for part in scratch.blocks(0, call.count(share), row):
+            block(part, given)
+
     def work(call: Call) -> None:
         count = call.count(share)
         shape = (1, count) if call.single else (count, 1)
@@ -57,4 +77,4 @@ def by_reference(bound: Bound, step: Step) -> Work:
             assert slots is not None
             state.index_copy_(0, slots, after[name].to(state.dtype))
 
-    return work
+    return work if states else by_row

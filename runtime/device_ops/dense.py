@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from hmc.blocks.pointwise import activated
+from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
@@ -120,14 +122,17 @@ def linear(bound: Bound, step: Step) -> Work:
 
 
 def gate_up(bound: Bound, step: Step) -> Work:
-    """silu(x gate^T) * (x up^T)."""
+    """The step's activation of x gate^T and x up^T."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
     gate, up, share = bound.matrix(step, "gate"), bound.matrix(step, "up"), bound.share(step)
-    row = 4 * gate.shape[0] + row_bytes(up, x.device)
+    act = str(step.attrs["act"])
+    row = max(
+        4 * gate.shape[0] + row_bytes(up, x.device),
+        4 * gate.shape[0] * (2 + temporaries(parse(act))),
+    )
 
     def block(part: slice) -> None:
-        act = torch.nn.functional.silu(matmul(x[part], gate), inplace=True)
-        y[part].copy_(act.mul_(matmul(x[part], up)))
+        y[part].copy_(activated(act, matmul(x[part], gate), matmul(x[part], up)))
 
     def work(call: Call) -> None:
         for part in scratch.blocks(0, call.count(share), row):

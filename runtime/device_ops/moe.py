@@ -8,8 +8,9 @@ sort (once an experts step where no sort precedes it).
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import silu
 
+from hmc.blocks.pointwise import activated
+from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
@@ -136,8 +137,9 @@ def experts(bound: Bound, step: Step) -> Work:
     y, share, weights = bound.tensor(step.outputs["y"]), bound.share(step), bound.experts(step)
     count_all, top_k = ints(step, "experts", "top_k")
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
-    adds = bound.adds(step)
-    row = max((_expert_row(expert, x.device) for expert in weights.values()), default=1)
+    adds, act = bound.adds(step), str(step.attrs["act"])
+    held = 2 + temporaries(parse(act))
+    row = max((_expert_row(expert, x.device, held) for expert in weights.values()), default=1)
 
     def block(
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
@@ -145,10 +147,9 @@ def experts(bound: Bound, step: Step) -> Work:
         gate, up, down = expert
         tokens = mine // top_k
         rows = x[tokens]
-        act = silu(matmul(rows, gate), inplace=True).mul_(matmul(rows, up))
-        act = act.to(torch.bfloat16)
+        hidden = activated(act, matmul(rows, gate), matmul(rows, up)).to(torch.bfloat16)
         # an expert has a token once, so no two rows of one block add to the same place
-        into.index_add_(0, tokens, matmul(act, down).mul_(factors[mine, None]))
+        into.index_add_(0, tokens, matmul(hidden, down).mul_(factors[mine, None]))
 
     def work(call: Call) -> None:
         count = call.count(share)
@@ -164,10 +165,11 @@ def experts(bound: Bound, step: Step) -> Work:
     return work
 
 
-def _expert_row(expert: Expert, device: torch.device) -> int:
+def _expert_row(expert: Expert, device: torch.device, held: int) -> int:
     """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
-    product with what the second makes, or the activations in bf16 with what the last makes."""
+    product with what the second makes, or `held` products and what is made of them, or the
+    activations in bf16 with what the last makes."""
     gate, up, down = expert
     hidden, width = gate.shape
-    inner = 4 * hidden + row_bytes(up, device)
+    inner = 4 * hidden + max(row_bytes(up, device), 4 * hidden * (held - 1))
     return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down, device))

@@ -293,4 +293,5 @@ def spec_of(kernel: Kernel) -> KernelSpec:
         kernel.out,
         kernel.params,
         kernel.tile,
+        kernel.expr,
     )

@@ -19,6 +19,7 @@ from hmc.codegen.kernels.attention.prefill_attention import prefill_attention_sc
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
+from hmc.codegen.rowwise import INPUTS, VECTORS
 from hmc.codegen.spec import KernelSpec
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
@@ -87,6 +88,18 @@ def _add_norm(low: Lowering, step: Step) -> None:
         gamma=low.store.address(step.weights["gamma"]),
         eps=float(step.attrs["eps"]),
         **_at(low, h=h, d0=d0, d1=d1, h_out=h_out, y=y),
+    )
+
+
+def _pointwise(low: Lowering, step: Step) -> None:
+    y, inputs = step.outputs["y"], step.inputs
+    low.add(
+        step,
+        low.specs(step)["pointwise"],
+        reads=inputs.values(),
+        writes=[y],
+        **{name: low.tables.vector(step.weights.get(name)) for name in VECTORS},
+        **_at(low, y=y, **{name: inputs.get(name) for name in INPUTS}),
     )
 
 
@@ -408,6 +421,7 @@ HOST_OPS: dict[str, OpFunction] = {
     "norm": _norm,
     "add": _add,
     "add_norm": _add_norm,
+    "pointwise": _pointwise,
     "linear": _linear,
     "gate_up": _gate_up,
     "rotary": _rotary,

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from hmc.codegen.checks import check_spec
+from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec
@@ -27,7 +28,8 @@ EXPERTS = {"k": 64, "n": 64, "top_k": 2, "experts": 4}
         ("linear", "bf16", {"k": 8, "tokens": 17}, "up to 16 tokens, not 17"),
         ("gemm", "int4", {"k": 64, "group": 48, "scale_bits": 16}, "groups of 32, 64 or 128"),
         ("gemm", "int4", {"k": 64, "group": 64, "scale_bits": 8}, "scales of 16 or 32 bits"),
-        ("grouped_gate_up", "fp8", EXPERTS | {"act": 1}, "no activation 1"),
+        ("grouped_gate_up", "fp8", EXPERTS, "expression '': its end at character 1"),
+        ("pointwise", "", {"width": 8}, "size groups"),
         ("attention", "", ATTENTION | {"kv_heads": 3}, "3 key heads by 8 heads"),
         ("attention", "", ATTENTION | {"block": 5}, "block even, not 5"),
         ("attention_prefill", "", ATTENTION | {"head_dim": 7}, "head_dim even, not 7"),
@@ -45,6 +47,11 @@ def test_what_cannot_be_built_is_refused(
     with pytest.raises(KernelError, match=reason) as told:
         check_spec(spec)
     assert "\n" not in str(told.value)
+
+
+def test_an_expression_where_none_is_computed_is_refused() -> None:
+    with pytest.raises(KernelError, match=r"add computes no expression such as 'h \* d0'"):
+        check_spec(KernelSpec.of("add", "avx2", width=8, expr="h * d0"))
 
 
 def test_an_unknown_tier_is_refused() -> None:
@@ -65,8 +72,8 @@ def some_spec(rng: random.Random) -> KernelSpec:
     weight = rng.choice(["", "fp8", "bf16", "fp16", "f32", "int4"])
     tile = {"tokens": 1} if op in ("gemm", "mla_prefill", "grouped_gate_up") else {}
     out = rng.choice(["bf16", "f32"])
-    isa = rng.choice(list(TIERS))
-    return KernelSpec.of(op, isa, weight=weight, out=out, tile=tile, tokens=2, **params)
+    isa, expr = rng.choice(list(TIERS)), SWIGLU if op == "grouped_gate_up" else ""
+    return KernelSpec.of(op, isa, weight=weight, out=out, tile=tile, expr=expr, tokens=2, **params)
 
 
 def test_emitters_build_what_is_not_refused(jit: Jit) -> None:

@@ -11,6 +11,7 @@ from kernel_calls import address, filled, floats, guarded, in_turn
 from prefill_data import Stored, activations, bf16, from_bf16, need
 from test_gate_up import assert_gated
 
+from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import REFERENCES
@@ -50,7 +51,7 @@ class Layer:
             out="bf16",
             k=hidden,
             n=inner,
-            act=0,
+            expr=SWIGLU,
             top_k=TOP_K,
             experts=EXPERTS,
             tokens=TOKENS,
@@ -201,7 +202,9 @@ def test_repeated_experts(jit: Jit) -> None:
     x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
     ids = guarded(np.full((TOKENS, TOP_K), 4, np.int32))
     act = layer.gate_up(jit, x, ids, workers=2)
-    exact = REFERENCES["experts_gate_up"](from_bf16(x), ids, layer.values(0), layer.values(1))
+    exact = REFERENCES["experts_gate_up"](
+        from_bf16(x), ids, layer.values(0), layer.values(1), SWIGLU
+    )
     assert np.abs(from_bf16(act) - exact).max() <= 2.0**-8 * np.abs(exact).max()
     routing = floats(layer.rng, TOKENS, TOP_K)
     y = layer.down(jit, act, ids, routing, workers=2)

@@ -10,6 +10,7 @@ from kernel_calls import address, filled, guarded, in_turn
 from prefill_data import activations, need
 from test_experts import FORMATS, TOKENS, TOP_K, Layer
 
+from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
@@ -38,7 +39,7 @@ def test_pieces_make_the_whole(jit: Jit, isa: str, tokens: int) -> None:
     gate, up, _ = layer.experts[0]
     linear = KernelSpec.of("linear", isa, weight="fp8", k=layer.hidden, tokens=TOKENS)
     gated = KernelSpec.of(
-        "gate_up", isa, weight="fp8", out="bf16", k=layer.hidden, tokens=TOKENS, act=0
+        "gate_up", isa, weight="fp8", out="bf16", k=layer.hidden, tokens=TOKENS, expr=SWIGLU
     )
     rows = {"x": address(x), "x_stride": layer.hidden, "tokens": tokens}
     experts = {"ids": address(ids), "table": address(layer.table), "tokens": tokens}

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hmc.blocks import (
     MLA,
@@ -21,7 +22,6 @@ from hmc.blocks import (
     Rotary,
     Route,
     Scoring,
-    silu_mul,
 )
 
 
@@ -170,7 +170,8 @@ def test_fused_forms_equal_their_parts() -> None:
     for seed, block in enumerate((gate, up, norm)):
         _filled(block, seed)
     x, d0, d1 = _random(3, 6), _random(3, 6, seed=2), _random(3, 6, seed=3)
-    assert torch.equal(GateUp(gate, up)(x), silu_mul(gate(x), up(x)))
+    assert torch.equal(GateUp(gate, up)(x), functional.silu(gate(x)) * up(x))
+    assert torch.equal(GateUp(gate, up, "gelu(up) + gate")(x), functional.gelu(up(x)) + gate(x))
     total, normed = AddNorm(norm)(x, d0)
     assert torch.equal(total, x + d0)
     assert torch.equal(normed, norm(x + d0))

@@ -14,9 +14,13 @@ from layouts import keys_and_values, layout
 
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
+from hmc.codegen.expr import SWIGLU
+from hmc.codegen.kernels import REFERENCES
 from hmc.codegen.kernels.routing.route import route as route_reference
-from hmc.errors import ExecutionError
-from hmc.runtime.device_ops import DEVICE_OPS, matmul, moe, scratch, triton_fp8
+from hmc.codegen.rowwise import Rowwise
+from hmc.errors import ExecutionError, UnsupportedError
+from hmc.ops.pointwise import attributes
+from hmc.runtime.device_ops import DEVICE_OPS, default, device_op, matmul, moe, scratch, triton_fp8
 from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Share, of_share
@@ -288,6 +292,28 @@ def test_latent_attention_in_both_forms(
     assert torch.equal(cache[call.slots], new)
 
 
+def test_an_op_without_a_function_is_computed_by_its_reference(kv: KVCache) -> None:
+    """In f32, whatever inputs, vectors and results are stored in."""
+    text = "silu(x0) * b0 * v0 + sum(x1)"
+    form = Rowwise.given(text, {"width": 12, "groups": 3, "x0": 12, "b0": 3, "v0": 4, "x1": 12})
+    rows = {"x0": random(T, 12), "x1": random(T, 12, seed=1), "b0": random(T, 3).bfloat16()}
+    vector = random(4, seed=2).bfloat16()
+    values = {**rows, "y": torch.zeros(T, 12, dtype=torch.bfloat16)}
+    buffers = Buffers(values, {"v0": vector})
+    step = step_of("pointwise", buffers, "y", **attributes(form, "bf16"))
+    step = step.model_copy(update={"weights": {"v0": "v"}})
+    device_op("pointwise")(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
+    exact = {name: each.double().numpy() for name, each in {**rows, "v0": vector}.items()}
+    expected = REFERENCES["pointwise"](form, exact)
+    assert np.abs(values["y"].double().numpy() - expected).max() <= 2.0**-8 * np.abs(expected).max()
+
+
+def test_an_op_without_a_reference_is_refused() -> None:
+    buffers = Buffers({"y": torch.zeros(T, 4)})
+    with pytest.raises(UnsupportedError, match="no reference computes it"):
+        default.by_reference(buffers, step_of("norm", buffers, "y"))  # type: ignore[arg-type]
+
+
 def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch, "BYTES", 3 * 400)  # three rows or so
     call = call_of(kv, [(0, T)], [0])
@@ -303,7 +329,7 @@ def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.Monkey
     values = {"x": x, "ids": ids, "routing": routing, "y": torch.full((T, 16), 99.0)}
     for adding, mine in ((False, (0, 3, 5)), (True, (1, 2, 4, 6, 7))):
         buffers = Buffers(values, {"experts": {e: weights[e] for e in mine}}, adding=adding)
-        step = step_of("experts", buffers, "y", experts=8, top_k=2)
+        step = step_of("experts", buffers, "y", experts=8, top_k=2, act=SWIGLU)
         step = step.model_copy(
             update={"inputs": {k: v for k, v in step.inputs.items() if k != "y"}}
         )

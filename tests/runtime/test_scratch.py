@@ -6,7 +6,7 @@ On the CPU: what copies between two GPUs make on the way is not seen here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +16,12 @@ from device_ops_fake import Buffers, call_of, random, step_of, stored
 from layouts import keys_and_values, layout
 from torch.profiler import ProfilerActivity, profile
 
+from hmc.codegen.expr import SWIGLU
+from hmc.codegen.rowwise import Rowwise
 from hmc.ops import State
+from hmc.ops.pointwise import attributes
 from hmc.plan import Step
-from hmc.runtime.device_ops import DEVICE_OPS, matmul, scratch
+from hmc.runtime.device_ops import device_op, matmul, scratch
 from hmc.runtime.device_ops.exchange import cached
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call
@@ -57,7 +60,7 @@ class Case:
     least: int = 0
 
     def work(self) -> None:
-        DEVICE_OPS[self.step.op](self.buffers, self.step)(self.call)  # type: ignore[arg-type]
+        device_op(self.step.op)(self.buffers, self.step)(self.call)  # type: ignore[arg-type]
 
     @property
     def memory(self) -> list[torch.Tensor]:
@@ -123,7 +126,19 @@ def linear(form: str) -> Case:
 def gate_up() -> Case:
     weights = {role: stored("fp8", N, K) for role in ("gate", "up")}
     values = {"x": bf16(T, K), "y": torch.zeros(T, N, dtype=torch.bfloat16)}
-    return plain("gate_up", "y", values, weights=weights)
+    return plain("gate_up", "y", values, weights=weights, act=SWIGLU)
+
+
+def pointwise() -> Case:
+    """A norm by head with a gate in bf16: the op's reference."""
+    form = Rowwise.given(
+        "x0 * rsqrt(mean(square(x0)) + 1e-06) * (v0 + 1.0) * sigmoid(b0)",
+        {"width": N, "groups": 4, "x0": N, "b0": N, "v0": N // 4},
+    )
+    values = {"x0": random(T, N), "b0": bf16(T, N), "y": torch.zeros(T, N, dtype=torch.bfloat16)}
+    weights = {"v0": random(N // 4, seed=2).to(torch.bfloat16)}
+    case = plain("pointwise", "y", values, weights=weights, **attributes(form, "bf16"))
+    return replace(case, step=case.step.model_copy(update={"weights": {"v0": "v"}}))
 
 
 def rotary(kind: torch.dtype, gamma: bool, interleaved: int) -> Case:
@@ -158,7 +173,14 @@ def experts() -> Case:
     values = {"x": bf16(T, K), "ids": ids, "routing": random(T, 2), "y": torch.zeros(T, K)}
     # no sort before it: places of 2 T slots, as many again while they are sorted
     return plain(
-        "experts", "y", values, weights={"experts": weights}, experts=8, top_k=2, least=40 * 2 * T
+        "experts",
+        "y",
+        values,
+        weights={"experts": weights},
+        experts=8,
+        top_k=2,
+        act=SWIGLU,
+        least=40 * 2 * T,
     )
 
 
@@ -231,6 +253,7 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"linear {form}": lambda form=form: linear(form) for form in ("bf16", "f32", "fp16")},
     **{f"linear {form}": lambda form=form: linear(form) for form in ("fp8", "int4")},
     "gate_up": gate_up,
+    "pointwise": pointwise,
     "rotary": lambda: rotary(torch.float32, False, 0),
     "rotary of bf16, normed": lambda: rotary(torch.bfloat16, True, 1),
     "route": route,

@@ -35,7 +35,7 @@ def scratch_bytes(spec: KernelSpec) -> int:
 
 
 def emit_experts_gate_up(spec: KernelSpec) -> str:
-    """IR of `experts_gate_up`; params k, n, top_k, experts, tokens, act (0 silu) (, group,
+    """IR of `experts_gate_up`; expr of gate and up; params k, n, top_k, experts, tokens (, group,
     scale_bits for int4).
     """
     e = Emitter(spec)
@@ -219,7 +219,7 @@ def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
 
 
 def experts_gate_up(
-    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
+    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray], expr: str
 ) -> np.ndarray:
     """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
     N], zero for negative ids.
@@ -228,7 +228,7 @@ def experts_gate_up(
     for pair, expert in enumerate(ids.reshape(-1)):
         if expert >= 0:
             token = pair // ids.shape[1]
-            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert])[0]
+            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert], expr)[0]
     return act
 
 

@@ -1,5 +1,5 @@
-"""`gate_up`: y = silu(x gate^T) * (x up^T) in bf16; blocks of gate rows and the same up rows by
-turns, one worker both.
+"""`gate_up`: y = expr(gate = x gate^T, up = x up^T) in bf16, such as silu(gate) * up; blocks of
+gate rows and the same up rows by turns, one worker both.
 """
 
 from __future__ import annotations
@@ -7,15 +7,17 @@ from __future__ import annotations
 import numpy as np
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
+from hmc.codegen.expr import Expr, parse
 from hmc.codegen.formats.table import dot_of
+from hmc.codegen.functions import emit
 from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.kernels.matmul.linear import addresses
+from hmc.codegen.kernels.pointwise.pointwise import evaluated
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import sigmoid
 
 
 def emit_gate_up(spec: KernelSpec) -> str:
-    """IR of `gate_up`; params k, tokens, act (0 silu) (, group, scale_bits for int4)."""
+    """IR of `gate_up`; expr; params k, tokens (, group, scale_bits for int4)."""
     e = Emitter(spec)
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     tokens = e.arg["tokens"]
@@ -29,6 +31,11 @@ def emit_gate_up(spec: KernelSpec) -> str:
     buffers = Buffers(e, spec["tokens"])
     buffers.gate_up(e, tiles, gate, up, start, stop, xs, ys, tokens, end)
     return e.finish()
+
+
+def activated(e: Emitter, tree: Expr, gate: Value, up: Value) -> Value:
+    """An expression of gate and up on two vectors of products."""
+    return emit(e, tree, {"gate": gate, "up": up}.__getitem__, gate.type.count)
 
 
 def addresses_of_rows(e: Emitter, base: Value, count: Value, stride: Value, most: int) -> Value:
@@ -46,6 +53,7 @@ class Buffers:
     """Stack room for the gate and up results of one block of rows."""
 
     def __init__(self, e: Emitter, tokens: int) -> None:
+        self._tree = parse(e.spec.expr)
         self._gate, self._up = (
             e.b.bitcast(e.local(F32, count=tokens * ROWS), FLOATS) for _ in range(2)
         )
@@ -63,7 +71,7 @@ class Buffers:
         tokens: Value,
         following: Value,
     ) -> None:
-        """ys[t][row] = silu(gate[row] . xs[t]) * (up[row] . xs[t]) for rows [start, stop), as bf16.
+        """ys[t][row] = expr(gate[row] . xs[t], up[row] . xs[t]) for rows [start, stop), as bf16.
 
         `gate` and `up` are (weights, scales); `xs` and `ys` are i8** of `tokens` rows; `following`
         is what the caller reads next.
@@ -84,8 +92,9 @@ class Buffers:
                 )
                 y = b.load(b.gep(ys, [token]))
                 for index, width in e.in_vectors(b.sub(last, first), 16):
-                    g, u = (_load(e, part, index, width) for part in (left, right))
-                    e.store(e.f32_to_bf16(b.fmul(silu(e, g), u)), y, b.add(first, index))
+                    products = (_load(e, part, index, width) for part in (left, right))
+                    value = activated(e, self._tree, *products)
+                    e.store(e.f32_to_bf16(value), y, b.add(first, index))
 
 
 def _load(e: Emitter, base: Value, index: Value, width: int) -> Value:
@@ -94,13 +103,6 @@ def _load(e: Emitter, base: Value, index: Value, width: int) -> Value:
     return e.load_vec(base, index, F32, width)
 
 
-def silu(e: Emitter, x: Value) -> Value:
-    """x / (1 + exp(-x)) on `<n x float>`; NaN stays NaN."""
-    return e.b.fmul(x, sigmoid(e, x))
-
-
-def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray, expr: str) -> np.ndarray:
     """Reference, all f64: x [T, K], gate and up [N, K] scaled; y [T, N]."""
-    g = x @ gate.T
-    y: np.ndarray = g * np.exp(-np.logaddexp(0, -g)) * (x @ up.T)
-    return y
+    return evaluated(parse(expr), {"gate": x @ gate.T, "up": x @ up.T})

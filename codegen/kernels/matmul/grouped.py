@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
+from hmc.codegen.expr import parse
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const
+from hmc.codegen.kernels.matmul.gate_up import activated
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
 from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import sigmoid
 
 _DECODE_TOKENS = 6
 """Decoding a panel costs about as much as multiplying this many tokens by it; for balance only."""
@@ -34,12 +33,12 @@ def grouped_scratch_bytes(spec: KernelSpec) -> int:
 
 
 def emit_grouped_gate_up(spec: KernelSpec) -> str:
-    """IR of `grouped_gate_up`: params k, n (intermediate), top_k, experts, act (0 silu).
+    """IR of `grouped_gate_up`: expr of gate and up; params k, n (intermediate), top_k, experts.
 
     int4 also takes group and scale_bits.
     """
     e = Emitter(spec)
-    b = e.b
+    b, tree = e.b, parse(spec.expr)
     panels = Panels(e, Form.of(spec))
     lanes, n = panels.form.lanes, spec["n"]
     count = -(-n // lanes)
@@ -81,8 +80,7 @@ def emit_grouped_gate_up(spec: KernelSpec) -> str:
             left = b.sub(const(n), row)
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
-                value = panels.total(token, 0)
-                value = b.fmul(b.fmul(value, sigmoid(e, value)), panels.total(token, 1))
+                value = activated(e, tree, panels.total(token, 0), panels.total(token, 1))
                 index = b.add(b.mul(slot, const(n)), row)
                 store_lanes(e, e.f32_to_bf16(value), e.arg["act"], index, left)
 
@@ -222,37 +220,3 @@ def _expert(
             panels.pack(lambda token: source(_slot(e, b.add(at, token))), here)
             with e.for_range(start, stop) as panel:
                 body(panel, at, here)
-
-
-def grouped_gate_up(
-    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray]
-) -> np.ndarray:
-    """Reference, f64: x [T, K], ids [T, J], experts [N, K]; silu(gate x) * (up x), [T * J, N].
-
-    Zero for negative ids, whose rows the kernel leaves alone.
-    """
-    act = np.zeros((ids.size, len(gate[0])))
-    for slot, expert in enumerate(ids.reshape(-1)):
-        if expert >= 0:
-            value = gate[expert] @ x[slot // ids.shape[1]]
-            act[slot] = value * _sigmoid(value) * (up[expert] @ x[slot // ids.shape[1]])
-    return act
-
-
-def grouped_down(
-    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
-) -> np.ndarray:
-    """Reference, f64: act [T * J, K], routing [T, J], experts [N, K]; y [T, N], summed over the J
-    whose ids are not negative.
-    """
-    y = np.zeros((len(ids), len(down[0])))
-    for slot, expert in enumerate(ids.reshape(-1)):
-        if expert >= 0:
-            y[slot // ids.shape[1]] += routing.reshape(-1)[slot] * (down[expert] @ act[slot])
-    return y
-
-
-def _sigmoid(value: np.ndarray) -> np.ndarray:
-    small = np.exp(-np.abs(value))  # never overflows
-    result: np.ndarray = np.where(value < 0, small, 1.0) / (1 + small)
-    return result

@@ -1,0 +1,192 @@
+"""`pointwise`: an expression over rows (rowwise.py), element by element, with sums over rows or
+over groups of a row's columns.
+
+Workers share (token, group), and pieces of long rows where nothing is summed. Sums are collected in
+four vectors, in an order that does not depend on workers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numpy.typing import NDArray
+
+from hmc.codegen import expr, functions, vector
+from hmc.codegen.expr import REDUCTIONS, Expr
+from hmc.codegen.ir import F32, I1, Emitter, Value, const, fconst, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.rowwise import BF16_INPUTS, VECTORS, Rowwise
+from hmc.codegen.spec import KernelSpec
+
+Array = NDArray[Any]
+
+_WAYS = 4
+_STRIPS = 32
+"""Vectors of a row that one worker takes at least, where a row may be cut."""
+
+
+class _Group:
+    """The columns of one group of one token, for a kernel under construction."""
+
+    def __init__(self, e: Emitter, form: Rowwise, token: Value, group: Value) -> None:
+        self._e, self._form, self._lanes = e, form, TIERS[e.spec.isa].lanes
+        self._group, self._first = group, e.b.mul(group, const(form.size))
+        self._known: dict[Expr, Value] = {}
+        self._places = {name: self._place(name, token) for name, _ in form.columns}
+        self._narrow = {
+            name: self._one(name) for name, _ in form.columns if not form.wide_operand(name)
+        }
+        for node in dict.fromkeys(form.tree):
+            if node.op in REDUCTIONS:
+                self._known[node] = self._reduced(node)
+
+    def value(self, tree: Expr, index: Value, count: int) -> Value:
+        """`tree` at columns [index, index + count) of the group, padded to a whole vector."""
+
+        def operand(name: str) -> Value:
+            if name in self._narrow:
+                return self._narrow[name]
+            place = self._places[name]
+            return vector.load_f32(self._e, _format(name), place, index, count, self._lanes)
+
+        return functions.emit(self._e, tree, operand, self._lanes, self._known)
+
+    def store(self, token: Value, index: Value, count: int) -> None:
+        """Compute and store `count` columns from `index` on; the one of a narrow result."""
+        e, b = self._e, self._e.b
+        first = self._first if self._form.wide(self._form.tree) else self._group
+        place = b.add(b.mul(token, e.arg["y_stride"]), first)
+        y = e.offset(e.arg["y"], b.mul(place, const(vector.width_of(e.spec.out))))
+        vector.store_f32(e, e.spec.out, self.value(self._form.tree, index, count), y, index, count)
+
+    def _place(self, name: str, token: Value) -> Value:
+        """Where the group's part of an operand begins, i8*."""
+        e, b, form = self._e, self._e.b, self._form
+        if name in VECTORS:
+            index = self._first if dict(form.columns)[name] == form.width else const(0)
+        else:
+            line = b.mul(token, e.arg[f"{name}_stride"])
+            index = b.add(line, self._first if form.wide_operand(name) else self._group)
+        return e.offset(e.arg[name], b.mul(index, const(vector.width_of(_format(name)))))
+
+    def _one(self, name: str) -> Value:
+        """An operand's one value for the group, in every lane."""
+        e, zero = self._e, const(0)
+        value = e.load(self._places[name], zero, vector.ELEMENTS[_format(name)])
+        if name in BF16_INPUTS:
+            value = e.bf16_to_f32(value)
+        return e.splat(value, self._lanes)
+
+    def _reduced(self, node: Expr) -> Value:
+        """A sum or mean over the group's columns, in every lane; of a value that is one a group it
+        is that value.
+        """
+        e, b, (arg,) = self._e, self._e.b, node.args
+        if not self._form.wide(arg):
+            return self.value(arg, const(0), 1)
+        zero = e.zeros(F32, self._lanes)
+        sums = [e.local(zero.type, zero) for _ in range(_WAYS)]
+
+        def strip(index: Value, count: int, way: int) -> None:
+            value = self.value(arg, index, count)
+            if count < self._lanes:  # what stands behind the row is not zero after arithmetic
+                there = ir.Constant(
+                    vec(I1, self._lanes), [int(n < count) for n in range(self._lanes)]
+                )
+                value = b.select(there, value, zero)
+            b.store(b.fadd(b.load(sums[way]), value), sums[way])
+
+        vector.for_strips(e, self._form.size, self._lanes, strip, _WAYS)
+        one, two, three, four = (b.load(slot) for slot in sums)
+        total = e.reduce_add(b.fadd(b.fadd(one, two), b.fadd(three, four)))
+        if node.op == "mean":
+            total = b.fdiv(total, fconst(float(self._form.size)))
+        return e.splat(total, self._lanes)
+
+
+def _format(name: str) -> str:
+    return "bf16" if name in BF16_INPUTS else "f32"
+
+
+def emit_pointwise(spec: KernelSpec) -> str:
+    """IR of `pointwise`; expr and params as rowwise.py says."""
+    form = Rowwise.of(spec)
+    e = Emitter(spec)
+    b, lanes = e.b, TIERS[spec.isa].lanes
+    whole, rest = divmod(form.size, lanes) if form.wide(form.tree) else (0, 1)
+    sums = any(node.op in REDUCTIONS for node in form.tree)
+    pieces = 1 if sums else max(1, -(-whole // _STRIPS))
+    start, stop = e.split(b.mul(e.arg["tokens"], const(form.groups * pieces)))
+    with e.for_range(start, stop) as item:
+        row, piece = b.sdiv(item, const(pieces)), b.srem(item, const(pieces))
+        token, group = b.sdiv(row, const(form.groups)), b.srem(row, const(form.groups))
+        columns = _Group(e, form, token, group)
+        first, last = (
+            b.mul(b.sdiv(b.mul(const(whole), each), const(pieces)), const(lanes))
+            for each in (piece, b.add(piece, const(1)))
+        )
+        with e.for_range(first, last, lanes) as index:
+            columns.store(token, index, lanes)
+        if rest:
+            with b.if_then(b.icmp_signed("==", piece, const(pieces - 1))):
+                columns.store(token, const(whole * lanes), rest)
+    return e.finish()
+
+
+def _normal(x: Array) -> Array:
+    """The normal distribution's share below x."""
+    share = np.vectorize(lambda one: math.erfc(-one * math.sqrt(0.5)) / 2, [np.float64])
+    result: Array = share(x)
+    return result
+
+
+def _sigmoid(x: Array) -> Array:
+    result: Array = np.exp(-np.logaddexp(0, -x))
+    return result
+
+
+NUMPY: Mapping[str, Callable[..., Array]] = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "neg": np.negative,
+    "less": np.less,
+    "less_equal": np.less_equal,
+    "where": np.where,
+    "minimum": np.minimum,
+    "maximum": np.maximum,
+    "relu": lambda x: np.maximum(x, 0),
+    "square": np.square,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "exp": np.exp,
+    "sigmoid": _sigmoid,
+    "silu": lambda x: x * _sigmoid(x),
+    "tanh": np.tanh,
+    "softplus": lambda x: np.logaddexp(0, x),
+    "gelu": lambda x: x * _normal(x),
+    "gelu_tanh": lambda x: x * _sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+    "sum": lambda x: np.sum(x, axis=-1, keepdims=True),
+    "mean": lambda x: np.mean(x, axis=-1, keepdims=True),
+}
+
+
+def evaluated(tree: Expr, operands: Mapping[str, Array]) -> Array:
+    """`tree` of arrays that broadcast; sums are over the last axis."""
+    return expr.evaluate(tree, operands.__getitem__, NUMPY, np.asarray)
+
+
+def pointwise(form: Rowwise, operands: Mapping[str, Array]) -> Array:
+    """Reference in float64: inputs [T, columns], vectors [columns] -> [T, columns]."""
+    shaped = {name: form.by_group(name, each.astype(np.float64)) for name, each in operands.items()}
+    result = evaluated(form.tree, shaped)
+    return result.reshape(len(result), -1)
+
+
+EMITTERS = {"pointwise": emit_pointwise}
+REFERENCES = {"pointwise": pointwise}

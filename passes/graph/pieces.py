@@ -1,0 +1,188 @@
+"""Connected pieces of a graph's own arithmetic, each as one expression over rows.
+
+A piece grows from its result backwards: a function whose value nobody outside reads is taken in, as
+long as one kernel can compute the whole (`_fits`). What is made of weights alone is taken in
+wherever it is read, and computed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch.fx
+
+from hmc.codegen.expr import MAX_DEPTH, MAX_SIZE, REDUCTIONS, Expr, leaf, substitute
+from hmc.codegen.rowwise import F32_INPUTS, VECTORS, Rowwise
+from hmc.graph import meta
+from hmc.ops.pointwise import rowwise
+from hmc.passes.graph.arithmetic import expression
+from hmc.passes.graph.trace import ADD, POINTWISE
+
+Node = torch.fx.Node
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What `form` computes of `inputs` (in the order of the operands' names, x0, ..., b0, ...) and
+    of the weights of `vectors`, instead of the node `result`.
+    """
+
+    result: Node
+    members: frozenset[Node]
+    form: Rowwise
+    inputs: tuple[Node, ...]
+    vectors: tuple[Node, ...]
+
+
+def pieces(graph: torch.fx.Graph) -> Iterator[Piece]:
+    """All pieces in the graph's order. Whoever takes one puts something in the place of its result
+    before he takes the next, which may read it.
+    """
+    taken: set[Node] = set()
+    found = []
+    for node in reversed(graph.nodes):
+        if node in taken or not _computes(node) or _of_weights(node):
+            continue
+        members = _grown(node)
+        if any(meta(each).kind == POINTWISE for each in members):  # sums alone stay sums
+            taken |= members
+            found.append((node, members))
+    for result, members in reversed(found):
+        yield _piece(result, members)
+
+
+def _computes(node: Node) -> bool:
+    return node.op != "call_module" and meta(node).kind in (POINTWISE, ADD)
+
+
+def _of_weights(node: Node) -> bool:
+    """Whether a value is a weight or made of weights alone."""
+    about = meta(node)
+    return about.kind == "vector" or (
+        about.kind == POINTWISE and all(name in VECTORS for name, _ in _form(node).columns)
+    )
+
+
+def _form(node: Node) -> Rowwise:
+    about = meta(node)
+    if about.kind == ADD:
+        width = about.width
+        return Rowwise.given("x0 + x1", {"width": width, "groups": 1, "x0": width, "x1": width})
+    return rowwise(dict(about.attrs))
+
+
+def _operands(node: Node) -> tuple[Expr, list[Node]]:
+    found = expression(node)
+    assert found is not None
+    return found
+
+
+def _grown(result: Node) -> set[Node]:
+    """The members of the piece that gives `result`."""
+    members = {result}
+    waiting = list(result.all_input_nodes)
+    while waiting:
+        node = waiting.pop(0)
+        if node in members or any(user not in members for user in node.users):
+            continue
+        if meta(node).kind == "mask":
+            members.add(node)  # what it compares is part of the `where` already
+        elif not _computes(node) or not _fits(result, members | {node}):
+            continue
+        members.add(node)
+        waiting += node.all_input_nodes
+    return members
+
+
+def _leaves(result: Node, members: set[Node]) -> list[Node]:
+    """The values that a piece reads, in the order in which its expression does."""
+    found: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        for each in _operands(node)[1]:
+            if _inlined(each, members):
+                visit(each)
+            else:
+                found[each] = None
+
+    visit(result)
+    return list(found)
+
+
+def _fits(result: Node, members: set[Node]) -> bool:
+    """Whether one kernel can compute a piece."""
+    size, depth = _measured(result, members)
+    leaves = _leaves(result, members)
+    rows = [each for each in leaves if not _of_weights(each)]
+    if len(rows) > len(F32_INPUTS) or len(leaves) - len(rows) > len(VECTORS):
+        return False
+    if size > MAX_SIZE or depth > MAX_DEPTH:
+        return False
+    computing = [node for node in members if _computes(node)]
+    forms = [_form(node) for node in computing]
+    width, groups = max(form.width for form in forms), max(form.groups for form in forms)
+    if width % groups:
+        return False
+    if any(meta(each).width not in (width, groups) for each in rows):
+        return False
+    return all(
+        meta(node).width in (width, groups) and _same_frame(form, width, groups)
+        for node, form in zip(computing, forms, strict=True)
+    )
+
+
+def _same_frame(form: Rowwise, width: int, groups: int) -> bool:
+    """Whether a function means the same over rows of `width` columns in `groups`."""
+    if form.groups == groups:
+        return form.width in (width, groups)
+    if form.groups != 1 or form.width not in (width, groups):
+        return False
+    # a function of rows that are not by head: element by element it means the same by head
+    vectors = {count for name, count in form.columns if name in VECTORS} - {1}
+    sums = any(node.op in REDUCTIONS for node in form.tree)
+    return not sums and vectors <= ({width} if form.width == width else set())
+
+
+def _inlined(node: Node, members: set[Node]) -> bool:
+    """Whether a value is computed where it is read."""
+    return node in members or (_computes(node) and _of_weights(node))
+
+
+def _measured(node: Node, members: set[Node]) -> tuple[int, int]:
+    """Size and depth of the expression of a node within a piece."""
+    tree, operands = _operands(node)
+    inner = [_measured(each, members) if _inlined(each, members) else (1, 0) for each in operands]
+    names = dict(zip(tree.leaves, inner, strict=True))
+    size = sum(names[each.name][0] if each.name else 1 for each in tree)
+    return size, tree.depth + max(deep for _, deep in inner)
+
+
+def _piece(result: Node, members: set[Node]) -> Piece:
+    leaves = _leaves(result, members)
+    named: dict[Node, str] = {}
+    for stem, wanted in (
+        ("x", [each for each in leaves if not _of_weights(each) and meta(each).dtype == "f32"]),
+        ("b", [each for each in leaves if not _of_weights(each) and meta(each).dtype == "bf16"]),
+        ("v", [each for each in leaves if _of_weights(each)]),
+    ):
+        named |= {each: f"{stem}{number}" for number, each in enumerate(wanted)}
+    tree = _tree(result, members, named)
+    forms = [_form(node) for node in members if _computes(node)]
+    sizes = {name: meta(each).width for each, name in named.items()}
+    sizes |= {
+        "width": max(form.width for form in forms),
+        "groups": max(form.groups for form in forms),
+    }
+    inputs = [each for each, name in named.items() if name not in VECTORS]
+    vectors = [each for each, name in named.items() if name in VECTORS]
+    form = Rowwise.given(str(tree), sizes)
+    return Piece(result, frozenset(members), form, tuple(inputs), tuple(vectors))
+
+
+def _tree(node: Node, members: set[Node], named: Mapping[Node, str]) -> Expr:
+    tree, operands = _operands(node)
+    values = [
+        leaf(named[each]) if each in named else _tree(each, members, named) for each in operands
+    ]
+    return substitute(tree, dict(zip(tree.leaves, values, strict=True)))
