@@ -22,6 +22,7 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
+from hmc.formats.table import is_built_in
 
 _FEW = 4
 """Fewer missing kernels than this are left to the caller: starting a process costs as much."""
@@ -35,12 +36,16 @@ Progress = Callable[[str, int, int], None]
 
 def build(specs: Iterable[KernelSpec], progress: Progress | None = None) -> None:
     """Fill the cache with those of `specs` that it lacks, one process a core; left to the caller
-    where the cache cannot be written.
+    where the cache cannot be written, and for formats that only this process knows.
 
     `progress(what, done, total)` counts kernels. Raises `KernelError` with the last line of what
     went wrong. No child is left behind.
     """
-    missing = [spec for spec in dict.fromkeys(specs) if cache.load(spec) is None]
+    missing = [
+        spec
+        for spec in dict.fromkeys(specs)
+        if is_built_in(spec.weight) and cache.load(spec) is None
+    ]
     if len(missing) < _FEW or env.debug_level() >= 5 or env.dump_dir() is not None:
         return
     if not cache.is_writable():

@@ -2,10 +2,10 @@
 cannot be read or written.
 
 A file holds the SHA-256 of an object, in hex, a line end and the object. Its name is the kernel's
-symbol and a digest of LLVM's version, the tier and the source of this package, so an edit of an
-emitter never meets a stale object; a file that does not match its digest counts as absent. Files
-are replaced whole, so processes share the folder. A folder that cannot be used costs compile time
-and nothing else: that is said once.
+symbol and a digest of LLVM's version, the tier, the weight format's row and the source of this
+package, so an edit of an emitter never meets a stale object; a file that does not match its digest
+counts as absent. Files are replaced whole, so processes share the folder. A folder that cannot be
+used costs compile time and nothing else: that is said once.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hmc import env
 from hmc.codegen.isa import TIERS, Isa
 from hmc.codegen.spec import KernelSpec
 from hmc.files import write_beside
+from hmc.formats import Format, format_of
 
 _STALE_S = 3600
 """What is not an object and older than this was left by a process that died while it wrote."""
@@ -33,7 +34,8 @@ _STALE_S = 3600
 
 def path_of(spec: KernelSpec) -> Path:
     """Where the compiled object of `spec` is, or would be."""
-    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_toolchain_key(TIERS[spec.isa])}.o"
+    row = format_of(spec.weight) if spec.weight else None
+    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_key(TIERS[spec.isa], row)}.o"
 
 
 def load(spec: KernelSpec) -> bytes | None:
@@ -99,12 +101,16 @@ def _sweep(folder: Path) -> None:
 
 
 @cache
-def _toolchain_key(isa: Isa) -> str:
-    """12 hex digits over LLVM's version, the tier's target and this package's source."""
+def _key(isa: Isa, row: Format | None) -> str:
+    """12 hex digits over LLVM's version, the tier's target, the format's row and this package's
+    source.
+    """
     digest = hashlib.sha256()
     digest.update(
         repr((llvmlite.__version__, binding.llvm_version_info, isa.tune, isa.features)).encode()
     )
+    if row is not None:
+        digest.update(repr((row.planes, row.exact_in, row.values)).encode())
     for source in sorted(Path(__file__).resolve().parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:12]

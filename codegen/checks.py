@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 from hmc.codegen.expr import activation
 from hmc.codegen.isa import TIERS
+from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
 from hmc.codegen.spec import ARGS, MAX_TOKENS, KernelSpec
 from hmc.errors import KernelError
+from hmc.formats import FORMATS
 
 _ATTENTION = "heads kv_heads head_dim v_dim block"
 _LATENT = "heads nope rope v_dim rank block"
@@ -36,20 +38,21 @@ _SIZES: dict[str, str] = {
 }
 """Sizes that an op needs, all at least 1."""
 
-_ROWS = frozenset({"bf16", "fp16", "f32"})
 _RESULTS = frozenset({"bf16", "f32"})
-_STORED = _ROWS | {"fp8", "int4"}
-_GROUPED = frozenset({"int4"})
-_MATMULS = (
+_MATMULS = frozenset(
     "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
-    " mla_absorb mla_up mla_prefill"
-).split()
-_FORMATS: dict[str, frozenset[str]] = {
-    **dict.fromkeys(_MATMULS, _STORED),
-    **dict.fromkeys(("embed", "norm", "add_norm"), _ROWS),
-    "rotary": _ROWS | {""},
-}
-"""Formats that an op reads; those that are not here read no weights."""
+    " mla_absorb mla_up mla_prefill".split()
+)
+_VECTORS = frozenset({"embed", "norm", "add_norm", "rotary"})
+"""Ops that read rows without scales; what is in neither reads no weights."""
+
+
+def _formats(op: str) -> list[str]:
+    """Formats that an op reads; "" for none at all."""
+    if op in _MATMULS:
+        return list(FORMATS)
+    plain = [row.name for row in FORMATS.values() if not row.scales and not row.values]
+    return ([""] if op not in _VECTORS - {"rotary"} else []) + (plain if op in _VECTORS else [])
 
 
 def check_spec(spec: KernelSpec) -> None:
@@ -58,7 +61,7 @@ def check_spec(spec: KernelSpec) -> None:
         raise KernelError(f"no kernel is called {spec.op}")
     if spec.isa not in TIERS:
         raise KernelError(f"kernel {spec.op}: no tier {spec.isa}; choose {', '.join(TIERS)}")
-    formats = _FORMATS.get(spec.op, frozenset({""}))
+    formats = _formats(spec.op)
     if spec.weight not in formats:
         names = ", ".join(sorted(filter(None, formats))) or "none"
         raise _error(spec, f"operand format {spec.weight!r}: choose {names}")
@@ -71,8 +74,8 @@ def check_spec(spec: KernelSpec) -> None:
         raise _error(spec, f"takes up to {MAX_TOKENS} tokens, not {spec['tokens']}")
     if spec.expr and spec.op not in _EXPRESSIONS:
         raise _error(spec, f"computes no expression such as {spec.expr!r}")
-    if spec.weight in _GROUPED:
-        _check_groups(spec)
+    if spec.op in _MATMULS and (problem := problem_of(spec)):
+        raise _error(spec, problem)
     _RULES.get(spec.op, _anything)(spec)
 
 
@@ -82,15 +85,6 @@ def _error(spec: KernelSpec, what: str) -> KernelError:
 
 def _anything(spec: KernelSpec) -> None:
     """No rule of the op's own."""
-
-
-def _check_groups(spec: KernelSpec) -> None:
-    if spec.get("group") not in (32, 64, 128) or spec.get("scale_bits") not in (16, 32):
-        raise _error(
-            spec,
-            f"reads int4 in groups of 32, 64 or 128 with scales of 16 or 32 bits, not"
-            f" {spec.get('group')} and {spec.get('scale_bits')}",
-        )
 
 
 def _check_attention(spec: KernelSpec) -> None:

@@ -118,17 +118,3 @@ def require(name: str, flags: frozenset[str] | None = None) -> Isa:
     if missing := sorted(tier.flags - have):
         raise MachineError(f"kernel tier {name} needs {' '.join(missing)}, which this CPU lacks")
     return tier
-
-
-def in_whole_numbers(isa: str, weight: str) -> bool:
-    """Whether tier `isa` multiplies weights of that format by activations rounded to 16-bit whole
-    numbers, chunk by chunk (whole.py); all others are multiplied by activations as they are.
-    """
-    return weight == "int4" and not TIERS[isa].pair_dot
-
-
-def needs_numbers(isa: str) -> bool:
-    """Whether the FP8 kernels of tier `isa` take NaN codes for numbers (unpack.py), so that weights
-    must be checked for them; those that look codes up in tables give NaN.
-    """
-    return not TIERS[isa].byte_table

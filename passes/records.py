@@ -160,7 +160,7 @@ class PlanPass(Pass, Protocol):
 
 def stored_bytes(source: WeightSource) -> int:
     """Bytes of a stored weight with its scales."""
-    return source.data.nbytes + (source.scale.nbytes if source.scale else 0)
+    return source.nbytes
 
 
 def submodule(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:

@@ -23,7 +23,7 @@ from hmc.runtime.binding.walk import walked
 from hmc.runtime.host.lowering import spec_of
 from hmc.runtime.host.ops import HOST_OPS
 from hmc.runtime.schedule.crossing import is_native
-from hmc.runtime.weights.tensors import tensor_groups
+from hmc.runtime.weights.tensors import expert_key, tensor_groups, weight_key
 
 _TOKENS, _CONTEXT, _WORKERS = 16, 256, 2
 _ARRAY = np.zeros(2, np.int32)
@@ -45,17 +45,17 @@ class _Store:
         }
 
     def address(self, name: str) -> int:
-        return int(self._places["weight", name][0])
+        return int(self._places[weight_key(name, "codes")][0])
 
     def scale_address(self, name: str) -> int:
-        found = self._places.get(("scale", name))
+        found = self._places.get(weight_key(name, "scale"))
         return 0 if found is None else int(found[0])
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         columns = [
-            self._places.get((kind, layer, role))
+            self._places.get(expert_key(layer, role, plane))
             for role in ("gate", "up", "down")
-            for kind in ("expert", "expert scale")
+            for plane in ("codes", "scale")
         ]
         count = len(next(each for each in columns if each is not None))
         return np.stack([np.zeros(count, np.int64) if c is None else c for c in columns], 1)

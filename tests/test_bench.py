@@ -134,7 +134,7 @@ def test_matrices_count_every_byte_a_kernel_reads(
     form: str, group: int, weights: int, scales: int
 ) -> None:
     shape = MatrixShape(form, 130, 320, group)
-    assert (shape.weight_bytes, shape.scale_bytes) == (weights, scales)
+    assert [form.bytes for form in shape.forms] == [weights, *([scales] if scales else [])]
     matrices = Matrices((shape, shape), 3)
     try:
         assert matrices.set_bytes == 2 * (weights + scales)

@@ -92,5 +92,7 @@ def test_the_footprint_sees_what_a_kernel_is_given(planned: Callable[[str, str],
         {"inputs": {"x": linear.inputs["x"].model_copy(update={"column": 8, "width": 8})}},
     ):
         assert footprint(changed("linear", **update)) != before
-    moved = plan.weights[0].model_copy(update={"offset": plan.weights[0].offset + 2})
+    plane = plan.weights[0].planes[0]
+    plane = plane.model_copy(update={"offset": plane.offset + 2})
+    moved = plan.weights[0].model_copy(update={"planes": (plane, *plan.weights[0].planes[1:])})
     assert footprint(plan.model_copy(update={"weights": (moved, *plan.weights[1:])})) != before

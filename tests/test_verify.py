@@ -11,7 +11,7 @@ import pytest
 import hmc
 from hmc.errors import VerifyError
 from hmc.ops import OPS
-from hmc.plan import KVLayout, Operand, Phase, Plan, Step, Weight
+from hmc.plan import KVLayout, Operand, Phase, Plan, Step, StoredPlane, Weight
 from hmc.plan.order import check_order
 from hmc.plan.stored import expected_bytes
 from hmc.plan.verify import verify_plan
@@ -47,6 +47,13 @@ def _with_weight(plan: Plan, name: str, **changes: Any) -> Plan:
     )
     assert weights != plan.weights
     return plan.model_copy(update={"weights": weights})
+
+
+def _with_plane(plan: Plan, name: str, **changes: Any) -> Plan:
+    """With another first plane of a weight."""
+    (weight,) = (each for each in plan.weights if each.name.endswith(name))
+    plane = weight.planes[0].model_copy(update=changes)
+    return _with_weight(plan, name, planes=(plane, *weight.planes[1:]))
 
 
 def _attrs(**changes: Any) -> Callable[[Step], dict[str, Any]]:
@@ -114,27 +121,31 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         "compute different models",
     ),
     "a weight of more bytes than its shape": (
-        lambda p: _with_weight(p, "lm_head.weight", bytes=p.weights[0].bytes + 2),
+        lambda p: _with_plane(p, "lm_head.weight", bytes=p.weights[0].bytes + 2),
         r"takes \d+ bytes",
     ),
     "a weight in another format": (
         lambda p: _with_weight(p, "lm_head.weight", format="fp8"),
-        "fp8 has no scales",
+        "planes codes are not those of fp8",
+    ),
+    "a weight in another dtype": (
+        lambda p: _with_plane(p, "lm_head.weight", dtype="F16"),
+        "bf16 codes in F16",
     ),
     "a weight without a role": (
         lambda p: _with_step(p, "norm", lambda s: {"weights": {**s.weights, "beta": "x"}}),
         "weights beside gamma",
     ),
     "a tensor outside its shard": (
-        lambda p: _with_weight(p, "lm_head.weight", offset=1 << 40),
+        lambda p: _with_plane(p, "lm_head.weight", offset=1 << 40),
         "lies outside its shard",
     ),
     "a tensor before its shard": (
-        lambda p: _with_weight(p, "lm_head.weight", offset=-8),
+        lambda p: _with_plane(p, "lm_head.weight", offset=-8),
         "lies outside its shard",
     ),
     "a tensor over another": (
-        lambda p: _with_weight(p, "lm_head.weight", offset=p.weights[0].offset),
+        lambda p: _with_plane(p, "lm_head.weight", offset=p.weights[0].planes[0].offset),
         "share bytes",
     ),
     "n = 2^30": (lambda p: _with_step(p, "linear", _attrs(n=1 << 30)), r"y is \d+ wide, not"),
@@ -283,20 +294,28 @@ def test_a_buffer_over_what_its_own_step_reads_is_refused(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "fields", "expected"),
+    ("name", "shape", "group", "dtypes", "expected"),
     [
-        ((5, 3), {"format": "f32"}, (60, 0)),
-        ((7,), {"format": "bf16"}, (14, 0)),
-        ((130, 129), {"format": "fp8", "group": 128, "scale_dtype": "F32"}, (130 * 129, 16)),
-        ((130, 129), {"format": "fp8", "group": 128, "scale_dtype": "BF16"}, (130 * 129, 8)),
-        ((3, 40), {"format": "int4", "group": 32, "scale_dtype": "BF16"}, (60, 12)),
+        ("f32", (5, 3), 0, ("F32",), (60,)),
+        ("bf16", (7,), 0, ("BF16",), (14,)),
+        ("fp8", (130, 129), 0, ("F8_E4M3", "F32"), (130 * 129, 16)),
+        ("fp8", (130, 129), 0, ("F8_E4M3", "BF16"), (130 * 129, 8)),
+        ("int4", (3, 64), 32, ("I32", "BF16"), (96, 12)),
     ],
 )
 def test_bytes_of_a_shape(
-    shape: tuple[int, ...], fields: dict[str, Any], expected: tuple[int, int]
+    name: str,
+    shape: tuple[int, ...],
+    group: int,
+    dtypes: tuple[str, ...],
+    expected: tuple[int, ...],
 ) -> None:
-    weight = Weight(name="w", shape=shape, shard=-1, offset=0, bytes=0, **fields)
-    assert expected_bytes(weight) == expected
+    planes = tuple(
+        StoredPlane(name=plane, dtype=dtype, shard=-1, offset=0, bytes=0)
+        for plane, dtype in zip(("codes", "scale"), dtypes, strict=False)
+    )
+    weight = Weight(name="w", format=name, shape=shape, group=group, planes=planes)
+    assert tuple(expected_bytes(weight).values()) == expected
 
 
 # -- order -----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ never move between lanes).
     without          to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
                      (unpack.py)                         (whole.py)
 
+Any other format is decoded by a table of its codes and multiplied as f32 (weights.py, native.py).
+
 The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
 magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
 the others. Interleaving high and low bytes orders the words by 128-bit lane, and so are the
@@ -22,6 +24,7 @@ entries decodes the lowest of its 4 nibbles, three shifts bring the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from llvmlite import ir
@@ -35,9 +38,17 @@ from hmc.codegen.formats.unpack import (
     order,
     unit_of,
 )
-from hmc.codegen.formats.weights import IN_PAIRS, masked_vec, row_bytes, splat_int, weights_f32
+from hmc.codegen.formats.weights import (
+    Scales,
+    masked_vec,
+    row_bytes,
+    scales_of,
+    splat_int,
+    weights_f32,
+)
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
+from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask
 
@@ -62,7 +73,7 @@ class Dot:
     @property
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
-        return TIERS[self.spec.isa].pair_dot and self.spec.weight in IN_PAIRS
+        return arithmetic(self.spec.isa, self.spec.weight) == "bf16"
 
     @property
     def whole(self) -> bool:
@@ -79,16 +90,12 @@ class Dot:
         """Weights a step."""
         if self.spec.weight == "fp8":
             return FP8_BLOCK
-        if self.spec.weight == "int4":
-            return self.unit
-        return 4 * self.width
+        return self.unit if self.scaled else 4 * self.width
 
-    @property
-    def group(self) -> int:
-        """int4 weights that share a scale."""
-        group = self.spec["group"]
-        assert group in (32, 64, 128), group
-        return group
+    @cached_property
+    def scales(self) -> Scales:
+        """How its scales lie."""
+        return scales_of(self.spec)
 
     @property
     def row_bytes(self) -> int:
@@ -220,32 +227,23 @@ class Dot:
     @property
     def scaled(self) -> bool:
         """Whether chunks have scales."""
-        return self.spec.weight in ("fp8", "int4")
+        return self.scales.columns > 0
 
     def scale_row(self, e: Emitter, scale: Value, row: Value) -> Value:
-        """Address of the scales of row `row`: `scale` is [ceil(n / 128), ceil(k / 128)] (fp8) or
-        [n, ceil(k / group)].
-        """
-        if self.spec.weight == "fp8":
-            blocks = -(-self.k // FP8_BLOCK)
-            return e.offset(scale, e.b.mul(e.b.lshr(row, const(7)), const(4 * blocks)))
-        groups = -(-self.k // self.group)
-        return e.offset(scale, e.b.mul(row, const(groups * self._scale_bytes)))
-
-    @property
-    def _scale_bytes(self) -> int:
-        return self.spec.get("scale_bits", 32) // 8 if self.spec.weight == "int4" else 4
+        """Address of the scales of row `row`."""
+        stride = const(self.scales.row_bytes(self.k))
+        return e.offset(scale, e.b.mul(self.scales.row_of(e, row), stride))
 
     def scale(self, e: Emitter, scales: Value, k: Value, valid: int) -> Value:
         """Factor of each accumulator lane for the chunk at element `k`; `scales` as from
         `scale_row`.
         """
         b = e.b
-        per = self.group if self.spec.weight == "int4" else FP8_BLOCK
+        per = self.scales.columns
         count = max(1, self.chunk // per)
         valid_groups = -(-min(valid, self.chunk) // per)
         index = b.udiv(k, const(per))
-        if self._scale_bytes == 4:
+        if self.scales.bytes == 4:
             if count == 1:
                 one = e.load(scales, index, F32)
                 if self.spec.weight == "fp8" and not self.paired:

@@ -9,7 +9,7 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
                    factor and the scales into f32 totals
     Fp8InPlace     fp8 on the other tiers: to f32 by shifts and masks in place (unpack.py) after the
                    rows are interleaved; its scales go in with that, so there is one sum a chunk
-    Floats         f32 multiply-add; formats without scales
+    Floats         f32 multiply-add; formats without scales, and all that have no other
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import ClassVar
 
 from hmc.codegen.formats.interleave import decode_codes, decode_columns, decode_pairs, decode_words
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
-from hmc.codegen.formats.weights import IN_PAIRS, masked_vec
+from hmc.codegen.formats.weights import masked_vec
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS, in_whole_numbers
+from hmc.codegen.isa import TIERS
+from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import dot_pairs, fsplat
 
@@ -89,7 +90,9 @@ class MicroKernel:
 
 
 class Floats(MicroKernel):
-    """f32 by f32."""
+    """f32 by f32; sums of a scale group go, scaled, into totals, where there are scales."""
+
+    scales_sums = True
 
 
 class Fp8InPlace(MicroKernel):
@@ -160,9 +163,6 @@ class WholeNumbers(MicroKernel):
 
 def micro_of(spec: KernelSpec) -> MicroKernel:
     """The micro-kernel for the format and the tier of `spec`."""
-    tier, weight = TIERS[spec.isa], spec.weight
-    if tier.pair_dot and weight in IN_PAIRS:
-        return Pairs(weight, tier.lanes)
-    if in_whole_numbers(tier.name, weight):
-        return WholeNumbers(weight, tier.lanes)
-    return (Fp8InPlace if weight == "fp8" else Floats)(weight, tier.lanes)
+    kind, weight = arithmetic(spec.isa, spec.weight), spec.weight
+    native = {("bf16", weight): Pairs, ("whole", weight): WholeNumbers, ("f32", "fp8"): Fp8InPlace}
+    return native.get((kind, weight), Floats)(weight, TIERS[spec.isa].lanes)

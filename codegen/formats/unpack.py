@@ -9,7 +9,7 @@ fp8: a code's sign moved to bit 15 and its magnitude to bit 4 of a word is, as t
 f32, the value x 2^-120, subnormal codes included (they are f32 subnormals). `FP8_ACTIVATIONS` is
 what activations are scaled by in advance and `FP8_RESULT` what that leaves for the block scale: the
 products stay far from both ends of f32's range. The two NaN codes come out as 480: who opens
-weights for these tiers refuses those that hold one (`isa.needs_numbers`, kernels/nan_codes.py).
+weights for these tiers refuses those that hold one (`native.takes_nan`, kernels/nan_codes.py).
 Watching for them here took a fifth of the time of a matmul.
 """
 

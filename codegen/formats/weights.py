@@ -1,25 +1,27 @@
-"""Exact decode of stored weights to f32 vectors, in order: fp8 (E4M3FN), bf16, fp16, f32 and int4
-nibbles.
+"""Exact decode of stored weights to f32 vectors, in order, and where their scales lie; for every
+format: those without a decoder of their own by a table of their codes.
 
-Hides how each tier decodes. FP8 goes through FP16: with sign and magnitude of the code moved to the
-places FP16 has for them (`sign << 8 | magnitude << 7`), the FP16 value is the FP8 value x 2^-8,
+Hides how codes become numbers. FP8 goes through FP16: with sign and magnitude of the code moved to
+the places FP16 has for them (`sign << 8 | magnitude << 7`), the FP16 value is the FP8 value x 2^-8,
 subnormals included; widening to f32 and one multiply by 2^8 are exact. Only the NaN codes (0x7f,
-0xff) are no NaN in FP16 and are made one. Block scales are not applied here: they belong to the
+0xff) are no NaN in FP16 and are made one. Scales are not applied here: they belong to the
 accumulators.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, Emitter, Value, vec
+from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import FP8_BLOCK, KernelSpec, WeightFormat
+from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
 
-IN_PAIRS: frozenset[WeightFormat] = frozenset({"fp8", "bf16", "int4"})
-"""Formats whose weights, without their scales, bf16 holds exactly."""
+ALL = 1 << 40
+"""Rows or columns of a scale that covers as many as there are."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,28 @@ class Scales:
     columns: int
     bytes: int
 
+    def row_of(self, e: Emitter, row: Value) -> Value:
+        """Number of the row of scales that a row of weights has."""
+        return e.b.lshr(row, const(self.rows.bit_length() - 1)) if self.rows > 1 else row
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes from one row of stored scales to the next, for rows of `k` weights."""
+        return -(-k // self.columns) * self.bytes if self.columns else 0
+
 
 def scales_of(spec: KernelSpec) -> Scales:
-    """The scales of the weights that `spec` reads (int4: params group, scale_bits)."""
-    known = {
-        "fp8": Scales(FP8_BLOCK, FP8_BLOCK, 4),
-        "int4": Scales(1, spec.get("group", 128), spec.get("scale_bits", 32) // 8),
-    }
-    return known.get(spec.weight, Scales(1, 0, 4))
+    """The scales of the weights that `spec` reads (grouped formats: params group, scale_bits)."""
+    for plane in format_of(spec.weight).scales:
+        columns = spec["group"] if plane.columns == GROUP else plane.columns
+        bits = DTYPE_BITS[plane.in_memory(plane.dtypes[0])]
+        size = spec.get(f"{plane.name}_bits", bits) // 8
+        return Scales(plane.rows or ALL, columns or ALL, size)
+    return Scales(1, 0, 4)
 
 
 def row_bytes(weight_format: WeightFormat, k: int) -> int:
-    """Bytes of one stored row of `k` weights; int4 rows are whole int32 words of 8 weights."""
-    if weight_format == "int4":
-        return -(-k // 8) * 4
-    return k * {"fp8": 1, "bf16": 2, "fp16": 2, "f32": 4}[weight_format]
+    """Bytes of one stored row of `k` weights; packed codes fill whole words."""
+    return format_of(weight_format).row_bytes(k)
 
 
 def masked_vec(
@@ -101,21 +110,70 @@ def weights_f32(
 def _decode(
     e: Emitter, weight_format: WeightFormat, base: Value, index: Value, lanes: int, valid: int
 ) -> Value:
-    b = e.b
+    b, row = e.b, format_of(weight_format)
     if weight_format == "fp8":
         return fp8_to_f32(e, masked_vec(e, base, index, I8, lanes, valid))
-    if weight_format == "bf16":
-        return e.bf16_to_f32(masked_vec(e, base, index, I16, lanes, valid))
-    if weight_format == "fp16":
-        bits = masked_vec(e, base, index, I16, lanes, valid)
-        return b.fpext(b.bitcast(bits, vec(F16, lanes)), vec(F32, lanes))
     if weight_format == "int4":
         words = masked_vec(
             e, base, b.lshr(index, ir.Constant(index.type, 3)), I32, lanes // 8, -(-valid // 8)
         )
         return int4_to_f32(e, words)
-    assert weight_format == "f32", weight_format
+    if row.values:
+        return looked_up(e, row, base, index, lanes, valid)
+    (dtype,) = row.codes.dtypes
+    if dtype == "BF16":
+        return e.bf16_to_f32(masked_vec(e, base, index, I16, lanes, valid))
+    if dtype == "F16":
+        bits = masked_vec(e, base, index, I16, lanes, valid)
+        return b.fpext(b.bitcast(bits, vec(F16, lanes)), vec(F32, lanes))
     return masked_vec(e, base, index, F32, lanes, valid)
+
+
+def looked_up(e: Emitter, row: Format, base: Value, index: Value, lanes: int, valid: int) -> Value:
+    """Codes of 2, 4 or 8 bits to f32 by a table of their values, one load a code: what a format has
+    on its first day. Bits of one byte are codes from the lowest on. A routine of its own, since it
+    is long.
+    """
+    each = 8 // row.code_bits
+    kind, valid = vec(F32, lanes), min(valid, lanes)
+    name = f"lookup_{row.name}_{valid}"
+    if name not in e.module.globals:
+        with e.subroutine(name, I8.as_pointer(), kind.as_pointer()) as (start, out):
+            packed = masked_vec(e, start, const(0), I8, lanes // each, -(-valid // each))
+            e.b.store(_values(e, row, packed, lanes), out)
+    shift = ir.Constant(index.type, each.bit_length() - 1)
+    start = e.offset(base, e.b.lshr(index, shift) if each > 1 else index)
+    found = e.local(kind)
+    e.b.call(e.module.globals[name], [start, found])
+    return e.b.load(found)
+
+
+def _values(e: Emitter, row: Format, packed: Value, lanes: int) -> Value:
+    """`<lanes x float>` of codes packed in bytes."""
+    b, bits, each = e.b, row.code_bits, 8 // row.code_bits
+    table = _table(e, row)
+    found: Value = ir.Constant(vec(F32, lanes), ir.Undefined)
+    for lane in range(lanes):
+        code = b.extract_element(packed, ir.Constant(I32, lane // each))
+        if each > 1:
+            code = b.lshr(code, ir.Constant(I8, lane % each * bits))
+            code = b.and_(code, ir.Constant(I8, 2**bits - 1))
+        value = e.load(table, b.zext(code, I64), F32, align=4)
+        found = b.insert_element(found, value, ir.Constant(I32, lane))
+    return found
+
+
+def _table(e: Emitter, row: Format) -> Value:
+    """i8* of the f32 values of every code."""
+    name = f"values_{row.name}"
+    known = e.module.globals.get(name)
+    if known is None:
+        bits = struct.unpack(f"{len(row.values)}I", struct.pack(f"{len(row.values)}f", *row.values))
+        kind = ir.ArrayType(I32, len(bits))
+        known = ir.GlobalVariable(e.module, kind, name)
+        known.linkage, known.global_constant, known.align = "private", True, 64
+        known.initializer = ir.Constant(kind, [ir.Constant(I32, each) for each in bits])
+    return e.b.bitcast(known, I8.as_pointer())
 
 
 def fp8_to_f32(e: Emitter, codes: Value) -> Value:

@@ -58,7 +58,7 @@ class WholeDot(Dot):
     @property
     def chunk(self) -> int:
         """Weights a step: whole units, and whole groups of a scale."""
-        return max(self.unit, self.group)
+        return max(self.unit, self.scales.columns)
 
     @property
     def _chunks(self) -> int:

@@ -74,7 +74,7 @@ class Panels:
         end = b.sub(rows, const(1))
         row = e.minimum(row, end)
         shared = form.scales.rows
-        index = b.lshr(row, const(shared.bit_length() - 1)) if shared > 1 else row
+        index = form.scales.row_of(e, row)
         edge = None
         if form.straddles:
             edge = b.sub(const(shared), b.and_(row, const(shared - 1)))

@@ -69,8 +69,12 @@ class Form:
     @property
     def scale_stride(self) -> int:
         """Bytes from one row of stored scales to the next."""
-        columns = self.scales.columns
-        return -(-self.k // columns) * self.scales.bytes if columns else 0
+        return self.scales.row_bytes(self.k)
+
+    @property
+    def groups(self) -> int:
+        """Most scales of a row in one chunk."""
+        return -(-CHUNK // self.scales.columns) if self.scales.columns else 1
 
     @property
     def token_bytes(self) -> int:
@@ -93,8 +97,8 @@ class Form:
 
     @property
     def totals_offset(self) -> int:
-        """Where the totals start; a chunk has up to four scale groups."""
-        return self.scales_offset + 4 * self.rows * 4
+        """Where the totals start; there is room for four scale groups at least."""
+        return self.scales_offset + max(4, self.groups) * self.rows * 4
 
     @property
     def x_offset(self) -> int:

@@ -9,6 +9,7 @@ from hmc.bench.compare import Compared
 from hmc.bench.matrices import FORMATS, MatrixShape
 from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import MachineError, UsageError
+from hmc.formats import format_of
 from hmc.machine.topology import this_machine
 
 DECODE_OPS = ("linear", "experts")
@@ -42,9 +43,13 @@ class Case:
                 f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
                 f" --op {'gemm' if self.op == 'linear' else 'grouped'}"
             )
-        if self.format == "int4" and self.group not in (32, 64, 128):
-            raise UsageError(f"int4 groups are 32, 64 or 128 weights, not {self.group}")
+        if self._grouped and self.group not in (32, 64, 128):
+            raise UsageError(f"{self.format} groups are 32, 64 or 128 weights, not {self.group}")
         _ = self.matrices  # raises for rows that are no whole groups, before anything is measured
+
+    @property
+    def _grouped(self) -> bool:
+        return format_of(self.format).grouped
 
     @property
     def shape(self) -> str:
@@ -54,7 +59,7 @@ class Case:
     @property
     def matrices(self) -> tuple[MatrixShape, ...]:
         """What one call (linear) or one expert reads."""
-        group = self.group if self.format == "int4" else 0
+        group = self.group if self._grouped else 0
         into = MatrixShape(self.format, self.rows, self.k, group)
         if self.op in ("linear", "gemm"):
             return (into,)

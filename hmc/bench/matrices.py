@@ -10,22 +10,21 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.compare import Report, silent
-from hmc.codegen.formats.weights import row_bytes
-from hmc.codegen.spec import FP8_BLOCK
 from hmc.errors import CapacityError, UsageError
+from hmc.formats import FORMATS, Form, format_of, forms, kernel_params
 from hmc.machine.detect import available_bytes
 from hmc.runtime.memory.blocks import Block, aligned
 from hmc.runtime.weights.fill import fill_dummy
 from hmc.runtime.weights.store import TensorGroup
 
-FORMATS = ("fp8", "bf16", "int4", "fp16", "f32")
+__all__ = ["FORMATS", "Matrices", "MatrixShape"]
 
 Addresses = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """Rows x K weights in a format, `group` of which share a scale in int4."""
+    """Rows x K weights in a format, `group` of which share a scale where it is grouped."""
 
     format: str
     rows: int
@@ -33,34 +32,36 @@ class MatrixShape:
     group: int = 0
 
     def __post_init__(self) -> None:
-        if self.format == "int4" and self.k % self.group:
+        if not format_of(self.format).whole_groups(self.k, self.group):
             raise UsageError(
-                f"{self.rows}x{self.k}: int4 rows must be whole groups of {self.group} weights"
+                f"{self.rows}x{self.k}: {self.format} rows must be whole groups of {self.group}"
+                " weights"
             )
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights."""
-        return self.rows * row_bytes(self.format, self.k)
+    def dtypes(self) -> tuple[str, ...]:
+        """Stored dtype of each plane: the usual ones."""
+        return tuple(plane.dtypes[0] for plane in format_of(self.format).planes)
 
     @property
-    def scale_bytes(self) -> int:
-        """Bytes of the scales: f32 a block (fp8), bf16 a group (int4), else none."""
-        if self.format == "fp8":
-            return 4 * -(-self.rows // FP8_BLOCK) * -(-self.k // FP8_BLOCK)
-        if self.format == "int4":
-            return 2 * self.rows * (self.k // self.group)
-        return 0
+    def params(self) -> dict[str, int]:
+        """What kernels must know of it besides its format."""
+        return kernel_params(format_of(self.format), self.group, self.dtypes)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Its planes."""
+        return forms(format_of(self.format), (self.rows, self.k), self.group, self.dtypes)
 
     @property
     def bytes(self) -> int:
         """All that a kernel reads of it."""
-        return self.weight_bytes + self.scale_bytes
+        return sum(form.bytes for form in self.forms)
 
     @property
     def stride(self) -> int:
         """Bytes it takes in memory."""
-        return aligned(self.weight_bytes) + aligned(self.scale_bytes)
+        return sum(aligned(form.bytes) for form in self.forms)
 
 
 class Matrices:
@@ -90,21 +91,14 @@ class Matrices:
         starts = self.address + stride * np.arange(count, dtype=np.int64)
         groups: list[TensorGroup] = []
         places: dict[tuple[str | int, ...], Addresses] = {}
-
-        def place(name: str, size: int, at: Addresses, shape: MatrixShape) -> None:
-            nowhere = np.zeros(count, np.int64)
-            key = (name, len(groups))
-            groups.append(TensorGroup(key, name, size, nowhere, nowhere, shape.k))
-            places[key] = at
-
+        nowhere = np.zeros(count, np.int64)
         for index, shape in enumerate(shapes):
-            self.weights[:, index] = starts
-            place(shape.format, shape.weight_bytes, starts, shape)
-            if shape.scale_bytes:
-                at = starts + aligned(shape.weight_bytes)
-                self.scales[:, index] = at
-                place(f"{shape.format} scale", shape.scale_bytes, at, shape)
-            starts = starts + shape.stride
+            for form, column in zip(shape.forms, (self.weights, self.scales), strict=False):
+                column[:, index] = starts
+                key = (form.plane.name, index)
+                groups.append(TensorGroup(key, shape.format, form, nowhere, nowhere, shape.k))
+                places[key] = starts
+                starts = starts + aligned(form.bytes)
         fill_dummy(groups, places, report)
 
     def close(self) -> None:

@@ -338,8 +338,8 @@ def active_bytes(plan: Plan, batch: int = 1) -> int:
 
 def total_bytes(plan: Plan) -> int:
     """Bytes of all weights and scales."""
-    plain = sum(weight.bytes + weight.scale_bytes for weight in plan.weights)
-    return plain + sum(each.count * (each.bytes + each.scale_bytes) for each in plan.experts)
+    plain = sum(weight.bytes for weight in plan.weights)
+    return plain + sum(each.count * each.bytes for each in plan.experts)
 
 
 def prefill_flops(plan: Plan, tokens: int) -> int:

@@ -24,12 +24,15 @@ from hmc.runtime.executor import Executor
 
 FORMATS = ("fp8", "bf16")
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")
-_FP8 = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "weight_block_size": [128, 128],
-    "activation_scheme": "dynamic",
+_QUANTIZED = {
+    "fp8": {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
 }
+"""What config.json says of a format that is not told by its dtype."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,8 @@ def _compile(cut: dict[str, Any], context: int, layers: int) -> Plan:
 def _cut(config: dict[str, Any], form: str, experts: int) -> dict[str, Any]:
     """The configuration in a weight format, with so many experts (0: its own)."""
     found = {key: value for key, value in config.items() if key != "quantization_config"}
-    if form == "fp8":
-        found["quantization_config"] = _FP8
+    if form in _QUANTIZED:
+        found["quantization_config"] = _QUANTIZED[form]
     if experts:
         found |= {name: experts for name in _EXPERTS if name in found}
     return found

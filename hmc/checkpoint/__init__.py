@@ -8,7 +8,7 @@ from hmc.checkpoint.config import ModelConfig, load_config
 from hmc.checkpoint.directory import Checkpoint
 from hmc.checkpoint.headers import Fingerprint, Shard, TensorInfo, read_fingerprint, read_header
 from hmc.checkpoint.quantization import Quantization, read_quantization
-from hmc.checkpoint.weights import WeightFormat, WeightSource
+from hmc.checkpoint.weights import WeightSource
 
 __all__ = [
     "Checkpoint",
@@ -17,7 +17,6 @@ __all__ = [
     "Quantization",
     "Shard",
     "TensorInfo",
-    "WeightFormat",
     "WeightSource",
     "load_config",
     "read_fingerprint",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hmc.checkpoint.jsonfile import parse_object, quote, read_bytes
-from hmc.errors import ConfigError
+from hmc.errors import ConfigError, UnsupportedError
 
 CONFIG_NAME = "config.json"
 
@@ -120,6 +120,13 @@ class ModelConfig:
     def error(self, key: str, problem: str) -> ConfigError:
         """A `ConfigError` about `key`, for the caller to raise: "<file>: <key> <problem>"."""
         return ConfigError(f"{self.path}: {self.prefix}{key} {problem}")
+
+    def unsupported(self, key: str, supported: str) -> UnsupportedError:
+        """An `UnsupportedError` about the value of `key`, for the caller to raise."""
+        value = quote(self.values[key]) if key in self else "missing"
+        return UnsupportedError(
+            f"{self.path}: {self.prefix}{key} is {value}; hmc reads {supported}"
+        )
 
     def _present(self, key: str) -> None:
         if self.values.get(key) is None:

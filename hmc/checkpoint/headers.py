@@ -18,18 +18,10 @@ from typing import Any
 
 from hmc.checkpoint.jsonfile import parse_object, quote
 from hmc.errors import ShardError
+from hmc.formats import DTYPE_BITS
 
 HEADER_CAP = 100_000_000
 """Longest header in bytes; the reference reader refuses longer ones too."""
-
-DTYPE_BITS: Mapping[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-"""Bits per element of every dtype of the format, by its spelling there."""
 
 _LFS_POINTER = b"version https://git-lfs"
 _LARGEST = 2**63 - 1

@@ -7,8 +7,8 @@ from collections import Counter
 import click
 
 from hmc.cli.output import JSON, console, count, print_json, size, table
-from hmc.cli.summary import expert_tensor, ledger_totals, placement_groups, tier_of
-from hmc.codegen.isa import in_whole_numbers
+from hmc.cli.summary import expert_place, ledger_totals, placement_groups, tier_of
+from hmc.codegen.native import arithmetic
 from hmc.errors import UsageError
 from hmc.plan import Kernel, Operand, Phase, Plan, load_plan
 from hmc.ranges import ranges
@@ -138,9 +138,10 @@ def _show_plan(plan: Plan) -> None:
 
 def _numerics(plan: Plan) -> str:
     """How a plan multiplies."""
-    if any(in_whole_numbers(kernel.isa, kernel.weight) for kernel in plan.kernels.values()):
-        return "exact: stored weights; int4 x 16-bit activations in whole numbers, bf16 x f32 sums"
-    return "exact: stored weights, bf16 x f32 sums"
+    read = {(kernel.isa, kernel.weight) for kernel in plan.kernels.values() if kernel.weight}
+    whole = sorted({weight for isa, weight in read if arithmetic(isa, weight) == "whole"})
+    how = f"; {', '.join(whole)} x 16-bit activations in whole numbers" if whole else ""
+    return f"exact: stored weights{how}, bf16 x f32 sums"
 
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:
@@ -188,17 +189,17 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
         raise UsageError(f"layer {layer} is dense: it has no routed experts")
     if not 0 <= expert < parts[0].count:
         raise UsageError(f"--expert {expert}: layer {layer} has experts 0 to {parts[0].count - 1}")
-    total = sum(part.bytes + part.scale_bytes for part in parts)
+    total = sum(part.bytes for part in parts)
     reads = plan.model.top_k / plan.model.experts
     reason = next((d.reason for d in plan.decisions if d.by == "expert_placement"), "")
     tensors = []
     for part in parts:
-        shard, offset = expert_tensor(part, expert)
-        name = plan.checkpoint.shards[shard].name if shard >= 0 else "dummy"
-        tensors.append(
-            (part.role, part.pattern.format(e=expert), part.format, name, offset, part.bytes)
-        )
-    columns = ("role", "tensor", "format", "shard", "offset", "bytes")
+        for plane in part.planes:
+            shard, offset = expert_place(plane, expert)
+            name = plan.checkpoint.shards[shard].name if shard >= 0 else "dummy"
+            weight = part.pattern.format(e=expert)
+            tensors.append((part.role, weight, plane.name, plane.dtype, name, offset, plane.bytes))
+    columns = ("role", "weight", "plane", "dtype", "shard", "offset", "bytes")
     found = {
         "layer": layer,
         "expert": expert,

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate, islice
 
-from hmc.plan import ExpertWeights, Plan
+from hmc.plan import ExpertPlane, Plan
 from hmc.plan.verify import expand_runs
 from hmc.ranges import expert_ranges
 
@@ -40,10 +40,10 @@ def placement_groups(plan: Plan) -> Iterator[tuple[str, dict[str, str]]]:
         yield _span(run), tiers
 
 
-def expert_tensor(experts: ExpertWeights, expert: int) -> tuple[int, int]:
+def expert_place(plane: ExpertPlane, expert: int) -> tuple[int, int]:
     """(shard, offset) of one expert's tensor."""
-    shard = next(islice(expand_runs(experts.shards), expert, None))
-    offset = next(islice(accumulate(experts.offsets), expert, None))
+    shard = next(islice(expand_runs(plane.shards), expert, None))
+    offset = next(islice(accumulate(plane.offsets), expert, None))
     return shard, offset
 
 

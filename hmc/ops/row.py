@@ -87,18 +87,17 @@ class State:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a weight is stored, as far as kernels must know: its format, the columns that share a
-    scale, and the bits of one (0 where the format fixes them).
+    """How a weight is stored, as far as kernels must know: its format, and the `params` of it that
+    are compiled into a kernel (`hmc.formats.kernel_params`).
     """
 
     format: str
-    group: int = 0
-    scale_bits: int = 0
+    params: tuple[tuple[str, int], ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What of it is compiled into a kernel."""
-        return {"group": self.group, "scale_bits": self.scale_bits} if self.scale_bits else {}
+        """`params` by name."""
+        return dict(self.params)
 
 
 @dataclass(frozen=True)

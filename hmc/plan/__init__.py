@@ -15,12 +15,13 @@ from __future__ import annotations
 import os
 
 from hmc.plan import file
-from hmc.plan.base import DTYPE_BYTES, Count, DType, Format, Frozen
+from hmc.plan.base import DTYPE_BYTES, Count, DType, Frozen
 from hmc.plan.model import (
     SCHEMA_VERSION,
     Buffer,
     CheckpointInfo,
     Decision,
+    ExpertPlane,
     ExpertWeights,
     Goals,
     Kernel,
@@ -34,6 +35,7 @@ from hmc.plan.model import (
     ShardInfo,
     Slot,
     Step,
+    StoredPlane,
     Switch,
     Weight,
 )
@@ -48,8 +50,8 @@ __all__ = [
     "Count",
     "DType",
     "Decision",
+    "ExpertPlane",
     "ExpertWeights",
-    "Format",
     "Frozen",
     "Goals",
     "KVLayout",
@@ -66,6 +68,7 @@ __all__ = [
     "StateGroup",
     "StateInfo",
     "Step",
+    "StoredPlane",
     "Switch",
     "Weight",
     "load_plan",

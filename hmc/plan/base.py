@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 DType = Literal["f32", "bf16", "i32"]
-Format = Literal["fp8", "bf16", "fp16", "f32", "int4"]
 Count = Annotated[int, Field(ge=0)]
 DTYPE_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "i32": 4}
 

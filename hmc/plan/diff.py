@@ -195,7 +195,7 @@ def _expert_bytes(plan: Plan) -> dict[int, int]:
     """Bytes of one expert by layer."""
     sizes: Counter[int] = Counter()
     for part in plan.experts:
-        sizes[part.layer] += part.bytes + part.scale_bytes
+        sizes[part.layer] += part.bytes
     return dict(sizes)
 
 

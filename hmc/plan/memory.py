@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hmc.formats import forms_of
 from hmc.plan.base import DTYPE_BYTES
 from hmc.plan.model import EXTERNAL, ExpertWeights, Phase, Plan, Step, Weight
 from hmc.plan.states import KVLayout
@@ -54,24 +55,9 @@ def aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
 
 
-def scale_form(weight: Weight | ExpertWeights) -> tuple[int, int, int]:
-    """Scales of a tensor in memory: bytes of one, rows and columns; zeros where it has none. BF16
-    ones of INT4 stay, all others are widened to f32."""
-    if not weight.scale_dtype:
-        return 0, 0, 0
-    narrow = weight.format == "int4" and weight.scale_dtype == "BF16"
-    rows, columns = weight.shape
-    per_row = weight.group if weight.format == "fp8" else 1
-    return 2 if narrow else 4, -(-rows // per_row), -(-columns // weight.group)
-
-
 def packed_bytes(weights: Iterable[Weight | ExpertWeights]) -> int:
-    """Bytes of tensors one after the other, each with its scales after it."""
-    total = 0
-    for weight in weights:
-        size, rows, columns = scale_form(weight)
-        total += aligned(weight.bytes) + aligned(size * rows * columns)
-    return total
+    """Bytes of weights one after the other, each with its planes one after the other."""
+    return sum(aligned(form.bytes) for weight in weights for form in forms_of(weight))
 
 
 def expert_bytes(plan: Plan) -> dict[int, int]:
@@ -82,16 +68,11 @@ def expert_bytes(plan: Plan) -> dict[int, int]:
     return {layer: packed_bytes(found) for layer, found in columns.items()}
 
 
-def stored(weight: Weight | ExpertWeights) -> int:
-    """Bytes of a tensor in the checkpoint, with scales."""
-    return weight.bytes + weight.scale_bytes
-
-
 def stored_expert_bytes(plan: Plan) -> dict[int, int]:
     """Stored bytes of one routed expert, by layer."""
     found: dict[int, int] = {}
     for each in plan.experts:
-        found[each.layer] = found.get(each.layer, 0) + stored(each)
+        found[each.layer] = found.get(each.layer, 0) + each.bytes
     return found
 
 

@@ -60,7 +60,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hmc.machine import Machine
-from hmc.plan.base import Count, DType, Format, Frozen
+from hmc.plan.base import Count, DType, Frozen
 from hmc.plan.options import Options
 from hmc.plan.states import KVLayout
 
@@ -111,50 +111,66 @@ class CheckpointInfo(Frozen):
         return not self.shards
 
 
-class Weight(Frozen):
-    """One tensor. `shard` indexes the checkpoint's shards (-1: a dummy), offsets are absolute in
-    the file, in bytes.
-
-    `scale_*` describe the scales of fp8 (f32 or bf16 [ceil(N/128), ceil(K/128)]) and int4 ([N,
-    K/group]) weights; `group` is 128 for fp8 blocks, the group size of int4, 0 otherwise.
-    `kernel_rows` etc. are the shape.
+class StoredPlane(Frozen):
+    """One plane of a weight, as its format's row names it (hmc/formats): a tensor of the
+    checkpoint. `shard` indexes the checkpoint's shards (-1: a dummy), `offset` counts from the
+    beginning of the file, in bytes.
     """
 
     name: str
-    format: Format
-    shape: tuple[int, ...]
+    dtype: str
     shard: int
     offset: Count
     bytes: Count
+
+
+class Weight(Frozen):
+    """One weight: its planes in the order of its format's row, the codes first. `group` is the
+    number of columns that share a scale, where the format leaves that open, else 0.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
     group: Count = 0
-    scale_dtype: str = ""
-    scale_shard: int = -1
-    scale_offset: Count = 0
-    scale_bytes: Count = 0
+    planes: tuple[StoredPlane, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all planes."""
+        return sum(plane.bytes for plane in self.planes)
+
+
+class ExpertPlane(Frozen):
+    """One plane of all experts: `shards` are run-length pairs (count, shard), `offsets` the first
+    offset followed by differences, `bytes` those of one expert.
+    """
+
+    name: str
+    dtype: str
+    bytes: Count
+    shards: tuple[tuple[int, int], ...]
+    offsets: tuple[int, ...]
 
 
 class ExpertWeights(Frozen):
     """One projection ("gate", "up", "down") of all routed experts of a layer, in columns so that
-    the file stays small.
-
-    Expert e is tensor `pattern.format(e=e)`, stored as `Weight` says. `shards` are run-length pairs
-    (count, shard) and `offsets` the first offset followed by differences, likewise for the scales.
+    the file stays small. Expert e is weight `pattern.format(e=e)`, stored as `Weight` says.
     """
 
     layer: Count
     role: Literal["gate", "up", "down"]
     pattern: str
-    format: Format
+    format: str
     shape: tuple[int, ...]
-    bytes: Count
     count: Count
-    shards: tuple[tuple[int, int], ...]
-    offsets: tuple[int, ...]
     group: Count = 0
-    scale_dtype: str = ""
-    scale_bytes: Count = 0
-    scale_shards: tuple[tuple[int, int], ...] = ()
-    scale_offsets: tuple[int, ...] = ()
+    planes: tuple[ExpertPlane, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all planes of one expert."""
+        return sum(plane.bytes for plane in self.planes)
 
 
 class LayerPlacement(Frozen):

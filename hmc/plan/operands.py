@@ -190,7 +190,9 @@ class Walk:
                 kind = "rank" if row.where == "link" else "lane"
                 for name, operand in operands.items():
                     number = int(name.removeprefix(role.name))
-                    wrote = self._written[operand.buffer]
+                    wrote = self._written.get(operand.buffer)
+                    if wrote is None:
+                        raise VerifyError(f"{name} is read before anything wrote it")
                     if wrote != ((kind, number) if role.rows == "tokens" else _ALL):
                         raise VerifyError(f"{name} holds rows of {wrote}")
 

@@ -1,7 +1,7 @@
 """Checks how a plan's weights are stored: names, sizes, and where in which shard they lie; hides
-how formats pack numbers, and how a plan stores runs of experts.
+how a plan stores runs of experts.
 
-sizes    a tensor has the bytes that its shape and format take, so have its scales
+sizes    the planes of a weight have the bytes that its shape and format take
 places   tensors lie inside their shards, behind the header, and share no bytes; those of a plan
          without shards lie nowhere
 experts  a layer has gate, up and down, each a tensor an expert
@@ -9,75 +9,41 @@ experts  a layer has gate, up and down, each a tensor an expert
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate, islice
 from math import prod
 from operator import gt
 
-from hmc.errors import VerifyError
+from hmc.errors import UnsupportedError, VerifyError
+from hmc.formats import expected_planes, format_of, kernel_params
 from hmc.ops import Stored
 from hmc.plan.model import ExpertWeights, Plan, Weight
 
-_SCALES = {"F32": 4, "BF16": 2}
 _MOST = 1 << 40
 """Elements of a weight that any machine could hold: beyond it, sizes are nonsense."""
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a format lies in memory: `bits` of an element, rows padded to `word` bytes; `rows` and
-    `group` (0: as the weight says) elements share a scale (no rows: no scales), whose width the
-    format leaves `open` or not."""
-
-    bits: int
-    word: int = 1
-    rows: int = 0
-    group: int = 0
-    open: bool = False
-
-
-_LAYOUTS: Mapping[str, _Layout] = {
-    "f32": _Layout(32),
-    "bf16": _Layout(16),
-    "fp16": _Layout(16),
-    "fp8": _Layout(8, rows=128, group=128),
-    "int4": _Layout(4, word=4, rows=1, open=True),
-}
-
-
-def expected_bytes(weight: Weight | ExpertWeights) -> tuple[int, int]:
-    """Bytes of a tensor and of its scales, of its shape and format; `VerifyError` where they have
-    none."""
-    layout, shape = _LAYOUTS[weight.format], weight.shape
+def expected_bytes(weight: Weight | ExpertWeights) -> dict[str, int]:
+    """Bytes of each plane of a weight of its shape and format; `VerifyError` where it has none."""
+    shape = weight.shape
     if not shape or min(shape) < 1 or prod(shape) > _MOST:
         raise VerifyError(f"weight {_name(weight)}: {list(shape)} is no shape")
-    *first, columns = shape
-    rows = prod(first)
-    size = rows * -(-columns * layout.bits // (8 * layout.word)) * layout.word
-    if not layout.rows:
-        if weight.scale_dtype or weight.scale_bytes or weight.group:
-            raise VerifyError(f"weight {_name(weight)}: {weight.format} has no scales")
-        return size, 0
-    scale = _SCALES.get(weight.scale_dtype)
-    if scale is None or weight.group < 1 or layout.group not in (0, weight.group):
-        raise VerifyError(
-            f"weight {_name(weight)}: {weight.format} has no scales of {weight.scale_dtype or '?'}"
-            f" in groups of {weight.group}"
-        )
-    return size, scale * -(-rows // layout.rows) * -(-columns // weight.group)
+    try:
+        return expected_planes(weight)
+    except UnsupportedError as error:
+        raise VerifyError(f"weight {_name(weight)}: {error}") from error
 
 
 def stored_form(weight: Weight | ExpertWeights) -> Stored:
     """What kernels must know of how a weight is stored."""
-    if not _LAYOUTS[weight.format].open:
-        return Stored(weight.format)
-    return Stored(weight.format, weight.group, 8 * _SCALES[weight.scale_dtype])
+    dtypes = [plane.dtype for plane in weight.planes]
+    params = kernel_params(format_of(weight.format), weight.group, dtypes)
+    return Stored(weight.format, tuple(params.items()))
 
 
 def is_plain(weight: Weight) -> bool:
     """Whether elements are numbers as they are, without scales."""
-    return not _LAYOUTS[weight.format].rows
+    return not format_of(weight.format).scales
 
 
 def check_weights(plan: Plan) -> None:
@@ -90,24 +56,18 @@ def check_weights(plan: Plan) -> None:
             raise VerifyError(f"weight {weight.name}: two are called so, or none may be")
         names.add(weight.name)
         _check_sizes(weight)
-        places.add(weight.name, ((1, weight.shard),), (weight.offset,), weight.bytes)
-        if weight.scale_bytes:
-            at = (weight.scale_offset,)
-            places.add(weight.name, ((1, weight.scale_shard),), at, weight.scale_bytes)
-        elif weight.scale_shard != -1 or weight.scale_offset:
-            raise VerifyError(f"weight {weight.name}: scales that are none lie somewhere")
+        for plane in weight.planes:
+            places.add(weight.name, ((1, plane.shard),), (plane.offset,), plane.bytes)
     for experts in plan.experts:
         _check_sizes(experts)
         if experts.role in layers.setdefault(experts.layer, {}):
             raise VerifyError(f"layer {experts.layer} has {experts.role} experts twice")
         layers[experts.layer][experts.role] = experts
-        for runs, offsets, size in (
-            (experts.shards, experts.offsets, experts.bytes),
-            (experts.scale_shards, experts.scale_offsets, experts.scale_bytes),
-        ):
-            if len(offsets) != experts.count * bool(size) or _length(runs) != len(offsets):
+        for column in experts.planes:
+            offsets, runs = column.offsets, column.shards
+            if len(offsets) != experts.count or _length(runs) != len(offsets):
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
-            places.add(experts.pattern, runs, tuple(accumulate(offsets)), size)
+            places.add(experts.pattern, runs, tuple(accumulate(offsets)), column.bytes)
     for layer, roles in layers.items():
         if len(roles) != 3 or len({each.count for each in roles.values()}) != 1:
             raise VerifyError(f"layer {layer}: its experts are not as many of gate, up and down")
@@ -126,12 +86,17 @@ def _name(weight: Weight | ExpertWeights) -> str:
 
 
 def _check_sizes(weight: Weight | ExpertWeights) -> None:
-    size, scales = expected_bytes(weight)
-    if (weight.bytes, weight.scale_bytes) != (size, scales):
+    expected = expected_bytes(weight)
+    found = {plane.name: plane.bytes for plane in weight.planes}
+    if found != expected:
         raise VerifyError(
-            f"weight {_name(weight)}: {weight.format} {list(weight.shape)} takes {size} bytes and"
-            f" {scales} of scales, not {weight.bytes} and {weight.scale_bytes}"
+            f"weight {_name(weight)}: {weight.format} {list(weight.shape)} takes"
+            f" {_sizes(expected)}, not {_sizes(found)}"
         )
+
+
+def _sizes(planes: dict[str, int]) -> str:
+    return " and ".join(f"{size} bytes of {name}" for name, size in planes.items())
 
 
 def _length(runs: tuple[tuple[int, int], ...]) -> int:

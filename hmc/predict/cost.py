@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from hmc.errors import MachineError
+from hmc.formats import format_of
 from hmc.machine import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
@@ -54,6 +55,11 @@ class Cost:
 
 def _rate(rate: Rate | None, default: float) -> float:
     return default if rate is None else rate.value
+
+
+def _in_fp8(form: str) -> bool:
+    """Whether a GPU multiplies weights of a format as FP8 (none: a step without weights)."""
+    return bool(form) and "fp8" in format_of(form).exact_in
 
 
 def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
@@ -259,7 +265,7 @@ class CostModel:
 
     def _on_gpu(self, step: Step, phase: Phase, call: Call, rates: GpuRates) -> Cost:
         row, asked = OPS[step.op], self._work(step, phase, call)
-        peak = rates.fp8.value if asked.form == "fp8" else rates.bf16.value
+        peak = rates.fp8.value if _in_fp8(asked.form) else rates.bf16.value
         memory = rates.memory.value
         times = {"weights": asked.weight / memory, "compute": asked.flops / peak}
         seconds = 0.0

@@ -65,7 +65,7 @@ def heat_map(plan: Plan) -> HeatMap | None:
     sizes: Counter[int] = Counter()
     counts: dict[int, int] = {}
     for part in plan.experts:
-        sizes[part.layer] += part.bytes + part.scale_bytes
+        sizes[part.layer] += part.bytes
         counts[part.layer] = part.count
     widest = max(counts.values())
     row = float(max(5, min(18, 520 // len(plan.placement))))

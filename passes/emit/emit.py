@@ -17,24 +17,29 @@ Method
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import groupby, pairwise
 
 import torch.fx
 
-from hmc.checkpoint import Checkpoint
+from hmc.checkpoint import Checkpoint, TensorInfo, WeightSource
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
+from hmc.formats import Plane as FormatPlane
+from hmc.formats import format_of
 from hmc.graph import meta
 from hmc.passes.emit.steps import PhaseBuilder
 from hmc.passes.records import Capacity, Lowered, Target
 from hmc.plan import (
     CheckpointInfo,
+    ExpertPlane,
     ExpertWeights,
     Goals,
     Kernel,
     LayerPlacement,
     Plan,
     ShardInfo,
+    StoredPlane,
     Weight,
 )
 from hmc.plan.options import Options
@@ -120,14 +125,17 @@ def _weights(graph: torch.fx.GraphModule, target: Target) -> tuple[Weight, ...]:
                 name=weight.name,
                 format=source.format,
                 shape=source.shape,
-                shard=source.data.shard,
-                offset=source.data.offset,
-                bytes=source.data.nbytes,
-                group=source.block,
-                scale_dtype=source.scale_dtype,
-                scale_shard=source.scale.shard if source.scale else -1,
-                scale_offset=source.scale.offset if source.scale else 0,
-                scale_bytes=source.scale.nbytes if source.scale else 0,
+                group=source.group,
+                planes=tuple(
+                    StoredPlane(
+                        name=plane.name,
+                        dtype=tensor.dtype,
+                        shard=tensor.shard,
+                        offset=tensor.offset,
+                        bytes=tensor.nbytes,
+                    )
+                    for plane, tensor in _planes(source)
+                ),
             )
     return tuple(found.values())
 
@@ -141,8 +149,7 @@ def _experts(graph: torch.fx.GraphModule, target: Target) -> tuple[ExpertWeights
                 continue
             sources = target.source(weight)
             first = sources[0]
-            scales = [source.scale for source in sources if source.scale is not None]
-            if len({(s.format, s.block, s.scale_dtype) for s in sources}) != 1:
+            if len({(s.format, s.group, s.dtypes) for s in sources}) != 1:
                 raise PassFailedError(f"{weight.name}: the experts of one layer differ in format")
             result.append(
                 ExpertWeights(
@@ -151,18 +158,26 @@ def _experts(graph: torch.fx.GraphModule, target: Target) -> tuple[ExpertWeights
                     pattern=weight.name,
                     format=first.format,
                     shape=first.shape,
-                    bytes=first.data.nbytes,
                     count=len(sources),
-                    shards=_runs([source.data.shard for source in sources]),
-                    offsets=_differences([source.data.offset for source in sources]),
-                    group=first.block,
-                    scale_dtype=first.scale_dtype,
-                    scale_bytes=first.scale.nbytes if first.scale else 0,
-                    scale_shards=_runs([scale.shard for scale in scales]),
-                    scale_offsets=_differences([scale.offset for scale in scales]),
+                    group=first.group,
+                    planes=tuple(
+                        ExpertPlane(
+                            name=plane.name,
+                            dtype=tensor.dtype,
+                            bytes=tensor.nbytes,
+                            shards=_runs([source.tensors[at].shard for source in sources]),
+                            offsets=_differences([source.tensors[at].offset for source in sources]),
+                        )
+                        for at, (plane, tensor) in enumerate(_planes(first))
+                    ),
                 )
             )
     return tuple(result)
+
+
+def _planes(source: WeightSource) -> Iterator[tuple[FormatPlane, TensorInfo]]:
+    """Every plane of a weight and the tensor that it is."""
+    return zip(format_of(source.format).planes, source.tensors, strict=True)
 
 
 def _runs(values: list[int]) -> tuple[tuple[int, int], ...]:

@@ -24,7 +24,8 @@ import torch.fx
 from hmc.checkpoint import WeightSource
 from hmc.codegen.checks import check_spec
 from hmc.codegen.spec import MAX_TOKENS
-from hmc.errors import PassFailedError, UnsupportedError
+from hmc.errors import PassFailedError
+from hmc.formats import format_of, kernel_params
 from hmc.graph import WeightSpec, meta
 from hmc.ops import OPS, Stored, Use
 from hmc.passes.records import BLOCK, Notes, Target
@@ -82,9 +83,5 @@ def _family_of(weight: WeightSpec) -> str:
 
 def _stored(source: WeightSource) -> Stored:
     """What kernels must know of how a weight is stored."""
-    if source.format != "int4":
-        return Stored(source.format)
-    bits = {"F32": 32, "BF16": 16}.get(source.scale_dtype)
-    if bits is None:
-        raise UnsupportedError(f"int4 scales in {source.scale_dtype}: kernels read BF16 and F32")
-    return Stored(source.format, source.block, bits)
+    sizes = kernel_params(format_of(source.format), source.group, source.dtypes)
+    return Stored(source.format, tuple(sizes.items()))

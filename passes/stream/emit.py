@@ -14,7 +14,6 @@ from hmc.plan.memory import (
     expert_bytes,
     packed_bytes,
     resident_names,
-    stored,
     stored_expert_bytes,
 )
 from hmc.plan.phases import STREAM
@@ -405,7 +404,7 @@ class StreamEmitter:
                 layer=layer,
                 weights={str(number): name for number, name in enumerate(names)},
                 kernels=("torch:copy",),
-                weight_bytes=sum(stored(weight) for weight in weights),
+                weight_bytes=sum(weight.bytes for weight in weights),
                 fills=(slot,),
             )
             self._loaded[rank][section] = slot
@@ -424,7 +423,7 @@ class StreamEmitter:
             {},
             attrs={"what": "dense weights of decode, over slots and activations"},
             kernels=("torch:copy",),
-            weight_bytes=sum(stored(weight) for weight in weights),
+            weight_bytes=sum(weight.bytes for weight in weights),
             fills=(whole,),
         )
 

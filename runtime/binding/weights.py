@@ -4,26 +4,20 @@ and matrices over packed bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from hmc.plan import ExpertWeights, Format, Weight
-from hmc.plan.memory import aligned, scale_form
+from hmc.formats import forms_of
+from hmc.plan import ExpertWeights, Weight
+from hmc.plan.memory import aligned
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.weights.store import Role, WeightStore
-from hmc.runtime.weights.torch_view import view
+from hmc.runtime.weights.torch_view import TORCH, view
 
 Expert = tuple[Matrix, Matrix, Matrix]
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
-_TORCH = {
-    "fp8": torch.float8_e4m3fn,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "f32": torch.float32,
-    "int4": torch.int32,
-}
 
 
 @dataclass(frozen=True)
@@ -36,42 +30,23 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Form:
-    """Format and shape of a tensor and of its scales as they are in memory."""
+class _Placed:
+    """A weight and where each of its planes begins in packed bytes."""
 
-    format: Format
-    shape: tuple[int, ...]
-    group: int
-    nbytes: int
-    scale: torch.dtype | None
-    scale_shape: tuple[int, ...]
+    weight: Weight | ExpertWeights
+    starts: tuple[int, ...]
 
-    @staticmethod
-    def of(weight: Weight | ExpertWeights) -> _Form:
-        size, *shape = scale_form(weight)
-        scale = {0: None, 2: torch.bfloat16, 4: torch.float32}[size]
-        return _Form(weight.format, weight.shape, weight.group, weight.bytes, scale, tuple(shape))
+    def tensors(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Its planes over the packed bytes."""
+        return tuple(
+            raw[start : start + form.bytes].view(TORCH[form.kept]).view(form.shape)
+            for start, form in zip(self.starts, forms_of(self.weight), strict=True)
+        )
 
-    @property
-    def scale_bytes(self) -> int:
-        if self.scale is None:
-            return 0
-        return self.scale.itemsize * self.scale_shape[0] * self.scale_shape[1]
-
-    def tensor(self, raw: torch.Tensor) -> torch.Tensor:
-        """The stored tensor over the bytes at the beginning of `raw`."""
-        shape = self.shape
-        if self.format == "int4":
-            shape = (shape[0], self.nbytes // 4 // shape[0])
-        return raw[: self.nbytes].view(_TORCH[self.format]).view(shape)
-
-    def matrix(self, raw: torch.Tensor, scale: torch.Tensor) -> Matrix:
-        """The matrix over the bytes at the beginning of `raw` and `scale`."""
-        rows, columns = self.shape
-        factors = None
-        if self.scale is not None:
-            factors = scale[: self.scale_bytes].view(self.scale).view(self.scale_shape)
-        return Matrix(self.tensor(raw), self.format, (rows, columns), factors, self.group)
+    def matrix(self, raw: torch.Tensor) -> Matrix:
+        """The matrix over the packed bytes."""
+        rows, columns = self.weight.shape
+        return Matrix(self.tensors(raw), self.weight.format, (rows, columns), self.weight.group)
 
 
 class Packed:
@@ -83,8 +58,8 @@ class Packed:
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
         self.nbytes = 0
-        self._weights: dict[str, tuple[_Form, int, int]] = {}
-        self._experts: dict[int, tuple[tuple[_Form, int, int], ...]] = {}
+        self._weights: dict[str, _Placed] = {}
+        self._experts: dict[int, tuple[_Placed, _Placed, _Placed]] = {}
         self._of_expert: dict[int, slice] = {}
 
     @staticmethod
@@ -92,22 +67,23 @@ class Packed:
         """The weights named, in this order."""
         packed = Packed()
         for name in names:
-            addresses = store.address(name), store.scale_address(name)
-            packed._weights[name] = packed._put(_Form.of(store.weight(name)), *addresses)
+            packed._weights[name] = packed._put(store.weight(name), store.addresses(name))
         return packed
 
     @staticmethod
     def of_experts(store: WeightStore, layer: int, experts: Iterable[int]) -> Packed:
         """Experts of a layer, in this order; of each gate, up and down, scales after each."""
         packed = Packed()
-        forms = [_Form.of(store.experts(layer, role)) for role in _ROLES]
-        table = store.expert_table(layer)
+        columns = [
+            (store.experts(layer, role), store.expert_planes(layer, role)) for role in _ROLES
+        ]
         for expert in experts:
-            row = table[expert].tolist()
             first = len(packed.pieces)
-            packed._experts[expert] = tuple(
-                packed._put(form, row[2 * i], row[2 * i + 1]) for i, form in enumerate(forms)
+            gate, up, down = (
+                packed._put(weights, tuple(int(places[expert]) for places in planes))
+                for weights, planes in columns
             )
+            packed._experts[expert] = gate, up, down
             packed._of_expert[expert] = slice(first, len(packed.pieces))
         return packed
 
@@ -116,22 +92,16 @@ class Packed:
 
     def matrix(self, name: str, raw: torch.Tensor) -> Matrix:
         """A weight of two dimensions over packed bytes `raw` u8 [nbytes]."""
-        form, data, scale = self._weights[name]
-        return form.matrix(raw[data:], raw[scale:])
+        return self._weights[name].matrix(raw)
 
     def vector(self, name: str, raw: torch.Tensor) -> torch.Tensor:
         """A weight of one dimension, as stored."""
-        form, data, _ = self._weights[name]
-        return form.tensor(raw[data:])
+        return self._weights[name].tensors(raw)[0]
 
     def experts(self, raw: torch.Tensor) -> dict[int, Expert]:
         """gate, up and down of every expert over packed bytes."""
         return {
-            expert: (
-                gate[0].matrix(raw[gate[1] :], raw[gate[2] :]),
-                up[0].matrix(raw[up[1] :], raw[up[2] :]),
-                down[0].matrix(raw[down[1] :], raw[down[2] :]),
-            )
+            expert: (gate.matrix(raw), up.matrix(raw), down.matrix(raw))
             for expert, (gate, up, down) in self._experts.items()
         }
 
@@ -149,15 +119,10 @@ class Packed:
         for address, target in self.copies(raw):
             target.copy_(view(address, torch.uint8, (len(target),)))
 
-    def _put(self, form: _Form, data: int, scale: int) -> tuple[_Form, int, int]:
-        places = []
-        for address, size in ((data, form.nbytes), (scale, form.scale_bytes)):
-            places.append(self.nbytes)
-            if size:
-                self.pieces.append(Piece(address, self.nbytes, size))
-                self.nbytes += aligned(size)
-        return form, places[0], places[1]
-
-
-Residents = Mapping[int, tuple[Packed, torch.Tensor]]
-"""By layer, the experts a device holds and their bytes."""
+    def _put(self, weight: Weight | ExpertWeights, addresses: tuple[int, ...]) -> _Placed:
+        starts = []
+        for address, form in zip(addresses, forms_of(weight), strict=True):
+            starts.append(self.nbytes)
+            self.pieces.append(Piece(address, self.nbytes, form.bytes))
+            self.nbytes += aligned(form.bytes)
+        return _Placed(weight, tuple(starts))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hmc.plan import Format
+from hmc.formats import GROUP, Format, format_of
 from hmc.runtime.device_ops import scratch, triton_fp8
 
 _BLOCK, _TILE = 128, 64
@@ -34,38 +34,50 @@ _BLOCK_SCALED = {(9, 0)}
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored weight [N, K] on a device.
-
-    `data` as stored (fp8 [N, K]; int4 words i32 [N, ceil(K / 8)]), `scale` f32 [ceil(N/128),
-    ceil(K/128)] of fp8, f32 or bf16 [N, K / group] of int4.
+    """A stored weight [N, K] on a device: its planes as kernels read them, in the order of the
+    format's row (hmc/formats); `group` columns share a scale where the format leaves that open.
     """
 
-    data: torch.Tensor
-    format: Format
+    planes: tuple[torch.Tensor, ...]
+    format: str
     shape: tuple[int, int]
-    scale: torch.Tensor | None = None
     group: int = 0
+
+    @property
+    def data(self) -> torch.Tensor:
+        """The codes."""
+        return self.planes[0]
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) as f32 [n, K]."""
-        if self.format != "int4":
-            found = self.data[first:last].to(torch.float32)
-        else:
-            shifts = torch.arange(0, 32, 4, device=self.data.device, dtype=torch.int32)
-            codes = (self.data[first:last, :, None] >> shifts).bitwise_and_(15).sub_(8)
-            found = codes.flatten(1)[:, : self.shape[1]].to(torch.float32)
-            del codes  # room for the scales
-        if self.scale is None:
-            return found
-        if self.format == "int4":
-            spread = self.scale[first:last]
-        else:
-            start = first // self.group
-            spread = self.scale[start : -(-last // self.group)]
-            spread = spread.repeat_interleave(self.group, 0)[first - start * self.group :]
-            spread = spread[: last - first]
-        spread = spread.to(torch.float32).repeat_interleave(self.group, 1)
-        return found.mul_(spread[:, : self.shape[1]])
+        row = format_of(self.format)
+        found = self._codes(row, first, last)
+        for plane, scale in zip(row.scales, self.planes[1:], strict=True):
+            down, across = plane.elements(self.shape, self.group)
+            high = plane.rows or self.shape[0]
+            wide = (self.group if plane.columns == GROUP else plane.columns) or self.shape[1]
+            start = first // high
+            spread = scale.view(down, across)[start : -(-last // high)]
+            if high > 1:
+                spread = spread.repeat_interleave(high, 0)[first - start * high :]
+                spread = spread[: last - first]
+            spread = spread.to(torch.float32).repeat_interleave(wide, 1)
+            found = found.mul_(spread[:, : self.shape[1]])
+        return found
+
+    def _codes(self, row: Format, first: int, last: int) -> torch.Tensor:
+        """Values of codes: those of PyTorch's own dtype, or of packed ones by their table."""
+        data = self.data[first:last]
+        if not row.codes.bits:
+            return data.to(torch.float32)
+        shifts = torch.arange(0, 8 * data.element_size(), row.codes.bits,
+                              device=data.device, dtype=data.dtype)  # fmt: skip
+        codes = (data[..., None] >> shifts).bitwise_and_(2**row.codes.bits - 1).flatten(1)
+        steps = range(len(row.values))
+        if row.values == tuple(row.values[0] + step for step in steps):  # no table: less memory
+            return codes.add_(int(row.values[0]))[:, : self.shape[1]].to(torch.float32)
+        values = torch.tensor(row.values, dtype=torch.float32, device=data.device)
+        return values[codes[:, : self.shape[1]]]
 
 
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
@@ -76,8 +88,7 @@ def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
         return x.to(torch.float32) @ w.data.t()
     form = fp8_form(w, x.device) if w.format == "fp8" else "split"
     if form == "triton":
-        assert w.scale is not None
-        return triton_fp8.matmul(x.contiguous(), w.data, w.scale)
+        return triton_fp8.matmul(x.contiguous(), *w.planes)
     if form == "scaled_mm":
         return _scaled(x, w)
     return _split(x, w)
@@ -108,7 +119,7 @@ def _expanded(columns: int) -> int:
 
 def fp8_form(w: Matrix, device: torch.device) -> str:
     """How an fp8 matrix is multiplied on a device: "triton", "scaled_mm" or "split"."""
-    if device.type != "cuda" or w.group != _BLOCK:
+    if device.type != "cuda":
         return "split"
     whole = w.shape[0] % _BLOCK == 0 and w.shape[1] % _BLOCK == 0
     if whole and torch.cuda.get_device_capability(device) in _BLOCK_SCALED:
@@ -162,14 +173,14 @@ def two_terms(x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
 
 
 def _scaled(x: torch.Tensor, w: Matrix) -> torch.Tensor:
-    assert w.scale is not None
+    data, scales = w.planes
     result = None
     for codes, scale in two_terms(x):
         part = torch._scaled_mm(
             codes,
-            w.data.t(),
+            data.t(),
             scale_a=scale.t().contiguous().t(),  # rows of blocks side by side, as cuBLAS asks
-            scale_b=w.scale.t(),
+            scale_b=scales.t(),
             out_dtype=torch.float32,
         )
         result = part if result is None else result.add_(part)

@@ -9,8 +9,8 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from hmc.codegen.isa import needs_numbers
 from hmc.codegen.jit import Jit
+from hmc.codegen.native import takes_nan
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.errors import TensorError
 from hmc.runtime.host.pool import Pool
@@ -32,9 +32,11 @@ def check_numbers(
 
     Raises `TensorError` naming the first tensor with a NaN code (0x7F or 0xFF).
     """
-    if not needs_numbers(isa):
-        return
-    groups = list(store.stored("fp8"))
+    groups = [
+        (group.key, addresses, group.home_bytes)
+        for group, addresses in store.codes()
+        if takes_nan(isa, group.format)
+    ]
     if not groups:
         return
     spec, nowhere = KernelSpec.of("nan_codes", isa), pack("nan_codes", spans=0, count=0, found=0)
@@ -73,6 +75,6 @@ def _pieces(addresses: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64
 def _name(store: WeightStore, key: Key, number: int) -> str:
     """The checkpoint's name of tensor `number` of a group."""
     if key[0] == "expert":
-        _, layer, role = key
+        _, layer, role, _ = key
         return store.experts(cast(int, layer), cast(Role, role)).pattern.format(e=number)
     return str(key[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from hmc.formats.base import WIDE
 from hmc.plan import Plan
 from hmc.runtime.weights.store import WeightStore
 
@@ -42,7 +43,7 @@ class Tables:
         """
         if name is None:
             return 0
-        if self._store.weight(name).format == "f32":
+        if self._store.weight(name).planes[0].dtype == WIDE:
             return self._store.address(name)
         if name not in self._vectors:
             self._vectors[name] = self._store.vector(name)

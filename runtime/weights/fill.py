@@ -1,9 +1,5 @@
-"""Filling memory with weights: read from the shards, copied from mapped ones, or random ones that
-look like trained ones; hides threads.
-
-Random weights are slices of one pattern per format at varied places, copied at memory speed: what
-counts for a benchmark is that values are spread as in a real model (no zeros, NaN or subnormals to
-be fast or slow on), that no two experts are equal, and that the same plan gives the same weights.
+"""Filling memory with weights: read from the shards, copied from mapped ones, or random ones
+(dummy.py); hides threads.
 """
 
 from __future__ import annotations
@@ -22,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ShardError
+from hmc.formats import Form
+from hmc.formats.decode import NUMPY, floats
+from hmc.runtime.weights.dummy import Patterns
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (bytes)."""
 
-_PATTERN = 1 << 24  # elements; at odd steps through it, experts start at different places
-_STRIDE = 1_234_577
+_STRIDE = 1_234_577  # through a pattern, so that experts start at different places
 _CHUNK = 64 << 20  # bytes of one copy task
 _AHEAD = 256  # tasks that wait
-_CODE_STD = 448 / 4.0  # a block of 16384 Gaussian values has its largest near 4 standard deviations
-_INT4_STD = 4.6  # of the uniform codes -8..7
 
 
 def copy_spans(
@@ -49,7 +45,7 @@ def copy_spans(
         for group in groups:
             for start, target in zip(source[group.key], places[group.key], strict=True):
                 if group.widen:
-                    yield partial(_widen, int(start), int(target), group.nbytes), group.nbytes
+                    yield partial(_widen, group.form, int(start), int(target)), group.nbytes
                     continue
                 for at in range(0, group.nbytes, _CHUNK):
                     size = min(_CHUNK, group.nbytes - at)
@@ -84,7 +80,7 @@ def read_spans(
                 for shard, start, target in spans:
                     file, offset, to = files[int(shard)], int(start), int(target)
                     if group.widen:
-                        yield partial(_read_wide, file, offset, to, group.nbytes), group.nbytes
+                        yield partial(_read_wide, group.form, file, offset, to), group.nbytes
                         continue
                     for at in range(0, group.nbytes, _CHUNK):
                         size = min(_CHUNK, group.nbytes - at)
@@ -99,10 +95,8 @@ def fill_dummy(
     places: Mapping[Key, Addresses],
     progress: Progress | None,
 ) -> None:
-    """Write random weights: fp8 codes of a Gaussian scaled to its block's largest, others with std
-    1/sqrt(fan_in).
-    """
-    patterns = _Patterns()
+    """Write random weights with std 1/sqrt(fan_in)."""
+    patterns = Patterns()
 
     def tasks() -> Iterable[tuple[Callable[[], None], int]]:
         number = 0
@@ -151,55 +145,6 @@ class _File:
         os.close(self._descriptor)
 
 
-class _Patterns:
-    """Values to cut tensors from, as bytes, one array per format and scale."""
-
-    def __init__(self) -> None:
-        self._gauss = np.random.default_rng(0).standard_normal(_PATTERN, np.float32)
-        self._known: dict[tuple[str, int], npt.NDArray[Any]] = {}
-
-    def of(self, group: TensorGroup) -> npt.NDArray[Any]:
-        """Elements of `group`'s format as unsigned integers of their size."""
-        key = (group.format, group.fan_in)
-        if key not in self._known:
-            self._known[key] = self._make(group)
-        return self._known[key]
-
-    def _make(self, group: TensorGroup) -> npt.NDArray[Any]:
-        std = (group.fan_in or 1) ** -0.5
-        if group.format == "fp8":
-            return _fp8_codes(self._gauss * np.float32(_CODE_STD))
-        if group.format == "int4":
-            return self._gauss.view(np.uint8)[0::4]  # the lowest mantissa bits: uniform
-        if group.format == "fp8 scale":
-            return np.full(4096, std / _CODE_STD, np.float32).view(np.uint32)
-        if group.format == "int4 scale":
-            return _bf16_bits(np.full(4096, std / _INT4_STD, np.float32))
-        # Vectors are gains of norms or biases: near 1 is harmless for both.
-        values = self._gauss * np.float32(std) if group.fan_in else 1 + 0.05 * self._gauss
-        if group.format == "f32":
-            return values.view(np.uint32)
-        if group.format == "bf16":
-            return _bf16_bits(values)
-        return values.astype(np.float16).view(np.uint16)
-
-
-def _bf16_bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """f32 values rounded to bf16, to the nearest even."""
-    bits = values.view(np.uint32)
-    return ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
-
-
-def _fp8_codes(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """f32 values as E4M3 codes, cut off at 448: subnormals are multiples of 2^-9."""
-    sizes = np.minimum(np.abs(values), np.float32(448))
-    bits = sizes.view(np.uint32)
-    # To the nearest even of three bits behind the first; the exponent 1 is 121 in f32.
-    normal = ((bits + (0x7FFFF + (bits >> 20 & 1))) >> 20) - (120 << 3)
-    codes = np.where(sizes < 2**-6, np.rint(sizes * 512), normal).astype(np.uint8)
-    return np.where(np.signbit(values), codes | np.uint8(0x80), codes)
-
-
 def _run(
     tasks: Iterable[tuple[Callable[[], None], int]],
     total: int,
@@ -233,15 +178,15 @@ def _copy(start: int, target: int, size: int) -> None:
     np.copyto(_bytes(target, size), _bytes(start, size))
 
 
-def _read_wide(file: _File, offset: int, target: int, size: int) -> None:
-    narrow = np.empty(size, np.uint8)
+def _read_wide(form: Form, file: _File, offset: int, target: int) -> None:
+    narrow = np.empty(form.stored_bytes, np.uint8)
     file.read(offset, narrow)
-    _widen(narrow.ctypes.data, target, size)
+    _widen(form, narrow.ctypes.data, target)
 
 
-def _widen(start: int, target: int, size: int) -> None:
-    narrow = _bytes(start, size).view(np.uint16)
-    np.left_shift(narrow, 16, out=_bytes(target, 2 * size).view(np.uint32), dtype=np.uint32)
+def _widen(form: Form, start: int, target: int) -> None:
+    narrow = _bytes(start, form.stored_bytes).view(NUMPY[form.dtype])
+    _bytes(target, form.bytes).view(np.float32)[:] = floats(narrow, form.dtype)
 
 
 def _tile(pattern: npt.NDArray[Any], start: int, target: int, size: int) -> None:

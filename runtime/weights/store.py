@@ -11,8 +11,8 @@ mapping, copying, faking.
     dummy    no shard data: random weights of the real shapes, for benchmarks; in a memory file when
              made with the home "shared", else private
 
-Checkpoint layout is kernel layout. One thing alone is converted: bf16 block scales of fp8 weights
-are widened to f32 (1/16384 of the weights' size), because kernels read f32 scales.
+Checkpoint layout is kernel layout. One thing alone is converted: scales in dtypes that kernels do
+not read (`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) are widened to f32.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ import numpy.typing as npt
 
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
+from hmc.formats import format_of, forms_of
+from hmc.formats.decode import NUMPY, decode
 from hmc.machine.detect import available_bytes
 from hmc.plan import ExpertWeights, Plan, Weight
 from hmc.runtime.memory.blocks import Block
@@ -38,18 +40,18 @@ from hmc.runtime.weights.tensors import (
     Key,
     TensorGroup,
     check_checkpoint,
+    expert_key,
     layout,
     tensor_groups,
+    weight_key,
 )
 
-__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore"]
+__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "array_at"]
 
 Home = Literal["mapped", "arena", "shared"]
 Role = Literal["gate", "up", "down"]
 
 _ROLES: tuple[Role, ...] = ("gate", "up", "down")
-_NUMPY: dict[str, npt.DTypeLike] = {"bf16": np.uint16, "fp16": np.float16, "f32": np.float32}
-"""How numpy holds the elements of a format: of bf16 the bits, of others the bytes."""
 
 
 class WeightStore:
@@ -117,16 +119,18 @@ class WeightStore:
         arena = WeightArena.attach(plan, groups, descriptor)
         return WeightStore(plan, groups, arena.places, [arena], arena.home)
 
+    def addresses(self, name: str) -> tuple[int, ...]:
+        """Address of each plane of a weight; `KeyError` for an unknown name."""
+        planes = self._weights[name].planes
+        return tuple(int(self._places[weight_key(name, plane.name)][0]) for plane in planes)
+
     def address(self, name: str) -> int:
-        """Address of a weight's data; `KeyError` for an unknown name."""
-        return int(self._places["weight", name][0])
+        """Address of a weight's codes."""
+        return self.addresses(name)[0]
 
     def scale_address(self, name: str) -> int:
-        """Address of a weight's scales (fp8: f32 [ceil(N/128), ceil(K/128)]; int4: as stored), 0
-        when it has none.
-        """
-        found = self._places.get(("scale", name))
-        return 0 if found is None else int(found[0])
+        """Address of a weight's scales, 0 when it has none."""
+        return next(iter(self.addresses(name)[1:]), 0)
 
     def weight(self, name: str) -> Weight:
         """What the plan says of a weight."""
@@ -136,47 +140,62 @@ class WeightStore:
         """What the plan says of a projection of a layer's experts."""
         return self._experts[layer, role]
 
+    def expert_planes(self, layer: int, role: Role) -> list[Addresses]:
+        """Addresses i64 [experts] of each plane of a projection of a layer's experts."""
+        planes = self._experts[layer, role].planes
+        return [self._places[expert_key(layer, role, plane.name)] for plane in planes]
+
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where
         there is no scale).
         """
-        count = self._experts[layer, "gate"].count
-        table = np.zeros((count, 6), np.int64)
+        table = np.zeros((self._experts[layer, "gate"].count, 6), np.int64)
         for column, role in enumerate(_ROLES):
-            table[:, 2 * column] = self._places["expert", layer, role]
-            scales = self._places.get(("expert scale", layer, role))
-            if scales is not None:
-                table[:, 2 * column + 1] = scales
+            for offset, places in enumerate(self.expert_planes(layer, role)[:2]):
+                table[:, 2 * column + offset] = places
         return table
 
-    def stored(self, weight_format: str) -> Iterator[tuple[Key, Addresses, int]]:
-        """Tensors of a format (see `TensorGroup`): key, addresses i64 [tensors], bytes of each."""
+    def codes(self) -> Iterator[tuple[TensorGroup, Addresses]]:
+        """The codes of every weight and where they are."""
         for group in self._groups:
-            if group.format == weight_format:
-                yield group.key, self._places[group.key], group.home_bytes
+            if group.form.plane is format_of(group.format).codes:
+                yield group, self._places[group.key]
 
-    def array(self, name: str) -> npt.NDArray[Any]:
-        """A weight's data without a copy, in its shape as `_NUMPY` says, else u8 [bytes]; do not
-        write, do not keep.
+    def arrays(self, name: str) -> list[npt.NDArray[Any]]:
+        """The planes of a weight in memory, as `formats.decode.NUMPY` holds them, without a copy;
+        do not write, do not keep.
         """
+        return [
+            array_at(address, NUMPY[form.kept], form.shape)
+            for form, address in zip(
+                forms_of(self._weights[name]), self.addresses(name), strict=True
+            )
+        ]
+
+    def rows(self, name: str, first: int, last: int) -> npt.NDArray[np.float32]:
+        """Rows [first, last) of a matrix as f32 [n, K], whatever its format."""
         weight = self._weights[name]
-        dtype = np.dtype(_NUMPY.get(weight.format, np.uint8))
-        shape = weight.shape if weight.bytes == math.prod(weight.shape) * dtype.itemsize else -1
-        raw = (ctypes.c_uint8 * weight.bytes).from_address(self.address(name))
-        return np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+        kept = [form.kept for form in forms_of(weight)]
+        row = format_of(weight.format)
+        return decode(row, self.arrays(name), kept, weight.shape, weight.group, first, last)
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        """A weight without scales as f32, in its shape."""
-        found = self.array(name)
-        if found.dtype == np.uint16:
-            return (found.astype(np.uint32) << 16).view(np.float32)
-        return found.astype(np.float32)
+        """A vector as f32 [n]."""
+        found: npt.NDArray[np.float32] = self.rows(name, 0, 1)[0]
+        return found
 
     def close(self) -> None:
         """Give mappings and memory back; no address is valid after it."""
         for owner in self._owners:
             owner.close()
         self._owners, self._places = [], {}
+
+
+def array_at(address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array over memory at `address` that somebody else owns."""
+    raw = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    found: npt.NDArray[Any] = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+    return found
 
 
 def _open_mapped(

@@ -1,4 +1,4 @@
-"""Every tensor of a plan: where it lies in the checkpoint, how large it is as kernels read it, and
+"""Every tensor of a plan: where it lies in the checkpoint, what it is as kernels read it, and
 whether the checkpoint is still the one; hides how a plan stores runs of experts.
 """
 
@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from hmc.checkpoint.headers import read_fingerprint
 from hmc.errors import PlanMismatchError, UsageError
-from hmc.plan import ExpertWeights, Plan, Weight
+from hmc.formats import Form, forms_of
+from hmc.plan import Plan
 from hmc.runtime.memory.blocks import aligned
 
 Key = tuple[str | int, ...]
@@ -23,66 +24,63 @@ Addresses = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors of one shape and format: one plain weight, or one projection of all experts of a
-    layer; or their scales.
+    """One plane of a weight, or of one projection of all experts of a layer.
 
-    Tensor i is `nbytes` at `offsets[i]` of shard `shards[i]`. `format` is the stored one ("scale"
-    for scales, then `widen` says that they are bf16 to be made f32). `fan_in` is the K of the
+    Tensor i is `form.stored_bytes` at `offsets[i]` of shard `shards[i]`. `fan_in` is the K of the
     matmul, 0 for vectors.
     """
 
     key: Key
     format: str
-    nbytes: int
+    form: Form
     shards: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     fan_in: int = 0
-    widen: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one tensor as it is stored."""
+        return self.form.stored_bytes
 
     @property
     def home_bytes(self) -> int:
         """Bytes of one tensor as kernels read it."""
-        return 2 * self.nbytes if self.widen else self.nbytes
+        return self.form.bytes
+
+    @property
+    def widen(self) -> bool:
+        """Whether its numbers become f32 on the way to memory."""
+        return self.form.kept != self.form.dtype
+
+
+def weight_key(name: str, plane: str) -> Key:
+    """Key of a plane of a weight."""
+    return ("weight", name, plane)
+
+
+def expert_key(layer: int, role: str, plane: str) -> Key:
+    """Key of a plane of a projection of a layer's experts."""
+    return ("expert", layer, role, plane)
 
 
 def tensor_groups(plan: Plan) -> list[TensorGroup]:
-    """Every tensor the plan names, weights before their scales."""
+    """Every tensor the plan names, planes of a weight one after the other."""
     groups = []
     for w in plan.weights:
         fan_in = w.shape[-1] if len(w.shape) > 1 else 0
-        one = np.array([w.shard]), np.array([w.offset])
-        groups.append(TensorGroup(("weight", w.name), w.format, w.bytes, *one, fan_in))
-        if w.scale_dtype:
-            one = np.array([w.scale_shard]), np.array([w.scale_offset])
-            groups.append(_scales(("scale", w.name), w, *one, fan_in))
+        for place, form in zip(w.planes, forms_of(w), strict=True):
+            key, shard, offset = weight_key(w.name, place.name), place.shard, place.offset
+            one = np.array([shard], np.int64), np.array([offset], np.int64)
+            groups.append(TensorGroup(key, w.format, form, *one, fan_in))
     for e in plan.experts:
-        columns = _expand(e.shards, e.count), np.cumsum(e.offsets or (0,) * e.count)
-        key = ("expert", e.layer, e.role)
-        groups.append(TensorGroup(key, e.format, e.bytes, *columns, e.shape[-1]))
-        if e.scale_dtype:
-            columns = (
-                _expand(e.scale_shards, e.count),
-                np.cumsum(e.scale_offsets or (0,) * e.count),
-            )
-            groups.append(_scales(("expert scale", e.layer, e.role), e, *columns, e.shape[-1]))
+        for column, form in zip(e.planes, forms_of(e), strict=True):
+            key = expert_key(e.layer, e.role, column.name)
+            shards, offsets = _expand(column.shards), np.cumsum(column.offsets)
+            groups.append(TensorGroup(key, e.format, form, shards, offsets, e.shape[-1]))
     return groups
 
 
-def _scales(
-    key: Key,
-    owner: Weight | ExpertWeights,
-    shards: npt.NDArray[np.int64],
-    offsets: npt.NDArray[np.int64],
-    fan_in: int,
-) -> TensorGroup:
-    widen = owner.format == "fp8" and owner.scale_dtype == "BF16"
-    name = f"{owner.format} scale"
-    return TensorGroup(key, name, owner.scale_bytes, shards, offsets, fan_in, widen)
-
-
-def _expand(runs: tuple[tuple[int, int], ...], count: int) -> npt.NDArray[np.int64]:
-    if not runs:
-        return np.full(count, -1, np.int64)
+def _expand(runs: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
     counts, values = zip(*runs, strict=True)
     return np.repeat(np.array(values, np.int64), counts)
 

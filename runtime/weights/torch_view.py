@@ -7,6 +7,13 @@ from math import prod
 
 import torch
 
+TORCH = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
+    "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Dtypes of safetensors, as far as planes of formats have them."""
+
 
 def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor over memory at `address` that somebody else owns."""

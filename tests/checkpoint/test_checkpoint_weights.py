@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from checkpoint_files import FP8_CONFIG, int4_config, write_config, write_shard
+from format_rows import E5M2_ROWS
 
 from hmc.checkpoint import Checkpoint
 from hmc.errors import TensorError
+from hmc.formats import registered
 
 W = "model.layers.0.mlp.up_proj.weight"
 SHAPE = (200, 300)  # ragged blocks both ways
@@ -44,8 +46,8 @@ def test_plain(tmp_path: Path, dtype: str, name: str) -> None:
     checkpoint = opened(tmp_path, {W: (dtype, SHAPE)})
     source = checkpoint.resolve(W, SHAPE, linear=True)
     assert source.format == name
-    assert source.data == checkpoint.tensors[W]
-    assert (source.scale, source.scale_dtype, source.block) == (None, "", 0)
+    assert source.tensors == (checkpoint.tensors[W],)
+    assert (source.dtypes, source.group) == ((dtype,), 0)
     assert source.note == f"{dtype}: the checkpoint is not quantised"
     assert source.tensor_names == (W,)
     assert source.nbytes == checkpoint.tensors[W].nbytes
@@ -56,8 +58,9 @@ def test_fp8(tmp_path: Path, scales: str) -> None:
     tensors = {**FP8, f"{W}_scale_inv": (scales, (2, 3))}
     checkpoint = opened(tmp_path, tensors, FP8_CONFIG)
     source = checkpoint.resolve(W, SHAPE, linear=True)
-    assert (source.format, source.block, source.scale_dtype) == ("fp8", 128, scales)
-    assert source.scale == checkpoint.tensors[f"{W}_scale_inv"]
+    assert (source.format, source.group) == ("fp8", 0)
+    assert source.dtypes == ("F8_E4M3", scales)
+    assert source.tensors == (checkpoint.tensors[W], checkpoint.tensors[f"{W}_scale_inv"])
     assert source.note == f"FP8 E4M3, 128x128 scales in {scales}"
     assert source.nbytes == 60_000 + 6 * (4 if scales == "F32" else 2)
     checkpoint.check_unused(source.tensor_names)
@@ -68,9 +71,8 @@ def test_int4(tmp_path: Path, scales: str) -> None:
     shape = (200, 320)
     checkpoint = opened(tmp_path, {**INT4, f"{W}_scale": (scales, (200, 10))}, int4_config())
     source = checkpoint.resolve(W, shape, linear=True)
-    assert (source.name, source.shape, source.format, source.block) == (W, shape, "int4", 32)
-    assert source.data == checkpoint.tensors[f"{W}_packed"]
-    assert source.scale == checkpoint.tensors[f"{W}_scale"]
+    assert (source.name, source.shape, source.format, source.group) == (W, shape, "int4", 32)
+    assert source.tensors == tuple(checkpoint.tensors[f"{W}{end}"] for end in ("_packed", "_scale"))
     assert source.note == f"INT4 symmetric, one {scales} scale per 32 columns"
     checkpoint.check_unused(source.tensor_names)
 
@@ -158,12 +160,12 @@ def without(name: str) -> Tensors:
             "is packed, but ignore in config.json lists it",
         ),
         ({**INT4, W: ("BF16", (200, 320))}, int4_config(), f"stands beside {W}"),
-        (without(f"{W}_scale"), int4_config(), f"is there, but {W}_scale is missing"),
-        (without(f"{W}_shape"), int4_config(), f"is there, but {W}_shape is missing"),
+        (without(f"{W}_scale"), int4_config(), f"is packed, but {W}_scale is missing"),
+        (without(f"{W}_shape"), int4_config(), f"is packed, but {W}_shape is missing"),
         ({**INT4, f"{W}_packed": ("F32", (200, 40))}, int4_config(), "is F32, must be I32"),
         ({**INT4, f"{W}_packed": ("I32", (200, 80))}, int4_config(), "implies [200, 40]"),
         ({**INT4, f"{W}_scale": ("BF16", (200, 1))}, int4_config(), "implies [200, 10]"),
-        ({**INT4, f"{W}_scale": ("U8", (200, 10))}, int4_config(), "is U8, must be F32 or"),
+        ({**INT4, f"{W}_scale": ("U8", (200, 10))}, int4_config(), "is U8, must be BF16 or"),
         ({**INT4, f"{W}_shape": ("F32", (2,))}, int4_config(), "is F32, must be I64 or I32"),
         ({**INT4, f"{W}_shape": ("I64", (3,))}, int4_config(), "implies [2]"),
         (INT4, int4_config(group_size=128), "no multiple of group_size 128"),
@@ -185,7 +187,7 @@ def test_fp8_of_compressed_tensors(tmp_path: Path) -> None:
     config = {**int4_config(**weights), "format": "float-quantized"}
     tensors: Tensors = {W: ("F8_E4M3", SHAPE), f"{W}_scale": ("BF16", (2, 3))}
     source = opened(tmp_path, tensors, config).resolve(W, SHAPE, linear=True)
-    assert (source.format, source.scale_dtype) == ("fp8", "BF16")
+    assert (source.format, source.dtypes) == ("fp8", ("F8_E4M3", "BF16"))
     assert source.tensor_names == (W, f"{W}_scale")
 
 
@@ -204,7 +206,7 @@ def test_experts(tmp_path: Path) -> None:
     names = [f"experts.{number}.up_proj.weight" for number in range(11)]
     checkpoint = opened(tmp_path, dict.fromkeys(names, ("BF16", SHAPE)))
     sources = checkpoint.resolve_experts("experts.{e}.up_proj.weight", 11, SHAPE)
-    assert [source.data for source in sources] == [checkpoint.tensors[name] for name in names]
+    assert [source.tensors for source in sources] == [(checkpoint.tensors[name],) for name in names]
     assert sources == [checkpoint.resolve(name, SHAPE, linear=True) for name in names]
 
 
@@ -221,14 +223,11 @@ def test_invented_weights_are_what_a_checkpoint_would_hold(tmp_path: Path, confi
     dummy = Checkpoint.from_config(tmp_path)
     expected = real.resolve(W, shape, linear=True)
     invented = dummy.resolve(W, shape, linear=True)
-    assert invented.data.shard == -1
-    for field in ("name", "shape", "format", "scale_dtype", "block", "note", "nbytes"):
+    assert {tensor.shard for tensor in invented.tensors} == {-1}
+    for field in ("name", "shape", "format", "dtypes", "group", "note", "nbytes", "tensor_names"):
         assert getattr(invented, field) == getattr(expected, field)
-    for mine, theirs in ((invented.data, expected.data), (invented.scale, expected.scale)):
-        if mine is None or theirs is None:
-            assert mine is theirs
-        else:
-            assert (mine.name, mine.dtype, mine.shape) == (theirs.name, theirs.dtype, theirs.shape)
+    for mine, theirs in zip(invented.tensors, expected.tensors, strict=True):
+        assert (mine.name, mine.dtype, mine.shape) == (theirs.name, theirs.dtype, theirs.shape)
     assert dummy.resolve("lm_head.weight", shape, linear=True).format == "bf16"
     assert dummy.resolve("norm.weight", (320,), linear=False).format == "bf16"
     assert len(dummy.resolve_experts("e.{e}.weight", 3, shape)) == 3
@@ -238,3 +237,18 @@ def test_invented_int4_needs_whole_groups(tmp_path: Path) -> None:
     path = write_config(tmp_path, quantization_config=int4_config())
     with pytest.raises(TensorError, match="has 300 input columns, no multiple of group_size 32"):
         Checkpoint.from_config(path).resolve(W, SHAPE, linear=True)
+
+
+def test_a_format_of_ones_own_is_found(tmp_path: Path) -> None:
+    with registered(E5M2_ROWS):
+        config = {"quant_method": "fp8", "fmt": "e5m2", "modules_to_not_convert": ["lm_head"]}
+        write_config(tmp_path, quantization_config=config)
+        invented = Checkpoint.from_config(tmp_path).resolve(W, (200, 300), linear=True)
+        write_shard(
+            tmp_path / "model.safetensors",
+            {W: ("F8_E5M2", (200, 300)), f"{W}_scale_inv": ("BF16", (200, 1))},
+        )
+        source = Checkpoint.open(tmp_path).resolve(W, (200, 300), linear=True)
+        assert (source.format, source.note) == ("e5m2_rows", "FP8 E5M2, one BF16 scale a row")
+        assert source.tensor_names == invented.tensor_names == (W, f"{W}_scale_inv")
+        assert invented.dtypes == ("F8_E5M2", "F32")

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hmc.checkpoint import ModelConfig, Quantization, load_config, read_quantization
 from hmc.errors import ConfigError, UnsupportedError
+from hmc.formats import Storage
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -153,8 +154,7 @@ def test_no_quantization(tmp_path: Path) -> None:
 
 def test_fp8(tmp_path: Path) -> None:
     quantization = quantization_of(tmp_path, FP8_CONFIG)
-    assert (quantization.kind, quantization.block) == ("fp8", 128)
-    assert quantization.scale_suffix == "_scale_inv"
+    assert quantization.storage == Storage("fp8", ("", "_scale_inv"))
     assert quantization.skips("lm_head")
     assert not quantization.skips("model.layers.0.mlp.gate_proj")
 
@@ -248,8 +248,8 @@ def test_ignored_layers_is_another_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [32, 128])
 def test_int4(tmp_path: Path, size: int) -> None:
     quantization = quantization_of(tmp_path, int4_config(group_size=size))
-    assert (quantization.kind, quantization.block) == ("int4", size)
-    assert quantization.scale_suffix == "_scale"
+    beside = (("_shape", ("I64", "I32"), (2,)),)
+    assert quantization.storage == Storage("int4", ("_packed", "_scale"), size, beside)
     assert quantization.skips("lm_head")
     assert quantization.skips("model.layers.3.mlp.gate")
     assert not quantization.skips("model.layers.3.mlp.gate_proj")
@@ -258,7 +258,7 @@ def test_int4(tmp_path: Path, size: int) -> None:
 
 @pytest.mark.parametrize("order", [None, False, "static", "weight"])
 def test_int4_orders_that_leave_columns_in_place(tmp_path: Path, order: Any) -> None:
-    assert quantization_of(tmp_path, int4_config(actorder=order)).kind == "int4"
+    assert quantization_of(tmp_path, int4_config(actorder=order)).format == "int4"
 
 
 @pytest.mark.parametrize(
@@ -293,8 +293,7 @@ def fp8_blocks(**weights: Any) -> dict[str, Any]:
 
 def test_fp8_of_compressed_tensors(tmp_path: Path) -> None:
     quantization = quantization_of(tmp_path, fp8_blocks())
-    assert (quantization.kind, quantization.block) == ("fp8", 128)
-    assert quantization.scale_suffix == "_scale"
+    assert quantization.storage == Storage("fp8", ("", "_scale"))
 
 
 def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -367,18 +366,18 @@ def test_nested_and_older_places_of_compressed_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"),
+    ("name", "form"),
     [
         ("deepseek-v3", "fp8"),
-        ("qwen3-30b-a3b", "none"),
+        ("qwen3-30b-a3b", ""),
         ("qwen3-30b-a3b-fp8", "fp8"),
         ("qwen3-30b-a3b-int4", "int4"),
-        ("mixtral-8x7b", "none"),
+        ("mixtral-8x7b", ""),
     ],
 )
-def test_example_configs(name: str, kind: str) -> None:
+def test_example_configs(name: str, form: str) -> None:
     config = load_config(EXAMPLES / name)
-    assert read_quantization(config).kind == kind
+    assert read_quantization(config).format == form
     text = config.path.read_text()
     assert json.dumps(json.loads(text), indent=2) + "\n" == text
     assert re.fullmatch("deepseek_v3|qwen3_moe|mixtral", config.require_str("model_type"))

@@ -11,9 +11,10 @@ from decode_data import address_of_scale, as_multiplied, bound, stored_as, weigh
 from kernel_calls import address, filled, floats, guarded, in_turn
 from prefill_data import Stored, activations, e4m3, from_bf16, need
 
-from hmc.codegen.isa import TIERS, needs_numbers
+from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.native import takes_nan
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
 
 SIZES: list[tuple[WeightFormat, int, int, int]] = [
@@ -118,7 +119,7 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
         [run_linear(jit, spec, guarded(one_hot[at : at + 16]), plain) for at in range(0, 128, 16)]
     )
     np.testing.assert_array_equal(y.T, e4m3(finite)[:, :128])
-    if not needs_numbers(isa):
+    if not takes_nan(isa, "fp8"):
         assert np.isnan(run_linear(jit, spec, guarded(one_hot[:3]), matrix)).all()
 
 

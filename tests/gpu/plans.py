@@ -158,7 +158,7 @@ def _names(plan: Plan) -> set[str]:
 
 
 def _expert_bytes(plan: Plan) -> int:
-    return sum(each.count * (each.bytes + each.scale_bytes) for each in plan.experts)
+    return sum(each.count * each.bytes for each in plan.experts)
 
 
 def _eager(machine: Machine) -> Machine:

@@ -39,7 +39,7 @@ def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> It
     generator = torch.Generator().manual_seed(tokens)
     codes, scale = quantised(torch.randn(shape, generator=generator) / shape[1] ** 0.5)
     device = bench.device
-    w = Matrix(codes.to(device), "fp8", shape, scale.to(device), 128)
+    w = Matrix((codes.to(device), scale.to(device)), "fp8", shape)
     x = torch.randn((tokens, shape[1]), generator=generator).to(torch.bfloat16).to(device)
     found = matmul(x, w).to("cpu", torch.float64)
     exact = w.rows(0, shape[0]).to("cpu", torch.float64)

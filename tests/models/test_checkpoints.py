@@ -49,7 +49,7 @@ def test_bf16_scales(tmp_path: Path) -> None:
     source = Checkpoint.open(directory).resolve(
         "model.layers.0.self_attn.q_proj.weight", (192, 192), linear=True
     )
-    assert source.scale_dtype == "BF16"
+    assert source.dtypes == ("F8_E4M3", "BF16")
 
 
 def test_tokenizer_speaks_any_text(checkpoint: Callable[..., Path]) -> None:

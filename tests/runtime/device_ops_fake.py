@@ -50,16 +50,16 @@ def stored(form: str, rows: int, columns: int) -> Matrix:
     values = random(rows, columns, seed=3)
     if form == "fp8":
         scale = random(-(-rows // 128), -(-columns // 128), seed=4).abs() + 0.01
-        return Matrix(values.to(torch.float8_e4m3fn), "fp8", (rows, columns), scale, 128)
+        return Matrix((values.to(torch.float8_e4m3fn), scale), "fp8", (rows, columns))
     if form == "int4":
         of = torch.Generator().manual_seed(5)
         words = torch.randint(
             -(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32, generator=of
         )
         scale = (random(rows, columns // 32, seed=4).abs() + 0.01).to(torch.bfloat16)
-        return Matrix(words, "int4", (rows, columns), scale, 32)
+        return Matrix((words, scale), "int4", (rows, columns), 32)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "f32": torch.float32}[form]
-    return Matrix(values.to(kind), form, (rows, columns))  # type: ignore[arg-type]
+    return Matrix((values.to(kind),), form, (rows, columns))
 
 
 @dataclass

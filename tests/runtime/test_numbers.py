@@ -19,7 +19,7 @@ from hmc.runtime.host import nan_scan as numbers
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.weights.store import WeightStore
-from hmc.runtime.weights.tensors import Key, tensor_groups
+from hmc.runtime.weights.tensors import Key, expert_key, tensor_groups, weight_key
 
 JIT = Jit(EMITTERS)
 
@@ -58,7 +58,7 @@ def test_the_tensor_is_named(
     plan = hmc.compile(copy)
     about = plan.experts[-2]
     name = "model.layers.0.self_attn.o_proj.weight"
-    key: Key = ("expert", about.layer, about.role) if expert else ("weight", name)
+    key: Key = expert_key(about.layer, about.role, "codes") if expert else weight_key(name, "codes")
     number = 5 if expert else 0
     name = about.pattern.format(e=number) if expert else name
     spoil(plan, copy, key, number, code)
@@ -75,8 +75,8 @@ def test_all_is_read_once(copy: Path, pool: Pool, monkeypatch: pytest.MonkeyPatc
     store = WeightStore.open(plan, copy)
     seen: list[tuple[str, int, int]] = []
     check_numbers(store, pool, JIT, "avx2", lambda *told: seen.append(told))
-    fp8 = [w.bytes for w in plan.weights if w.format == "fp8"]
-    fp8 += [e.bytes * e.count for e in plan.experts if e.format == "fp8"]
+    fp8 = [w.planes[0].bytes for w in plan.weights if w.format == "fp8"]
+    fp8 += [e.planes[0].bytes * e.count for e in plan.experts if e.format == "fp8"]
     assert seen[-1] == ("checking weights", sum(fp8), sum(fp8))
     assert np.all(np.diff([done for _, done, _ in seen]) > 0)
     store.close()
@@ -86,8 +86,8 @@ def test_an_engine_refuses_or_gives_nan(copy: Path) -> None:
     """Never a number: on every machine a NaN weight ends in an error that says so."""
     plan = hmc.compile(copy)
     about = plan.experts[-2]
-    spoil(plan, copy, ("expert", about.layer, about.role), 5, 0x7F)
-    if numbers.needs_numbers(plan.isa):
+    spoil(plan, copy, expert_key(about.layer, about.role, "codes"), 5, 0x7F)
+    if numbers.takes_nan(plan.isa, "fp8"):
         with pytest.raises(TensorError, match=re.escape(about.pattern.format(e=5))):
             hmc.Engine(plan)
         return

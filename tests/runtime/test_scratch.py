@@ -92,7 +92,7 @@ def bf16(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def embed() -> Case:
     ids = torch.arange(T, dtype=torch.int32)[:, None] % 100
-    table = Matrix(bf16(100, N), "bf16", (100, N))
+    table = Matrix((bf16(100, N),), "bf16", (100, N))
     return plain("embed", "y", {"ids": ids, "y": torch.zeros(T, N)}, weights={"table": table})
 
 

@@ -14,15 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.weights import row_bytes, weights_f32
+from hmc.codegen.formats.weights import row_bytes, scales_of, weights_f32
 from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import FP8_BLOCK, KernelSpec
+from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import lanes_mask, resize
 
 Array = NDArray[Any]
 
-_BLOCK = FP8_BLOCK
+_BLOCK = 128
 """Columns that are never shared between workers, and that one scale covers."""
 
 
@@ -39,7 +39,8 @@ class _Unit:
     @property
     def tables(self) -> bool:
         """Whether 64 codes are looked up in byte tables at once (dot.py)."""
-        return TIERS[self.spec.isa].byte_table and self.spec.weight == "fp8"
+        dot = Dot(self.spec, self.spec["rank"])
+        return dot.paired and dot.unit == 4 * self.lanes
 
     @property
     def size(self) -> int:
@@ -134,6 +135,9 @@ class _Nest:
         self.e, self.unit, self.sums, self.factors, self.padded = e, unit, sums, factors, padded
         self.rank = e.spec["rank"]
         self.row_bytes = row_bytes(e.spec.weight, self.rank)
+        self.scales = scales_of(e.spec)
+        # Scales that cover a block of columns go into the query, which is small.
+        self.in_queries = self.scales.rows > 1 and self.scales.columns % _BLOCK == 0
 
     def add_rows(
         self, head: Value, first_row: Value, d: Value, rows: int, low: Value, high: Value
@@ -167,7 +171,7 @@ class _Nest:
         block: Value,
         width: int,
     ) -> None:
-        e, b, spec = self.e, self.e.b, self.e.spec
+        e, b = self.e, self.e.b
         tokens = e.arg["tokens"]
         self._scale_queries(head, d, row, len(lines), block)
         column = b.mul(block, const(_BLOCK))
@@ -179,9 +183,9 @@ class _Nest:
 
         def strip(index: Value, valid: int) -> None:
             weights = [self.unit.load(e, line, index, valid) for line in lines]
-            if spec.weight == "int4":
+            if self.scales.columns and not self.in_queries:
                 weights = [
-                    self._grouped(vectors, b.add(row, const(j)), index)
+                    self._scaled(vectors, b.add(row, const(j)), index)
                     for j, vectors in enumerate(weights)
                 ]
             with e.for_range(0, tokens) as token:
@@ -205,33 +209,42 @@ class _Nest:
         if whole < width:
             strip(b.add(column, const(whole)), width - whole)
 
-    def _grouped(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
-        """int4 weights times their group's scale; a unit never straddles groups."""
-        e, b, group = self.e, self.e.b, self.e.spec["group"]
-        across = const(-(-self.rank // group))
-        at = b.add(b.mul(row, across), b.udiv(index, const(group)))
-        if e.spec["scale_bits"] == 16:
-            scale = e.bf16_to_f32(e.load(e.arg["scale"], at, I16))
-        else:
-            scale = e.load(e.arg["scale"], at, F32)
-        spread = e.splat(scale, self.unit.lanes)
-        return [b.fmul(vector, spread) for vector in vectors]
+    def _scaled(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
+        """Weights times their scales: one for the unit, or one for each vector of it."""
+        each = len(vectors) if self.scales.columns % self.unit.size == 0 else 1
+        found = []
+        for at in range(0, len(vectors), each):
+            start = self.e.b.add(index, const(at * self.unit.lanes)) if at else index
+            group = self.e.b.udiv(start, const(self.scales.columns))
+            spread = self.e.splat(self._scale(row, group), self.unit.lanes)
+            found += [self.e.b.fmul(vector, spread) for vector in vectors[at : at + each]]
+        return found
+
+    def _scale(self, row: Value, group: Value) -> Value:
+        """Scale number `group` of a row, f32."""
+        e, b = self.e, self.e.b
+        across = const(-(-self.rank // self.scales.columns))
+        at = b.add(b.mul(self.scales.row_of(e, row), across), group)
+        if self.scales.bytes == 2:
+            return e.bf16_to_f32(e.load(e.arg["scale"], at, I16))
+        return e.load(e.arg["scale"], at, F32)
 
     def _scale_queries(self, head: Value, d: Value, row: Value, rows: int, block: Value) -> None:
-        """factors[t][j] = q[t, head, d + j] times the scale of that row in `block`."""
+        """factors[t][j] = q[t, head, d + j], times the scale of that row in `block` where one
+        covers it.
+        """
         e, b, spec = self.e, self.e.b, self.e.spec
         scales = e.zeros(F32, rows)
-        if spec.weight == "fp8":
-            across = const(-(-self.rank // FP8_BLOCK))
-            for j in range(rows):
-                down = b.udiv(b.add(row, const(j)), const(FP8_BLOCK))
-                scale = e.load(e.arg["scale"], b.add(b.mul(down, across), block), F32)
-                scales = b.insert_element(scales, scale, const(j))
+        wide = self.scales.columns // _BLOCK
+        group = b.udiv(block, const(wide)) if wide > 1 else block
+        for j in range(rows if self.in_queries else 0):
+            scale = self._scale(b.add(row, const(j)), group)
+            scales = b.insert_element(scales, scale, const(j))
         column = b.add(b.mul(head, const(spec["nope"] + spec["rope"])), d)
         with e.for_range(0, e.arg["tokens"]) as token:
             at = b.add(b.mul(token, e.arg["q_stride"]), column)
             value = e.load_vec(e.arg["q"], at, F32, rows)
-            if spec.weight == "fp8":
+            if self.in_queries:
                 value = b.fmul(value, scales)
             e.store(value, self.factors, b.mul(token, const(rows)), 4)
 

@@ -24,6 +24,7 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError
+from hmc.formats import format_of
 from hmc.machine import CpuRates, GemvRate, Rate
 from hmc.machine.detect import available_bytes
 from hmc.machine.topology import Node
@@ -104,7 +105,7 @@ def kernels(isa: Isa, effort: Effort, formats: Sequence[str], threads: int | Non
     measures them."""
     cases = [Case("linear", form, *_LINEAR, tokens) for form in formats for tokens in effort.tokens]
     cases += [Case("experts", form, *shape, 1) for form in formats for shape in _EXPERTS]
-    dense = [form for form in formats if form != "int4"]
+    dense = [form for form in formats if not format_of(form).grouped]
     cases += [Case("gemm", form, *_LINEAR, _CHUNK) for form in dense]
     cases += [Case("grouped", form, *_EXPERTS[0], _CHUNK) for form in formats[:1]]
     with KernelBench(isa, threads=threads) as bench:

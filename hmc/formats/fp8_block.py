@@ -1,0 +1,62 @@
+"""FP8 E4M3 codes with a scale for every 128 x 128 of them (DeepSeek-V3's technical report, arXiv
+2412.19437, section 3.3.2); in two dialects: `fp8` of DeepSeek and transformers, and the block form
+of compressed-tensors.
+"""
+
+from __future__ import annotations
+
+from hmc.formats.base import Described, Format, Plane, Section, Storage, minifloats
+
+BLOCK = 128
+"""Rows and columns that share a scale; the only size there are kernels for."""
+
+
+def is_float8(weights: Section) -> bool:
+    """Whether compressed-tensors describes 8-bit floats."""
+    return weights.get_int("num_bits", 8) == 8 and weights.get_str("type", "int") == "float"
+
+
+def _find(described: Described) -> Storage | None:
+    if described.method == "fp8":
+        _check_fp8(described.whole)
+        return Storage("fp8", ("", "_scale_inv"))
+    weights = described.weights
+    if described.method != "compressed-tensors" or not is_float8(weights):
+        return None
+    if described.packing != "float-quantized":
+        raise described.whole.unsupported("format", "float-quantized (for FP8)")
+    if weights.get_str("strategy", "tensor") != "block":
+        raise weights.unsupported("strategy", "block (for FP8)")
+    if weights.get_ints("block_structure") != (BLOCK, BLOCK):
+        raise weights.unsupported("block_structure", f"[{BLOCK}, {BLOCK}]")
+    return Storage("fp8", ("", "_scale"))
+
+
+def _check_fp8(section: Section) -> None:
+    if section.get_str("fmt", "e4m3") != "e4m3":
+        raise section.unsupported("fmt", "e4m3")
+    if "weight_block_size" not in section:
+        blocks = f"blocks of [{BLOCK}, {BLOCK}]; per-tensor FP8 has no kernels"
+        raise section.unsupported("weight_block_size", blocks)
+    if section.get_ints("weight_block_size") != (BLOCK, BLOCK):
+        raise section.unsupported("weight_block_size", f"[{BLOCK}, {BLOCK}]")
+    if section.get_str("activation_scheme", "dynamic") != "dynamic":
+        raise section.unsupported("activation_scheme", "dynamic")
+    if section.get_str("expert_dtype", "fp8") != "fp8":
+        raise section.unsupported("expert_dtype", "fp8")
+    if section.get_strs("modules_to_convert"):
+        raise section.unsupported("modules_to_convert", "none")
+
+
+FP8 = Format(
+    name="fp8",
+    title="FP8",
+    planes=(
+        Plane("codes", ("F8_E4M3",)),
+        Plane("scale", ("F32", "BF16"), ("_scale_inv", "_scale"), BLOCK, BLOCK, kept=("F32",)),
+    ),
+    exact_in=("fp8", "bf16", "f32"),
+    about=f"FP8 E4M3, {BLOCK}x{BLOCK} scales in {{scale}}",
+    values=minifloats(4, 3, infinities=False),
+    find=_find,
+)

@@ -1,0 +1,58 @@
+"""The table of weight formats, and the way to one more.
+
+Kernels for a format are in codegen/formats: native ones where its table names them, else those that
+are made from the format's planes. So a row that is registered works at once, everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from hmc.errors import UnsupportedError
+from hmc.formats.base import Format
+from hmc.formats.fp8_block import FP8
+from hmc.formats.int4_group import INT4
+from hmc.formats.plain import BF16, F32, FP16
+
+_ROWS: dict[str, Format] = {row.name: row for row in (FP8, BF16, FP16, F32, INT4)}
+
+FORMATS: Mapping[str, Format] = MappingProxyType(_ROWS)
+"""Every format by its name."""
+
+
+_BUILT_IN = frozenset(_ROWS) | {""}
+
+
+def is_built_in(name: str) -> bool:
+    """Whether every process knows a format ("": none), not only one that `register`ed it."""
+    return name in _BUILT_IN
+
+
+def register(row: Format) -> None:
+    """Add a format for the life of this process; `ValueError` for a name that is taken by another
+    row.
+    """
+    if _ROWS.setdefault(row.name, row) != row:
+        raise ValueError(f"there is a weight format {row.name} already")
+
+
+@contextmanager
+def registered(*rows: Format) -> Iterator[None]:
+    """`register` for a while."""
+    new = [row.name for row in rows if row.name not in _ROWS]
+    for row in rows:
+        register(row)
+    try:
+        yield
+    finally:
+        for name in new:
+            del _ROWS[name]
+
+
+def format_of(name: str) -> Format:
+    """The row of a format; `UnsupportedError` for a name without one."""
+    if name not in _ROWS:
+        raise UnsupportedError(f"weight format {name!r}: there are {', '.join(_ROWS)}")
+    return _ROWS[name]
