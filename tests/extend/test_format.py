@@ -14,7 +14,7 @@ import pytest
 import split_plans
 import torch
 from checkpoints import _LINEAR, prompt
-from format_rows import E5M2_ROWS
+from e5m2 import E5M2_ROWS
 from safetensors.torch import load_file, save_file
 
 import hmc
