@@ -8,7 +8,7 @@ and again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -250,9 +250,9 @@ class KernelBench(Closing):
         return _Work(builder.build(), case.flops, y, kept)
 
     def _spec(
-        self, case: Case, op: str, sizes: dict[str, int], out: str = "f32", expr: str = ""
+        self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32", expr: str = ""
     ) -> KernelSpec:
-        params = tuple(sorted((sizes | case.matrices[0].params).items()))
+        params = tuple(sorted({**sizes, **case.matrices[0].params}.items()))
         return KernelSpec(op, self.isa.name, case.format, out, params, expr=expr)
 
     def _scratch(self, bytes_per_worker: int) -> Block:

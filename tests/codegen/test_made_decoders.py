@@ -14,6 +14,7 @@ from kernel_calls import address, filled, guarded, in_turn
 from prefill_data import activations, from_bf16
 
 from hmc.codegen.checks import check_spec
+from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.mla_prefill import mla_prefill_scratch_bytes
@@ -41,7 +42,8 @@ def spec_of(
     op: str, isa: str, row: Format, weight: Made, out: str = "f32", **sizes: int
 ) -> KernelSpec:
     params = tuple(sorted((sizes | weight.params).items()))
-    spec = replace(KernelSpec.of(op, isa, weight=row.name, out=out), params=params)
+    expr = SWIGLU if op == "gate_up" else ""
+    spec = replace(KernelSpec.of(op, isa, weight=row.name, out=out, expr=expr), params=params)
     check_spec(spec)
     assert not is_native(isa, row.name)
     return spec
@@ -105,7 +107,7 @@ def test_gate_up(jit: Jit, isa: str) -> None:
     small = [each.values.astype(np.float64) / 1e3 for each in (gate, up)]
     parts = [(pages(each)[0], guarded(each.planes[1] / np.float32(1e3))) for each in (gate, up)]
     x, y = guarded(activations(rng, tokens, k, k)), filled((tokens, rows), np.uint16)
-    spec = spec_of("gate_up", isa, E5M2_ROWS, gate, "bf16", k=k, tokens=16, act=0)
+    spec = spec_of("gate_up", isa, E5M2_ROWS, gate, "bf16", k=k, tokens=16)
     in_turn(
         jit, spec, 1, x=address(x), x_stride=k, gate=address(parts[0][0]),
         gate_scale=address(parts[0][1]), up=address(parts[1][0]), up_scale=address(parts[1][1]),
