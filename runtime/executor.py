@@ -42,7 +42,7 @@ from hmc.plan.phases import (
 )
 from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
 from hmc.runtime.host.nan_scan import check_numbers
-from hmc.runtime.host.ops import HOST_OPS
+from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
@@ -165,7 +165,7 @@ class Executor:
                     plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
                 )
                 self._memory.callback(lowering.arena.close)
-                self.phases[phase.name] = LoweredPhase(lowering, HOST_OPS, self.pool)
+                self.phases[phase.name] = LoweredPhase(lowering, host_op, self.pool)
             self._stack = stack.pop_all()
         self._tables = tables
         self._open = True

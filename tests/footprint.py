@@ -21,7 +21,7 @@ from hmc.plan import DTYPE_BYTES, Operand, Phase, Plan, Step
 from hmc.plan.verify import EXTERNAL
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.host.lowering import spec_of
-from hmc.runtime.host.ops import HOST_OPS
+from hmc.runtime.host.ops import host_op
 from hmc.runtime.schedule.crossing import is_native
 from hmc.runtime.weights.tensors import expert_key, tensor_groups, weight_key
 
@@ -108,7 +108,7 @@ class _Recorder:
         for role, operand in step.outputs.items():
             self._now.setdefault(_key(operand), _number(("written", step.id, role)))
         if native:
-            HOST_OPS[step.op](self, step)  # type: ignore[arg-type]
+            host_op(step.op)(self, step)  # type: ignore[arg-type]
         for role, operand in step.outputs.items():
             device, first, last = self._span(operand)
             if first >= 0:

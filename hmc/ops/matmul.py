@@ -106,7 +106,7 @@ OPS: Final = (
         outputs=(Role("y", "f32", attr("n")),),
         weights=(
             WeightRole("weight", _matrix, matmul=True),
-            WeightRole("bias", lambda attrs: (int(attrs["n"]),), optional=True),
+            WeightRole("bias", lambda attrs: (int(attrs["n"]),), optional=True, vector=True),
         ),
         attrs={"k": int, "n": int},
         extra={"router": int},

@@ -54,7 +54,7 @@ def _input(name: str, dtype: str) -> Role:
 
 
 def _vector(name: str) -> WeightRole:
-    return WeightRole(name, lambda attrs: (_columns(attrs, name),), optional=True)
+    return WeightRole(name, lambda attrs: (_columns(attrs, name),), optional=True, vector=True)
 
 
 OPS: Final = (

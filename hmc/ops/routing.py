@@ -32,7 +32,9 @@ OPS: Final = (
             Role("ids", "i32", attr("top_k")),
             Role("routing", "f32", attr("top_k")),
         ),
-        weights=(WeightRole("bias", lambda attrs: (int(attrs["experts"]),), optional=True),),
+        weights=(
+            WeightRole("bias", lambda attrs: (int(attrs["experts"]),), optional=True, vector=True),
+        ),
         attrs={
             **dict.fromkeys(("experts", "top_k", "scoring", "normalise"), int),
             **dict.fromkeys(("groups", "top_groups"), int),

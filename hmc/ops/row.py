@@ -56,7 +56,7 @@ class WeightRole:
     """A weight: `shape` as stored, of one expert where there is one an `expert`.
 
     A `matmul` operand is what quantised checkpoints store in few bits, and what FLOPs are counted
-    of; others are stored plain.
+    of; others are stored plain. Kernels read a `vector` in f32, whatever it is stored in.
     """
 
     name: str
@@ -64,6 +64,7 @@ class WeightRole:
     optional: bool = False
     expert: bool = False
     matmul: bool = False
+    vector: bool = False
     many: bool = False
 
 

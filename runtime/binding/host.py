@@ -21,7 +21,7 @@ from hmc.runtime.device_ops.shares import Call, Share
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.host.arena import Arena
 from hmc.runtime.host.lowering import LoweredPhase, Lowering
-from hmc.runtime.host.ops import HOST_OPS
+from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache
@@ -66,7 +66,7 @@ class HostSteps:
 
     def work(self, step: Step, share: Share) -> Work:
         """What a native step does in a call."""
-        lowered = LoweredPhase(self._lowering((_plain(step),)), HOST_OPS, self._pool)
+        lowered = LoweredPhase(self._lowering((_plain(step),)), host_op, self._pool)
         self.lowered.append(lowered)
 
         def work(call: Call) -> None:
@@ -82,7 +82,7 @@ class HostSteps:
         steps = [step for step in self._phase.steps if step.id in crossing.steps]
         return HostProgram(
             self._lowering(tuple(steps)),
-            HOST_OPS,
+            host_op,
             self._pool,
             steps,
             crossing,

@@ -9,7 +9,7 @@ no row is wanted the program is walked up to there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -195,18 +195,20 @@ class Lowering:
 
 
 OpFunction = Callable[[Lowering, Step], None]
+OpFunctions = Callable[[str], OpFunction]
+"""The function of an op: `host_op` of runtime/host/ops.py."""
 
 
 class LoweredPhase:
     """A phase ready to run: fill `arena`'s arrays, `run`, read its logits."""
 
-    def __init__(self, lowering: Lowering, ops: Mapping[str, OpFunction], pool: Pool) -> None:
+    def __init__(self, lowering: Lowering, ops: OpFunctions, pool: Pool) -> None:
         """Lower every step by `ops`; `KernelError` when a kernel cannot be built."""
         self.name = lowering.phase.name
         self.max_tokens = lowering.phase.max_tokens
         self.arena = lowering.arena
         for step in lowering.phase.steps:
-            ops[step.op](lowering, step)
+            ops(step.op)(lowering, step)
         self._segments = lowering.finish()
         self._keys = {key for step in lowering.phase.steps for key in step.kernels}
         self._pool = pool

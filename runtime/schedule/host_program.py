@@ -19,7 +19,7 @@ from hmc.errors import ExecutionError
 from hmc.plan import Step
 from hmc.runtime.device_ops.shares import ALL, Call, Share
 from hmc.runtime.devices.flags import Flags
-from hmc.runtime.host.lowering import Lowering, OpFunction
+from hmc.runtime.host.lowering import Lowering, OpFunctions
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program
 from hmc.runtime.host.trace import ProgramRun, Recorder
@@ -43,7 +43,7 @@ class HostProgram:
     def __init__(
         self,
         lowering: Lowering,
-        ops: dict[str, OpFunction],
+        ops: OpFunctions,
         pool: Pool,
         steps: Iterable[Step],
         crossing: Crossing,
@@ -66,7 +66,7 @@ class HostProgram:
                 if event in crossing.flags:
                     lowering.await_flag(step, flags, crossing.flags[event], pool.spin_ticks)
             start = lowering.records
-            ops[step.op](lowering, step)
+            ops(step.op)(lowering, step)
             self._parts.append(_Part(start, lowering.records, share))
             if step.signal in crossing.flags:
                 lowering.set_flag(step, flags, crossing.flags[step.signal])
