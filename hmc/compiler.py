@@ -164,16 +164,13 @@ def _check_tensors(
     used = [
         name
         for weight in specs
-        for each in _names(weight)
-        for name in checkpoint.resolve(each, weight.shape, linear=weight.linear).tensor_names
+        for each in dict.fromkeys(_names(weight))
+        for name in checkpoint.resolve(
+            each, weight.shape, linear=weight.linear, view=weight.view
+        ).tensor_names
     ]
     checkpoint.check_unused(used, tolerated)
 
 
 def _names(weight: WeightSpec) -> Iterator[str]:
-    if not weight.experts:
-        yield weight.name
-        return
-    before, _, after = weight.name.partition("{e}")
-    for expert in range(weight.experts):
-        yield f"{before}{expert}{after}"
+    return (weight.name.replace("{e}", str(expert)) for expert in range(max(1, weight.experts)))

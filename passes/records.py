@@ -36,13 +36,19 @@ class Target:
 
     def source(self, weight: WeightSpec) -> list[WeightSource]:
         """Where a weight is stored and how: one entry, or one for every expert. Cached by name."""
-        if weight.name not in self._found:
+        if weight.key not in self._found:
             if weight.experts:
-                found = self.checkpoint.resolve_experts(weight.name, weight.experts, weight.shape)
+                found = self.checkpoint.resolve_experts(
+                    weight.name, weight.experts, weight.shape, weight.view
+                )
             else:
-                found = [self.checkpoint.resolve(weight.name, weight.shape, linear=weight.linear)]
-            self._found[weight.name] = found
-        return self._found[weight.name]
+                found = [
+                    self.checkpoint.resolve(
+                        weight.name, weight.shape, linear=weight.linear, view=weight.view
+                    )
+                ]
+            self._found[weight.key] = found
+        return self._found[weight.key]
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hmc.blocks.base import Block, parameter
+from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
+from hmc.checkpoint.views import View
 from hmc.codegen.expr import SWIGLU
 from hmc.graph import Attr, WeightSpec, attrs
 
@@ -64,22 +65,31 @@ class Linear(Block):
 
     `tied` names the checkpoint tensor that stands for W when it is not the block's own (an output
     layer that shares the embedding table); such a table is no operand that a quantised checkpoint
-    converts.
+    converts. `within` names the tensor beside the block that holds W among others, and how.
     """
 
     kind = "linear"
 
     def __init__(
-        self, inputs: int, outputs: int, *, bias: bool = False, tied: str | None = None
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool = False,
+        tied: str | None = None,
+        within: tuple[str, View] | None = None,
     ) -> None:
         super().__init__()
-        self.inputs, self.width, self.tied = inputs, outputs, tied
+        self.inputs, self.width, self.tied, self.within = inputs, outputs, tied, within
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
-        name = self.tied or f"{path}.weight"
-        weight = WeightSpec("weight", name, (self.width, self.inputs), linear=self.tied is None)
+        name, view = self.tied or f"{path}.weight", None
+        if self.within is not None:
+            name, view = sibling(path, self.within[0]), self.within[1]
+        shape = self.width, self.inputs
+        weight = WeightSpec("weight", name, shape, linear=self.tied is None, view=view)
         if self.bias is None:
             return (weight,)
         return (weight, WeightSpec("bias", f"{path}.bias", (self.width,)))

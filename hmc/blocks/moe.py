@@ -4,6 +4,7 @@ themselves.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
+from hmc.checkpoint.views import View
 from hmc.codegen.expr import SWIGLU
 from hmc.graph import Attr, WeightSpec, attrs
 
@@ -110,7 +112,7 @@ class Experts(Block):
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
-    three `names`.
+    three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them.
     """
 
     kind = "experts"
@@ -123,8 +125,10 @@ class Experts(Block):
         top_k: int,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         act: str = SWIGLU,
+        stacked: Mapping[str, tuple[str, View]] | None = None,
     ) -> None:
         super().__init__()
+        self.stacked = stacked or {}
         self.experts, self.intermediate, self.top_k = experts, intermediate, top_k
         self.names, self.act = names, act
         self.width = hidden
@@ -134,14 +138,17 @@ class Experts(Block):
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         into, back = (self.intermediate, self.width), (self.width, self.intermediate)
-        return tuple(
-            WeightSpec(
-                role, f"{path}.{{e}}.{name}.weight", shape, linear=True, experts=self.experts
+        found = []
+        for role, name, shape in zip(
+            ("gate", "up", "down"), self.names, (into, into, back), strict=True
+        ):
+            tensor, view = self.stacked.get(role, (f"{{e}}.{name}.weight", None))
+            found.append(
+                WeightSpec(
+                    role, f"{path}.{tensor}", shape, linear=True, experts=self.experts, view=view
+                )
             )
-            for role, name, shape in zip(
-                ("gate", "up", "down"), self.names, (into, into, back), strict=True
-            )
-        )
+        return tuple(found)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(

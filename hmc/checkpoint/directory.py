@@ -17,6 +17,7 @@ from hmc.checkpoint.config import CONFIG_NAME, ModelConfig, load_config
 from hmc.checkpoint.headers import Shard, TensorInfo, read_header
 from hmc.checkpoint.jsonfile import first_few, quote, read_object
 from hmc.checkpoint.quantization import Quantization, read_quantization
+from hmc.checkpoint.views import View
 from hmc.checkpoint.weights import (
     InventedWeights,
     StoredWeights,
@@ -104,24 +105,30 @@ class Checkpoint:
             dummy=not shards,
         )
 
-    def resolve(self, name: str, shape: tuple[int, ...], *, linear: bool) -> WeightSource:
+    def resolve(
+        self, name: str, shape: tuple[int, ...], *, linear: bool, view: View | None = None
+    ) -> WeightSource:
         """Where the parameter `name` of logical `shape` lies, and in which format.
 
         `linear` says that it is the weight [out, in] of a linear layer which quantisation may
         touch: norms, embeddings, biases and routers are not. Raises `TensorError` if it is missing,
         mis-shaped or mis-typed, or if its format, its scales and the config contradict each other.
+        With a `view` it is a part of the tensor of that name.
         """
-        return self.weights.find(name, shape, linear)
+        return self.weights.find(name, shape, linear, view)
 
     def resolve_experts(
-        self, pattern: str, count: int, shape: tuple[int, ...]
+        self, pattern: str, count: int, shape: tuple[int, ...], view: View | None = None
     ) -> list[WeightSource]:
-        """One linear weight of each of `count` experts; `{e}` in `pattern` is the expert."""
-        before, _, after = pattern.partition("{e}")
-        names = [f"{before}{expert}{after}" for expert in range(count)]
+        """One linear weight of each of `count` experts; `{e}` in `pattern` is the expert, unless
+        the `view` is one of a stack.
+        """
+        if view is not None and view.stacked and view.shape[0] != count:
+            raise TensorError(f"{pattern}: {view.shape[0]} experts are stacked, not {count}")
+        names = [pattern.replace("{e}", str(expert)) for expert in range(count)]
         self.require_present(names)
         find = self.weights.find
-        return [find(name, shape, True) for name in names]
+        return [find(name, shape, True, view, expert) for expert, name in enumerate(names)]
 
     def require_present(self, names: Iterable[str]) -> None:
         """Raise one `TensorError` that counts those of `names` no tensor stands for."""

@@ -9,7 +9,7 @@ format has, of which names, dtypes and shapes, stands in its row (hmc/formats).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from typing import Protocol
 from hmc.checkpoint.headers import Shard, TensorInfo
 from hmc.checkpoint.jsonfile import first_few
 from hmc.checkpoint.quantization import Quantization
+from hmc.checkpoint.views import Stack, View, rows_of
 from hmc.errors import TensorError
 from hmc.formats import DTYPE_BITS, FORMATS, Format, Storage, format_of, matrix_of
 
@@ -60,7 +61,14 @@ class WeightSource:
 class Weights(Protocol):
     """Answers where a parameter is; `TensorError` if it is not, or not as asked for."""
 
-    def find(self, name: str, shape: tuple[int, ...], linear: bool) -> WeightSource: ...
+    def find(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        linear: bool,
+        view: View | None = None,
+        expert: int = 0,
+    ) -> WeightSource: ...
 
     def missing(self, names: Iterable[str]) -> list[str]: ...
 
@@ -79,8 +87,24 @@ class StoredWeights:
         ends = {suffix for row in FORMATS.values() for suffix in row.codes.suffixes}
         return [name for name in names if not any(name + end in self.tensors for end in ends)]
 
-    def find(self, name: str, shape: tuple[int, ...], linear: bool) -> WeightSource:
-        """The tensors of one parameter, checked against `shape`, each other and the config."""
+    def find(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        linear: bool,
+        view: View | None = None,
+        expert: int = 0,
+    ) -> WeightSource:
+        """The tensors of one parameter, checked against `shape`, each other and the config; with a
+        `view` the part of them that it is, of a stack that of `expert`.
+        """
+        if view is not None:
+            whole = self
+            if view.stacked:
+                whole = replace(self, tensors=Stack(self.tensors, expert, view.shape[0]))
+            found = whole.find(name, view.shape[-2:], linear)
+            parts = rows_of(found.tensors, found.format, found.group, view.first, shape)
+            return replace(found, name=view.of(name, shape[0]), shape=shape, tensors=parts)
         data = self.tensors.get(name)
         candidates = [
             (row, codes)
@@ -95,7 +119,7 @@ class StoredWeights:
             row, codes = next(
                 (each for each in candidates if each[0].name == wanted), candidates[0]
             )
-            if data is not None and codes is not data:
+            if data is not None and codes != data:
                 raise self._error(codes, f"stands beside {name}: only one of them can count")
             return self._quantised(row, codes, name, shape, linear)
         if data is None:
@@ -182,8 +206,16 @@ class InventedWeights:
         """Nothing is: what is asked for is invented."""
         return []
 
-    def find(self, name: str, shape: tuple[int, ...], linear: bool) -> WeightSource:
+    def find(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        linear: bool,
+        view: View | None = None,
+        expert: int = 0,
+    ) -> WeightSource:
         """A weight of the shape asked for."""
+        name = view.of(name, shape[0]) if view else name
         quantization, storage = self.quantization, self.quantization.storage
         if not linear or storage is None or quantization.skips(_module(name)):
             row = next(each for each in FORMATS.values() if self.dtype in each.codes.dtypes)

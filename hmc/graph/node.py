@@ -21,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from hmc.checkpoint.views import View
 from hmc.codegen.spec import KernelSpec
 
 DType = Literal["f32", "bf16", "i32"]
@@ -38,7 +39,8 @@ class WeightSpec:
 
     For routed experts `name` holds the placeholder `{e}` and `experts` their number. `linear` says
     that the weight is one that a quantised checkpoint may store in a low-bit format (a matmul
-    operand, not a norm or a table).
+    operand, not a norm or a table). With a `view` it is a part of the tensor of that name: some
+    rows, or an expert of a stack (then there is no placeholder).
     """
 
     role: str
@@ -46,6 +48,12 @@ class WeightSpec:
     shape: tuple[int, ...]
     linear: bool = False
     experts: int = 0
+    view: View | None = None
+
+    @property
+    def key(self) -> str:
+        """What a plan calls it: its tensor's name, with the rows where it is a part of it."""
+        return self.name if self.view is None else self.view.of(self.name, self.shape[0])
 
 
 @dataclass(frozen=True)

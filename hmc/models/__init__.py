@@ -96,7 +96,7 @@ def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
     for path, block in module.named_modules():
         if isinstance(block, Block):
             for spec in block.weights(path):
-                specs.setdefault(spec.name, spec)
+                specs.setdefault(spec.key, spec)
     return specs
 
 

@@ -118,11 +118,11 @@ def _weights(graph: torch.fx.GraphModule, target: Target) -> tuple[Weight, ...]:
     found: dict[str, Weight] = {}
     for node in graph.graph.nodes:
         for weight in meta(node).weights:
-            if weight.experts or weight.name in found:
+            if weight.experts or weight.key in found:
                 continue
             (source,) = target.source(weight)
-            found[weight.name] = Weight(
-                name=weight.name,
+            found[weight.key] = Weight(
+                name=weight.key,
                 format=source.format,
                 shape=source.shape,
                 group=source.group,
@@ -155,7 +155,7 @@ def _experts(graph: torch.fx.GraphModule, target: Target) -> tuple[ExpertWeights
                 ExpertWeights(
                     layer=found.layer,
                     role=weight.role,  # type: ignore[arg-type]
-                    pattern=weight.name,
+                    pattern=weight.key,
                     format=first.format,
                     shape=first.shape,
                     count=len(sources),

@@ -236,4 +236,4 @@ class PhaseBuilder:
 def _weight_names(found: NodeMeta) -> dict[str, str]:
     if any(weight.experts for weight in found.weights):
         return {"experts": f"layer:{found.layer}"}
-    return {weight.role: weight.name for weight in found.weights}
+    return {weight.role: weight.key for weight in found.weights}
