@@ -15,6 +15,7 @@ from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.panel.tiling import CHUNK, Form
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.formats import format_of
 
 _PROT_NONE = 0  # of sys/mman.h
 FORMATS: list[WeightFormat] = ["fp8", "bf16", "fp16", "f32", "int4"]
@@ -74,6 +75,11 @@ class Stored:
     scale: np.ndarray
     values: np.ndarray
     group: int = 0
+
+
+def groups(weight: str, group: int, scale_bits: int = 16) -> dict[str, int]:
+    """What a spec says of the scales of a format that leaves them open."""
+    return {"group": group, "scale_bits": scale_bits} if format_of(weight).grouped else {}
 
 
 def stored(

@@ -16,6 +16,7 @@ from prefill_data import (
     before_a_hole,
     bf16,
     from_bf16,
+    groups,
     need,
     run,
     stored,
@@ -60,9 +61,7 @@ def test_every_format_and_tier_at_odd_sizes(
     """Nothing past the last row is read: a page that faults begins there."""
     need(isa)
     rng = np.random.default_rng(k)
-    spec = KernelSpec.of(
-        "gemm", isa, weight=weight, k=k, group=32, scale_bits=16, tile={"tokens": 5}
-    )
+    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, **groups(weight, 32), tile={"tokens": 5})
     for rows, tokens in ((1, 1), (7, 64), (16, 17), (33, 2), (130, 130)):
         w = stored(rng, weight, rows, k, group=32)
         edge = Stored(before_a_hole(w.data), before_a_hole(w.scale), w.values)
@@ -83,13 +82,13 @@ def test_workers_tiles_and_neighbours_change_no_bit(
     rows, tokens, k = 130, 61, 384
     w = stored(rng, weight, rows, k)
     x = activations(rng, tokens, k, k)
-    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, group=128, scale_bits=16)
+    spec = KernelSpec.of("gemm", isa, weight=weight, k=k, **groups(weight, 128))
     alone = call(jit, spec, x, w, rows, tokens)
     for workers in (2, 3, 7):
         assert np.array_equal(call(jit, spec, x, w, rows, tokens, workers), alone)
     assert np.array_equal(call(jit, spec, x[5:6], w, rows, 1), alone[5:6])
     small = KernelSpec.of(
-        "gemm", isa, weight=weight, k=k, group=128, scale_bits=16, tile={"tokens": 5}
+        "gemm", isa, weight=weight, k=k, **groups(weight, 128), tile={"tokens": 5}
     )
     assert np.array_equal(call(jit, small, x, w, rows, tokens), alone)
 

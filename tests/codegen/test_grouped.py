@@ -14,6 +14,7 @@ from prefill_data import (
     address,
     as_packed,
     from_bf16,
+    groups,
     need,
     run,
     stored,
@@ -56,8 +57,7 @@ def specs(
         weight=weight,
         top_k=TOP_K,
         experts=EXPERTS,
-        group=32,
-        scale_bits=16,
+        **groups(weight, 32),
         tile=tile,
     )
     return (
