@@ -11,9 +11,6 @@ the flag: a flag that was only released is never taken for one that happened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
 
@@ -82,10 +79,3 @@ def _nap(e: Emitter) -> None:
     registers = "={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}"
     syscall = ir.InlineAsm(kind, "syscall", registers, side_effect=True)
     e.b.call(syscall, [const(_NANOSLEEP), e.b.ptrtoint(span, I64), const(0)])
-
-
-EMITTERS: dict[str, Callable[[KernelSpec], str]] = {
-    "flag_wait": emit_flag_wait,
-    "flag_set": emit_flag_set,
-}
-REFERENCES: dict[str, Callable[..., Any]] = {"flag_wait": flag_reached}

@@ -4,9 +4,6 @@ step that computes some of a layer's experts only. Each worker does its share of
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from llvmlite import ir
 
@@ -31,7 +28,3 @@ def emit_resident_ids(spec: KernelSpec) -> str:
 def resident_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Reference: ids i32 [T, J], mask [experts]; i32 [T, J]."""
     return np.where(mask[ids] != 0, ids, -1).astype(np.int32)
-
-
-EMITTERS: dict[str, Callable[[KernelSpec], str]] = {"resident_ids": emit_resident_ids}
-REFERENCES: dict[str, Callable[..., Any]] = {"resident_ids": resident_ids}

@@ -14,8 +14,7 @@ from test_gate_up import assert_gated
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import REFERENCES
-from hmc.codegen.kernels.matmul.experts import scratch_bytes
+from hmc.codegen.kernels.matmul.experts import experts_down, experts_gate_up, scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 TOKENS, TOP_K, EXPERTS = 16, 3, 20
@@ -124,10 +123,8 @@ def test_experts(
         inputs = guarded(bf16(layer.rng.standard_normal(act.shape)))
         exact_act = as_multiplied(layer.second, from_bf16(inputs))
         shares = routing.astype(np.float64)
-        exact = REFERENCES["experts_down"](exact_act, ids, shares, down)
-        slack = REFERENCES["experts_down"](
-            np.abs(exact_act), ids, np.abs(shares), [np.abs(one) for one in down]
-        )
+        exact = experts_down(exact_act, ids, shares, down)
+        slack = experts_down(np.abs(exact_act), ids, np.abs(shares), [np.abs(one) for one in down])
         y = layer.down(jit, inputs, ids, routing, workers)
         assert (np.abs(y - exact) <= 3e-6 * slack).all()
 
@@ -173,7 +170,7 @@ def test_slots_of_experts_elsewhere_add_nothing(
             act[~rows] = 0x7FC0  # NaN: what nobody may use
             y = layer.down(jit, act, some, routing, workers)
             assert (y[~here.any(axis=1)] == 0).all()
-            exact = REFERENCES["experts_down"](
+            exact = experts_down(
                 as_multiplied(layer.second, from_bf16(whole_act)),
                 some,
                 routing.astype(np.float64),
@@ -202,13 +199,11 @@ def test_repeated_experts(jit: Jit) -> None:
     x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
     ids = guarded(np.full((TOKENS, TOP_K), 4, np.int32))
     act = layer.gate_up(jit, x, ids, workers=2)
-    exact = REFERENCES["experts_gate_up"](
-        from_bf16(x), ids, layer.values(0), layer.values(1), SWIGLU
-    )
+    exact = experts_gate_up(from_bf16(x), ids, layer.values(0), layer.values(1), SWIGLU)
     assert np.abs(from_bf16(act) - exact).max() <= 2.0**-8 * np.abs(exact).max()
     routing = floats(layer.rng, TOKENS, TOP_K)
     y = layer.down(jit, act, ids, routing, workers=2)
-    wanted = REFERENCES["experts_down"](from_bf16(act), ids, routing, layer.values(2))
+    wanted = experts_down(from_bf16(act), ids, routing, layer.values(2))
     limit = (
         bound(np.abs(from_bf16(act)), np.abs(layer.values(2)[4])).max()
         * TOP_K

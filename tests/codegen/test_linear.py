@@ -13,7 +13,7 @@ from prefill_data import Stored, activations, e4m3, from_bf16, need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.kernels.matmul.linear import linear
 from hmc.codegen.native import takes_nan
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
 
@@ -83,7 +83,7 @@ def test_linear(jit: Jit, weight: WeightFormat, k: int, group: int, bits: int, i
         x = guarded(activations(rng, tokens, k, k + 5))
         bias = floats(rng, rows)
         exact_x = as_multiplied(spec, from_bf16(x[:, :k]))
-        exact = REFERENCES["linear"](exact_x, matrix.values, bias.astype(np.float64))
+        exact = linear(exact_x, matrix.values, bias.astype(np.float64))
         y = run_linear(jit, spec, x, matrix, bias, workers=2)
         assert (np.abs(y - exact) <= bound(exact_x, matrix.values) + 1e-6 * np.abs(exact)).all()
 

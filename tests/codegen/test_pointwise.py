@@ -11,7 +11,7 @@ from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import MASKS, OPERATIONS, REDUCTIONS
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.kernels.pointwise.pointwise import pointwise
 from hmc.codegen.rowwise import BF16_INPUTS, INPUTS, VECTORS, Rowwise
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
@@ -40,7 +40,7 @@ def run(
         form = "bf16" if name in BF16_INPUTS else "f32"
         data[name], exact = as_format(scale * rng.standard_normal(shape), form)
         values[name] = exact[..., :count]
-    want = REFERENCES["pointwise"](Rowwise.of(spec), values)
+    want = pointwise(Rowwise.of(spec), values)
     args = {name: address(data.get(name)) for name in INPUTS + VECTORS}
     args |= {f"{name}_stride": columns.get(name, -1) + 1 for name in INPUTS}
     results = []

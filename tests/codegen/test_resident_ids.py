@@ -9,7 +9,7 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.pool.resident_ids import resident_ids
 from hmc.codegen.spec import KernelSpec
 
 
@@ -27,4 +27,4 @@ def test_against_numpy(jit: Jit, isa: str, experts: int, top_k: int) -> None:
             jit, spec, workers,
             ids=address(ids), mask=address(mask), out=address(out), tokens=tokens,
         )  # fmt: skip
-        np.testing.assert_array_equal(out, REFERENCES["resident_ids"](ids, mask))
+        np.testing.assert_array_equal(out, resident_ids(ids, mask))

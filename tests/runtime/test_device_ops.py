@@ -15,7 +15,7 @@ from layouts import keys_and_values, layout
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
 from hmc.codegen.expr import SWIGLU
-from hmc.codegen.kernels import REFERENCES
+from hmc.codegen.kernels.pointwise.pointwise import pointwise
 from hmc.codegen.kernels.routing.route import route as route_reference
 from hmc.codegen.rowwise import Rowwise
 from hmc.errors import ExecutionError, UnsupportedError
@@ -303,7 +303,7 @@ def test_an_op_without_a_function_is_computed_by_its_reference(kv: KVCache) -> N
     step = step.model_copy(update={"weights": {"v0": "v"}})
     device_op("pointwise")(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
     exact = {name: each.double().numpy() for name, each in {**rows, "v0": vector}.items()}
-    expected = REFERENCES["pointwise"](form, exact)
+    expected = pointwise(form, exact)
     assert np.abs(values["y"].double().numpy() - expected).max() <= 2.0**-8 * np.abs(expected).max()
 
 

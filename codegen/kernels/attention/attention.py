@@ -143,11 +143,3 @@ def attention(
             weight = np.exp(score - score.max(initial=-np.inf))
             y[t, h] = weight @ values / weight.sum() if len(where) else 0.0
     return y
-
-
-EMITTERS = {
-    "kv_append": emit_kv_append,
-    "attention": emit_attention,
-    "attention_join": emit_attention_join,
-}
-REFERENCES = {"kv_append": kv_append, "attention": attention, "attention_join": attention}

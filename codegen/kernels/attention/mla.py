@@ -23,7 +23,6 @@ from hmc.codegen.kernels.attention.attend import Shape, Walk, emit_join
 from hmc.codegen.kernels.attention.attend_rows import Source
 from hmc.codegen.kernels.attention.attend_task import Task
 from hmc.codegen.kernels.attention.attention import cache_row, copy_to_bf16
-from hmc.codegen.kernels.matmul.absorb import emit_mla_absorb, mla_absorb
 from hmc.codegen.kernels.matmul.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import load_f32, store_f32
@@ -178,19 +177,3 @@ def mla_up(y_latent: Array, w: Array, nope: int) -> Array:
     """y [tokens, heads, v_dim] in float64; w [heads, nope + v_dim, rank] (scales applied)."""
     result: Array = np.einsum("thr,hvr->thv", y_latent.astype(np.float64), w[:, nope:])
     return result
-
-
-EMITTERS = {
-    "mla_absorb": emit_mla_absorb,
-    "mla_append": emit_mla_append,
-    "mla_attention": emit_mla_attention,
-    "mla_attention_join": emit_mla_attention_join,
-    "mla_up": emit_mla_up,
-}
-REFERENCES = {
-    "mla_absorb": mla_absorb,
-    "mla_append": mla_append,
-    "mla_attention": mla_attention,
-    "mla_attention_join": mla_attention,
-    "mla_up": mla_up,
-}

@@ -97,7 +97,3 @@ def mla_prefill(
     shared = np.repeat(rows[:, None, :, w.shape[2] :], heads, 1)
     keys = np.concatenate([lifted[..., :nope], shared], -1)
     return attention_prefill(q, keys, lifted[..., nope:], table, past, scale)
-
-
-EMITTERS = {"mla_prefill": emit_mla_prefill}
-REFERENCES = {"mla_prefill": mla_prefill}

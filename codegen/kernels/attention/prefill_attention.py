@@ -61,7 +61,3 @@ def attention_prefill(
     tokens = len(q)
     sequence, positions = np.zeros(tokens, np.int32), np.arange(past, past + tokens)
     return attention(q, k_cache, v_cache, table[None], sequence, positions, scale)
-
-
-EMITTERS = {"attention_prefill": emit_attention_prefill}
-REFERENCES = {"attention_prefill": attention_prefill}

@@ -50,7 +50,3 @@ def rows(table: Array, picks: Array) -> Array:
     """table[picks] in float64."""
     result: Array = table[picks].astype(np.float64)
     return result
-
-
-EMITTERS = {"embed": emit_embed, "gather_rows": emit_gather_rows}
-REFERENCES = {"embed": rows, "gather_rows": rows}

@@ -161,7 +161,3 @@ def add_norm(gamma: Array, eps: float, h: Array, *terms: Array) -> tuple[Array, 
     """(h_out, y) of `add_norm`, in float64."""
     total = add(h, *terms)
     return total, norm(total, gamma, eps)
-
-
-EMITTERS = {"norm": emit_norm, "add_norm": emit_add_norm, "add": emit_add}
-REFERENCES = {"norm": norm, "add_norm": add_norm, "add": add}

@@ -186,7 +186,3 @@ def pointwise(form: Rowwise, operands: Mapping[str, Array]) -> Array:
     shaped = {name: form.by_group(name, each.astype(np.float64)) for name, each in operands.items()}
     result = evaluated(form.tree, shaped)
     return result.reshape(len(result), -1)
-
-
-EMITTERS = {"pointwise": emit_pointwise}
-REFERENCES = {"pointwise": pointwise}

@@ -125,7 +125,3 @@ def rotary(
     a, b = y[..., first].copy(), y[..., second].copy()
     y[..., first], y[..., second] = a * c - b * s, b * c + a * s
     return y
-
-
-EMITTERS = {"rotary": emit_rotary}
-REFERENCES = {"rotary": rotary}

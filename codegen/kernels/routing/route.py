@@ -299,7 +299,3 @@ def route(
     if normalise:
         weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
     return ids, weights * factor
-
-
-EMITTERS = {"route": emit_route}
-REFERENCES = {"route": route}

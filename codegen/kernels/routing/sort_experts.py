@@ -8,9 +8,6 @@ nobody needs what another wrote. Slots with a negative id belong to no expert he
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 
 from hmc.codegen.decode.tiles import BYTES
@@ -69,7 +66,3 @@ def _at(e: Emitter, array: Value, index: Value) -> Value:
 
 def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
     e.store(e.b.trunc(value, I32), array, index, align=4)
-
-
-EMITTERS: dict[str, Callable[[KernelSpec], str]] = {"sort_experts": emit_sort_experts}
-REFERENCES: dict[str, Callable[..., Any]] = {"sort_experts": sort_experts}
