@@ -172,6 +172,10 @@ class Emitter:
         """Signed minimum of two i64."""
         return self.b.select(self.b.icmp_signed("<", left, right), left, right)
 
+    def positive(self, value: Value) -> Value:
+        """An i64, 0 where it is negative."""
+        return self.b.select(self.b.icmp_signed("<", value, const(0)), const(0), value)
+
     # -- memory ------------------------------------------------------------------------------------
 
     def at(self, base: Value, index: Value, element: Any) -> Value:

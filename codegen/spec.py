@@ -158,7 +158,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # [tokens, heads * v_dim]. params: heads, kv_heads, head_dim, v_dim, block, window (0: none;
     # else how many positions a token sees, its own included). Three records: kv_append, (barrier),
     # attention, (barrier), attention_join. scratch: `attention_scratch_bytes(spec, tokens,
-    # max_context)` of kernels/attention.py. Position -1: y = 0.
+    # max_context)` of kernels/attention/attend.py. Position -1: y = 0.
     "kv_append": _args(
         "k* k_stride v* v_stride k_cache* v_cache* tables* table_stride sequence* positions* tokens"
     ),
@@ -169,7 +169,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "attention_join": _args("positions* y* y_stride tokens scratch*"),
     # The same for many tokens of one sequence (prefill), at positions[0], positions[0] + 1, ...,
     # after kv_append; sequence[0] is its row of `tables`; no window. scratch:
-    # `prefill_attention_scratch_bytes(spec)` of kernels/prefill_attention.py for every worker.
+    # `prefill_scratch_bytes(spec)` of kernels/attention/prefill_form.py for every worker.
     "attention_prefill": _args(
         "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
         " scale~ scratch*"
@@ -195,7 +195,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # The same for many tokens of one sequence (prefill), keys and values lifted by kv_b, after
     # mla_append; positions and sequence as for attention_prefill, y bf16 [tokens, heads * v_dim];
     # w_scale are the weight's scales. params: heads, nope, rope, v_dim, rank, block. scratch:
-    # `mla_prefill_scratch_bytes(spec)` of kernels/mla_prefill.py for every worker.
+    # `prefill_scratch_bytes(spec)` of kernels/attention/prefill_form.py for every worker.
     "mla_prefill": _args(
         "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* y* y_stride"
         " tokens scale~ scratch*"

@@ -14,10 +14,8 @@ from types import MappingProxyType
 
 import numpy as np
 
-from hmc.codegen.kernels.attention.attention import attention_scratch_bytes
-from hmc.codegen.kernels.attention.mla import mla_scratch_bytes
-from hmc.codegen.kernels.attention.mla_prefill import mla_prefill_scratch_bytes
-from hmc.codegen.kernels.attention.prefill_attention import prefill_attention_scratch_bytes
+from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
@@ -140,7 +138,7 @@ def _attention(low: Lowering, step: Step) -> None:
     record(low, step, specs["kv_append"], caches, reads=[k, v, positions], writes=[cache])
     scores = [q, positions, cache]
     if spec := specs.get("attention_prefill"):
-        caches["scratch"] = _private(low, spec.op, prefill_attention_scratch_bytes(spec))
+        caches["scratch"] = _private(low, spec.op, prefill_scratch_bytes(spec))
         record(low, step, spec, caches, reads=scores)
         return
     spec = specs["attention"]
@@ -162,7 +160,7 @@ def _mla(low: Lowering, step: Step) -> None:
     scores = [q, positions, cache]
     if spec := specs.get("mla_prefill"):
         given |= {"w_scale": scale}
-        given |= {"scratch": _private(low, spec.op, mla_prefill_scratch_bytes(spec))}
+        given |= {"scratch": _private(low, spec.op, prefill_scratch_bytes(spec))}
         record(low, step, spec, given, reads=scores)
         return
     spec, (heads, rank) = specs["mla_attention"], _ints(step, "heads", "rank")
@@ -171,7 +169,7 @@ def _mla(low: Lowering, step: Step) -> None:
     given |= {"y_latent": low.arena.workspace("y_latent", 2 * tokens * heads * rank)}
     record(low, step, specs["mla_absorb"], given | scales, reads=[q], writes=["q_latent"])
     scores.append("q_latent")
-    given |= {"scratch": low.arena.workspace("mla", mla_scratch_bytes(spec, tokens, longest))}
+    given |= {"scratch": low.arena.workspace("mla", attention_scratch_bytes(spec, tokens, longest))}
     record(low, step, spec, given, reads=scores, writes=["mla"])
     join = specs["mla_attention_join"]
     record(low, step, join, given, reads=["mla", positions], writes=["y_latent"])

@@ -14,7 +14,8 @@ from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.attention import attention, attention_scratch_bytes, kv_append
+from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.attention import attention, kv_append
 from hmc.errors import KernelError
 
 Params = dict[str, int]

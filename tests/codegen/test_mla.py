@@ -17,6 +17,8 @@ from prefill_data import Stored, need, stored
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention import mla
+from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.attention import kv_append
 from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.spec import WeightFormat
 
@@ -129,7 +131,7 @@ def attend(
     """y_latent bits [tokens, heads, rank]."""
     y = filled(latent.shape, np.uint16)
     spec = spec_of("mla_attention", isa, params)
-    size = mla.mla_scratch_bytes(spec, len(q), paged.max_context)
+    size = attention_scratch_bytes(spec, len(q), paged.max_context)
     scratch = guarded(np.full(size, 0xFF, np.uint8))
     common = {
         "positions": address(paged.positions), "y_latent": address(y), "tokens": len(q),
@@ -190,7 +192,8 @@ def test_append(jit: Jit, isa: str, params: Params) -> None:
         kept = [t for t in range(tokens) if paged.positions[t] >= 0]
         blocks, slots = zip(*(paged.place(t) for t in kept), strict=True)
         rows = bf16(np.concatenate([latent[kept, :rank], key[kept, :rope]], axis=1))
-        expected = mla.mla_append(cache, rows, np.array(blocks), np.array(slots))
+        expected = kv_append(cache[:, None], rows[:, None], np.array(blocks), np.array(slots))
+        expected = expected[:, 0]
         in_turn(
             jit, spec_of("mla_append", isa, params), 2, latent=address(latent),
             latent_stride=rank + 2, k_rope=address(key), k_rope_stride=rope + 1,

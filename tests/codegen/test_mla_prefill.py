@@ -18,9 +18,9 @@ from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS, best_isa
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.mla_prefill import mla_prefill, mla_prefill_scratch_bytes
+from hmc.codegen.kernels.attention.mla_prefill import mla_prefill
 from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
-from hmc.codegen.kernels.attention.prefill_form import lift_form
+from hmc.codegen.kernels.attention.prefill_form import lift_form, prefill_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 Params = dict[str, int]
@@ -66,7 +66,7 @@ class Case:
         start = self.past + first
         positions = guarded(np.arange(start, start + tokens, dtype=np.int32))
         sequence = guarded(np.full(tokens, 2, np.int32))
-        scratch = guarded(np.full(workers * mla_prefill_scratch_bytes(self.spec), 0xFF, np.uint8))
+        scratch = guarded(np.full(workers * prefill_scratch_bytes(self.spec), 0xFF, np.uint8))
         in_turn(jit, self.spec, workers, **self.arguments(q, positions, sequence, y, scratch))
         assert (y[:, width:] == 77).all()
         return y[:, :width].reshape(tokens, self.params["heads"], -1)
@@ -203,6 +203,6 @@ def test_workers_at_once(jit: Jit) -> None:
     alone = case.run(jit, 1)
     y = np.zeros((150, 3 * 128), np.uint16)
     positions, sequence = np.arange(10, 160, dtype=np.int32), np.full(150, 2, np.int32)
-    scratch = np.zeros(4 * mla_prefill_scratch_bytes(case.spec), np.uint8)
+    scratch = np.zeros(4 * prefill_scratch_bytes(case.spec), np.uint8)
     run(jit, case.spec, 4, **case.arguments(case.q, positions, sequence, y, scratch))
     assert (y.reshape(alone.shape) == alone).all()

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 
+from llvmlite import ir
+
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
@@ -26,34 +28,15 @@ NEVER = float("-inf")
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of one attention kernel.
-
-    `heads` query heads share `kv_heads` cache rows of `key` elements (the value: the first `value`
-    elements of the value row). A head group is `members` heads in `width` lanes; a cache row holds
-    `key_row` and `value_row` elements.
-    """
+class Multiplies:
+    """How a tier multiplies queries and weights by cache rows."""
 
     isa: str
-    heads: int
-    kv_heads: int
-    key: int
-    value: int
-    key_row: int
-    value_row: int
-    block: int
-    window: int
-    terms: int
 
     @property
     def lanes(self) -> int:
         """f32 lanes of a vector."""
         return TIERS[self.isa].lanes
-
-    @property
-    def sums(self) -> int:
-        """Vectors that are summed up at once: half of the registers."""
-        return TIERS[self.isa].registers // 2
 
     @property
     def dot(self) -> bool:
@@ -64,6 +47,47 @@ class Shape:
     def step(self) -> int:
         """Elements (of a key, or positions of a value) that one multiply takes."""
         return 2 if self.dot else 1
+
+    @property
+    def word(self) -> ir.Type:
+        """What one multiply takes a lane."""
+        return I32 if self.dot else F32
+
+
+@dataclass(frozen=True)
+class Shape(Multiplies):
+    """Sizes of one attention kernel.
+
+    `heads` query heads share `kv_heads` cache rows of `key` elements (the value: the first `value`
+    elements of a row of `value_row`). A head group is `members` heads in `width` lanes.
+    """
+
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    value_row: int
+    block: int
+    window: int
+    terms: int
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Shape:
+        """The shape of `attention` or, where one latent row is the key and the value of all heads,
+        of `mla_attention`; and of their joins.
+        """
+        sizes = spec.isa, spec["heads"]
+        paged = spec["block"], spec.get("window")
+        if rank := spec.get("rank"):
+            row = rank + spec["rope"]
+            return Shape(*sizes, 1, row, rank, row, *paged, terms=1)
+        value = spec["v_dim"]
+        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, *paged, terms=2)
+
+    @property
+    def sums(self) -> int:
+        """Vectors that are summed up at once: half of the registers."""
+        return TIERS[self.isa].registers // 2
 
     @property
     def members(self) -> int:
@@ -96,9 +120,13 @@ class Shape:
         """A record: result f32 [members, value], then maximum and sum f32 [width] each."""
         return (self.members * self.value + 2 * self.width) * 4 + 63 & ~63
 
-    def scratch_bytes(self, tokens: int, max_context: int) -> int:
-        """Bytes of scratch for `tokens` tokens of up to `max_context` positions each."""
-        return tokens * (-(-max_context // PARTITION) + 1) * self.groups * self.record_bytes
+
+def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
+    """Bytes of `scratch` of decode attention and its join, for `tokens` of at most `max_context`
+    positions.
+    """
+    shape = Shape.of(spec)
+    return tokens * (-(-max_context // PARTITION) + 1) * shape.groups * shape.record_bytes
 
 
 class Walk:
@@ -113,13 +141,12 @@ class Walk:
         """First position and end of what `token` attends to; equal for a token at a negative
         position.
         """
-        b = self.e.b
-        end = b.add(b.sext(self.e.load(self.e.arg["positions"], token, I32), I64), const(1))
-        end = b.select(b.icmp_signed("<", end, const(0)), const(0), end)
+        e, b = self.e, self.e.b
+        end = b.add(b.sext(e.load(e.arg["positions"], token, I32), I64), const(1))
+        end = e.positive(end)
         if not self.shape.window:
             return const(0), end
-        first = b.sub(end, const(self.shape.window))
-        return b.select(b.icmp_signed("<", first, const(0)), const(0), first), end
+        return e.positive(b.sub(end, const(self.shape.window))), end
 
     def partitions(self, token: Value) -> tuple[Value, Value]:
         """First partition of `token` and the one after its last."""
@@ -180,13 +207,12 @@ class Walk:
                     b.store(b.add(b.load(number), const(1)), number)
 
 
-def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter], Value]) -> str:
+def emit_join(e: Emitter, y: Value, stride: Value) -> str:
     """y[token, head, :] bf16 = merged records, divided by the sum; split by (token, head). Zeros
     for no positions.
     """
-    e = Emitter(spec)
-    b, s = e.b, shape
-    walk = Walk(e, shape)
+    b, s = e.b, Shape.of(e.spec)
+    walk = Walk(e, s)
     lanes = s.lanes
     number, reached = e.local(I64, const(0)), e.local(I64, const(0))
     start, stop = e.split(b.mul(e.arg["tokens"], const(s.heads)))
@@ -202,7 +228,7 @@ def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter]
         apart = const(s.groups * s.record_bytes)
         tail = b.add(const(s.members * s.value), member)
 
-        def field(index: Value, at: Value, first: Value = first) -> Value:
+        def field(index: Value, at: Value) -> Value:
             return e.load(e.offset(first, b.mul(index, apart)), at, F32)
 
         maximum = e.local(F32, fconst(NEVER))
@@ -211,7 +237,7 @@ def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter]
             b.store(b.select(b.fcmp_ordered(">", value, old), value, old), maximum)
         top = b.load(maximum)
 
-        def share(index: Value, top: Value = top, tail: Value = tail) -> Value:
+        def share(index: Value) -> Value:
             return exp(e, e.splat(b.fsub(field(index, tail), top), lanes))
 
         total = e.local(F32, fconst(0.0))
@@ -221,18 +247,11 @@ def emit_join(spec: KernelSpec, shape: Shape, y: str, stride: Callable[[Emitter]
             b.store(e.fma(weight, part, b.load(total)), total)
         divisor = b.load(total)
         divisor = b.select(b.icmp_signed("==", count, const(0)), fconst(1.0), divisor)
-        target_index = b.add(b.mul(token, stride(e)), b.mul(head, const(s.value)))
-        target = e.at(e.arg[y], target_index, I16)
+        target_index = b.add(b.mul(token, stride), b.mul(head, const(s.value)))
+        target = e.at(y, target_index, I16)
         source = e.at(first, b.mul(member, const(s.value)), F32)
 
-        def columns(
-            base: Value,
-            size: int,
-            source: Value = source,
-            target: Value = target,
-            divisor: Value = divisor,
-            count: Value = count,
-        ) -> None:
+        def columns(base: Value, size: int) -> None:
             cut = range(0, size, lanes)
             sums = [e.local(vec(F32, lanes), e.zeros(F32, lanes)) for _ in cut]
             with e.for_range(0, count) as index:

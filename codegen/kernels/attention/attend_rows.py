@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.ir import I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend import PARTITION, Shape
+from hmc.codegen.vector import isplat
 
 L2, L1 = 2, 3
 """Prefetch hints: what is needed a phase from now, and what is needed next."""
@@ -27,6 +28,23 @@ class Source:
     values_apart: bool
 
 
+class Pages:
+    """Where the block table of `token`'s sequence says that cache rows lie."""
+
+    def __init__(self, e: Emitter, token: Value, block: int, kv_heads: int) -> None:
+        b = e.b
+        self.e, self.block, self.kv_heads = e, block, kv_heads
+        sequence = b.sext(e.load(e.arg["sequence"], token, I32), I64)
+        self._table = e.at(e.arg["tables"], b.mul(sequence, e.arg["table_stride"]), I32)
+
+    def row(self, position: Value, kv_head: Value) -> Value:
+        """Row of the cache, counted over blocks, heads and slots."""
+        e, b, block = self.e, self.e.b, const(self.block)
+        number = b.sext(e.load(self._table, b.udiv(position, block), I32), I64)
+        row = b.add(b.mul(number, const(self.kv_heads)), kv_head)
+        return b.add(b.mul(row, block), b.urem(position, block))
+
+
 class Rows:
     """Cache rows of one partition of a token's context, seen by one key head."""
 
@@ -37,16 +55,11 @@ class Rows:
     def find(self, token: Value, start: Value, count: Value, kv_head: Value) -> None:
         """Code that looks up `count` positions from `start` on, a run of them at a time."""
         e, b, s = self.e, self.e.b, self.shape
-        sequence = b.sext(e.load(e.arg["sequence"], token, I32), I64)
-        table = e.at(e.arg["tables"], b.mul(sequence, e.arg["table_stride"]), I32)
+        pages = Pages(e, token, s.block, s.kv_heads)
         runs = b.udiv(b.add(count, const(s.run - 1)), const(s.run))
         with e.for_range(0, runs) as index:
             position = b.add(start, b.mul(index, const(s.run)))
-            number = b.sext(e.load(table, b.udiv(position, const(s.block)), I32), I64)
-            row = b.add(b.mul(number, const(s.kv_heads)), kv_head)
-            row = b.add(b.mul(row, const(s.block)), b.urem(position, const(s.block)))
-            # Counted over blocks, heads and slots.
-            e.store(row, self._numbers, index)
+            e.store(pages.row(position, kv_head), self._numbers, index)
         # What lies behind is never read, only fetched ahead.
         with e.for_range(runs, PARTITION // s.run + 1) as index:
             e.store(e.load(self._numbers, const(0), I64), self._numbers, index)
@@ -64,3 +77,10 @@ def buffer(e: Emitter, element: Value, count: int) -> Value:
     slot = e.local(element, count=count)
     slot.align = 64
     return slot
+
+
+def pair_words(e: Emitter, low: Value, high: Value) -> Value:
+    """bf16 pairs (i32 lanes) of two vectors of bf16 bits."""
+    kind = vec(I32, low.type.count)
+    wide = [e.b.zext(half, kind) for half in (low, high)]
+    return e.b.or_(wide[0], e.b.shl(wide[1], isplat(16, kind.count)))

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend import NEVER, PARTITION, Shape
-from hmc.codegen.kernels.attention.attend_rows import L1, L2, Rows, Source, buffer
+from hmc.codegen.kernels.attention.attend_rows import L1, L2, Rows, Source, buffer, pair_words
 from hmc.codegen.vector import (
     dot_pairs,
     exp,
     fmax,
     for_strips,
     fsplat,
-    isplat,
     lanes_mask,
     load_part,
     store_f32,
@@ -35,11 +34,10 @@ class Scores:
     def __init__(self, e: Emitter, shape: Shape, source: Source, rows: Rows) -> None:
         self.e, self.shape, self.source, self.rows = e, shape, source, rows
         s = shape
-        word = I32 if s.dot else F32
         size = (s.key // s.step + s.lanes) * s.width
-        self.queries = [buffer(e, word, size) for _ in range(s.terms if s.dot else 1)]
+        self.queries = [buffer(e, s.word, size) for _ in range(s.terms if s.dot else 1)]
         self.scores = buffer(e, F32, (PARTITION + s.tile) * s.width)
-        self.weights = buffer(e, word, (PARTITION + s.tile) * s.width)
+        self.weights = buffer(e, s.word, (PARTITION + s.tile) * s.width)
         self.wide = None if s.dot else buffer(e, F32, s.tile * s.key)
 
     def emit(self, token: Value, head: Value, skip: Value, count: Value) -> tuple[Value, Value]:
@@ -73,7 +71,7 @@ class Scores:
         """Elements [start, start + count) of the query rows to key steps from element `into` on."""
         e, b, s = self.e, self.e.b, self.shape
         size = s.step * s.lanes
-        blank = e.zeros(I32 if s.dot else F32, s.lanes)
+        blank = e.zeros(s.word, s.lanes)
         terms: list[list[Value]] = [[blank] * s.width for _ in self.queries]
         for lane, row in enumerate(rows):
             value = load_part(e, row, start, F32, count, size)
@@ -102,11 +100,10 @@ class Scores:
         maximum = e.local(kind, never)
         start = b.mul(b.udiv(skip, const(s.tile)), const(s.tile))
         steps = s.key // s.step
-        row_bytes = 2 * s.key_row
         with e.for_range(start, count, s.tile) as position:
-            keys = self.rows.address(self.source.keys, s.key_row, position)
-            after = self.rows.address(self.source.keys, s.key_row, b.add(position, const(s.tile)))
-            ahead = [(after, s.tile * row_bytes, L1)]
+            keys = self.rows.address(self.source.keys, s.key, position)
+            after = self.rows.address(self.source.keys, s.key, b.add(position, const(s.tile)))
+            ahead = [(after, s.tile * 2 * s.key, L1)]
             if self.source.values_apart:
                 values = self.rows.address(self.source.values, s.value_row, position)
                 ahead.append((values, s.tile * 2 * s.value_row, L2))
@@ -117,19 +114,13 @@ class Scores:
                 for base, size, level in ahead:
                     self._prefetch_slice(base, size, level, step, steps)
                 query = [
-                    e.load_vec(
-                        q,
-                        b.mul(step, const(s.width)),
-                        I32 if s.dot else F32,
-                        s.width,
-                        align=4 * s.width,
-                    )
+                    e.load_vec(q, b.mul(step, const(s.width)), s.word, s.width, align=4 * s.width)
                     for q in self.queries
                 ]
                 for row in range(s.tile):
                     total = b.load(sums[row])
                     if s.dot:
-                        at = b.add(step, const(row * s.key_row // 2))
+                        at = b.add(step, const(row * s.key // 2))
                         pair = e.splat(e.load(keys, at, I32, align=4), s.width)
                         for q in query:
                             total = dot_pairs(e, total, q, pair)
@@ -165,7 +156,7 @@ class Scores:
         """wide[row][:] = the tile's keys as f32."""
         e, s = self.e, self.shape
         for row in range(s.tile):
-            source = e.offset(keys, const(2 * row * s.key_row))
+            source = e.offset(keys, const(2 * row * s.key))
             target = e.at(self.wide, const(row * s.key), F32)
 
             def strip(
@@ -196,10 +187,7 @@ class Scores:
             if s.dot:
                 bits = round_bf16(e, weight)
                 weight = e.bf16_to_f32(bits)
-                low, high = (
-                    b.zext(b.shuffle_vector(bits, bits, half), vec(I32, s.width)) for half in halves
-                )
-                pairs = b.or_(low, b.shl(high, isplat(16, s.width)))
+                pairs = pair_words(e, *(b.shuffle_vector(bits, bits, half) for half in halves))
                 e.store(pairs, self.weights, b.udiv(at, const(2)), align=4 * s.width)
             else:
                 e.store(weight, self.weights, at, align=8 * s.width)

@@ -6,60 +6,49 @@ which orders dimensions by 128-bit groups until the sums are put back in order.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend import Shape
-from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Source
-from hmc.codegen.vector import dot_pairs, isplat, lanes_mask, load_part, resize
+from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Source, pair_words
+from hmc.codegen.vector import dot_pairs, lanes_mask, load_part, resize
 
 
+@dataclass(frozen=True)
 class Results:
     """From `weights` (attend_scores.py) and values to a record; fetches the keys of `next_rows`
     meanwhile.
     """
 
-    def __init__(
-        self,
-        e: Emitter,
-        shape: Shape,
-        source: Source,
-        weights: Value,
-        rows: Rows,
-        next_rows: Rows | None,
-    ) -> None:
-        self.e, self.shape, self.source, self.weights = e, shape, source, weights
-        self.rows, self.next_rows = rows, next_rows
+    e: Emitter
+    shape: Shape
+    source: Source
+    weights: Value
+    rows: Rows
+    next_rows: Rows | None
 
     def emit(self, skip: Value, count: Value, record: Value) -> None:
         """record[member][:] = sum over positions of weight * value, tile by tile of heads x
         dimensions.
         """
-        s = self.shape
+        e, s = self.e, self.shape
         tall = min(s.members, s.sums // 2)
         strips = min(max(s.sums // tall, 2), 4) & ~1
         span = strips * s.lanes
         whole = s.value // span * span
         heads = s.members // tall * tall
-        e = self.e
+        tile = partial(self._result_tile, skip, count, record)
         if whole:
             with e.for_range(0, whole, span) as column:
                 with e.for_range(0, heads, tall) as head:
-                    self._result_tile(skip, count, record, head, tall, column, span)
+                    tile(head, tall, column, span)
                 if heads < s.members:
-                    self._result_tile(
-                        skip, count, record, const(heads), s.members - heads, column, span
-                    )
+                    tile(const(heads), s.members - heads, column, span)
         if whole < s.value:
-            rest = s.value - whole
-            for head in range(0, s.members, tall):
-                self._result_tile(
-                    skip,
-                    count,
-                    record,
-                    const(head),
-                    min(tall, s.members - head),
-                    const(whole),
-                    rest,
-                )
+            for first in range(0, s.members, tall):
+                high = min(tall, s.members - first)
+                tile(const(first), high, const(whole), s.value - whole)
 
     def _result_tile(
         self,
@@ -85,7 +74,7 @@ class Results:
             at = b.mul(b.udiv(position, const(s.step)), const(s.width))
             for h in range(tall):
                 index = b.add(at, b.add(head, const(h)))
-                one = e.splat(e.load(self.weights, index, I32 if s.dot else F32, align=4), s.lanes)
+                one = e.splat(e.load(self.weights, index, s.word, align=4), s.lanes)
                 for slot, value in zip(sums[h], loaded, strict=True):
                     old = b.load(slot)
                     b.store(
@@ -96,8 +85,7 @@ class Results:
         with e.for_range(start, count, s.run) as run:
             base = self.rows.address(self.source.values, s.value_row, run)
             stop = e.minimum(b.sub(count, run), const(s.run))
-            begin = b.sub(b.and_(skip, const(-2)), run)
-            begin = b.select(b.icmp_signed("<", begin, const(0)), const(0), begin)
+            begin = e.positive(b.sub(b.and_(skip, const(-2)), run))
             even = b.and_(stop, const(-s.step))
             ahead = self._next_keys(run)
             with e.for_range(begin, even, s.step) as within:
@@ -125,14 +113,14 @@ class Results:
         """Address of the next task's keys at the partition's position `run`."""
         if self.next_rows is None:
             return None
-        return self.next_rows.address(self.source.keys, self.shape.key_row, run)
+        return self.next_rows.address(self.source.keys, self.shape.key, run)
 
     def _fetch_keys(self, keys: Value, within: Value, column: Value, span: int) -> None:
         """Fetch the share of `step` next key rows that falls to `span` dimensions of the value."""
         e, b, s = self.e, self.e.b, self.shape
-        row_bytes = 2 * s.key_row * s.step
+        row_bytes = 2 * s.key * s.step
         share = b.udiv(b.mul(column, const(row_bytes)), const(s.value))
-        start = e.offset(keys, b.add(b.mul(within, const(2 * s.key_row)), share))
+        start = e.offset(keys, b.add(b.mul(within, const(2 * s.key)), share))
         for line in range(-(-row_bytes * span // (64 * s.value))):
             e.prefetch(e.offset(start, const(64 * line)), L2)
 
@@ -161,9 +149,7 @@ class Results:
                     mixed = b.shuffle_vector(first, second, mask)
                     found.append(b.bitcast(mixed, vec(I32, s.lanes)))
             else:
-                wide = [b.zext(half, vec(I32, s.lanes)) for half in (first, second)]
-                shift = b.shl(wide[1], isplat(16, s.lanes))
-                found.append(b.or_(wide[0], shift))
+                found.append(pair_words(e, first, second))
         return found
 
 

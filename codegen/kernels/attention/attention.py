@@ -6,6 +6,7 @@ Each is ordered after the one before it by a barrier.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,97 +14,81 @@ from numpy.typing import NDArray
 
 from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const
 from hmc.codegen.isa import TIERS
-from hmc.codegen.kernels.attention.attend import Shape, Walk, emit_join
-from hmc.codegen.kernels.attention.attend_rows import Source
-from hmc.codegen.kernels.attention.attend_task import Task
+from hmc.codegen.kernels.attention.attend import emit_join
+from hmc.codegen.kernels.attention.attend_rows import Pages, Source
+from hmc.codegen.kernels.attention.attend_task import emit_records
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_strips, load_f32, store_f32
 
 Array = NDArray[Any]
 
 
-def _shape(spec: KernelSpec) -> Shape:
-    return Shape(
-        isa=spec.isa,
-        heads=spec["heads"],
-        kv_heads=spec["kv_heads"],
-        key=spec["head_dim"],
-        value=spec["v_dim"],
-        key_row=spec["head_dim"],
-        value_row=spec["v_dim"],
-        block=spec["block"],
-        window=spec.get("window"),
-        terms=spec.tiled("terms", 2),
-    )
-
-
-def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
-    """Bytes of `scratch` of `attention` and `attention_join`, for `tokens` of at most `max_context`
-    positions.
+@dataclass(frozen=True)
+class Part:
+    """`width` elements of what is appended: argument `source`, f32, to rows of `row` elements of
+    argument `cache`, from element `column` on.
     """
-    return _shape(spec).scratch_bytes(tokens, max_context)
+
+    source: str
+    cache: str
+    width: int
+    row: int
+    column: int = 0
 
 
-def cache_row(e: Emitter, token: Value, block: int) -> tuple[Value, Value]:
-    """Block number and slot in it of `token`'s own position."""
-    b = e.b
-    sequence = b.sext(e.load(e.arg["sequence"], token, I32), I64)
-    position = b.sext(e.load(e.arg["positions"], token, I32), I64)
-    entry = b.add(b.mul(sequence, e.arg["table_stride"]), b.sdiv(position, const(block)))
-    number = b.sext(e.load(e.arg["tables"], entry, I32), I64)
-    return number, b.srem(position, const(block))
-
-
-def copy_to_bf16(e: Emitter, source: Value, target: Value, width: int) -> None:
-    """target[:] bf16 = source[:] f32."""
-    lanes = TIERS[e.spec.isa].lanes
-
-    def strip(index: Value, count: int, way: int) -> None:
-        value = load_f32(e, "f32", source, index, count, lanes)
-        store_f32(e, "bf16", value, target, index, count)
-
-    for_strips(e, width, lanes, strip, 2)
-
-
-def emit_kv_append(spec: KernelSpec) -> str:
-    """`kv_append`: split by (token, key head); a token at a negative position writes nothing."""
+def emit_append(spec: KernelSpec, kv_heads: int, *parts: Part) -> str:
+    """Split by (token, key head); a token at a negative position writes nothing."""
     e = Emitter(spec)
-    b, kv_heads, block = e.b, spec["kv_heads"], spec["block"]
+    b, lanes = e.b, TIERS[spec.isa].lanes
     start, stop = e.split(b.mul(e.arg["tokens"], const(kv_heads)))
     with e.for_range(start, stop) as item:
         token, head = b.udiv(item, const(kv_heads)), b.urem(item, const(kv_heads))
         position = e.load(e.arg["positions"], token, I32)
         with b.if_then(b.icmp_signed(">=", position, I32(0))):
-            number, slot = cache_row(e, token, block)
-            row = b.add(b.mul(number, const(kv_heads)), head)
-            row = b.add(b.mul(row, const(block)), slot)
-            for name, width in (("k", spec["head_dim"]), ("v", spec["v_dim"])):
-                index = b.add(b.mul(token, e.arg[f"{name}_stride"]), b.mul(head, const(width)))
-                source = e.at(e.arg[name], index, F32)
-                target = e.at(e.arg[f"{name}_cache"], b.mul(row, const(width)), I16)
-                copy_to_bf16(e, source, target, width)
+            row = Pages(e, token, spec["block"], kv_heads).row(b.sext(position, I64), head)
+            for part in parts:
+                _copy(e, part, token, head, row, lanes)
     return e.finish()
+
+
+def _copy(e: Emitter, part: Part, token: Value, head: Value, row: Value, lanes: int) -> None:
+    """A part of one token and head to its row, rounded to bf16."""
+    b = e.b
+    index = b.add(b.mul(token, e.arg[f"{part.source}_stride"]), b.mul(head, const(part.width)))
+    source = e.at(e.arg[part.source], index, F32)
+    target = e.at(e.arg[part.cache], b.add(b.mul(row, const(part.row)), const(part.column)), I16)
+
+    def strip(index: Value, count: int, way: int) -> None:
+        value = load_f32(e, "f32", source, index, count, lanes)
+        store_f32(e, "bf16", value, target, index, count)
+
+    for_strips(e, part.width, lanes, strip, 2)
+
+
+def emit_kv_append(spec: KernelSpec) -> str:
+    """`kv_append`: k and v."""
+    sizes = {"k": spec["head_dim"], "v": spec["v_dim"]}
+    parts = (Part(name, f"{name}_cache", width, width) for name, width in sizes.items())
+    return emit_append(spec, spec["kv_heads"], *parts)
 
 
 def emit_attention(spec: KernelSpec) -> str:
     """`attention`: records of every (token, partition, head group)."""
     e = Emitter(spec)
     b, head_dim = e.b, spec["head_dim"]
-    shape = _shape(spec)
 
     def query(token: Value, head: Value) -> Value:
         row = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(head_dim)))
         return e.at(e.arg["q"], row, F32)
 
-    source = Source(((query, head_dim),), e.arg["k_cache"], e.arg["v_cache"], values_apart=True)
-    task, walk = Task(e, shape, source), Walk(e, shape)
-    walk.tasks(lambda t, p, g, number, more: task.emit(t, p, g, walk.record(number), more, walk))
-    return e.finish()
+    k, v = e.arg["k_cache"], e.arg["v_cache"]
+    return emit_records(e, Source(((query, head_dim),), k, v, values_apart=True))
 
 
 def emit_attention_join(spec: KernelSpec) -> str:
     """`attention_join`: y bf16."""
-    return emit_join(spec, _shape(spec), "y", lambda e: e.arg["y_stride"])
+    e = Emitter(spec)
+    return emit_join(e, e.arg["y"], e.arg["y_stride"])
 
 
 def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:

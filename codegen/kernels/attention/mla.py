@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, Tiles
 from hmc.codegen.formats.table import dot_of
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const
-from hmc.codegen.kernels.attention.attend import Shape, Walk, emit_join
+from hmc.codegen.ir import F32, I16, Emitter, Value, const
+from hmc.codegen.kernels.attention.attend import emit_join
 from hmc.codegen.kernels.attention.attend_rows import Source
-from hmc.codegen.kernels.attention.attend_task import Task
-from hmc.codegen.kernels.attention.attention import cache_row, copy_to_bf16
+from hmc.codegen.kernels.attention.attend_task import emit_records
+from hmc.codegen.kernels.attention.attention import Part, attention, emit_append
 from hmc.codegen.kernels.matmul.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import load_f32, store_f32
@@ -33,45 +33,11 @@ _SLICE = 32
 """Rows of W_UV that are never shared between workers."""
 
 
-def _shape(spec: KernelSpec) -> Shape:
-    row = spec["rank"] + spec["rope"]
-    return Shape(
-        isa=spec.isa,
-        heads=spec["heads"],
-        kv_heads=1,
-        key=row,
-        value=spec["rank"],
-        key_row=row,
-        value_row=row,
-        block=spec["block"],
-        window=spec.get("window"),
-        terms=spec.tiled("terms", 1),
-    )
-
-
-def mla_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
-    """Bytes of `scratch` of `mla_attention` and its join, for `tokens` of at most `max_context`
-    positions.
-    """
-    return _shape(spec).scratch_bytes(tokens, max_context)
-
-
 def emit_mla_append(spec: KernelSpec) -> str:
-    """`mla_append`: split by token; a token at a negative position writes nothing."""
-    e = Emitter(spec)
-    b, rank, rope, block = e.b, spec["rank"], spec["rope"], spec["block"]
-    start, stop = e.split(e.arg["tokens"])
-    with e.for_range(start, stop) as token:
-        position = e.load(e.arg["positions"], token, I32)
-        with b.if_then(b.icmp_signed(">=", position, I32(0))):
-            number, slot = cache_row(e, token, block)
-            row = b.add(b.mul(number, const(block)), slot)
-            target = e.at(e.arg["cache"], b.mul(row, const(rank + rope)), I16)
-            latent = e.at(e.arg["latent"], b.mul(token, e.arg["latent_stride"]), F32)
-            copy_to_bf16(e, latent, target, rank)
-            key = e.at(e.arg["k_rope"], b.mul(token, e.arg["k_rope_stride"]), F32)
-            copy_to_bf16(e, key, e.at(target, const(rank), I16), rope)
-    return e.finish()
+    """`mla_append`: the latent, then the rotated key."""
+    rank, rope = spec["rank"], spec["rope"]
+    latent = Part("latent", "cache", rank, rank + rope)
+    return emit_append(spec, 1, latent, Part("k_rope", "cache", rope, rank + rope, rank))
 
 
 def emit_mla_attention(spec: KernelSpec) -> str:
@@ -88,16 +54,14 @@ def emit_mla_attention(spec: KernelSpec) -> str:
         return e.at(e.arg["q"], b.add(row, const(nope)), F32)
 
     cache = e.arg["cache"]
-    source = Source(((latent, rank), (rotated, rope)), cache, cache, values_apart=False)
-    task, walk = Task(e, _shape(spec), source), Walk(e, _shape(spec))
-    walk.tasks(lambda t, p, g, number, more: task.emit(t, p, g, walk.record(number), more, walk))
-    return e.finish()
+    segments = (latent, rank), (rotated, rope)
+    return emit_records(e, Source(segments, cache, cache, values_apart=False))
 
 
 def emit_mla_attention_join(spec: KernelSpec) -> str:
     """`mla_attention_join`: y_latent bf16."""
-    stride = const(spec["heads"] * spec["rank"])
-    return emit_join(spec, _shape(spec), "y_latent", lambda e: stride)
+    e = Emitter(spec)
+    return emit_join(e, e.arg["y_latent"], const(spec["heads"] * spec["rank"]))
 
 
 def emit_mla_up(spec: KernelSpec) -> str:
@@ -114,8 +78,7 @@ def emit_mla_up(spec: KernelSpec) -> str:
     head_stop = b.udiv(b.add(stop, const(slices - 1)), const(slices))
     with e.for_range(b.udiv(start, const(slices)), head_stop) as head:
         begin = b.mul(head, const(slices))
-        low = b.sub(start, begin)
-        low = b.mul(b.select(b.icmp_signed("<", low, const(0)), const(0), low), const(_SLICE))
+        low = b.mul(e.positive(b.sub(start, begin)), const(_SLICE))
         high = e.minimum(b.mul(b.sub(stop, begin), const(_SLICE)), const(v_dim))
         with b.if_then(b.icmp_signed("<", low, high)):
             latent = e.at(e.arg["y_latent"], b.mul(head, const(rank)), I16)
@@ -138,15 +101,6 @@ def emit_mla_up(spec: KernelSpec) -> str:
     return e.finish()
 
 
-def mla_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
-    """cache [blocks, block, rank + rope] with rows [tokens, rank + rope] at (block, slot) of each
-    token.
-    """
-    result = cache.copy()
-    result[blocks, slots] = rows
-    return result
-
-
 def mla_attention(
     q: Array,
     q_latent: Array,
@@ -157,20 +111,10 @@ def mla_attention(
     scale: float,
 ) -> Array:
     """Weighted latents [tokens, heads, rank] in float64; q [tokens, heads, nope + rope]."""
-    tokens, heads, rank = q_latent.shape
-    block, row = cache.shape[1:]
-    rope = row - rank
-    y = np.zeros((tokens, heads, rank))
-    for t in range(tokens):
-        where = np.arange(int(positions[t]) + 1)
-        if not len(where):
-            continue
-        rows = cache[tables[sequence[t]][where // block], where % block].astype(np.float64)
-        query = np.concatenate([q_latent[t], q[t, :, q.shape[2] - rope :]], axis=1)
-        score = query.astype(np.float64) @ rows.T * scale
-        weight = np.exp(score - score.max(axis=1, keepdims=True))
-        y[t] = weight @ rows[:, :rank] / weight.sum(axis=1, keepdims=True)
-    return y
+    rank = q_latent.shape[2]
+    query = np.concatenate([q_latent, q[..., q.shape[2] + rank - cache.shape[2] :]], axis=2)
+    rows = cache[:, None]
+    return attention(query, rows, rows[..., :rank], tables, sequence, positions, scale)
 
 
 def mla_up(y_latent: Array, w: Array, nope: int) -> Array:

@@ -41,20 +41,15 @@ _CHOICES = 8
 """Numbers of blocks of tokens that are weighed against each other, from the least on."""
 
 
-def mla_prefill_scratch_bytes(spec: KernelSpec) -> int:
-    """Bytes of `scratch` for each worker. Best aligned to 64."""
-    return lift_form(spec).scratch_bytes + Form.of_latent(spec).scratch_bytes
-
-
 def emit_mla_prefill(spec: KernelSpec) -> str:
     """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_bits).
 
     Scratch: what the panels of every worker take, then what its unit takes.
     """
     e = Emitter(spec)
-    b, form = e.b, Form.of_latent(spec)
+    b, form = e.b, Form.of(spec)
     scratch = b.mul(e.workers, const(lift_form(spec).scratch_bytes))
-    scratch = b.add(scratch, b.mul(e.worker, const(form.scratch_bytes)))
+    scratch = b.add(scratch, b.mul(e.worker, const(form.offsets["end"])))
     scratch = e.offset(e.arg["scratch"], scratch)
     keys = LatentKeys(e, form)
     attend_units(e, form, scratch, keys.pack, lambda least, most: _choose(e, form, least, most))

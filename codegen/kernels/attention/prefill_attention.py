@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hmc.codegen.ir import Emitter, Value, const
 from hmc.codegen.kernels.attention.attention import attention
-from hmc.codegen.kernels.attention.prefill_form import Form
+from hmc.codegen.kernels.attention.prefill_form import Form, prefill_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_keys import CachedKeys
 from hmc.codegen.kernels.attention.prefill_units import attend_units
 from hmc.codegen.ragged import ceil_div
@@ -33,16 +33,11 @@ _UNITS = 4
 """Least units of a worker, for balance, while tokens last."""
 
 
-def prefill_attention_scratch_bytes(spec: KernelSpec) -> int:
-    """Bytes of `scratch` for one worker; worker w uses the w-th such piece. Best aligned to 64."""
-    return Form.of(spec).scratch_bytes
-
-
 def emit_attention_prefill(spec: KernelSpec) -> str:
     """IR of `attention_prefill`: params heads, kv_heads, head_dim, v_dim, block."""
     e = Emitter(spec)
     b, form = e.b, Form.of(spec)
-    scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(form.scratch_bytes)))
+    scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(prefill_scratch_bytes(spec))))
 
     def choose(least: Value, most: Value) -> Value:
         wanted = ceil_div(e, b.mul(e.workers, const(_UNITS)), const(form.kv_heads))

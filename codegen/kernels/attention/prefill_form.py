@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hmc.codegen.isa import TIERS
+from hmc.codegen.kernels.attention.attend import Multiplies
 from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
-from hmc.errors import KernelError
 
 
 def lift_form(spec: KernelSpec) -> tiling.Form:
@@ -21,74 +21,39 @@ def lift_form(spec: KernelSpec) -> tiling.Form:
 
 
 @dataclass(frozen=True)
-class Form:
+class Form(Multiplies):
     """Sizes of one prefill attention kernel, and where its scratch holds what.
 
     A panel is `vectors` vectors of query rows, a row being one (token, head); `high` keys or value
-    dimensions are multiplied at once; `keys` positions make a tile.
+    dimensions are multiplied at once; `keys` positions make a tile; a unit has `rows` query rows.
     """
 
-    isa: str
     heads: int
     kv_heads: int
     key: int
     value: int
     block: int
     terms: int
-    vectors: int
     high: int
     keys: int
     rows: int
+    vectors: int = 2
 
     @staticmethod
     def of(spec: KernelSpec) -> Form:
-        """The form of `attention_prefill`; `KernelError` for tile choices without a kernel."""
-        return Form._of(spec, spec["kv_heads"], spec["head_dim"], terms=2, keys=96, rows=256)
-
-    @staticmethod
-    def of_latent(spec: KernelSpec) -> Form:
-        """The form of `mla_prefill`, every head with keys and values of its own; `KernelError` for
-        tile choices without a kernel. Units are long, since each makes its keys anew; a tile has no
-        more of them than are lifted at once.
+        """The form of `attention_prefill`, or of `mla_prefill`, every head with keys and values of
+        its own. Units of the latter are long, since each makes its keys anew; a tile has no more of
+        them than are lifted at once.
         """
-        key, high = spec["nope"] + spec["rope"], TIERS[spec.isa].token_tile
-        keys = min(192, lift_form(spec).block // high * high)
-        return Form._of(spec, spec["heads"], key, terms=1, keys=keys, rows=2048)
-
-    @staticmethod
-    def _of(spec: KernelSpec, kv_heads: int, key: int, *, terms: int, keys: int, rows: int) -> Form:
-        tier = TIERS[spec.isa]
-        form = Form(
-            isa=spec.isa,
-            heads=spec["heads"],
-            kv_heads=kv_heads,
-            key=key,
-            value=spec["v_dim"],
-            block=spec["block"],
-            terms=spec.tiled("terms", terms) if tier.pair_dot else 1,
-            vectors=spec.tiled("vectors", 2),
-            high=spec.tiled("high", tier.token_tile),
-            keys=spec.tiled("keys", keys),
-            rows=spec.tiled("rows", rows),
-        )
-        if form.keys % form.high or form.high % 2:
-            raise KernelError("attention: a key tile is a multiple of an even register tile")
-        return form
-
-    @property
-    def lanes(self) -> int:
-        """f32 lanes of a vector."""
-        return TIERS[self.isa].lanes
-
-    @property
-    def dot(self) -> bool:
-        """Whether pairs of bf16 are multiplied."""
-        return TIERS[self.isa].pair_dot
-
-    @property
-    def step(self) -> int:
-        """Elements of a key (or positions of a value) that one multiply takes."""
-        return 2 if self.dot else 1
+        tier, sizes = TIERS[spec.isa], (spec["v_dim"], spec["block"])
+        high = tier.token_tile
+        if spec.get("rank"):
+            heads, key = (spec["heads"],) * 2, spec["nope"] + spec["rope"]
+            keys = min(192, lift_form(spec).block // high * high)
+            return Form(spec.isa, *heads, key, *sizes, terms=1, high=high, keys=keys, rows=2048)
+        heads, terms = (spec["heads"], spec["kv_heads"]), 2 if tier.pair_dot else 1
+        key = spec["head_dim"]
+        return Form(spec.isa, *heads, key, *sizes, terms=terms, high=high, keys=96, rows=256)
 
     @property
     def panel(self) -> int:
@@ -157,7 +122,10 @@ class Form:
             at += 4 * words + 63 & ~63
         return found | {"end": at}
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Scratch of one worker."""
-        return self.offsets["end"]
+
+def prefill_scratch_bytes(spec: KernelSpec) -> int:
+    """Bytes of `scratch` for each worker, best aligned to 64: what its unit takes, and the panels
+    that lift keys.
+    """
+    panels = lift_form(spec).scratch_bytes if spec.get("rank") else 0
+    return panels + Form.of(spec).offsets["end"]

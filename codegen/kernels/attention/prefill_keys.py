@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import I16, I32, Emitter, Value, const, vec
+from hmc.codegen.kernels.attention.attend_rows import Pages
 from hmc.codegen.kernels.attention.prefill_form import Form
 from hmc.codegen.kernels.attention.prefill_rows import Unit
 from hmc.codegen.vector import for_strips, isplat, load_part, store_part
-
-
-class Table:
-    """The block table of the one sequence that a prefill kernel is called for."""
-
-    def __init__(self, e: Emitter, block: int) -> None:
-        b = e.b
-        self.e, self.block = e, block
-        sequence = b.sext(e.load(e.arg["sequence"], const(0), I32), I64)
-        table = e.at(e.arg["tables"], b.mul(sequence, e.arg["table_stride"]), I32)
-        self._table = b.bitcast(table, I8.as_pointer())
-
-    def place(self, position: Value) -> tuple[Value, Value]:
-        """Block and slot of a position."""
-        e, b = self.e, self.e.b
-        number = e.load(self._table, b.udiv(position, const(self.block)), I32)
-        return b.sext(number, I64), b.urem(position, const(self.block))
 
 
 class CachedKeys:
     """Packs keys and values as they lie in k_cache and v_cache."""
 
     def __init__(self, e: Emitter, form: Form) -> None:
-        self.e, self.form, self._table = e, form, Table(e, form.block)
+        self.e, self.form = e, form
+        self._pages = Pages(e, const(0), form.block, form.kv_heads)
 
     def pack(self, unit: Unit, start: Value) -> None:
         """Keys and values of the positions from `start` on that the unit sees, up to a tile.
@@ -44,17 +29,10 @@ class CachedKeys:
         with e.for_range(start, stop, form.step) as position:
             self._pack_values(unit, start, position, stop)
 
-    def _cache_row(self, unit: Unit, position: Value) -> Value:
-        """Row of the cache, counted over blocks, heads and slots."""
-        b, form = self.e.b, self.form
-        number, slot = self._table.place(position)
-        row = b.add(b.mul(number, const(form.kv_heads)), unit.kv_head)
-        return b.add(b.mul(row, const(form.block)), slot)
-
     def _pack_key(self, unit: Unit, start: Value, position: Value) -> None:
         e, b, form = self.e, self.e.b, self.form
         lanes = form.lanes
-        row = self._cache_row(unit, position)
+        row = self._pages.row(position, unit.kv_head)
         source = e.at(e.arg["k_cache"], b.mul(row, const(form.key)), I16)
         target = unit.part("keys", b.sub(position, start), form.key_words)
 
@@ -72,16 +50,16 @@ class CachedKeys:
         """One position, or a pair of them."""
         e, b, form = self.e, self.e.b, self.form
         lanes = form.lanes
-        word = I32 if form.dot else F32
-        pair = [self._cache_row(unit, position)]
+        pair = [self._pages.row(position, unit.kv_head)]
         if form.dot:
             second = b.add(position, const(1))
             is_seen = b.icmp_signed("<", second, stop)
-            pair.append(self._cache_row(unit, b.select(is_seen, second, position)))
+            second = b.select(is_seen, second, position)
+            pair.append(self._pages.row(second, unit.kv_head))
             high = e.splat(b.select(is_seen, I32(0xFFFF0000), I32(0)), lanes)
         rows = [e.at(e.arg["v_cache"], b.mul(row, const(form.value)), I16) for row in pair]
         at = b.udiv(b.sub(position, start), const(form.step))
-        into = b.bitcast(unit.part("values", at, form.value), word.as_pointer())
+        into = b.bitcast(unit.part("values", at, form.value), form.word.as_pointer())
 
         def mix(index: Value, count: int, way: int) -> None:
             parts = [load_part(e, row, index, I16, count, lanes) for row in rows]

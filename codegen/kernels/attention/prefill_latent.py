@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hmc.codegen.ir import F32, I16, Emitter, Value, const
+from hmc.codegen.kernels.attention.attend_rows import Pages
 from hmc.codegen.kernels.attention.attend_scores import round_bf16
 from hmc.codegen.kernels.attention.prefill_form import Form, lift_form
-from hmc.codegen.kernels.attention.prefill_keys import Table
 from hmc.codegen.kernels.attention.prefill_rows import Unit
 from hmc.codegen.kernels.attention.prefill_tiles import bf16_pair
 from hmc.codegen.panel.panel import Panels
@@ -35,7 +35,7 @@ class LatentKeys:
 
     def __init__(self, e: Emitter, form: Form) -> None:
         spec = e.spec
-        self.e, self.form, self._table = e, form, Table(e, spec["block"])
+        self.e, self.form, self._pages = e, form, Pages(e, const(0), spec["block"], 1)
         self._nope, self._rope, self._rank = spec["nope"], spec["rope"], spec["rank"]
         self._panels = Panels(e, lift_form(spec))
 
@@ -80,8 +80,7 @@ class LatentKeys:
     def _cache_row(self, position: Value) -> Value:
         """Address of a position's latent, behind which its rotated part lies."""
         e, b = self.e, self.e.b
-        number, slot = self._table.place(position)
-        row = b.add(b.mul(number, const(self.form.block)), slot)
+        row = self._pages.row(position, const(0))
         return e.offset(e.arg["cache"], b.mul(row, const(2 * (self._rank + self._rope))))
 
     def _pack_rotated(self, latent: Value, key: Value) -> None:

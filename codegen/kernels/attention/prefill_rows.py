@@ -90,13 +90,12 @@ class Unit:
                     e.store(fsplat(value, lanes), state, where, align=4)
                 source = self.part("keys", const(0), 0)
                 queries = self.part("queries", panel, form.query_words)
-                word = I32 if form.dot else F32
                 with e.for_range(0, const(form.terms * form.query_steps), lanes) as step:
                     rows = [
                         e.load_vec(
                             source,
                             b.add(step, const(lane * form.terms * form.query_steps)),
-                            word,
+                            form.word,
                             lanes,
                             align=4,
                         )

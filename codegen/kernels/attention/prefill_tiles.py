@@ -225,7 +225,6 @@ class Tiles:
         e, b, form = self.e, self.e.b, self.form
         vectors, terms, apart = lanes_side
         words, between, stride = broadcast_side
-        word = I32 if form.dot else F32
         sums = [
             [e.local(vec(F32, form.lanes), initial(h, v)) for v in range(form.vectors)]
             for h in range(high)
@@ -239,7 +238,7 @@ class Tiles:
                         e.load_vec(
                             here,
                             const(term * apart + u * form.panel + v * form.lanes),
-                            word,
+                            form.word,
                             form.lanes,
                             align=4,
                         )
@@ -249,7 +248,7 @@ class Tiles:
                 ]
                 for h in range(high):
                     at = const(h * between + u * stride)
-                    one = e.splat(e.load(there, at, word, align=4), form.lanes)
+                    one = e.splat(e.load(there, at, form.word, align=4), form.lanes)
                     for v in range(form.vectors):
                         total = b.load(sums[h][v])
                         for term in loaded:
