@@ -94,8 +94,7 @@ class Emitter:
         parameters.
 
         Inside, `e.b`, `e.local` and the loops build the subroutine; `e.arg`, `e.worker` and
-        `e.workers` belong to the kernel and must not be used. Call it with
-        `e.b.call(e.module.globals[name], values)`.
+        `e.workers` belong to the kernel and must not be used. `run` calls it.
         """
         outer = self.function, self._entry, self.b
         self.function = ir.Function(
@@ -112,6 +111,10 @@ class Emitter:
         ir.IRBuilder(self._entry).branch(body)
         self.function, self._entry, self.b = outer
 
+    def run(self, name: str, *values: Value) -> None:
+        """Call a subroutine."""
+        self.b.call(self.module.globals[name], values)
+
     # -- control flow ------------------------------------------------------------------------------
 
     def local(self, kind: Any, initial: Value | None = None, count: int = 1) -> Value:
@@ -122,6 +125,16 @@ class Emitter:
         if initial is not None:
             self.b.store(initial, slot)
         return slot
+
+    def buffer(self, kind: Any, count: int) -> Value:
+        """A stack array on a cache line boundary."""
+        slot = self.local(kind, count=count)
+        slot.align = 64
+        return slot
+
+    def load_int(self, base: Value, index: Value, align: int = 1) -> Value:
+        """Element `index` of an array of i32 at `base`, as i64."""
+        return self.b.sext(self.load(base, index, I32, align), I64)
 
     @contextmanager
     def for_range(self, start: Value, stop: Value, step: int | Value = 1) -> Iterator[Value]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.vector import lanes_mask
 
 
 def ceil_div(e: Emitter, value: Value, divisor: Value) -> Value:
@@ -46,5 +47,5 @@ def store_lanes(e: Emitter, value: Value, base: Value, index: Value, count: Valu
 
 def _mask(e: Emitter, count: Value, lanes: int) -> Value:
     """The first `count` lanes."""
-    order = ir.Constant(vec(I32, lanes), [ir.Constant(I32, lane) for lane in range(lanes)])
+    order = lanes_mask(list(range(lanes)))
     return e.b.icmp_signed("<", order, e.splat(e.b.trunc(count, I32), lanes))

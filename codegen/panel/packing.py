@@ -71,7 +71,7 @@ class Packing:
         e = self.e
         with e.for_range(0, tokens) as token:
             e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
-        e.b.call(e.module.globals["pack"], [scratch, self._sources, tokens])
+        e.run("pack", scratch, self._sources, tokens)
 
     def _emit(self) -> None:
         """pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][block][token of the

@@ -92,7 +92,7 @@ class Panels:
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
         words = [word for part in panel for word in part.words]
-        self._call("multiply", self.scratch, tokens, *words, *ahead)
+        self.e.run("multiply", self.scratch, tokens, *words, *ahead)
 
     def total(self, token: Value, vector: int) -> Value:
         """`<lanes x float>`: what `multiply` left for one token and one vector of rows."""
@@ -107,9 +107,6 @@ class Panels:
         return [_PTR, _PTR, I64, *[I64] * self.form.straddles]
 
     # -- routines ----------------------------------------------------------------------------------
-
-    def _call(self, name: str, *values: Value) -> None:
-        self.e.b.call(self.e.module.globals[name], values)
 
     def _emit_multiply(self) -> None:
         """multiply(scratch, tokens, 2 x the words of rows, 2 x ahead)."""
@@ -141,7 +138,7 @@ class Panels:
         for v in range(VECTORS):
             weights, stored, *rest = words[each * v : each * (v + 1)]
             lane = const(v * form.lanes * 4)
-            self._call(
+            e.run(
                 f"decode{length}",
                 e.offset(scratch, lane),
                 e.offset(scales, lane),
@@ -183,7 +180,7 @@ class Panels:
             block = self.e.function.append_basic_block("tile")
             switch.add_case(const(number), block)
             b.position_at_end(block)
-            self._call(f"tile{number}", *values)
+            self.e.run(f"tile{number}", *values)
             b.branch(done)
         b.position_at_end(done)
 
@@ -194,16 +191,8 @@ class Panels:
         e, form = self.e, self.form
         lanes = form.lanes
         kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS, _PTR]
-        with e.subroutine(f"tile{count}", *kinds) as (
-            totals,
-            panel,
-            x,
-            scales,
-            groups,
-            steps,
-            *ahead,
-            token_factors,
-        ):
+        with e.subroutine(f"tile{count}", *kinds) as values:
+            totals, panel, x, scales, groups, steps, *ahead, token_factors = values
             b = e.b
             scaled = form.scaled
             none = form.micro.zero(e)
@@ -260,11 +249,8 @@ class Panels:
     def _emit_decode(self, length: int) -> None:
         """decode(panel, scales, the words of rows): `length` weights of `lanes` rows."""
         e, form = self.e, self.form
-        with e.subroutine(f"decode{length}", _PTR, _PTR, *self._row_kinds) as (
-            panel,
-            scales,
-            *words,
-        ):
+        with e.subroutine(f"decode{length}", _PTR, _PTR, *self._row_kinds) as values:
+            panel, scales, *words = values
             rows_here = Rows(*words)
             order = [e.minimum(const(r), rows_here.last) for r in range(form.lanes)]
             stride = const(row_bytes(form.spec.weight, form.k))

@@ -142,7 +142,7 @@ class Walk:
         position.
         """
         e, b = self.e, self.e.b
-        end = b.add(b.sext(e.load(e.arg["positions"], token, I32), I64), const(1))
+        end = b.add(e.load_int(e.arg["positions"], token), const(1))
         end = e.positive(end)
         if not self.shape.window:
             return const(0), end

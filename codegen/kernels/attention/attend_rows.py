@@ -34,13 +34,13 @@ class Pages:
     def __init__(self, e: Emitter, token: Value, block: int, kv_heads: int) -> None:
         b = e.b
         self.e, self.block, self.kv_heads = e, block, kv_heads
-        sequence = b.sext(e.load(e.arg["sequence"], token, I32), I64)
-        self._table = e.at(e.arg["tables"], b.mul(sequence, e.arg["table_stride"]), I32)
+        row = b.mul(e.load_int(e.arg["sequence"], token), e.arg["table_stride"])
+        self._table = e.at(e.arg["tables"], row, I32)
 
     def row(self, position: Value, kv_head: Value) -> Value:
         """Row of the cache, counted over blocks, heads and slots."""
         e, b, block = self.e, self.e.b, const(self.block)
-        number = b.sext(e.load(self._table, b.udiv(position, block), I32), I64)
+        number = e.load_int(self._table, b.udiv(position, block))
         row = b.add(b.mul(number, const(self.kv_heads)), kv_head)
         return b.add(b.mul(row, block), b.urem(position, block))
 
@@ -50,7 +50,7 @@ class Rows:
 
     def __init__(self, e: Emitter, shape: Shape) -> None:
         self.e, self.shape = e, shape
-        self._numbers = buffer(e, I64, PARTITION // shape.run + 1)
+        self._numbers = e.buffer(I64, PARTITION // shape.run + 1)
 
     def find(self, token: Value, start: Value, count: Value, kv_head: Value) -> None:
         """Code that looks up `count` positions from `start` on, a run of them at a time."""
@@ -70,13 +70,6 @@ class Rows:
         row = e.load(self._numbers, b.udiv(position, const(s.run)), I64)
         row = b.add(row, b.urem(position, const(s.run)))
         return e.offset(base, b.mul(row, const(2 * elements)))
-
-
-def buffer(e: Emitter, element: Value, count: int) -> Value:
-    """A stack array on a cache line boundary."""
-    slot = e.local(element, count=count)
-    slot.align = 64
-    return slot
 
 
 def pair_words(e: Emitter, low: Value, high: Value) -> Value:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend import NEVER, PARTITION, Shape
-from hmc.codegen.kernels.attention.attend_rows import L1, L2, Rows, Source, buffer, pair_words
+from hmc.codegen.kernels.attention.attend_rows import L1, L2, Rows, Source, pair_words
 from hmc.codegen.vector import (
     dot_pairs,
     exp,
@@ -35,10 +35,10 @@ class Scores:
         self.e, self.shape, self.source, self.rows = e, shape, source, rows
         s = shape
         size = (s.key // s.step + s.lanes) * s.width
-        self.queries = [buffer(e, s.word, size) for _ in range(s.terms if s.dot else 1)]
-        self.scores = buffer(e, F32, (PARTITION + s.tile) * s.width)
-        self.weights = buffer(e, s.word, (PARTITION + s.tile) * s.width)
-        self.wide = None if s.dot else buffer(e, F32, s.tile * s.key)
+        self.queries = [e.buffer(s.word, size) for _ in range(s.terms if s.dot else 1)]
+        self.scores = e.buffer(F32, (PARTITION + s.tile) * s.width)
+        self.weights = e.buffer(s.word, (PARTITION + s.tile) * s.width)
+        self.wide = None if s.dot else e.buffer(F32, s.tile * s.key)
 
     def emit(self, token: Value, head: Value, skip: Value, count: Value) -> tuple[Value, Value]:
         """Code for the group from `head` on and positions [skip, count); returns (maxima, sums) by

@@ -45,15 +45,16 @@ class Form(Multiplies):
         its own. Units of the latter are long, since each makes its keys anew; a tile has no more of
         them than are lifted at once.
         """
-        tier, sizes = TIERS[spec.isa], (spec["v_dim"], spec["block"])
+        tier = TIERS[spec.isa]
         high = tier.token_tile
         if spec.get("rank"):
-            heads, key = (spec["heads"],) * 2, spec["nope"] + spec["rope"]
-            keys = min(192, lift_form(spec).block // high * high)
-            return Form(spec.isa, *heads, key, *sizes, terms=1, high=high, keys=keys, rows=2048)
-        heads, terms = (spec["heads"], spec["kv_heads"]), 2 if tier.pair_dot else 1
-        key = spec["head_dim"]
-        return Form(spec.isa, *heads, key, *sizes, terms=terms, high=high, keys=96, rows=256)
+            kv_heads, key = spec["heads"], spec["nope"] + spec["rope"]
+            terms, keys, rows = 1, min(192, lift_form(spec).block // high * high), 2048
+        else:
+            kv_heads, key = spec["kv_heads"], spec["head_dim"]
+            terms, keys, rows = 2 if tier.pair_dot else 1, 96, 256
+        sizes = spec["heads"], kv_heads, key, spec["v_dim"], spec["block"]
+        return Form(spec.isa, *sizes, terms, high, keys, rows)
 
     @property
     def panel(self) -> int:

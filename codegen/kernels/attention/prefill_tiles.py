@@ -60,14 +60,11 @@ class Tiles:
         values = [queries, parts["keys"], parts["weights"], state, start, count]
         with b.if_else(hidden) as (some, none):
             with some:
-                self._call("scores_hidden", *values)
+                e.run("scores_hidden", *values)
             with none:
-                self._call("scores", *values)
-        self._call("weights", parts["weights"], state, count)
-        self._call("values", parts["weights"], parts["values"], results, state, count)
-
-    def _call(self, name: str, *values: Value) -> None:
-        self.e.b.call(self.e.module.globals[name], values)
+                e.run("scores", *values)
+        e.run("weights", parts["weights"], state, count)
+        e.run("values", parts["weights"], parts["values"], results, state, count)
 
     def _field(self, state: Value, field: int, vector: int, element: ir.Type = F32) -> Value:
         index = const(field * self.form.panel + vector * self.form.lanes)
@@ -85,14 +82,8 @@ class Tiles:
         """
         e, form = self.e, self.form
         name = "scores_hidden" if hidden else "scores"
-        with e.subroutine(name, _PTR, _PTR, _PTR, _PTR, I64, I64) as (
-            queries,
-            keys,
-            scores,
-            state,
-            start,
-            count,
-        ):
+        with e.subroutine(name, *[_PTR] * 4, I64, I64) as values:
+            queries, keys, scores, state, start, count = values
             b, lanes = e.b, form.lanes
             kind = vec(F32, lanes)
             best = [e.local(kind, fsplat(LOWEST, lanes)) for _ in range(form.vectors)]
@@ -167,13 +158,7 @@ class Tiles:
     def _emit_values(self) -> None:
         """values(weights, values, results, state, count): O = O * factor + weights x values."""
         e, form = self.e, self.form
-        with e.subroutine("values", _PTR, _PTR, _PTR, _PTR, I64) as (
-            weights,
-            values,
-            results,
-            state,
-            count,
-        ):
+        with e.subroutine("values", *[_PTR] * 4, I64) as (weights, values, results, state, count):
             b = e.b
             factors = [self._field(state, FACTOR, v) for v in range(form.vectors)]
             steps = b.udiv(b.add(count, const(form.step - 1)), const(form.step))

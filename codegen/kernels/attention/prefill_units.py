@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from math import gcd
 
-from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.ir import I32, Emitter, Value, const
 from hmc.codegen.kernels.attention.prefill_form import Form
 from hmc.codegen.kernels.attention.prefill_rows import Unit
 from hmc.codegen.kernels.attention.prefill_tiles import Tiles
@@ -29,7 +29,7 @@ def attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choose
     """
     b = e.b
     tiles = Tiles(e, form)
-    past = b.sext(e.load(e.arg["positions"], const(0), I32), I64)
+    past = e.load_int(e.arg["positions"], const(0))
 
     # Blocks of whole grains; a grain is as many tokens as fill panels without a rest.
     grain = form.panel // gcd(form.panel, form.group)

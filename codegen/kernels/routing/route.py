@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numpy.typing import NDArray
 
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
@@ -52,16 +51,6 @@ def ordered_key(e: Emitter, value: Value) -> Value:
     return b.xor(bits, b.and_(b.ashr(bits, isplat(31, count)), isplat(_LAST, count)))
 
 
-def reduce_int(e: Emitter, kind: str, vector: Value) -> Value:
-    """`smax` or `smin` over the lanes of an i32 vector."""
-    return e.call(f"llvm.vector.reduce.{kind}.v{vector.type.count}i32", I32, vector)
-
-
-def lane_numbers(count: int) -> ir.Constant:
-    """0, 1, 2, ... as an i32 vector."""
-    return ir.Constant(vec(I32, count), [ir.Constant(I32, lane) for lane in range(count)])
-
-
 class _Router:
     """Code for one token; buffers padded to whole vectors live on the worker's stack."""
 
@@ -73,18 +62,13 @@ class _Router:
         self.groups, self.top_groups = spec.get("groups"), spec.get("top_groups")
         padded = -(-self.experts // self.lanes) * self.lanes
         self.padded = padded
-        self.scores, self.choice = (self._buffer(F32, padded) for _ in range(2))
-        self.keys = self._buffer(I32, padded)
-        self.chosen = self._buffer(F32, -(-self.top_k // self.lanes) * self.lanes)
+        self.scores, self.choice = (e.buffer(F32, padded) for _ in range(2))
+        self.keys = e.buffer(I32, padded)
+        self.chosen = e.buffer(F32, -(-self.top_k // self.lanes) * self.lanes)
         group_padded = -(-max(self.groups, 1) // self.lanes) * self.lanes
-        self.group_scores = self._buffer(F32, group_padded)
-        self.group_keys = self._buffer(I32, group_padded)
+        self.group_scores = e.buffer(F32, group_padded)
+        self.group_keys = e.buffer(I32, group_padded)
         self.group_padded = group_padded
-
-    def _buffer(self, element: Value, count: int) -> Value:
-        slot = self.e.local(element, count=count)
-        slot.align = 64
-        return slot
 
     def emit(self, token: Value) -> None:
         """Code that routes one token."""
@@ -193,19 +177,20 @@ class _Router:
     def _take_best(self, keys: Value, padded: int) -> Value:
         """Index (i64) of the largest key, the lowest of equals; the key is lowered to `_TAKEN`."""
         e, b, lanes = self.e, self.e.b, self.lanes
-        words = vec(I32, lanes)
+        words, numbers = vec(I32, lanes), lanes_mask(list(range(lanes)))
+        reduce = f"llvm.vector.reduce.{{}}.v{lanes}i32".format
         top = e.local(words, isplat(_TAKEN, lanes))
-        where = e.local(words, lane_numbers(lanes))
+        where = e.local(words, numbers)
         with e.for_range(0, padded, lanes) as index:
             key, old = e.load_vec(keys, index, I32, lanes, align=4), b.load(top)
             more = b.icmp_signed(">", key, old)
-            place = b.add(e.splat(b.trunc(index, I32), lanes), lane_numbers(lanes))
+            place = b.add(e.splat(b.trunc(index, I32), lanes), numbers)
             b.store(b.select(more, key, old), top)
             b.store(b.select(more, place, b.load(where)), where)
-        best = reduce_int(e, "smax", b.load(top))
+        best = e.call(reduce("smax"), I32, b.load(top))
         equal = b.icmp_signed("==", b.load(top), e.splat(best, lanes))
-        first = reduce_int(e, "smin", b.select(equal, b.load(where), isplat(_LAST, lanes)))
-        first = b.sext(first, I64)
+        places = b.select(equal, b.load(where), isplat(_LAST, lanes))
+        first = b.sext(e.call(reduce("smin"), I32, places), I64)
         e.store(I32(_TAKEN), keys, first)
         return first
 

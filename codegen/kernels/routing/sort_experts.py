@@ -25,24 +25,24 @@ def emit_sort_experts(spec: KernelSpec) -> str:
         e.store(e.zeros(I32, 16), counts, expert)
     pairs = b.mul(e.arg["tokens"], const(spec["top_k"]))
     with e.for_range(0, pairs) as pair:
-        expert = _id(e, pair)
+        expert = e.load_int(e.arg["ids"], pair, 4)
         with b.if_then(b.icmp_signed(">=", expert, const(0))):
-            _put(e, b.add(_at(e, counts, expert), const(1)), counts, expert)
+            _put(e, b.add(e.load_int(counts, expert, 4), const(1)), counts, expert)
     start, stop = e.split(const(spec["experts"]))
     total = e.local(I64, const(0))
     with e.for_range(0, stop) as expert:
         first = b.load(total)
-        b.store(b.add(first, _at(e, counts, expert)), total)
+        b.store(b.add(first, e.load_int(counts, expert, 4)), total)
         _put(e, first, counts, expert)
         with b.if_then(b.icmp_signed(">=", expert, start)):
             _put(e, b.load(total), e.arg["offsets"], b.add(expert, const(1)))
     with b.if_then(b.icmp_signed("==", e.worker, const(0))):
         _put(e, const(0), e.arg["offsets"], const(0))
     with e.for_range(0, pairs) as pair:
-        expert = _id(e, pair)
+        expert = e.load_int(e.arg["ids"], pair, 4)
         own = b.and_(b.icmp_signed(">=", expert, start), b.icmp_signed("<", expert, stop))
         with b.if_then(own):
-            place = _at(e, counts, expert)
+            place = e.load_int(counts, expert, 4)
             _put(e, pair, e.arg["slots"], place)
             _put(e, b.add(place, const(1)), counts, expert)
     return e.finish()
@@ -54,14 +54,6 @@ def sort_experts(ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]
     here = np.flatnonzero(flat >= 0)
     slots = here[np.argsort(flat[here], kind="stable")]
     return slots, np.concatenate([[0], np.cumsum(np.bincount(flat[here], minlength=experts))])
-
-
-def _id(e: Emitter, pair: Value) -> Value:
-    return _at(e, e.arg["ids"], pair)
-
-
-def _at(e: Emitter, array: Value, index: Value) -> Value:
-    return e.b.sext(e.load(array, index, I32, align=4), I64)
 
 
 def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
