@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
-from hmc.codegen.kernels.attention import attention, mla, mla_prefill, prefill_attention
+from hmc.codegen.kernels.attention import attention, prefill
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
@@ -33,11 +33,11 @@ _HOMES: Mapping[ModuleType, str] = {
     norm: "norm add_norm add",
     pointwise: "pointwise",
     rotary: "rotary",
-    attention: "kv_append attention attention_join",
-    mla: "mla_append mla_attention mla_attention_join mla_up",
+    attention: (
+        "kv_append attention attention_join mla_append mla_attention mla_attention_join mla_up"
+    ),
     absorb: "mla_absorb",
-    prefill_attention: "attention_prefill",
-    mla_prefill: "mla_prefill",
+    prefill: "attention_prefill mla_prefill",
     route: "route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",

@@ -17,7 +17,7 @@ from prefill_data import need, run
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
+from hmc.codegen.kernels.attention.prefill import attention_prefill
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError

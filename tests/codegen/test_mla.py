@@ -16,9 +16,8 @@ from prefill_data import Stored, need, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention import mla
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
-from hmc.codegen.kernels.attention.attention import kv_append
+from hmc.codegen.kernels.attention.attention import kv_append, mla_attention, mla_up
 from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.spec import WeightFormat
 
@@ -107,8 +106,8 @@ def test_up(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     for tokens in (1, 3, 16):
         x = guarded(bf16(rng.standard_normal((tokens, params["heads"], params["rank"]))))
         y = up(jit, isa, weight, params, x, w, 1)
-        reference = mla.mla_up(from_bf16(x), values, params["nope"])
-        bound = mla.mla_up(np.abs(from_bf16(x)), np.abs(values), params["nope"])
+        reference = mla_up(from_bf16(x), values, params["nope"])
+        bound = mla_up(np.abs(from_bf16(x)), np.abs(values), params["nope"])
         error = np.abs(from_bf16(y) - reference)
         assert (error <= 2.0**-8 * np.abs(reference) + 2e-6 * bound).all()
         for workers in (2, 4, 31):
@@ -160,7 +159,7 @@ def test_attention(jit: Jit, isa: str, params: Params) -> None:
     scale = 2 * (params["rank"] + params["rope"]) ** -0.5
     y = attend(jit, isa, params, paged, q, latent, cache, scale, 1)
     where = (paged.tables, paged.sequence, paged.positions)
-    reference = mla.mla_attention(heads_of(q, params), latent, values, *where, scale)
+    reference = mla_attention(heads_of(q, params), latent, values, *where, scale)
     error = np.abs(from_bf16(y) - reference)
     # sum p |c| is about 0.8 here: the mean magnitude of a normal number.
     rounding = 0.01 if isa == "avx512_bf16" else 1e-5

@@ -18,8 +18,7 @@ from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS, best_isa
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.mla_prefill import mla_prefill
-from hmc.codegen.kernels.attention.prefill_attention import attention_prefill
+from hmc.codegen.kernels.attention.prefill import attention_prefill, mla_prefill
 from hmc.codegen.kernels.attention.prefill_form import lift_form, prefill_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 

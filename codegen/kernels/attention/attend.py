@@ -1,124 +1,24 @@
-"""What grouped-query and latent attention share: sizes, the partition of the context, and the merge
-of its records.
+"""Decode attention, grouped-query and latent alike: the context's partitions, their tasks, and the
+merge of the records.
 
 The context is cut into partitions of `PARTITION` positions, the same for every token, batch and
-number of workers. A task is (token, partition, head group): its heads all read the same cache rows
-(attend_task.py). It writes a record: maximum, sum and unnormalised result. `emit_join` merges a
-token's records in ascending order (the log-sum-exp merge of split softmax). So results depend on
-nothing but the token.
+number of workers. A task is (token, partition, head group): its heads all read the same cache rows,
+once for keys and once, out of the cache, for values. Memory is kept busy throughout: values are
+fetched while keys are read, the next task's keys while values are read. A task writes a record:
+maximum, sum and unnormalised result. `emit_join` merges a token's records in ascending order (the
+log-sum-exp merge of split softmax). So results depend on nothing but the token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import gcd
-
-from llvmlite import ir
 
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst, vec
-from hmc.codegen.isa import TIERS
+from hmc.codegen.kernels.attention.attend_rows import NEVER, PARTITION, Rows, Shape, Source
+from hmc.codegen.kernels.attention.attend_scores import Scores
+from hmc.codegen.kernels.attention.attend_values import Results
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import exp, load_part, store_f32
-
-PARTITION = 256
-"""Positions of one task."""
-
-NEVER = float("-inf")
-
-
-@dataclass(frozen=True)
-class Multiplies:
-    """How a tier multiplies queries and weights by cache rows."""
-
-    isa: str
-
-    @property
-    def lanes(self) -> int:
-        """f32 lanes of a vector."""
-        return TIERS[self.isa].lanes
-
-    @property
-    def dot(self) -> bool:
-        """Whether pairs of bf16 are multiplied."""
-        return TIERS[self.isa].pair_dot
-
-    @property
-    def step(self) -> int:
-        """Elements (of a key, or positions of a value) that one multiply takes."""
-        return 2 if self.dot else 1
-
-    @property
-    def word(self) -> ir.Type:
-        """What one multiply takes a lane."""
-        return I32 if self.dot else F32
-
-
-@dataclass(frozen=True)
-class Shape(Multiplies):
-    """Sizes of one attention kernel.
-
-    `heads` query heads share `kv_heads` cache rows of `key` elements (the value: the first `value`
-    elements of a row of `value_row`). A head group is `members` heads in `width` lanes.
-    """
-
-    heads: int
-    kv_heads: int
-    key: int
-    value: int
-    value_row: int
-    block: int
-    window: int
-    terms: int
-
-    @staticmethod
-    def of(spec: KernelSpec) -> Shape:
-        """The shape of `attention` or, where one latent row is the key and the value of all heads,
-        of `mla_attention`; and of their joins.
-        """
-        sizes = spec.isa, spec["heads"]
-        paged = spec["block"], spec.get("window")
-        if rank := spec.get("rank"):
-            row = rank + spec["rope"]
-            return Shape(*sizes, 1, row, rank, row, *paged, terms=1)
-        value = spec["v_dim"]
-        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, *paged, terms=2)
-
-    @property
-    def sums(self) -> int:
-        """Vectors that are summed up at once: half of the registers."""
-        return TIERS[self.isa].registers // 2
-
-    @property
-    def members(self) -> int:
-        """Heads of a group: the most that divide the heads of one cache row and fit a vector."""
-        per = self.heads // self.kv_heads
-        return max(count for count in range(1, self.lanes + 1) if per % count == 0)
-
-    @property
-    def width(self) -> int:
-        """Lanes that a group's heads take: 4, 8 or 16."""
-        return max(4, 1 << (self.members - 1).bit_length())
-
-    @property
-    def groups(self) -> int:
-        """Head groups of a token."""
-        return self.heads // self.members
-
-    @property
-    def run(self) -> int:
-        """Positions that are sure to lie in one block, at a constant distance."""
-        return gcd(self.block, PARTITION)
-
-    @property
-    def tile(self) -> int:
-        """Positions scored at once: as many as there are registers for."""
-        return max(count for count in range(2, self.sums + 1, 2) if self.run % count == 0)
-
-    @property
-    def record_bytes(self) -> int:
-        """A record: result f32 [members, value], then maximum and sum f32 [width] each."""
-        return (self.members * self.value + 2 * self.width) * 4 + 63 & ~63
 
 
 def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
@@ -205,6 +105,50 @@ class Walk:
                         body(token, partition, group, b.load(number), more)
                     b.store(b.add(before, count), seen)
                     b.store(b.add(b.load(number), const(1)), number)
+
+
+def emit_records(e: Emitter, source: Source) -> str:
+    """The whole kernel: records of every (token, partition, head group). Buffers live on the
+    worker's stack.
+    """
+    b, s = e.b, Shape.of(e.spec)
+    rows = Rows(e, s)
+    next_rows = Rows(e, s) if source.values_apart else None
+    scores = Scores(e, s, source, rows)
+    results = Results(e, s, source, scores.weights, rows, next_rows)
+    walk = Walk(e, s)
+
+    def task(token: Value, partition: Value, group: Value, number: Value, more: Value) -> None:
+        record = walk.record(number)
+        first, end = walk.limits(token)
+        start = b.mul(partition, const(PARTITION))
+        count = e.minimum(b.sub(end, start), const(PARTITION))
+        skip = e.positive(b.sub(first, start))
+        head = b.mul(group, const(s.members))
+        sharing = const(s.groups // s.kv_heads)
+        kv_head = b.udiv(group, sharing)
+        rows.find(token, start, count, kv_head)
+        if next_rows is not None:
+            # The keys of the next task are fetched while this one's values are read: (partition,
+            # group + 1), or the first group of the next partition; this task's own where there is
+            # none.
+            after = b.add(group, const(1))
+            wraps = b.icmp_signed("==", after, const(s.groups))
+            next_start = b.select(wraps, b.add(start, const(PARTITION)), start)
+            next_head = b.select(wraps, const(0), b.udiv(after, sharing))
+            exists = b.and_(more, b.icmp_signed("<", next_start, end))
+            next_start = b.select(exists, next_start, start)
+            next_head = b.select(exists, next_head, kv_head)
+            next_count = e.minimum(b.sub(end, next_start), const(PARTITION))
+            next_rows.find(token, next_start, next_count, next_head)
+        maximum, total = scores.emit(token, head, skip, count)
+        results.emit(skip, count, record)
+        tail = const(s.members * s.value)
+        e.store(maximum, record, tail)
+        e.store(total, record, b.add(tail, const(s.width)))
+
+    walk.tasks(task)
+    return e.finish()
 
 
 def emit_join(e: Emitter, y: Value, stride: Value) -> str:

@@ -1,13 +1,119 @@
-"""Where an attention task finds its operands: queries, and the rows of a paged cache."""
+"""Sizes of decode attention, and where a task finds its operands: queries, and the rows of a paged
+cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
-from hmc.codegen.ir import I32, I64, Emitter, Value, const, vec
-from hmc.codegen.kernels.attention.attend import PARTITION, Shape
+from llvmlite import ir
+
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import isplat
+
+PARTITION = 256
+"""Positions of one task."""
+
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class Multiplies:
+    """How a tier multiplies queries and weights by cache rows."""
+
+    isa: str
+
+    @property
+    def lanes(self) -> int:
+        """f32 lanes of a vector."""
+        return TIERS[self.isa].lanes
+
+    @property
+    def dot(self) -> bool:
+        """Whether pairs of bf16 are multiplied."""
+        return TIERS[self.isa].pair_dot
+
+    @property
+    def step(self) -> int:
+        """Elements (of a key, or positions of a value) that one multiply takes."""
+        return 2 if self.dot else 1
+
+    @property
+    def word(self) -> ir.Type:
+        """What one multiply takes a lane."""
+        return I32 if self.dot else F32
+
+
+@dataclass(frozen=True)
+class Shape(Multiplies):
+    """Sizes of one attention kernel.
+
+    `heads` query heads share `kv_heads` cache rows of `key` elements (the value: the first `value`
+    elements of a row of `value_row`). A head group is `members` heads in `width` lanes.
+    """
+
+    heads: int
+    kv_heads: int
+    key: int
+    value: int
+    value_row: int
+    block: int
+    window: int
+    terms: int
+
+    @staticmethod
+    def of(spec: KernelSpec) -> Shape:
+        """The shape of `attention` or, where one latent row is the key and the value of all heads,
+        of `mla_attention`; and of their joins.
+        """
+        sizes = spec.isa, spec["heads"]
+        paged = spec["block"], spec.get("window")
+        if rank := spec.get("rank"):
+            row = rank + spec["rope"]
+            return Shape(*sizes, 1, row, rank, row, *paged, terms=1)
+        value = spec["v_dim"]
+        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, *paged, terms=2)
+
+    @property
+    def sums(self) -> int:
+        """Vectors that are summed up at once: half of the registers."""
+        return TIERS[self.isa].registers // 2
+
+    @property
+    def members(self) -> int:
+        """Heads of a group: the most that divide the heads of one cache row and fit a vector."""
+        per = self.heads // self.kv_heads
+        return max(count for count in range(1, self.lanes + 1) if per % count == 0)
+
+    @property
+    def width(self) -> int:
+        """Lanes that a group's heads take: 4, 8 or 16."""
+        return max(4, 1 << (self.members - 1).bit_length())
+
+    @property
+    def groups(self) -> int:
+        """Head groups of a token."""
+        return self.heads // self.members
+
+    @property
+    def run(self) -> int:
+        """Positions that are sure to lie in one block, at a constant distance."""
+        return gcd(self.block, PARTITION)
+
+    @property
+    def tile(self) -> int:
+        """Positions scored at once: as many as there are registers for."""
+        return max(count for count in range(2, self.sums + 1, 2) if self.run % count == 0)
+
+    @property
+    def record_bytes(self) -> int:
+        """A record: result f32 [members, value], then maximum and sum f32 [width] each."""
+        return (self.members * self.value + 2 * self.width) * 4 + 63 & ~63
+
 
 L2, L1 = 2, 3
 """Prefetch hints: what is needed a phase from now, and what is needed next."""

@@ -12,8 +12,16 @@ lanes.
 from __future__ import annotations
 
 from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, vec
-from hmc.codegen.kernels.attention.attend import NEVER, PARTITION, Shape
-from hmc.codegen.kernels.attention.attend_rows import L1, L2, Rows, Source, pair_words
+from hmc.codegen.kernels.attention.attend_rows import (
+    L1,
+    L2,
+    NEVER,
+    PARTITION,
+    Rows,
+    Shape,
+    Source,
+    pair_words,
+)
 from hmc.codegen.vector import (
     dot_pairs,
     exp,

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
-from hmc.codegen.kernels.attention.attend import Shape
-from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Source, pair_words
+from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Shape, Source, pair_words
 from hmc.codegen.vector import dot_pairs, lanes_mask, load_part, resize
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hmc.codegen.isa import TIERS
-from hmc.codegen.kernels.attention.attend import Multiplies
+from hmc.codegen.kernels.attention.attend_rows import Multiplies
 from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
 

@@ -1,0 +1,196 @@
+"""`attention_prefill` and `mla_prefill`: causal attention of a chunk of one sequence over the paged
+cache.
+
+Workers share units: a block of tokens, all heads of one cache row. A unit packs its queries once
+(prefill_rows.py); then it packs one tile of keys and values at a time (prefill_keys.py) and takes
+every panel of queries through it (prefill_tiles.py). Units are dealt largest first, back and forth
+over the workers, which balances causal cost. Key tiles start at multiples of their size counted
+from position 0 and what a query must not see changes nothing, so a result depends on its query and
+the cache alone: never on chunk, block or workers.
+
+Grouped queries. Zen 4, 32 heads of 128 over 4 cache rows, causal FLOPs, shares of the dot-product
+peak at 512 and 2048 tokens: 0.52 and 0.57 with queries in two terms, 0.72 and 0.80 in one. They
+enter in two: in one, a parity test against transformers misses its count of large errors by one
+token. In two terms, for 128 tokens after 1920, scores take 0.60 of the time (1.01 of what their dot
+products must take), values 0.31 (1.04), softmax 0.04, packing 0.05. Tried and dropped, no
+difference beyond the noise of 3 %: register tiles of 3 vectors x 8, key tiles of 64 to 288, units
+of 384 to 1024 rows.
+
+Latent attention, expanded. Of the two equal forms (DeepSeek-V2, arXiv 2405.04434, section 2.1.2) a
+chunk takes the one with fewer products: keys and values of every head are lifted from the cached
+latents. None are kept: units are of one head and as many tokens as can be, and a unit lifts one
+tile of 192 positions at a time. So memory is that of a unit, whatever the context. Lifting a
+position costs as much as `_lift` (for DeepSeek-V3 409) queries that see it; tokens are only divided
+between units where that keeps more workers busy.
+
+Its queries enter in one bf16 term, as in decode. Against float64 at DeepSeek-V3's widths the
+relative error is 3.4e-3 to 3.8e-3 (two terms: 2.9e-3; BF16 throughout with f32 scores: 3.7e-3 to
+4.0e-3, with bf16 scores as transformers computes them 7e-3 to 1e-2), and logits differ from those
+of transformers in FP32 as little as with all products in f32.
+
+Zen 4, two cores, 16 heads of DeepSeek-V3, FP8, shares of the dot-product peak in two sittings: 512
+tokens 0.67 and 0.76, 512 after 1536 0.74 and 0.86, 2048 tokens 0.80 and 0.82; in the second, two
+terms 0.64, 0.67 and 0.58 of the same products, key tiles of 96 0.75, 0.82 and 0.80, units of 1024
+tokens 0.72 for 2048. PyTorch in f32 took 3 to 5 times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.kernels.attention.attention import attention
+from hmc.codegen.kernels.attention.prefill_form import Form, lift_form, prefill_scratch_bytes
+from hmc.codegen.kernels.attention.prefill_keys import CachedKeys, LatentKeys
+from hmc.codegen.kernels.attention.prefill_rows import Unit
+from hmc.codegen.kernels.attention.prefill_tiles import Tiles
+from hmc.codegen.ragged import ceil_div
+from hmc.codegen.spec import KernelSpec
+
+Array = NDArray[Any]
+
+_UNITS = 4
+"""Least units of a worker for grouped queries, for balance, while tokens last."""
+_CHOICES = 8
+"""Numbers of blocks of tokens that are weighed against each other for latent attention, from the
+least on.
+"""
+
+Pack = Callable[[Unit, Value], None]
+"""Fills the scratch of a unit with the keys and values it sees, from a position on."""
+
+Choice = Callable[[Value, Value], Value]
+"""How many blocks the tokens are divided into, of the least and the most there can be."""
+
+
+def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choose: Choice) -> None:
+    """All units of this worker: blocks of tokens, as many as `choose(least, most)` says, by key
+    heads.
+    """
+    b = e.b
+    tiles = Tiles(e, form)
+    past = e.load_int(e.arg["positions"], const(0))
+
+    # Blocks of whole grains; a grain is as many tokens as fill panels without a rest.
+    grain = form.panel // gcd(form.panel, form.group)
+    grain = grain if grain <= form.tokens else 1
+    grains = ceil_div(e, e.arg["tokens"], const(grain))
+    blocks = choose(ceil_div(e, grains, const(form.tokens // grain)), grains)
+    total = b.mul(blocks, const(form.kv_heads))
+    with e.for_range(0, ceil_div(e, total, e.workers)) as turn:
+        back = b.sub(b.sub(e.workers, const(1)), e.worker)
+        is_odd = b.trunc(turn, I32)
+        is_odd = b.icmp_signed("==", b.and_(is_odd, I32(1)), I32(1))
+        number = b.add(b.mul(turn, e.workers), b.select(is_odd, back, e.worker))
+        with b.if_then(b.icmp_signed("<", number, total)):
+            # Later blocks see more keys: they come first.
+            block = b.sub(b.sub(blocks, const(1)), b.udiv(number, const(form.kv_heads)))
+            kv_head = b.urem(number, const(form.kv_heads))
+
+            def border(index: Value) -> Value:
+                token = b.mul(b.udiv(b.mul(grains, index), blocks), const(grain))
+                return e.minimum(token, e.arg["tokens"])
+
+            first = border(block)
+            count = b.sub(border(b.add(block, const(1))), first)
+            unit = Unit(e, form, scratch, past, first, count, kv_head)
+            _attend(e, form, tiles, unit, pack_keys)
+
+
+def _attend(e: Emitter, form: Form, tiles: Tiles, unit: Unit, pack_keys: Pack) -> None:
+    """One unit: pack queries, go through all key tiles it sees, write its results."""
+    b = e.b
+    unit.pack_queries()
+    with e.for_range(0, unit.end, form.keys) as start:
+        pack_keys(unit, start)
+        with e.for_range(0, unit.panels) as panel:
+            end = b.add(unit.last_position(panel), const(1))
+            count = e.minimum(b.sub(end, start), const(form.keys))
+            with b.if_then(b.icmp_signed(">", count, const(0))):
+                whole = b.sub(b.add(start, const(form.keys)), const(1))
+                hidden = b.icmp_signed(">", whole, unit.first_position(panel))
+                tiles.step(unit.scratch, panel, start, count, hidden)
+    unit.write_results()
+
+
+def emit_attention_prefill(spec: KernelSpec) -> str:
+    """IR of `attention_prefill`: params heads, kv_heads, head_dim, v_dim, block."""
+    e = Emitter(spec)
+    b, form = e.b, Form.of(spec)
+    scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(prefill_scratch_bytes(spec))))
+
+    def choose(least: Value, most: Value) -> Value:
+        wanted = ceil_div(e, b.mul(e.workers, const(_UNITS)), const(form.kv_heads))
+        return e.minimum(b.select(b.icmp_signed("<", least, wanted), wanted, least), most)
+
+    _attend_units(e, form, scratch, CachedKeys(e, form).pack, choose)
+    return e.finish()
+
+
+def attention_prefill(
+    q: Array, k_cache: Array, v_cache: Array, table: Array, past: int, scale: float
+) -> Array:
+    """Reference in f64: q [tokens, heads, head_dim] at positions past, past + 1, ...; caches
+    [blocks, kv_heads, block, dim]; table [n] the sequence's blocks. Result [tokens, heads, v_dim].
+    """
+    tokens = len(q)
+    sequence, positions = np.zeros(tokens, np.int32), np.arange(past, past + tokens)
+    return attention(q, k_cache, v_cache, table[None], sequence, positions, scale)
+
+
+def emit_mla_prefill(spec: KernelSpec) -> str:
+    """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_bits).
+
+    Scratch: what the panels of every worker take, then what its unit takes.
+    """
+    e = Emitter(spec)
+    b, form = e.b, Form.of(spec)
+    scratch = b.mul(e.workers, const(lift_form(spec).scratch_bytes))
+    scratch = b.add(scratch, b.mul(e.worker, const(form.offsets["end"])))
+    scratch = e.offset(e.arg["scratch"], scratch)
+    keys = LatentKeys(e, form)
+    _attend_units(e, form, scratch, keys.pack, lambda least, most: _choose(e, form, least, most))
+    return e.finish()
+
+
+def _lift(spec: KernelSpec, form: Form) -> int:
+    """Queries whose products with a key and a value are as many as lifting both takes."""
+    lifted = spec["rank"] * (spec["nope"] + spec["v_dim"])
+    return lifted // (form.terms * form.key + form.value)
+
+
+def _choose(e: Emitter, form: Form, least: Value, most: Value) -> Value:
+    """The number of blocks of tokens for which the worker with most units has least to do: units
+    of a worker x (tokens of a block + what lifting costs).
+    """
+    b = e.b
+    best, lowest = e.local(I64, least), e.local(I64, const((1 << 63) - 1))
+    stop = e.minimum(b.add(least, const(_CHOICES)), b.add(most, const(1)))
+    with e.for_range(least, stop) as blocks:
+        turns = ceil_div(e, b.mul(blocks, const(form.heads)), e.workers)
+        tokens = b.add(ceil_div(e, e.arg["tokens"], blocks), const(_lift(e.spec, form)))
+        work = b.mul(turns, tokens)
+        with b.if_then(b.icmp_signed("<", work, b.load(lowest))):
+            b.store(work, lowest)
+            b.store(blocks, best)
+    return b.load(best)
+
+
+def mla_prefill(
+    q: Array, cache: Array, w: Array, table: Array, past: int, scale: float, rope: int
+) -> Array:
+    """Reference in f64: q [tokens, heads, nope + rope] at positions past, past + 1, ...; cache
+    [blocks, block, rank + rope]; w [heads, nope + v_dim, rank] (scales applied); table [n] the
+    sequence's blocks. Result [tokens, heads, v_dim].
+    """
+    heads, nope = w.shape[0], q.shape[2] - rope
+    rows = cache.astype(np.float64)
+    lifted = np.einsum("nbr,hdr->nhbd", rows[..., : w.shape[2]], w)
+    shared = np.repeat(rows[:, None, :, w.shape[2] :], heads, 1)
+    keys = np.concatenate([lifted[..., :nope], shared], -1)
+    return attention_prefill(q, keys, lifted[..., nope:], table, past, scale)
