@@ -8,7 +8,7 @@ tier's registers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,11 +66,7 @@ class Emitter:
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
         self.module = ir.Module(name=spec.symbol)
-        self.function = ir.Function(self.module, KERNEL_TYPE, name=spec.symbol)
-        self.function.attributes.add("nounwind")
-        self._entry = self.function.append_basic_block("entry")
-        body = self.function.append_basic_block("body")
-        self.b = ir.IRBuilder(body)
+        self._open(KERNEL_TYPE, spec.symbol)
         block, self.worker, self.workers, self.span = self.function.args
         self.arg: dict[str, Value] = {}
         for index, arg in enumerate(ARGS[spec.op]):
@@ -83,10 +79,19 @@ class Emitter:
 
     def finish(self) -> str:
         """Close the function and return the module's IR text."""
-        self.b.ret_void()
-        entry = ir.IRBuilder(self._entry)
-        entry.branch(self.function.blocks[1])
+        self._close()
         return str(self.module)
+
+    def _open(self, kind: ir.FunctionType, name: str) -> None:
+        """Begin a function: locals go to its first block, code to those after it."""
+        self.function = ir.Function(self.module, kind, name=name)
+        self.function.attributes.add("nounwind")
+        self._entry = self.function.append_basic_block("entry")
+        self.b = ir.IRBuilder(self.function.append_basic_block("body"))
+
+    def _close(self) -> None:
+        self.b.ret_void()
+        ir.IRBuilder(self._entry).branch(self.function.blocks[1])
 
     @contextmanager
     def subroutine(self, name: str, *kinds: Any) -> Iterator[tuple[Value, ...]]:
@@ -97,18 +102,11 @@ class Emitter:
         `e.workers` belong to the kernel and must not be used. `run` calls it.
         """
         outer = self.function, self._entry, self.b
-        self.function = ir.Function(
-            self.module, ir.FunctionType(ir.VoidType(), list(kinds)), name=name
-        )
+        self._open(ir.FunctionType(ir.VoidType(), list(kinds)), name)
         self.function.linkage = "internal"
-        for attribute in ("nounwind", "noinline"):
-            self.function.attributes.add(attribute)
-        self._entry = self.function.append_basic_block("entry")
-        body = self.function.append_basic_block("body")
-        self.b = ir.IRBuilder(body)
+        self.function.attributes.add("noinline")
         yield tuple(self.function.args)
-        self.b.ret_void()
-        ir.IRBuilder(self._entry).branch(body)
+        self._close()
         self.function, self._entry, self.b = outer
 
     def run(self, name: str, *values: Value) -> None:
@@ -266,7 +264,11 @@ class Emitter:
         return ir.Constant(vec(element, count), None)
 
     def reduce_add(self, vector: Value) -> Value:
-        """Sum of f32 lanes by halving: a fixed order, the same in every tier of equal width."""
+        """Sum of f32 lanes."""
+        return self.reduce(vector, self.b.fadd)
+
+    def reduce(self, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
+        """All lanes in one by halving: a fixed order, the same in every tier of equal width."""
         b = self.b
         while vector.type.count > 1:
             half = vector.type.count // 2
@@ -275,7 +277,7 @@ class Emitter:
                 ir.Constant(vec(I32, half), [ir.Constant(I32, i) for i in lanes])
                 for lanes in (range(half), range(half, 2 * half))
             ]
-            vector = b.fadd(*(b.shuffle_vector(vector, undef, mask) for mask in masks))
+            vector = combine(*(b.shuffle_vector(vector, undef, mask) for mask in masks))
         return b.extract_element(vector, ir.Constant(I32, 0))
 
     def bf16_to_f32(self, value: Value) -> Value:

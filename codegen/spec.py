@@ -287,12 +287,12 @@ def pack(op: str, **values: int | float) -> bytes:
     if set(names) != set(values):
         odd = sorted(set(names) ^ set(values))
         raise ValueError(f"arguments of kernel {op} do not match its layout: {', '.join(odd)}")
-    words = []
-    for arg in ARGS[op]:
-        value = values[arg.name]
-        words.append(
-            struct.pack("<fi", float(value), 0)
-            if arg.kind == "f32"
-            else struct.pack("<q", int(value))
-        )
-    return b"".join(words)
+    words = (word(values[arg.name], arg.kind) for arg in ARGS[op])
+    return struct.pack(f"<{len(names)}q", *words)
+
+
+def word(value: int | float, kind: Kind) -> int:
+    """`value` as the 64-bit word of an argument."""
+    if kind == "f32":
+        return int.from_bytes(struct.pack("<f", value), "little")
+    return int(value)

@@ -100,7 +100,7 @@ class StreamingRead:
         if variant not in self._programs:
             self._programs[variant] = self._program(variant)
         program = self._programs[variant]
-        program.patch(0, base=address, size=size)
+        program.patch_all(base=address, size=size)
         self._pool.run(program.records, self._trace)
         return size / self._pool.seconds(self._trace)
 

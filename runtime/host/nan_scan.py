@@ -50,7 +50,7 @@ def check_numbers(
         for first in range(0, len(pieces), _CALL):
             spans = pieces[first : first + _CALL]
             found = np.zeros(len(spans), np.int64)
-            program.patch(0, spans=spans.ctypes.data, count=len(spans), found=found.ctypes.data)
+            program.patch_all(spans=spans.ctypes.data, count=len(spans), found=found.ctypes.data)
             pool.run(program.records)
             if found.any():
                 number = (first + int(found.argmax())) // each

@@ -9,7 +9,6 @@ in earlier ones.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Hashable, Iterable
 
 import numpy as np
@@ -18,13 +17,14 @@ from hmc.codegen.decode.pieces import TICKET
 from hmc.codegen.decode.pieces import flags as share_flags
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS, pack
+from hmc.codegen.spec import ARGS, pack, word
 
 _LINE_BYTES = 8 * TICKET
 
 
 class Program:
-    """Records (`records`, int64 [n, 4], for `Pool.run`) with the argument blocks they point at.
+    """Records (`records`, int64 [n, 4], for `Pool.run`), the kernel of each (`kernels`), and the
+    argument blocks they point at.
 
     Argument words may be patched between runs, so a decode step reuses one program. The blocks live
     as long as `records`; the buffers that they name are the caller's to keep.
@@ -42,7 +42,7 @@ class Program:
             memory[offset : offset + len(block)] = np.frombuffer(block, np.uint8)
         self._words = memory.view(np.int64)
         self._first = offsets[:-1] // 8
-        self._kernels = tuple(kernels)
+        self.kernels = tuple(kernels)
         self._fields: dict[tuple[int, int, str], tuple[str, np.ndarray]] = {}
         # A view of the memory that holds the blocks too: who keeps the records keeps what they
         # point at.
@@ -52,34 +52,12 @@ class Program:
         self.records[:, 2:] = meta
 
     def __len__(self) -> int:
-        return len(self._kernels)
-
-    @property
-    def kernels(self) -> tuple[Kernel, ...]:
-        """The kernel of each record."""
-        return self._kernels
+        return len(self.kernels)
 
     @property
     def barriers(self) -> int:
         """Records that wait for all earlier ones."""
         return int(np.count_nonzero(self.records[:, 2] & walker.BARRIER))
-
-    def find(self, tag: int) -> list[int]:
-        """Indices of the records with `tag`, in order."""
-        return [int(index) for index in np.flatnonzero(self.records[:, 3] == tag)]
-
-    def patch(self, index: int, **fields: int | float) -> None:
-        """Set arguments of record `index` by name; `ValueError` when its kernel has no such
-        argument."""
-        op = self._kernels[index].spec.op
-        start = int(self._first[index])
-        for name, value in fields.items():
-            for place, arg in enumerate(ARGS[op]):
-                if arg.name == name:
-                    self._words[start + place] = _word(value, arg.kind)
-                    break
-            else:
-                raise ValueError(f"record {index}: kernel {op} has no argument {name}")
 
     def patch_all(self, start: int = 0, stop: int | None = None, /, **fields: int | float) -> None:
         """Set arguments by name in every record of [start, stop) that has them (default: all);
@@ -93,13 +71,13 @@ class Program:
             if key not in self._fields:
                 self._fields[key] = self._places(*key)
             kind, places = self._fields[key]
-            self._words[places] = _word(value, kind)
+            self._words[places] = word(value, kind)
 
     def _places(self, start: int, stop: int, name: str) -> tuple[str, np.ndarray]:
         found = [
             (arg.kind, int(self._first[index]) + place)
             for index in range(start, stop)
-            for place, arg in enumerate(ARGS[self._kernels[index].spec.op])
+            for place, arg in enumerate(ARGS[self.kernels[index].spec.op])
             if arg.name == name
         ]
         kinds = {kind for kind, _ in found}
@@ -184,10 +162,3 @@ class ProgramBuilder:
         """The program so far."""
         meta = np.array(self._meta, np.int64).reshape(-1, 2)
         return Program(list(self._kernels), list(self._blocks), meta)
-
-
-def _word(value: int | float, kind: str) -> int:
-    """`value` as the 64-bit word `spec.pack` would make of it."""
-    if kind == "f32":
-        return int(struct.unpack("<q", struct.pack("<fi", float(value), 0))[0])
-    return int(value)

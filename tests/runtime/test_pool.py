@@ -180,7 +180,7 @@ def test_patched_arguments_are_what_the_next_run_sees(jit: Jit) -> None:
     program = builder.build()
     with Pool(jit, ISA, 2) as pool:
         for shift in (0, 3, 9):
-            program.patch(0, shift=shift)
+            program.patch_all(shift=shift)
             pool.run(program.records)
             np.testing.assert_array_equal(buffers[2], 3 * np.roll(buffers[0], -shift) + buffers[1])
 

@@ -91,8 +91,6 @@ def test_records_point_at_aligned_copies_of_the_arguments() -> None:
     assert not (program.records[:, 1] % 64).any()
     assert words_of(program, 0) == [8, 16, -3]
     assert block_of(program, 1) == norm_args(5, 1e-6)
-    assert program.find(7) == [0, 2]
-    assert program.find(1) == []
     assert program.barriers == 0
     assert program.kernels == (FILL, ADD, FILL)
 
@@ -104,8 +102,8 @@ def test_patch_changes_words_in_place() -> None:
     builder.add(ADD, norm_args(5, 1e-6), tag=2)
     program = builder.build()
     before = program.records.copy()
-    program.patch(0, tokens=3, eps=0.5)
-    program.patch(1, size=32)
+    program.patch_all(0, 1, tokens=3, eps=0.5)
+    program.patch_all(size=32)
     assert block_of(program, 0) == norm_args(3, 0.5)
     assert block_of(program, 2) == norm_args(5, 1e-6)
     assert words_of(program, 1) == [8, 32, -3]
@@ -153,8 +151,6 @@ def test_wrong_arguments_are_refused() -> None:
         builder.add(FILL, fill_args() + b"12345678", tag=0)
     builder.add(FILL, fill_args(), tag=0)
     program = builder.build()
-    with pytest.raises(ValueError, match="kernel stream_fill has no argument tokens"):
-        program.patch(0, tokens=1)
     with pytest.raises(ValueError, match="tokens is no argument"):
         program.patch_all(tokens=1)
 

@@ -18,7 +18,7 @@ from hmc.codegen.kernels.attention.attend_rows import NEVER, PARTITION, Rows, Sh
 from hmc.codegen.kernels.attention.attend_scores import Scores
 from hmc.codegen.kernels.attention.attend_values import Results
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import exp, load_part, store_f32
+from hmc.codegen.vector import exp, for_strips, load_part, store_f32
 
 
 def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
@@ -195,7 +195,7 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> str:
         target = e.at(y, target_index, I16)
         source = e.at(first, b.mul(member, const(s.value)), F32)
 
-        def columns(base: Value, size: int) -> None:
+        def columns(base: Value, size: int, way: int) -> None:
             cut = range(0, size, lanes)
             sums = [e.local(vec(F32, lanes), e.zeros(F32, lanes)) for _ in cut]
             with e.for_range(0, count) as index:
@@ -210,11 +210,5 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> str:
                 used = min(lanes, size - at)
                 store_f32(e, "bf16", value, target, b.add(base, const(at)), used)
 
-        span = 8 * lanes
-        whole = s.value // span * span
-        if whole:
-            with e.for_range(0, whole, span) as base:
-                columns(base, span)
-        if whole < s.value:
-            columns(const(whole), s.value - whole)
+        for_strips(e, s.value, 8 * lanes, columns)
     return e.finish()

@@ -11,6 +11,8 @@ lanes.
 
 from __future__ import annotations
 
+from functools import partial
+
 from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend_rows import (
     L1,
@@ -65,18 +67,14 @@ class Scores:
         begin = 0
         for address, width in self.source.segments:
             rows = [address(token, b.add(head, const(lane))) for lane in range(s.members)]
-            whole = width // size * size
-            if whole:
-                with e.for_range(0, whole, size) as start:
-                    self._pack_square(rows, start, size, b.add(start, const(begin)))
-            if whole < width:
-                # Its zeros behind the segment are overwritten by the next segment or lie past the
-                # key.
-                self._pack_square(rows, const(whole), width - whole, const(begin + whole))
+            # Zeros behind a segment are overwritten by the next one or lie past the key.
+            for_strips(e, width, size, partial(self._pack_square, rows, begin))
             begin += width
 
-    def _pack_square(self, rows: list[Value], start: Value, count: int, into: Value) -> None:
-        """Elements [start, start + count) of the query rows to key steps from element `into` on."""
+    def _pack_square(
+        self, rows: list[Value], begin: int, start: Value, count: int, way: int
+    ) -> None:
+        """Elements [start, start + count) of the rows of the segment at `begin` to key steps."""
         e, b, s = self.e, self.e.b, self.shape
         size = s.step * s.lanes
         blank = e.zeros(s.word, s.lanes)
@@ -90,7 +88,7 @@ class Scores:
                     value = b.fsub(value, e.bf16_to_f32(bits))
                 else:
                     term[lane] = value
-        at = b.mul(b.udiv(into, const(s.step)), const(s.width))
+        at = b.mul(b.udiv(b.add(start, const(begin)), const(s.step)), const(s.width))
         for query, term in zip(self.queries, terms, strict=True):
             for index, column in enumerate(_shuffle(e, term)):
                 e.store(column, query, b.add(at, const(index * s.lanes)))

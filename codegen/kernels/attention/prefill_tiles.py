@@ -22,7 +22,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.vector import dot_pairs, fmax, fsplat, isplat, lanes_mask
+from hmc.codegen.vector import dot_pairs, fmax, for_strips, fsplat, isplat, lanes_mask
 
 LOWEST = -1e30
 """Below every score and yet finite, so that differences are no NaN."""
@@ -163,7 +163,7 @@ class Tiles:
             factors = [self._field(state, FACTOR, v) for v in range(form.vectors)]
             steps = b.udiv(b.add(count, const(form.step - 1)), const(form.step))
 
-            def columns(column: Value, high: int) -> None:
+            def columns(column: Value, high: int, way: int) -> None:
                 target = e.offset(results, b.mul(column, const(4 * form.panel)))
 
                 def index(h: int, v: int) -> Value:
@@ -185,11 +185,7 @@ class Tiles:
                     for v in range(form.vectors):
                         e.store(b.load(sums[h][v]), target, index(h, v), align=4)
 
-            whole = form.value // form.high * form.high
-            with e.for_range(0, whole, form.high) as column:
-                columns(column, form.high)
-            if whole < form.value:
-                columns(const(whole), form.value - whole)
+            for_strips(e, form.value, form.high, columns)
 
     # -- the product -------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ whatever the logits hold. Weights are not cleaned: a NaN among the logits shows 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ class _Router:
         logits = e.at(e.arg["logits"], b.mul(token, e.arg["logits_stride"]), F32)
         self._score(logits)
         self._add_bias()
-        self._pad_and_rank(self.choice, self.keys, self.experts, self.padded)
+        self._rank(self.choice, self.keys, self.experts)
         if self.top_groups:
             self._rule_out_groups()
         start = b.mul(token, const(self.top_k))
@@ -125,20 +126,10 @@ class _Router:
             e.store(value, target, index)
 
         for_strips(e, width, lanes, highest)
-        peak = e.splat(self._largest(b.load(top)), lanes)
+        peak = e.splat(e.reduce(b.load(top), partial(fmax, e)), lanes)
         for_strips(e, width, lanes, raise_)
         divisor = e.splat(e.reduce_add(b.load(total)), lanes)
         for_strips(e, width, lanes, divide)
-
-    def _largest(self, vector: Value) -> Value:
-        while vector.type.count > 1:
-            half = vector.type.count // 2
-            low, high = (
-                self.e.b.shuffle_vector(vector, vector, lanes_mask(list(range(at, at + half))))
-                for at in (0, half)
-            )
-            vector = fmax(self.e, low, high)
-        return self.e.b.extract_element(vector, I32(0))
 
     def _add_bias(self) -> None:
         """choice = scores (+ bias)."""
@@ -162,7 +153,7 @@ class _Router:
 
     # -- choosing ----------------------------------------------------------------------------------
 
-    def _pad_and_rank(self, values: Value, keys: Value, width: int, padded: int) -> None:
+    def _rank(self, values: Value, keys: Value, width: int) -> None:
         """keys[:] = ordered keys of values[:], lowest in the padding."""
         e, lanes = self.e, self.lanes
 
@@ -172,7 +163,6 @@ class _Router:
             e.store(e.b.shuffle_vector(key, isplat(_TAKEN, lanes), keep), keys, index)
 
         for_strips(e, width, lanes, strip)
-        assert padded - width < lanes
 
     def _take_best(self, keys: Value, padded: int) -> Value:
         """Index (i64) of the largest key, the lowest of equals; the key is lowered to `_TAKEN`."""
@@ -211,7 +201,7 @@ class _Router:
                 b.store(b.select(b.fcmp_ordered(">", lower, runner), lower, runner), second)
                 b.store(b.select(more, value, top), first)
             e.store(b.fadd(b.load(first), b.load(second)), self.group_scores, group)
-        self._pad_and_rank(self.group_scores, self.group_keys, self.groups, self.group_padded)
+        self._rank(self.group_scores, self.group_keys, self.groups)
         with e.for_range(0, min(self.top_groups, self.groups)):
             self._take_best(self.group_keys, self.group_padded)
         # The groups that were taken stay; the others go.
