@@ -1,5 +1,4 @@
-"""Compiles many kernels into the disk cache, in several processes: `python -m hmc.codegen.build <
-specs.json`.
+"""Compiles many kernels into the disk cache, in several processes, each told its specs on stdin.
 
 llvmlite serialises every call of LLVM in one process, so a first start would otherwise use one
 core.
@@ -7,13 +6,13 @@ core.
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import BinaryIO
 
 from hmc import env
@@ -55,7 +54,9 @@ def build(specs: Iterable[KernelSpec], progress: Progress | None = None) -> None
     with ExitStack() as stack:
         children = [_start(stack, missing[number::workers]) for number in range(workers)]
         for child, said in children:
-            while not _has_ended(child):
+            while child.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=0.25)
                 _report(missing, progress)
                 if time.monotonic() > end:
                     raise KernelError(
@@ -77,7 +78,7 @@ def _start(stack: ExitStack, specs: list[KernelSpec]) -> tuple[subprocess.Popen[
     told, said = (os.fdopen(os.memfd_create(name), "w+b") for name in ("specs", "stderr"))
     stack.callback(told.close)
     stack.callback(said.close)
-    told.write(_to_json(specs).encode())
+    pickle.dump(specs, told)
     told.seek(0)
     try:
         child = subprocess.Popen(_COMMAND, stdin=told, stdout=subprocess.DEVNULL, stderr=said)
@@ -88,37 +89,13 @@ def _start(stack: ExitStack, specs: list[KernelSpec]) -> tuple[subprocess.Popen[
     return child, said
 
 
-def _has_ended(child: subprocess.Popen[bytes]) -> bool:
-    """Whether the child has ended, after a moment's wait."""
-    try:
-        child.wait(timeout=0.25)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
 def _report(specs: list[KernelSpec], progress: Progress | None) -> None:
     if progress is not None:
         done = sum(cache.path_of(spec).is_file() for spec in specs)
         progress("compiling kernels", done, len(specs))
 
 
-def _to_json(specs: list[KernelSpec]) -> str:
-    return json.dumps([[s.op, s.isa, s.weight, s.out, s.params, s.tile, s.expr] for s in specs])
-
-
-def _from_json(text: str) -> list[KernelSpec]:
-    return [
-        KernelSpec(op, isa, weight, out, _pairs(params), _pairs(tile), expr)
-        for op, isa, weight, out, params, tile, expr in json.loads(text)
-    ]
-
-
-def _pairs(items: list[list[object]]) -> tuple[tuple[str, int], ...]:
-    return tuple((str(name), int(str(value))) for name, value in items)
-
-
 if __name__ == "__main__":
     _jit = Jit(EMITTERS)
-    for _spec in _from_json(sys.stdin.read()):
+    for _spec in pickle.load(sys.stdin.buffer):
         _jit.object_code(_spec)

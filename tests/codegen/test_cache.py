@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import subprocess
 import sys
 import time
@@ -54,7 +55,7 @@ def test_a_damaged_object_is_built_anew() -> None:
 
 
 def test_processes_share_a_cold_cache(folder: Path) -> None:
-    text = build._to_json(specs(3)).encode()
+    text = pickle.dumps(specs(3))
     children = [subprocess.Popen(build._COMMAND, stdin=subprocess.PIPE) for _ in range(2)]
     for child in children:
         assert child.stdin is not None

@@ -73,7 +73,7 @@ def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choos
     heads.
     """
     b = e.b
-    tiles = Tiles(e, form)
+    Tiles(e, form).emit()
     past = e.load_int(e.arg["positions"], const(0))
 
     # Blocks of whole grains; a grain is as many tokens as fill panels without a rest.
@@ -99,10 +99,10 @@ def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choos
             first = border(block)
             count = b.sub(border(b.add(block, const(1))), first)
             unit = Unit(e, form, scratch, past, first, count, kv_head)
-            _attend(e, form, tiles, unit, pack_keys)
+            _attend(e, form, unit, pack_keys)
 
 
-def _attend(e: Emitter, form: Form, tiles: Tiles, unit: Unit, pack_keys: Pack) -> None:
+def _attend(e: Emitter, form: Form, unit: Unit, pack_keys: Pack) -> None:
     """One unit: pack queries, go through all key tiles it sees, write its results."""
     b = e.b
     unit.pack_queries()
@@ -114,8 +114,28 @@ def _attend(e: Emitter, form: Form, tiles: Tiles, unit: Unit, pack_keys: Pack) -
             with b.if_then(b.icmp_signed(">", count, const(0))):
                 whole = b.sub(b.add(start, const(form.keys)), const(1))
                 hidden = b.icmp_signed(">", whole, unit.first_position(panel))
-                tiles.step(unit.scratch, panel, start, count, hidden)
+                _step(e, unit, panel, start, count, hidden)
     unit.write_results()
+
+
+def _step(e: Emitter, unit: Unit, panel: Value, start: Value, count: Value, hidden: Value) -> None:
+    """Take a panel through the packed tile of keys from position `start`, `count` of which some row
+    of it sees; `hidden` (i1): some key of the whole tile is not for every row.
+    """
+    form = unit.form
+    parts = {name: e.offset(unit.scratch, const(at)) for name, at in form.offsets.items()}
+    sizes = (form.query_words, form.result_words, form.state_words)
+    queries, results, state = (
+        e.offset(parts[name], e.b.mul(panel, const(4 * words)))
+        for name, words in zip(("queries", "results", "states"), sizes, strict=True)
+    )
+    keys, values, weights = (parts[name] for name in ("keys", "values", "weights"))
+    with e.b.if_else(hidden) as (some, none):
+        for name, branch in (("scores_hidden", some), ("scores", none)):
+            with branch:
+                e.run(name, queries, keys, weights, state, start, count)
+    e.run("weights", weights, state, count)
+    e.run("values", weights, values, results, state, count)
 
 
 def emit_attention_prefill(spec: KernelSpec) -> str:

@@ -35,36 +35,19 @@ POSITION, MAXIMUM, SUM, TILE_MAXIMUM, FACTOR = range(5)
 
 
 class Tiles:
-    """The routines of one kernel; `step` calls them."""
+    """The routines that take a panel through a tile of keys: `scores` or, where some key is not for
+    every row, `scores_hidden`; then `weights`, then `values`.
+    """
 
     def __init__(self, e: Emitter, form: Form) -> None:
         self.e, self.form = e, form
+
+    def emit(self) -> None:
+        """Emit them all."""
         for hidden in (False, True):
             self._emit_scores(hidden)
         self._emit_weights()
         self._emit_values()
-
-    def step(self, scratch: Value, panel: Value, start: Value, count: Value, hidden: Value) -> None:
-        """Take a panel through the packed tile of keys from position `start`, `count` of which some
-        row of it sees; `hidden` (i1): some key of the whole tile is not for every row.
-        """
-        e, b, form = self.e, self.e.b, self.form
-        parts = {name: e.offset(scratch, const(at)) for name, at in form.offsets.items()}
-
-        def of_panel(name: str, words: int) -> Value:
-            return e.offset(parts[name], b.mul(panel, const(4 * words)))
-
-        queries = of_panel("queries", form.query_words)
-        results = of_panel("results", form.result_words)
-        state = of_panel("states", form.state_words)
-        values = [queries, parts["keys"], parts["weights"], state, start, count]
-        with b.if_else(hidden) as (some, none):
-            with some:
-                e.run("scores_hidden", *values)
-            with none:
-                e.run("scores", *values)
-        e.run("weights", parts["weights"], state, count)
-        e.run("values", parts["weights"], parts["values"], results, state, count)
 
     def _field(self, state: Value, field: int, vector: int, element: ir.Type = F32) -> Value:
         index = const(field * self.form.panel + vector * self.form.lanes)
