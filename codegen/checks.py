@@ -76,15 +76,12 @@ def check_spec(spec: KernelSpec) -> None:
         raise _error(spec, f"computes no expression such as {spec.expr!r}")
     if spec.op in _MATMULS and (problem := problem_of(spec)):
         raise _error(spec, problem)
-    _RULES.get(spec.op, _anything)(spec)
+    if rule := _RULES.get(spec.op):
+        rule(spec)
 
 
 def _error(spec: KernelSpec, what: str) -> KernelError:
     return KernelError(f"kernel {spec.op} {what}")
-
-
-def _anything(spec: KernelSpec) -> None:
-    """No rule of the op's own."""
 
 
 def _check_attention(spec: KernelSpec) -> None:

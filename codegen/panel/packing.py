@@ -8,9 +8,8 @@ of the tokens together was as fast, and takes transposes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.tiling import CHUNK, Form
@@ -36,69 +35,45 @@ def factors_at(e: Emitter, form: Form, scratch: Value, index: Value) -> Value:
     return e.at(e.offset(scratch, const(form.factors_offset)), index, F32)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """Where one token's share of a chunk goes: blocks of `BLOCK` bytes, `tokens` blocks apart,
-    from `start` (i8*) on.
+def emit_pack(e: Emitter, form: Form) -> None:
+    """Emit pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][block][token of the
+    tile], zero past K.
     """
+    with e.subroutine("pack", _PTR, I64.as_pointer(), I64) as (scratch, sources, tokens):
+        b = e.b
+        x = e.offset(scratch, const(form.x_offset))
+        stride = b.mul(tokens, const(form.token_bytes))
+        chunk = const(0)
+        for length, chunks in form.lengths:
+            with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
+                place = e.offset(x, b.mul(chunk_index, stride))
+                with (
+                    each_tile(e, form, tokens) as (_, first, end),
+                    e.for_range(first, end) as token,
+                ):
+                    row = b.inttoptr(b.load(b.gep(sources, [token])), _PTR)
+                    from_k = b.mul(chunk_index, const(CHUNK))
+                    moved = b.mul(first, const(form.token_bytes))
+                    moved = b.add(moved, b.mul(b.sub(token, first), const(BLOCK)))
+                    start, apart = e.offset(place, moved), b.sub(end, first)
+                    factor = None
+                    if form.micro.token_factors:
+                        index = b.add(b.mul(chunk_index, tokens), token)
+                        factor = factors_at(e, form, scratch, index)
+                    for part, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):
+                        _store(e, part, start, apart, at)
+            chunk = const(chunks)
 
-    e: Emitter
-    start: Value
-    tokens: Value
 
-    def store(self, value: Value, at: int) -> None:
-        """A vector of whole blocks, the bytes from `at` on of the share."""
-        e, b = self.e, self.e.b
-        bits = value.type.count * (16 if value.type.element == I16 else 32)
-        words = b.bitcast(value, vec(I32, bits // 32))
-        for block in range(bits // 8 // BLOCK):
-            lanes = lanes_mask(list(range(4 * block, 4 * block + 4)))
-            part = b.shuffle_vector(words, words, lanes)
-            moved = b.mul(self.tokens, const(at + block * BLOCK))
-            e.store(part, e.offset(self.start, moved), const(0), align=4)
-
-
-class Packing:
-    """The routine of one kernel that packs, and what it is told: the addresses of the rows."""
-
-    def __init__(self, e: Emitter, form: Form) -> None:
-        self.e, self.form = e, form
-        self._emit()
-        self._sources = e.local(I64, count=form.block)
-
-    def pack(self, scratch: Value, source: Callable[[Value], Value], tokens: Value) -> None:
-        """Pack `tokens` (at most `form.block`) rows, K long, from addresses `source(i)` (i8*)."""
-        e = self.e
-        with e.for_range(0, tokens) as token:
-            e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
-        e.run("pack", scratch, self._sources, tokens)
-
-    def _emit(self) -> None:
-        """pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][block][token of the
-        tile], zero past K.
-        """
-        e, form = self.e, self.form
-        with e.subroutine("pack", _PTR, I64.as_pointer(), I64) as (scratch, sources, tokens):
-            b = e.b
-            x = e.offset(scratch, const(form.x_offset))
-            stride = b.mul(tokens, const(form.token_bytes))
-            chunk = const(0)
-            for length, chunks in form.lengths:
-                with e.for_range(chunk, b.add(chunk, const(chunks))) as chunk_index:
-                    place = e.offset(x, b.mul(chunk_index, stride))
-                    with (
-                        each_tile(e, form, tokens) as (_, first, end),
-                        e.for_range(first, end) as token,
-                    ):
-                        row = b.inttoptr(b.load(b.gep(sources, [token])), _PTR)
-                        from_k = b.mul(chunk_index, const(CHUNK))
-                        moved = b.mul(first, const(form.token_bytes))
-                        moved = b.add(moved, b.mul(b.sub(token, first), const(BLOCK)))
-                        packed = _Packed(e, e.offset(place, moved), b.sub(end, first))
-                        factor = None
-                        if form.micro.token_factors:
-                            index = b.add(b.mul(chunk_index, tokens), token)
-                            factor = factors_at(e, form, scratch, index)
-                        for part, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):
-                            packed.store(part, at)
-                chunk = const(chunks)
+def _store(e: Emitter, value: Value, start: Value, apart: Value, at: int) -> None:
+    """A vector of whole blocks, the bytes from `at` on of one token's share of a chunk, whose
+    blocks lie `apart` blocks apart from `start` (i8*) on.
+    """
+    b = e.b
+    bits = value.type.count * (16 if value.type.element == I16 else 32)
+    words = b.bitcast(value, vec(I32, bits // 32))
+    for block in range(bits // 8 // BLOCK):
+        lanes = lanes_mask(list(range(4 * block, 4 * block + 4)))
+        part = b.shuffle_vector(words, words, lanes)
+        moved = b.mul(apart, const(at + block * BLOCK))
+        e.store(part, e.offset(start, moved), const(0), align=4)

@@ -27,7 +27,7 @@ from llvmlite import ir
 from hmc.codegen.formats.micro import Chunk
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.panel.packing import BLOCK, Packing, each_tile, factors_at
+from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
 from hmc.codegen.vector import lanes_mask
 
@@ -65,7 +65,8 @@ class Panels:
         for length, _ in form.lengths:
             self._emit_decode(length)
         self._emit_multiply()
-        self._packing = Packing(e, form)
+        emit_pack(e, form)
+        self._sources = e.local(I64, count=form.block)
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
 
     def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
@@ -87,7 +88,10 @@ class Panels:
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
         """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
-        self._packing.pack(self.scratch, source, tokens)
+        e = self.e
+        with e.for_range(0, tokens) as token:
+            e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
+        e.run("pack", self.scratch, self._sources, tokens)
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""

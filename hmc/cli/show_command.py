@@ -10,7 +10,7 @@ from hmc.cli.output import JSON, console, count, print_json, size, table
 from hmc.cli.summary import expert_place, ledger_totals, placement_groups, tier_of
 from hmc.codegen.native import arithmetic
 from hmc.errors import UsageError
-from hmc.plan import Kernel, Operand, Phase, Plan, load_plan
+from hmc.plan import Operand, Phase, Plan, load_plan
 from hmc.ranges import ranges
 
 
@@ -259,7 +259,6 @@ def _kernel_text(plan: Plan, name: str, assembly: bool) -> str:
         raise UsageError(
             f"kernel {name} is {'ambiguous' if matches else 'not in the plan'}: {known}"
         )
-    kernel: Kernel = plan.kernels[matches[0]]
-    spec = KernelSpec(**{**kernel.model_dump(), "params": kernel.params, "tile": kernel.tile})
+    spec = KernelSpec(**dict(plan.kernels[matches[0]]))
     jit = Jit(EMITTERS)
     return jit.assembly(spec) if assembly else jit.ir_text(spec)

@@ -288,12 +288,4 @@ def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:
 
 def spec_of(kernel: Kernel) -> KernelSpec:
     """The spec that a plan's kernel spells out."""
-    return KernelSpec(
-        kernel.op,
-        kernel.isa,
-        kernel.weight,
-        kernel.out,
-        kernel.params,
-        kernel.tile,
-        kernel.expr,
-    )
+    return KernelSpec(**dict(kernel))

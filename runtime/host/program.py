@@ -17,7 +17,7 @@ from hmc.codegen.decode.pieces import TICKET
 from hmc.codegen.decode.pieces import flags as share_flags
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS, pack, word
+from hmc.codegen.spec import ARGS, Kind, pack, word
 
 _LINE_BYTES = 8 * TICKET
 
@@ -43,7 +43,7 @@ class Program:
         self._words = memory.view(np.int64)
         self._first = offsets[:-1] // 8
         self.kernels = tuple(kernels)
-        self._fields: dict[tuple[int, int, str], tuple[str, np.ndarray]] = {}
+        self._fields: dict[tuple[int, int, str], tuple[Kind, np.ndarray]] = {}
         # A view of the memory that holds the blocks too: who keeps the records keeps what they
         # point at.
         self.records = self._words[: table // 8].reshape(-1, walker.RECORD_WORDS)
@@ -53,11 +53,6 @@ class Program:
 
     def __len__(self) -> int:
         return len(self.kernels)
-
-    @property
-    def barriers(self) -> int:
-        """Records that wait for all earlier ones."""
-        return int(np.count_nonzero(self.records[:, 2] & walker.BARRIER))
 
     def patch_all(self, start: int = 0, stop: int | None = None, /, **fields: int | float) -> None:
         """Set arguments by name in every record of [start, stop) that has them (default: all);
@@ -73,7 +68,7 @@ class Program:
             kind, places = self._fields[key]
             self._words[places] = word(value, kind)
 
-    def _places(self, start: int, stop: int, name: str) -> tuple[str, np.ndarray]:
+    def _places(self, start: int, stop: int, name: str) -> tuple[Kind, np.ndarray]:
         found = [
             (arg.kind, int(self._first[index]) + place)
             for index in range(start, stop)

@@ -27,8 +27,7 @@ def emit_stream_read(spec: KernelSpec) -> str:
     """IR of `stream_read`: sink[worker] = xor of the share's 64-bit words (a ragged end
     zero-extended).
 
-    params: streams (1 or more). tile: prefetch (bytes ahead, 0: none), locality (0 streamed .. 3
-    kept), order (SPLIT or PAGES).
+    params: streams (1 or more). tile: prefetch (bytes ahead, 0: none), order (SPLIT or PAGES).
     """
     e = Emitter(spec)
     b = e.b
@@ -57,7 +56,7 @@ def emit_stream_read(spec: KernelSpec) -> str:
                     at = b.add(b.add(position, within), b.mul(apart, const(stream)))
                     pointer = e.offset(base, b.add(at, const(64 * line)))
                     if ahead := spec.tiled("prefetch", 0):
-                        e.prefetch(e.offset(pointer, const(ahead)), spec.tiled("locality", 0))
+                        e.prefetch(e.offset(pointer, const(ahead)))
                     read(pointer, sums[stream])
 
     with e.for_range(const(0), rounds) as index:
