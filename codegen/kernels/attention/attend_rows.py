@@ -13,7 +13,7 @@ from llvmlite import ir
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import isplat
+from hmc.codegen.vector import dot_pairs, isplat
 
 PARTITION = 256
 """Positions of one task."""
@@ -46,6 +46,10 @@ class Multiplies:
     def word(self) -> ir.Type:
         """What one multiply takes a lane."""
         return I32 if self.dot else F32
+
+    def multiply_add(self, e: Emitter, total: Value, left: Value, right: Value) -> Value:
+        """total + left * right: f32 lanes, vectors of words."""
+        return dot_pairs(e, total, left, right) if self.dot else e.fma(left, right, total)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from hmc.codegen.kernels.attention.attend_rows import (
     pair_words,
 )
 from hmc.codegen.vector import (
-    dot_pairs,
     exp,
     fmax,
     for_strips,
@@ -113,8 +112,10 @@ class Scores:
             if self.source.values_apart:
                 values = self.rows.address(self.source.values, s.value_row, position)
                 ahead.append((values, s.tile * 2 * s.value_row, L2))
+            words = keys
             if self.wide is not None:
                 self._widen(keys)
+                words = self.wide
             sums = [e.local(kind, e.zeros(F32, s.width)) for _ in range(s.tile)]
             with e.for_range(0, steps) as step:
                 for base, size, level in ahead:
@@ -125,15 +126,10 @@ class Scores:
                 ]
                 for row in range(s.tile):
                     total = b.load(sums[row])
-                    if s.dot:
-                        at = b.add(step, const(row * s.key // 2))
-                        pair = e.splat(e.load(keys, at, I32, align=4), s.width)
-                        for q in query:
-                            total = dot_pairs(e, total, q, pair)
-                    else:
-                        at = b.add(step, const(row * s.key))
-                        one = e.splat(e.load(self.wide, at, F32, align=4), s.width)
-                        total = e.fma(query[0], one, total)
+                    at = b.add(step, const(row * s.key // s.step))
+                    one = e.splat(e.load(words, at, s.word, align=4), s.width)
+                    for q in query:
+                        total = s.multiply_add(e, total, q, one)
                     b.store(total, sums[row])
             for row in range(s.tile):
                 where = b.add(position, const(row))

@@ -11,7 +11,7 @@ from functools import partial
 
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Shape, Source, pair_words
-from hmc.codegen.vector import dot_pairs, lanes_mask, load_part, resize
+from hmc.codegen.vector import lanes_mask, load_part, resize
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,7 @@ class Results:
                 index = b.add(at, b.add(head, const(h)))
                 one = e.splat(e.load(self.weights, index, s.word, align=4), s.lanes)
                 for slot, value in zip(sums[h], loaded, strict=True):
-                    old = b.load(slot)
-                    b.store(
-                        dot_pairs(e, old, one, value) if s.dot else e.fma(one, value, old), slot
-                    )
+                    b.store(s.multiply_add(e, b.load(slot), one, value), slot)
 
         start = b.mul(b.udiv(skip, const(s.run)), const(s.run))
         with e.for_range(start, count, s.run) as run:

@@ -90,15 +90,10 @@ class Unit:
                     e.store(fsplat(value, lanes), state, where, align=4)
                 source = self.part("keys", const(0), 0)
                 queries = self.part("queries", panel, form.query_words)
-                with e.for_range(0, const(form.terms * form.query_steps), lanes) as step:
+                words = form.terms * form.query_steps
+                with e.for_range(0, words, lanes) as step:
                     rows = [
-                        e.load_vec(
-                            source,
-                            b.add(step, const(lane * form.terms * form.query_steps)),
-                            form.word,
-                            lanes,
-                            align=4,
-                        )
+                        e.load_vec(source, b.add(step, const(lane * words)), form.word, lanes, 4)
                         for lane in range(lanes)
                     ]
                     target = b.add(b.mul(step, const(form.panel)), at)

@@ -196,31 +196,20 @@ class Tiles:
         with e.for_range(0, steps, unroll) as step:
             here = e.offset(vectors, b.mul(step, const(4 * form.panel)))
             there = e.offset(words, b.mul(step, const(4 * stride)))
+
+            def queries(at: int) -> list[Value]:
+                cut = (const(at + v * form.lanes) for v in range(form.vectors))
+                return [e.load_vec(here, one, form.word, form.lanes, align=4) for one in cut]
+
             for u in range(unroll):
-                loaded = [
-                    [
-                        e.load_vec(
-                            here,
-                            const(term * apart + u * form.panel + v * form.lanes),
-                            form.word,
-                            form.lanes,
-                            align=4,
-                        )
-                        for v in range(form.vectors)
-                    ]
-                    for term in range(terms)
-                ]
+                loaded = [queries(term * apart + u * form.panel) for term in range(terms)]
                 for h in range(high):
                     at = const(h * between + u * stride)
                     one = e.splat(e.load(there, at, form.word, align=4), form.lanes)
                     for v in range(form.vectors):
                         total = b.load(sums[h][v])
                         for term in loaded:
-                            total = (
-                                dot_pairs(e, total, term[v], one)
-                                if form.dot
-                                else e.fma(term[v], one, total)
-                            )
+                            total = form.multiply_add(e, total, term[v], one)
                         b.store(total, sums[h][v])
         return sums
 
