@@ -15,7 +15,7 @@ from llvmlite import ir
 from hmc.codegen import expr
 from hmc.codegen.expr import Expr
 from hmc.codegen.ir import F32, I32, Emitter, Value, vec
-from hmc.codegen.vector import exp, fsplat, isplat, sigmoid
+from hmc.codegen.vector import exp, fsplat, isplat, polynomial, sigmoid
 
 Function = Callable[..., Value]
 
@@ -54,14 +54,6 @@ sqrt, minimum, maximum, absolute, _with_sign = map(
 )
 
 
-def _polynomial(e: Emitter, x: Value, *factors: float) -> Value:
-    """The sum of factors times powers of x, the highest first."""
-    total = _like(x, factors[0])
-    for factor in factors[1:]:
-        total = e.fma(total, x, _like(x, factor))
-    return total
-
-
 def rsqrt(e: Emitter, x: Value) -> Value:
     """1 / sqrt(x)."""
     return e.b.fdiv(_like(x, 1.0), sqrt(e, x))
@@ -77,7 +69,7 @@ def tanh(e: Emitter, x: Value) -> Value:
     b, size = e.b, absolute(e, x)
     square = b.fmul(x, x)
     factors = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1)
-    inner = b.fmul(_polynomial(e, square, *factors, -3.33332819422e-1), square)
+    inner = b.fmul(polynomial(e, square, *factors, -3.33332819422e-1), square)
     low = e.fma(inner, x, x)
     both = b.fadd(exp(e, b.fadd(size, size)), _like(x, 1.0))
     high = b.fsub(_like(x, 1.0), b.fdiv(_like(x, 2.0), both))
@@ -98,7 +90,7 @@ def log(e: Emitter, x: Value) -> Value:
     factors = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1)
     more = (1.4249322787e-1, -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)
     square = b.fmul(f, f)
-    result = b.fmul(b.fmul(_polynomial(e, f, *factors, *more), f), square)
+    result = b.fmul(b.fmul(polynomial(e, f, *factors, *more), f), square)
     result = e.fma(power, _like(x, -2.12194440e-4), result)
     result = b.fadd(e.fma(square, _like(x, -0.5), result), f)
     return e.fma(power, _like(x, 0.693359375), result)
@@ -135,7 +127,7 @@ def gelu(e: Emitter, x: Value) -> Value:
     b = e.b
     z = b.fmul(absolute(e, x), _like(x, math.sqrt(0.5)))
     t = b.fdiv(_like(x, 1.0), e.fma(z, _like(x, 0.5), _like(x, 1.0)))
-    power = e.fma(b.fneg(z), z, _polynomial(e, t, *_ERFC))
+    power = e.fma(b.fneg(z), z, polynomial(e, t, *_ERFC))
     beyond = b.fmul(b.fmul(t, _like(x, 0.5)), exp(e, power))
     below = b.fcmp_ordered("<", x, _like(x, 0.0))
     return b.fmul(x, b.select(below, beyond, b.fsub(_like(x, 1.0), beyond)))
@@ -146,7 +138,7 @@ def gelu_tanh(e: Emitter, x: Value) -> Value:
     b = e.b
     square = b.fmul(x, x)
     factor = 2 * math.sqrt(2 / math.pi)
-    twice = b.fmul(x, _polynomial(e, square, 0.044715 * factor, factor))
+    twice = b.fmul(x, polynomial(e, square, 0.044715 * factor, factor))
     return b.fmul(x, sigmoid(e, twice))
 
 

@@ -122,6 +122,14 @@ def fmax(e: Emitter, left: Value, right: Value) -> Value:
     return e.b.select(e.b.fcmp_ordered(">", left, right), left, right)
 
 
+def polynomial(e: Emitter, x: Value, *factors: float) -> Value:
+    """The sum of factors times powers of an f32 vector, the highest first."""
+    total: Value = fsplat(factors[0], x.type.count)
+    for factor in factors[1:]:
+        total = e.fma(total, x, fsplat(factor, x.type.count))
+    return total
+
+
 _LN2_HIGH = 0.693359375  # nine bits of ln 2: n * _LN2_HIGH is exact for every exponent n
 _LN2_LOW = math.log(2) - _LN2_HIGH
 _ROUND = 1.5 * 2.0**23  # adding it leaves round(x) in the low mantissa bits
@@ -142,9 +150,7 @@ def exp(e: Emitter, x: Value) -> Value:
     n = b.fsub(shifted, fsplat(_ROUND, count))
     r = e.fma(n, fsplat(-_LN2_HIGH, count), x)
     r = e.fma(n, fsplat(-_LN2_LOW, count), r)
-    total = fsplat(1 / math.factorial(7), count)
-    for power in range(6, -1, -1):
-        total = e.fma(total, r, fsplat(1 / math.factorial(power), count))
+    total = polynomial(e, r, *(1 / math.factorial(power) for power in range(7, -1, -1)))
     words = vec(I32, count)
     exponent = b.shl(b.add(b.bitcast(shifted, words), isplat(127, count)), isplat(23, count))
     result = b.fmul(total, b.bitcast(exponent, x.type))

@@ -17,7 +17,7 @@ from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.mla_prefill import mla_prefill_scratch_bytes
+from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
@@ -181,7 +181,7 @@ def test_latent_queries(jit: Jit, isa: str, row: Format, group: int) -> None:
     assert (np.abs(latent - expected) <= limit).all()
     jit.get(spec_of("mla_up", isa, row, weight, "bf16", tokens=16, **sizes))
     even = sizes | {"nope": 14}
-    assert mla_prefill_scratch_bytes(spec_of("mla_prefill", isa, row, weight, "bf16", **even)) > 0
+    assert prefill_scratch_bytes(spec_of("mla_prefill", isa, row, weight, "bf16", **even)) > 0
 
 
 def test_planes_that_no_decoder_can_be_made_for() -> None:

@@ -22,7 +22,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.vector import dot_pairs, fmax, for_strips, fsplat, isplat, lanes_mask
+from hmc.codegen.vector import dot_pairs, fmax, for_strips, fsplat, isplat, lanes_mask, polynomial
 
 LOWEST = -1e30
 """Below every score and yet finite, so that differences are no NaN."""
@@ -227,11 +227,8 @@ def _exp2(e: Emitter, x: Value, coarse: bool) -> Value:
     x = fmax(e, fsplat(-127.0, count), x)
     shifted = b.fadd(x, fsplat(_ROUND, count))
     r = b.fsub(x, b.fsub(shifted, fsplat(_ROUND, count)))
-    degree = 4 if coarse else 7
-    terms = [math.log(2) ** power / math.factorial(power) for power in range(degree + 1)]
-    total: Value = fsplat(terms[-1], count)
-    for term in reversed(terms[:-1]):
-        total = e.fma(total, r, fsplat(term, count))
+    powers = range(4 if coarse else 7, -1, -1)
+    total = polynomial(e, r, *(math.log(2) ** n / math.factorial(n) for n in powers))
     exponent = b.shl(b.bitcast(shifted, vec(I32, count)), isplat(23, count))
     return b.bitcast(b.add(b.bitcast(total, vec(I32, count)), exponent), x.type)
 
