@@ -282,27 +282,25 @@ class Emitter:
 
     def bf16_to_f32(self, value: Value) -> Value:
         """bf16 bits (i16 scalar or vector) to f32, exactly."""
-        wide, out = (
-            (vec(I32, value.type.count), vec(F32, value.type.count))
-            if isinstance(value.type, ir.VectorType)
-            else (I32, F32)
-        )
-        shift = ir.Constant(I32, 16)
-        if isinstance(wide, ir.VectorType):
-            shift = ir.Constant(wide, [shift] * wide.count)
-        return self.b.bitcast(self.b.shl(self.b.zext(value, wide), shift), out)
+        wide = self.b.zext(value, _like(value, I32))
+        return self.b.bitcast(self.b.shl(wide, _word(value, 16)), _like(value, F32))
 
     def f32_to_bf16(self, value: Value) -> Value:
         """f32 (scalar or vector) to bf16 bits as i16, to nearest even; finite inputs."""
         b = self.b
-        is_vector = isinstance(value.type, ir.VectorType)
-        count = value.type.count if is_vector else 1
+        bits = b.bitcast(value, _like(value, I32))
+        odd = b.and_(b.lshr(bits, _word(value, 16)), _word(value, 1))
+        rounded = b.add(b.add(bits, _word(value, 0x7FFF)), odd)
+        return b.trunc(b.lshr(rounded, _word(value, 16)), _like(value, I16))
 
-        def word(number: int) -> ir.Constant:
-            one = ir.Constant(I32, number)
-            return ir.Constant(vec(I32, count), [one] * count) if is_vector else one
 
-        bits = b.bitcast(value, vec(I32, count) if is_vector else I32)
-        odd = b.and_(b.lshr(bits, word(16)), word(1))
-        rounded = b.lshr(b.add(b.add(bits, word(0x7FFF)), odd), word(16))
-        return b.trunc(rounded, vec(I16, count) if is_vector else I16)
+def _like(value: Value, element: Any) -> Any:
+    """`element`, in as many lanes as `value` has."""
+    kind = value.type
+    return vec(element, kind.count) if isinstance(kind, ir.VectorType) else element
+
+
+def _word(value: Value, number: int) -> ir.Constant:
+    """An i32 constant, in as many lanes as `value` has."""
+    one, kind = ir.Constant(I32, number), _like(value, I32)
+    return ir.Constant(kind, [one] * kind.count) if isinstance(kind, ir.VectorType) else one

@@ -44,11 +44,6 @@ def emit_stream_read(spec: KernelSpec) -> str:
     step = CHUNK * (streams if order == PAGES else 1)
     sums = [e.local(kind, zero) for _ in range(streams)]
 
-    def read(pointer: Value, into: Value) -> None:
-        for part in range(64 // (8 * words)):
-            loaded = e.load_vec(pointer, const(part * words), I64, words)
-            b.store(b.xor(b.load(into), loaded), into)
-
     def page(position: Value, count: int) -> None:
         with e.for_range(const(0), const(CHUNK), 64 * _LINES) as within:
             for line in range(_LINES):
@@ -57,7 +52,9 @@ def emit_stream_read(spec: KernelSpec) -> str:
                     pointer = e.offset(base, b.add(at, const(64 * line)))
                     if ahead := spec.tiled("prefetch", 0):
                         e.prefetch(e.offset(pointer, const(ahead)))
-                    read(pointer, sums[stream])
+                    for part in range(0, 8, words):
+                        loaded = e.load_vec(pointer, const(part), I64, words)
+                        b.store(b.xor(b.load(sums[stream]), loaded), sums[stream])
 
     with e.for_range(const(0), rounds) as index:
         page(b.add(start, b.mul(index, const(step))), streams)
