@@ -20,6 +20,9 @@ PARTITION = 256
 
 NEVER = float("-inf")
 
+LATENT = frozenset({"mla_attention", "mla_attention_join", "mla_prefill"})
+"""Ops whose cache has one row for all heads, which is latent."""
+
 
 @dataclass(frozen=True)
 class Multiplies:
@@ -76,8 +79,8 @@ class Shape(Multiplies):
         """
         sizes = spec.isa, spec["heads"]
         paged = spec["block"], spec.get("window")
-        if rank := spec.get("rank"):
-            row = rank + spec["rope"]
+        if spec.op in LATENT:
+            rank, row = spec["rank"], spec["rank"] + spec["rope"]
             return Shape(*sizes, 1, row, rank, row, *paged, terms=1)
         value = spec["v_dim"]
         return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, *paged, terms=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hmc.codegen.isa import TIERS
-from hmc.codegen.kernels.attention.attend_rows import Multiplies
+from hmc.codegen.kernels.attention.attend_rows import LATENT, Multiplies
 from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
 
@@ -47,7 +47,7 @@ class Form(Multiplies):
         """
         tier = TIERS[spec.isa]
         high = tier.token_tile
-        if spec.get("rank"):
+        if spec.op in LATENT:
             kv_heads, key = spec["heads"], spec["nope"] + spec["rope"]
             terms, keys, rows = 1, min(192, lift_form(spec).block // high * high), 2048
         else:
@@ -128,5 +128,5 @@ def prefill_scratch_bytes(spec: KernelSpec) -> int:
     """Bytes of `scratch` for each worker, best aligned to 64: what its unit takes, and the panels
     that lift keys.
     """
-    panels = lift_form(spec).scratch_bytes if spec.get("rank") else 0
+    panels = lift_form(spec).scratch_bytes if spec.op in LATENT else 0
     return panels + Form.of(spec).offsets["end"]
