@@ -79,8 +79,8 @@ class DeviceJob:
 
 
 class DevicePrefill:
-    """Computes prompts by one phase of an executor, for the thread that owns it; implements
-    `batching.prefill.Computer`."""
+    """Computes prompts by one phase of an executor, for the thread that owns it; has the methods of
+    `batching.process.PrefillKeeper`."""
 
     exclusive = True
 

@@ -10,7 +10,7 @@ hides its queue of jobs and what it says of them.
         ...                                    # decode others; job.poll() now and then
         sequence.length += len(ids)            # once poll gave the logits: the cache holds them
 
-Blocks stay the parent's: it keeps those of a job reserved until the job is over or cancelled.
+Blocks stay the parent's: it keeps those of a job reserved until the job is over.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ from hmc.runtime.weights.store import WeightStore
 
 _COMMAND = (sys.executable, "-m", "hmc.runtime.prefill.child")
 _POLL_SECONDS = 0.05
-_CANCEL_SECONDS = 60.0
 
 
 class Job:
@@ -81,25 +80,6 @@ class Job:
         if self._error is not None:
             raise self._error
         return self._logits
-
-    def wait(self, timeout: float | None = None) -> npt.NDArray[np.float32] | None:
-        """As `poll`, but waits up to `timeout` seconds, or for as long as it takes."""
-        limit = None if timeout is None else time.monotonic() + timeout
-        while (found := self.poll()) is None:
-            left = _POLL_SECONDS if limit is None else limit - time.monotonic()
-            if left <= 0:
-                return None
-            self._worker._listen(min(left, _POLL_SECONDS))
-        return found
-
-    def cancel(self) -> None:
-        """End it; returns when its blocks are written to no more, at most a chunk later.
-
-        A process that does not answer within a minute is killed (and all its jobs fail). A job that
-        is over stays as it is.
-        """
-        self.stop()
-        self._worker._await_end(self)
 
     def stop(self) -> None:
         """Have it cancelled, without waiting for that; it is `over` when `poll` has said so."""
@@ -269,18 +249,6 @@ class PrefillWorker(Closing):
                 job._error = _cancelled()
                 return
             self._send(Cancel(job._start.job))
-
-    def _await_end(self, job: Job) -> None:
-        limit = time.monotonic() + _CANCEL_SECONDS
-        while not job.over:
-            self._listen(_POLL_SECONDS)
-            if time.monotonic() > limit:
-                self._lose(
-                    WorkerError(
-                        "the prefill process did not end a cancelled job within"
-                        f" {_CANCEL_SECONDS:.0f} s and was killed: restart it"
-                    )
-                )
 
     def _lose(self, trouble: HmcError) -> None:
         """Make sure that the process is no more; its jobs fail with `trouble`."""
