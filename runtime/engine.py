@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -20,15 +20,19 @@ from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
-from hmc.runtime.tokens.prompts import Prompt, prompt_ids, sampling_params
+from hmc.runtime.tokens.prompts import (
+    DEFAULT_NEW_TOKENS,
+    Options,
+    Prompt,
+    prompt_ids,
+    sampling_params,
+)
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import StopStrings, Text
 from hmc.runtime.weights.store import Home, Progress
 
 if TYPE_CHECKING:
     from hmc.runtime.devices.base import Backend
-
-_DEFAULT_NEW_TOKENS = 256
 
 
 class Engine(Closing):
@@ -98,68 +102,24 @@ class Engine(Closing):
             ]
         return np.concatenate(rows)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Items[str] | None = None,
-    ) -> Generation:
-        """Continue a text, a list of token ids, or a chat. Arguments left None come from
-        generation_config.json, else greedy.
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Continue a text, a list of token ids, or a chat. Sampling arguments that are None or left
+        out come from generation_config.json, else greedy.
 
         Ctrl-C ends it with what there is, `finish_reason` "cancelled". Raises `UsageError` for an
         empty prompt or a bad argument, `ContextLengthError` for a prompt longer than the context.
         """
-        stream = self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-        )
-        with stream:
+        with self.stream(prompt, **options) as stream:
             for _ in stream:
                 pass
         return stream.result
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Items[str] | None = None,
-    ) -> Stream:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`."""
-        params = sampling_params(
-            self.text,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        params = sampling_params(self.text, options)
         ids = prompt_ids(prompt, self.text, self.plan)
-        ends = Ends(max_new_tokens, self.eos_token_ids, StopStrings(stop))
+        most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        ends = Ends(most, self.eos_token_ids, StopStrings(options.get("stop")))
         return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends)
 
     @property

@@ -230,7 +230,6 @@ class Batch:
             scores = _masked(job, logits)
             part = "sampling"
             token = job.request.sampler.sample(scores)
-            job.stamp()
             self._meter.sampled()
             part = "text"
             piece = job.answer.push(token)

@@ -27,9 +27,10 @@ from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, 
 from hmc.runtime.batching.batch import Batch
 from hmc.runtime.batching.job import Job
 from hmc.runtime.batching.process import PrefillState
-from hmc.runtime.batching.stats import Clock, Meter, SchedulerStats
+from hmc.runtime.batching.stats import Meter, SchedulerStats
 from hmc.runtime.executor import Executor
 from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.tokens.generation import Clock
 from hmc.runtime.tokens.requests import Request, Ticket, token_ids
 
 _CLOSE_SECONDS = 10.0

@@ -19,7 +19,8 @@ ALIGNMENT = 256
 
 
 class Gpu:
-    """One GPU of a backend, or what stands for it; `used` bytes are allocated. Every byte handed out is counted until it is freed."""
+    """One GPU of a backend, or what stands for it. Every byte handed out counts as `used` until it
+    is freed."""
 
     def __init__(
         self,
