@@ -94,7 +94,7 @@ class Executor:
         (runtime/ranks/group.py); without, this one drives all.
 
         Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`,
-        `check_numbers` and `open_ranks` raise.
+        `check_numbers` and `RankGroup` raise.
         """
         phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan

@@ -43,7 +43,7 @@ from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.phases.decode_graphs import DecodeGraphs
-from hmc.runtime.ranks.group import GroupRunner, RankGroup, open_ranks
+from hmc.runtime.ranks.group import GroupRunner, RankGroup
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.schedule.crossing import crossing
 from hmc.runtime.schedule.host_program import HostProgram
@@ -126,7 +126,7 @@ class DevicePhase:
             if self.runner.segments and wanted and routing is None:
                 self.graphs = DecodeGraphs(bound, self.runner)
         else:
-            self.runner = group.runner(bound, backend, works)
+            self.runner = GroupRunner(group, bound, backend, works)
 
     @property
     def handover(self) -> str:
@@ -205,7 +205,7 @@ class DevicePhases(Closing):
         """Devices given from outside are closed with the rest. With `gpus` > 1 the phase that GPUs
         share is run by as many processes, one a GPU: this one and others, which share `store` or
         map the shards in `directory`. Raises `MachineError`, `CapacityError` naming what does not
-        fit, `KernelError`, and what `open_ranks` raises.
+        fit, `KernelError`, and what `RankGroup` raises.
         """
         with ExitStack() as stack:
             backend = (
@@ -218,7 +218,7 @@ class DevicePhases(Closing):
             group = None
             if gpus is not None and gpus > 1 and any(phase.ranks > 1 for phase in phases):
                 group = stack.enter_context(
-                    open_ranks(
+                    RankGroup(
                         plan,
                         gpus,
                         "cuda" if cuda else "host",
@@ -247,7 +247,7 @@ class DevicePhases(Closing):
                 for name, bound in binding.phases.items()
             }
             if group is not None:
-                group.begin(binding.lend)
+                group.begin(binding.lend(), backend.devices[0].torch_device)
                 group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend
