@@ -178,7 +178,7 @@ class DevicePhase:
         else:
             began = time.monotonic_ns()
             self.last = measured = self.runner.run(call)
-            steps = [self.bound.phase.steps[position] for position in measured.positions]
+            steps = self.bound.phase.steps
             recorder.scheduled(self.name, steps, measured.start, measured.finish, began)
         return call
 
