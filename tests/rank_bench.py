@@ -21,8 +21,8 @@ from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.executor import Executor
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.ranks.group import GroupRunner, RankGroup
 from hmc.runtime.schedule.runner import ScheduleRunner
@@ -106,20 +106,15 @@ def bench(
         kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus]
-        tables, tokens = Tables(plan, store), {STREAM: plan.phase(STREAM).max_tokens}
+        parts, tokens = Parts(plan, store, kv, jit, pool), {STREAM: plan.phase(STREAM).max_tokens}
         found = []
         for link in (group.link, None)[: 1 + compared]:
             backend = HostBackend(gpus, sizes, shared=link is not None)
             stack.callback(backend.close)
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    parts,
                     backend.devices,
-                    store,
-                    kv,
-                    tables,
-                    jit,
-                    pool,
                     max_tokens=tokens,
                     link=link,
                 )

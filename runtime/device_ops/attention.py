@@ -123,9 +123,8 @@ def mla(bound: Bound, step: Step) -> Work:
     """
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    sizes = Latent(
-        *ints(step, "heads", "nope", "rope", "v_dim", "rank"), scale=float(step.attrs["scale"])
-    )
+    widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
+    sizes = Latent(*widths, float(step.attrs["scale"]))
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
     caches = [bound.cache(step.layer, "latent")] if home else []
 

@@ -22,7 +22,6 @@ import torch
 
 from hmc import env
 from hmc.closing import Closing
-from hmc.codegen.jit import Jit
 from hmc.errors import MachineError
 from hmc.ops import OPS
 from hmc.plan import Phase, Plan, Step
@@ -35,11 +34,8 @@ from hmc.runtime.devices import pinned
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.host.lowering import spec_of
-from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
+from hmc.runtime.host.lowering import Parts, spec_of
 from hmc.runtime.host.trace import Recorder
-from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.phases.decode_graphs import DecodeGraphs
@@ -48,7 +44,6 @@ from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.schedule.crossing import crossing
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.runner import Measured, ScheduleRunner
-from hmc.runtime.weights.store import WeightStore
 
 
 def plays_gpus(devices: Devices | Backend) -> bool:
@@ -188,14 +183,9 @@ class DevicePhases(Closing):
 
     def __init__(
         self,
-        plan: Plan,
+        parts: Parts,
         phases: Sequence[Phase],
         devices: Devices | Backend,
-        store: WeightStore,
-        kv: KVCache,
-        tables: Tables,
-        jit: Jit,
-        pool: Pool,
         *,
         delays: int | None = None,
         routing: RoutingRecorder | None = None,
@@ -209,7 +199,7 @@ class DevicePhases(Closing):
         """
         with ExitStack() as stack:
             backend = (
-                open_devices(plan, phases, devices, delays, shared=(gpus or 1) > 1)
+                open_devices(parts.plan, phases, devices, delays, shared=(gpus or 1) > 1)
                 if isinstance(devices, str)
                 else devices
             )
@@ -219,24 +209,19 @@ class DevicePhases(Closing):
             if gpus is not None and gpus > 1 and any(phase.ranks > 1 for phase in phases):
                 group = stack.enter_context(
                     RankGroup(
-                        plan,
+                        parts.plan,
                         gpus,
                         "cuda" if cuda else "host",
-                        store=store,
+                        store=parts.store,
                         directory=directory,
-                        threads=max(1, pool.workers // gpus),
+                        threads=max(1, parts.pool.workers // gpus),
                         delays=delays,
                     )
                 )
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    parts,
                     backend.devices,
-                    store,
-                    kv,
-                    tables,
-                    jit,
-                    pool,
                     max_tokens={phase.name: phase.max_tokens for phase in phases},
                     pinner=pinned if cuda else None,
                     link=None if group is None else group.link,
@@ -252,7 +237,7 @@ class DevicePhases(Closing):
             self.pinned = binding.pinned
             self._backend = backend
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(pool.workers)
+            torch.set_num_threads(parts.pool.workers)
             self._stack = stack.pop_all()
 
     @property

@@ -30,8 +30,8 @@ from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.ranks.messages import (
     At,
@@ -77,13 +77,8 @@ class Rank:
             stack.callback(kv.close)
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    Parts(plan, store, kv, jit, pool),
                     self.backend.devices,
-                    store,
-                    kv,
-                    Tables(plan, store),
-                    jit,
-                    pool,
                     max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
                     pinner=pinned if setup.devices == "cuda" else None,
                     link=self.link,

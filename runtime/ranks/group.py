@@ -2,7 +2,7 @@
 how they meet, and how they end.
 
     group = RankGroup(plan, devices="cuda", store=store, directory=directory)   # starts ranks 1..
-    binding = Binding(plan, backend.devices, store, kv, ..., link=group.link)      # rank 0 is here
+    binding = Binding(parts, backend.devices, link=group.link)                     # rank 0 is here
     group.begin(binding.lend(), place)            # the others use the memory that it has for them
     runner = GroupRunner(group, bound, backend, bound.works)           # in a ScheduleRunner's place
     ...
