@@ -127,13 +127,6 @@ class Engine(Closing):
         """Tokens that end an answer: the checkpoint's, else the plan's."""
         return (self.text.eos_token_ids if self.text else ()) or self.plan.model.eos_token_ids
 
-    @property
-    def kernels_used(self) -> tuple[str, ...]:
-        """Symbols of the native kernels (their names hold the ISA) and PyTorch functions that have
-        really run.
-        """
-        return self.executor.kernels_used
-
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         self.executor.close()

@@ -239,7 +239,7 @@ def _answer(
                 "decode_tokens_per_second": result.timings.decode_tokens_per_second,
             },
             "phases": dict(engine.executor.calls - before),
-            "kernels": list(engine.kernels_used),
+            "kernels": list(engine.executor.kernels_used),
         }
         if compared is not None:
             figures = compared.run(result.timings)

@@ -20,7 +20,7 @@ from hmc.runtime.batching.stats import Meter
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.tokens.logprobs import token_logprob
+from hmc.runtime.tokens.requests import token_logprob
 
 _NO_ROWS = np.zeros(0, np.int32)
 _TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0

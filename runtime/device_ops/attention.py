@@ -101,12 +101,12 @@ def attention(bound: Bound, step: Step) -> Work:
 class Latent:
     """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]."""
 
+    scale: float
     heads: int
     nope: int
     rope: int
     v_dim: int
     rank: int
-    scale: float
 
     def kv_b(self, size: int) -> int:
         """Bytes of one head's part of kv_b."""
@@ -124,7 +124,7 @@ def mla(bound: Bound, step: Step) -> Work:
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
-    sizes = Latent(*widths, float(step.attrs["scale"]))
+    sizes = Latent(float(step.attrs["scale"]), *widths)
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
     caches = [bound.cache(step.layer, "latent")] if home else []
 

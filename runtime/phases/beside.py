@@ -54,11 +54,6 @@ class DeviceJob:
     def poll(self) -> Floats | None:
         """Without waiting: f32 [vocab] logits of the last token, None while it is not done. Raises
         why it ended early: `ExecutionError` when it was stopped, or what broke in it."""
-        return self.wait(0.0)
-
-    def wait(self, timeout: float | None = None) -> Floats | None:
-        """As `poll`, but waits up to `timeout` seconds, or for as long as it takes."""
-        self._ended.wait(timeout)
         if self._error is not None:
             raise self._error
         return self._logits

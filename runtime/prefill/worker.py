@@ -37,17 +37,7 @@ from hmc.plan import Plan
 from hmc.plan.file import canonical_json
 from hmc.runtime.children import Child
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.prefill.messages import (
-    Advanced,
-    Cancel,
-    Ended,
-    Finished,
-    Ready,
-    Refused,
-    Report,
-    Setup,
-    Start,
-)
+from hmc.runtime.prefill.messages import Cancel, Ready, Report, Setup, Start, cancelled
 from hmc.runtime.weights.store import WeightStore
 
 _COMMAND = (sys.executable, "-m", "hmc.runtime.prefill.child")
@@ -225,19 +215,18 @@ class PrefillWorker(Closing):
             except WorkerError as error:
                 self._lose(error)
 
-    def _take(self, report: Report) -> None:
-        if isinstance(report, Ready):
+    def _take(self, report: Ready | Report) -> None:
+        if isinstance(report, Report):
+            job = self._jobs[report.job]
+            job.tokens, job._logits, job._error = report.tokens, report.logits, report.error
+            if job.over:
+                del self._jobs[report.job]
+        elif report.error is not None:
+            self._lose(report.error)
+        else:
             self.ready = True
             for job in list(self._jobs.values()):
                 self._send(job._start)
-        elif isinstance(report, Refused):
-            self._lose(report.error)
-        elif isinstance(report, Advanced):
-            self._jobs[report.job].tokens = report.tokens
-        elif isinstance(report, Finished):
-            self._jobs.pop(report.job)._logits = report.logits
-        elif isinstance(report, Ended):
-            self._jobs.pop(report.job)._error = report.error or _cancelled()
 
     def _cancel(self, job: Job) -> None:
         with self._lock:
@@ -246,7 +235,7 @@ class PrefillWorker(Closing):
                 return
             if not self.ready:
                 del self._jobs[job._start.job]
-                job._error = _cancelled()
+                job._error = cancelled()
                 return
             self._send(Cancel(job._start.job))
 
@@ -279,7 +268,3 @@ class PrefillWorker(Closing):
                 f"{total} tokens in {len(blocks)} cache blocks of {block}: {needed} to {most} are"
                 f" wanted, out of 0..{self._blocks - 1}"
             )
-
-
-def _cancelled() -> HmcError:
-    return ExecutionError("the prefill was cancelled")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.tokens.sampler import Sampler
-from hmc.runtime.tokens.text import StopStrings, Text
+from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 Clock = Callable[[], float]
@@ -100,7 +100,7 @@ class Answer:
         clock: Clock = time.perf_counter,
     ) -> None:
         tail = ids[-_TAIL:].tolist()
-        self._detokenizer = tokenizer.detokenizer(tail) if tokenizer else None
+        self._detokenizer = Detokenizer(tokenizer, tail) if tokenizer else None
         self._ends = ends
         # The last token is never stored, so a full context still gives one more.
         self._most = min(ends.max_new_tokens, context - len(ids) + 1)

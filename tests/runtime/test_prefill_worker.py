@@ -27,7 +27,7 @@ from hmc.plan.file import save
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import KVCache, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.prefill.cpus import divide_cpus
+from hmc.runtime.prefill.disaggregation import Division, divide_cpus
 from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.weights.store import WeightStore
 
@@ -371,17 +371,18 @@ def machine(*nodes):
 
 def test_cores_are_divided_whole_and_over_all_nodes():
     two = machine(tuple((i, i + 16) for i in range(8)), tuple((i, i + 16) for i in range(8, 16)))
-    decode, prefill = divide_cpus(two, 16, 0.25)
+    found = divide_cpus(two, 16, 0.25)
+    decode, prefill = found.decode, found.prefill
     assert (len(decode), len(prefill)) == (12, 4)
     assert [cpu % 16 // 8 for cpu in prefill] == [0, 0, 1, 1]
     assert [cpu % 16 // 8 for cpu in decode] == [0] * 6 + [1] * 6
-    decode, prefill = divide_cpus(two, 32, 0.5)  # with siblings
-    assert sorted(decode + prefill) == list(range(32))
-    assert {cpu % 16 for cpu in decode}.isdisjoint(cpu % 16 for cpu in prefill)
+    found = divide_cpus(two, 32, 0.5)  # with siblings
+    assert sorted(found.decode + found.prefill) == list(range(32))
+    assert {cpu % 16 for cpu in found.decode}.isdisjoint(cpu % 16 for cpu in found.prefill)
     for share, expected in ((0.01, 1), (0.99, 15)):
-        assert len(divide_cpus(two, 16, share)[1]) == expected
+        assert len(divide_cpus(two, 16, share).prefill) == expected
     uneven = machine(((0,), (1,), (2,)), ((3,),))
-    assert divide_cpus(uneven, 4, 0.5) == ((2, 3), (0, 1))
+    assert divide_cpus(uneven, 4, 0.5) == Division((2, 3), (0, 1))
     with pytest.raises(MachineError, match="two cores"):
         divide_cpus(machine(((0, 1),)), 2, 0.5)
     with pytest.raises(ValueError, match="share"):
