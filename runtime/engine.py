@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import numpy as np
 
 from hmc.closing import Closing
 from hmc.plan import Plan
-from hmc.runtime.executor import Executor, Logits
-from hmc.runtime.memory.kv import KVCache
-from hmc.runtime.phases.choice import Devices
-from hmc.runtime.routing import RoutingRecorder
+from hmc.runtime.executor import Executor, ExecutorOptions, Logits
 from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
 from hmc.runtime.tokens.prompts import (
     DEFAULT_NEW_TOKENS,
@@ -29,10 +26,6 @@ from hmc.runtime.tokens.prompts import (
 )
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import StopStrings, Text
-from hmc.runtime.weights.store import Home, Progress
-
-if TYPE_CHECKING:
-    from hmc.runtime.devices.base import Backend
 
 
 class Engine(Closing):
@@ -43,7 +36,7 @@ class Engine(Closing):
     weights of the plan's shapes. `home` says where weights live: "mapped" (in the page cache),
     "arena" (copied to huge pages) or "shared" (in a memory file). `routing` counts the experts
     chosen. `devices` run what a plan has for GPUs: "auto" and "cuda" are this machine's GPUs,
-    "host" plays them on the CPU (`delays`, a seed, shakes the order of what is not ordered). A `kv`
+    "host" plays them on the CPU. A `kv`
     given from outside stays the caller's; `cpus` are the workers' places, instead of `threads`.
     `gpus` gives each of the plan's GPUs a process for the prompts they share; without, one process
     drives all. A rank process that dies ends such prompts with a `WorkerError`. `text` is the
@@ -55,16 +48,8 @@ class Engine(Closing):
         plan: Plan,
         checkpoint: str | Path | None = None,
         *,
-        threads: int | None = None,
-        dummy_weights: bool = False,
-        home: Home = "mapped",
-        progress: Progress | None = None,
-        routing: RoutingRecorder | None = None,
-        devices: Devices | Backend = "auto",
-        kv: KVCache | None = None,
-        cpus: Items[int] | None = None,
-        gpus: int | None = None,
         text: Text | None = None,
+        **options: Unpack[ExecutorOptions],
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
@@ -72,19 +57,7 @@ class Engine(Closing):
         directory = Path(checkpoint or plan.checkpoint.path)
         self.plan = plan
         self.text = text or Text.open(directory)
-        self.executor = Executor(
-            plan,
-            directory,
-            threads=threads,
-            dummy_weights=dummy_weights,
-            home=home,
-            progress=progress,
-            routing=routing,
-            devices=devices,
-            kv=kv,
-            cpus=cpus,
-            gpus=gpus,
-        )
+        self.executor = Executor(plan, directory, **options)
 
     def logits(self, token_ids: Items[int]) -> Logits:
         """Logits f32 [tokens, vocab] of every token of a prompt, by the prefill path."""

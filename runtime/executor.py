@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,20 @@ if TYPE_CHECKING:
 __all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
 Logits = npt.NDArray[np.float32]
+
+
+class ExecutorOptions(TypedDict, total=False):
+    """Arguments of `Executor` that who opens one for somebody else hands on."""
+
+    threads: int | None
+    dummy_weights: bool
+    home: Home
+    progress: Progress | None
+    routing: RoutingRecorder | None
+    devices: Devices | Backend
+    kv: KVCache | None
+    cpus: Items[int] | None
+    gpus: int | None
 
 
 class Executor:

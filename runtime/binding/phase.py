@@ -32,7 +32,7 @@ from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
 from hmc.runtime.binding.memory import TORCH_TYPES, Device, GpuMemory, LentMemory
-from hmc.runtime.binding.pinned import Pinner, pin_weights
+from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
 from hmc.runtime.device_ops import Work, device_op
@@ -40,6 +40,7 @@ from hmc.runtime.device_ops.base import Routed
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
+from hmc.runtime.devices import pinned
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.host.lowering import LoweredPhase, Parts
 from hmc.runtime.memory.blocks import Block
@@ -60,12 +61,12 @@ class Binding(Closing):
         devices: Iterable[Device],
         *,
         max_tokens: Mapping[str, int] | None = None,
-        pinner: Pinner | None = None,
+        pin: bool = False,
         link: Link | None = None,
         lent: LentMemory | None = None,
     ) -> None:
         """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
-        as planned). With `pinner`, host buffers and the weights that GPUs stream are pinned;
+        as planned). With `pin`, host buffers and the weights that GPUs stream are pinned;
         with `link`, phases of several ranks are bound for the link's rank only: rank 0's process
         has the memory of all GPUs, and the others use what it has `lent` them. Raises
         `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
@@ -100,13 +101,12 @@ class Binding(Closing):
                 phase = BoundPhase(parts, own[name], count, memory, host, link)
                 stack.callback(phase.close)
                 self.phases[name] = phase
-                if pinner is not None:
-                    for address, size in phase.pinnable:
-                        pinner.pin(address, size)
-                        stack.callback(pinner.unpin, address)
-            if pinner is not None:
+                for address, size in phase.pinnable if pin else ():
+                    pinned.pin(address, size)
+                    stack.callback(pinned.unpin, address)
+            if pin:
                 pieces = [piece for each in memory.values() for piece in each.streamed]
-                self.pinned = pin_weights(pinner, parts.store, pieces, stack)
+                self.pinned = pin_weights(parts.store, pieces, stack)
             self._memory = memory
             self._stack = stack.pop_all()
 

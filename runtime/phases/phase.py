@@ -30,7 +30,6 @@ from hmc.plan.phases import BESIDE
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.shares import Call, Ints
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
@@ -223,7 +222,7 @@ class DevicePhases(Closing):
                     parts,
                     backend.devices,
                     max_tokens={phase.name: phase.max_tokens for phase in phases},
-                    pinner=pinned if cuda else None,
+                    pin=cuda,
                     link=None if group is None else group.link,
                 )
             )

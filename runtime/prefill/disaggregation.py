@@ -16,7 +16,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from hmc.closing import Closing
 from hmc.errors import MachineError, UsageError
@@ -26,11 +26,10 @@ from hmc.plan import Plan
 from hmc.plan.phases import in_own_process, prefill_phase
 from hmc.predict.disaggregation import Load, Outlook, divided, interleaved
 from hmc.runtime.engine import Engine
+from hmc.runtime.executor import ExecutorOptions
 from hmc.runtime.memory.kv import KVCache, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.phases.choice import Devices
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.weights.store import Home, Progress
 
 Mode = Literal["auto", "on", "off"]
 
@@ -127,32 +126,19 @@ class Disaggregated(Closing):
         checkpoint: str | Path | None = None,
         *,
         division: Division | None,
-        threads: int | None = None,
-        dummy_weights: bool = False,
-        progress: Progress | None = None,
-        devices: Devices = "auto",
-        home: Home = "mapped",
-        gpus: int | None = None,
+        **options: Unpack[ExecutorOptions],
     ) -> None:
-        """Returns before the process is ready: see `worker.wait_ready`. `devices`, `home` and
-        `gpus` are `Engine`'s, for plans with GPUs, which need no `division`. Raises what `Engine`
-        and `PrefillWorker` raise.
+        """Returns before the process is ready: see `worker.wait_ready`. `options` are `Engine`'s;
+        with a `division`, which says the threads and where weights live, `dummy_weights` and
+        `progress` alone. Raises what `Engine` and `PrefillWorker` raise.
         """
         self.worker: PrefillWorker | None = None
         with ExitStack() as stack:
             if division is None:
-                self.engine = Engine(
-                    plan,
-                    checkpoint,
-                    threads=threads,
-                    dummy_weights=dummy_weights,
-                    progress=progress,
-                    devices=devices,
-                    home=home,
-                    gpus=gpus,
-                )
+                self.engine = Engine(plan, checkpoint, **options)
                 stack.callback(self.engine.close)
             else:
+                dummy = options.get("dummy_weights", False)
                 cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
                 kv = KVCache(plan.kv, plan.limits.max_context, cache)
                 stack.callback(kv.close)
@@ -161,9 +147,9 @@ class Disaggregated(Closing):
                     checkpoint,
                     cpus=division.decode,
                     kv=kv,
-                    dummy_weights=dummy_weights,
-                    home="shared" if dummy_weights else "mapped",
-                    progress=progress,
+                    dummy_weights=dummy,
+                    home="shared" if dummy else "mapped",
+                    progress=options.get("progress"),
                 )
                 stack.callback(self.engine.close)
                 self.worker = PrefillWorker(

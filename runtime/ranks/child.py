@@ -27,7 +27,6 @@ from hmc.runtime.children import Parent, adopted
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import Parts
@@ -80,7 +79,7 @@ class Rank:
                     Parts(plan, store, kv, jit, pool),
                     self.backend.devices,
                     max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
-                    pinner=pinned if setup.devices == "cuda" else None,
+                    pin=setup.devices == "cuda",
                     link=self.link,
                     lent=lent,
                 )

@@ -22,7 +22,6 @@ from hmc.errors import MachineError
 from hmc.plan import Plan
 from hmc.runtime.binding.phase import Binding
 from hmc.runtime.binding.pinned import whole_pages
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
@@ -85,7 +84,7 @@ def bound(plan: Plan) -> Iterator[Callable[..., Binding]]:
                 Parts(plan, store, kv, jit, pool),
                 backend.devices,
                 max_tokens={STREAM: 64},
-                pinner=pinned,
+                pin=True,
             )
 
         yield bind
