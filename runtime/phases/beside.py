@@ -30,10 +30,9 @@ Floats = npt.NDArray[np.float32]
 
 
 class DeviceJob:
-    """One prompt on its way. `tokens` of `total` are in the cache."""
+    """One prompt on its way. `tokens` of it are in the cache."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self) -> None:
         self.tokens = 0
         self.stopped = False
         self._heard = time.monotonic()
@@ -111,7 +110,7 @@ class DevicePrefill:
         `ExecutionError` while another prompt is under way."""
         if self.busy:
             raise ExecutionError("a prompt is under way on the devices: they take one at a time")
-        self._job = job = DeviceJob(len(ids))
+        self._job = job = DeviceJob()
         arguments = (job, sequence.row, sequence.length, np.array(ids, np.int32))
         self._thread = threading.Thread(
             target=self._run, args=arguments, name="hmc-prompt-beside", daemon=True

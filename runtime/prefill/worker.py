@@ -45,10 +45,9 @@ _POLL_SECONDS = 0.05
 
 
 class Job:
-    """One prompt on its way. `tokens` of `total` are in the cache."""
+    """One prompt on its way. `tokens` of it are in the cache."""
 
     def __init__(self, worker: PrefillWorker, start: Start) -> None:
-        self.total = len(start.ids)
         self.tokens = 0
         self._worker, self._start = worker, start
         self._logits: npt.NDArray[np.float32] | None = None

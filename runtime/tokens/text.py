@@ -61,11 +61,6 @@ class Text:
         chat = ChatTemplate.find(directory, config, special_tokens(config))
         return Text(tokenizer, config, chat, eos_ids(directory, generation), generation)
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens the tokenizer knows, added ones included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
         does it.

@@ -159,7 +159,7 @@ def test_a_prompt_and_decode_steps_run_at_the_same_time(executor: Executor, gate
         gate.open()
         until(lambda: job.over)
         logits = job.poll()
-        assert logits is not None and job.over and job.tokens == job.total == len(LONG)
+        assert logits is not None and job.over and job.tokens == len(LONG)
         decode(8)
     long.length += len(LONG)
     assert tokens == alone[0]
