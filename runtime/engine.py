@@ -9,26 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
 import numpy as np
 
 from hmc.closing import Closing
 from hmc.plan import Plan
-from hmc.runtime.executor import Executor, Logits
-from hmc.runtime.memory.kv import KVCache
-from hmc.runtime.phases.choice import Devices
-from hmc.runtime.routing import RoutingRecorder
+from hmc.runtime.executor import Executor, ExecutorOptions, Logits
 from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
-from hmc.runtime.tokens.prompts import Prompt, prompt_ids, sampling_params
+from hmc.runtime.tokens.prompts import (
+    DEFAULT_NEW_TOKENS,
+    Options,
+    Prompt,
+    prompt_ids,
+    sampling_params,
+)
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import StopStrings, Text
-from hmc.runtime.weights.store import Home, Progress
-
-if TYPE_CHECKING:
-    from hmc.runtime.devices.base import Backend
-
-_DEFAULT_NEW_TOKENS = 256
 
 
 class Engine(Closing):
@@ -39,7 +36,7 @@ class Engine(Closing):
     weights of the plan's shapes. `home` says where weights live: "mapped" (in the page cache),
     "arena" (copied to huge pages) or "shared" (in a memory file). `routing` counts the experts
     chosen. `devices` run what a plan has for GPUs: "auto" and "cuda" are this machine's GPUs,
-    "host" plays them on the CPU (`delays`, a seed, shakes the order of what is not ordered). A `kv`
+    "host" plays them on the CPU. A `kv`
     given from outside stays the caller's; `cpus` are the workers' places, instead of `threads`.
     `gpus` gives each of the plan's GPUs a process for the prompts they share; without, one process
     drives all. A rank process that dies ends such prompts with a `WorkerError`. `text` is the
@@ -51,16 +48,8 @@ class Engine(Closing):
         plan: Plan,
         checkpoint: str | Path | None = None,
         *,
-        threads: int | None = None,
-        dummy_weights: bool = False,
-        home: Home = "mapped",
-        progress: Progress | None = None,
-        routing: RoutingRecorder | None = None,
-        devices: Devices | Backend = "auto",
-        kv: KVCache | None = None,
-        cpus: Items[int] | None = None,
-        gpus: int | None = None,
         text: Text | None = None,
+        **options: Unpack[ExecutorOptions],
     ) -> None:
         """Refuses with the cause named: `PlanMismatchError`, `MachineError`, `CapacityError`,
         `ShardError`.
@@ -68,19 +57,7 @@ class Engine(Closing):
         directory = Path(checkpoint or plan.checkpoint.path)
         self.plan = plan
         self.text = text or Text.open(directory)
-        self.executor = Executor(
-            plan,
-            directory,
-            threads=threads,
-            dummy_weights=dummy_weights,
-            home=home,
-            progress=progress,
-            routing=routing,
-            devices=devices,
-            kv=kv,
-            cpus=cpus,
-            gpus=gpus,
-        )
+        self.executor = Executor(plan, directory, **options)
 
     def logits(self, token_ids: Items[int]) -> Logits:
         """Logits f32 [tokens, vocab] of every token of a prompt, by the prefill path."""
@@ -98,81 +75,30 @@ class Engine(Closing):
             ]
         return np.concatenate(rows)
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Items[str] | None = None,
-    ) -> Generation:
-        """Continue a text, a list of token ids, or a chat. Arguments left None come from
-        generation_config.json, else greedy.
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Continue a text, a list of token ids, or a chat. Sampling arguments that are None or left
+        out come from generation_config.json, else greedy.
 
         Ctrl-C ends it with what there is, `finish_reason` "cancelled". Raises `UsageError` for an
         empty prompt or a bad argument, `ContextLengthError` for a prompt longer than the context.
         """
-        stream = self.stream(
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop,
-        )
-        with stream:
+        with self.stream(prompt, **options) as stream:
             for _ in stream:
                 pass
         return stream.result
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = _DEFAULT_NEW_TOKENS,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Items[str] | None = None,
-    ) -> Stream:
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`."""
-        params = sampling_params(
-            self.text,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        params = sampling_params(self.text, options)
         ids = prompt_ids(prompt, self.text, self.plan)
-        ends = Ends(max_new_tokens, self.eos_token_ids, StopStrings(stop))
+        most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+        ends = Ends(most, self.eos_token_ids, StopStrings(options.get("stop")))
         return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer: the checkpoint's, else the plan's."""
         return (self.text.eos_token_ids if self.text else ()) or self.plan.model.eos_token_ids
-
-    @property
-    def kernels_used(self) -> tuple[str, ...]:
-        """Symbols of the native kernels (their names hold the ISA) and PyTorch functions that have
-        really run.
-        """
-        return self.executor.kernels_used
 
     def close(self) -> None:
         """Free everything; a second call does nothing."""

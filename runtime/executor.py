@@ -13,7 +13,7 @@ from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -40,11 +40,10 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.host.lowering import LoweredPhase, Lowering, spec_of
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts, spec_of
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.phases.beside import DevicePrefill
@@ -59,6 +58,20 @@ if TYPE_CHECKING:
 __all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
 Logits = npt.NDArray[np.float32]
+
+
+class ExecutorOptions(TypedDict, total=False):
+    """Arguments of `Executor` that who opens one for somebody else hands on."""
+
+    threads: int | None
+    dummy_weights: bool
+    home: Home
+    progress: Progress | None
+    routing: RoutingRecorder | None
+    devices: Devices | Backend
+    kv: KVCache | None
+    cpus: Items[int] | None
+    gpus: int | None
 
 
 class Executor:
@@ -94,7 +107,7 @@ class Executor:
         (runtime/ranks/group.py); without, this one drives all.
 
         Raises `MachineError` (ISA, GPUs), `CapacityError` (memory), and what `WeightStore.open`,
-        `check_numbers` and `open_ranks` raise.
+        `check_numbers` and `RankGroup` raise.
         """
         phases = [phase for phase in plan.phases if only in (None, phase.name)]
         self.plan = plan
@@ -126,7 +139,7 @@ class Executor:
             self.kv = kv or KVCache(plan.kv, plan.limits.max_context)
             if kv is None:
                 self._memory.callback(self.kv.close)
-            tables = Tables(plan, self.store)
+            self._parts = Parts(plan, self.store, self.kv, jit, self.pool)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
             """What of the weights is pinned for GPUs, in words; empty where nothing is."""
@@ -135,14 +148,9 @@ class Executor:
             self._opened: DevicePhases | None = None
             if wanting:
                 opened: DevicePhases = device_half().DevicePhases(
-                    plan,
+                    self._parts,
                     wanting,
                     devices,
-                    self.store,
-                    self.kv,
-                    tables,
-                    jit,
-                    self.pool,
                     delays=delays,
                     routing=routing,
                     gpus=gpus,
@@ -161,13 +169,10 @@ class Executor:
             for phase in phases:
                 if on_devices(phase):
                     continue
-                lowering = Lowering(
-                    plan, phase, self.store, self.kv, tables, jit, self.pool.workers, routing
-                )
+                lowering = Lowering(self._parts, phase, routing)
                 self._memory.callback(lowering.arena.close)
                 self.phases[phase.name] = LoweredPhase(lowering, host_op, self.pool)
             self._stack = stack.pop_all()
-        self._tables = tables
         self._open = True
         self.calls: Counter[str] = Counter()
 

@@ -83,9 +83,6 @@ class NullStream:
         """See `base.Stream`."""
         self.time = max(self.time, self._flagged.get(flags.address(number), 0.0))
 
-    def synchronize(self) -> None:
-        """Nothing is ever left to do."""
-
 
 class NullBackend:
     """A `Backend` with a simulated clock."""
@@ -97,7 +94,7 @@ class NullBackend:
         self._streams: dict[str, NullStream] = {}
         self._flagged: dict[int, float] = {}
         self.devices = tuple(
-            Gpu(f"gpu{number}", torch.device("cpu"), self, lambda gpu: memory_bytes - gpu.used)
+            Gpu(f"gpu{number}", torch.device("cpu"), lambda gpu: memory_bytes - gpu.used)
             for number in range(gpus)
         )
 

@@ -21,10 +21,10 @@ from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.executor import Executor
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache, Sequence
-from hmc.runtime.ranks.group import RankGroup, open_ranks
+from hmc.runtime.ranks.group import GroupRunner, RankGroup
 from hmc.runtime.schedule.runner import ScheduleRunner
 from hmc.runtime.weights.store import WeightStore
 
@@ -42,13 +42,17 @@ class Bench:
     kv: KVCache
     group: RankGroup
     binding: Binding
+    ranked: GroupRunner
     together: BoundPhase | None = None
     runner: ScheduleRunner | None = None
     host: Executor | None = None
 
     def by_processes(self, sequence: Sequence, ids: Ids, wanted: int = 1) -> Rows:
         """Append tokens; the last `wanted` ones' logits."""
-        return self.group.prefill(*self._call(sequence, ids, wanted)).copy()
+        bound = self.binding.phases[STREAM]
+        call = bound.call(*self._call(sequence, ids, wanted))
+        self.ranked.run_untimed(call)
+        return bound.logits(call).copy()
 
     def in_process(self, sequence: Sequence, ids: Ids, wanted: int = 1) -> Rows:
         """As `by_processes`, by all ranks in this process."""
@@ -87,7 +91,7 @@ def bench(
         store = WeightStore.open(plan, directory)
         stack.callback(store.close)
         group = stack.enter_context(
-            open_ranks(
+            RankGroup(
                 plan,
                 gpus,
                 store=store,
@@ -102,30 +106,25 @@ def bench(
         kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus]
-        tables, tokens = Tables(plan, store), {STREAM: plan.phase(STREAM).max_tokens}
+        parts, tokens = Parts(plan, store, kv, jit, pool), {STREAM: plan.phase(STREAM).max_tokens}
         found = []
         for link in (group.link, None)[: 1 + compared]:
             backend = HostBackend(gpus, sizes, shared=link is not None)
             stack.callback(backend.close)
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    parts,
                     backend.devices,
-                    store,
-                    kv,
-                    tables,
-                    jit,
-                    pool,
                     max_tokens=tokens,
                     link=link,
                 )
             )
             found.append((binding.phases[STREAM], backend))
             if link is not None:
-                group.begin(binding.lend)
+                group.begin(binding.lend(), backend.devices[0].torch_device)
                 ranked = binding
-        group.runner(*found[0])
-        result = Bench(plan, store, kv, group, ranked)
+        runner = GroupRunner(group, *found[0], found[0][0].works)
+        result = Bench(plan, store, kv, group, ranked, runner)
         if compared:
             whole, backend = found[1]
             host = compile_plan(directory, max_context=256, max_chunk=64, threads=2)

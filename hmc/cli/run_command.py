@@ -123,8 +123,8 @@ def command(
     if not dummy_weights:
         check_checkpoint(plan, directory)
     text = Text.open(directory)
-    sampling_params(text, stop=stop, **sampling)
     arguments = {**sampling, "stop": list(stop) or None}
+    sampling_params(text, arguments)
     talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
     asked = [] if talk else _prompts(prompt, chat, system, ids, prompts)
     waiting = [prompt_ids(each, text, plan) for each in asked]
@@ -239,7 +239,7 @@ def _answer(
                 "decode_tokens_per_second": result.timings.decode_tokens_per_second,
             },
             "phases": dict(engine.executor.calls - before),
-            "kernels": list(engine.kernels_used),
+            "kernels": list(engine.executor.kernels_used),
         }
         if compared is not None:
             figures = compared.run(result.timings)

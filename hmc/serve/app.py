@@ -155,8 +155,9 @@ class _Routes:
         service = self._service
         state = service.state
         answer: dict[str, Any] = {"status": state}
-        if service.scheduler is not None and (prefill := service.scheduler.prefill) is not None:
-            answer["prefill_process"] = asdict(prefill)
+        stats = None if service.scheduler is None else service.scheduler.stats()
+        if stats is not None and stats.prefill is not None:
+            answer["prefill_process"] = asdict(stats.prefill)
         if state != "ready":
             answer |= {"reason": service.reason, "progress": round(service.progress, 3)}
         return JSONResponse(answer, 200 if state == "ready" else 503)

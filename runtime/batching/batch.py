@@ -12,20 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import CapacityError, ExecutionError, HmcError
-from hmc.plan.phases import (
-    PREFILL,
-    chunk_tokens,
-    decode_phase,
-    prefill_phase,
-)
+from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase, prefill_phase
 from hmc.runtime.batching.job import Job, as_error
-from hmc.runtime.batching.prefill import Computer, PrefillsBeside
+from hmc.runtime.batching.prefill import PrefillsBeside
 from hmc.runtime.batching.process import PrefillKeeper, PrefillState
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.tokens.logprobs import token_logprob
+from hmc.runtime.tokens.requests import token_logprob
 
 _NO_ROWS = np.zeros(0, np.int32)
 _TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
@@ -56,10 +51,9 @@ class Batch:
         self._keeper: PrefillKeeper | None = None
         if prefill is not None:
             self._keeper = PrefillKeeper(prefill, executor.plan, silence)
-        self._computer: Computer | None = self._keeper or executor.beside
-        self._beside: PrefillsBeside[Job] | None = None
-        if self._computer is not None:
-            self._beside = PrefillsBeside(self._computer, grown=self._keep, release=self._release)
+        self._beside: PrefillsBeside | None = None
+        if (computer := self._keeper or executor.beside) is not None:
+            self._beside = PrefillsBeside(computer, grown=self._keep, release=self._release)
         self._full = False  # the cache was, and nothing has been released since
 
     @property
@@ -85,7 +79,7 @@ class Batch:
     def stuck_for(self) -> float:
         """Seconds that a prompt's call on the devices, which nothing but its own end ends, has been
         running beside."""
-        return 0.0 if self._computer is None else self._computer.stuck_for
+        return 0.0 if self._beside is None else self._beside.computer.stuck_for
 
     @property
     def empty(self) -> bool:
@@ -142,8 +136,9 @@ class Batch:
             return False
         self._meter.reused(job.cached)
         job.sequence = sequence
-        if self._beside is not None and self._beside.takes(job.phase, left, every=every):
-            self._beside.start(job, sequence, job.ids)
+        beside = self._beside
+        if beside is not None and beside.computer.takes(job.phase, left, every=every):
+            beside.start(job, sequence)
         else:
             self.prefilling = job
         return True
@@ -175,7 +170,7 @@ class Batch:
         if self._beside is not None:
             self._beside.finish()
 
-    def _take(self, beside: PrefillsBeside[Job]) -> None:
+    def _take(self, beside: PrefillsBeside) -> None:
         for arrival in beside.tend():
             job = arrival.owner
             self.running.append(job)
@@ -235,7 +230,6 @@ class Batch:
             scores = _masked(job, logits)
             part = "sampling"
             token = job.request.sampler.sample(scores)
-            job.stamp()
             self._meter.sampled()
             part = "text"
             piece = job.answer.push(token)

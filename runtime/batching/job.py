@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ExecutionError, HmcError
-from hmc.runtime.batching.stats import Clock, Meter
+from hmc.runtime.batching.stats import Meter
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.tokens.generation import Answer, FinishReason, Generation, Timings
+from hmc.runtime.tokens.generation import Answer, Clock, FinishReason
 from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
 
 
@@ -29,21 +29,14 @@ class Job:
         clock: Clock,
     ) -> None:
         self.request, self.ids, self.ticket = request, ids, ticket
-        self.answer = Answer(request.text, ids, request.ends, context)
+        self.answer = Answer(request.text, ids, request.ends, context, clock)
         self.sequence: Sequence | None = None
         self.phase = ""
         self.cached = 0
         self.scored: list[TokenLogprob] | None = [] if request.prompt_logprobs else None
         # The last token is sampled, not stored.
         self.most_tokens = min(len(ids) + max(request.ends.max_new_tokens - 1, 0), context)
-        self._meter, self._clock = meter, clock
-        self._began = clock()
-        self._first = self._last = 0.0
-
-    def stamp(self) -> None:
-        """A token has been sampled now."""
-        self._last = self._clock()
-        self._first = self._first or self._last
+        self._meter = meter
 
     def tell(self, piece: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
         """Give an update to the listener, whose error is raised."""
@@ -68,10 +61,8 @@ class Job:
                 self.request.listener(self._update(piece, tokens, logprobs, reason, error))
             except Exception as fault:  # the caller's own code: anything may come
                 reason, error = "error", error or as_error(self, "listener", fault)
-        answer = self.answer
-        tokens = tuple(answer.tokens)
         self._meter.ended(reason)
-        self.ticket.settle(Generation(answer.text, tokens, reason, self._timings()), error)
+        self.ticket.settle(self.answer.generation(reason), error)
 
     def _update(
         self,
@@ -90,13 +81,8 @@ class Job:
             finish_reason=reason,
             error=error,
             cached_tokens=self.cached,
-            timings=None if reason is None else self._timings(),
+            timings=None if reason is None else self.answer.timings,
         )
-
-    def _timings(self) -> Timings:
-        ttft = self._first - self._began if self._first else 0.0
-        total = self._last - self._began if self._last else 0.0
-        return Timings(len(self.ids), len(self.answer.tokens), ttft, total)
 
 
 def as_error(job: Job, part: str, fault: Exception) -> HmcError:

@@ -15,99 +15,47 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import HmcError, WorkerError
+from hmc.runtime.batching.job import Job
+from hmc.runtime.batching.process import PrefillKeeper
 from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.phases.beside import DeviceJob, DevicePrefill
+from hmc.runtime.prefill.worker import Job as PromptJob
 
 _ATTEMPTS = 2  # what the message of a lost prompt says
 _FINISH_SECONDS = 2.0
 _FINISH_POLL = 0.005
 
-Owner = TypeVar("Owner")
-
-
-class Job(Protocol):
-    """A prompt being computed."""
-
-    @property
-    def tokens(self) -> int:
-        """How many of its tokens are in the cache."""
-        ...
-
-    def poll(self) -> npt.NDArray[np.float32] | None:
-        """f32 [vocab] logits of the last token, None while it is not over; raises why it ended
-        early, and then nothing is written to its blocks any more."""
-        ...
-
-    def stop(self) -> None:
-        """Have it end early, without waiting for that."""
-        ...
-
-
-class Computer(Protocol):
-    """Who computes the prompts: a process (runtime/batching/process.py) or the devices
-    (runtime/phases/beside.py)."""
-
-    @property
-    def exclusive(self) -> bool:
-        """Whether no other prompt that streams may be computed meanwhile, by whomever."""
-        ...
-
-    @property
-    def stuck_for(self) -> float:
-        """Seconds that something has been running which cannot be ended alone."""
-        ...
-
-    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
-        """Whether it computes a prompt that the policy gives to a phase, of which `tokens` are
-        left, the logits of `every` one wanted or of the last."""
-        ...
-
-    def start(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> Job | None:
-        """Compute `ids` i32 [tokens] after what a sequence holds; None: it is gone, ask again after
-        `tend`."""
-        ...
-
-    def lost(self, error: HmcError) -> bool:
-        """Whether a job with this error may be started once more."""
-        ...
-
-    def tend(self, wanted: bool) -> None:
-        """Bring it back if it is gone; `wanted` says that there are prompts for it."""
-        ...
-
-    def end(self) -> None:
-        """End it, if it can be ended while it computes."""
-        ...
+Computer = PrefillKeeper | DevicePrefill
+"""Who computes the prompts: a process or the devices. Both have the methods of `PrefillKeeper`."""
 
 
 @dataclass(frozen=True)
-class Arrival(Generic[Owner]):
+class Arrival:
     """A prompt that is in the cache, with f32 [vocab] logits of its last token; or what went
     wrong, and nothing is written to its blocks any more.
     """
 
-    owner: Owner
+    owner: Job
     logits: npt.NDArray[np.float32] | None
     error: HmcError | None = None
 
 
 @dataclass(eq=False)
-class _Prompt(Generic[Owner]):
-    owner: Owner
+class _Prompt:
+    owner: Job
     sequence: Sequence
-    ids: npt.NDArray[np.int32]
     past: int = 0  # tokens in the cache when the job began
-    job: Job | None = None
+    job: PromptJob | DeviceJob | None = None
     attempts: int = 0
     dropped: bool = False
 
 
-class PrefillsBeside(Generic[Owner]):
+class PrefillsBeside:
     """For the scheduler's thread; `state` and `owners` for any."""
 
     def __init__(
@@ -120,13 +68,13 @@ class PrefillsBeside(Generic[Owner]):
         """`grown` is told when more of a prompt is in the cache, `release` frees a dropped prompt's
         sequence.
         """
-        self._computer = computer
+        self.computer = computer
         self._grown, self._release = grown, release
-        self._waiting: deque[_Prompt[Owner]] = deque()
-        self._current: _Prompt[Owner] | None = None
+        self._waiting: deque[_Prompt] = deque()
+        self._current: _Prompt | None = None
 
     @property
-    def owners(self) -> list[Owner]:
+    def owners(self) -> list[Job]:
         """Those whose prompts are on their way, first come first."""
         current = self._current
         found = [current] if current is not None and not current.dropped else []
@@ -140,7 +88,7 @@ class PrefillsBeside(Generic[Owner]):
     @property
     def exclusive(self) -> bool:
         """Whether no other prompt that streams may be computed now."""
-        return self._computer.exclusive and not self.empty
+        return self.computer.exclusive and not self.empty
 
     @property
     def progress(self) -> tuple[int, int, int]:
@@ -149,20 +97,16 @@ class PrefillsBeside(Generic[Owner]):
         current = self._current
         if current is None or current.job is None:
             return len(self.owners), 0, 0
-        return len(self.owners), current.sequence.length, len(current.ids)
+        return len(self.owners), current.sequence.length, len(current.owner.ids)
 
-    def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
-        """See `Computer`."""
-        return self._computer.takes(phase, tokens, every=every)
-
-    def start(self, owner: Owner, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
-        """Compute what `sequence`, with room for all of `ids` i32 [tokens], does not hold of it
+    def start(self, owner: Job, sequence: Sequence) -> None:
+        """Compute what `sequence`, with room for all of the owner's ids, does not hold of them
         yet.
         """
-        self._waiting.append(_Prompt(owner, sequence, ids))
+        self._waiting.append(_Prompt(owner, sequence))
         self._submit()
 
-    def drop(self, owner: Owner) -> None:
+    def drop(self, owner: Job) -> None:
         """Forget a prompt; its sequence is released as soon as nothing is written to it."""
         current = self._current
         if current is not None and current.owner is owner:
@@ -174,10 +118,10 @@ class PrefillsBeside(Generic[Owner]):
         self._waiting.remove(found)
         self._release(found.sequence)
 
-    def tend(self) -> list[Arrival[Owner]]:
+    def tend(self) -> list[Arrival]:
         """What has arrived since the last call; also looks after who computes."""
         arrivals = [] if self._current is None else self._settle(self._current)
-        self._computer.tend(wanted=not self.empty)
+        self.computer.tend(wanted=not self.empty)
         self._submit()
         return arrivals
 
@@ -190,7 +134,7 @@ class PrefillsBeside(Generic[Owner]):
         limit = time.monotonic() + _FINISH_SECONDS
         while self._current is not None:  # on devices their own deadlines end a call that hangs
             if time.monotonic() > limit:
-                self._computer.end()
+                self.computer.end()
             self._settle(self._current)
             time.sleep(_FINISH_POLL)
 
@@ -202,9 +146,9 @@ class PrefillsBeside(Generic[Owner]):
         if prompt is None or prompt.job is not None:
             return
         prompt.past = prompt.sequence.length
-        prompt.job = self._computer.start(prompt.sequence, prompt.ids[prompt.past :])
+        prompt.job = self.computer.start(prompt.sequence, prompt.owner.ids[prompt.past :])
 
-    def _settle(self, prompt: _Prompt[Owner]) -> list[Arrival[Owner]]:
+    def _settle(self, prompt: _Prompt) -> list[Arrival]:
         """Take in how far the prompt under way has come."""
         logits, error = None, None
         if prompt.job is not None:
@@ -215,7 +159,7 @@ class PrefillsBeside(Generic[Owner]):
             known = prompt.sequence.length
             prompt.sequence.length = prompt.past + prompt.job.tokens
             if prompt.sequence.length > known:
-                self._grown(prompt.sequence, prompt.ids)
+                self._grown(prompt.sequence, prompt.owner.ids)
             if logits is None and error is None:
                 return []
         elif not prompt.dropped:
@@ -224,7 +168,7 @@ class PrefillsBeside(Generic[Owner]):
             self._current = None
             self._release(prompt.sequence)
             return []
-        if error is not None and self._computer.lost(error):
+        if error is not None and self.computer.lost(error):
             prompt.attempts += 1
             prompt.job = None
             if prompt.attempts < _ATTEMPTS:

@@ -42,10 +42,12 @@ class PrefillState:
 
 
 class PrefillKeeper:
-    """Looks after a process; implements `batching.prefill.Computer`."""
+    """Looks after a process."""
 
     exclusive = False
+    """Whether no other prompt that streams may be computed meanwhile, by whomever."""
     stuck_for = 0.0
+    """Seconds that something has been running which cannot be ended alone."""
 
     def __init__(self, worker: PrefillWorker, plan: Plan, silence: float) -> None:
         """A process that is not heard of for `silence` seconds while it has a prompt is killed and
@@ -57,11 +59,13 @@ class PrefillKeeper:
         self._trouble: HmcError | None = None  # of the process before
 
     def takes(self, phase: str, tokens: int, *, every: bool) -> bool:
-        """See `Computer`."""
+        """Whether it computes a prompt that the policy gives to a phase, of which `tokens` are
+        left, the logits of `every` one wanted or of the last."""
         return in_own_process(self._plan, phase, tokens, every=every)
 
     def start(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> Job | None:
-        """See `Computer`."""
+        """Compute `ids` i32 [tokens] after what a sequence holds; None: it is gone, ask again after
+        `tend`."""
         if self._worker.trouble is not None:
             return None
         try:
@@ -70,11 +74,11 @@ class PrefillKeeper:
             return None
 
     def lost(self, error: HmcError) -> bool:
-        """See `Computer`."""
+        """Whether a job with this error may be started once more."""
         return error in (self._worker.trouble, self._trouble)
 
     def tend(self, wanted: bool) -> None:
-        """End a hung process and replace a dead one."""
+        """End a hung process and replace a dead one; `wanted`: there are prompts for it."""
         if self._worker.silent_seconds > self.silence:
             with suppress(ProcessLookupError):
                 os.kill(self._worker.pid, signal.SIGKILL)
@@ -88,7 +92,7 @@ class PrefillKeeper:
         self._was_ready = self._was_ready or self._worker.ready
 
     def end(self) -> None:
-        """See `Computer`."""
+        """End it, if it can be ended while it computes."""
         self._worker.close()
 
     def state(self, prompts: int, tokens: int, total: int) -> PrefillState:

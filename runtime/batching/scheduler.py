@@ -26,10 +26,10 @@ from hmc.closing import Closing
 from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, UsageError
 from hmc.runtime.batching.batch import Batch
 from hmc.runtime.batching.job import Job
-from hmc.runtime.batching.process import PrefillState
-from hmc.runtime.batching.stats import Clock, Meter, SchedulerStats
+from hmc.runtime.batching.stats import Meter, SchedulerStats
 from hmc.runtime.executor import Executor
 from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.tokens.generation import Clock
 from hmc.runtime.tokens.requests import Request, Ticket, token_ids
 
 _CLOSE_SECONDS = 10.0
@@ -128,11 +128,6 @@ class Scheduler(Closing):
             error=str(self._failure or ""),
             prefill=self._batch.prefill,
         )
-
-    @property
-    def prefill(self) -> PrefillState | None:
-        """The prefill process now; None: there is none."""
-        return self._batch.prefill
 
     @property
     def failure(self) -> HmcError | None:

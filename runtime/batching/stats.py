@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hmc.runtime.batching.process import PrefillState
 from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.tokens.generation import Clock
 
 _RECENT = 256
-
-Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)

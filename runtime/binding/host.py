@@ -12,22 +12,17 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from hmc.codegen.jit import Jit
 from hmc.ops import OPS
-from hmc.plan import Buffer, Operand, Phase, Plan, Step
+from hmc.plan import Buffer, Operand, Phase, Step
 from hmc.plan.verify import EXTERNAL
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.shares import Call, Share
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.host.arena import Arena
-from hmc.runtime.host.lowering import LoweredPhase, Lowering
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts
 from hmc.runtime.host.ops import host_op
-from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
-from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.schedule.crossing import Crossing, is_native
 from hmc.runtime.schedule.host_program import HostProgram
-from hmc.runtime.weights.store import WeightStore
 
 _NONE = np.zeros(0, np.int32)
 
@@ -35,18 +30,8 @@ _NONE = np.zeros(0, np.int32)
 class HostSteps:
     """The host's activation buffers of one phase, and the work of its native steps."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        phase: Phase,
-        store: WeightStore,
-        kv: KVCache,
-        tables: Tables,
-        jit: Jit,
-        pool: Pool,
-    ) -> None:
-        self._plan, self._store, self._kv, self._tables = plan, store, kv, tables
-        self._jit, self._pool = jit, pool
+    def __init__(self, parts: Parts, phase: Phase) -> None:
+        self._parts = parts
         names = {"ids", "positions", "rows"}
         buffers = [each for each in phase.buffers if each.offset >= 0 and each.device == "host"]
         buffers += [
@@ -66,7 +51,7 @@ class HostSteps:
 
     def work(self, step: Step, share: Share) -> Work:
         """What a native step does in a call."""
-        lowered = LoweredPhase(self._lowering((_plain(step),)), host_op, self._pool)
+        lowered = LoweredPhase(self._lowering((_plain(step),)), host_op, self._parts.pool)
         self.lowered.append(lowered)
 
         def work(call: Call) -> None:
@@ -83,7 +68,7 @@ class HostSteps:
         return HostProgram(
             self._lowering(tuple(steps)),
             host_op,
-            self._pool,
+            self._parts.pool,
             steps,
             crossing,
             flags,
@@ -111,9 +96,7 @@ class HostSteps:
     def _lowering(self, steps: tuple[Step, ...]) -> Lowering:
         """A lowering of some steps that computes in the arena of all."""
         some = self._phase.model_copy(update={"steps": steps})
-        lowering = Lowering(
-            self._plan, some, self._store, self._kv, self._tables, self._jit, self._pool.workers
-        )
+        lowering = Lowering(self._parts, some)
         lowering.arena.close()
         lowering.arena = self.arena
         return lowering

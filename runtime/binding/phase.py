@@ -1,6 +1,6 @@
 """A plan's phases bound to devices: memory for everything, and what each step does in a call.
 
-    with Binding(plan, devices, store, kv, tables, jit, pool) as binding:
+    with Binding(parts, devices) as binding:
         phase = binding.phases["decode"]
         call = phase.call(ids, positions, tables, wanted)
         for work in phase.works:      # or a schedule runner, on the streams of the steps' resources
@@ -26,14 +26,13 @@ import numpy.typing as npt
 import torch
 
 from hmc.closing import Closing
-from hmc.codegen.jit import Jit
 from hmc.errors import ExecutionError
 from hmc.ops import OPS
-from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Plan, Step
+from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
 from hmc.runtime.binding.memory import TORCH_TYPES, Device, GpuMemory, LentMemory
-from hmc.runtime.binding.pinned import Pinner, pin_weights
+from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
 from hmc.runtime.device_ops import Work, device_op
@@ -41,16 +40,13 @@ from hmc.runtime.device_ops.base import Routed
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
+from hmc.runtime.devices import pinned
 from hmc.runtime.devices.flags import Flags
-from hmc.runtime.host.lowering import LoweredPhase
-from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
+from hmc.runtime.host.lowering import LoweredPhase, Parts
 from hmc.runtime.memory.blocks import Block
-from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.schedule.crossing import Crossing, is_native
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.runner import part_of_rank
-from hmc.runtime.weights.store import WeightStore
 from hmc.runtime.weights.torch_view import view
 
 _LOGITS = "logits"
@@ -61,31 +57,27 @@ class Binding(Closing):
 
     def __init__(
         self,
-        plan: Plan,
+        parts: Parts,
         devices: Iterable[Device],
-        store: WeightStore,
-        kv: KVCache,
-        tables: Tables,
-        jit: Jit,
-        pool: Pool,
         *,
         max_tokens: Mapping[str, int] | None = None,
-        pinner: Pinner | None = None,
+        pin: bool = False,
         link: Link | None = None,
         lent: LentMemory | None = None,
     ) -> None:
         """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
-        as planned). With `pinner`, host buffers and the weights that GPUs stream are pinned;
+        as planned). With `pin`, host buffers and the weights that GPUs stream are pinned;
         with `link`, phases of several ranks are bound for the link's rank only: rank 0's process
         has the memory of all GPUs, and the others use what it has `lent` them. Raises
         `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
         computes on is missing, and `MachineError` where the system refuses to pin.
         """
+        plan = parts.plan
         tokens = dict(max_tokens or {phase.name: phase.max_tokens for phase in plan.phases})
         found = {device.name: device for device in devices}
-        parts = {name: _part(plan.phase(name), link) for name in tokens}
+        own = {name: _part(plan.phase(name), link) for name in tokens}
         users: dict[str, dict[str, int]] = {}
-        for name, part in parts.items():
+        for name, part in own.items():
             whole = part if link is not None and link.rank else plan.phase(name)
             for place in {device_of(step.resource) for step in whole.steps} - {"host"}:
                 users.setdefault(place, {})[name] = tokens[name]
@@ -98,32 +90,23 @@ class Binding(Closing):
         with ExitStack() as stack:
             memory = {}
             for name in sorted(needed):
-                mine = [parts[phase] for phase in users[name]]
+                mine = [own[phase] for phase in users[name]]
                 memory[name] = GpuMemory(
-                    found[name], plan, store, kv, users[name], name == HOME, mine, lent
+                    found[name], plan, parts.store, parts.kv, users[name], name == HOME, mine, lent
                 )
                 stack.callback(memory[name].close)
             for name, count in tokens.items():
-                host = HostSteps(
-                    plan,
-                    parts[name].model_copy(update={"max_tokens": count}),
-                    store,
-                    kv,
-                    tables,
-                    jit,
-                    pool,
-                )
+                host = HostSteps(parts, own[name].model_copy(update={"max_tokens": count}))
                 stack.callback(host.close)
-                phase = BoundPhase(plan, parts[name], count, memory, host, kv, link)
+                phase = BoundPhase(parts, own[name], count, memory, host, link)
                 stack.callback(phase.close)
                 self.phases[name] = phase
-                if pinner is not None:
-                    for address, size in phase.pinnable:
-                        pinner.pin(address, size)
-                        stack.callback(pinner.unpin, address)
-            if pinner is not None:
+                for address, size in phase.pinnable if pin else ():
+                    pinned.pin(address, size)
+                    stack.callback(pinned.unpin, address)
+            if pin:
                 pieces = [piece for each in memory.values() for piece in each.streamed]
-                self.pinned = pin_weights(pinner, store, pieces, stack)
+                self.pinned = pin_weights(parts.store, pieces, stack)
             self._memory = memory
             self._stack = stack.pop_all()
 
@@ -149,21 +132,20 @@ class BoundPhase:
 
     def __init__(
         self,
-        plan: Plan,
+        parts: Parts,
         phase: Phase,
         max_tokens: int,
         memory: Mapping[str, GpuMemory],
         host: HostSteps,
-        kv: KVCache,
         link: Link | None = None,
     ) -> None:
-        self.plan, self.phase, self.kv, self.max_tokens = plan, phase, kv, max_tokens
+        self.plan, self.kv, self.phase, self.max_tokens = parts.plan, parts.kv, phase, max_tokens
         self.sorted: Routed = {}
         self.link = link if phase.ranks > 1 else None
         self._past: dict[tuple[int, str], torch.Tensor] = {}
         self._memory, self._host = memory, host
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
-        self.max_wanted = wanted_rows(plan, phase, max_tokens)
+        self.max_wanted = wanted_rows(parts.plan, phase, max_tokens)
         width = self._buffers[_LOGITS].width
         self._result = Block(4 * width * self.max_wanted, f"{phase.name} logits")
         self._logits = self._result.array.view(np.float32).reshape(self.max_wanted, width)

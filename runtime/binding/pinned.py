@@ -9,28 +9,13 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import Protocol
 
 from hmc.runtime.binding.weights import Piece
+from hmc.runtime.devices.pinned import pin, unpin
 from hmc.runtime.weights.store import WeightStore
 
 
-class Pinner(Protocol):
-    """Makes host memory known to a GPU, so that copies from and to it need not wait."""
-
-    def pin(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
-        """Register a range, which the process itself cannot write if `read_only`; `MachineError`
-        when the system refuses."""
-        ...
-
-    def unpin(self, address: int) -> None:
-        """Forget a range."""
-        ...
-
-
-def pin_weights(
-    pinner: Pinner, store: WeightStore, streamed: Iterable[Piece], stack: ExitStack
-) -> str:
+def pin_weights(store: WeightStore, streamed: Iterable[Piece], stack: ExitStack) -> str:
     """Pin what holds the pieces `streamed` until `stack` is closed; says what was pinned, in one
     line ("" where nothing is streamed)."""
     pages = whole_pages((piece.address, piece.nbytes) for piece in streamed)
@@ -41,8 +26,8 @@ def pin_weights(
         pages = [store.arena.span]
         read_only = not store.arena.writeable
     for address, nbytes in pages:
-        pinner.pin(address, nbytes, read_only=read_only)
-        stack.callback(pinner.unpin, address)
+        pin(address, nbytes, read_only=read_only)
+        stack.callback(unpin, address)
     total = sum(nbytes for _, nbytes in pages) / 2**30
     kind = "shared" if store.arena is not None else store.home
     ranges = "1 range" if len(pages) == 1 else f"{len(pages)} ranges"

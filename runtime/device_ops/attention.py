@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from hmc.plan import Step
@@ -60,9 +61,7 @@ def attention(bound: Bound, step: Step) -> Work:
             parts = [slice(some.start * width, some.stop * width) for width in (head_dim, v_dim)]
             (one if rows.reach is None else many)(call, rows, mine, parts, result)
 
-    def one(
-        call: Call, rows: Rows, mine: torch.Tensor, parts: list[slice], result: torch.Tensor
-    ) -> None:
+    def one(call: Call, rows: Rows, mine: Tensor, parts: list[slice], result: Tensor) -> None:
         number = mine.shape[1]
         keys, values = (
             _seen(bound, step, call, name, columns, (new[:, columns],), kind)
@@ -76,9 +75,7 @@ def attention(bound: Bound, step: Step) -> Work:
                 mine[part].flatten(1, 2).to(kind), keys[low:high], values[low:high], scale, window
             )
 
-    def many(
-        call: Call, rows: Rows, mine: torch.Tensor, parts: list[slice], result: torch.Tensor
-    ) -> None:
+    def many(call: Call, rows: Rows, mine: Tensor, parts: list[slice], result: Tensor) -> None:
         number = mine.shape[1]
 
         def some(part: slice) -> None:
@@ -104,12 +101,12 @@ def attention(bound: Bound, step: Step) -> Work:
 class Latent:
     """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]."""
 
+    scale: float
     heads: int
     nope: int
     rope: int
     v_dim: int
     rank: int
-    scale: float
 
     def kv_b(self, size: int) -> int:
         """Bytes of one head's part of kv_b."""
@@ -126,18 +123,18 @@ def mla(bound: Bound, step: Step) -> Work:
     """
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    heads, nope, rope, v_dim, rank = ints(step, "heads", "nope", "rope", "v_dim", "rank")
-    sizes = Latent(heads, nope, rope, v_dim, rank, float(step.attrs["scale"]))
+    widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
+    sizes = Latent(float(step.attrs["scale"]), *widths)
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
     caches = [bound.cache(step.layer, "latent")] if home else []
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
         _append(call, rows, ((latent, k_rope),), caches)
-        queries = q[: rows.count].view(rows.count, heads, nope + rope)
-        result = y[: rows.count].view(rows.count, heads, v_dim)
+        queries = q[: rows.count].view(rows.count, sizes.heads, -1)
+        result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:
-            columns = slice(0, rank + rope)
+            columns = slice(0, sizes.rank + sizes.rope)
             seen = _seen(bound, step, call, "latent", columns, (latent, k_rope), kind)
             _latent(rows, queries, seen, kv_b, result, sizes)
         else:
@@ -147,12 +144,7 @@ def mla(bound: Bound, step: Step) -> Work:
 
 
 def _latent(
-    rows: Rows,
-    queries: torch.Tensor,
-    seen: torch.Tensor,
-    kv_b: Matrix,
-    result: torch.Tensor,
-    s: Latent,
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Matrix, result: Tensor, s: Latent
 ) -> None:
     """One sequence: result [T, heads, v_dim] of queries [T, heads, nope + rope] over rows [S, rank
     + rope]."""
@@ -160,38 +152,19 @@ def _latent(
     expand = total * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * wide
     absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.rank + s.rope)
     if absorb < expand:
-        of_head = s.kv_b(size) + s.absorbed(size) + _SCORE * total
-        for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-            _absorbed(
-                rows,
-                queries[:, heads],
-                seen,
-                _of_heads(kv_b, heads, s, seen.dtype),
-                result[:, heads],
-                s,
-            )
-        return
-    # kv_b also in another order; keys, values as wide (fused kernels want one width), and one of
-    # them before it has its place
-    of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
+        some, of_head = _absorbed, s.kv_b(size) + s.absorbed(size) + _SCORE * total
+    else:
+        # kv_b also in another order; keys, values as wide (fused kernels want one width), and one
+        # of them before it has its place
+        some = _expanded
+        of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
+    kind = seen.dtype
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        _expanded(
-            rows,
-            queries[:, heads],
-            seen,
-            _of_heads(kv_b, heads, s, seen.dtype),
-            result[:, heads],
-            s,
-        )
+        some(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s, kind), result[:, heads], s)
 
 
 def _absorbed(
-    rows: Rows,
-    queries: torch.Tensor,
-    seen: torch.Tensor,
-    kv_b: torch.Tensor,
-    result: torch.Tensor,
-    s: Latent,
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
 ) -> None:
     """As `_latent` for some heads, their keys and values never made."""
     kind, number = seen.dtype, queries.shape[1]
@@ -211,12 +184,7 @@ def _absorbed(
 
 
 def _expanded(
-    rows: Rows,
-    queries: torch.Tensor,
-    seen: torch.Tensor,
-    kv_b: torch.Tensor,
-    result: torch.Tensor,
-    s: Latent,
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
 ) -> None:
     """As `_latent` for some heads, their keys and values made of all rows."""
     kind, number, total = seen.dtype, queries.shape[1], len(seen)
@@ -234,9 +202,7 @@ def _expanded(
         del found
 
 
-def _over_latents(
-    wide: torch.Tensor, seen: torch.Tensor, hidden: torch.Tensor, s: Latent
-) -> torch.Tensor:
+def _over_latents(wide: Tensor, seen: Tensor, hidden: Tensor, s: Latent) -> Tensor:
     """Weighted latents [T, h, rank] of queries [.., T, h, rank + rope] over rows [.., S, rank +
     rope]; `hidden` [T, S] (or [S] a sequence) is added to scores."""
     scores = (wide @ seen.transpose(-1, -2)).to(torch.float32).mul_(s.scale)
@@ -246,10 +212,10 @@ def _over_latents(
 
 def _latent_batch(
     rows: Rows,
-    queries: torch.Tensor,
-    cache: torch.Tensor,
+    queries: Tensor,
+    cache: Tensor,
     kv_b: Matrix,
-    result: torch.Tensor,
+    result: Tensor,
     s: Latent,
     kind: torch.dtype,
 ) -> None:
@@ -282,7 +248,7 @@ def _latent_batch(
         del out
 
 
-def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> torch.Tensor:
+def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> Tensor:
     """The rows of some heads [h, nope + v_dim, rank]: those of keys, then of values."""
     per_head = s.nope + s.v_dim
     first, last = heads.start * per_head, heads.stop * per_head
@@ -298,10 +264,7 @@ def _kind(device: torch.device) -> torch.dtype:
 
 
 def _append(
-    call: Call,
-    rows: Rows,
-    new: tuple[tuple[torch.Tensor, ...], ...],
-    caches: list[torch.Tensor],
+    call: Call, rows: Rows, new: tuple[tuple[Tensor, ...], ...], caches: list[Tensor]
 ) -> None:
     """Put new rows, of columns side by side, into each of the home GPU's caches (none elsewhere):
     those of the whole call where it is one sequence's, else those of the share."""
@@ -320,9 +283,9 @@ def _seen(
     call: Call,
     state: str,
     columns: slice,
-    new: tuple[torch.Tensor, ...],
+    new: tuple[Tensor, ...],
     kind: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:
     """Cache rows [past + T, width] of every position up to the call's last: `columns` of them. Away
     from the cache those of this call are `new` side by side, rounded as the cache rounds them."""
     if bound.home(bound.device(step)):
@@ -358,9 +321,7 @@ def _chunks(
             yield some, start + some.stop - some.start, low
 
 
-def _attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, window: int
-) -> torch.Tensor:
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, window: int) -> Tensor:
     """Causal attention [T, heads * v] of q [T, heads, d], the last T of the positions of keys [S,
     kv_heads, d] and values [S, kv_heads, v]."""
     tokens, total, group = len(q), len(keys), q.shape[1] // keys.shape[1]
@@ -381,16 +342,14 @@ def _attend(
     return found[0, ..., :v_dim].transpose(0, 1).flatten(1)
 
 
-def _lower_right(tokens: int, total: int) -> torch.Tensor:
+def _lower_right(tokens: int, total: int) -> Tensor:
     """PyTorch's mask that fused kernels know without one being made. Its module loads
     torch._dynamo, more than a second: only who attends on a device shall wait for it."""
-    found: torch.Tensor = import_module("torch.nn.attention.bias").causal_lower_right(tokens, total)
+    found: Tensor = import_module("torch.nn.attention.bias").causal_lower_right(tokens, total)
     return found
 
 
-def _later(
-    position: int, tokens: int, total: int, device: torch.device, window: int = 0
-) -> torch.Tensor:
+def _later(position: int, tokens: int, total: int, device: torch.device, window: int = 0) -> Tensor:
     """What is added to scores f32 [tokens, total] of queries from `position` on: 0, or -inf where a
     key is later (or earlier than the window)."""
     query = torch.arange(position, position + tokens, device=device)[:, None]
@@ -408,7 +367,7 @@ def _batches(rows: Rows, of_row: int, of_place: int) -> Iterator[slice]:
     return scratch.blocks(0, rows.count, of_sequence, scratch.quarter())
 
 
-def _reached(rows: Rows, part: slice, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _reached(rows: Rows, part: slice, window: int) -> tuple[Tensor, Tensor]:
     """The cache rows that some sequences see [n, longest], and what is added to their scores: 0 or
     -inf."""
     assert rows.reach is not None and rows.lengths is not None

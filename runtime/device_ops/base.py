@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from hmc.plan import Operand, Phase, Plan, Step
+from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call, Share
@@ -89,6 +90,17 @@ class Bound(Protocol):
 
 
 OpFunction = Callable[[Bound, Step], Work]
+
+
+def in_blocks(share: Share, row_bytes: int, block: Callable[[slice], object]) -> Work:
+    """A work that does `block` for some rows of a share after the other: as many as keep to
+    `scratch.BYTES`, where it makes `row_bytes` of each."""
+
+    def work(call: Call) -> None:
+        for part in scratch.blocks(0, call.count(share), row_bytes):
+            block(part)
+
+    return work
 
 
 def ints(step: Step, *names: str) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from hmc.blocks.pointwise import activated
 from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
-from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
 from hmc.runtime.device_ops.matmul import matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
@@ -25,12 +25,7 @@ def embed(bound: Bound, step: Step) -> Work:
     table, share = bound.matrix(step, "table"), bound.share(step)
 
     row = y.shape[1] * table.data.element_size() + 8
-
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            y[part].copy_(table.data[ids[part, 0].long()])
-
-    return work
+    return in_blocks(share, row, lambda part: y[part].copy_(table.data[ids[part, 0].long()]))
 
 
 def gather_rows(bound: Bound, step: Step) -> Work:
@@ -54,12 +49,11 @@ def norm(bound: Bound, step: Step) -> Work:
 
     row = _NORMED * x.shape[1] + 16 * groups
 
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            chunks = x[part].view(part.stop - part.start, groups, -1)
-            y[part].copy_(normed(chunks, gamma, eps).flatten(1))
+    def block(part: slice) -> None:
+        chunks = x[part].view(part.stop - part.start, groups, -1)
+        y[part].copy_(normed(chunks, gamma, eps).flatten(1))
 
-    return work
+    return in_blocks(share, row, block)
 
 
 _NORMED = 4 + 4
@@ -76,13 +70,7 @@ def normed(chunks: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tenso
 def add(bound: Bound, step: Step) -> Work:
     """h + d0, or h + (d0 + d1)."""
     total, y, share = _sum(bound, step), bound.tensor(step.outputs["y"]), bound.share(step)
-    row = _SUMMED * y.shape[1]
-
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            y[part].copy_(total(part))
-
-    return work
+    return in_blocks(share, _SUMMED * y.shape[1], lambda part: y[part].copy_(total(part)))
 
 
 def add_norm(bound: Bound, step: Step) -> Work:
@@ -97,11 +85,7 @@ def add_norm(bound: Bound, step: Step) -> Work:
         h_out[part].copy_(found)
         y[part].copy_(normed(found, gamma, eps))
 
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            block(part)
-
-    return work
+    return in_blocks(share, row, block)
 
 
 def linear(bound: Bound, step: Step) -> Work:
@@ -114,11 +98,7 @@ def linear(bound: Bound, step: Step) -> Work:
         found = matmul(x[part], w)
         y[part].copy_(found if bias is None else found.add_(bias.to(torch.float32)))
 
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            block(part)
-
-    return work
+    return in_blocks(share, row, block)
 
 
 def gate_up(bound: Bound, step: Step) -> Work:
@@ -134,11 +114,7 @@ def gate_up(bound: Bound, step: Step) -> Work:
     def block(part: slice) -> None:
         y[part].copy_(activated(act, matmul(x[part], gate), matmul(x[part], up)))
 
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            block(part)
-
-    return work
+    return in_blocks(share, row, block)
 
 
 def rotary(bound: Bound, step: Step) -> Work:

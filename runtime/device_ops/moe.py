@@ -13,7 +13,7 @@ from hmc.blocks.pointwise import activated
 from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
-from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
 from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
@@ -49,11 +49,7 @@ def route(bound: Bound, step: Step) -> Work:
         ids[part].copy_(chosen)
         routing[part].copy_(weights * factor)
 
-    def work(call: Call) -> None:
-        for part in scratch.blocks(0, call.count(share), row):
-            block(part)
-
-    return work
+    return in_blocks(share, row, block)
 
 
 def routed(

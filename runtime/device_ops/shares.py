@@ -58,12 +58,6 @@ class Share:
                 yield slice(low, high), slice(first + low - start, first + high - start)
             start += last - first
 
-    def capacity(self, tokens: int) -> int:
-        """Rows the share has at most, in calls of up to `tokens` tokens."""
-        if self.kind == "rank":
-            return 2 * -(-tokens // (2 * self.of))
-        return tokens
-
 
 ALL, WANTED = Share(), Share("wanted")
 

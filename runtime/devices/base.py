@@ -20,11 +20,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import torch
-
 from hmc.errors import ExecutionError
 from hmc.runtime.devices.flags import Flags
-from hmc.runtime.devices.lending import Lent
+from hmc.runtime.devices.gpu import Gpu
 
 Work = Callable[[], None]
 
@@ -87,66 +85,6 @@ class Stream(Protocol):
         `Flags.advance`), whoever sets it."""
         ...
 
-    def synchronize(self) -> None:
-        """Return when all that was appended is done; raises the first error of any stream (the
-        backend is to be closed then)."""
-        ...
-
-
-class Device(Protocol):
-    """One GPU, or what stands for it."""
-
-    @property
-    def name(self) -> str:
-        """The plan's name of it: "gpu0"."""
-        ...
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where its tensors are."""
-        ...
-
-    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        """Uninitialised memory: u8 [nbytes], 256-byte aligned.
-
-        Raises `CapacityError` naming purpose, bytes asked and bytes free.
-        """
-        ...
-
-    def free(self, tensor: torch.Tensor) -> None:
-        """Give an allocation back; `ExecutionError` for a tensor that is none."""
-        ...
-
-    def lend(self, tensor: torch.Tensor) -> Lent:
-        """How another process opens an allocation of this device."""
-        ...
-
-    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
-        """Memory of this device that another process has allocated."""
-        ...
-
-    @property
-    def used(self) -> int:
-        """Bytes allocated now."""
-        ...
-
-    @property
-    def peak(self) -> int:
-        """The most bytes allocated at one time."""
-        ...
-
-    def stream(self, resource: str) -> Stream:
-        """The stream of a resource, made on first use."""
-        ...
-
-    def event(self) -> Event:
-        """A new event."""
-        ...
-
-    def close(self) -> None:
-        """Free all of its memory."""
-        ...
-
 
 class Backend(Protocol):
     """All devices of one kind, with the host's stream "cpu" and the stream "link" between them.
@@ -155,7 +93,7 @@ class Backend(Protocol):
     and waited for by several."""
 
     @property
-    def devices(self) -> tuple[Device, ...]:
+    def devices(self) -> tuple[Gpu, ...]:
         """gpu0, gpu1, ..."""
         ...
 

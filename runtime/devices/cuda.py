@@ -170,10 +170,6 @@ class CudaStream:
         memory = self._backend.memory()
         memory.wait(self.stream, self.number, flags.address(number), flags.epoch)
 
-    def synchronize(self) -> None:
-        """See `base.Stream`."""
-        self._backend.synchronize((self,))
-
     def mark(self) -> torch.cuda.Event:
         """A new event at the end of what was appended so far."""
         end = _event(timed=False)
@@ -206,7 +202,7 @@ class CudaBackend:
         self._memory: StreamMemory | None = None
         self._graph_pool: Any = None
         self.devices = tuple(
-            Gpu(f"gpu{number}", torch.device("cuda", number), self, _room) for number in range(gpus)
+            Gpu(f"gpu{number}", torch.device("cuda", number), _room) for number in range(gpus)
         )
 
     def stream(self, resource: str, *, aside: bool = False) -> CudaStream | CpuStream:

@@ -1,4 +1,4 @@
-"""One device's memory and its streams, the same for every backend: it says where bytes come from.
+"""One device's memory, the same for every backend: it says where bytes come from.
 
 Hides alignment, and the counting of what is in use.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hmc.errors import CapacityError, ExecutionError
-from hmc.runtime.devices.base import Backend, Event, Stream
 from hmc.runtime.devices.lending import Lent, borrow, lend
 from hmc.runtime.memory.shared import SharedBlock
 
@@ -20,13 +19,13 @@ ALIGNMENT = 256
 
 
 class Gpu:
-    """A `Device` of a backend. Every byte handed out is counted until it is freed."""
+    """One GPU of a backend, or what stands for it. Every byte handed out counts as `used` until it
+    is freed."""
 
     def __init__(
         self,
         name: str,
         torch_device: torch.device,
-        backend: Backend,
         room: Callable[[Gpu], int],
         *,
         shared: bool = False,
@@ -35,7 +34,6 @@ class Gpu:
         made so that it can be lent to other processes (that of GPUs always can)."""
         self.name = name
         self.torch_device = torch_device
-        self._backend = backend
         self._room = room
         self._shared = shared
         self._held: dict[int, tuple[torch.Tensor, int]] = {}
@@ -43,7 +41,6 @@ class Gpu:
         self._borrowed: dict[int, Any] = {}
         self._closed = False
         self.used = 0
-        self.peak = 0
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
         """Uninitialised memory, u8 [nbytes]; `CapacityError` where there is not so much."""
@@ -74,7 +71,6 @@ class Gpu:
         if block is not None:
             self._blocks[key] = block
         self.used += size
-        self.peak = max(self.peak, self.used)
         return whole[start : start + nbytes]
 
     def free(self, tensor: torch.Tensor) -> None:
@@ -103,14 +99,6 @@ class Gpu:
         found, kept = borrow(lent, self.torch_device, purpose)
         self._borrowed[found.untyped_storage().data_ptr()] = kept
         return found
-
-    def stream(self, resource: str) -> Stream:
-        """The backend's stream of a resource."""
-        return self._backend.stream(resource)
-
-    def event(self) -> Event:
-        """A new event of the backend."""
-        return self._backend.event()
 
     def close(self) -> None:
         """Free all of its memory."""

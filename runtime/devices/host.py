@@ -35,7 +35,7 @@ class HostBackend:
         self._delays = delays
         sizes = [memory_bytes] * gpus if isinstance(memory_bytes, int) else memory_bytes
         self.devices = tuple(
-            Gpu(f"gpu{number}", torch.device("cpu"), self, _room(size), shared=shared)
+            Gpu(f"gpu{number}", torch.device("cpu"), _room(size), shared=shared)
             for number, size in zip(range(gpus), sizes, strict=True)
         )
 

@@ -217,10 +217,6 @@ class Worker:
         epoch = flags.epoch
         self.append(lambda: self._await_flag(flags, number, epoch))
 
-    def synchronize(self) -> None:
-        """See `base.Stream`."""
-        self._board.drain((self,))
-
     def join(self, seconds: float) -> None:
         """Wait for the thread to end, so long at most."""
         if self._thread is not None and self._thread is not threading.current_thread():

@@ -89,25 +89,24 @@ class _Call:
     step: int
 
 
+class Parts:
+    """What the phases of a plan have in common: weights, cache, tables, kernels and workers."""
+
+    def __init__(self, plan: Plan, store: WeightStore, kv: KVCache, jit: Jit, pool: Pool) -> None:
+        self.plan, self.store, self.kv, self.jit, self.pool = plan, store, kv, jit, pool
+        self.tables = Tables(plan, store)
+
+
 class Lowering:
     """Collects the records of a phase; what an op function of runtime/host/ops.py works with."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        phase: Phase,
-        store: WeightStore,
-        kv: KVCache,
-        tables: Tables,
-        jit: Jit,
-        workers: int,
-        routing: RoutingRecorder | None = None,
-    ) -> None:
-        self.plan, self.phase, self.store, self.kv, self.tables = plan, phase, store, kv, tables
-        self.workers, self.routing = workers, routing
+    def __init__(self, parts: Parts, phase: Phase, routing: RoutingRecorder | None = None) -> None:
+        self.plan, self.store = parts.plan, parts.store
+        self.kv, self.tables = parts.kv, parts.tables
+        self.phase, self.workers, self.routing = phase, parts.pool.workers, routing
         self.arena = Arena(phase)
         self.segments: list[_Native | _Call] = []
-        self._jit = jit
+        self._jit = parts.jit
         self._builder = ProgramBuilder()
         self._split = -1  # records of the program so far that work on all tokens; -1: all
 

@@ -30,10 +30,9 @@ Floats = npt.NDArray[np.float32]
 
 
 class DeviceJob:
-    """One prompt on its way. `tokens` of `total` are in the cache."""
+    """One prompt on its way. `tokens` of it are in the cache."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self) -> None:
         self.tokens = 0
         self.stopped = False
         self._heard = time.monotonic()
@@ -54,11 +53,6 @@ class DeviceJob:
     def poll(self) -> Floats | None:
         """Without waiting: f32 [vocab] logits of the last token, None while it is not done. Raises
         why it ended early: `ExecutionError` when it was stopped, or what broke in it."""
-        return self.wait(0.0)
-
-    def wait(self, timeout: float | None = None) -> Floats | None:
-        """As `poll`, but waits up to `timeout` seconds, or for as long as it takes."""
-        self._ended.wait(timeout)
         if self._error is not None:
             raise self._error
         return self._logits
@@ -79,8 +73,8 @@ class DeviceJob:
 
 
 class DevicePrefill:
-    """Computes prompts by one phase of an executor, for the thread that owns it; implements
-    `batching.prefill.Computer`."""
+    """Computes prompts by one phase of an executor, for the thread that owns it; has the methods of
+    `batching.process.PrefillKeeper`."""
 
     exclusive = True
 
@@ -116,7 +110,7 @@ class DevicePrefill:
         `ExecutionError` while another prompt is under way."""
         if self.busy:
             raise ExecutionError("a prompt is under way on the devices: they take one at a time")
-        self._job = job = DeviceJob(len(ids))
+        self._job = job = DeviceJob()
         arguments = (job, sequence.row, sequence.length, np.array(ids, np.int32))
         self._thread = threading.Thread(
             target=self._run, args=arguments, name="hmc-prompt-beside", daemon=True

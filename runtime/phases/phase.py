@@ -22,7 +22,6 @@ import torch
 
 from hmc import env
 from hmc.closing import Closing
-from hmc.codegen.jit import Jit
 from hmc.errors import MachineError
 from hmc.ops import OPS
 from hmc.plan import Phase, Plan, Step
@@ -31,24 +30,19 @@ from hmc.plan.phases import BESIDE
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.shares import Call, Ints
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.host.lowering import spec_of
-from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
+from hmc.runtime.host.lowering import Parts, spec_of
 from hmc.runtime.host.trace import Recorder
-from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.phases.decode_graphs import DecodeGraphs
-from hmc.runtime.ranks.group import GroupRunner, RankGroup, open_ranks
+from hmc.runtime.ranks.group import GroupRunner, RankGroup
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.schedule.crossing import crossing
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.runner import Measured, ScheduleRunner
-from hmc.runtime.weights.store import WeightStore
 
 
 def plays_gpus(devices: Devices | Backend) -> bool:
@@ -126,7 +120,7 @@ class DevicePhase:
             if self.runner.segments and wanted and routing is None:
                 self.graphs = DecodeGraphs(bound, self.runner)
         else:
-            self.runner = group.runner(bound, backend, works)
+            self.runner = GroupRunner(group, bound, backend, works)
 
     @property
     def handover(self) -> str:
@@ -178,7 +172,7 @@ class DevicePhase:
         else:
             began = time.monotonic_ns()
             self.last = measured = self.runner.run(call)
-            steps = [self.bound.phase.steps[position] for position in measured.positions]
+            steps = self.bound.phase.steps
             recorder.scheduled(self.name, steps, measured.start, measured.finish, began)
         return call
 
@@ -188,14 +182,9 @@ class DevicePhases(Closing):
 
     def __init__(
         self,
-        plan: Plan,
+        parts: Parts,
         phases: Sequence[Phase],
         devices: Devices | Backend,
-        store: WeightStore,
-        kv: KVCache,
-        tables: Tables,
-        jit: Jit,
-        pool: Pool,
         *,
         delays: int | None = None,
         routing: RoutingRecorder | None = None,
@@ -205,11 +194,11 @@ class DevicePhases(Closing):
         """Devices given from outside are closed with the rest. With `gpus` > 1 the phase that GPUs
         share is run by as many processes, one a GPU: this one and others, which share `store` or
         map the shards in `directory`. Raises `MachineError`, `CapacityError` naming what does not
-        fit, `KernelError`, and what `open_ranks` raises.
+        fit, `KernelError`, and what `RankGroup` raises.
         """
         with ExitStack() as stack:
             backend = (
-                open_devices(plan, phases, devices, delays, shared=(gpus or 1) > 1)
+                open_devices(parts.plan, phases, devices, delays, shared=(gpus or 1) > 1)
                 if isinstance(devices, str)
                 else devices
             )
@@ -218,27 +207,22 @@ class DevicePhases(Closing):
             group = None
             if gpus is not None and gpus > 1 and any(phase.ranks > 1 for phase in phases):
                 group = stack.enter_context(
-                    open_ranks(
-                        plan,
+                    RankGroup(
+                        parts.plan,
                         gpus,
                         "cuda" if cuda else "host",
-                        store=store,
+                        store=parts.store,
                         directory=directory,
-                        threads=max(1, pool.workers // gpus),
+                        threads=max(1, parts.pool.workers // gpus),
                         delays=delays,
                     )
                 )
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    parts,
                     backend.devices,
-                    store,
-                    kv,
-                    tables,
-                    jit,
-                    pool,
                     max_tokens={phase.name: phase.max_tokens for phase in phases},
-                    pinner=pinned if cuda else None,
+                    pin=cuda,
                     link=None if group is None else group.link,
                 )
             )
@@ -247,12 +231,12 @@ class DevicePhases(Closing):
                 for name, bound in binding.phases.items()
             }
             if group is not None:
-                group.begin(binding.lend)
+                group.begin(binding.lend(), backend.devices[0].torch_device)
                 group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(pool.workers)
+            torch.set_num_threads(parts.pool.workers)
             self._stack = stack.pop_all()
 
     @property

@@ -20,16 +20,7 @@ from hmc.runtime.children import Parent, adopted
 from hmc.runtime.executor import PREFILL, Executor
 from hmc.runtime.memory.kv import KVCache, Sequence, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.prefill.messages import (
-    Advanced,
-    Cancel,
-    Ended,
-    Finished,
-    Ready,
-    Refused,
-    Setup,
-    Start,
-)
+from hmc.runtime.prefill.messages import Cancel, Ready, Report, Setup, Start, cancelled
 from hmc.runtime.weights.store import WeightStore
 
 
@@ -66,7 +57,7 @@ class Mailbox:
                 found = next((each for each in self._waiting if each.job == command.job), None)
                 if found is not None:
                     self._waiting.remove(found)
-                    self._parent.send(Ended(command.job, None))
+                    self._parent.send(Report(command.job, 0, error=cancelled()))
                 self._stop = self._stop or command.job == self._current
 
 
@@ -79,7 +70,7 @@ def main(arguments: list[str]) -> int:
         try:
             executor = _opened(setup, stack)
         except HmcError as error:
-            parent.send(Refused(error))
+            parent.send(Ready(error))
             return 1
         parent.send(Ready())
         while True:
@@ -112,16 +103,18 @@ def _prefill(executor: Executor, parent: Parent, mailbox: Mailbox, start: Start)
     executor.kv.tables[0, : len(start.blocks)] = start.blocks
     try:
         for logits in executor.prefill(sequence, start.ids, phase=PREFILL):
-            parent.send(Advanced(start.job, sequence.length - start.past))
-            if sequence.length == start.past + len(start.ids):
-                parent.send(Finished(start.job, logits[0].copy()))
+            tokens = sequence.length - start.past
+            if tokens == len(start.ids):
+                parent.send(Report(start.job, tokens, logits[0].copy()))
             elif mailbox.stop:
-                parent.send(Ended(start.job, None))
+                parent.send(Report(start.job, tokens, error=cancelled()))
                 return
+            else:
+                parent.send(Report(start.job, tokens))
     except WorkerError:
         raise  # nothing can be computed here any more: the parent sees the process end
     except HmcError as error:
-        parent.send(Ended(start.job, error))
+        parent.send(Report(start.job, sequence.length - start.past, error=error))
 
 
 if __name__ == "__main__":

@@ -16,22 +16,20 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from hmc.closing import Closing
-from hmc.errors import UsageError
+from hmc.errors import MachineError, UsageError
 from hmc.machine import Machine
 from hmc.machine.topology import Topology, this_machine
 from hmc.plan import Plan
 from hmc.plan.phases import in_own_process, prefill_phase
 from hmc.predict.disaggregation import Load, Outlook, divided, interleaved
 from hmc.runtime.engine import Engine
+from hmc.runtime.executor import ExecutorOptions
 from hmc.runtime.memory.kv import KVCache, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.phases.choice import Devices
-from hmc.runtime.prefill.cpus import divide_cpus
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.weights.store import Home, Progress
 
 Mode = Literal["auto", "on", "off"]
 
@@ -97,7 +95,7 @@ def decide(
                 " rates (`hmc probe` measures them)",
             )
         count = prefill_threads or total // 2
-        found = _division(topology, total, count)
+        found = divide_cpus(topology or this_machine(), total, count / total)
         return Decision(found, f"prefill process: on, as asked for; {_cpus(found)}")
     load = Load(
         plan.goals.ttft_prompt or plan.limits.max_context // 2, min(_BATCH, plan.limits.max_batch)
@@ -112,7 +110,7 @@ def decide(
     what = f"{_told(load, now, then)} (predicted)"
     if mode == "auto" and not helping:
         return Decision(None, f"prefill process: no, with {count} of {total} threads {what}")
-    found = _division(topology, total, count)
+    found = divide_cpus(topology or this_machine(), total, count / total)
     asked = ", as asked for" if mode == "on" else ""
     return Decision(found, f"prefill process: on{asked}; {_cpus(found)}; {what}")
 
@@ -128,32 +126,19 @@ class Disaggregated(Closing):
         checkpoint: str | Path | None = None,
         *,
         division: Division | None,
-        threads: int | None = None,
-        dummy_weights: bool = False,
-        progress: Progress | None = None,
-        devices: Devices = "auto",
-        home: Home = "mapped",
-        gpus: int | None = None,
+        **options: Unpack[ExecutorOptions],
     ) -> None:
-        """Returns before the process is ready: see `worker.wait_ready`. `devices`, `home` and
-        `gpus` are `Engine`'s, for plans with GPUs, which need no `division`. Raises what `Engine`
-        and `PrefillWorker` raise.
+        """Returns before the process is ready: see `worker.wait_ready`. `options` are `Engine`'s;
+        with a `division`, which says the threads and where weights live, `dummy_weights` and
+        `progress` alone. Raises what `Engine` and `PrefillWorker` raise.
         """
         self.worker: PrefillWorker | None = None
         with ExitStack() as stack:
             if division is None:
-                self.engine = Engine(
-                    plan,
-                    checkpoint,
-                    threads=threads,
-                    dummy_weights=dummy_weights,
-                    progress=progress,
-                    devices=devices,
-                    home=home,
-                    gpus=gpus,
-                )
+                self.engine = Engine(plan, checkpoint, **options)
                 stack.callback(self.engine.close)
             else:
+                dummy = options.get("dummy_weights", False)
                 cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
                 kv = KVCache(plan.kv, plan.limits.max_context, cache)
                 stack.callback(kv.close)
@@ -162,9 +147,9 @@ class Disaggregated(Closing):
                     checkpoint,
                     cpus=division.decode,
                     kv=kv,
-                    dummy_weights=dummy_weights,
-                    home="shared" if dummy_weights else "mapped",
-                    progress=progress,
+                    dummy_weights=dummy,
+                    home="shared" if dummy else "mapped",
+                    progress=options.get("progress"),
                 )
                 stack.callback(self.engine.close)
                 self.worker = PrefillWorker(
@@ -214,11 +199,6 @@ def _worst(now: Outlook, then: Outlook) -> float:
     )
 
 
-def _division(topology: Topology | None, total: int, prefill: int) -> Division:
-    decode, own = divide_cpus(topology or this_machine(), total, prefill / total)
-    return Division(decode, own)
-
-
 def _cpus(division: Division) -> str:
     return f"{len(division.decode)} threads decode, {len(division.prefill)} prefill"
 
@@ -230,3 +210,44 @@ def _told(load: Load, now: Outlook, then: Outlook) -> str:
         f" every {1e3 * then.tpot_alone:.3g} instead of {1e3 * now.tpot_alone:.3g}; the prompt"
         f" takes {then.ttft:.3g} s instead of {now.ttft:.3g}"
     )
+
+
+def divide_cpus(topology: Topology, threads: int, share: float) -> Division:
+    """The CPUs that `threads` workers would take, divided; `share` of the cores, 0 to 1, go to
+    prefill, at least one to either side.
+
+    SMT siblings stay on one side. Both sides get their part of every NUMA node, as far as whole
+    cores allow: each then reads weights with the bandwidth of all nodes. A node's CPUs are next to
+    each other, as a pool expects. `MachineError` when there are fewer than two cores.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, not {share}")
+    chosen = set(topology.worker_cpus(threads))
+    nodes = [
+        [mine for core in node.cores if (mine := [cpu for cpu in core if cpu in chosen])]
+        for node in topology.nodes
+    ]
+    cores = sum(map(len, nodes))
+    if cores < 2:
+        raise MachineError(
+            f"a prefill process beside decoding needs two cores, {cores} can be used: give more"
+            " threads, or prefill and decode in one process"
+        )
+    counts = _apportion([len(node) for node in nodes], max(1, min(cores - 1, round(share * cores))))
+    decode = [core for node, count in zip(nodes, counts, strict=True) for core in node[count:]]
+    prefill = [core for node, count in zip(nodes, counts, strict=True) for core in node[:count]]
+    return Division(_flat(decode), _flat(prefill))
+
+
+def _apportion(sizes: list[int], wanted: int) -> list[int]:
+    """`wanted` split in proportion to `sizes`, whole; the largest remainders are rounded up."""
+    total = sum(sizes)
+    counts = [wanted * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(wanted * sizes[i] % total), i))
+    for i in order[: wanted - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _flat(cores: list[list[int]]) -> tuple[int, ...]:
+    return tuple(cpu for core in cores for cpu in core)

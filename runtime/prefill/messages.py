@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import HmcError
+from hmc.errors import ExecutionError, HmcError
 
 
 @dataclass(frozen=True)
@@ -37,45 +37,29 @@ class Start:
 
 @dataclass(frozen=True)
 class Cancel:
-    """Answered by `Ended`, unless the job is over."""
+    """Answered by a `Report` that ends the job, unless it is over."""
 
     job: int
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The process takes jobs."""
+    """The process takes jobs; with an `error` it cannot begin, and ends."""
+
+    error: HmcError | None = None
 
 
 @dataclass(frozen=True)
-class Refused:
-    """The process cannot begin, and ends."""
-
-    error: HmcError
-
-
-@dataclass(frozen=True)
-class Advanced:
-    """So many tokens of the job are in the cache."""
+class Report:
+    """So many tokens of the job are in the cache. With f32 [vocab] `logits` of the last one, all
+    are; with an `error` the job ended early and writes nothing any more."""
 
     job: int
     tokens: int
+    logits: npt.NDArray[np.float32] | None = None
+    error: HmcError | None = None
 
 
-@dataclass(frozen=True)
-class Finished:
-    """All of them are; f32 [vocab] logits of the last one."""
-
-    job: int
-    logits: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The job ended early and writes nothing any more: cancelled (None) or failed."""
-
-    job: int
-    error: HmcError | None
-
-
-Report = Ready | Refused | Advanced | Finished | Ended
+def cancelled() -> HmcError:
+    """The error of a job that was cancelled."""
+    return ExecutionError("the prefill was cancelled")

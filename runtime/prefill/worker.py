@@ -10,7 +10,7 @@ hides its queue of jobs and what it says of them.
         ...                                    # decode others; job.poll() now and then
         sequence.length += len(ids)            # once poll gave the logits: the cache holds them
 
-Blocks stay the parent's: it keeps those of a job reserved until the job is over or cancelled.
+Blocks stay the parent's: it keeps those of a job reserved until the job is over.
 """
 
 from __future__ import annotations
@@ -37,29 +37,17 @@ from hmc.plan import Plan
 from hmc.plan.file import canonical_json
 from hmc.runtime.children import Child
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.prefill.messages import (
-    Advanced,
-    Cancel,
-    Ended,
-    Finished,
-    Ready,
-    Refused,
-    Report,
-    Setup,
-    Start,
-)
+from hmc.runtime.prefill.messages import Cancel, Ready, Report, Setup, Start, cancelled
 from hmc.runtime.weights.store import WeightStore
 
 _COMMAND = (sys.executable, "-m", "hmc.runtime.prefill.child")
 _POLL_SECONDS = 0.05
-_CANCEL_SECONDS = 60.0
 
 
 class Job:
-    """One prompt on its way. `tokens` of `total` are in the cache."""
+    """One prompt on its way. `tokens` of it are in the cache."""
 
     def __init__(self, worker: PrefillWorker, start: Start) -> None:
-        self.total = len(start.ids)
         self.tokens = 0
         self._worker, self._start = worker, start
         self._logits: npt.NDArray[np.float32] | None = None
@@ -81,25 +69,6 @@ class Job:
         if self._error is not None:
             raise self._error
         return self._logits
-
-    def wait(self, timeout: float | None = None) -> npt.NDArray[np.float32] | None:
-        """As `poll`, but waits up to `timeout` seconds, or for as long as it takes."""
-        limit = None if timeout is None else time.monotonic() + timeout
-        while (found := self.poll()) is None:
-            left = _POLL_SECONDS if limit is None else limit - time.monotonic()
-            if left <= 0:
-                return None
-            self._worker._listen(min(left, _POLL_SECONDS))
-        return found
-
-    def cancel(self) -> None:
-        """End it; returns when its blocks are written to no more, at most a chunk later.
-
-        A process that does not answer within a minute is killed (and all its jobs fail). A job that
-        is over stays as it is.
-        """
-        self.stop()
-        self._worker._await_end(self)
 
     def stop(self) -> None:
         """Have it cancelled, without waiting for that; it is `over` when `poll` has said so."""
@@ -245,19 +214,18 @@ class PrefillWorker(Closing):
             except WorkerError as error:
                 self._lose(error)
 
-    def _take(self, report: Report) -> None:
-        if isinstance(report, Ready):
+    def _take(self, report: Ready | Report) -> None:
+        if isinstance(report, Report):
+            job = self._jobs[report.job]
+            job.tokens, job._logits, job._error = report.tokens, report.logits, report.error
+            if job.over:
+                del self._jobs[report.job]
+        elif report.error is not None:
+            self._lose(report.error)
+        else:
             self.ready = True
             for job in list(self._jobs.values()):
                 self._send(job._start)
-        elif isinstance(report, Refused):
-            self._lose(report.error)
-        elif isinstance(report, Advanced):
-            self._jobs[report.job].tokens = report.tokens
-        elif isinstance(report, Finished):
-            self._jobs.pop(report.job)._logits = report.logits
-        elif isinstance(report, Ended):
-            self._jobs.pop(report.job)._error = report.error or _cancelled()
 
     def _cancel(self, job: Job) -> None:
         with self._lock:
@@ -266,21 +234,9 @@ class PrefillWorker(Closing):
                 return
             if not self.ready:
                 del self._jobs[job._start.job]
-                job._error = _cancelled()
+                job._error = cancelled()
                 return
             self._send(Cancel(job._start.job))
-
-    def _await_end(self, job: Job) -> None:
-        limit = time.monotonic() + _CANCEL_SECONDS
-        while not job.over:
-            self._listen(_POLL_SECONDS)
-            if time.monotonic() > limit:
-                self._lose(
-                    WorkerError(
-                        "the prefill process did not end a cancelled job within"
-                        f" {_CANCEL_SECONDS:.0f} s and was killed: restart it"
-                    )
-                )
 
     def _lose(self, trouble: HmcError) -> None:
         """Make sure that the process is no more; its jobs fail with `trouble`."""
@@ -311,7 +267,3 @@ class PrefillWorker(Closing):
                 f"{total} tokens in {len(blocks)} cache blocks of {block}: {needed} to {most} are"
                 f" wanted, out of 0..{self._blocks - 1}"
             )
-
-
-def _cancelled() -> HmcError:
-    return ExecutionError("the prefill was cancelled")

@@ -27,11 +27,10 @@ from hmc.runtime.children import Parent, adopted
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.ranks.messages import (
     At,
@@ -77,15 +76,10 @@ class Rank:
             stack.callback(kv.close)
             binding = stack.enter_context(
                 Binding(
-                    plan,
+                    Parts(plan, store, kv, jit, pool),
                     self.backend.devices,
-                    store,
-                    kv,
-                    Tables(plan, store),
-                    jit,
-                    pool,
                     max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
-                    pinner=pinned if setup.devices == "cuda" else None,
+                    pin=setup.devices == "cuda",
                     link=self.link,
                     lent=lent,
                 )

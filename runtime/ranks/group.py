@@ -1,20 +1,19 @@
 """Several GPUs on one prompt, each driven by a process of its own (a *rank*); hides the processes,
 how they meet, and how they end.
 
-    group = open_ranks(plan, devices="cuda", store=store, directory=directory)  # starts ranks 1..
-    binding = Binding(plan, backend.devices, store, kv, ..., link=group.link)      # rank 0 is here
-    group.begin(binding.lend)                     # the others use the memory that it has for them
-    runner = group.runner(binding.phases["prefill.stream"], backend)   # in a ScheduleRunner's place
+    group = RankGroup(plan, devices="cuda", store=store, directory=directory)   # starts ranks 1..
+    binding = Binding(parts, backend.devices, link=group.link)                     # rank 0 is here
+    group.begin(binding.lend(), place)            # the others use the memory that it has for them
+    runner = GroupRunner(group, bound, backend, bound.works)           # in a ScheduleRunner's place
     ...
-    runner.run(call)             # or group.prefill(ids, positions, tables, wanted) -> logits
+    runner.run(call)
     group.close()
 
 The first call waits until every rank is ready. Rank 0 is the calling process: it has the cache, and
 decodes by itself. All read one copy of the weights. A rank that dies, fails, or keeps the others
-waiting for longer than `seconds` ends the whole group with one error that names it. If that was
-during a call, rank 0's devices are closed too (as after any failed call) and everything is to be
-opened again; a rank lost between calls is noticed by the next call before it begins, and `restart`
-is enough. Not safe for use from several threads.
+waiting for longer than `seconds` ends the whole group with one error that names it, and everything
+is to be opened again; a rank lost between calls is noticed by the next call before it begins. Not
+safe for use from several threads.
 """
 
 from __future__ import annotations
@@ -28,19 +27,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+import torch
 
 from hmc import env
 from hmc.closing import Closing
-from hmc.errors import ExecutionError, UsageError, WorkerError
+from hmc.errors import UsageError, WorkerError
 from hmc.plan import Phase, Plan
 from hmc.plan.file import canonical_json
 from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import BoundPhase
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
-from hmc.runtime.device_ops.shares import Call, Ints
+from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.device_ops.traffic import Counts, LayerTraffic, table
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.ranks.messages import Begin, Done, Join, Joined, Prefill, Ready, Setup
@@ -56,26 +54,140 @@ _START_SECONDS = 600.0
 """Reading and pinning a large model takes minutes; a rank that fails or dies says so at once."""
 
 
-def open_ranks(
-    plan: Plan,
-    count: int | None = None,
-    devices: Literal["cuda", "host"] = "host",
-    *,
-    store: WeightStore,
-    directory: Path | None,
-    threads: int | None = None,
-    seconds: float = _SECONDS,
-    delays: int | None = None,
-) -> RankGroup:
-    """Start the processes of ranks 1.. for the phases of `plan` that several GPUs share.
+class RankGroup(Closing):
+    """The ranks of the phases that they share; this process is rank 0. A context manager."""
 
-    `count` is how many ranks are wanted (default: the plan's). They share `store`: an arena, or
-    mapped shards of `directory`. `threads` are each rank's on the CPU, `seconds` how long one may
-    keep the others waiting.
+    def __init__(
+        self,
+        plan: Plan,
+        count: int | None = None,
+        devices: Literal["cuda", "host"] = "host",
+        *,
+        store: WeightStore,
+        directory: Path | None,
+        threads: int | None = None,
+        seconds: float = _SECONDS,
+        delays: int | None = None,
+    ) -> None:
+        """Start the processes of ranks 1.. for the phases of `plan` that several GPUs share.
 
-    Raises `UsageError` where the plan has no such phase, another number of ranks, more ranks than a
-    token has experts, or weights that cannot be shared.
-    """
+        `count` is how many ranks are wanted (default: the plan's). They share `store`: an arena, or
+        mapped shards of `directory`. `threads` are each rank's on the CPU, `seconds` how long one
+        may keep the others waiting.
+
+        Raises `UsageError` where the plan has no such phase, another number of ranks, more ranks
+        than a token has experts, or weights that cannot be shared.
+        """
+        phases = _shared(plan, count, store)
+        self.ranks = phases[0].ranks
+        self.link = Link(0, self.ranks, seconds)
+        self._seconds = seconds
+        self._meeting = tempfile.mkdtemp(prefix="hmc-ranks-")
+        self._place = torch.device("cpu")
+        self._joined = False
+        self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]
+        arena = store.arena
+        setup = Setup(
+            canonical_json(plan),
+            None if directory is None else str(directory.absolute()),
+            None if arena is None else arena.descriptor,
+            tuple(phase.name for phase in phases),
+            0,
+            devices,
+            threads or max(1, env.threads() // self.ranks),
+            self._meeting,
+            seconds,
+            delays,
+        )
+        setups = [replace(setup, rank=rank) for rank in range(1, self.ranks)]
+        try:
+            self._crew = Crew(setups, [] if arena is None else [arena.descriptor], self.link.close)
+        except BaseException:
+            shutil.rmtree(self._meeting)
+            raise
+        self._end = weakref.finalize(self, _end, self._crew, self.link, self._meeting)
+
+    def begin(self, memory: Mapping[int, LentMemory], place: torch.device) -> None:
+        """Let the other ranks get ready; `memory` is by rank what rank 0's process has allocated
+        for them, `place` where rank 0 computes."""
+        self._place = place
+        self._crew.tell(Begin(memory))
+
+    def wait_ready(self) -> None:
+        """Wait until all ranks can be called, once they have begun; raises why one cannot."""
+        self._crew.check()
+        if self._joined:
+            return
+        self._crew.collect(Ready, _START_SECONDS)
+        self._crew.tell(Join())
+        try:
+            self.link.connect(Path(self._meeting) / "ranks", self._place)
+        except WorkerError as error:
+            self._crew.suspect(0, str(error))
+            raise self._crew.settle() from error
+        self._crew.collect(Joined, self._seconds)
+        self._joined = True
+
+    def traffic(self) -> tuple[LayerTraffic, ...]:
+        """What each rank sent for each layer in all calls so far."""
+        return table(self._counts)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """The processes of ranks 1.."""
+        return self._crew.pids
+
+    def close(self) -> None:
+        """End the processes, within seconds whatever they do; a second call does nothing."""
+        self._end()
+
+
+class GroupRunner:
+    """Runs a call on all ranks; stands in a `ScheduleRunner`'s place."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        bound: BoundPhase,
+        backend: Backend,
+        works: Sequence[Work],
+    ) -> None:
+        """`bound` with the group's link; `works` are its own, or made of them."""
+        self.group, self._bound = group, bound
+        self._routing = Routing(bound, 0)
+        self._runner = ScheduleRunner(bound.phase, backend, self._routing.counted(works))
+
+    def run(self, call: Call) -> Measured:
+        """As `ScheduleRunner.run`; times are those of rank 0. Raises `WorkerError` naming a rank
+        that is gone or keeps the others waiting, and the error of one that failed."""
+        return self._together(call, self._runner.run)
+
+    def run_untimed(self, call: Call) -> None:
+        """As `run`, unmeasured."""
+        self._together(call, self._runner.run_untimed)
+
+    def _together(self, call: Call, run: Callable[[Call], _T]) -> _T:
+        group, crew = self.group, self.group._crew
+        group.wait_ready()
+        crew.tell(Prefill(self._bound.phase.name, call.ids, call.past))
+        try:
+            found = run(call)
+        except BaseException as error:
+            waited = group._place.type == "cuda" and isinstance(error, WorkerError)
+            if group.link.failed or crew.trouble is not None or waited:
+                crew.suspect(0, str(error))
+                raise crew.settle() from error
+            crew.lose(WorkerError("rank 0 failed, and every rank was ended: open them again"))
+            raise
+        done = crew.collect(Done, group._seconds)
+        mine = group.link.take() + self._routing.take()
+        for rank, counts in enumerate([mine, *(done[r].counts for r in sorted(done))]):
+            group._counts[rank].update(counts)
+        return found
+
+
+def _shared(plan: Plan, count: int | None, store: WeightStore) -> list[Phase]:
+    """The phases that GPUs share, or the `UsageError` of `RankGroup`."""
     shared = [phase for phase in plan.phases if phase.ranks > 1]
     if not shared:
         raise UsageError(
@@ -100,186 +212,7 @@ def open_ranks(
             f"{store.home} weights in private memory cannot be shared with other ranks: open them"
             ' with home="shared" (--home shared)'
         )
-    return RankGroup(plan, shared, devices, store, directory, threads, seconds, delays)
-
-
-class RankGroup(Closing):
-    """The ranks of the phases that they share; this process is rank 0. A context manager."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        phases: Sequence[Phase],
-        devices: Literal["cuda", "host"],
-        store: WeightStore,
-        directory: Path | None,
-        threads: int | None,
-        seconds: float,
-        delays: int | None,
-    ) -> None:
-        self.ranks = phases[0].ranks
-        self.link = Link(0, self.ranks, seconds)
-        self._seconds = seconds
-        self._store = store
-        arena = store.arena
-        self._setup = Setup(
-            canonical_json(plan),
-            None if directory is None else str(directory.absolute()),
-            None if arena is None else arena.descriptor,
-            tuple(phase.name for phase in phases),
-            0,
-            devices,
-            threads or max(1, env.threads() // self.ranks),
-            "",
-            seconds,
-            delays,
-        )
-        self._counts: list[Counts] = [Counter() for _ in range(self.ranks)]
-        self._runners: dict[str, GroupRunner] = {}
-        self._joined = self._begun = False
-        self._memory: Callable[[], Mapping[int, LentMemory]] | None = None
-        self._crew: Crew
-        self._launch()
-
-    def begin(self, memory: Callable[[], Mapping[int, LentMemory]]) -> None:
-        """Let the other ranks get ready; `memory` says by rank what rank 0's process has allocated
-        for them, now and whenever they are started again."""
-        self._memory = memory
-        self._crew.tell(Begin(memory()))
-        self._begun = True
-
-    def runner(
-        self, bound: BoundPhase, backend: Backend, works: Sequence[Work] | None = None
-    ) -> GroupRunner:
-        """What runs rank 0's part of a phase, `bound` with this group's link, and makes the other
-        ranks run theirs. `works`: those of `bound`, or made of them.
-        """
-        if bound.link is not self.link:
-            raise ExecutionError(
-                f"phase {bound.phase.name} is not bound with the link of its ranks"
-            )
-        runner = self._runners[bound.phase.name] = GroupRunner(self, bound, backend, works)
-        return runner
-
-    def prefill(
-        self, ids: Ints, positions: Ints, tables: Ints, wanted: Ints
-    ) -> npt.NDArray[np.float32]:
-        """One call by all ranks of the phase that was bound last, as `BoundPhase.call` describes
-        it: f32 logits [rows wanted, vocab], a view until the next call."""
-        if not self._runners:
-            raise ExecutionError("rank 0's part is not bound yet: see RankGroup.runner")
-        return list(self._runners.values())[-1].prefill(ids, positions, tables, wanted)
-
-    def wait_ready(self) -> None:
-        """Wait until all ranks can be called; raises why one cannot begin."""
-        self._crew.check()
-        if self._joined:
-            return
-        if not self._begun:
-            if self._memory is None:
-                raise ExecutionError("the ranks have no memory yet: see RankGroup.begin")
-            self.begin(self._memory)
-        self._crew.collect(Ready, _START_SECONDS)
-        self._crew.tell(Join())
-        place = next(iter(self._runners.values())).place
-        try:
-            self.link.connect(Path(self._setup.store) / "ranks", place)
-        except WorkerError as error:
-            self._crew.suspect(0, str(error))
-            raise self._crew.settle() from error
-        self._crew.collect(Joined, self._seconds)
-        self._joined = True
-
-    def traffic(self) -> tuple[LayerTraffic, ...]:
-        """What each rank sent for each layer in all calls so far."""
-        return table(self._counts)
-
-    @property
-    def pids(self) -> dict[int, int]:
-        """The processes of ranks 1.."""
-        return self._crew.pids
-
-    def restart(self) -> None:
-        """End the processes and start fresh ones; rank 0's devices must be open still."""
-        self._end()
-        self._launch()
-
-    def close(self) -> None:
-        """End the processes, within seconds whatever they do; a second call does nothing."""
-        self._end()
-
-    # -- inside ------------------------------------------------------------------------------------
-
-    def _launch(self) -> None:
-        meeting = tempfile.mkdtemp(prefix="hmc-ranks-")
-        self._setup = replace(self._setup, store=meeting)
-        self._joined = self._begun = False
-        arena = self._store.arena
-        setups = [replace(self._setup, rank=rank) for rank in range(1, self.ranks)]
-        try:
-            self._crew = Crew(setups, [] if arena is None else [arena.descriptor], self.link.close)
-        except BaseException:
-            shutil.rmtree(meeting)
-            raise
-        self._end = weakref.finalize(self, _end, self._crew, self.link, meeting)
-
-
-class GroupRunner:
-    """Runs a call on all ranks; stands in a `ScheduleRunner`'s place."""
-
-    def __init__(
-        self,
-        group: RankGroup,
-        bound: BoundPhase,
-        backend: Backend,
-        works: Sequence[Work] | None,
-    ) -> None:
-        self._group, self._bound = group, bound
-        self._routing = Routing(bound, 0)
-        counted = self._routing.counted(bound.works if works is None else works)
-        self._runner = ScheduleRunner(bound.phase, backend, counted)
-        self.place = backend.devices[0].torch_device
-
-    @property
-    def pids(self) -> dict[int, int]:
-        """The processes of ranks 1.."""
-        return self._group.pids
-
-    def run(self, call: Call) -> Measured:
-        """As `ScheduleRunner.run`; times are those of rank 0. Raises `WorkerError` naming a rank
-        that is gone or keeps the others waiting, and the error of one that failed."""
-        return self._together(call, self._runner.run)
-
-    def run_untimed(self, call: Call) -> None:
-        """As `run`, unmeasured."""
-        self._together(call, self._runner.run_untimed)
-
-    def prefill(
-        self, ids: Ints, positions: Ints, tables: Ints, wanted: Ints
-    ) -> npt.NDArray[np.float32]:
-        """See `RankGroup.prefill`."""
-        call = self._bound.call(ids, positions, tables, wanted)
-        self.run_untimed(call)
-        return self._bound.logits(call)
-
-    def _together(self, call: Call, run: Callable[[Call], _T]) -> _T:
-        group, crew = self._group, self._group._crew
-        group.wait_ready()
-        crew.tell(Prefill(self._bound.phase.name, call.ids, call.past))
-        try:
-            found = run(call)
-        except BaseException as error:
-            waited = self.place.type == "cuda" and isinstance(error, WorkerError)
-            if group.link.failed or crew.trouble is not None or waited:
-                crew.suspect(0, str(error))
-                raise crew.settle() from error
-            crew.lose(WorkerError("rank 0 failed, and every rank was ended: open them again"))
-            raise
-        done = crew.collect(Done, group._seconds)
-        mine = group.link.take() + self._routing.take()
-        for rank, counts in enumerate([mine, *(done[r].counts for r in sorted(done))]):
-            group._counts[rank].update(counts)
-        return found
+    return shared
 
 
 def _check_exchanges(phase: Phase) -> None:

@@ -4,7 +4,7 @@ Every step is handed to the stream of its resource in program order: the waits f
 it does, the record of its signal. With a native program for the CPU's steps, that is handed over
 once a call in their place, and what crosses between it and devices are flags. With graphs, so is
 each segment of the phase (runtime/schedule/segments.py) on its GPU. What a step does is bound
-elsewhere; this module hides streams, events, and which part of a phase is one rank's.
+elsewhere; this module hides streams and events, and says which part of a phase is one rank's.
 """
 
 from __future__ import annotations
@@ -13,58 +13,25 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from hmc.errors import ExecutionError, VerifyError
 from hmc.plan import Operand, Phase, Step
 from hmc.plan.verify import check_order
 from hmc.runtime.devices.base import Backend, Event, Span, Stream, Work
-from hmc.runtime.devices.flags import Flags
-from hmc.runtime.schedule.crossing import Crossing
+from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.segments import segments
 
 Bound = Callable[[Any], None]
 """What a step does with a call of its phase."""
 
 
-class Program(Protocol):
-    """Steps on "cpu" that one call does together (runtime/schedule/host_program.py)."""
-
-    @property
-    def crossing(self) -> Crossing:
-        """Which steps, and what crosses."""
-        ...
-
-    @property
-    def flags(self) -> Flags:
-        """Flags of the runner's backend."""
-        ...
-
-    def takes(self, call: Any) -> bool:
-        """Whether it can do a call; else its steps are done one by one."""
-        ...
-
-    def run(self, call: Any, *, timed: bool = False) -> None:
-        """Do all steps of a call."""
-        ...
-
-    def times(self) -> dict[int, tuple[float, float]]:
-        """By step id, start and end in the last timed call, in seconds of CLOCK_MONOTONIC."""
-        ...
-
-
 @dataclass(frozen=True)
 class Measured:
-    """When the steps at `positions` of a phase ran, in seconds since the call began."""
+    """When each step of a phase ran, in seconds since the call began."""
 
-    positions: tuple[int, ...]
     start: tuple[float, ...]
     finish: tuple[float, ...]
-
-    @property
-    def seconds(self) -> float:
-        """When the last step ended."""
-        return max(self.finish, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -102,13 +69,11 @@ class ScheduleRunner:
         backend: Backend,
         works: Sequence[Bound],
         seconds: Sequence[float] | None = None,
-        rank: int | None = None,
-        program: Program | None = None,
+        program: HostProgram | None = None,
         aside: bool = False,
     ) -> None:
         """`works[i]` is what step i of the phase does, `seconds[i]` what it takes on a simulated
-        clock. With `rank`, only that rank's part of the phase is run here (see `part_of_rank`);
-        with a `program`, its steps are done by it in the calls it takes; `aside`, calls have
+        clock. With a `program`, its steps are done by it in the calls it takes; `aside`, calls have
         streams of their own, so that they and those of other phases do not hold each other up.
 
         Raises `ExecutionError` where works are missing or the backend has fewer GPUs than the
@@ -119,15 +84,12 @@ class ScheduleRunner:
             raise ExecutionError(
                 f"phase {phase.name} has {count} steps, but {len(works)} of them are bound"
             )
-        mine = phase if rank is None else part_of_rank(phase, rank)
-        places = {step.id: position for position, step in enumerate(phase.steps)}
-        self.positions = tuple(places[step.id] for step in mine.steps)
         self._backend = backend
-        self.segments = segments(phase) if rank is None else ()
+        self.segments = segments(phase)
         inside = {at: number for number, run in enumerate(self.segments) for at in run}
         events: dict[int, Event] = {}
         steps = []
-        for position, step in zip(self.positions, mine.steps, strict=True):
+        for position, step in enumerate(phase.steps):
             label = _label(phase, step)
             if missing := [event for event in step.waits if event not in events]:
                 raise VerifyError(f"{label} waits for event {missing[0]}, which nothing signals")
@@ -148,7 +110,7 @@ class ScheduleRunner:
             )
         self._steps = tuple(steps)
         self._streams = tuple({step.stream.name: step.stream for step in steps}.values())
-        self._program, self._phase = program, mine
+        self._program, self._phase = program, phase
         self._orders = Orders(self._steps, () if program is None else self._across(program))
 
     def graphs(self, call: Any) -> Orders:
@@ -180,16 +142,14 @@ class ScheduleRunner:
             else:
                 start, end = ready.span.seconds(clock)
             times.append((start, end))
-        return Measured(
-            self.positions, tuple(start for start, _ in times), tuple(end for _, end in times)
-        )
+        return Measured(tuple(start for start, _ in times), tuple(end for _, end in times))
 
     def run_untimed(self, call: Any, orders: Orders | None = None) -> None:
         """As `run`, without what measuring costs: two events a step on a GPU. With `orders`, what
         `graphs` has made of a call with the same tensors."""
         self._run(call, orders or self._orders, timed=False)
 
-    def _run(self, call: Any, orders: Orders, *, timed: bool) -> Program | None:
+    def _run(self, call: Any, orders: Orders, *, timed: bool) -> HostProgram | None:
         """Do a call; the program that took part in it."""
         program = self._program
         if program is not None and not program.takes(call):
@@ -213,7 +173,7 @@ class ScheduleRunner:
         if step.signal is not None:
             step.stream.record(step.signal)
 
-    def _meet(self, program: Program, call: Any, orders: Orders, timed: bool) -> None:
+    def _meet(self, program: HostProgram, call: Any, orders: Orders, timed: bool) -> None:
         """Hand everything over with the program in place of its steps."""
         flags = program.flags
         flags.advance()
@@ -229,7 +189,7 @@ class ScheduleRunner:
             if step.flag is not None:
                 step.stream.set_flag(flags, step.flag)
 
-    def _across(self, program: Program) -> tuple[_Ready | None, ...]:
+    def _across(self, program: HostProgram) -> tuple[_Ready | None, ...]:
         """The steps with flags for the events that cross; None: the program, at its first step."""
         crossing = program.crossing
         flags = crossing.flags

@@ -7,10 +7,9 @@ A generation frees its cache blocks however it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,9 +18,10 @@ import numpy.typing as npt
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.tokens.sampler import Sampler
-from hmc.runtime.tokens.text import StopStrings, Text
+from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+Clock = Callable[[], float]
 
 _TAIL = 16  # prompt tokens a detokeniser may want to see
 
@@ -84,78 +84,37 @@ class Ends:
     stop: StopStrings
 
 
-class Stream:
-    """A generation under way: iterate over its pieces, or `close` it early; `result` is what there
-    is so far.
-
-    Ctrl-C while it computes ends the iteration and marks it cancelled; the cache blocks are freed
-    in every case.
-    """
-
-    def __init__(
-        self,
-        executor: Executor,
-        text: Text | None,
-        ids: npt.NDArray[np.int32],
-        sampler: Sampler,
-        limits: Ends,
-    ) -> None:
-        self._run = _Run(executor, text, ids, sampler, limits)
-        self._pieces = self._run.pieces()
-
-    @property
-    def result(self) -> Generation:
-        """Everything generated up to now; final once the iteration has ended."""
-        return self._run.result()
-
-    def __iter__(self) -> Iterator[Piece]:
-        return self
-
-    def __next__(self) -> Piece:
-        try:
-            return next(self._pieces)
-        except KeyboardInterrupt:
-            self._pieces.close()
-            raise StopIteration from None
-
-    def close(self) -> None:
-        """End the generation and free its cache blocks."""
-        self._pieces.close()
-
-    def __enter__(self) -> Stream:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool:
-        self.close()
-        return kind is KeyboardInterrupt
-
-
 class Answer:
-    """What one sequence has said so far: takes tokens, gives out text that is certain, knows when
-    it ends.
+    """What one sequence has said so far, and when: takes tokens, gives out text that is certain,
+    knows when it ends.
 
     `reason` is None until it ends. `context` is how many tokens a sequence may hold.
     """
 
     def __init__(
-        self, tokenizer: Text | None, ids: npt.NDArray[np.int32], ends: Ends, context: int
+        self,
+        tokenizer: Text | None,
+        ids: npt.NDArray[np.int32],
+        ends: Ends,
+        context: int,
+        clock: Clock = time.perf_counter,
     ) -> None:
         tail = ids[-_TAIL:].tolist()
-        self._detokenizer = tokenizer.detokenizer(tail) if tokenizer else None
+        self._detokenizer = Detokenizer(tokenizer, tail) if tokenizer else None
         self._ends = ends
         # The last token is never stored, so a full context still gives one more.
         self._most = min(ends.max_new_tokens, context - len(ids) + 1)
         self.tokens: list[int] = []
         self.text = ""
         self.reason: FinishReason | None = None
+        self._prompt_tokens, self._clock = len(ids), clock
+        self._began = clock()
+        self._first = self._last = 0.0
 
     def push(self, token: int) -> str:
-        """Append a token; the text that became certain with it."""
+        """Append a token that was sampled now; the text that became certain with it."""
+        self._last = self._clock()
+        self._first = self._first or self._last
         self.tokens.append(token)
         ended = token in self._ends.eos_token_ids
         piece, stopped = "", False
@@ -175,46 +134,74 @@ class Answer:
         more, stopped = self._ends.stop.push(held)
         return more + ("" if stopped else self._ends.stop.flush()), stopped
 
+    @property
+    def timings(self) -> Timings:
+        """Of what there is so far."""
+        ttft, total = (at - self._began if at else 0.0 for at in (self._first, self._last))
+        return Timings(self._prompt_tokens, len(self.tokens), ttft, total)
 
-@dataclass
-class _Run:
-    """The loop of one generation, and its clock."""
+    def generation(self, reason: FinishReason) -> Generation:
+        """All of it, ended for a reason."""
+        return Generation(self.text, tuple(self.tokens), reason, self.timings)
 
-    executor: Executor
-    tokenizer: Text | None
-    ids: npt.NDArray[np.int32]
-    sampler: Sampler
-    ends: Ends
-    started: float = field(default_factory=time.perf_counter)
-    first: float = 0.0
-    last: float = 0.0
 
-    def __post_init__(self) -> None:
-        context = self.executor.plan.limits.max_context
-        self.answer = Answer(self.tokenizer, self.ids, self.ends, context)
+class Stream:
+    """A generation under way: iterate over its pieces, or `close` it early; `result` is what there
+    is so far.
 
-    def pieces(self) -> Generator[Piece, None, None]:
-        """Prefill, then sample and decode until something ends it."""
-        self.started = time.perf_counter()
-        with opened(self.executor) as sequence:
-            *_, logits = self.executor.prefill(sequence, self.ids)
-            while True:
-                token = self.sampler.sample(logits[0])
-                self.last = time.perf_counter()
-                self.first = self.first or self.last
-                piece = self.answer.push(token)
-                yield Piece(piece, (token,))
-                if self.answer.reason is not None:
-                    return
-                logits = self.executor.decode([sequence], np.array([token], np.int32))
+    Ctrl-C while it computes ends the iteration and marks it cancelled; the cache blocks are freed
+    in every case.
+    """
 
+    def __init__(
+        self,
+        executor: Executor,
+        text: Text | None,
+        ids: npt.NDArray[np.int32],
+        sampler: Sampler,
+        ends: Ends,
+    ) -> None:
+        self._answer = Answer(text, ids, ends, executor.plan.limits.max_context)
+        self._pieces = self._run(executor, ids, sampler)
+
+    @property
     def result(self) -> Generation:
-        ttft = self.first - self.started if self.first else 0.0
-        total = self.last - self.started if self.last else 0.0
-        answer = self.answer
-        timings = Timings(len(self.ids), len(answer.tokens), ttft, total)
-        reason = answer.reason or "cancelled"
-        return Generation(answer.text, tuple(answer.tokens), reason, timings)
+        """Everything generated up to now; final once the iteration has ended."""
+        return self._answer.generation(self._answer.reason or "cancelled")
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        try:
+            return next(self._pieces)
+        except KeyboardInterrupt:
+            self._pieces.close()
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """End the generation and free its cache blocks."""
+        self._pieces.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.close()
+        return kind is KeyboardInterrupt
+
+    def _run(
+        self, executor: Executor, ids: npt.NDArray[np.int32], sampler: Sampler
+    ) -> Generator[Piece, None, None]:
+        """Prefill, then sample and decode until something ends it."""
+        with opened(executor) as sequence:
+            *_, logits = executor.prefill(sequence, ids)
+            while True:
+                token = sampler.sample(logits[0])
+                yield Piece(self._answer.push(token), (token,))
+                if self._answer.reason is not None:
+                    return
+                logits = executor.decode([sequence], np.array([token], np.int32))
 
 
 @contextmanager

@@ -4,8 +4,9 @@ weights, so a wrong question is refused before they are opened.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,20 @@ from hmc.runtime.tokens.text import Text
 
 Prompt = str | Items[int] | npt.NDArray[np.int32] | Items[dict[str, Any]]
 """Text, token ids, or the messages of a chat ({"role", "content"} each)."""
+DEFAULT_NEW_TOKENS = 256
+
+
+class Options(TypedDict, total=False):
+    """How to continue a prompt: the arguments of `SamplingParams`, and what ends the answer."""
+
+    max_new_tokens: int
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Items[str] | None
 
 
 def prompt_ids(prompt: Prompt, text: Text | None, plan: Plan) -> npt.NDArray[np.int32]:
@@ -41,20 +56,17 @@ def prompt_ids(prompt: Prompt, text: Text | None, plan: Plan) -> npt.NDArray[np.
     return token_ids(ids, plan.model.vocab, plan.limits.max_context)
 
 
-def sampling_params(
-    text: Text | None, *, max_new_tokens: int, stop: str | Items[str] | None, **explicit: Any
-) -> SamplingParams:
-    """`SamplingParams.resolve` of `explicit` over the checkpoint's generation_config.json.
+def sampling_params(text: Text | None, options: Mapping[str, Any]) -> SamplingParams:
+    """`SamplingParams.resolve` of `options`, those of `Options`, over the checkpoint's
+    generation_config.json.
 
     Raises `UsageError` for a bad value, for less than one new token, and for stop strings where
     there is no text to stop at.
     """
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        raise UsageError(f"max_new_tokens={max_new_tokens}: must be a whole number >= 1")
-    if stop and text is None:
+    explicit = dict(options)
+    most = explicit.pop("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if isinstance(most, bool) or not isinstance(most, int) or most < 1:
+        raise UsageError(f"max_new_tokens={most}: must be a whole number >= 1")
+    if explicit.pop("stop", None) and text is None:
         raise UsageError("stop: this checkpoint has no tokenizer, so there is no text to stop at")
     return SamplingParams.resolve(explicit, text.generation_config if text else {})

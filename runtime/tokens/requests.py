@@ -4,6 +4,7 @@ hand-over between the thread that computes and those that wait.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
@@ -14,6 +15,7 @@ import numpy.typing as npt
 
 from hmc.errors import ContextLengthError, ExecutionError, HmcError, UsageError
 from hmc.runtime.tokens.generation import Ends, FinishReason, Generation, Timings
+from hmc.runtime.tokens.largest import largest
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import Text
 
@@ -159,3 +161,18 @@ def token_ids(
             " shorten it or compile with a larger --max-context"
         )
     return array.astype(np.int32)
+
+
+def token_logprob(logits: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprob:
+    """Log-softmax of f32 logits [vocab] at `token`, and the `top` likeliest tokens with theirs; of
+    equally likely ones the lowest id comes first.
+    """
+    peak = logits.max()
+    # f32 exponentials summed in f64: exact to about 1e-7, and half the time of f64 throughout.
+    weights = logits - peak
+    np.exp(weights, out=weights)
+    normaliser = float(peak) + math.log(weights.sum(dtype=np.float64))
+    ids = largest(logits, top) if top else np.empty(0, np.int64)
+    ids = ids[np.lexsort((ids, -logits[ids]))][:top]
+    likeliest = tuple((int(i), float(logits[i]) - normaliser) for i in ids)
+    return TokenLogprob(token, float(logits[token]) - normaliser, likeliest)

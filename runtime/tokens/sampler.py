@@ -114,21 +114,6 @@ class Sampler:
             self._see(token)
         return token
 
-    def candidates(self, logits: npt.NDArray[np.float32]) -> tuple[Ids, Floats]:
-        """Ids that survive every filter, likeliest first unless no filter is on, and their f64
-        probabilities (sum 1).
-        """
-        scores, likeliest = self._scores(logits)
-        if self._params.greedy:
-            return np.array([likeliest]), np.ones(1)
-        ids, weights = self._survivors(scores, float(scores[likeliest]))
-        if ids is None:
-            ids = np.arange(len(weights))
-        else:
-            order = np.lexsort((ids, -weights))
-            ids, weights = ids[order], weights[order]
-        return ids, weights / weights.sum()
-
     def _scores(self, logits: npt.NDArray[np.float32]) -> tuple[Reals, int]:
         """The logits, penalised (and f64 then), and where the first of the largest is."""
         scores: Reals = np.asarray(logits)

@@ -61,11 +61,6 @@ class Text:
         chat = ChatTemplate.find(directory, config, special_tokens(config))
         return Text(tokenizer, config, chat, eos_ids(directory, generation), generation)
 
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens the tokenizer knows, added ones included."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
         does it.
@@ -99,17 +94,14 @@ class Text:
         """Text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        """A stream of text that continues `prompt_ids`."""
-        return Detokenizer(self, prompt_ids)
-
     def _special_id(self, name: str) -> int | None:
         token = special_tokens(self._config).get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
 
 class Detokenizer:
-    """Tokens in, text out; a character whose bytes are not all there is held back.
+    """Tokens in, text out that continues a prompt's; a character whose bytes are not all there is
+    held back.
 
     Only a short window of tokens is decoded at each step: a tokenizer's decoder looks at neighbours
     (leading spaces, runs of byte tokens), so the window starts at the piece before the last, and

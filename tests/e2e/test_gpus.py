@@ -36,7 +36,7 @@ def pids_of(engine: Engine) -> list[int]:
     phase = engine.executor.phases[STREAM]
     assert isinstance(phase, DevicePhase)
     assert isinstance(phase.runner, GroupRunner)
-    return list(phase.runner.pids.values())
+    return list(phase.runner.group.pids.values())
 
 
 def assert_gone(pids: list[int]) -> None:

@@ -93,7 +93,7 @@ def test_logits_are_as_close_as_transformers_in_bf16(
         cases = [(tokens, *oracle(directory, tokens)) for tokens in LENGTHS]
         assert_no_worse([(engine.logits(prompt(n)), *known) for n, *known in cases])
         assert_no_worse([(engine.decode_logits(prompt(n)), *known) for n, *known in cases])
-        ran = " ".join(engine.kernels_used)
+        ran = " ".join(engine.executor.kernels_used)
         assert isa in ran
         assert quant in ran
 

@@ -74,7 +74,7 @@ def test_on_the_cpu(
     with hmc.Engine(hmc.compile(checkpoint, max_chunk=16), threads=2) as engine:
         assert_close(engine.logits(IDS.tolist()), expected)
         assert_close(engine.decode_logits(IDS.tolist()), expected)
-        assert any(name.startswith("pointwise") for name in engine.kernels_used)
+        assert any(name.startswith("pointwise") for name in engine.executor.kernels_used)
 
 
 def test_a_broken_pointwise_step_is_refused(checkpoint: Path) -> None:

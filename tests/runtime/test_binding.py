@@ -29,8 +29,8 @@ from hmc.plan import Plan
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops import exchange
 from hmc.runtime.executor import Executor
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.tokens.text import Text
 from hmc.runtime.weights.store import WeightStore
@@ -76,6 +76,7 @@ class Bench:
     """One checkpoint, run by a plan for GPUs and by a CPU plan."""
 
     plan: Plan
+    parts: Parts
     binding: Binding
     kv: KVCache
     cpu: Executor
@@ -115,8 +116,8 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
         kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         devices = [FakeDevice(f"gpu{n}") for n in range(len(plan.machine.gpus))]
-        tables = Tables(plan, store)
-        binding = stack.enter_context(Binding(plan, devices, store, kv, tables, jit, pool))
+        parts = Parts(plan, store, kv, jit, pool)
+        binding = stack.enter_context(Binding(parts, devices))
         cpu = Executor(host, directory, threads=2)
         stack.callback(cpu.close)
         for device in devices:
@@ -124,7 +125,7 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
             counted = sum(i.bytes for i in plan.ledger if i.device == device.name)
             more = device.bytes - (counted - ledger["scratch"])
             assert abs(more) < 256 * len(device.used), "the ledger counts what is allocated"
-        yield Bench(plan, binding, kv, cpu, devices)
+        yield Bench(plan, parts, binding, kv, cpu, devices)
     assert not any(device.used for device in devices)
 
 
@@ -431,4 +432,4 @@ def test_what_a_phase_cannot_take_is_refused(
         with pytest.raises(ExecutionError, match="rows of logits, not 30 and 17"):
             phase.call(ids, np.arange(30, dtype=np.int32), ids * 0, many)
         with pytest.raises(ExecutionError, match="the plan computes on gpu0: no such device"):
-            Binding(plan, [], None, found.kv, None, None, None)  # type: ignore[arg-type]
+            Binding(found.parts, [])

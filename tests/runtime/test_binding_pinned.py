@@ -22,10 +22,9 @@ from hmc.errors import MachineError
 from hmc.plan import Plan
 from hmc.runtime.binding.phase import Binding
 from hmc.runtime.binding.pinned import whole_pages
-from hmc.runtime.devices import pinned
 from hmc.runtime.devices.host import HostBackend
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.tables import Tables
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.weights.store import WeightStore
 
@@ -82,15 +81,10 @@ def bound(plan: Plan) -> Iterator[Callable[..., Binding]]:
             backend = HostBackend(1, 1 << 30)
             stack.callback(backend.close)
             return Binding(
-                plan,
+                Parts(plan, store, kv, jit, pool),
                 backend.devices,
-                store,
-                kv,
-                Tables(plan, store),
-                jit,
-                pool,
                 max_tokens={STREAM: 64},
-                pinner=pinned,
+                pin=True,
             )
 
         yield bind

@@ -198,13 +198,7 @@ def test_a_trace_shows_the_steps_of_the_program(checkpoint: Checkpoint) -> None:
         assert phase.program is not None
         assert phase.program.flags.epoch == 3
         assert phase.last is not None
-        spans = dict(
-            zip(
-                phase.last.positions,
-                zip(phase.last.start, phase.last.finish, strict=True),
-                strict=True,
-            )
-        )
+        spans = list(zip(phase.last.start, phase.last.finish, strict=True))
         steps = plan.phase("decode").steps
         signalled = {step.signal: at for at, step in enumerate(steps) if step.signal >= 0}
         for at, step in enumerate(steps):

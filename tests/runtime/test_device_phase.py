@@ -256,11 +256,9 @@ def test_all_logits_of_a_prompt_come_from_the_phase_that_has_them(checkpoint: Ch
 def overlap(measured: Measured, phase: Any, one: str, other: str) -> float:
     """Seconds in which both resources are busy."""
     spans: dict[str, list[tuple[float, float]]] = {one: [], other: []}
-    for position, start, stop in zip(
-        measured.positions, measured.start, measured.finish, strict=True
-    ):
-        if (name := phase.steps[position].resource) in spans:
-            spans[name].append((start, stop))
+    for step, start, stop in zip(phase.steps, measured.start, measured.finish, strict=True):
+        if step.resource in spans:
+            spans[step.resource].append((start, stop))
     return sum(
         max(0.0, min(a[1], b[1]) - max(a[0], b[0])) for a in spans[one] for b in spans[other]
     )
@@ -320,7 +318,7 @@ def test_a_trace_has_a_row_for_every_stream(checkpoint: Checkpoint) -> None:
             assert all(value >= 0 for value in seconds.values())
             measured = device_phase(found, name).last
             assert measured is not None
-            assert measured.seconds > 0
+            assert max(measured.finish) > 0
         used = found.kernels_used
         assert "torch:experts" in used
         assert any(name.startswith("embed_bf16") for name in used)

@@ -133,7 +133,7 @@ def test_decoding_goes_on_while_the_process_computes(both, scheduler):
     seen = []
 
     def look(update):
-        state = scheduler.prefill
+        state = scheduler.stats().prefill
         seen.append((state.tokens, state.total))
 
     with paused(both.worker):
@@ -160,13 +160,13 @@ def test_a_killed_process_is_replaced_and_nobody_notices(both, scheduler):
     with paused(both.worker) as pid:
         tickets = [scheduler.submit(ask(long, 6)), scheduler.submit(ask(other, 5))]
         tickets.append(scheduler.submit(ask(next_one, 60)))
-        until(lambda: scheduler.prefill.prompts == 2)
+        until(lambda: scheduler.stats().prefill.prompts == 2)
         os.kill(pid, signal.SIGKILL)
         assert [tokens_of(ticket) for ticket in tickets] == expected
-    state = scheduler.prefill
+    state = scheduler.stats().prefill
     assert state.restarts == 1 and state.alive and state.pid != pid
     os.kill(state.pid, signal.SIGKILL)  # an idle one is replaced too
-    until(lambda: scheduler.prefill.restarts == 2 and scheduler.prefill.ready)
+    until(lambda: scheduler.stats().prefill.restarts == 2 and scheduler.stats().prefill.ready)
 
 
 @pytest.mark.slow
@@ -175,12 +175,13 @@ def test_a_prompt_that_kills_twice_fails_alone(both, scheduler):
     expected = alone(both, other, 5)
     with paused(both.worker):
         doomed = scheduler.submit(ask(ids, 6))
-        until(lambda: scheduler.prefill.total == 400)
+        until(lambda: scheduler.stats().prefill.total == 400)
         waiting = scheduler.submit(ask(other, 5))
         os.kill(both.worker.pid, signal.SIGKILL)
-        until(lambda: (scheduler.prefill.restarts, scheduler.prefill.total) == (1, 400))
+        until(lambda: scheduler.stats().prefill.restarts == 1)
+        until(lambda: scheduler.stats().prefill.total == 400)
         os.kill(both.worker.pid, signal.SIGKILL)  # before it has loaded
-        until(lambda: scheduler.prefill.restarts == 2)
+        until(lambda: scheduler.stats().prefill.restarts == 2)
     with pytest.raises(WorkerError, match=r"lost twice, .* killed by signal 9 .*: send it again"):
         tokens_of(doomed)
     assert tokens_of(waiting) == expected
@@ -209,7 +210,7 @@ def test_blocks_of_a_cancelled_prompt_are_free_when_the_process_has_let_go(both,
     with paused(both.worker):
         first = scheduler.submit(ask(prompt(both, 400, seed=14), 6))
         second = scheduler.submit(ask(prompt(both, 300, seed=15), 6))
-        until(lambda: scheduler.prefill.prompts == 2)
+        until(lambda: scheduler.stats().prefill.prompts == 2)
         held = allocator.used
         for ticket in (first, second):
             ticket.cancel()
@@ -230,7 +231,7 @@ def test_closing_does_not_wait_for_a_hung_process(both):
     scheduler.start()
     with paused(both.worker) as pid:
         ticket = scheduler.submit(ask(prompt(both, 400, seed=16), 6))
-        until(lambda: scheduler.prefill.total)
+        until(lambda: scheduler.stats().prefill.total)
         began = time.monotonic()
         scheduler.close()
         assert time.monotonic() - began < 8
@@ -253,7 +254,7 @@ def test_a_failing_executor_ends_prompts_beside_too(both, monkeypatch):
 
     with Scheduler(executor, prefill=both.worker) as scheduler, paused(both.worker):
         beside = scheduler.submit(ask(prompt(both, 400, seed=17), 6))
-        until(lambda: scheduler.prefill.total)
+        until(lambda: scheduler.stats().prefill.total)
         monkeypatch.setattr(executor, "decode", broken)
         failing = scheduler.submit(ask([5], 6))
         for ticket in (beside, failing):
@@ -291,7 +292,7 @@ def test_a_storm_of_cancellations_leaves_nothing_behind(both, scheduler):
     stats = scheduler.stats()
     assert (stats.running, stats.prefilling, stats.waiting) == (0, 0, 0)
     until(lambda: both.engine.executor.kv.allocator.used == 0)
-    assert scheduler.prefill.restarts == 0
+    assert scheduler.stats().prefill.restarts == 0
 
 
 def mappings(pid, name):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hmc.runtime.tokens.logprobs import token_logprob
+from hmc.runtime.tokens.requests import token_logprob
 
 
 @pytest.mark.parametrize("vocab", [3, 500, 129_280])

@@ -24,8 +24,23 @@ def logits(seed, vocab):
     return (np.random.default_rng(seed).standard_normal(vocab) * 3).astype(np.float32)
 
 
+def candidates(sampler, row):
+    """Ids that survive every filter, likeliest first unless no filter is on, and their
+    probabilities."""
+    scores, likeliest = sampler._scores(row)
+    if sampler._params.greedy:
+        return np.array([likeliest]), np.ones(1)
+    ids, weights = sampler._survivors(scores, float(scores[likeliest]))
+    if ids is None:
+        ids = np.arange(len(weights))
+    else:
+        order = np.lexsort((ids, -weights))
+        ids, weights = ids[order], weights[order]
+    return ids, weights / weights.sum()
+
+
 def dense(sampler, row):
-    ids, probabilities = sampler.candidates(row)
+    ids, probabilities = candidates(sampler, row)
     out = np.zeros(len(row))
     out[ids] = probabilities
     return out
@@ -189,7 +204,7 @@ def test_masked_tokens_are_never_drawn():
 def test_a_mask_leaves_only_its_tokens(how, vocab):
     row = np.full(vocab, -np.inf, np.float32)
     row[[3, 9, 700]] = [1, 1, 0.9]
-    ids, probabilities = Sampler(SamplingParams(**how), [3]).candidates(row)
+    ids, probabilities = candidates(Sampler(SamplingParams(**how), [3]), row)
     assert {3, 9, 700} >= set(ids[probabilities > 0])
     # Where a filter is on, masked tokens are not even candidates.
     assert len(ids) <= 3 or how == {"temperature": 1.0}
@@ -199,9 +214,9 @@ def test_tokens_that_tie_with_the_kth_stay():
     row = logits(2, 5000)
     row[[10, 4999, 300]] = 50
     row[[40, 4000]] = 49
-    ids, _ = Sampler(SamplingParams(1.0, top_k=4)).candidates(row)
+    ids, _ = candidates(Sampler(SamplingParams(1.0, top_k=4)), row)
     assert ids.tolist() == [10, 300, 4999, 40, 4000]
-    ids, _ = Sampler(SamplingParams(1.0, top_k=2)).candidates(row)
+    ids, _ = candidates(Sampler(SamplingParams(1.0, top_k=2)), row)
     assert ids.tolist() == [10, 300, 4999]
 
 

@@ -239,15 +239,13 @@ def test_ranks_in_lockstep_at_their_exchanges_keep_order() -> None:
     def process(rank: int, seed: int) -> None:
         part = part_of_rank(phase, rank)
         stamps = Stamps(part)
-        works: list[Callable[[Any], None]] = [_idle] * len(phase.steps)
-        for step, work in zip(part.steps, stamps.works(), strict=True):
+        works = list(stamps.works())
+        for at, step in enumerate(part.steps):
             if step.resource == "link":
-                works[step.id] = lambda call, work=work: (barrier.wait(), work(call))  # type: ignore[misc]
-            else:
-                works[step.id] = work
+                works[at] = lambda call, work=works[at]: (barrier.wait(), work(call))  # type: ignore[misc]
         backend = HostBackend(2, 0, delays=seed)
         try:
-            ScheduleRunner(phase, backend, works, rank=rank).run(None)
+            ScheduleRunner(part, backend, works).run(None)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

@@ -20,7 +20,7 @@ from hmc.errors import (
 from hmc.plan import Switch
 from hmc.plan.phases import chunk_tokens, decode_phase, prefill_phase
 from hmc.runtime.batching.scheduler import Scheduler
-from hmc.runtime.tokens.logprobs import token_logprob
+from hmc.runtime.tokens.requests import token_logprob
 
 
 @pytest.fixture

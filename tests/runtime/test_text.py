@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from hmc.errors import TokenizerError, UsageError
-from hmc.runtime.tokens.text import StopStrings, Text
+from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
 SAMPLE = "Grüße 日本語の文字 🙂🙃 emoji 👩‍👩‍👧 and plain words, plain words. "
 
@@ -76,7 +76,7 @@ def texts(write):
 
 
 def stream(text, ids, prompt=()):
-    detokenizer = text.detokenizer(prompt)
+    detokenizer = Detokenizer(text, prompt)
     pieces = [detokenizer.push(token) for token in ids]
     return [*pieces, detokenizer.flush()]
 
@@ -117,7 +117,7 @@ def test_leading_space_survives_after_a_prompt(texts):
 def test_endless_invalid_bytes_neither_stall_nor_pile_up(texts, kind):
     text = texts[kind]
     lead = text._tokenizer.token_to_id("<0xE4>" if kind == "byte_fallback" else "ä")
-    detokenizer = text.detokenizer()
+    detokenizer = Detokenizer(text)
     given_out = sum(len(detokenizer.push(lead)) for _ in range(300))
     assert given_out >= 270
     assert len(detokenizer._window) < 64
