@@ -274,8 +274,7 @@ class WithoutValues:
 
     def matrix(self, step: Step, role: str) -> Matrix:
         found = self._bound.matrix(step, role)
-        scale = None if found.scale is None else faked(found.scale)
-        return replace(found, data=faked(found.data), scale=scale)
+        return replace(found, planes=tuple(faked(plane) for plane in found.planes))
 
     def vector(self, step: Step, role: str) -> torch.Tensor | None:
         found = self._bound.vector(step, role)
