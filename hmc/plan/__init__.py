@@ -39,7 +39,7 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
-from hmc.plan.states import KVLayout, StateGroup, StateInfo, state_groups
+from hmc.plan.states import KVLayout, StateGroup, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
@@ -66,7 +66,6 @@ __all__ = [
     "ShardInfo",
     "Slot",
     "StateGroup",
-    "StateInfo",
     "Step",
     "StoredPlane",
     "Switch",

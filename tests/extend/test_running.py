@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -157,7 +158,7 @@ def test_another_layout_is_refused(plan: Plan) -> None:
     first, *rest = plan.kv.groups
     state = first.states[-1]
     for change in ({"width": 63}, {"per": "token"}, {"dtype": "bf16"}, {"window": 4}):
-        states = (*first.states[:-1], state.model_copy(update=change))
+        states = (*first.states[:-1], replace(state, **change))
         groups = (first.model_copy(update={"states": states}), *rest)
         kv = plan.kv.model_copy(update={"groups": groups})
         with pytest.raises(VerifyError, match="keep other states than the cache's layout says"):
@@ -170,7 +171,7 @@ def test_two_nodes_of_a_layer_share_no_state(directory: Path) -> None:
             super().__init__(config, index)
             self.running = torch.nn.Sequential(self.running, Running(64, 0.5))
 
-    twice = Family(lambda config: CausalLM(config, partial(Twice, config)), lambda config: ())
+    twice = Family(lambda config: CausalLM(config, partial(Twice, config)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, NAME, twice)
         with pytest.raises(PassFailedError, match="two nodes of layer 0 keep a state running"):
