@@ -45,9 +45,9 @@ class KernelChecker:
     def check(self, phase: Phase, step: Step, about: About) -> None:
         """Raise `VerifyError` where a step has other kernels than its row chooses."""
         if not about.native:
-            moved = "torch:copy" if about.row.where in ("h2d", "d2h") else f"torch:{step.op}"
-            if step.kernels != (moved,):
-                raise VerifyError(f"{_where(phase, step)}: PyTorch computes it by {moved} alone")
+            only = about.row.torch_kernel
+            if step.kernels != (only,):
+                raise VerifyError(f"{_where(phase, step)}: PyTorch computes it by {only} alone")
             return
         if about.row.routed:
             forms = self._layers[step.layer]
