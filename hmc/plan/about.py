@@ -4,13 +4,15 @@ works out what each operand must be. Looked at once for all steps that are alike
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 
 from hmc.codegen.spec import ARGS
 from hmc.errors import VerifyError
 from hmc.ops import OPS, SHARED_ATTRS, Op, Role
-from hmc.plan.model import Plan, Step
+from hmc.plan.model import Phase, Plan, Step
 
 _MOST = 1 << 31
 """Sizes are below it: positions and ids are i32."""
@@ -51,6 +53,16 @@ class About:
                 raise VerifyError(f"{name} is no {'output' if output else 'input'} of it")
             known[name] = _expected(role, step, None)
         return known[name]
+
+
+@contextmanager
+def named(phase: Phase, step: Step) -> Iterator[None]:
+    """What is wrong in the `with` is so of a step."""
+    try:
+        yield
+    except VerifyError as error:
+        where = f"phase {phase.name}, step {step.id} ({step.op})"
+        raise VerifyError(f"{where}: {error}") from error
 
 
 def about_of(plan: Plan, step: Step, number: int) -> About:
