@@ -323,6 +323,7 @@ def spec(
     sizes: Mapping[str, int],
     weight: str = "",
     out: str = "f32",
+    expr: str = "",
 ) -> KernelSpec:
     """A kernel of a tier with sizes in canonical order."""
     return KernelSpec(op, use.isa, weight, out, tuple(sorted(sizes.items())), expr=expr)

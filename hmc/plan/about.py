@@ -4,8 +4,6 @@ works out what each operand must be. Looked at once for all steps that are alike
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 
@@ -55,14 +53,9 @@ class About:
         return known[name]
 
 
-@contextmanager
-def named(phase: Phase, step: Step) -> Iterator[None]:
-    """What is wrong in the `with` is so of a step."""
-    try:
-        yield
-    except VerifyError as error:
-        where = f"phase {phase.name}, step {step.id} ({step.op})"
-        raise VerifyError(f"{where}: {error}") from error
+def named(error: VerifyError, phase: Phase, step: Step) -> VerifyError:
+    """What is wrong with a step, and which one that is."""
+    return VerifyError(f"phase {phase.name}, step {step.id} ({step.op}): {error}")
 
 
 def about_of(plan: Plan, step: Step, number: int) -> About:

@@ -27,9 +27,11 @@ _Last = dict[int, int]
 def check_order(phase: Phase) -> None:
     """Raise `VerifyError` where a step of a phase is not ordered after what it needs."""
     order = _Order(phase)
-    for position, step in enumerate(phase.steps):
-        with named(phase, step):
+    try:
+        for position, step in enumerate(phase.steps):
             order.check(step, position)
+    except VerifyError as error:
+        raise named(error, phase, step) from error
 
 
 class _Order:

@@ -49,8 +49,8 @@ def verify_plan(plan: Plan) -> None:
         walk = Walk(plan, phase)
         placement.begin(phase)
         values.begin()
-        for position, step in enumerate(phase.steps):
-            with named(phase, step):
+        try:
+            for position, step in enumerate(phase.steps):
                 if step.id != position:
                     raise VerifyError(f"is number {position}")
                 about = steps.about(step)
@@ -60,6 +60,8 @@ def verify_plan(plan: Plan) -> None:
                 check_constants(plan, step, about)
                 values.step(step, about)
                 placement.step(step, about)
+        except VerifyError as error:
+            raise named(error, phase, step) from error
         walk.finish()
         values.finish(phase, LOGITS)
         placement.finish()
