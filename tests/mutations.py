@@ -9,11 +9,12 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from hmc.codegen.spec import KernelSpec
 from hmc.ops import State
 from hmc.plan import Plan
 
 Path = tuple[str | int, ...]
-Record = BaseModel | State
+Record = BaseModel | State | KernelSpec
 
 
 @dataclass(frozen=True)

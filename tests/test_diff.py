@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_ledger_has_deltas_and_totals(plan: Plan) -> None:
 
 def test_kernels_name_what_changed(plan: Plan) -> None:
     name, kernel = next(iter(plan.kernels.items()))
-    tiled = kernel.model_copy(update={"tile": (("prefetch", 4096),)})
+    tiled = replace(kernel, tile=(("prefetch", 4096),))
     rest = {key: value for key, value in plan.kernels.items() if key != name}
     (change,) = diff(plan, plan.model_copy(update={"kernels": rest | {name: tiled}})).kernels
     assert (change.name, change.status) == (name, "changed")

@@ -14,6 +14,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from hmc.plan.changes import (
     ABSENT,
     Change,
@@ -93,8 +95,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Ch
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Leaves of a model by dotted path; lists of plain values are leaves."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
+    value = to_jsonable_python(value)
     if isinstance(value, dict):
         if value.keys() >= {"value", "kind", "source"}:  # a machine's rate reads best as a whole
             extras = {**value, "value": f"{value['value']:g}"}.values()
@@ -102,17 +103,14 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             return
         for key, each in value.items():
             yield from _flat(f"{path}.{key}", each)
-    elif isinstance(value, (list, tuple)):
-        plain = [
-            each.model_dump(mode="json") if hasattr(each, "model_dump") else each for each in value
-        ]
-        if any(isinstance(each, dict) for each in plain):
-            for number, each in enumerate(plain):
+    elif isinstance(value, list):
+        if any(isinstance(each, dict) for each in value):
+            for number, each in enumerate(value):
                 yield from _flat(f"{path}[{number}]", each)
-        elif len(plain) > 2 and all(type(each) is int for each in plain) and plain == sorted(plain):
-            yield path, ranges(plain)
+        elif len(value) > 2 and all(type(each) is int for each in value) and value == sorted(value):
+            yield path, ranges(value)
         else:
-            yield path, plain
+            yield path, value
     else:
         yield path, value
 
@@ -319,7 +317,7 @@ def _decisions(a: Plan, b: Plan) -> Iterator[DecisionChange]:
         choices = [ABSENT if each is None else each[0] for each in (one, two)]
         latest = two or one
         assert latest is not None
-        yield DecisionChange(*key[:2], _status(one, two), *choices, latest[1])
+        yield DecisionChange(key[0], key[1], _status(one, two), choices[0], choices[1], latest[1])
 
 
 def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:

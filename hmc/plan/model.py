@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hmc.codegen.spec import KernelSpec
 from hmc.machine import Machine
 from hmc.plan.base import Count, DType, Frozen
 from hmc.plan.options import Options
@@ -138,18 +139,6 @@ class LayerPlacement(Frozen):
 
     layer: Count
     tiers: dict[str, str]
-
-
-class Kernel(Frozen):
-    """A `KernelSpec`, spelled out (codegen.spec.KernelSpec has the meaning of each field)."""
-
-    op: str
-    isa: str
-    weight: str
-    out: str
-    params: tuple[tuple[str, int], ...]
-    tile: tuple[tuple[str, int], ...]
-    expr: str = ""
 
 
 class Buffer(Frozen):
@@ -310,7 +299,7 @@ class Plan(Frozen):
     constants: dict[str, tuple[float, ...]]
     placement: tuple[LayerPlacement, ...]
     kv: KVLayout
-    kernels: dict[str, Kernel]
+    kernels: dict[str, KernelSpec]
     phases: tuple[Phase, ...]
     ledger: tuple[LedgerItem, ...]
     decisions: tuple[Decision, ...]

@@ -33,7 +33,6 @@ from hmc.plan import Plan, save_plan, verify_plan
 from hmc.plan.phases import chunk_tokens
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.executor import Executor
-from hmc.runtime.host.lowering import spec_of
 from hmc.runtime.prefill.disaggregation import decide
 from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.tokens.generation import Ends
@@ -73,7 +72,7 @@ def built(plan: Plan) -> Plan:
     jit = Jit(EMITTERS)
     for kernel in plan.kernels.values():
         if kernel.op == NAME:
-            jit.object_code(spec_of(kernel))
+            jit.object_code(kernel)
     return plan
 
 
