@@ -76,7 +76,7 @@ def _without(field: str, name: str) -> Callable[[Step], dict[str, Any]]:
 
 def _with_kernel(plan: Plan, op: str, **changes: Any) -> Plan:
     kernels = {
-        key: each.model_copy(update=changes) if each.op == op else each
+        key: replace(each, **changes) if each.op == op else each
         for key, each in plan.kernels.items()
     }
     return plan.model_copy(update={"kernels": kernels})
