@@ -26,7 +26,7 @@ from hmc.passes.manager import configured, run_graph, run_plan
 from hmc.passes.place.budget import capacity
 from hmc.passes.place.needs import needs_of
 from hmc.passes.records import Base, Target
-from hmc.plan import ModelInfo, Plan
+from hmc.plan import Plan
 from hmc.plan.options import Options
 from hmc.plan.routing_profile import load_profile
 from hmc.predict.feasible import require_goals
@@ -114,7 +114,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
         )
     target = Target(
         checkpoint=checkpoint,
-        info=_model_info(model.info, checkpoint),
+        info=model.info,
         machine=machine,
         isa=best_isa(frozenset(machine.flags)).name,
     )
@@ -132,23 +132,6 @@ def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:
         raise UsageError(f"--layers {layers}: the model has {depth}")
     values = {**checkpoint.config.values, "num_hidden_layers": layers}
     return replace(checkpoint, config=replace(checkpoint.config, values=values))
-
-
-def _model_info(info: models.ModelInfo, checkpoint: Checkpoint) -> ModelInfo:
-    names = checkpoint.config.get_strs("architectures")
-    return ModelInfo(
-        family=info.family,
-        architecture=names[0] if names else info.family,
-        hidden=info.hidden,
-        layers=info.layers,
-        vocab=info.vocab,
-        experts=info.experts,
-        top_k=info.top_k,
-        context=info.context,
-        parameters=info.parameters,
-        active_parameters=info.active_parameters,
-        eos_token_ids=info.eos_token_ids,
-    )
 
 
 def _check_tensors(

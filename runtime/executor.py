@@ -40,7 +40,7 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts, spec_of
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
@@ -123,7 +123,7 @@ class Executor:
             self._memory = ExitStack()
             stack.callback(self._give_back)
             used = {key for phase in phases for step in phase.steps for key in step.kernels}
-            build((spec_of(k) for key, k in plan.kernels.items() if key in used), progress)
+            build((spec for key, spec in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
             self.pool = stack.enter_context(
                 Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)

@@ -20,7 +20,6 @@ from hmc.codegen.spec import ARGS, KernelSpec
 from hmc.plan import DTYPE_BYTES, Operand, Phase, Plan, Step
 from hmc.plan.verify import EXTERNAL
 from hmc.runtime.binding.walk import walked
-from hmc.runtime.host.lowering import spec_of
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.schedule.crossing import is_native
 from hmc.runtime.weights.tensors import expert_key, tensor_groups, weight_key
@@ -134,7 +133,7 @@ class _Recorder:
     # -- what op functions ask ---------------------------------------------------------------------
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
-        found = [spec_of(self._kernels[key]) for key in step.kernels]
+        found = [self._kernels[key] for key in step.kernels]
         return {spec.op: spec for spec in found}
 
     def add(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from random import Random
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from hmc.codegen.spec import KernelSpec
+from hmc.ops import State
 from hmc.plan import Plan
 
 Path = tuple[str | int, ...]
+Record = BaseModel | State | KernelSpec
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,9 @@ class Mutator:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._records: list[tuple[Path, BaseModel]] = []
+        self._records: list[tuple[Path, Record]] = []
         self._collect((), plan)
-        self._by_type: dict[type, list[tuple[Path, BaseModel]]] = defaultdict(list)
+        self._by_type: dict[type, list[tuple[Path, Record]]] = defaultdict(list)
         for path, record in self._records:
             self._by_type[type(record)].append((path, record))
         self._adapters: dict[tuple[type, str], TypeAdapter[Any]] = {}
@@ -46,9 +49,9 @@ class Mutator:
             kinds = list(self._by_type.values())
             records = random.choice(kinds) if random.random() < 0.5 else self._records
             path, record = random.choice(records)
-            name = random.choice(list(type(record).model_fields))
+            name = random.choice(list(_names(type(record))))
             old = getattr(record, name)
-            if isinstance(old, BaseModel) or _records_in(old):
+            if isinstance(old, Record) or _records_in(old):
                 new = _without_or_twice(random, old)
             else:
                 new = self._changed(random, record, name, old)
@@ -59,13 +62,13 @@ class Mutator:
             except ValidationError:
                 continue
             if new != old:
-                changed = record.model_copy(update={name: new})
+                changed = _with(record, name, new)
                 return Mutation(_put(self._plan, path, changed), (*path, name), old, new)
 
     def _collect(self, path: Path, value: Any) -> None:
-        if isinstance(value, BaseModel):
+        if isinstance(value, Record):
             self._records.append((path, value))
-            for name in type(value).model_fields:
+            for name in _names(type(value)):
                 self._collect((*path, name), getattr(value, name))
         elif isinstance(value, tuple):
             for number, each in enumerate(value):
@@ -74,16 +77,16 @@ class Mutator:
             for key, each in value.items():
                 self._collect((*path, key), each)
 
-    def _adapter(self, kind: type[BaseModel], name: str) -> TypeAdapter[Any]:
+    def _adapter(self, kind: type[Record], name: str) -> TypeAdapter[Any]:
         if (kind, name) not in self._adapters:
-            field = kind.model_fields[name]
-            whole = Annotated[(field.annotation, *field.metadata, None)]
+            metadata = kind.model_fields[name].metadata if issubclass(kind, BaseModel) else ()
+            whole = Annotated[(_names(kind)[name], *metadata, None)]
             self._adapters[kind, name] = TypeAdapter(whole)
         return self._adapters[kind, name]
 
-    def _changed(self, random: Random, record: BaseModel, name: str, old: Any) -> Any:
+    def _changed(self, random: Random, record: Record, name: str, old: Any) -> Any:
         """Another value like it, often one that another record has in this field."""
-        annotation = type(record).model_fields[name].annotation
+        annotation = _names(type(record))[name]
         if get_origin(annotation) is not None and isinstance(old, str):
             return random.choice(get_args(annotation))
         if random.random() < 0.4:
@@ -92,9 +95,23 @@ class Mutator:
         return _other(random, old)
 
 
+def _names(kind: type[Record]) -> dict[str, Any]:
+    """The fields of a record with their types."""
+    if issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    types = get_type_hints(kind)
+    return {field.name: types[field.name] for field in fields(kind)}
+
+
+def _with(record: Record, name: str, new: Any) -> Record:
+    if isinstance(record, BaseModel):
+        return record.model_copy(update={name: new})
+    return replace(record, **{name: new})
+
+
 def _records_in(value: Any) -> bool:
     inside = value.values() if isinstance(value, dict) else value
-    return isinstance(value, tuple | dict) and any(isinstance(each, BaseModel) for each in inside)
+    return isinstance(value, tuple | dict) and any(isinstance(each, Record) for each in inside)
 
 
 def _without_or_twice(random: Random, value: Any) -> Any:
@@ -166,9 +183,9 @@ def _put(value: Any, path: Path, new: Any) -> Any:
     if not path:
         return new
     first, *rest = path
-    if isinstance(value, BaseModel):
+    if isinstance(value, Record):
         inside = _put(getattr(value, str(first)), tuple(rest), new)
-        return value.model_copy(update={str(first): inside})
+        return _with(value, str(first), inside)
     if isinstance(value, dict):
         return {**value, first: _put(value[str(first)], tuple(rest), new)}
     at = int(first)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from hmc.blocks import Attention, Block, Experts, GatedMLP, Linear, Rotary, Route, Scoring, Vector
 from hmc.checkpoint.config import ModelConfig, load_config
 from hmc.models import Family, load, weight_specs
-from hmc.models.common import CausalLM, no_extra_tensors
+from hmc.models.common import CausalLM
 from hmc.models.rope import rope
 
 HIDDEN, HEADS, KV_HEADS, DIM, EXPERTS, INNER, VOCAB = 96, 4, 2, 24, 8, 40, 101
@@ -107,7 +107,7 @@ def build(config: ModelConfig) -> nn.Module:
     return Quirky(config, lambda index: Layer(config))
 
 
-FAMILY = Family(build, no_extra_tensors)
+FAMILY = Family(build)
 
 
 def write(directory: Path) -> Path:

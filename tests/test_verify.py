@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import hmc
 from hmc.errors import VerifyError
 from hmc.ops import OPS
+from hmc.ops.__main__ import lines
 from hmc.plan import KVLayout, Operand, Phase, Plan, Step, StoredPlane, Weight
 from hmc.plan.order import check_order
 from hmc.plan.stored import expected_bytes
@@ -74,7 +76,7 @@ def _without(field: str, name: str) -> Callable[[Step], dict[str, Any]]:
 
 def _with_kernel(plan: Plan, op: str, **changes: Any) -> Plan:
     kernels = {
-        key: each.model_copy(update=changes) if each.op == op else each
+        key: replace(each, **changes) if each.op == op else each
         for key, each in plan.kernels.items()
     }
     return plan.model_copy(update={"kernels": kernels})
@@ -83,7 +85,7 @@ def _with_kernel(plan: Plan, op: str, **changes: Any) -> Plan:
 def _narrow(kv: KVLayout) -> KVLayout:
     """The layout with another width of its first state."""
     group = kv.groups[0]
-    state = group.states[0].model_copy(update={"width": 8})
+    state = replace(group.states[0], width=8)
     narrow = group.model_copy(update={"states": (state, *group.states[1:])})
     return kv.model_copy(update={"groups": (narrow, *kv.groups[1:])})
 
@@ -361,6 +363,11 @@ def test_order_catches_reused_bytes(plan: Plan) -> None:
     )
     with pytest.raises(VerifyError, match="while it is in use"):
         check_order(decode.model_copy(update={"buffers": collided}))
+
+
+def test_the_table_of_ops_is_printed_from_their_rows() -> None:
+    table = Path(__file__).parent.parent / "docs" / "ops.md"
+    assert table.read_text().splitlines() == "\n".join(lines()).splitlines()
 
 
 def test_every_row_is_whole() -> None:

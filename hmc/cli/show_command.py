@@ -249,7 +249,6 @@ def _operand(operand: Operand) -> str:
 def _kernel_text(plan: Plan, name: str, assembly: bool) -> str:
     from hmc.codegen.jit import Jit
     from hmc.codegen.kernels import EMITTERS
-    from hmc.codegen.spec import KernelSpec
 
     matches = [key for key in plan.kernels if key == name] or [
         key for key in plan.kernels if key.startswith(name)
@@ -259,6 +258,5 @@ def _kernel_text(plan: Plan, name: str, assembly: bool) -> str:
         raise UsageError(
             f"kernel {name} is {'ambiguous' if matches else 'not in the plan'}: {known}"
         )
-    spec = KernelSpec(**dict(plan.kernels[matches[0]]))
-    jit = Jit(EMITTERS)
+    spec, jit = plan.kernels[matches[0]], Jit(EMITTERS)
     return jit.assembly(spec) if assembly else jit.ir_text(spec)

@@ -1,6 +1,6 @@
 """Model families: `load(config)` builds the module a checkpoint describes, on the meta device.
 
-A family is one file with `build(config)` and `tolerated(config)`, and one line in `FAMILIES`.
+A family is one file with `build(config)`, and one line in `FAMILIES`.
 Nothing after tracing knows families: all a family decides is which blocks stand where, under the
 checkpoint's own names.
 """
@@ -18,46 +18,25 @@ from hmc.checkpoint.config import ModelConfig
 from hmc.errors import UnsupportedError
 from hmc.graph import WeightSpec
 from hmc.models import deepseek_v3, mixtral, qwen3_moe
+from hmc.plan import ModelInfo
 
 
 @dataclass(frozen=True)
 class Family:
     """How to build a family, and which tensors beyond its own its checkpoints hold (shell patterns
-    of names).
+    of names); none, as most.
     """
 
     build: Callable[[ModelConfig], nn.Module]
-    tolerated: Callable[[ModelConfig], tuple[str, ...]]
+    tolerated: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
 
 
 FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(deepseek_v3.build, deepseek_v3.tolerated),
     "kimi_k2": Family(deepseek_v3.build, deepseek_v3.tolerated),
-    "mixtral": Family(mixtral.build, mixtral.tolerated),
-    "qwen3_moe": Family(qwen3_moe.build, qwen3_moe.tolerated),
+    "mixtral": Family(mixtral.build),
+    "qwen3_moe": Family(qwen3_moe.build),
 }
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """The shape of a model in a few numbers.
-
-    `experts` and `top_k` are those of its routed layers (0 without any), `context` the tokens its
-    positions are made for. `parameters` counts stored weights once, tied ones too;
-    `active_parameters` those one token is multiplied with: `top_k` experts a layer, and one row of
-    the embedding table.
-    """
-
-    family: str
-    hidden: int
-    layers: int
-    vocab: int
-    experts: int
-    top_k: int
-    context: int
-    parameters: int
-    active_parameters: int
-    eos_token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +80,7 @@ def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
 
 
 def _info(name: str, config: ModelConfig, module: nn.Module) -> ModelInfo:
+    names = config.get_strs("architectures")
     routed = next((block for block in module.modules() if isinstance(block, Experts)), None)
     top_k = routed.top_k if routed else 0
     tied = config.get_bool("tie_word_embeddings", False)
@@ -114,6 +94,7 @@ def _info(name: str, config: ModelConfig, module: nn.Module) -> ModelInfo:
             active += size * (top_k if spec.experts else 1)
     return ModelInfo(
         family=name,
+        architecture=names[0] if names else name,
         hidden=config.require_int("hidden_size"),
         layers=config.require_int("num_hidden_layers"),
         vocab=config.require_int("vocab_size"),

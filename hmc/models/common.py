@@ -1,5 +1,5 @@
-"""What the families share: the decoder around the layers, grouped-query attention, and checks of
-common options.
+"""What the families share: the decoder around the layers, grouped-query attention, routed MLPs, and
+checks of common options.
 """
 
 from __future__ import annotations
@@ -8,7 +8,17 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from hmc.blocks import Attention, Embedding, Linear, RMSNorm, Rotary, place
+from hmc.blocks import (
+    Attention,
+    Embedding,
+    Experts,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    Rotary,
+    Route,
+    place,
+)
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import UnsupportedError
 from hmc.models.rope import Rope
@@ -118,6 +128,32 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(self.attention(q, k, v))  # type: ignore[no-any-return]
 
 
+class MoE(nn.Module):
+    """The routed MLP of a layer: the experts, `intermediate` wide, that `route` chooses by the
+    gate's logits, and beside them `shared` ones that every token goes through.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        route: Route,
+        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        shared: int = 0,
+    ) -> None:
+        super().__init__()
+        self.gate = Linear(hidden, route.experts)
+        self.route = route
+        self.experts = Experts(route.experts, hidden, intermediate, route.top_k, names)
+        self.shared_experts = GatedMLP(hidden, intermediate * shared) if shared else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        routed = self.experts(x, self.route(self.gate(x)))
+        if self.shared_experts is None:
+            return routed  # type: ignore[no-any-return]
+        return routed + self.shared_experts(x)  # type: ignore[no-any-return]
+
+
 def attention_heads(config: ModelConfig) -> tuple[int, int, int]:
     """(query heads, key heads, elements a head); heads absent for keys or sizes follow from the
     others.
@@ -161,8 +197,3 @@ def check_window(config: ModelConfig) -> None:
             f"{config.path}: sliding_window {window} is shorter than the context of {context}"
             " tokens; hmc attends to every earlier token"
         )
-
-
-def no_extra_tensors(config: ModelConfig) -> tuple[str, ...]:
-    """For families whose checkpoints hold nothing but the model."""
-    return ()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from hmc.blocks import (
     MLA,
     Columns,
-    Experts,
     GatedMLP,
     Linear,
     RMSNorm,
@@ -19,7 +18,7 @@ from hmc.blocks import (
 )
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import UnsupportedError
-from hmc.models.common import CausalLM, DecoderLayer, routed_experts
+from hmc.models.common import CausalLM, DecoderLayer, MoE, routed_experts
 from hmc.models.rope import Rope, rope
 
 LATENT_EPS = 1e-6
@@ -40,7 +39,7 @@ def build(config: ModelConfig) -> nn.Module:
 
     def layer(index: int) -> nn.Module:
         mlp = (
-            MoE(config)
+            _routed(config)
             if index >= first_routed and index % every == 0
             else GatedMLP(hidden, config.require_int("intermediate_size", minimum=1))
         )
@@ -108,35 +107,25 @@ class LatentAttention(nn.Module):
         return self.o_proj(self.mla(self.q_rotary(q, positions), latent, k_rope))  # type: ignore[no-any-return]
 
 
-class MoE(nn.Module):
-    """Routed experts plus, where there are any, shared experts that every token goes through."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden = config.require_int("hidden_size")
-        intermediate = config.require_int("moe_intermediate_size", minimum=1)
-        shared = config.get_int("n_shared_experts", 0)
-        experts, top_k = routed_experts(config, "n_routed_experts", "num_local_experts")
-        groups, top_groups = _groups(config, experts, top_k)
-        self.gate = Linear(hidden, experts)
-        self.route = Route(
-            experts,
-            top_k,
-            Scoring.SIGMOID,
-            normalise=config.get_bool("norm_topk_prob", True),
-            groups=groups,
-            top_groups=top_groups,
-            factor=config.require_float("routed_scaling_factor"),
-            bias_name="gate.e_score_correction_bias",
-        )
-        self.experts = Experts(experts, hidden, intermediate, top_k)
-        self.shared_experts = GatedMLP(hidden, intermediate * shared) if shared else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        routed = self.experts(x, self.route(self.gate(x)))
-        if self.shared_experts is None:
-            return routed  # type: ignore[no-any-return]
-        return routed + self.shared_experts(x)  # type: ignore[no-any-return]
+def _routed(config: ModelConfig) -> MoE:
+    experts, top_k = routed_experts(config, "n_routed_experts", "num_local_experts")
+    groups, top_groups = _groups(config, experts, top_k)
+    route = Route(
+        experts,
+        top_k,
+        Scoring.SIGMOID,
+        normalise=config.get_bool("norm_topk_prob", True),
+        groups=groups,
+        top_groups=top_groups,
+        factor=config.require_float("routed_scaling_factor"),
+        bias_name="gate.e_score_correction_bias",
+    )
+    return MoE(
+        config.require_int("hidden_size"),
+        config.require_int("moe_intermediate_size", minimum=1),
+        route,
+        shared=config.get_int("n_shared_experts", 0),
+    )
 
 
 def _groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int]:

@@ -4,22 +4,20 @@ dense ones.
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
-from hmc.blocks import Experts, GatedMLP, Linear, Route, Scoring
+from hmc.blocks import GatedMLP, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import (
     CausalLM,
     DecoderLayer,
     GroupedQueryAttention,
+    MoE,
     attention_heads,
     check_window,
-    no_extra_tensors,
     routed_experts,
 )
 from hmc.models.rope import rope
-
-tolerated = no_extra_tensors
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -37,7 +35,7 @@ def build(config: ModelConfig) -> nn.Module:
             config, angles, bias=config.get_bool("attention_bias", False), qk_norm=True
         )
         mlp = (
-            SparseMoe(config)
+            routed_mlp(config)
             if routed
             else GatedMLP(hidden, config.require_int("intermediate_size", minimum=1))
         )
@@ -46,24 +44,12 @@ def build(config: ModelConfig) -> nn.Module:
     return CausalLM(config, layer)
 
 
-class SparseMoe(nn.Module):
-    """The routed MLP of a layer: softmax over all experts, the chosen renormalised where the config
-    says so.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        hidden = config.require_int("hidden_size")
-        intermediate = config.require_int("moe_intermediate_size", minimum=1)
-        experts, top_k = routed_experts(config, "num_experts", "num_local_experts")
-        self.gate = Linear(hidden, experts)
-        self.route = Route(
-            experts,
-            top_k,
-            Scoring.SOFTMAX_ALL,
-            normalise=config.get_bool("norm_topk_prob", False),
-        )
-        self.experts = Experts(experts, hidden, intermediate, top_k)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.experts(x, self.route(self.gate(x)))  # type: ignore[no-any-return]
+def routed_mlp(config: ModelConfig) -> MoE:
+    """Softmax over all experts, the chosen renormalised where the config says so."""
+    experts, top_k = routed_experts(config, "num_experts", "num_local_experts")
+    normalise = config.get_bool("norm_topk_prob", False)
+    return MoE(
+        config.require_int("hidden_size"),
+        config.require_int("moe_intermediate_size", minimum=1),
+        Route(experts, top_k, Scoring.SOFTMAX_ALL, normalise=normalise),
+    )

@@ -236,6 +236,11 @@ class Op:
         return self.kernels is not no_kernels
 
     @cached_property
+    def torch_kernel(self) -> str:
+        """What a step names as its kernel where PyTorch computes it."""
+        return "torch:copy" if self.where in ("h2d", "d2h") else f"torch:{self.name}"
+
+    @cached_property
     def loads(self) -> bool:
         """Whether it brings weights into slots."""
         return self.moves and self.where == "h2d"

@@ -24,7 +24,6 @@ from hmc.plan.model import (
     ExpertPlane,
     ExpertWeights,
     Goals,
-    Kernel,
     LayerPlacement,
     LedgerItem,
     Limits,
@@ -39,7 +38,7 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
-from hmc.plan.states import KVLayout, StateGroup, StateInfo, state_groups
+from hmc.plan.states import KVLayout, StateGroup, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
@@ -55,7 +54,6 @@ __all__ = [
     "Frozen",
     "Goals",
     "KVLayout",
-    "Kernel",
     "LayerPlacement",
     "LedgerItem",
     "Limits",
@@ -66,7 +64,6 @@ __all__ = [
     "ShardInfo",
     "Slot",
     "StateGroup",
-    "StateInfo",
     "Step",
     "StoredPlane",
     "Switch",

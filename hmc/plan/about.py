@@ -10,7 +10,7 @@ from math import isfinite
 from hmc.codegen.spec import ARGS
 from hmc.errors import VerifyError
 from hmc.ops import OPS, SHARED_ATTRS, Op, Role
-from hmc.plan.model import Plan, Step
+from hmc.plan.model import Phase, Plan, Step
 
 _MOST = 1 << 31
 """Sizes are below it: positions and ids are i32."""
@@ -51,6 +51,11 @@ class About:
                 raise VerifyError(f"{name} is no {'output' if output else 'input'} of it")
             known[name] = _expected(role, step, None)
         return known[name]
+
+
+def named(error: VerifyError, phase: Phase, step: Step) -> VerifyError:
+    """What is wrong with a step, and which one that is."""
+    return VerifyError(f"phase {phase.name}, step {step.id} ({step.op}): {error}")
 
 
 def about_of(plan: Plan, step: Step, number: int) -> About:

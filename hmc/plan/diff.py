@@ -14,6 +14,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from pydantic_core import to_jsonable_python
+
 from hmc.plan.changes import (
     ABSENT,
     Change,
@@ -25,28 +27,12 @@ from hmc.plan.changes import (
     PlanDiff,
     Status,
 )
+from hmc.plan.memory import stored_expert_bytes
 from hmc.plan.model import ExpertWeights, Phase, Plan, Step, Weight
 from hmc.ranges import expert_ranges, ranges
 
-FACTS = (
-    "schema_version",
-    "hmc_version",
-    "model",
-    "checkpoint",
-    "machine",
-    "isa",
-    "threads",
-    "limits",
-    "goals",
-    "options",
-    "kv",
-    "switches",
-    "constants",
-)
-"""Fields of `Plan` that are compared value by value."""
-
 SECTIONS = ("placement", "ledger", "kernels", "phases", "weights", "experts", "decisions")
-"""Fields of `Plan` that are compared in a way of their own."""
+"""Fields of `Plan` that are compared in a way of their own; all others value by value."""
 
 _NUMBERING = {"id", "waits", "signal"}
 _TABLES = {"name", "steps", "buffers", "slots"}
@@ -85,7 +71,7 @@ def _sections(a: Plan, b: Plan) -> PlanDiff:
 
 
 def _facts(a: Plan, b: Plan) -> Iterator[Change]:
-    for field in FACTS:
+    for field in (name for name in Plan.model_fields if name not in SECTIONS):
         before, after = getattr(a, field), getattr(b, field)
         if before != after:
             yield from _changes(dict(_flat(field, before)), dict(_flat(field, after)))
@@ -109,8 +95,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Ch
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Leaves of a model by dotted path; lists of plain values are leaves."""
-    if hasattr(value, "model_dump"):
-        value = value.model_dump(mode="json")
+    value = to_jsonable_python(value)
     if isinstance(value, dict):
         if value.keys() >= {"value", "kind", "source"}:  # a machine's rate reads best as a whole
             extras = {**value, "value": f"{value['value']:g}"}.values()
@@ -118,17 +103,14 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             return
         for key, each in value.items():
             yield from _flat(f"{path}.{key}", each)
-    elif isinstance(value, (list, tuple)):
-        plain = [
-            each.model_dump(mode="json") if hasattr(each, "model_dump") else each for each in value
-        ]
-        if any(isinstance(each, dict) for each in plain):
-            for number, each in enumerate(plain):
+    elif isinstance(value, list):
+        if any(isinstance(each, dict) for each in value):
+            for number, each in enumerate(value):
                 yield from _flat(f"{path}[{number}]", each)
-        elif len(plain) > 2 and all(type(each) is int for each in plain) and plain == sorted(plain):
-            yield path, ranges(plain)
+        elif len(value) > 2 and all(type(each) is int for each in value) and value == sorted(value):
+            yield path, ranges(value)
         else:
-            yield path, plain
+            yield path, value
     else:
         yield path, value
 
@@ -155,7 +137,7 @@ def _text(value: Any) -> str:
 def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
     """Moves of consecutive layers with the same moves are one entry."""
     before, after = _tiers(a), _tiers(b)
-    sizes = _expert_bytes(a) | _expert_bytes(b)
+    sizes = stored_expert_bytes(a) | stored_expert_bytes(b)
     open_runs: dict[tuple[str, str, str], list[int]] = {}
     closed: list[tuple[tuple[str, str, str], list[int]]] = []
     for layer in sorted(before.keys() | after.keys()):
@@ -189,14 +171,6 @@ def _moves(before: Mapping[int, str], after: Mapping[int, str]) -> list[tuple[st
         if pair[0] != pair[1]:
             moved[pair].append(expert)
     return [(*pair, ranges(experts)) for pair, experts in moved.items()]
-
-
-def _expert_bytes(plan: Plan) -> dict[int, int]:
-    """Bytes of one expert by layer."""
-    sizes: Counter[int] = Counter()
-    for part in plan.experts:
-        sizes[part.layer] += part.bytes
-    return dict(sizes)
 
 
 def _ledger(a: Plan, b: Plan) -> Iterator[LedgerChange]:
@@ -238,12 +212,10 @@ def _named(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Name
         one, two = before.get(name), after.get(name)
         if one == two:
             continue
-        if one is None or two is None:
-            yield NamedChange(name, "added" if one is None else "removed")
-            continue
-        found = _changes(dict(_flat("", one)), dict(_flat("", two)))
+        both = one is not None and two is not None
+        found = _changes(dict(_flat("", one)), dict(_flat("", two))) if both else ()
         texts = [f"{each.what[1:]} {each.before} -> {each.after}" for each in found]
-        yield NamedChange(name, "changed", "; ".join(texts))
+        yield NamedChange(name, _status(one, two), "; ".join(texts))
 
 
 def _weights(plan: Plan) -> dict[str, Weight | ExpertWeights]:
@@ -261,7 +233,6 @@ def _phases(a: Plan, b: Plan) -> Iterator[PhaseChange]:
         one, two = before.get(name), after.get(name)
         if one == two:
             continue
-        status: Status = "added" if one is None else "removed" if two is None else "changed"
         facts = tuple(_phase_facts(one, two)) if one is not None and two is not None else ()
         steps = _keyed(one), _keyed(two)
         contents = _contents(one, steps[0]), _contents(two, steps[1])
@@ -276,7 +247,7 @@ def _phases(a: Plan, b: Plan) -> Iterator[PhaseChange]:
                 fields.update(field for field in old if old[field] != new[field])
         yield PhaseChange(
             name,
-            status,
+            _status(one, two),
             len(steps[0]),
             len(steps[1]),
             dict(added.most_common()),
@@ -343,11 +314,10 @@ def _decisions(a: Plan, b: Plan) -> Iterator[DecisionChange]:
         one, two = before.get(key), after.get(key)
         if one == two:
             continue
-        status: Status = "added" if one is None else "removed" if two is None else "changed"
         choices = [ABSENT if each is None else each[0] for each in (one, two)]
         latest = two or one
         assert latest is not None
-        yield DecisionChange(key[0], key[1], status, choices[0], choices[1], latest[1])
+        yield DecisionChange(key[0], key[1], _status(one, two), choices[0], choices[1], latest[1])
 
 
 def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:
@@ -364,3 +334,7 @@ def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:
 def _union(before: Iterable[Found], after: Iterable[Found]) -> list[Found]:
     """Keys of both, in order: those of the first, then the others."""
     return list(dict.fromkeys([*before, *after]))
+
+
+def _status(one: object, two: object) -> Status:
+    return "added" if one is None else "removed" if two is None else "changed"

@@ -7,6 +7,8 @@ made for so many.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import MAX_TOKENS, tile_fault
 from hmc.errors import UnsupportedError, VerifyError
@@ -45,9 +47,9 @@ class KernelChecker:
     def check(self, phase: Phase, step: Step, about: About) -> None:
         """Raise `VerifyError` where a step has other kernels than its row chooses."""
         if not about.native:
-            moved = "torch:copy" if about.row.where in ("h2d", "d2h") else f"torch:{step.op}"
-            if step.kernels != (moved,):
-                raise VerifyError(f"{_where(phase, step)}: PyTorch computes it by {moved} alone")
+            only = about.row.torch_kernel
+            if step.kernels != (only,):
+                raise VerifyError(f"PyTorch computes it by {only} alone")
             return
         if about.row.routed:
             forms = self._layers[step.layer]
@@ -69,24 +71,16 @@ class KernelChecker:
         try:
             chosen = about.row.kernels(step.attrs, stored, kernel_use(self._plan, phase))
         except UnsupportedError as error:
-            raise VerifyError(f"{_where(phase, step)}: {error}") from error
+            raise VerifyError(str(error)) from error
         if len(chosen) != len(step.kernels):
-            raise VerifyError(
-                f"{_where(phase, step)}: it has {len(step.kernels)} kernels, not {len(chosen)}"
-            )
+            raise VerifyError(f"it has {len(step.kernels)} kernels, not {len(chosen)}")
         for key, spec in zip(step.kernels, chosen, strict=True):
             found = self._plan.kernels.get(key)
             if found is None:
-                raise VerifyError(f"{_where(phase, step)}: kernel {key} is not in the plan")
-            if (found.op, found.isa, found.weight, found.out, found.params, found.expr) != (
-                *(spec.op, spec.isa, spec.weight, spec.out, spec.params, spec.expr),
-            ):
+                raise VerifyError(f"kernel {key} is not in the plan")
+            if replace(found, tile=()) != spec:
                 sizes = ", ".join(f"{name} {value}" for name, value in spec.params)
                 raise VerifyError(
-                    f"{_where(phase, step)}: kernel {key} is not {spec.op} of {spec.weight or '-'}"
+                    f"kernel {key} is not {spec.op} of {spec.weight or '-'}"
                     f" in {spec.out} for {spec.isa} with {sizes} {spec.expr}"
                 )
-
-
-def _where(phase: Phase, step: Step) -> str:
-    return f"phase {phase.name}, step {step.id} ({step.op})"

@@ -3,54 +3,8 @@
 A plan names every weight (shard, offset, format), every kernel (as a spec), every step of every
 phase with the buffers it reads and writes, where each expert lives, what memory is needed, and why
 each decision was taken. It holds no code and no weights. File format and canonical form live in
-`hmc.plan.file`; rules of meaning in `hmc.plan.verify`.
-
-Step ops (operands by role; f32 unless said; T tokens in the call; roles in brackets are optional):
-
-    embed        ids[i32] -> y                               table                    width
-    gather_rows  x, rows[i32] -> y                           -                        width
-    norm         x -> y                                      gamma                    width groups
-    eps
-    add          h, d0, [d1] -> y                            -                        width
-    add_norm     h, d0, [d1] -> h_out, y                     gamma                    width eps
-    linear       x[bf16] -> y                                weight, [bias]           k, n
-    gate_up      x[bf16] -> y[bf16]                          gate, up                 k, n, act
-    rotary       x -> x (in place), positions[i32]           [gamma], constant `rope` heads head_dim
-    start dim
-                                                                                      interleaved
-                                                                                      eps factor
-    attention    q, k, v, positions -> y[bf16]               -                        heads kv_heads
-    head_dim v_dim
-                                                                                      scale window
-    mla          q, latent, k_rope, positions -> y[bf16]     kv_b                     heads nope
-    rope v_dim rank scale
-    route        logits -> ids[i32], routing                 [bias]                   experts top_k
-    scoring normalise
-                                                                                      groups
-                                                                                      top_groups
-                                                                                      factor
-    experts      x[bf16], ids[i32], routing -> y             experts of the layer     experts top_k
-    k n act
-
-`ids`, `positions` and `rows` of the first ops are the phase's external inputs of the same name;
-`logits` is its external output, one row for every row asked for.
-
-Ops of schedules over several resources ("cpu", "gpu<n>", "h2d<n>", "d2h<n>", "link"):
-
-    copy         any -> the same roles on another device (h2d: host to GPU, d2h: back)
-    load         [order] -> -       the weights named, or experts `range` of the layer, into a slot;
-                 with `order` those of them alone that a token chose
-    sort         ids -> order[i32]  tokens in the order of their experts
-    experts      with attrs `range`, `count`: those experts alone, added to y by all but the first
-    kv_out       latent, k_rope or k, v -> -    the layer's new cache rows to the host
-    kv_in        the same -> -                  and from there to the GPU that decodes
-    all_gather   one input a rank -> one output a rank: the rows of all ranks (zig-zag: of 2R pieces
-                 rank r holds r and 2R - 1 - r)
-    split, join  rows of a batch -> those of each lane, and back
-    exchange     one partial sum of all rows a rank -> one output a rank: the sum of its own rows
-
-A step with attr `ranks` R works on 1/R of the call's tokens; one of a phase of L lanes on 1/L, but
-for those with attr `whole`.
+`hmc.plan.file`; rules of meaning in `hmc.plan.verify`. Ops of steps are the rows of hmc/ops, which
+docs/ops.md lists.
 """
 
 from __future__ import annotations
@@ -59,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hmc.codegen.spec import KernelSpec
 from hmc.machine import Machine
 from hmc.plan.base import Count, DType, Frozen
 from hmc.plan.options import Options
@@ -70,8 +25,12 @@ EXTERNAL = -1
 
 
 class ModelInfo(Frozen):
-    """What the model is; `parameters` and `active_parameters` count weights, the latter those one
-    token reads.
+    """The shape of a model in a few numbers.
+
+    `experts` and `top_k` are those of its routed layers (0 without any), `context` the tokens its
+    positions are made for. `parameters` counts stored weights once, tied ones too;
+    `active_parameters` those one token is multiplied with: `top_k` experts a layer, and one row of
+    the embedding table.
     """
 
     family: str
@@ -180,18 +139,6 @@ class LayerPlacement(Frozen):
 
     layer: Count
     tiers: dict[str, str]
-
-
-class Kernel(Frozen):
-    """A `KernelSpec`, spelled out (codegen.spec.KernelSpec has the meaning of each field)."""
-
-    op: str
-    isa: str
-    weight: str
-    out: str
-    params: tuple[tuple[str, int], ...]
-    tile: tuple[tuple[str, int], ...]
-    expr: str = ""
 
 
 class Buffer(Frozen):
@@ -352,7 +299,7 @@ class Plan(Frozen):
     constants: dict[str, tuple[float, ...]]
     placement: tuple[LayerPlacement, ...]
     kv: KVLayout
-    kernels: dict[str, Kernel]
+    kernels: dict[str, KernelSpec]
     phases: tuple[Phase, ...]
     ledger: tuple[LedgerItem, ...]
     decisions: tuple[Decision, ...]

@@ -31,8 +31,9 @@ _ALL, _WANTED = ("all", 0), ("wanted", 0)
 class Walk:
     """The steps of a phase in order: buffers written so far, for which rows."""
 
-    def __init__(self, phase: Phase, buffers: Mapping[str, Buffer]) -> None:
-        self._phase, self._buffers = phase, buffers
+    def __init__(self, plan: Plan, phase: Phase) -> None:
+        """`VerifyError` where a buffer of the phase does not lie inside its arena."""
+        self._phase, self._buffers = phase, _buffers_of(plan, phase)
         self._written: dict[str, Share] = {}
         self._whole: set[str] = set()
         self._picked = False
@@ -197,7 +198,7 @@ class Walk:
                         raise VerifyError(f"{name} holds rows of {wrote}")
 
 
-def buffers_of(plan: Plan, phase: Phase) -> dict[str, Buffer]:
+def _buffers_of(plan: Plan, phase: Phase) -> dict[str, Buffer]:
     """The buffers of a phase by name, each known to lie inside its arena."""
     buffers = {buffer.name: buffer for buffer in phase.buffers}
     if len(buffers) != len(phase.buffers):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from hmc.errors import VerifyError
+from hmc.plan.about import named
 from hmc.plan.base import DTYPE_BYTES
 from hmc.plan.model import EXTERNAL, Buffer, Phase, Slot, Step
 
@@ -24,89 +25,90 @@ _Last = dict[int, int]
 
 
 def check_order(phase: Phase) -> None:
-    """Raise `VerifyError` where a step of a phase is not ordered after what it needs.
+    """Raise `VerifyError` where a step of a phase is not ordered after what it needs."""
+    order = _Order(phase)
+    try:
+        for position, step in enumerate(phase.steps):
+            order.check(step, position)
+    except VerifyError as error:
+        raise named(error, phase, step) from error
 
-    `live` maps every buffer that holds a value to its writes and to all its uses, of each resource
+
+class _Order:
+    """The steps of a phase in order: what is known to be done where each begins.
+
+    `_live` maps every buffer that holds a value to its writes and to all its uses, of each resource
     the last position; whoever takes over its bytes must come after them all, and ends its life.
     """
-    numbers = {
-        name: number for number, name in enumerate({step.resource: 0 for step in phase.steps})
-    }
-    clocks: list[_Clock] = []
-    last_on = [-1] * len(numbers)
-    signalled: dict[int, tuple[int, int]] = {}
-    live: dict[str, tuple[_Last, _Last]] = {}
-    slots = _Slots(phase)
-    bytes_of: dict[str, _Bytes] = defaultdict(_Bytes)
-    buffers = {buffer.name: buffer for buffer in phase.buffers}
-    for position, step in enumerate(phase.steps):
-        me = numbers[step.resource]
-        previous = last_on[me]
-        clock = clocks[previous].copy() if previous >= 0 else [-1] * len(numbers)
-        clock[me] = previous
-        for event in step.waits:
-            if event not in signalled:
-                raise VerifyError(
-                    f"{_where(phase, step)}: waits for event {event}, which no earlier step signals"
-                )
-            resource, earlier = signalled[event]
-            clock = list(map(max, clock, clocks[earlier]))
-            clock[resource] = max(clock[resource], earlier)
-        clocks.append(clock)
-        last_on[me] = position
+
+    def __init__(self, phase: Phase) -> None:
+        resources = dict.fromkeys(step.resource for step in phase.steps)
+        self._numbers = {name: number for number, name in enumerate(resources)}
+        self._clocks: list[_Clock] = []
+        self._last_on = [-1] * len(resources)
+        self._signalled: dict[int, tuple[int, int]] = {}
+        self._live: dict[str, tuple[_Last, _Last]] = {}
+        self._slots = _Slots(phase)
+        self._bytes_of: dict[str, _Bytes] = defaultdict(_Bytes)
+        self._buffers = {buffer.name: buffer for buffer in phase.buffers}
+
+    def check(self, step: Step, position: int) -> None:
+        """The next step."""
+        me, live = self._numbers[step.resource], self._live
+        clock = self._clock(step, me)
+        self._clocks.append(clock)
+        self._last_on[me] = position
         if step.signal != -1:
-            if step.signal < 0 or step.signal in signalled:
-                raise VerifyError(f"{_where(phase, step)}: event {step.signal} is signalled twice")
-            signalled[step.signal] = me, position
+            if step.signal < 0 or step.signal in self._signalled:
+                raise VerifyError(f"event {step.signal} is signalled twice")
+            self._signalled[step.signal] = me, position
         for operand in step.inputs.values():
             name = operand.buffer
             if name not in live:
-                if buffers[name].offset != EXTERNAL:
-                    raise VerifyError(
-                        f"{_where(phase, step)}: reads buffer {name} before anything wrote it"
-                    )
+                if self._buffers[name].offset != EXTERNAL:
+                    raise VerifyError(f"reads buffer {name} before anything wrote it")
                 live[name] = ({}, {})
             if not _done(live[name][0], clock):
-                raise VerifyError(
-                    f"{_where(phase, step)}: reads buffer {name} without waiting for its write"
-                )
+                raise VerifyError(f"reads buffer {name} without waiting for its write")
         for operand in step.outputs.values():
             name = operand.buffer
-            if name in live:
-                if not _done(live[name][1], clock):
-                    raise VerifyError(
-                        f"{_where(phase, step)}: overwrites buffer {name} while it is in use"
-                    )
-            else:
-                buffer = buffers[name]
-                if buffer.offset != EXTERNAL:
-                    for other in bytes_of[buffer.device].take(buffer):
-                        if not _done(live[other][1], clock) or _reads(step, other):
-                            raise VerifyError(
-                                f"{_where(phase, step)}: {name} reuses bytes of {other} while it is"
-                                " in use"
-                            )
-                        del live[other]
-                    slots.cover(buffer, clock, step)
-                live[name] = ({}, {})
+            if name not in live:
+                self._begin(self._buffers[name], step, clock)
+            elif not _done(live[name][1], clock):
+                raise VerifyError(f"overwrites buffer {name} while it is in use")
             live[name][0][me] = live[name][1][me] = position
         for operand in step.inputs.values():
             if operand.buffer in live:
                 live[operand.buffer][1][me] = position
         if step.uses:
-            slots.use(step, me, position, clock)
-        if step.fills:
-            for device in slots.fill(step, me, position, clock):
-                for name in bytes_of[device].drop():
-                    if not _done(live[name][1], clock):
-                        raise VerifyError(
-                            f"{_where(phase, step)}: fills bytes of {name} while it is in use"
-                        )
-                    del live[name]
+            self._slots.use(step, me, position, clock)
+        for device in self._slots.fill(step, me, position, clock) if step.fills else ():
+            for name in self._bytes_of[device].drop():
+                if not _done(live.pop(name)[1], clock):
+                    raise VerifyError(f"fills bytes of {name} while it is in use")
 
+    def _clock(self, step: Step, me: int) -> _Clock:
+        """What is done when a step begins: before it on its resource, and before its events."""
+        previous = self._last_on[me]
+        clock = self._clocks[previous].copy() if previous >= 0 else [-1] * len(self._numbers)
+        clock[me] = previous
+        for event in step.waits:
+            if event not in self._signalled:
+                raise VerifyError(f"waits for event {event}, which no earlier step signals")
+            resource, earlier = self._signalled[event]
+            clock = list(map(max, clock, self._clocks[earlier]))
+            clock[resource] = max(clock[resource], earlier)
+        return clock
 
-def _where(phase: Phase, step: Step) -> str:
-    return f"phase {phase.name}, step {step.id} ({step.op})"
+    def _begin(self, buffer: Buffer, step: Step, clock: _Clock) -> None:
+        """A buffer begins to live, and ends the life of those whose bytes it takes."""
+        if buffer.offset != EXTERNAL:
+            for other in self._bytes_of[buffer.device].take(buffer):
+                if not _done(self._live[other][1], clock) or _reads(step, other):
+                    raise VerifyError(f"{buffer.name} reuses bytes of {other} while it is in use")
+                del self._live[other]
+            self._slots.cover(buffer, clock)
+        self._live[buffer.name] = ({}, {})
 
 
 def _done(earlier: _Last, clock: _Clock) -> bool:
@@ -150,7 +152,6 @@ class _Slots:
     """What the slots of a phase hold while its steps are walked, and who loaded and uses it."""
 
     def __init__(self, phase: Phase) -> None:
-        self._phase = phase
         self._known = {slot.name: slot for slot in phase.slots}
         self._sharing = slots_sharing(phase.slots)
         self._over = {
@@ -166,45 +167,35 @@ class _Slots:
         """Check what a step reads from slots."""
         held: frozenset[str] = frozenset()
         for name in step.uses:
-            self._check(name, step)
             if name not in self._load:
-                raise VerifyError(
-                    f"{_where(self._phase, step)}: uses slot {name} before anything filled it"
-                )
+                raise VerifyError(f"uses slot {name} before anything filled it")
             if not _done(self._load[name], clock):
-                raise VerifyError(
-                    f"{_where(self._phase, step)}: uses slot {name} without waiting for its load"
-                )
+                raise VerifyError(f"uses slot {name} without waiting for its load")
             held |= self._content[name]
             self._touched[name][me] = position
         if missing := _content(step) - held:
-            raise VerifyError(f"{_where(self._phase, step)}: its slots do not hold {min(missing)}")
+            raise VerifyError(f"its slots do not hold {min(missing)}")
 
     def fill(self, step: Step, me: int, position: int, clock: _Clock) -> set[str]:
         """Check what a step loads; the devices whose activations it overwrites."""
         for name in step.fills:
-            self._check(name, step)
             for other in self._sharing[name]:
-                self._end(other, clock, step)
+                self._end(other, clock)
             self._content[name] = _content(step)
             self._load[name], self._touched[name] = {me: position}, {me: position}
         return {self._known[name].device for name in step.fills if name in self._over}
 
-    def cover(self, buffer: Buffer, clock: _Clock, step: Step) -> None:
+    def cover(self, buffer: Buffer, clock: _Clock) -> None:
         """Check a buffer that begins to live: it may lie over slots that reach into the arena."""
         for name in self._over:
             if self._known[name].device == buffer.device:
-                self._end(name, clock, step)
+                self._end(name, clock)
 
-    def _end(self, name: str, clock: _Clock, step: Step) -> None:
+    def _end(self, name: str, clock: _Clock) -> None:
         if not _done(self._touched.get(name, {}), clock):
-            raise VerifyError(f"{_where(self._phase, step)}: fills slot {name} while it is in use")
+            raise VerifyError(f"fills slot {name} while it is in use")
         for table in (self._content, self._load, self._touched):
             table.pop(name, None)
-
-    def _check(self, name: str, step: Step) -> None:
-        if name not in self._known:
-            raise VerifyError(f"{_where(self._phase, step)}: slot {name} is not declared")
 
 
 def slots_sharing(slots: Iterable[Slot]) -> dict[str, list[str]]:

@@ -10,7 +10,8 @@ phases      names, sizes of calls, and switch-over points agree with each other 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from math import isfinite
 
@@ -53,56 +54,61 @@ class Placement:
                     f"placement of layer {layer}: not every expert is in exactly one tier"
                 )
 
-    def check(self, phase: Phase, steps: Iterable[tuple[Step, About]]) -> None:
-        """Raise `VerifyError` on the first rule that a phase's steps break together."""
-        computed: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        resident: dict[tuple[int, int, str], list[tuple[int, int]]] = {}
-        attended: dict[tuple[int, str], int] = {}
-        kept: list[tuple[int, tuple[State, ...]]] = []
-        slots = {(slot.name, slot.device): slot.bytes for slot in phase.slots}
+    def begin(self, phase: Phase) -> None:
+        """A phase begins; `VerifyError` where two of its slots share a name."""
+        self._phase = phase
+        self._computed: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._resident: dict[tuple[int, int, str], list[tuple[int, int]]] = {}
+        self._attended: Counter[tuple[int, str]] = Counter()
+        self._kept: list[tuple[int, tuple[State, ...]]] = []
+        self._slots = {(slot.name, slot.device): slot.bytes for slot in phase.slots}
         if len({slot.name for slot in phase.slots}) != len(phase.slots):
             raise VerifyError(f"phase {phase.name}: two slots share a name")
-        resources: set[str] = set()
-        for step, about in steps:
-            row = about.row
-            resources.add(step.resource)
-            _check_home(phase, step, about)
-            if row.routed or (row.loads and "range" in step.attrs):
-                some = self._some(phase, step)
-                if row.routed:
-                    computed.setdefault((step.layer, step.lane), []).extend(some)
-                    if not step.uses:
-                        tier = "host" if step.resource == "cpu" else step.resource
-                        key = step.layer, step.lane, tier
-                        resident.setdefault(key, []).extend(some)
-            elif row.attends:
-                rows = phase.lanes if "whole" in step.attrs else 1
-                attended[step.layer, step.op] = attended.get((step.layer, step.op), 0) + rows
-                kept.append((step.layer, row.states(step.attrs)))
-            if step.fills or step.uses or row.loads:
-                self._check_slots(phase, step, about, slots)
+
+    def step(self, step: Step, about: About) -> None:
+        """Where a step runs, and which experts, states and slots it has."""
+        row = about.row
+        _check_home(step, about)
+        if row.routed or (row.loads and "range" in step.attrs):
+            some = self._some(step)
+            if row.routed:
+                self._computed.setdefault((step.layer, step.lane), []).extend(some)
+                if not step.uses:
+                    tier = "host" if step.resource == "cpu" else step.resource
+                    self._resident.setdefault((step.layer, step.lane, tier), []).extend(some)
+        elif row.attends:
+            rows = self._phase.lanes if "whole" in step.attrs else 1
+            self._attended[step.layer, step.op] += rows
+            self._kept.append((step.layer, row.states(step.attrs)))
+        if step.fills or step.uses or row.loads:
+            self._check_slots(step, about)
+
+    def finish(self) -> None:
+        """Raise `VerifyError` on the first rule that a phase's steps break together."""
+        phase = self._phase
+        resources = {step.resource for step in phase.steps}
         for resource in resources - {"cpu"}:
             kinds = ("gpu", "h2d", "d2h") if phase.ranks == 1 else ("gpu", "h2d", "d2h", "link")
             _check_resource(self._plan, resource, kinds, f"phase {phase.name}")
-        for (layer, _), parts in computed.items():
+        for (layer, _), parts in self._computed.items():
             if _joined(parts) != _all(self._counts[layer]):
                 raise VerifyError(
                     f"phase {phase.name}: not every expert of layer {layer} is computed once"
                 )
-        for (layer, _, tier), parts in resident.items():
+        for (layer, _, tier), parts in self._resident.items():
             if _joined(parts) != _joined(self._tiers.get((layer, tier), ())):
                 raise VerifyError(
                     f"phase {phase.name}: {tier} computes other experts of layer {layer} than are"
                     " placed there"
                 )
-        if state_groups(kept) != self._plan.kv.groups or (
-            set(attended.values()) - {phase.ranks * phase.lanes}
+        if state_groups(self._kept) != self._plan.kv.groups or (
+            set(self._attended.values()) - {phase.ranks * phase.lanes}
         ):
             raise VerifyError(
                 f"phase {phase.name}: its steps keep other states than the cache's layout says"
             )
 
-    def _some(self, phase: Phase, step: Step) -> _Intervals:
+    def _some(self, step: Step) -> _Intervals:
         """The experts a step has: all of its layer, or those of its range, which it counts."""
         whole = tuple(_all(self._counts.get(step.layer, 0)))
         if "range" not in step.attrs and "count" not in step.attrs:
@@ -110,25 +116,17 @@ class Placement:
         some = _parsed(str(step.attrs.get("range", "")))
         count = sum(last - first + 1 for first, last in some)
         if count != step.attrs.get("count") or not count or some[-1][1] > whole[-1][1]:
-            raise VerifyError(
-                f"phase {phase.name}, step {step.id} ({step.op}): its range and count are not of"
-                f" experts of layer {step.layer}"
-            )
+            raise VerifyError(f"its range and count are not of experts of layer {step.layer}")
         return some
 
-    def _check_slots(
-        self, phase: Phase, step: Step, about: About, slots: Mapping[tuple[str, str], int]
-    ) -> None:
+    def _check_slots(self, step: Step, about: About) -> None:
         """Loads fill slots of their device, large enough; others use those of theirs."""
-        where = f"phase {phase.name}, step {step.id} ({step.op})"
         device = device_of(step.resource)
         if bool(step.fills) != about.row.loads or (step.uses and not step.resource == device):
-            raise VerifyError(
-                f"{where}: loads on the way to a GPU fill slots, steps there use them"
-            )
+            raise VerifyError("loads on the way to a GPU fill slots, steps there use them")
         for name in (*step.fills, *step.uses):
-            if (name, device) not in slots:
-                raise VerifyError(f"{where}: slot {name} is not declared on {device}")
+            if (name, device) not in self._slots:
+                raise VerifyError(f"slot {name} is not declared on {device}")
         if not step.fills:
             return
         if restores(step):
@@ -138,19 +136,19 @@ class Placement:
             size = self._expert_bytes[step.layer] * int(step.attrs["count"])
         else:
             size = packed_bytes(self._known[name] for name in step.weights.values())
-        if len(step.fills) != 1 or size > slots[step.fills[0], device]:
-            raise VerifyError(f"{where}: its slots are too small")
+        if len(step.fills) != 1 or size > self._slots[step.fills[0], device]:
+            raise VerifyError("its slots are too small")
 
 
-def check_constants(plan: Plan, phase: Phase, step: Step, about: About) -> None:
+def check_constants(plan: Plan, step: Step, about: About) -> None:
     """Raise `VerifyError` where a rotary constant is not half as long as the columns it turns."""
     if "rope" not in about.row.attrs or about.row.attrs["rope"] is not str:
         return
     found = plan.constants.get(str(step.attrs["rope"]))
     if found is None or 2 * len(found) != step.attrs["dim"] or not all(map(isfinite, found)):
         raise VerifyError(
-            f"phase {phase.name}, step {step.id} ({step.op}): rotary constant"
-            f" {step.attrs['rope']} is not in the plan with {step.attrs['dim']} / 2 numbers"
+            f"rotary constant {step.attrs['rope']} is not in the plan with {step.attrs['dim']} / 2"
+            " numbers"
         )
 
 
@@ -200,15 +198,13 @@ def check_limits(plan: Plan) -> None:
             )
 
 
-def _check_home(phase: Phase, step: Step, about: About) -> None:
+def _check_home(step: Step, about: About) -> None:
     """A step runs where its op may."""
     where, resource = about.row.where, step.resource
     kind = "host" if resource == "cpu" else resource.rstrip("0123456789")
     allowed = ("host", "gpu") if where == "any" else where.split()
     if kind not in allowed:
-        raise VerifyError(
-            f"phase {phase.name}, step {step.id} ({step.op}): it cannot run on {resource}"
-        )
+        raise VerifyError(f"it cannot run on {resource}")
 
 
 def _check_resource(plan: Plan, name: str, kinds: tuple[str, ...], where: str) -> None:

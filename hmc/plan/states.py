@@ -6,36 +6,20 @@ Hides pages, slots and how states of several ops of a layer come together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from hmc.errors import VerifyError
 from hmc.ops import State
-from hmc.plan.base import DTYPE_BYTES, Count, Frozen
-
-
-class StateInfo(Frozen):
-    """What each layer of a group keeps between calls: the `State` of its op's row (hmc/ops)."""
-
-    name: str
-    width: Count
-    per: Literal["token", "sequence"] = "token"
-    dtype: Literal["f32", "bf16"] = "bf16"
-    window: Count = 0
-
-    @property
-    def bytes(self) -> int:
-        """Bytes a layer keeps of a token or of a sequence."""
-        return self.width * DTYPE_BYTES[self.dtype]
+from hmc.plan.base import Count, Frozen
 
 
 class StateGroup(Frozen):
     """Layers that keep the same states; no layer is in two groups, no name twice in one."""
 
     layers: tuple[int, ...]
-    states: tuple[StateInfo, ...]
+    states: tuple[State, ...]
 
     def bytes_per(self, per: Literal["token", "sequence"]) -> int:
         """Bytes of one token or sequence in all layers of the group."""
@@ -61,18 +45,18 @@ class KVLayout(Frozen):
         """The layers that keep something, ascending."""
         return tuple(sorted(layer for group in self.groups for layer in group.layers))
 
-    def states(self, layer: int) -> tuple[StateInfo, ...]:
+    def states(self, layer: int) -> tuple[State, ...]:
         """The states of a layer; none where it is in no group."""
         return next((group.states for group in self.groups if layer in group.layers), ())
 
-    def state(self, layer: int, name: str) -> StateInfo:
+    def state(self, layer: int, name: str) -> State:
         """A layer's state of a name; `KeyError` when it has none."""
         for state in self.states(layer):
             if state.name == name:
                 return state
         raise KeyError(f"layer {layer} keeps no state {name}")
 
-    def each(self) -> Iterator[tuple[int, StateInfo]]:
+    def each(self) -> Iterator[tuple[int, State]]:
         """All states with their layers, in the order in which they lie in memory."""
         for group in self.groups:
             for layer in group.layers:
@@ -93,7 +77,7 @@ class KVLayout(Frozen):
         """Slots there are: those of sequences, then those of snapshots."""
         return self.sequences + self.snapshots
 
-    def rows(self, state: StateInfo) -> int:
+    def rows(self, state: State) -> int:
         """How many tokens or slots a state's tensor has room for."""
         return self.slots if state.per == "sequence" else self.blocks * self.block
 
@@ -114,13 +98,12 @@ def state_groups(kept: Iterable[tuple[int, Iterable[State]]]) -> tuple[StateGrou
     A state may come again as it is (an op runs on several devices); `VerifyError` where two of one
     layer share a name and differ.
     """
-    layers: dict[int, dict[str, StateInfo]] = {}
+    layers: dict[int, dict[str, State]] = {}
     for layer, states in kept:
         for state in states:
-            found = StateInfo(**asdict(state))
-            if layers.setdefault(layer, {}).setdefault(state.name, found) != found:
+            if layers.setdefault(layer, {}).setdefault(state.name, state) != state:
                 raise VerifyError(f"layer {layer} keeps two states named {state.name}")
-    groups: dict[tuple[StateInfo, ...], list[int]] = {}
+    groups: dict[tuple[State, ...], list[int]] = {}
     for layer, named in sorted(layers.items()):
         groups.setdefault(tuple(named.values()), []).append(layer)
     return tuple(StateGroup(layers=tuple(of), states=states) for states, of in groups.items())

@@ -1,17 +1,16 @@
-"""Checks each step of a phase against the row of its op (hmc/ops): attributes (about.py), operands
-(operands.py), and weights, which are those of the row's roles, of their shape; routed experts are
-those of the step's layer.
+"""Checks each step of a phase against the row of its op (hmc/ops): attributes (about.py) and
+weights, which are those of the row's roles, of their shape; routed experts are those of the step's
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from hmc.errors import VerifyError
 from hmc.ops import SHARED_ATTRS
 from hmc.plan.about import About, about_of
-from hmc.plan.model import ExpertWeights, Phase, Plan, Step, Weight
-from hmc.plan.operands import Walk, buffers_of
+from hmc.plan.model import ExpertWeights, Plan, Step, Weight
 from hmc.plan.stored import is_plain
 
 _SCHEDULED = {*SHARED_ATTRS, "range", "count"}
@@ -19,7 +18,7 @@ _SCHEDULED = {*SHARED_ATTRS, "range", "count"}
 
 
 class StepChecker:
-    """Checks steps of one plan's phases, one after the other."""
+    """Checks steps of one plan."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -30,32 +29,14 @@ class StepChecker:
         for each in plan.experts:
             self._experts.setdefault(each.layer, {})[each.role] = each
 
-    def check(self, phase: Phase) -> Iterator[tuple[Step, About]]:
-        """Every step, once it is known to be what its row says; `VerifyError` names the first that
-        is not."""
-        buffers = buffers_of(self._plan, phase)
-        walk = Walk(phase, buffers)
-        for position, step in enumerate(phase.steps):
-            try:
-                if step.id != position:
-                    raise VerifyError(f"is number {position}")
-                about = self._about(step)
-                walk.check(step, about)
-                self._check_weights(step, about)
-            except VerifyError as error:
-                raise VerifyError(
-                    f"phase {phase.name}, step {step.id} ({step.op}): {error}"
-                ) from error
-            yield step, about
-        walk.finish()
-
     def weights_of(self, step: Step, about: About) -> Mapping[str, Weight | ExpertWeights]:
         """What a step's weight roles stand for."""
         if about.row.routed:
             return self._experts[step.layer]
         return {role: self._weights[name] for role, name in step.weights.items()}
 
-    def _about(self, step: Step) -> About:
+    def about(self, step: Step) -> About:
+        """What the row says of a step, whose attributes are known to be the row's."""
         attrs = step.attrs
         key = (
             *(step.op, step.resource == "cpu", step.kernels, *attrs),
@@ -68,7 +49,8 @@ class StepChecker:
             found.model = self._models.setdefault(own, len(self._models))
         return found
 
-    def _check_weights(self, step: Step, about: About) -> None:
+    def check_weights(self, step: Step, about: About) -> None:
+        """`VerifyError` where a step's weights are not those of its row, of their shape."""
         row = about.row
         if row.loads:
             ranged = "range" in step.attrs

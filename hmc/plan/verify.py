@@ -15,13 +15,11 @@ Rules follow from the rows of hmc/ops, each where its matter is:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from hmc.errors import VerifyError
-from hmc.plan.about import About
+from hmc.plan.about import named
 from hmc.plan.kernels import KernelChecker
-from hmc.plan.model import EXTERNAL, SCHEMA_VERSION, Phase, Plan, Step
-from hmc.plan.operands import LOGITS
+from hmc.plan.model import EXTERNAL, SCHEMA_VERSION, Plan
+from hmc.plan.operands import LOGITS, Walk
 from hmc.plan.order import check_order, slots_sharing
 from hmc.plan.placement import Placement, check_constants, check_limits
 from hmc.plan.steps import StepChecker
@@ -46,18 +44,25 @@ def verify_plan(plan: Plan) -> None:
     steps = StepChecker(plan)
     kernels = KernelChecker(plan, steps)
     placement = Placement(plan)
-
     values = Values()
-
-    def checked(phase: Phase) -> Iterator[tuple[Step, About]]:
-        values.begin()
-        for step, about in steps.check(phase):
-            kernels.check(phase, step, about)
-            check_constants(plan, phase, step, about)
-            values.step(step, about)
-            yield step, about
-        values.finish(phase, LOGITS)
-
     for phase in plan.phases:
-        placement.check(phase, checked(phase))
+        walk = Walk(plan, phase)
+        placement.begin(phase)
+        values.begin()
+        try:
+            for position, step in enumerate(phase.steps):
+                if step.id != position:
+                    raise VerifyError(f"is number {position}")
+                about = steps.about(step)
+                walk.check(step, about)
+                steps.check_weights(step, about)
+                kernels.check(phase, step, about)
+                check_constants(plan, step, about)
+                values.step(step, about)
+                placement.step(step, about)
+        except VerifyError as error:
+            raise named(error, phase, step) from error
+        walk.finish()
+        values.finish(phase, LOGITS)
+        placement.finish()
         check_order(phase)

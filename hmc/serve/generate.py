@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -22,6 +23,8 @@ from hmc.serve.prepare import Prepared
 from hmc.serve.service import Service
 from hmc.serve.sse import EventStream, watched
 from hmc.serve.tools import Call, CallFinder
+
+AnyBody = CompletionBody | ChatBody
 
 
 @dataclass
@@ -102,6 +105,11 @@ class Generation:
         return self.prepared.choices_per_prompt
 
 
+Said = Callable[[int, bool, str, Sequence[Call], Sequence[TokenLogprob]], dict[str, Any]]
+"""What an answer says of a choice, by its number: whether nothing was said of it before, the text,
+calls and log-probabilities that have come since the last."""
+
+
 class Generations:
     """The two routes."""
 
@@ -113,29 +121,12 @@ class Generations:
         """POST /v1/completions."""
         prepared = await asyncio.to_thread(prepare.completions, self._service, body)
         generation = self._generation(prepared)
-        head = Head("cmpl", "text_completion", self._service.settings.name)
         for index, choice in enumerate(generation.choices):
             if body.echo:
                 choice.text = self._echoed(body, prepared, index)
-        generation.submit()
-        if body.stream:
-            return self._stream(generation, _completion_chunks(generation, head, body))
-        await _all(request, generation)
-        parts = []
-        for index, choice in enumerate(generation.choices):
-            entries = _echo_entries(choice, prepared, index, body.echo) + choice.logprobs
-            part: dict[str, Any] = {
-                "index": index,
-                "text": choice.text,
-                "logprobs": None,
-                "finish_reason": choice.reason,
-            }
-            if body.logprobs is not None:
-                part["logprobs"], _ = generation.names.completion(entries, 0)
-            if body.return_token_ids:
-                part["token_ids"] = choice.tokens
-            parts.append(part)
-        return JSONResponse(head.part(parts, usage=generation.usage()))
+        head = Head("cmpl", "text_completion", self._service.settings.name)
+        said = partial(_completion, generation, body)
+        return await self._answer(request, body, generation, head, said)
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """POST /v1/chat/completions."""
@@ -143,27 +134,8 @@ class Generations:
         generation = self._generation(prepared)
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = Head("chatcmpl", kind, self._service.settings.name)
-        generation.submit()
-        if body.stream:
-            return self._stream(generation, _chat_chunks(generation, head, body))
-        await _all(request, generation)
-        parts = []
-        for index, choice in enumerate(generation.choices):
-            calls = tool_calls(choice.calls, indexed=False)
-            content = choice.text.strip() if calls else choice.text
-            message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-            if calls:
-                message |= {"content": content or None, "tool_calls": calls}
-            part = {
-                "index": index,
-                "message": message,
-                "logprobs": generation.names.chat(choice.logprobs) if body.logprobs else None,
-                "finish_reason": choice.reason,
-            }
-            if body.return_token_ids:
-                part["token_ids"] = choice.tokens
-            parts.append(part)
-        return JSONResponse(head.part(parts, usage=generation.usage()))
+        said = partial(_chat, generation, body)
+        return await self._answer(request, body, generation, head, said)
 
     def _generation(self, prepared: Prepared) -> Generation:
         if self._hub is None:  # the loop runs now
@@ -171,14 +143,32 @@ class Generations:
         names = Names(self._service.vocabulary)
         return Generation(self._service, self._hub, self._metrics, prepared, names)
 
-    def _stream(
-        self, generation: Generation, chunks: AsyncGenerator[dict[str, Any] | str, None]
+    async def _answer(
+        self, request: Request, body: AnyBody, generation: Generation, head: Head, said: Said
     ) -> Response:
-        return EventStream(
-            chunks,
-            keep_alive=self._service.settings.keep_alive_seconds,
-            gone=generation.replies.cancel,
-        )
+        """A stream of chunks, or the whole once every choice has ended; a client that hangs up
+        cancels them.
+        """
+        generation.submit()
+        cancel = generation.replies.cancel
+        if body.stream:
+            chunks = _chunks(generation, head, body, said)
+            keep_alive = self._service.settings.keep_alive_seconds
+            return EventStream(chunks, keep_alive=keep_alive, gone=cancel)
+        async with watched(request.receive, cancel):
+            async for _ in generation.updates():
+                pass
+        parts = [
+            _part(
+                body,
+                index,
+                choice,
+                said(index, True, choice.text, choice.calls, choice.logprobs),
+                choice.tokens,
+            )
+            for index, choice in enumerate(generation.choices)
+        ]
+        return JSONResponse(head.part(parts, usage=generation.usage()))
 
     def _echoed(self, body: CompletionBody, prepared: Prepared, index: int) -> str:
         engine, _ = self._service.ready()
@@ -190,66 +180,18 @@ class Generations:
         return engine.text.decode(prepared.requests[index].ids.tolist()) if engine.text else ""
 
 
-async def _all(request: Request, generation: Generation) -> None:
-    """Wait for every choice; a client that hangs up cancels them."""
-    async with watched(request.receive, generation.replies.cancel):
-        async for _ in generation.updates():
-            pass
-
-
-async def _completion_chunks(
-    generation: Generation, head: Head, body: CompletionBody
+async def _chunks(
+    generation: Generation, head: Head, body: AnyBody, said: Said
 ) -> AsyncGenerator[dict[str, Any] | str, None]:
     updates = generation.updates()
-    try:
-        async for index, update, text, _ in updates:
-            choice = generation.choices[index]
-            entries: list[TokenLogprob | int] = list(update.logprobs)
-            if not choice.begun:
-                choice.begun = True
-                if body.echo:
-                    text = choice.text
-                    entries = [*_echo_entries(choice, generation.prepared, index, True), *entries]
-            elif not text and choice.reason is None and not _wants_all(body):
-                continue
-            part = {"index": index, "text": text, "logprobs": None, "finish_reason": choice.reason}
-            if body.logprobs is not None:
-                found, choice.offset = generation.names.completion(entries, choice.offset)
-                part["logprobs"] = found
-            if body.return_token_ids:
-                part["token_ids"] = list(update.token_ids)
-            yield head.part([part])
-    except HmcError as error:
-        yield of_error(error).body()
-        return
-    finally:
-        await updates.aclose()
-    if body.stream_options is not None and body.stream_options.include_usage:
-        yield head.part([], usage=generation.usage())
-    yield "[DONE]"
-
-
-async def _chat_chunks(
-    generation: Generation, head: Head, body: ChatBody
-) -> AsyncGenerator[dict[str, Any] | str, None]:
-    updates = generation.updates()
+    wants_all = body.return_token_ids or body.logprobs not in (None, False)
     try:
         async for index, update, text, calls in updates:
             choice = generation.choices[index]
-            delta: dict[str, Any] = {"content": text} if text else {}
-            if not choice.begun:
-                choice.begun = True
-                delta = {"role": "assistant", "content": text}
-            if calls:
-                first = len(choice.calls) - len(calls)
-                delta["tool_calls"] = tool_calls(calls, first, indexed=True)
-            if not delta and choice.reason is None and not _wants_all(body):
-                continue
-            part = {"index": index, "delta": delta, "finish_reason": choice.reason}
-            part["logprobs"] = generation.names.chat(update.logprobs) if body.logprobs else None
-            if body.return_token_ids:
-                part["token_ids"] = list(update.token_ids)
-            yield head.part([part])
+            first, choice.begun = not choice.begun, True
+            if first or text or calls or choice.reason is not None or wants_all:
+                found = said(index, first, text, calls, update.logprobs)
+                yield head.part([_part(body, index, choice, found, update.token_ids)])
     except HmcError as error:
         yield of_error(error).body()
         return
@@ -260,15 +202,54 @@ async def _chat_chunks(
     yield "[DONE]"
 
 
-def _wants_all(body: CompletionBody | ChatBody) -> bool:
-    """Whether an update without text is told too: it has something else to tell."""
-    return body.return_token_ids or body.logprobs not in (None, False)
+def _part(
+    body: AnyBody, index: int, choice: _Choice, found: dict[str, Any], tokens: Sequence[int]
+) -> dict[str, Any]:
+    part = {"index": index, **found, "finish_reason": choice.reason}
+    return part | {"token_ids": list(tokens)} if body.return_token_ids else part
 
 
-def _echo_entries(
-    choice: _Choice, prepared: Prepared, index: int, echo: bool
-) -> list[TokenLogprob | int]:
-    """The prompt's log-probabilities, the first token's id in front."""
-    if not echo or choice.scored is None:
-        return []
-    return [int(prepared.requests[index].ids[0]), *choice.scored]
+def _completion(
+    generation: Generation,
+    body: CompletionBody,
+    index: int,
+    first: bool,
+    text: str,
+    calls: Sequence[Call],
+    scored: Sequence[TokenLogprob],
+) -> dict[str, Any]:
+    choice, entries = generation.choices[index], list[TokenLogprob | int](scored)
+    if first and body.echo:
+        text = choice.text
+        if choice.scored is not None:  # the first token has no log-probability
+            given = int(generation.prepared.requests[index].ids[0])
+            entries = [given, *choice.scored, *entries]
+    logprobs = None
+    if body.logprobs is not None:
+        logprobs, choice.offset = generation.names.completion(entries, choice.offset)
+    return {"text": text, "logprobs": logprobs}
+
+
+def _chat(
+    generation: Generation,
+    body: ChatBody,
+    index: int,
+    first: bool,
+    text: str,
+    calls: Sequence[Call],
+    scored: Sequence[TokenLogprob],
+) -> dict[str, Any]:
+    logprobs = generation.names.chat(scored) if body.logprobs else None
+    if body.stream:
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        if first or text:
+            delta["content"] = text
+        if calls:
+            before = len(generation.choices[index].calls) - len(calls)
+            delta["tool_calls"] = tool_calls(calls, before, indexed=True)
+        return {"delta": delta, "logprobs": logprobs}
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        listed = tool_calls(calls, indexed=False)
+        message |= {"content": text.strip() or None, "tool_calls": listed}
+    return {"message": message, "logprobs": logprobs}

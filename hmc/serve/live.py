@@ -8,8 +8,15 @@ from dataclasses import asdict
 from typing import Any
 
 from hmc.plan import Plan
-from hmc.ranges import expert_ranges
+from hmc.ranges import expert_intervals
 from hmc.serve.service import Service
+
+_FIGURES = (
+    *("running", "prefilling", "waiting", "batch", "phase", "kv_used", "kv_cached", "kv_total"),
+    *("snapshots", "snapshots_total", "tokens_generated", "prompt_tokens", "prefix_tokens"),
+    *("steps", "step_age", "step_seconds_total", "executor_seconds"),
+)
+"""Of the scheduler's figures, those that the page shows as they are."""
 
 
 def live(service: Service) -> dict[str, Any]:
@@ -29,25 +36,9 @@ def live(service: Service) -> dict[str, Any]:
         result["prefill"]["process"] = asdict(stats.prefill)
     lanes = {phase.name: phase.lanes for phase in service.plan.phases}
     result["scheduler"] = {
-        "running": stats.running,
-        "prefilling": stats.prefilling,
-        "waiting": stats.waiting,
-        "batch": stats.batch,
-        "phase": stats.phase,
+        **{name: getattr(stats, name) for name in _FIGURES},
         "lanes": lanes.get(stats.phase, 1),
-        "kv_used": stats.kv_used,
-        "kv_cached": stats.kv_cached,
-        "kv_total": stats.kv_total,
-        "snapshots": stats.snapshots,
-        "snapshots_total": stats.snapshots_total,
-        "tokens_generated": stats.tokens_generated,
-        "prompt_tokens": stats.prompt_tokens,
-        "prefix_tokens": stats.prefix_tokens,
-        "steps": stats.steps,
         "step_seconds": statistics.median(stats.step_seconds) if stats.recent else None,
-        "step_age": stats.step_age,
-        "step_seconds_total": stats.step_seconds_total,
-        "executor_seconds": stats.executor_seconds,
         "finished": dict(stats.finished),
     }
     result["ttft"] = (
@@ -84,18 +75,10 @@ def plan_facts(plan: Plan, name: str) -> dict[str, Any]:
         "max_batch": plan.limits.max_batch,
         "phases": [{"name": phase.name, "lanes": phase.lanes} for phase in plan.phases],
         "placement": [
-            {"layer": each.layer, "tiers": {t: _runs(text) for t, text in each.tiers.items()}}
+            {
+                "layer": each.layer,
+                "tiers": {tier: expert_intervals(text) for tier, text in each.tiers.items()},
+            }
             for each in plan.placement
         ],
     }
-
-
-def _runs(text: str) -> list[tuple[int, int]]:
-    """First and last expert of each run."""
-    runs: list[tuple[int, int]] = []
-    for expert in sorted(expert_ranges(text)):
-        if runs and expert == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], expert)
-        else:
-            runs.append((expert, expert))
-    return runs

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from hmc.runtime.batching.process import PrefillState
 from hmc.runtime.batching.stats import SchedulerStats
 from hmc.runtime.tokens.generation import Timings
 from hmc.serve.service import Service
@@ -23,9 +22,8 @@ class Metrics:
     """A registry of its own, so that several servers may live in one process."""
 
     def __init__(self, service: Service) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_Scheduler(service))
-        own = self._registry
+        self._registry = own = CollectorRegistry()
+        own.register(_Scheduler(service))
         self.ttft = Histogram(
             "hmc_time_to_first_token_seconds",
             "From submission to token one",
@@ -67,50 +65,44 @@ class _Scheduler:
         if service.scheduler is None:
             return
         stats = service.scheduler.stats()
-        yield from _gauges(stats)
-        if stats.prefill is not None:
-            yield from _prefill(stats.prefill)
+        for name, value, help_text in _gauges(stats):
+            yield GaugeMetricFamily(f"hmc_{name}", help_text, value=value)
+        for name, value, help_text in _counters(stats):
+            yield CounterMetricFamily(f"hmc_{name}", help_text, value=value)
         finished = CounterMetricFamily("hmc_requests", "Requests ended", labels=("reason",))
         for reason, count in sorted(stats.finished.items()):
             finished.add_metric((reason,), count)
         yield finished
 
 
-def _prefill(state: PrefillState) -> Iterator[Metric]:
-    """The prefill process."""
-    for name, help_text, value in (
-        ("up", "1 while the prefill process runs", float(state.alive)),
-        ("prompts", "Prompts with the prefill process", state.prompts),
-        ("tokens", "Tokens in the cache of the prompt it computes", state.tokens),
-        ("silent_seconds", "Seconds it has not been heard of with a prompt", state.silent_seconds),
-    ):
-        yield GaugeMetricFamily(f"hmc_prefill_process_{name}", help_text, value=value)
-    yield CounterMetricFamily(
-        "hmc_prefill_process_restarts", "Prefill processes replaced", value=state.restarts
-    )
+def _gauges(stats: SchedulerStats) -> Iterator[tuple[str, float, str]]:
+    yield "running", stats.running, "Requests that decode"
+    yield "prefilling", stats.prefilling, "Requests whose prompt is computed"
+    yield "waiting", stats.waiting, "Requests in the queue"
+    yield "kv_blocks_used", stats.kv_used, "Cache blocks of running requests"
+    yield "kv_blocks_cached", stats.kv_cached, "Cache blocks kept for reuse"
+    yield "kv_blocks_total", stats.kv_total, "Cache blocks"
+    yield "snapshots_kept", stats.snapshots, "States a sequence kept for reuse"
+    yield "snapshots_total", stats.snapshots_total, "Room for them; none: no prompt is reused"
+    yield "batch_size", stats.batch, "Sequences of the last decode step"
+    yield "step_age_seconds", stats.step_age, "Age of the step under way"
+    if (state := stats.prefill) is not None:
+        yield "prefill_process_up", state.alive, "1 while the prefill process runs"
+        yield "prefill_process_prompts", state.prompts, "Prompts with the prefill process"
+        about = "Tokens in the cache of the prompt it computes"
+        yield "prefill_process_tokens", state.tokens, about
+        about = "Seconds it has not been heard of with a prompt"
+        yield "prefill_process_silent_seconds", state.silent_seconds, about
 
 
-def _gauges(stats: SchedulerStats) -> Iterator[Metric]:
-    for name, help_text, value in (
-        ("running", "Requests that decode", stats.running),
-        ("prefilling", "Requests whose prompt is computed", stats.prefilling),
-        ("waiting", "Requests in the queue", stats.waiting),
-        ("kv_blocks_used", "Cache blocks of running requests", stats.kv_used),
-        ("kv_blocks_cached", "Cache blocks kept for reuse", stats.kv_cached),
-        ("kv_blocks_total", "Cache blocks", stats.kv_total),
-        ("snapshots_kept", "States a sequence kept for reuse", stats.snapshots),
-        ("snapshots_total", "Room for them; none: no prompt is reused", stats.snapshots_total),
-        ("batch_size", "Sequences of the last decode step", stats.batch),
-        ("step_age_seconds", "Age of the step under way", stats.step_age),
-    ):
-        yield GaugeMetricFamily(f"hmc_{name}", help_text, value=value)
-    for name, help_text, value in (
-        ("generated_tokens", "Tokens generated", stats.tokens_generated),
-        ("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens),
-        ("prefix_hits", "Prompts that began with known blocks", stats.prefix_hits),
-        ("prefix_tokens", "Prompt tokens taken from the prefix cache", stats.prefix_tokens),
-        ("steps", "Steps made", stats.steps),
-        ("step_seconds", "Seconds in steps", stats.step_seconds_total),
-        ("executor_seconds", "Seconds in the executor", stats.executor_seconds),
-    ):
-        yield CounterMetricFamily(f"hmc_{name}", help_text, value=value)
+def _counters(stats: SchedulerStats) -> Iterator[tuple[str, float, str]]:
+    yield "generated_tokens", stats.tokens_generated, "Tokens generated"
+    yield "prompt_tokens", stats.prompt_tokens, "Prompt tokens computed"
+    yield "prefix_hits", stats.prefix_hits, "Prompts that began with known blocks"
+    yield "prefix_tokens", stats.prefix_tokens, "Prompt tokens taken from the prefix cache"
+    yield "steps", stats.steps, "Steps made"
+    yield "step_seconds", stats.step_seconds_total, "Seconds in steps"
+    yield "executor_seconds", stats.executor_seconds, "Seconds in the executor"
+    if stats.prefill is not None:
+        restarts = stats.prefill.restarts
+        yield "prefill_process_restarts", restarts, "Prefill processes replaced"

@@ -43,9 +43,7 @@ def replan(
 def _with_choices(old: Plan, new: Plan) -> Plan:
     """The new plan with what no pass chose: tiles, and why experts are where they are."""
     kernels = {
-        key: kernel.model_copy(update={"tile": old.kernels[key].tile})
-        if key in old.kernels
-        else kernel
+        key: replace(kernel, tile=old.kernels[key].tile) if key in old.kernels else kernel
         for key, kernel in new.kernels.items()
     }
     kept = tuple(each for each in old.decisions if each.by in (ExpertPlacement.name, "tune"))

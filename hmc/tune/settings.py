@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from hmc.codegen.spec import TILES, tile_fault
+from hmc.codegen.spec import TILES, KernelSpec, tile_fault
 from hmc.errors import UsageError
 from hmc.passes.place.memory import accounted
-from hmc.plan import Decision, Kernel, Plan
+from hmc.plan import Decision, Plan
 from hmc.plan.phases import PREFILL, STREAM
 from hmc.tune.replan import replan
 
@@ -111,11 +111,11 @@ def _tiled(plan: Plan, setting: Setting) -> Plan:
     for key, kernel in plan.kernels.items():
         if kernel.op == setting.op:
             tile = dict(kernel.tile) | {setting.name: setting.value}
-            changed[key] = kernel.model_copy(update={"tile": tuple(sorted(tile.items()))})
+            changed[key] = replace(kernel, tile=tuple(sorted(tile.items())))
     return plan.model_copy(update={"kernels": changed})
 
 
-def _of_op(plan: Plan, op: str) -> list[Kernel]:
+def _of_op(plan: Plan, op: str) -> list[KernelSpec]:
     return [kernel for kernel in plan.kernels.values() if kernel.op == op]
 
 

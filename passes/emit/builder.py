@@ -16,57 +16,25 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hmc.graph import Section
-from hmc.plan import DTYPE_BYTES, Buffer, DType, Operand, Phase, Slot, Step
+from hmc.ops import OPS
+from hmc.passes.emit.values import Attrs, Part, Parts, Value
+from hmc.plan import Buffer, Operand, Phase, Slot, Step
 from hmc.plan.memory import slot_offsets
 from hmc.plan.verify import EXTERNAL, slots_sharing
 
-_ALIGN = 64
 _LAYER = re.compile(r"layers_\d+_")
-
-
-@dataclass(frozen=True)
-class Value:
-    """An activation: `width` elements a token on a device; external ones belong to the engine.
-
-    Where ranks share the tokens of a call, arenas are counted a token of one rank: a value that
-    holds the tokens of all has `rows` of them for each.
-    """
-
-    name: str
-    dtype: DType
-    width: int
-    device: str = "host"
-    external: bool = False
-    rows: int = 1
-
-    @property
-    def bytes(self) -> int:
-        """Arena bytes a token of the rank."""
-        return -(-self.width * DTYPE_BYTES[self.dtype] * self.rows // _ALIGN) * _ALIGN
-
-
-@dataclass(frozen=True)
-class Part:
-    """Columns [column, column + width) of a value."""
-
-    value: Value
-    column: int
-    width: int
-
-    @staticmethod
-    def all(value: Value) -> Part:
-        """Every column."""
-        return Part(value, 0, value.width)
-
-
-Parts = Mapping[str, Part]
 
 
 @dataclass
 class _Draft:
     step: Step
-    inputs: dict[str, Part]
-    outputs: dict[str, Part]
+    inputs: Parts
+    outputs: Parts
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that it reads or writes."""
+        return *self.inputs.values(), *self.outputs.values()
 
 
 @dataclass
@@ -112,17 +80,14 @@ class Schedule:
         layer: int = -1,
         section: Section = "",
         weights: Mapping[str, str] | None = None,
-        attrs: Mapping[str, int | float | str] | None = None,
-        kernels: tuple[str, ...] = (),
+        attrs: Attrs | None = None,
         lane: int = 0,
         weight_bytes: int = 0,
-        flops: int = 0,
         fills: tuple[str, ...] = (),
-        uses: tuple[str, ...] = (),
     ) -> None:
-        """Append a step."""
+        """Append a step that PyTorch computes."""
         step = Step(
-            id=len(self._drafts),
+            id=0,
             op=op,
             layer=layer,
             section=section,
@@ -131,14 +96,30 @@ class Schedule:
             outputs={},
             weights=dict(weights or {}),
             attrs=dict(attrs or {}),
-            kernels=kernels,
+            kernels=(OPS[op].torch_kernel,),
             lane=lane,
             weight_bytes=weight_bytes,
-            flops=flops,
             fills=fills,
-            uses=uses,
         )
-        self._drafts.append(_Draft(step, dict(inputs), dict(outputs)))
+        self._drafts.append(_Draft(step, inputs, outputs))
+
+    def again(
+        self,
+        step: Step,
+        resource: str,
+        inputs: Parts,
+        outputs: Parts,
+        attrs: Attrs,
+        *,
+        lane: int = 0,
+        uses: tuple[str, ...] = (),
+    ) -> None:
+        """Append what a step of the CPU's phase does, with more `attrs`, on a resource."""
+        changes = {"resource": resource, "attrs": {**step.attrs, **attrs}, "lane": lane}
+        if resource != "cpu":
+            changes["kernels"] = (OPS[step.op].torch_kernel,)
+        step = step.model_copy(update={**changes, "uses": uses})
+        self._drafts.append(_Draft(step, inputs, outputs))
 
     def slot(self, name: str, device: str, size: int, lies: Lies = "beside") -> str:
         """Declare a slot, or make a declared one as large as `size` bytes; returns its name."""
@@ -181,11 +162,12 @@ class Schedule:
         steps = [
             draft.step.model_copy(
                 update={
+                    "id": position,
                     "inputs": operands_of(draft.inputs),
                     "outputs": operands_of(draft.outputs),
                 }
             )
-            for draft in self._drafts
+            for position, draft in enumerate(self._drafts)
         ]
         return Phase(
             name=self.name,
@@ -229,7 +211,7 @@ class Schedule:
         """
         last: dict[Value, int] = {}
         for position, draft in enumerate(self._drafts):
-            for part in (*draft.inputs.values(), *draft.outputs.values()):
+            for part in draft.parts:
                 last[part.value] = position
         ends: dict[int, list[Value]] = {}
         for value, position in last.items():
@@ -240,7 +222,7 @@ class Schedule:
         usual: dict[tuple[str, int], _Region] = {}
         hazards: dict[int, list[int]] = {}
         for position, draft in enumerate(self._drafts):
-            for part in (*draft.inputs.values(), *draft.outputs.values()):
+            for part in draft.parts:
                 value = part.value
                 if value in homes:
                     continue
@@ -259,7 +241,7 @@ class Schedule:
                 region.touched = {}
                 usual[key] = region
                 homes[value] = region
-            for part in (*draft.inputs.values(), *draft.outputs.values()):
+            for part in draft.parts:
                 home = homes[part.value]
                 if home is not None:
                     home.touched[draft.step.resource] = position
@@ -293,7 +275,7 @@ class Schedule:
                 before.update(writes.get(part.value, {}).values())
             for part in draft.outputs.values():
                 before.update(touched.get(part.value, {}).values())
-            for part in (*draft.inputs.values(), *draft.outputs.values()):
+            for part in draft.parts:
                 touched.setdefault(part.value, {})[resource] = position
                 computed.setdefault(part.value.device, {})[resource] = position
             for part in draft.outputs.values():

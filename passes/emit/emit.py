@@ -35,7 +35,6 @@ from hmc.plan import (
     ExpertPlane,
     ExpertWeights,
     Goals,
-    Kernel,
     LayerPlacement,
     Plan,
     ShardInfo,
@@ -79,18 +78,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
             for layer, count in {each.layer: each.count for each in experts}.items()
         ),
         kv=capacity.kv,
-        kernels={
-            key: Kernel(
-                op=spec.op,
-                isa=spec.isa,
-                weight=spec.weight,
-                out=spec.out,
-                params=spec.params,
-                tile=spec.tile,
-                expr=spec.expr,
-            )
-            for key, spec in sorted(kernels.items())
-        },
+        kernels=dict(sorted(kernels.items())),
         phases=phases,
         ledger=(),
         decisions=(*lowered.decisions, *capacity.decisions),

@@ -9,13 +9,14 @@ Experts of several devices add their partial sums on the first GPU.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 
 from hmc.graph import Section
 from hmc.ops import OPS
-from hmc.passes.emit.builder import Part, Parts, Schedule, Value
+from hmc.passes.emit.builder import Schedule
+from hmc.passes.emit.values import Attrs, Bound, Part, Parts, Value
 from hmc.plan import LayerPlacement, Phase, Step
-from hmc.plan.verify import EXTERNAL
 from hmc.ranges import expert_ranges, ranges
 
 
@@ -32,8 +33,10 @@ class Lane:
     lane: int = 0
     prefix: str = ""
     whole: bool = False
-    _values: dict[str, Value] = field(default_factory=dict)
     _copies: dict[tuple[Value, str], Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._bound = Bound(self.base, self.prefix)
 
     def emit(self, steps: Iterable[Step]) -> None:
         """Append steps of the base phase."""
@@ -42,7 +45,7 @@ class Lane:
 
     def split(self, lanes: Sequence[Lane], later: Iterable[Step]) -> None:
         """Hand each lane its rows of the values that `later` steps read."""
-        for name, value in self._read_by(later, self._values).items():
+        for name, value in self._read_by(later, self._bound).items():
             halves = [
                 Value(f"{lane.prefix}{value.name}", value.dtype, value.width, value.device)
                 for lane in lanes
@@ -50,104 +53,53 @@ class Lane:
             outputs = {f"y{number}": Part.all(half) for number, half in enumerate(halves)}
             self._rows("split", value.device, {"x": Part.all(value)}, outputs)
             for lane, half in zip(lanes, halves, strict=True):
-                lane._values[name] = half
+                lane._bound.values[name] = half
 
     def join(self, lanes: Sequence[Lane], later: Iterable[Step]) -> None:
         """Put the lanes' rows of the values that `later` steps read together."""
-        for name, first in self._read_by(later, lanes[0]._values).items():
-            halves = [lane._values[name] for lane in lanes]
+        for name, first in self._read_by(later, lanes[0]._bound).items():
+            halves = [lane._bound.values[name] for lane in lanes]
             value = Value(f"{name}.joined", first.dtype, first.width, first.device)
             inputs = {f"x{number}": Part.all(half) for number, half in enumerate(halves)}
             self._rows("join", first.device, inputs, {"y": Part.all(value)})
-            self._values[name] = value
+            self._bound.values[name] = value
 
     def _rows(self, op: str, device: str, inputs: Parts, outputs: Parts) -> None:
         resource = "cpu" if device == "host" else device
-        self.schedule.add(
-            op, resource, inputs, outputs, attrs=self._attrs(), kernels=(f"torch:{op}",)
-        )
+        self.schedule.add(op, resource, inputs, outputs, attrs=self._attrs())
 
     @staticmethod
-    def _read_by(steps: Iterable[Step], values: Mapping[str, Value]) -> dict[str, Value]:
-        """Of `values`, those that `steps` read, external ones left out."""
+    def _read_by(steps: Iterable[Step], bound: Bound) -> dict[str, Value]:
+        """Of the values there are, those that `steps` read, external ones left out."""
         names = dict.fromkeys(o.buffer for step in steps for o in step.inputs.values())
-        return {
-            name: values[name] for name in names if name in values and not values[name].external
-        }
+        known = {name: bound.values[name] for name in names if name in bound.values}
+        return {name: value for name, value in known.items() if not value.external}
 
     def _attrs(self) -> dict[str, int | float | str]:
         return {"whole": 1} if self.whole else {}
 
     def layers(self, steps: Iterable[Step]) -> Iterator[int]:
         """Append the steps, stopping after each layer, so that lanes can take turns."""
-        buffers = {buffer.name: buffer for buffer in self.base.buffers}
-        layer = None
-        for step in steps:
-            if layer is not None and step.layer != layer:
-                yield layer
-            layer = step.layer
-            for name in (each.buffer for each in step.inputs.values()):
-                if name not in self._values:
-                    found = buffers[name]
-                    assert found.offset == EXTERNAL
-                    self._values[name] = Value(
-                        self.prefix + name, found.dtype, found.width, external=True
-                    )
-            row = OPS[step.op]
-            if row.routed:
-                self._experts(step)
-                continue
-            device, resource = ("host", "cpu") if row.where == "host" else ("gpu0", "gpu0")
-            inputs = self._inputs(step, device)
-            outputs = {}
-            for role, operand in step.outputs.items():
-                known = self._values.get(operand.buffer)
-                if known is not None and known.device == device:  # in place
-                    outputs[role] = Part(known, operand.column, operand.width)
-                    continue
-                found = buffers[operand.buffer]
-                outside = found.offset == EXTERNAL  # logits: of the rows wanted, not of all
-                value = Value(
-                    f"{self.prefix}{found.name}" + (".device" if outside else ""),
-                    found.dtype,
-                    found.width,
-                    device,
-                    external=outside,
-                )
-                self._values[operand.buffer] = value
-                outputs[role] = Part.all(value)
-            self._add(step, resource, inputs, outputs)
-            if "logits" in (each.buffer for each in step.outputs.values()):
-                logits = next(iter(outputs.values())).value
-                out = Value(f"{self.prefix}logits", logits.dtype, logits.width, external=True)
-                self._copy(
-                    {"y": Part.all(logits)}, {"y": Part.all(out)}, "d2h0", step.layer, "head"
-                )
-        if layer is not None:
+        for layer, of_layer in groupby(steps, lambda step: step.layer):
+            for step in of_layer:
+                if OPS[step.op].routed:
+                    self._experts(step)
+                else:
+                    self._dense(step)
             yield layer
 
-    def _add(
-        self,
-        step: Step,
-        resource: str,
-        inputs: Parts,
-        outputs: Parts,
-        attrs: Mapping[str, int | float | str] | None = None,
-    ) -> None:
-        self.schedule.add(
-            step.op,
-            resource,
-            inputs,
-            outputs,
-            layer=step.layer,
-            section=step.section,
-            weights=step.weights,
-            attrs={**step.attrs, **(attrs or {}), **self._attrs()},
-            kernels=step.kernels if resource == "cpu" else (f"torch:{step.op}",),
-            lane=self.lane,
-            weight_bytes=step.weight_bytes,
-            flops=step.flops,
-        )
+    def _dense(self, step: Step) -> None:
+        device, resource = ("gpu0", "gpu0") if OPS[step.op].where != "host" else ("host", "cpu")
+        inputs, outputs = self._inputs(step, device), self._bound.outputs(step, device)
+        self._add(step, resource, inputs, outputs, {})
+        for role, part in outputs.items():
+            if part.value.external:
+                logits = replace(part.value, name=f"{self.prefix}logits", device="host")
+                self._copy({role: part}, {role: Part.all(logits)}, "d2h0", step, step.section)
+
+    def _add(self, step: Step, resource: str, inputs: Parts, outputs: Parts, attrs: Attrs) -> None:
+        attrs = {**attrs, **self._attrs()}
+        self.schedule.again(step, resource, inputs, outputs, attrs, lane=self.lane)
 
     def _experts(self, step: Step) -> None:
         """One step for each device that holds experts of the layer; partial sums meet on gpu0."""
@@ -172,8 +124,8 @@ class Lane:
         total = sums[0]
         for other in sums[1:]:
             inputs = {
-                "h": Part.all(self._on(total, "gpu0", step.layer)),
-                "d0": Part.all(self._on(other, "gpu0", step.layer)),
+                "h": self._on(Part.all(total), "gpu0", step),
+                "d0": self._on(Part.all(other), "gpu0", step),
             }
             summed = Value(f"{total.name}.plus", "f32", output.width, "gpu0")
             self.schedule.add(
@@ -183,57 +135,45 @@ class Lane:
                 {"y": Part.all(summed)},
                 layer=step.layer,
                 attrs={"width": output.width, **self._attrs()},
-                kernels=("torch:add",),
                 lane=self.lane,
             )
             total = summed
-        self._values[output.buffer] = total
+        self._bound.values[output.buffer] = total
 
     def _inputs(self, step: Step, device: str) -> dict[str, Part]:
         """The step's inputs on a device; those that must be moved together go in one copy."""
-        parts = {
-            role: Part(self._values[operand.buffer], operand.column, operand.width)
-            for role, operand in step.inputs.items()
-        }
-        homes = {part.value.device for part in parts.values() if self._away(part.value, device)}
-        for home in sorted(homes):
-            moving = {
-                role: part.value
-                for role, part in parts.items()
-                if part.value.device == home and self._away(part.value, device)
-            }
-            self._move(moving, device, step.layer)
-        return {
-            role: Part(self._copies.get((part.value, device), part.value), part.column, part.width)
-            for role, part in parts.items()
-        }
+        parts = self._bound.inputs(step)
+        away = {role: part.value for role, part in parts.items() if self._away(part.value, device)}
+        for home in sorted({value.device for value in away.values()}):
+            moving = {role: value for role, value in away.items() if value.device == home}
+            self._move(moving, device, step)
+        return {role: self._on(part, device, step) for role, part in parts.items()}
 
     def _away(self, value: Value, device: str) -> bool:
         outside = value.external and value.device == "host"
         return not outside and value.device != device and (value, device) not in self._copies
 
-    def _on(self, value: Value, device: str, layer: int) -> Value:
-        if self._away(value, device):
-            self._move({"y": value}, device, layer)
-        return self._copies.get((value, device), value)
+    def _on(self, part: Part, device: str, step: Step) -> Part:
+        if self._away(part.value, device):
+            self._move({"y": part.value}, device, step)
+        return replace(part, value=self._copies.get((part.value, device), part.value))
 
-    def _move(self, values: Mapping[str, Value], device: str, layer: int) -> None:
+    def _move(self, values: Mapping[str, Value], device: str, step: Step) -> None:
         """Copy values of one device to another; from GPU to GPU through the host."""
         home = next(iter(values.values())).device
         if home != "host" and device != "host":
-            self._move(values, "host", layer)
+            self._move(values, "host", step)
             values = {role: self._copies[value, "host"] for role, value in values.items()}
             home = "host"
-        resource = f"h2d{device[3:]}" if home == "host" else f"d2h{home[3:]}"
         copies = {
-            role: Value(f"{value.name}.{device}", value.dtype, value.width, device)
+            role: replace(value, name=f"{value.name}.{device}", device=device)
             for role, value in values.items()
         }
         self._copy(
             {role: Part.all(value) for role, value in values.items()},
             {role: Part.all(value) for role, value in copies.items()},
-            resource,
-            layer,
+            f"h2d{device[3:]}" if home == "host" else f"d2h{home[3:]}",
+            step,
         )
         for role, value in values.items():
             self._copies[value, device] = copies[role]
@@ -242,17 +182,16 @@ class Lane:
                     self._copies[origin, device] = copies[role]
 
     def _copy(
-        self, inputs: Parts, outputs: Parts, resource: str, layer: int, section: Section = ""
+        self, inputs: Parts, outputs: Parts, resource: str, step: Step, section: Section = ""
     ) -> None:
         self.schedule.add(
             "copy",
             resource,
             inputs,
             outputs,
-            layer=layer,
+            layer=step.layer,
             section=section,
             attrs=self._attrs(),
-            kernels=("torch:copy",),
             lane=self.lane,
         )
 

@@ -21,7 +21,7 @@ from hmc.codegen.decode.tiles import GRAIN
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import ARGS, KernelSpec, pack
 from hmc.errors import ExecutionError
-from hmc.plan import Kernel, Operand, Phase, Plan, Step
+from hmc.plan import Operand, Phase, Plan, Step
 from hmc.runtime.host.arena import Arena
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
@@ -112,9 +112,7 @@ class Lowering:
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
         """The kernels of a step by op."""
-        found = [
-            spec_of(self.plan.kernels[key]) for key in step.kernels if not key.startswith("torch:")
-        ]
+        found = [self.plan.kernels[key] for key in step.kernels if not key.startswith("torch:")]
         return {spec.op: spec for spec in found}
 
     def add(
@@ -283,8 +281,3 @@ def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:
         return 0, 0
     count = min(count, _MOST_PIECES)
     return count, count - round(count * _DRAWN)
-
-
-def spec_of(kernel: Kernel) -> KernelSpec:
-    """The spec that a plan's kernel spells out."""
-    return KernelSpec(**dict(kernel))

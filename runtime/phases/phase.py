@@ -33,7 +33,7 @@ from hmc.runtime.device_ops.shares import Call, Ints
 from hmc.runtime.devices.base import Backend
 from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
-from hmc.runtime.host.lowering import Parts, spec_of
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.trace import Recorder
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.phases.choice import Devices
@@ -133,7 +133,7 @@ class DevicePhase:
         """Symbols of the native kernels in this phase, and the names of what PyTorch computes."""
         known = self.bound.plan.kernels
         keys = {key for step in self.bound.phase.steps for key in step.kernels}
-        return tuple(sorted(spec_of(known[key]).symbol if key in known else key for key in keys))
+        return tuple(sorted(known[key].symbol if key in known else key for key in keys))
 
     @property
     def recorder(self) -> Recorder | None:

@@ -5,6 +5,7 @@ decode on the CPU and on devices played by it, against its own float32 reference
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_a_broken_pointwise_step_is_refused(checkpoint: Path) -> None:
         phases = (phase.model_copy(update={"steps": steps}), *plan.phases[1:])
         with pytest.raises(VerifyError):
             verify_plan(plan.model_copy(update={"phases": phases}))
-    other = plan.kernels[key].model_copy(update={"expr": norm.replace("1.0", "2.0")})
+    other = replace(plan.kernels[key], expr=norm.replace("1.0", "2.0"))
     with pytest.raises(VerifyError, match="kernel"):
         verify_plan(plan.model_copy(update={"kernels": {**plan.kernels, key: other}}))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +33,6 @@ from hmc.plan import Plan, save_plan, verify_plan
 from hmc.plan.phases import chunk_tokens
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.executor import Executor
-from hmc.runtime.host.lowering import spec_of
 from hmc.runtime.prefill.disaggregation import decide
 from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.tokens.generation import Ends
@@ -72,7 +72,7 @@ def built(plan: Plan) -> Plan:
     jit = Jit(EMITTERS)
     for kernel in plan.kernels.values():
         if kernel.op == NAME:
-            jit.object_code(spec_of(kernel))
+            jit.object_code(kernel)
     return plan
 
 
@@ -157,7 +157,7 @@ def test_another_layout_is_refused(plan: Plan) -> None:
     first, *rest = plan.kv.groups
     state = first.states[-1]
     for change in ({"width": 63}, {"per": "token"}, {"dtype": "bf16"}, {"window": 4}):
-        states = (*first.states[:-1], state.model_copy(update=change))
+        states = (*first.states[:-1], replace(state, **change))
         groups = (first.model_copy(update={"states": states}), *rest)
         kv = plan.kv.model_copy(update={"groups": groups})
         with pytest.raises(VerifyError, match="keep other states than the cache's layout says"):
@@ -170,7 +170,7 @@ def test_two_nodes_of_a_layer_share_no_state(directory: Path) -> None:
             super().__init__(config, index)
             self.running = torch.nn.Sequential(self.running, Running(64, 0.5))
 
-    twice = Family(lambda config: CausalLM(config, partial(Twice, config)), lambda config: ())
+    twice = Family(lambda config: CausalLM(config, partial(Twice, config)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, NAME, twice)
         with pytest.raises(PassFailedError, match="two nodes of layer 0 keep a state running"):

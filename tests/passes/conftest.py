@@ -13,7 +13,6 @@ from hmc.checkpoint import Checkpoint
 from hmc.machine import Machine, NumaNode
 from hmc.passes.graph.trace import trace
 from hmc.passes.records import Target
-from hmc.plan import ModelInfo
 
 MACHINE = Machine(
     name="test",
@@ -38,10 +37,9 @@ def lowering(
     def make(family: str, quant: str = "fp8") -> tuple[torch.fx.GraphModule, Target]:
         found = Checkpoint.open(checkpoint(family, quant))
         model = models.load(found.config)
-        info = model.info
         target = Target(
             checkpoint=found,
-            info=ModelInfo(architecture="test", **vars(info)),
+            info=model.info,
             machine=MACHINE,
             isa="avx512_bf16",
         )

@@ -247,8 +247,7 @@ def lowered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Targe
     monkeypatch.setitem(FAMILIES, "quirky", quirky.FAMILY)
     found = Checkpoint.open(quirky.write(tmp_path))
     model = load(found.config)
-    info = ModelInfo(architecture="test", **vars(model.info))
-    return trace(model.module), Target(found, info, MACHINE, "avx512_bf16")
+    return trace(model.module), Target(found, model.info, MACHINE, "avx512_bf16")
 
 
 def test_quirks_fuse_to_the_golden_graph_with_the_same_values(
