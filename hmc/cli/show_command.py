@@ -139,7 +139,8 @@ def _show_plan(plan: Plan) -> None:
 def _numerics(plan: Plan) -> str:
     """How a plan multiplies."""
     read = {(kernel.isa, kernel.weight) for kernel in plan.kernels.values() if kernel.weight}
-    whole = sorted({weight for isa, weight in read if arithmetic(isa, weight) == "whole"})
+    ways = {weight: arithmetic(isa, weight) for isa, weight in read}
+    whole = sorted(weight for weight, way in ways.items() if way == "whole")
     how = f"; {', '.join(whole)} x 16-bit activations in whole numbers" if whole else ""
     return f"exact: stored weights{how}, bf16 x f32 sums"
 

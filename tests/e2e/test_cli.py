@@ -87,7 +87,9 @@ def test_show_layer_expert_graph(plan: Path, run: Run) -> None:
     _, out, _ = run("show", plan, "--layer", 0, "--expert", 3, "--json")
     found = json.loads(out)
     assert found["tier"] == "host"
-    assert [tensor["role"] for tensor in found["tensors"]] == ["gate", "up", "down"]
+    assert [(tensor["role"], tensor["plane"]) for tensor in found["tensors"]] == [
+        (role, plane) for role in ("gate", "up", "down") for plane in ("codes", "scale")
+    ]
     _, out, _ = run("show", plan, "--graph")
     assert "prefill.host:" in out
     assert "add_norm" in out
