@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import add
 from statistics import median
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from hmc.ops import OPS
 from hmc.ops.matmul import distinct_experts
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import DECODE, PREFILL, decode_phase, prefill_phase
+from hmc.predict.loads import Load
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.tokens.sampler import Sampler, SamplingParams
@@ -51,17 +53,15 @@ class PromptRow:
     by_step: Mapping[int, float]
     phase: str = PREFILL
 
-    kind: ClassVar[Literal["prefill"]] = "prefill"
-
     @property
     def test(self) -> str:
         """pp512."""
         return f"pp{self.tokens}"
 
     @property
-    def middle(self) -> int:
-        """Tokens of the prompt."""
-        return self.tokens
+    def load(self) -> Load:
+        """What it is a measurement of."""
+        return Load("prefill", self.tokens)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -115,12 +115,10 @@ class DecodeRow:
     phase: str = DECODE
     batch: int = 1
 
-    kind: ClassVar[Literal["decode"]] = "decode"
-
     @property
-    def middle(self) -> int:
-        """Tokens in the cache in the middle of a repetition."""
-        return self.context + self.tokens // 2
+    def load(self) -> Load:
+        """What it is a measurement of: the context is that in the middle of a repetition."""
+        return Load("decode", self.context + self.tokens // 2, self.batch)
 
     @property
     def test(self) -> str:
@@ -128,21 +126,11 @@ class DecodeRow:
         several = f"x{self.batch}" if self.batch > 1 else ""
         return f"tg{self.tokens}{several}" + (f"@{self.context}" if self.context else "")
 
-    @property
-    def mbu(self) -> float:
-        """Memory bandwidth use of the whole step."""
-        return self.compared.ratio
-
-    @property
-    def outside_kernels(self) -> float:
-        """Share of the step in which a worker is in no kernel."""
-        return median(a + b for a, b in zip(self.waiting, self.python, strict=True))
-
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
         return _rates(self.test, self.rates) | {
-            "mbu": round(self.mbu, 4),
-            "outside_kernels": round(self.outside_kernels, 4),
+            "mbu": round(self.compared.ratio, 4),
+            "outside_kernels": round(median(map(add, self.waiting, self.python)), 4),
             "waiting": round(median(self.waiting), 4),
             "python": round(median(self.python), 4),
             "batch": self.batch,

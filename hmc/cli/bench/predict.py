@@ -126,8 +126,8 @@ def predict(
             row.layers,
             row.experts,
             row.test,
-            f"{row.figure.measured:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
-            f"{row.figure.predicted:.2f}",
+            f"{row.figure.tokens_per_second:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
+            f"{row.figure.predicted_tokens_per_second:.2f}",
             f"{row.figure.error:+.1%}",
             "-" if row.drift is None else f"{row.drift:.0%}",
         )
