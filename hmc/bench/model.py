@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import add
 from statistics import median
 from types import MappingProxyType
@@ -23,8 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hmc.bench.bandwidth import dot_peak
 from hmc.bench.compare import Compared, Report, in_turn, interleave, silent
-from hmc.bench.reference import MemoryReference, PeakReference
+from hmc.bench.reference import MemoryReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -160,7 +162,7 @@ class ModelBench:
         self._report, self._phases = report, phases
         jit, isa = Jit(EMITTERS), TIERS[self.plan.isa]
         self.memory = MemoryReference(executor.pool, jit, isa, megabytes=megabytes, report=report)
-        self.peak = PeakReference(executor.pool, jit, isa)
+        self._peak = partial(dot_peak, executor.pool, jit, isa, repetitions=3)
         self._random = np.random.default_rng(0)
         self._warm()
 
@@ -173,7 +175,7 @@ class ModelBench:
             seconds.append(self._prefill(tokens))
             return flops / seconds[-1]
 
-        compared = interleave(rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report)
+        compared = interleave(rate, self._peak, self._repetitions, f"pp{tokens}", self._report)
         with self._executor.recorded() as recorder:
             self._prefill(tokens)
         name = self._phases.get("prefill") or prefill_phase(self.plan, tokens)

@@ -124,7 +124,12 @@ _PUBLISHED = (
     ("prefill.45k.2gpu", 30, "s", "time to first token of 45K, two GPUs (DSLP)"),
     ("prefill.20k.ratio", 0.648, "x", "time at 20K, two GPUs against one (0.79 x 0.82)"),
     ("prefill.speedup.2gpu", 1.64, "x", "DSLP against SLP at 32K"),
-    ("prefill.switch", 4 * K, "tokens", "prompt length from which on weights are streamed, one GPU"),
+    (
+        "prefill.switch",
+        4 * K,
+        "tokens",
+        "prompt length from which weights are streamed, one GPU",
+    ),
     ("ring.deepseek-v3", 11.3, "GB", "expert ring of DeepSeek-V3"),
     ("ring.kimi-k2", 16.9, "GB", "expert ring of Kimi-K2"),
     ("gemv.7168x2048", 15.5, "us", "FP8 GEMV 7168 x 2048 on the CPU"),

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
-from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row
+from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak
+from hmc.bench.cases import Case, Row
 from hmc.bench.kernels import KernelBench
 from hmc.bench.probe.result import Effort, Measurement
 from hmc.codegen.isa import Isa
@@ -88,9 +88,8 @@ def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
                     f" {available_bytes() / 1e9:.1f} GB: use --quick or free some"
                 )
             if best is None:
-                ways = SWEEP[:: effort.every]
-                sweep = streaming_read(pool, jit, isa, size=reader.size, variants=ways)
-                best = sweep.best
+                sweep = reader.sweep(SWEEP[:: effort.every])
+                best = max(sweep, key=lambda variant: sweep[variant])
             reader.once(best)
             values = tuple(reader.once(best) for _ in range(effort.passes))
         name = "read" if count == len(cpus) else "read with fewer threads"
@@ -118,19 +117,16 @@ def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
     all references: the rates of one file belong together. Decode kernels that are far from the
     memory's rate are bound by instructions, and count as they are.
     """
-    memory = median(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
-    peak = median(r for row in rows if row.case.op in PREFILL_OPS for r in row.compared.references)
+    memory = median(shared_reads(rows))
+    peak = median(r for row in rows if row.case.kind.many for r in row.compared.references)
     prefill = []
     for row in rows:
-        case = row.case
+        case, kind = row.case, row.case.kind
         detail = f"{case.format} {case.shape}, {case.tokens} token(s)"
-        if case.op == "linear":
-            yield Measurement("gemv", "B/s", _scaled(row, memory), detail)
-        elif case.op == "experts":
-            yield Measurement("experts in decode", "B/s", _scaled(row, memory), detail)
+        if kind.many:
+            prefill.append(Measurement(kind.probed, "FLOP/s", _scaled(row, peak), detail))
         else:
-            values = _scaled(row, peak)
-            prefill.append(Measurement(f"{case.op} in prefill", "FLOP/s", values, detail))
+            yield Measurement(kind.probed, "B/s", _scaled(row, memory), detail)
     yield from prefill
     yield Measurement(
         "dot", "FLOP/s", tuple(each.median for each in prefill), "prefill matmuls as above"
@@ -140,13 +136,13 @@ def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
 
 def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
     """Streaming reads of all cores between the passes of the decode kernels, bytes/s."""
-    return tuple(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+    return tuple(r for row in rows if not row.case.kind.many for r in row.compared.references)
 
 
 def _scaled(row: Row, reference: float) -> tuple[float, ...]:
     """Each pass over its neighbouring references, times `reference`; of decode kernels only where
     memory binds them."""
-    if row.case.op in DECODE_OPS and row.compared.ratio < _MEMORY_BOUND:
+    if not row.case.kind.many and row.compared.ratio < _MEMORY_BOUND:
         return row.compared.values
     return tuple(each * reference for each in row.compared.quotients)
 
@@ -158,7 +154,7 @@ def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
     nothing (noise), the large one's rate stands alone.
     """
     rests = []
-    for form, group in groupby((r for r in rows if r.case.op == "experts"), key=_format):
+    for form, group in groupby(_decode(rows, routed=True), key=lambda row: row.case.format):
         found = sorted(
             (sum(shape.bytes for shape in row.case.matrices), _scaled(row, memory)) for row in group
         )
@@ -176,8 +172,9 @@ def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
         yield Measurement("expert", "s", tuple(rests), "the rest: a routed expert beyond its bytes")
 
 
-def _format(row: Row) -> str:
-    return row.case.format
+def _decode(rows: Sequence[Row], *, routed: bool) -> list[Row]:
+    """Rows of decode kernels: of experts, or of single matrices."""
+    return [row for row in rows if not row.case.kind.many and row.case.kind.routed == routed]
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -267,8 +264,8 @@ def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
     by_name: dict[str, list[Measurement]] = {}
     for each in found:
         by_name.setdefault(each.what, []).append(each)
-    linear = [row.case for row in rows if row.case.op == "linear"]
-    formats = dict.fromkeys(row.case.format for row in rows if row.case.op == "experts")
+    linear = [row.case for row in _decode(rows, routed=False)]
+    formats = dict.fromkeys(row.case.format for row in _decode(rows, routed=True))
 
     def optional(name: str) -> Rate | None:
         return by_name[name][0].rate() if name in by_name else None

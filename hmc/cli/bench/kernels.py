@@ -103,16 +103,16 @@ def kernels(
     hmc bench kernels --l2 --format fp8 --shape 768x2048 --tokens 1
     hmc bench kernels --op grouped --format fp8 --tokens 512,2048
     """
-    experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
     if l2 and threads not in (None, 1):
         raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.cases import cases_of
+    from hmc.bench.cases import OPS, cases_of
     from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench
     from hmc.codegen.isa import TIERS, best_isa, require
 
     if isa is not None and isa not in TIERS:
         raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
     tier = best_isa() if isa is None else require(isa)
+    experts, prefill = OPS[op].routed, OPS[op].many
     cases = cases_of(
         op,
         formats,

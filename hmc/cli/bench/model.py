@@ -176,7 +176,9 @@ def model(
     compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
-    reference = _reference(bench.memory.sweep.bytes_per_second, decode_rows)
+    # as timed between decode steps, else as in the sweep
+    best = bench.memory.sweep[bench.memory.variant]
+    reference = decode_rows[0].compared.reference if decode_rows else best
     about = plan.model
     facts: dict[str, Any] = {
         "model": f"{about.architecture}, {about.layers} layers",
@@ -206,17 +208,12 @@ def model(
         click.echo(compared.reason)
     click.echo(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
-        f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
+        f" {len(bench.memory.sweep)} ways); a decode step reads {size(active_bytes(plan))}"
     )
     _print_batches(decode_rows)
     if by_op:
         for row in decode_rows:
             _print_ops(row)
-
-
-def _reference(sweep: float, decodes: Sequence[DecodeRow]) -> float:
-    """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
-    return decodes[0].compared.reference if decodes else sweep
 
 
 def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
