@@ -429,7 +429,7 @@ def test_command_refuses(plan: Plan, hybrid: Plan, tmp_path: Path, run: Run) -> 
         ((path, "--set", "colour=1"), 2, "--set colour=1"),
         ((path, "--pin", "x"), 2, "--pin x"),
         ((path, "--pin", "layers.0.experts.0=gpu0"), 2, "no gpu0"),
-        ((path, "--repetitions", 0), 2, "--repetitions 0"),
+        ((path, "--repetitions", 0), 2, "'--repetitions': 0"),
         ((dummy,), 2, "--dummy-weights"),
         ((tmp_path / "none.hmp",), 5, "cannot read"),
     ]

@@ -188,7 +188,6 @@ class KernelBench(Closing):
         x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
         act = np.zeros((pairs, case.rows), np.uint16)
         routing = np.full(pairs, 1 / case.top_k, np.float32)
-        arrays = {"table": table, "act": act}
         first = {"x": x.ctypes.data, "x_stride": case.k}
         second = {"y": y.ctypes.data, "y_stride": case.k, "routing": routing.ctypes.data}
         second["tokens"] = case.tokens
@@ -196,7 +195,8 @@ class KernelBench(Closing):
             first["tokens"] = case.tokens
         builder = ProgramBuilder()
         for call in calls:
-            common = {name: each.ctypes.data for name, each in (call | arrays).items()}
+            common = {name: each.ctypes.data for name, each in call.items()}
+            common |= {"table": table.ctypes.data, "act": act.ctypes.data}
             common["scratch"] = scratch.address
             args = pack(into.op, **first, **common)
             builder.add(self._jit.get(into), args, tag=0, writes=("act",))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from hmc.cli.arguments import output
 from hmc.cli.output import JSON, print_json, size
 from hmc.errors import PlanError
 from hmc.plan import load_plan
@@ -13,13 +14,7 @@ from hmc.plan import load_plan
 
 @click.command("report")
 @click.argument("plan_path", metavar="PLAN")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False),
-    help="The page to write (.html).",
-)
+@output("page (.html)")
 @click.option(
     "--measured",
     metavar="FILE",

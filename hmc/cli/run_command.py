@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS
 from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, print_json, progress, write_file
 from hmc.cli.predicted import Comparison
@@ -53,10 +54,8 @@ if TYPE_CHECKING:
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
 )
-@click.option(
-    "--checkpoint", type=click.Path(file_okay=False), help="Model directory, if it has moved."
-)
-@click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
+@CHECKPOINT
+@THREADS
 @DEVICES
 @GPUS
 @HOME
@@ -68,14 +67,8 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False),
     help="Write which experts were chosen how often, for `hmc compile --routing-profile`. Slower.",
 )
-@click.option(
-    "--machine",
-    metavar="FILE",
-    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
-)
-@click.option(
-    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
-)
+@RATES
+@DUMMY_WEIGHTS
 @JSON
 def command(
     plan_path: str,

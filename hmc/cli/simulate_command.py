@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.arguments import option
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan
@@ -23,32 +24,30 @@ if TYPE_CHECKING:
     help="With a model directory: the machine to plan for [default: auto]. With a plan: predict its"
     " schedule with this machine's rates.",
 )
-@click.option("--prompt", default=512, show_default=True, metavar="N", help="Prompt tokens.")
-@click.option(
+@option("--prompt", default=512, metavar="N", help="Prompt tokens.")
+@option(
     "--context", type=int, metavar="N", help="Context tokens in decode [default: the prompt's]."
 )
-@click.option("--batch", type=int, metavar="B", help="Sequences decoding together.")
-@click.option(
+@option("--batch", type=int, metavar="B", help="Sequences decoding together.")
+@option(
     "--concurrency",
     type=int,
     metavar="C",
     help="Users at once: the same as --batch, and for a model"
     " directory the sequences that the cache must hold.",
 )
-@click.option(
+@option(
     "--max-context", default=0, metavar="N", help="With a model directory: as in `hmc compile`."
 )
-@click.option(
-    "--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`."
-)
-@click.option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
-@click.option(
+@option("--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`.")
+@option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
+@option(
     "--beside",
     "with_beside",
     is_flag=True,
     help="Also: the prompt streams through the last GPU while the batch decodes (two GPUs).",
 )
-@click.option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
+@option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
 @JSON
 def command(
     target: str | None,

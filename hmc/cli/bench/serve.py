@@ -10,16 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE
+from hmc.cli.arguments import count, invocation, option, positive
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import ExecutionError, UsageError
-from hmc.version import VERSION
 
 if TYPE_CHECKING:
     from hmc.bench.serve.load import Lengths, Shot
@@ -29,55 +27,37 @@ _LINES = 200  # of a server's messages that are kept
 
 @click.command("serve", short_help="Requests to a server: latencies, throughput, goals met.")
 @click.argument("target", metavar="URL|PLAN")
-@click.option("-n", "--requests", type=POSITIVE, default=32, show_default=True, metavar="N")
-@click.option(
+@positive("-n", "--requests", default=32)
+@option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="R",
     help="Poisson arrivals, R a second [default: all at once].",
 )
-@click.option(
-    "--concurrency",
-    type=COUNT,
-    default=0,
-    metavar="N",
-    help="At most N requests at a time; 0: no limit.",
-)
-@click.option(
-    "--prompt", "prompts", default="128-512", show_default=True, metavar="N-M", help="Tokens."
-)
-@click.option(
-    "--output", "outputs", default="32-128", show_default=True, metavar="N-M", help="Tokens."
-)
-@click.option(
+@count("--concurrency", help="At most N requests at a time; 0: no limit.")
+@option("--prompt", "prompts", default="128-512", metavar="N-M", help="Tokens.")
+@option("--output", "outputs", default="32-128", metavar="N-M", help="Tokens.")
+@option(
     "--trace",
     metavar="FILE",
     help='JSON lines {"arrival": seconds, "prompt": tokens, "output": tokens}.',
 )
-@click.option(
+@count(
     "--prefill",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Instead: one prompt (the longest of --prompt) beside N decoding requests (the shortest,"
     " with the longest --output), against both alone.",
 )
-@click.option(
+@count(
     "--streams",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Instead: N answers at once (the shortest of --prompt, the longest of --output), for the"
     " server's share of a decode step.",
 )
-@click.option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
-@click.option("--seed", type=COUNT, default=0, show_default=True, metavar="N")
-@click.option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
-@click.option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
+@option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
+@count("--seed")
+@option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
+@option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
 @JSON
-@click.pass_context
 def serve(
-    ctx: click.Context,
     target: str,
     requests: int,
     rate: float | None,
@@ -121,12 +101,6 @@ def serve(
     goals = Slo.read(slo)
     shots = _shots(requests, rate, mixes, trace, seed)
     key = api_key or os.environ.get("HMC_API_KEY")
-    about = {
-        "target": target,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ctx.obj,
-        "hmc_version": VERSION,
-    }
     with _served(target, serve_options.split()) as url:
         server = Target(url, key)
         if prefill:
@@ -145,7 +119,7 @@ def serve(
         else:
             found = load(server, shots, concurrency=concurrency, seed=seed, slo=goals).as_json()
     if as_json:
-        print_json({**found, **about})
+        print_json({**found, "target": target, **invocation()})
     elif prefill:
         _print_beside(found)
     elif streams:
