@@ -10,7 +10,6 @@ import click
 
 from hmc.cli.arguments import option, output
 from hmc.cli.output import JSON, print_json, size
-from hmc.cli.summary import fits, ledger_totals
 from hmc.plan import save_plan
 
 
@@ -52,7 +51,7 @@ def command(model: str, output: str, as_json: bool, **options: Any) -> None:
     save_plan(plan, output)
     seconds = time.perf_counter() - started
     written = Path(output).stat().st_size
-    totals = ledger_totals(plan)
+    totals, fits = plan.ledger_totals, not plan.too_large
     if as_json:
         print_json(
             {
@@ -62,7 +61,7 @@ def command(model: str, output: str, as_json: bool, **options: Any) -> None:
                 "family": plan.model.family,
                 "isa": plan.isa,
                 "memory": totals,
-                "fits": fits(plan),
+                "fits": fits,
                 "max_context": plan.limits.max_context,
             }
         )
@@ -74,7 +73,7 @@ def command(model: str, output: str, as_json: bool, **options: Any) -> None:
     )
     for device, total in totals.items():
         click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}")
-    if not fits(plan):
+    if not fits:
         click.echo(
             "  this machine is too small for the plan: `hmc run` will refuse here;"
             " `hmc show` has the ledger",

@@ -7,7 +7,7 @@ from collections import Counter
 import click
 
 from hmc.cli.output import JSON, console, count, print_json, size, table
-from hmc.cli.summary import expert_place, ledger_totals, placement_groups, tier_of
+from hmc.cli.summary import expert_place, placement_groups, tier_of
 from hmc.codegen.native import arithmetic
 from hmc.errors import UsageError
 from hmc.plan import Operand, Phase, Plan, load_plan
@@ -90,7 +90,7 @@ def _show_plan(plan: Plan) -> None:
     ]
     out.print(table("Plan", ("", ""), facts))
     rows = [(i.device, i.kind, size(i.bytes), i.detail) for i in plan.ledger]
-    for device, total in ledger_totals(plan).items():
+    for device, total in plan.ledger_totals.items():
         room = machine.memory_of(device)
         verdict = "fits" if total <= room else "TOO LARGE for"
         rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))

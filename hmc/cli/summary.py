@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate, islice
 
 from hmc.plan import ExpertPlane, Plan
 from hmc.plan.verify import expand_runs
 from hmc.ranges import expert_ranges
-
-
-def ledger_totals(plan: Plan) -> dict[str, int]:
-    """Bytes a device, over all kinds."""
-    totals: Counter[str] = Counter()
-    for item in plan.ledger:
-        totals[item.device] += item.bytes
-    return dict(totals)
-
-
-def fits(plan: Plan) -> bool:
-    """Whether every device of the plan's machine holds what the ledger asks of it."""
-    return all(
-        total <= plan.machine.memory_of(device) for device, total in ledger_totals(plan).items()
-    )
 
 
 def placement_groups(plan: Plan) -> Iterator[tuple[str, dict[str, str]]]:

@@ -139,16 +139,8 @@ def simulate(
                 limits,
             )
         ),
-        _too_large(plan, model.machine),
+        tuple(plan.model_copy(update={"machine": model.machine}).too_large),
     )
-
-
-def _too_large(plan: Plan, machine: Machine) -> tuple[str, ...]:
-    """Devices that cannot hold what the ledger asks of them."""
-    totals: dict[str, int] = {}
-    for item in plan.ledger:
-        totals[item.device] = totals.get(item.device, 0) + item.bytes
-    return tuple(each for each, total in totals.items() if total > machine.memory_of(each))
 
 
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
