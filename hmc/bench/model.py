@@ -80,23 +80,6 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class OpShare:
-    """What the records of one op took of the decode steps, mean over workers; bytes of a step."""
-
-    op: str
-    steps: int
-    share: float
-    bytes: int
-    seconds: float
-
-    def record(self) -> dict[str, Any]:
-        """As JSON has it; `gbps` only where weights are read."""
-        found = {"op": self.op, "steps": self.steps, "share": round(self.share, 4)}
-        found |= {"microseconds": round(self.seconds * 1e6, 1)}
-        return found | ({"gbps": round(self.bytes / self.seconds / 1e9, 2)} if self.bytes else {})
-
-
-@dataclass(frozen=True)
 class DecodeRow:
     """`tokens` tokens one by one after `context` others, of each of `batch` sequences at once;
     `compared` is bytes/s of weights against the streaming read, `rates` tokens/s of all together.
@@ -112,7 +95,7 @@ class DecodeRow:
     compared: Compared
     waiting: tuple[float, ...]
     python: tuple[float, ...]
-    ops: tuple[OpShare, ...]
+    ops: list[dict[str, Any]]
     by_step: Mapping[int, float]
     phase: str = DECODE
     batch: int = 1
@@ -138,7 +121,7 @@ class DecodeRow:
             "batch": self.batch,
             "gbps": round(self.compared.value / 1e9, 3),
             "reference_gbps": round(self.compared.reference / 1e9, 3),
-            "ops": [op.record() for op in self.ops],
+            "ops": self.ops,
         }
 
 
@@ -355,19 +338,26 @@ class _Steps:
     by_step: dict[int, float]
 
 
-def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> tuple[OpShare, ...]:
-    """By op: medians over the repetitions; shares of the wall clock, largest first."""
+def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> list[dict[str, Any]]:
+    """By op as JSON has it, what its records took of a step (mean over workers, medians over the
+    repetitions): shares of the wall clock, largest first; `gbps` where weights are read.
+    """
     ops: dict[str, list[int]] = defaultdict(list)
     for step in phase.steps:
         ops[step.op].append(step.id)
     size = {step.id: step.weight_bytes for step in phase.steps}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op, ids in ops.items():
         spent = [sum(each.by_step.get(i, 0.0) for i in ids) for each in steps]
         share = median(a / each.seconds for a, each in zip(spent, steps, strict=True))
         read = sum(size[i] for i in ids)
-        rows.append(OpShare(op, len(ids), share, read, median(spent) / tokens))
-    return tuple(sorted(rows, key=lambda row: -row.share))
+        seconds = median(spent) / tokens
+        row: dict[str, Any] = {"op": op, "steps": len(ids), "share": round(share, 4)}
+        row["microseconds"] = round(seconds * 1e6, 1)
+        if read:
+            row["gbps"] = round(read / seconds / 1e9, 2)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["share"])
 
 
 def _rates(test: str, rates: Sequence[float]) -> dict[str, Any]:

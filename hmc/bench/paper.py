@@ -82,9 +82,7 @@ class _Bed:
 
     def gemv(self, rows: int, columns: int) -> float:
         """Microseconds of one FP8 matrix in decode, without what a record adds."""
-        rates = self.plan.machine.rates
-        assert rates is not None
-        return 1e6 * rows * columns / gemv_rate(rates, "fp8", 1)
+        return 1e6 * rows * columns / gemv_rate(self.plan.machine.known_rates, "fp8", 1)
 
 
 @lru_cache(maxsize=8)

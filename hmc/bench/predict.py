@@ -114,8 +114,7 @@ def compare(
         rows += [bench.prompt(tokens) for tokens in loads.prompts]
     finally:
         executor.close()
-    assert machine.rates is not None
-    read = sum(rate.value for rate in machine.rates.read)
+    read = machine.known_rates.read_all
     routed = max((each.count for each in plan.experts), default=0)
     for row in rows:
         figure = predictor.figure(row.load, row.rates)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmc.errors import CapacityError
-from hmc.machine import CpuRates, GpuRates, Machine, Rate
+from hmc.machine import GpuRates, Machine
 from hmc.plan import Plan
 from hmc.predict.cost import CostModel
 from hmc.predict.goals import verdicts
@@ -108,8 +108,7 @@ def _binding(plan: Plan, run: Run) -> _Limit:
             lambda factor: _with_gpus(machine, ("memory", "bf16", "fp8", "attention"), factor),
             "another GPU to share the prompt" if run.phase.startswith("prefill") else "",
         )
-    assert machine.rates is not None
-    read = sum(rate.value for rate in machine.rates.read)
+    read = machine.known_rates.read_all
     decode = run.phase.startswith("decode")
     what = f"host memory ({read / 1e9:.0f} GB/s" if decode else "computation on the CPU ("
     return _Limit(
@@ -159,32 +158,21 @@ def _faster(limit: _Limit, wanted: float, seconds: Callable[[Machine], float]) -
     return [limit.lift.format(factor=high)]
 
 
-def _scaled(rate: Rate, factor: float) -> Rate:
-    return rate.model_copy(update={"value": rate.value * factor})
-
-
 def _with_gpus(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
     gpus = []
     for gpu in machine.gpus:
         rates = gpu.rates
         assert isinstance(rates, GpuRates)
-        changes = {name: _scaled(getattr(rates, name), factor) for name in names}
+        changes = {name: getattr(rates, name).times(factor) for name in names}
         gpus.append(gpu.model_copy(update={"rates": rates.model_copy(update=changes)}))
     return machine.model_copy(update={"gpus": tuple(gpus)})
 
 
 def _with_cpu(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
-    rates = machine.rates
-    assert isinstance(rates, CpuRates)
+    rates = machine.known_rates
     changes: dict[str, object] = {}
     for name in names:
         value = getattr(rates, name)
-        if name == "read":
-            changes[name] = tuple(_scaled(each, factor) for each in value)
-        elif name == "gemv":
-            changes[name] = tuple(
-                each.model_copy(update={"rate": _scaled(each.rate, factor)}) for each in value
-            )
-        elif value is not None:
-            changes[name] = _scaled(value, factor)
+        several = isinstance(value, tuple)
+        changes[name] = tuple(v.times(factor) for v in value) if several else value.times(factor)
     return machine.model_copy(update={"rates": rates.model_copy(update=changes)})

@@ -176,9 +176,8 @@ def _dots(plan: Plan, phase: Phase, call: Call, model: CostModel | None) -> list
 
 def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
     """(name, bytes/s, FLOP/s) of each kind of device."""
-    rates = model.machine.rates
-    assert rates is not None
-    yield "CPU", sum(rate.value for rate in rates.read), rates.dot.value
+    rates = model.machine.known_rates
+    yield "CPU", rates.read_all, rates.dot.value
     used = {step.resource for phase in plan.phases for step in phase.steps}
     for index, gpu in enumerate(model.machine.gpus):
         if gpu.rates is not None and f"gpu{index}" in used:

@@ -4,13 +4,10 @@ buffers and pools.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -40,27 +37,8 @@ from hmc.runtime.host.trace import Recorder
 _LINEAR = (2048, 7168)
 _EXPERTS = ((768, 2048), (2048, 7168))
 _RECORDS = 2000
-_MODEL: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 1,
-}
+_MODEL = Path(__file__).parent / "attention.json"
+_HEADS, _WIDTH = 32, 128
 """Qwen3-30B-A3B's heads in a model that is otherwise small: what attention is measured with."""
 _CHUNK, _CONTEXT = 512, 2048
 _MEMORY_BOUND = 0.6
@@ -211,17 +189,14 @@ def pool_rates(isa: Isa, effort: Effort, threads: int | None) -> Iterator[Measur
 def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
     """Attention of a prefill chunk behind a past ("attend") and of a decode step, through a plan of
     Qwen3-30B-A3B's heads, in FLOP/s of the (query, key) pairs that are used."""
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_MODEL))
-        plan = compile_plan(
-            folder,
-            max_context=_CONTEXT,
-            max_chunk=_CHUNK,
-            threads=threads or 0,
-            dummy_weights=True,
-        )
-        executor = Executor(plan, Path(folder), dummy_weights=True)
-    heads, width = _MODEL["num_attention_heads"], _MODEL["head_dim"]
+    plan = compile_plan(
+        _MODEL,
+        max_context=_CONTEXT,
+        max_chunk=_CHUNK,
+        threads=threads or 0,
+        dummy_weights=True,
+    )
+    executor = Executor(plan, None, dummy_weights=True)
     ids = np.zeros(_CONTEXT - 1, np.int32)
     chunks = -(-len(ids) // _CHUNK)
     first = len(ids) * (chunks - 1) // chunks
@@ -242,11 +217,11 @@ def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
     finally:
         executor.close()
     queries = len(ids) - first
-    work = gqa_flops(heads, width, width, attended(queries, first))
-    detail = f"{queries} queries behind {first} keys, {heads} heads of {width}"
+    work = gqa_flops(_HEADS, _WIDTH, _WIDTH, attended(queries, first))
+    detail = f"{queries} queries behind {first} keys, {_HEADS} heads of {_WIDTH}"
     yield Measurement("attend", "FLOP/s", tuple(work / each for each in prefill[1:]), detail)
-    work = gqa_flops(heads, width, width, attended(1, len(ids)))
-    detail = f"one query behind {len(ids)} keys, {heads} heads of {width}"
+    work = gqa_flops(_HEADS, _WIDTH, _WIDTH, attended(1, len(ids)))
+    detail = f"one query behind {len(ids)} keys, {_HEADS} heads of {_WIDTH}"
     values = tuple(work / each for each in decode[1:])
     yield Measurement("attention in decode", "FLOP/s", values, detail)
 

@@ -276,12 +276,10 @@ def _print_batches(rows: Sequence[DecodeRow]) -> None:
 
 def _print_ops(row: DecodeRow) -> None:
     lines = []
-    for each in row.ops:
-        found = each.record()
-        rate = f"{found['gbps']:.1f}" if "gbps" in found else "-"
-        lines.append(
-            (each.op, each.steps, f"{found['microseconds']:.1f}", f"{each.share:.1%}", rate)
-        )
+    for op in row.ops:
+        rate = f"{op['gbps']:.1f}" if "gbps" in op else "-"
+        took, share = f"{op['microseconds']:.1f}", f"{op['share']:.1%}"
+        lines.append((op["op"], op["steps"], took, share, rate))
     columns = ("op", "steps", "us a token", "share", "GB/s")
     console().print(table(f"Time of a step, {row.test}", columns, lines, numbers=columns[1:]))
 
