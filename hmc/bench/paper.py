@@ -39,10 +39,6 @@ class Row:
     error: float
     kind: str
 
-    def as_json(self) -> dict[str, object]:
-        """Plain values."""
-        return dict(vars(self))
-
 
 class _Bed:
     """One model on one machine of the test bed."""

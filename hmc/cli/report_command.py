@@ -9,6 +9,7 @@ import click
 from hmc.cli.arguments import output
 from hmc.cli.output import JSON, print_json, size
 from hmc.errors import PlanError
+from hmc.files import write_beside
 from hmc.plan import load_plan
 
 
@@ -34,11 +35,10 @@ def command(plan_path: str, output: str, measured: str | None, as_json: bool) ->
     rows = store.read(plan_path, plan) if measured is None else store.of_bench(measured)
     page = render(plan, Path(plan_path).name, rows)
     try:
-        Path(output).write_text(page, encoding="utf-8")
+        write_beside(output, page)
     except OSError as error:
-        raise PlanError(
-            f"cannot write the report to {output}: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise PlanError(f"cannot write the report to {output}: {reason}") from error
     written = len(page.encode())
     if as_json:
         print_json({"report": output, "bytes": written, "measured": len(rows)})

@@ -190,12 +190,12 @@ def _prompts(
             raise UsageError(f"--ids {ids}: not a list of whole numbers") from None
     else:
         text = sys.stdin.read() if prompt is None else prompt
-        yield _messages(text, system) if chat else text
+        yield [*_system(system), {"role": "user", "content": text}] if chat else text
 
 
-def _messages(text: str, system: str | None) -> list[dict[str, Any]]:
-    first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": text}]
+def _system(text: str | None) -> list[dict[str, Any]]:
+    """What a conversation begins with."""
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _prompt_file(path: Path) -> Iterator[Prompt]:
@@ -289,7 +289,7 @@ def _talk(
     routing: RoutingRecorder | None,
 ) -> None:
     """Turn by turn until end of input; Ctrl-C ends an answer, a second one the conversation."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages = _system(system)
     while True:
         try:
             line = input("> ")

@@ -126,7 +126,7 @@ def _print(plan: Plan, machine: str, found: Prediction) -> None:
             f"{found.decode.phase}, context {found.context}"
             + (f", {found.batch} sequences together" if many else ""),
         ),
-        ("time per token", f"{found.tpot * 1e3:.2f} ms", "of each sequence"),
+        ("time per token", f"{found.decode.seconds * 1e3:.2f} ms", "of each sequence"),
     ]
     out.print(table("", ("", "", ""), facts))
     names = dict.fromkeys((*found.prefill.utilisation, *found.decode.utilisation))
@@ -151,26 +151,18 @@ def _print(plan: Plan, machine: str, found: Prediction) -> None:
 
 
 def _print_beside(both: Beside) -> None:
-    ratios = both.as_json()
     rows = [
         (
-            "time to first token",
-            f"{both.ttft_alone:.3f} s",
-            f"{both.ttft:.3f} s",
-            f"{ratios['ttft_ratio']:.3f} x",
-        ),
-        (
-            "time per token",
-            f"{both.tpot_alone * 1e3:.2f} ms",
-            f"{both.tpot * 1e3:.2f} ms",
-            f"{ratios['tpot_ratio']:.3f} x",
-        ),
-        (
-            "the slowest token",
-            f"{both.tpot_alone * 1e3:.2f} ms",
-            f"{both.tpot_worst * 1e3:.2f} ms",
-            f"{ratios['tpot_worst_ratio']:.3f} x",
-        ),
+            what,
+            f"{scale * alone:.{digits}f} {unit}",
+            f"{scale * together:.{digits}f} {unit}",
+            f"{together / alone:.3f} x",
+        )
+        for what, alone, together, scale, digits, unit in (
+            ("time to first token", both.ttft_alone, both.ttft, 1, 3, "s"),
+            ("time per token", both.tpot_alone, both.tpot, 1e3, 2, "ms"),
+            ("the slowest token", both.tpot_alone, both.tpot_worst, 1e3, 2, "ms"),
+        )
     ]
     many = "sequence decodes" if both.batch == 1 else "sequences decode"
     title = f"A prompt of {both.prompt} tokens streams while {both.batch} {many}"
@@ -187,7 +179,7 @@ def _print_paper(as_json: bool) -> None:
 
     found = rows()
     if as_json:
-        print_json({"rows": [row.as_json() for row in found]})
+        print_json({"rows": [vars(row) for row in found]})
         return
     cells = [
         (

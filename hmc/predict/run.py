@@ -52,11 +52,6 @@ class Prediction:
     too_large: tuple[str, ...]
 
     @property
-    def tpot(self) -> float:
-        """Seconds a token of one sequence."""
-        return self.decode.seconds
-
-    @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second."""
         return self.prompt / self.ttft
@@ -73,14 +68,14 @@ class Prediction:
             "context": self.context,
             "batch": self.batch,
             "ttft_s": self.ttft,
-            "ttft_last_s": self.ttft
-            * self.batch,  # prompts that arrive at once, first come first served
+            # prompts that arrive at once, first come first served
+            "ttft_last_s": self.ttft * self.batch,
             "too_large_for": list(self.too_large),
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "decode_tokens_per_second_each": self.decode_rate / self.batch,
-            "tpot_s": self.tpot,
-            "slo": [verdict.as_json() for verdict in self.verdicts],
+            "tpot_s": self.decode.seconds,
+            "slo": [vars(verdict) for verdict in self.verdicts],
             **{
                 name: {
                     "phase": found.phase,
