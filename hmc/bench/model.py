@@ -213,11 +213,6 @@ class ModelBench:
             batch,
         )
 
-    @property
-    def calls(self) -> Mapping[str, int]:
-        """How often each phase has run."""
-        return self._executor.calls
-
     def _decode_phase(self, batch: int) -> str:
         return self._phases.get("decode") or decode_phase(self.plan, batch)
 

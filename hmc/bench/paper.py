@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from hmc.compiler import compile as compile_plan
-from hmc.machine import CpuRates, GpuRates, Machine, Rate
+from hmc.machine import Machine
 from hmc.machine.detect import load_machine
 from hmc.plan import Plan
 from hmc.plan.phases import DUAL, STREAM
@@ -182,12 +182,14 @@ def rows() -> list[Row]:
 
 def fitted_figures(machine: Machine) -> frozenset[str]:
     """Names of the figures that some constant of a machine was fitted to."""
-    rates: list[Rate] = []
-    sides: list[CpuRates | GpuRates | None] = [machine.rates, *(gpu.rates for gpu in machine.gpus)]
-    for side in sides:
-        for value in vars(side).values() if side is not None else ():
-            if isinstance(value, Rate):
-                rates.append(value)
-            elif isinstance(value, tuple):
-                rates.extend(each if isinstance(each, Rate) else each.rate for each in value)
-    return frozenset(name for rate in rates for name in rate.fitted_to)
+    found: set[str] = set()
+
+    def look(value: object) -> None:
+        if isinstance(value, dict):
+            found.update(value.get("fitted_to", ()))
+            value = tuple(value.values())
+        for each in value if isinstance(value, tuple) else ():
+            look(each)
+
+    look(machine.model_dump())
+    return frozenset(found)

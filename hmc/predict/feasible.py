@@ -39,6 +39,9 @@ def require_goals(plan: Plan) -> None:
         return
     model = CostModel(plan)
 
+    def prefill(using: CostModel) -> Run:
+        return run_prefill(plan, using, goals.ttft_prompt)
+
     def decode(using: CostModel) -> Run:
         return run_decode(plan, using, goals.tokens_context, goals.concurrency)
 
@@ -52,16 +55,12 @@ def require_goals(plan: Plan) -> None:
         if verdict.met:
             continue
         if verdict.unit == "s":
-            run = run_prefill(plan, model, goals.ttft_prompt)
+            run = prefill(model)
             wanted = goals.ttft_seconds
             limit = _binding(plan, run)
             lifts = _shorter(plan, model, wanted, goals.ttft_prompt)
             lifts += _faster(
-                limit,
-                wanted,
-                lambda machine: (
-                    run_prefill(plan, CostModel(plan, machine), goals.ttft_prompt).seconds
-                ),
+                limit, wanted, lambda machine: prefill(CostModel(plan, machine)).seconds
             )
         else:
             run = decode(model)
@@ -132,16 +131,14 @@ def _shorter(plan: Plan, model: CostModel, wanted: float, prompt: int) -> list[s
 
 def _fewer(plan: Plan, model: CostModel, wanted: float) -> list[str]:
     batch, context = plan.goals.concurrency, plan.goals.tokens_context
-    lifts = []
-    for fewer in range(batch - 1, 0, -1):
-        if run_decode(plan, model, context, fewer).seconds <= wanted:
-            lifts.append(f"--concurrency {fewer}")
-            break
-    for shorter in (context // 2, context // 4, context // 16):
-        if shorter and run_decode(plan, model, shorter, batch).seconds <= wanted:
-            lifts.append(f"a context of {shorter} tokens")
-            break
-    return lifts
+
+    def meets(context: int, batch: int) -> bool:
+        return run_decode(plan, model, context, batch).seconds <= wanted
+
+    fewer = (f"--concurrency {b}" for b in range(batch - 1, 0, -1) if meets(context, b))
+    lengths = filter(None, (context // 2, context // 4, context // 16))
+    shorter = (f"a context of {c} tokens" for c in lengths if meets(c, batch))
+    return [found for found in (next(fewer, ""), next(shorter, "")) if found]
 
 
 def _faster(limit: _Limit, wanted: float, seconds: Callable[[Machine], float]) -> list[str]:

@@ -168,7 +168,7 @@ def model(
                 **facts,
                 **circumstances(plan.isa, workers),
                 "kernels": list(used),
-                "phases": dict(bench.calls),
+                "phases": dict(executor.calls),
                 **({"no_prediction": compared.reason} if compared.reason else {}),
             }
         )

@@ -231,14 +231,17 @@ def _print_beside(found: dict[str, Any]) -> None:
 
 
 def _print_streams(found: dict[str, Any]) -> None:
+    def part(name: str) -> tuple[float, float]:
+        return found[name] * found["step"], found[name]
+
     rows = [
         ("a step, as clients see it", found["step"], ""),
         ("the executor undisturbed", found["undisturbed"], 1 - found["server_share"]),
         ("the server: the rest", found["step"] - found["undisturbed"], found["server_share"]),
-        ("- within the scheduler's step", *_part(found, "scheduler_share")),
-        ("- between the scheduler's steps", *_part(found, "between_share")),
+        ("- within the scheduler's step", *part("scheduler_share")),
+        ("- between the scheduler's steps", *part("between_share")),
         ("- the executor's calls, later", found["executor"] - found["undisturbed"], ""),
-        ("the client's processor time", *_part(found, "client_share")),
+        ("the client's processor time", *part("client_share")),
     ]
     columns = ("ms", "a step", "share")
     cells = [
@@ -247,10 +250,6 @@ def _print_streams(found: dict[str, Any]) -> None:
     ]
     title = f"{found['streams']} streams, {found['steps']} steps of all"
     console().print(table(title, columns, cells, numbers=columns[1:]))
-
-
-def _part(found: dict[str, Any], name: str) -> tuple[float, float]:
-    return found[name] * found["step"], found[name]
 
 
 def _milliseconds(seconds: float | None) -> str:
