@@ -55,21 +55,14 @@ def require_goals(plan: Plan) -> None:
         if verdict.met:
             continue
         if verdict.unit == "s":
-            run = prefill(model)
-            wanted = goals.ttft_seconds
-            limit = _binding(plan, run)
+            measure, wanted = prefill, goals.ttft_seconds
             lifts = _shorter(plan, model, wanted, goals.ttft_prompt)
-            lifts += _faster(
-                limit, wanted, lambda machine: prefill(CostModel(plan, machine)).seconds
-            )
         else:
-            run = decode(model)
-            wanted = 1 / goals.tokens_per_second
-            limit = _binding(plan, run)
+            measure, wanted = decode, 1 / goals.tokens_per_second
             lifts = _fewer(plan, model, wanted)
-            lifts += _faster(
-                limit, wanted, lambda machine: decode(CostModel(plan, machine)).seconds
-            )
+        run = measure(model)
+        limit = _binding(plan, run)
+        lifts += _faster(plan, limit, wanted, measure)
         if limit.room:
             lifts.append(limit.room)
         if not lifts:
@@ -141,14 +134,20 @@ def _fewer(plan: Plan, model: CostModel, wanted: float) -> list[str]:
     return [found for found in (next(fewer, ""), next(shorter, "")) if found]
 
 
-def _faster(limit: _Limit, wanted: float, seconds: Callable[[Machine], float]) -> list[str]:
+def _faster(
+    plan: Plan, limit: _Limit, wanted: float, measure: Callable[[CostModel], Run]
+) -> list[str]:
     """The least factor on the binding rate that meets the goal, if any does."""
-    if seconds(limit.faster(_FASTEST)) > wanted:
+
+    def meets(factor: float) -> bool:
+        return measure(CostModel(plan, limit.faster(factor))).seconds <= wanted
+
+    if not meets(_FASTEST):
         return []
     low, high = 1.0, _FASTEST
     while high / low > 1.02:
         middle = (low * high) ** 0.5
-        if seconds(limit.faster(middle)) <= wanted:
+        if meets(middle):
             high = middle
         else:
             low = middle
