@@ -140,7 +140,7 @@ def test_every_module_can_be_the_first() -> None:
     names = [name for name in MODULES if not name.endswith("__main__")]
     script = f"""
 import importlib, os, sys, traceback
-import click, llvmlite.binding, networkx, numpy, pydantic, rich, torch.fx, starlette.applications
+import click, llvmlite.binding, numpy, pydantic, rich, torch.fx, starlette.applications
 for name in {names!r}:
     child = os.fork()
     if child == 0:

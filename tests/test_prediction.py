@@ -26,6 +26,7 @@ from hmc.plan import load_plan, save_plan
 from hmc.predict import measured as store
 from hmc.predict.compared import Predictor
 from hmc.predict.cost import Call, CostModel
+from hmc.predict.loads import Load
 from hmc.predict.run import run_prefill
 from hmc.predict.timeline import host_prefill, result_seconds
 from hmc.predict.timeline import run as timeline_of
@@ -244,14 +245,14 @@ def test_long_contexts_cost_their_cache_in_decode(plan_file: Path) -> None:
 
 def test_a_predictor_is_the_simulator(plan_file: Path) -> None:
     predictor = Predictor(load_plan(plan_file), _rated())
-    assert predictor.rate("decode", 10) > predictor.rate("decode", 200)
-    figure = predictor.figure("prefill", 10, [3.0, 5.0], 4.0)
-    assert math.isclose(figure.error, figure.predicted / 4 - 1)
+    assert predictor.rate(Load("decode", 10)) > predictor.rate(Load("decode", 200))
+    figure = predictor.figure(Load("prefill", 10), [3.0, 5.0])
+    assert math.isclose(figure.error, figure.predicted_tokens_per_second / 4 - 1)
     assert (figure.low, figure.high) == (3.0, 5.0)
 
 
 def test_looking_for_rates_loads_no_simulator() -> None:
-    code = "import sys, hmc.cli.run_command; sys.exit('networkx' in sys.modules)"
+    code = "import sys, hmc.cli.run_command; sys.exit('hmc.predict.run' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

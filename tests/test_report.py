@@ -250,9 +250,9 @@ def test_roofline_points_lie_under_their_roof(plan: Plan, host_plan: Plan) -> No
     ]
     # Decode of one token reads each FP8 weight once for two FLOPs.
     experts = [p for p in chart.points if p.name == "experts fp8" and p.decode]
-    assert {point.resource for point in experts} == {"cpu", "gpu0"}
+    assert {point.dot.resource for point in experts} == {"cpu", "gpu0"}
     for point in experts:
-        assert float(point.intensity) == pytest.approx(2, rel=0.05)
+        assert point.dot.intensity == pytest.approx(2, rel=0.05)
     for point in chart.points:
         assert chart.left <= point.x <= chart.right
         assert chart.top <= point.y <= chart.bottom

@@ -40,6 +40,11 @@ class Variant:
     order: int
     huge: bool
 
+    def spec(self, isa: Isa) -> KernelSpec:
+        """The kernel that reads so."""
+        tile = {"prefetch": self.prefetch, "order": self.order}
+        return KernelSpec.of("stream_read", isa.name, streams=self.streams, tile=tile)
+
     def __str__(self) -> str:
         pages = "2 MiB" if self.huge else "4 KiB"
         order = _ORDERS[self.order]
@@ -55,23 +60,6 @@ SWEEP: tuple[Variant, ...] = tuple(
         (0, 512, 2048, 4096, 8192, 16384),
     )
 )
-
-
-@dataclass(frozen=True)
-class StreamResult:
-    """Median bytes/s of every variant that was timed."""
-
-    rates: tuple[tuple[Variant, float], ...]
-
-    @property
-    def best(self) -> Variant:
-        """The fastest variant."""
-        return max(self.rates, key=lambda item: item[1])[0]
-
-    @property
-    def bytes_per_second(self) -> float:
-        """The rate of the fastest variant."""
-        return max(rate for _, rate in self.rates)
 
 
 class StreamingRead:
@@ -98,7 +86,8 @@ class StreamingRead:
         """Bytes/s of one pass over `size` bytes of the caller's own at `address` (whose pages are
         what they are): the reference over the very bytes a kernel reads."""
         if variant not in self._programs:
-            self._programs[variant] = self._program(variant)
+            args = pack("stream_read", base=0, size=0, sink=self.sinks.ctypes.data)
+            self._programs[variant] = repeated(self._jit, variant.spec(self._isa), args)
         program = self._programs[variant]
         program.patch_all(base=address, size=size)
         self._pool.run(program.records, self._trace)
@@ -114,11 +103,24 @@ class StreamingRead:
                 seen.append(self.once(variant))
         return {variant: statistics.median(seen) for variant, seen in rates.items()}
 
-    def _program(self, variant: Variant) -> Program:
-        tile = {"prefetch": variant.prefetch, "order": variant.order}
-        spec = KernelSpec.of("stream_read", self._isa.name, streams=variant.streams, tile=tile)
-        args = pack("stream_read", base=0, size=0, sink=self.sinks.ctypes.data)
-        return _single(self._jit, spec, args)
+    def sweep(
+        self, variants: Sequence[Variant] = SWEEP, repetitions: int = 7
+    ) -> dict[Variant, float]:
+        """Median bytes/s of the ways to read memory, by successive halving; the eight left at the
+        end get `repetitions` passes.
+
+        A variant's figure is the median of the last round it took part in; one that dropped out is
+        capped at the slowest finalist, so that a lucky minute of an early round never becomes the
+        reference.
+        """
+        rates = self.medians(variants, 2)
+        for survivors, passes in ((len(variants) // 4, 3), (8, repetitions)):
+            ranked = sorted(rates, key=lambda variant: rates[variant], reverse=True)
+            again = self.medians(ranked[: max(8, survivors)], passes)
+            slowest = min(again.values())
+            rates = {variant: min(rate, slowest) for variant, rate in rates.items()} | again
+        self._buffers.clear()  # from here on one of them is enough
+        return rates
 
     def _buffer(self, huge: bool) -> np.ndarray:
         if huge not in self._buffers:
@@ -130,37 +132,9 @@ class StreamingRead:
             buffer = whole[shift : shift + self.size]
             args = pack("stream_fill", base=buffer.ctypes.data, size=self.size, value=1)
             spec = KernelSpec.of("stream_fill", self._isa.name)
-            self._pool.run(_single(self._jit, spec, args).records)
+            self._pool.run(repeated(self._jit, spec, args).records)
             self._buffers[huge] = buffer
         return self._buffers[huge]
-
-
-def streaming_read(
-    pool: Pool,
-    jit: Jit,
-    isa: Isa,
-    *,
-    size: int | None = None,
-    variants: Sequence[Variant] = SWEEP,
-    repetitions: int = 7,
-) -> StreamResult:
-    """Sweep the ways to read memory by successive halving; the eight left at the end get
-    `repetitions` passes.
-
-    A variant's figure is the median of the last round it took part in; one that dropped out is
-    capped at the slowest finalist, so that a lucky minute of an early round never becomes the
-    reference.
-    """
-    reader = StreamingRead(pool, jit, isa, size)
-    rates = reader.medians(variants, 2)
-    for survivors, passes in ((len(variants) // 4, 3), (8, repetitions)):
-        ranked = sorted(rates, key=lambda variant: rates[variant], reverse=True)[
-            : max(8, survivors)
-        ]
-        again = reader.medians(ranked, passes)
-        slowest = min(again.values())
-        rates = {variant: min(rate, slowest) for variant, rate in rates.items()} | again
-    return StreamResult(tuple(rates.items()))
 
 
 def dot_peak(pool: Pool, jit: Jit, isa: Isa, *, repetitions: int = 7) -> float:
@@ -169,7 +143,7 @@ def dot_peak(pool: Pool, jit: Jit, isa: Isa, *, repetitions: int = 7) -> float:
     spec = KernelSpec.of("dot_peak", isa.name)
     sink = np.zeros(pool.workers, np.float32)
     rounds = 50_000
-    program = _single(jit, spec, pack("dot_peak", rounds=rounds, sink=sink.ctypes.data))
+    program = repeated(jit, spec, pack("dot_peak", rounds=rounds, sink=sink.ctypes.data))
     trace = np.zeros((1, pool.workers, 2), np.int64)
     flops = rounds * dot_peak_flops(spec) * pool.workers
     rates = []
@@ -179,7 +153,9 @@ def dot_peak(pool: Pool, jit: Jit, isa: Isa, *, repetitions: int = 7) -> float:
     return statistics.median(rates[1:])
 
 
-def _single(jit: Jit, spec: KernelSpec, args: bytes) -> Program:
+def repeated(jit: Jit, spec: KernelSpec, args: bytes, times: int = 1) -> Program:
+    """A program of one record, `times` over."""
     builder = ProgramBuilder()
-    builder.add(jit.get(spec), args, tag=0)
+    for _ in range(times):
+        builder.add(jit.get(spec), args, tag=0)
     return builder.build()

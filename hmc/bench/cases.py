@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hmc.bench.compare import Compared
 from hmc.bench.matrices import FORMATS, MatrixShape
@@ -12,9 +12,26 @@ from hmc.errors import MachineError, UsageError
 from hmc.formats import format_of
 from hmc.machine.topology import this_machine
 
-DECODE_OPS = ("linear", "experts")
-PREFILL_OPS = ("gemm", "grouped")
-OPS = DECODE_OPS + PREFILL_OPS
+
+@dataclass(frozen=True)
+class Kind:
+    """What can be measured: products of one token or few, against the streaming read, or of `many`,
+    against the multiply-add peak; of one matrix, or of `routed` experts with three. `probed` is a
+    probe's name for it, `larger` the op for more tokens.
+    """
+
+    many: bool
+    routed: bool
+    probed: str
+    larger: str = ""
+
+
+OPS = {
+    "linear": Kind(many=False, routed=False, probed="gemv", larger="gemm"),
+    "experts": Kind(many=False, routed=True, probed="experts in decode", larger="grouped"),
+    "gemm": Kind(many=True, routed=False, probed="gemm in prefill"),
+    "grouped": Kind(many=True, routed=True, probed="grouped in prefill"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,10 +55,10 @@ class Case:
             )
         if min(self.rows, self.k, self.tokens, self.top_k) < 1:
             raise UsageError(f"{self.shape}, {self.tokens} tokens: sizes must be positive")
-        if self.op in DECODE_OPS and self.tokens > MAX_TOKENS:
+        if not self.kind.many and self.tokens > MAX_TOKENS:
             raise UsageError(
                 f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
-                f" --op {'gemm' if self.op == 'linear' else 'grouped'}"
+                f" --op {self.kind.larger}"
             )
         if self._grouped and self.group not in (32, 64, 128):
             raise UsageError(f"{self.format} groups are 32, 64 or 128 weights, not {self.group}")
@@ -50,6 +67,11 @@ class Case:
     @property
     def _grouped(self) -> bool:
         return format_of(self.format).grouped
+
+    @property
+    def kind(self) -> Kind:
+        """What its op measures."""
+        return OPS[self.op]
 
     @property
     def shape(self) -> str:
@@ -61,7 +83,7 @@ class Case:
         """What one call (linear) or one expert reads."""
         group = self.group if self._grouped else 0
         into = MatrixShape(self.format, self.rows, self.k, group)
-        if self.op in ("linear", "gemm"):
+        if not self.kind.routed:
             return (into,)
         return (into, into, MatrixShape(self.format, self.k, self.rows, group))
 
@@ -69,7 +91,7 @@ class Case:
     def flops(self) -> int:
         """Of one call: a multiply-add counts two."""
         each = 2 * self.rows * self.k * self.tokens
-        return each if self.op in ("linear", "gemm") else 3 * self.top_k * each
+        return 3 * self.top_k * each if self.kind.routed else each
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Row:
 
     def record(self) -> dict[str, str | int | float]:
         """As JSON has it."""
-        unit = "gflops" if self.case.op in PREFILL_OPS else "gbps"
+        unit = "gflops" if self.case.kind.many else "gbps"
         return {
             "op": self.case.op,
             "format": self.case.format,
@@ -96,18 +118,17 @@ class Row:
 def cases_of(
     op: str,
     formats: Iterable[str],
-    shapes: Iterable[tuple[int, int]],
+    shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     *,
     group: int = 128,
     top_k: int = 8,
 ) -> list[Case]:
     """Every combination, cases that share their weights next to each other."""
-    sizes = list(shapes)
     return [
         Case(op, format, rows, k, count, group, top_k)
         for format in formats
-        for rows, k in sizes
+        for rows, k in shapes
         for count in tokens
     ]
 
@@ -119,4 +140,4 @@ def cut_to_cache(case: Case) -> Case:
         raise MachineError("--l2: this machine does not tell the size of its L2 cache")
     row = -(-sum(shape.bytes for shape in case.matrices) // case.rows)
     rows = min(case.rows, max(16, min(sizes) // 2 // row // 16 * 16))
-    return Case(case.op, case.format, rows, case.k, case.tokens, case.group, case.top_k)
+    return replace(case, rows=rows)

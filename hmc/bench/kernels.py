@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
-from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row, cut_to_cache
+from hmc.bench.bandwidth import dot_peak
+from hmc.bench.cases import Case, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, interleave, silent
 from hmc.bench.matrices import Matrices
-from hmc.bench.reference import CacheReference, MemoryReference, PeakReference
+from hmc.bench.reference import CacheReference, MemoryReference
 from hmc.closing import Closing
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import Isa
@@ -71,9 +73,9 @@ class KernelBench(Closing):
 
         Raises `UsageError` for cases that cannot be run so, `CapacityError` for lack of memory.
         """
-        if self.l2 and any(case.op != "linear" for case in cases):
+        if self.l2 and any(case.kind.many or case.kind.routed for case in cases):
             raise UsageError("--l2 measures --op linear alone")
-        if not self.l2 and any(case.op in DECODE_OPS for case in cases):
+        if not self.l2 and not all(case.kind.many for case in cases):
             self.reference = MemoryReference(
                 self.pool, self._jit, self.isa, megabytes=megabytes, report=report
             )
@@ -98,14 +100,14 @@ class KernelBench(Closing):
             return 1
         size = sum(shape.bytes for shape in cases[0].matrices)
         count = -(-megabytes * 1_000_000 // size)
-        if cases[0].op in ("experts", "grouped"):
+        if cases[0].kind.routed:
             return max(count, max(case.top_k for case in cases))
         return count
 
     def _compare(
         self, case: Case, matrices: Matrices, repetitions: int, report: Report
     ) -> Compared:
-        work = _WORK[case.op](self, case, matrices)
+        work = (self.routed if case.kind.routed else self.dense)(case, matrices)
         trace = np.zeros((len(work.program), self.pool.workers, 2), np.int64)
 
         def rate() -> float:
@@ -121,8 +123,8 @@ class KernelBench(Closing):
         return interleave(rate, self._reference(case, matrices), repetitions, name, report)
 
     def _reference(self, case: Case, matrices: Matrices) -> Callable[[], float]:
-        if case.op in PREFILL_OPS:
-            return PeakReference(self.pool, self._jit, self.isa).rate
+        if case.kind.many:
+            return partial(dot_peak, self.pool, self._jit, self.isa, repetitions=3)
         if self.l2:
             times = _L2_PASS_BYTES // matrices.size
             address, size = matrices.address, matrices.size
@@ -133,130 +135,80 @@ class KernelBench(Closing):
 
     # -- programs ----------------------------------------------------------------------------------
 
-    def linear(self, case: Case, matrices: Matrices) -> _Work:
+    def dense(self, case: Case, matrices: Matrices) -> _Work:
         """Every matrix once, each after the one before as in a decode step; L2: one repeatedly."""
-        spec = self._spec(case, "linear", {"k": case.k, "tokens": MAX_TOKENS})
+        many = case.kind.many
+        indices = np.arange(matrices.count)
+        if many:
+            indices = indices[: max(2, int(_PASS_FLOPS / case.flops))]
+        elif self.l2:
+            indices = np.zeros(_L2_PASS_BYTES // matrices.size, np.int64)
+        sizes = {} if many else {"tokens": MAX_TOKENS}
+        spec = self._spec(case, case.op, {"k": case.k} | sizes)
         x = _activations(case.tokens, case.k)
         y = np.zeros((case.tokens, case.rows), np.float32)
-        indices = np.arange(matrices.count)
-        if self.l2:
-            indices = np.zeros(_L2_PASS_BYTES // matrices.size, np.int64)
+        common = _xy(x, y)
+        kept: tuple[object, ...] = (x,)
+        if many:
+            scratch = Block(self.pool.workers * gemm_scratch_bytes(spec), "scratch")
+            common |= {"gather": 0, "scratch": scratch.address}
+            kept = (x, scratch)
+        writes = ("y",) if many or self._barriers else ()
         builder = ProgramBuilder()
         for index in indices:
-            args = pack(
-                "linear",
-                w=int(matrices.weights[index, 0]),
-                scale=int(matrices.scales[index, 0]),
-                **_xy(x, y),
-            )
-            writes = ("y",) if self._barriers else ()
+            w, scale = int(matrices.weights[index, 0]), int(matrices.scales[index, 0])
+            args = pack(case.op, w=w, scale=scale, **common)
             builder.add(self._jit.get(spec), args, tag=0, writes=writes)
-        amount = len(indices) * matrices.set_bytes
-        return _Work(builder.build(), amount, y, (x,))
+        amount = len(indices) * (case.flops if many else matrices.set_bytes)
+        return _Work(builder.build(), amount, y, kept)
 
-    def gemm(self, case: Case, matrices: Matrices) -> _Work:
-        """Matrix after matrix, on all tokens."""
-        spec = self._spec(case, "gemm", {"k": case.k})
-        x = _activations(case.tokens, case.k)
-        y = np.zeros((case.tokens, case.rows), np.float32)
-        scratch = self._scratch(gemm_scratch_bytes(spec))
-        count = min(matrices.count, max(2, int(_PASS_FLOPS / case.flops)))
-        builder = ProgramBuilder()
-        for index in range(count):
-            args = pack(
-                "gemm",
-                w=int(matrices.weights[index, 0]),
-                scale=int(matrices.scales[index, 0]),
-                gather=0,
-                scratch=scratch.address,
-                **_xy(x, y),
-            )
-            builder.add(self._jit.get(spec), args, tag=0, writes=("y",))
-        return _Work(builder.build(), count * case.flops, y, (x, scratch))
-
-    def experts(self, case: Case, matrices: Matrices) -> _Work:
-        """Each (token, slot) has the next expert: a pass reads every expert, few of them twice."""
-        experts, pairs = matrices.count, case.tokens * case.top_k
-        sizes = {"experts": experts, "top_k": case.top_k, "tokens": MAX_TOKENS}
-        into = self._spec(case, "experts_gate_up", _into(case) | sizes, "bf16", SWIGLU)
-        back = self._spec(case, "experts_down", _back(case) | sizes)
-        calls = -(-experts // pairs)
-        ids = (np.arange(calls * pairs, dtype=np.int32) % experts).reshape(calls, -1)
+    def routed(self, case: Case, matrices: Matrices) -> _Work:
+        """In decode, each (token, slot) has the next expert: a pass reads every expert, few of them
+        twice. In prefill, one layer of all the experts there are, `top_k` of them drawn evenly for
+        each token.
+        """
+        experts, pairs, many = matrices.count, case.tokens * case.top_k, case.kind.many
+        sizes = {"experts": experts, "top_k": case.top_k}
+        if not many:
+            sizes["tokens"] = MAX_TOKENS
+        ends = {"k": case.k, "n": case.rows}
+        into = self._spec(case, f"{case.op}_gate_up", ends | sizes, "bf16", SWIGLU)
+        back = self._spec(case, f"{case.op}_down", {"k": case.rows, "n": case.k} | sizes)
+        if many:
+            calls = [_drawn(experts, case)]
+            amount = case.flops
+            worker = max(grouped_scratch_bytes(into), grouped_scratch_bytes(back))
+            scratch = Block(self.pool.workers * worker, "scratch")
+        else:
+            ids = np.arange(-(-experts // pairs) * pairs, dtype=np.int32) % experts
+            calls = [{"ids": each} for each in ids.reshape(-1, pairs)]
+            amount = sum(len(np.unique(each["ids"])) for each in calls) * matrices.set_bytes
+            scratch = Block(max(scratch_bytes(into), scratch_bytes(back)), "experts")
         table = _table(matrices)
         x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
         act = np.zeros((pairs, case.rows), np.uint16)
         routing = np.full(pairs, 1 / case.top_k, np.float32)
-        scratch = Block(max(scratch_bytes(into), scratch_bytes(back)), "experts")
-        common = {
-            "table": table.ctypes.data,
-            "act": act.ctypes.data,
-            "tokens": case.tokens,
-            "scratch": scratch.address,
-        }
+        first = {"x": x.ctypes.data, "x_stride": case.k}
+        second = {"y": y.ctypes.data, "y_stride": case.k, "routing": routing.ctypes.data}
+        second["tokens"] = case.tokens
+        if not many:
+            first["tokens"] = case.tokens
         builder = ProgramBuilder()
-        for call in ids:
-            where = {"ids": call.ctypes.data, **common}
-            args = pack("experts_gate_up", x=x.ctypes.data, x_stride=case.k, **where)
+        for call in calls:
+            common = {name: each.ctypes.data for name, each in call.items()}
+            common |= {"table": table.ctypes.data, "act": act.ctypes.data}
+            common["scratch"] = scratch.address
+            args = pack(into.op, **first, **common)
             builder.add(self._jit.get(into), args, tag=0, writes=("act",))
-            args = pack(
-                "experts_down",
-                y=y.ctypes.data,
-                y_stride=case.k,
-                routing=routing.ctypes.data,
-                **where,
-            )
+            args = pack(back.op, **second, **common)
             builder.add(self._jit.get(back), args, tag=1, reads=("act",), writes=("y",))
-        amount = sum(len(set(call.tolist())) for call in ids) * matrices.set_bytes
-        return _Work(builder.build(), amount, y, (x, act, ids, table, routing, scratch))
-
-    def grouped(self, case: Case, matrices: Matrices) -> _Work:
-        """One layer of all the experts there are, `top_k` of them drawn evenly for each token."""
-        experts = matrices.count
-        sizes = {"experts": experts, "top_k": case.top_k}
-        into = self._spec(case, "grouped_gate_up", _into(case) | sizes, "bf16", SWIGLU)
-        back = self._spec(case, "grouped_down", _back(case) | sizes)
-        random = np.random.default_rng(0)
-        ids = np.stack(
-            [random.permutation(experts)[: case.top_k] for _ in range(case.tokens)]
-        ).reshape(-1)
-        slots = np.argsort(ids, kind="stable").astype(np.int32)
-        offsets = np.zeros(experts + 1, np.int32)
-        np.cumsum(np.bincount(ids, minlength=experts), out=offsets[1:])
-        table = _table(matrices)
-        x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
-        act = np.zeros((len(ids), case.rows), np.uint16)
-        routing = np.full(len(ids), 1 / case.top_k, np.float32)
-        scratch = self._scratch(max(grouped_scratch_bytes(into), grouped_scratch_bytes(back)))
-        common = {
-            "slots": slots.ctypes.data,
-            "offsets": offsets.ctypes.data,
-            "table": table.ctypes.data,
-            "act": act.ctypes.data,
-            "scratch": scratch.address,
-        }
-        builder = ProgramBuilder()
-        args = pack("grouped_gate_up", x=x.ctypes.data, x_stride=case.k, **common)
-        builder.add(self._jit.get(into), args, tag=0, writes=("act",))
-        args = pack(
-            "grouped_down",
-            routing=routing.ctypes.data,
-            y=y.ctypes.data,
-            y_stride=case.k,
-            tokens=case.tokens,
-            **common,
-        )
-        builder.add(self._jit.get(back), args, tag=1, reads=("act",), writes=("y",))
-        kept = (x, act, slots, offsets, table, routing, scratch)
-        return _Work(builder.build(), case.flops, y, kept)
+        return _Work(builder.build(), amount, y, (x, act, calls, table, routing, scratch))
 
     def _spec(
         self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32", expr: str = ""
     ) -> KernelSpec:
         params = tuple(sorted({**sizes, **case.matrices[0].params}.items()))
         return KernelSpec(op, self.isa.name, case.format, out, params, expr=expr)
-
-    def _scratch(self, bytes_per_worker: int) -> Block:
-        return Block(self.pool.workers * bytes_per_worker, "scratch")
 
 
 @dataclass(frozen=True)
@@ -269,20 +221,14 @@ class _Work:
     kept: tuple[object, ...]
 
 
-_WORK: dict[str, Callable[[KernelBench, Case, Matrices], _Work]] = {
-    "linear": KernelBench.linear,
-    "gemm": KernelBench.gemm,
-    "experts": KernelBench.experts,
-    "grouped": KernelBench.grouped,
-}
-
-
-def _into(case: Case) -> dict[str, int]:
-    return {"k": case.k, "n": case.rows}
-
-
-def _back(case: Case) -> dict[str, int]:
-    return {"k": case.rows, "n": case.k}
+def _drawn(experts: int, case: Case) -> dict[str, npt.NDArray[np.int32]]:
+    """The (token, slot) pairs of all tokens, sorted by the experts drawn for them."""
+    random = np.random.default_rng(0)
+    ids = np.stack([random.permutation(experts)[: case.top_k] for _ in range(case.tokens)])
+    offsets = np.zeros(experts + 1, np.int32)
+    np.cumsum(np.bincount(ids.reshape(-1), minlength=experts), out=offsets[1:])
+    slots = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
+    return {"slots": slots, "offsets": offsets}
 
 
 def _activations(tokens: int, k: int) -> npt.NDArray[np.uint16]:

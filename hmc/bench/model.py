@@ -15,15 +15,18 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from operator import add
 from statistics import median
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hmc.bench.bandwidth import dot_peak
 from hmc.bench.compare import Compared, Report, in_turn, interleave, silent
-from hmc.bench.reference import MemoryReference, PeakReference
+from hmc.bench.reference import MemoryReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
@@ -32,6 +35,7 @@ from hmc.ops import OPS
 from hmc.ops.matmul import distinct_experts
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import DECODE, PREFILL, decode_phase, prefill_phase
+from hmc.predict.loads import Load
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.tokens.sampler import Sampler, SamplingParams
@@ -51,17 +55,15 @@ class PromptRow:
     by_step: Mapping[int, float]
     phase: str = PREFILL
 
-    kind: ClassVar[Literal["prefill"]] = "prefill"
-
     @property
     def test(self) -> str:
         """pp512."""
         return f"pp{self.tokens}"
 
     @property
-    def middle(self) -> int:
-        """Tokens of the prompt."""
-        return self.tokens
+    def load(self) -> Load:
+        """What it is a measurement of."""
+        return Load("prefill", self.tokens)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -75,23 +77,6 @@ class PromptRow:
             "reference_gflops": round(self.compared.reference / 1e9, 2),
             "peak_share": round(self.compared.ratio, 4),
         }
-
-
-@dataclass(frozen=True)
-class OpShare:
-    """What the records of one op took of the decode steps, mean over workers; bytes of a step."""
-
-    op: str
-    steps: int
-    share: float
-    bytes: int
-    seconds: float
-
-    def record(self) -> dict[str, Any]:
-        """As JSON has it; `gbps` only where weights are read."""
-        found = {"op": self.op, "steps": self.steps, "share": round(self.share, 4)}
-        found |= {"microseconds": round(self.seconds * 1e6, 1)}
-        return found | ({"gbps": round(self.bytes / self.seconds / 1e9, 2)} if self.bytes else {})
 
 
 @dataclass(frozen=True)
@@ -110,17 +95,15 @@ class DecodeRow:
     compared: Compared
     waiting: tuple[float, ...]
     python: tuple[float, ...]
-    ops: tuple[OpShare, ...]
+    ops: list[dict[str, Any]]
     by_step: Mapping[int, float]
     phase: str = DECODE
     batch: int = 1
 
-    kind: ClassVar[Literal["decode"]] = "decode"
-
     @property
-    def middle(self) -> int:
-        """Tokens in the cache in the middle of a repetition."""
-        return self.context + self.tokens // 2
+    def load(self) -> Load:
+        """What it is a measurement of: the context is that in the middle of a repetition."""
+        return Load("decode", self.context + self.tokens // 2, self.batch)
 
     @property
     def test(self) -> str:
@@ -128,27 +111,17 @@ class DecodeRow:
         several = f"x{self.batch}" if self.batch > 1 else ""
         return f"tg{self.tokens}{several}" + (f"@{self.context}" if self.context else "")
 
-    @property
-    def mbu(self) -> float:
-        """Memory bandwidth use of the whole step."""
-        return self.compared.ratio
-
-    @property
-    def outside_kernels(self) -> float:
-        """Share of the step in which a worker is in no kernel."""
-        return median(a + b for a, b in zip(self.waiting, self.python, strict=True))
-
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
         return _rates(self.test, self.rates) | {
-            "mbu": round(self.mbu, 4),
-            "outside_kernels": round(self.outside_kernels, 4),
+            "mbu": round(self.compared.ratio, 4),
+            "outside_kernels": round(median(map(add, self.waiting, self.python)), 4),
             "waiting": round(median(self.waiting), 4),
             "python": round(median(self.python), 4),
             "batch": self.batch,
             "gbps": round(self.compared.value / 1e9, 3),
             "reference_gbps": round(self.compared.reference / 1e9, 3),
-            "ops": [op.record() for op in self.ops],
+            "ops": self.ops,
         }
 
 
@@ -172,7 +145,7 @@ class ModelBench:
         self._report, self._phases = report, phases
         jit, isa = Jit(EMITTERS), TIERS[self.plan.isa]
         self.memory = MemoryReference(executor.pool, jit, isa, megabytes=megabytes, report=report)
-        self.peak = PeakReference(executor.pool, jit, isa)
+        self._peak = partial(dot_peak, executor.pool, jit, isa, repetitions=3)
         self._random = np.random.default_rng(0)
         self._warm()
 
@@ -185,7 +158,7 @@ class ModelBench:
             seconds.append(self._prefill(tokens))
             return flops / seconds[-1]
 
-        compared = interleave(rate, self.peak.rate, self._repetitions, f"pp{tokens}", self._report)
+        compared = interleave(rate, self._peak, self._repetitions, f"pp{tokens}", self._report)
         with self._executor.recorded() as recorder:
             self._prefill(tokens)
         name = self._phases.get("prefill") or prefill_phase(self.plan, tokens)
@@ -239,11 +212,6 @@ class ModelBench:
             phase.name,
             batch,
         )
-
-    @property
-    def calls(self) -> Mapping[str, int]:
-        """How often each phase has run."""
-        return self._executor.calls
 
     def _decode_phase(self, batch: int) -> str:
         return self._phases.get("decode") or decode_phase(self.plan, batch)
@@ -365,19 +333,26 @@ class _Steps:
     by_step: dict[int, float]
 
 
-def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> tuple[OpShare, ...]:
-    """By op: medians over the repetitions; shares of the wall clock, largest first."""
+def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> list[dict[str, Any]]:
+    """By op as JSON has it, what its records took of a step (mean over workers, medians over the
+    repetitions): shares of the wall clock, largest first; `gbps` where weights are read.
+    """
     ops: dict[str, list[int]] = defaultdict(list)
     for step in phase.steps:
         ops[step.op].append(step.id)
     size = {step.id: step.weight_bytes for step in phase.steps}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for op, ids in ops.items():
         spent = [sum(each.by_step.get(i, 0.0) for i in ids) for each in steps]
         share = median(a / each.seconds for a, each in zip(spent, steps, strict=True))
         read = sum(size[i] for i in ids)
-        rows.append(OpShare(op, len(ids), share, read, median(spent) / tokens))
-    return tuple(sorted(rows, key=lambda row: -row.share))
+        seconds = median(spent) / tokens
+        row: dict[str, Any] = {"op": op, "steps": len(ids), "share": round(share, 4)}
+        row["microseconds"] = round(seconds * 1e6, 1)
+        if read:
+            row["gbps"] = round(read / seconds / 1e9, 2)
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["share"])
 
 
 def _rates(test: str, rates: Sequence[float]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Row:
     experts: int
     test: str
     figure: Figure
-    ops: dict[str, tuple[float, float]]
+    ops: dict[str, dict[str, float]]
     drift: float | None
 
     def as_json(self) -> dict[str, Any]:
@@ -72,10 +72,7 @@ class Row:
             "low": self.figure.low,
             "high": self.figure.high,
             "memory_drift": self.drift,
-            "ops": {
-                op: {"predicted_s": predicted, "measured_s": measured}
-                for op, (predicted, measured) in self.ops.items()
-            },
+            "ops": self.ops,
         }
 
 
@@ -117,18 +114,18 @@ def compare(
         rows += [bench.prompt(tokens) for tokens in loads.prompts]
     finally:
         executor.close()
-    assert machine.rates is not None
-    read = sum(rate.value for rate in machine.rates.read)
+    read = machine.known_rates.read_all
     routed = max((each.count for each in plan.experts), default=0)
     for row in rows:
-        figure = predictor.figure(row.kind, row.middle, row.rates, median(row.rates))
-        ops: dict[str, tuple[float, float]] = {}
-        for step in predictor.steps(row.kind, row.middle, row.by_step):
-            predicted, measured = ops.get(step["op"], (0.0, 0.0))
-            ops[step["op"]] = (predicted + step["predicted_s"], measured + step["measured_s"])
-        name = f"pp{row.middle}" if row.kind == "prefill" else f"tg@{row.middle}"
-        drift = row.compared.reference / read if row.kind == "decode" else None
-        yield Row(plan.model.family, form, plan.model.layers, routed, name, figure, ops, drift)
+        figure = predictor.figure(row.load, row.rates)
+        ops: dict[str, dict[str, float]] = {}
+        for step in predictor.steps(row.load, row.by_step):
+            sums = ops.setdefault(step["op"], {"predicted_s": 0.0, "measured_s": 0.0})
+            for name in sums:
+                sums[name] += step[name]
+        drift = row.compared.reference / read if row.load.kind == "decode" else None
+        family, layers, test = plan.model.family, plan.model.layers, row.load.name
+        yield Row(family, form, layers, routed, test, figure, ops, drift)
 
 
 def cut_to_fit(

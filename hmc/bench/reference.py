@@ -1,6 +1,4 @@
-"""The references of one benchmark run: streaming reads (from memory or from L2) and the
-multiply-add peak; hides the sweep.
-"""
+"""The references of one benchmark run: streaming reads, from memory or from L2; hides the sweep."""
 
 from __future__ import annotations
 
@@ -8,22 +6,15 @@ import statistics
 
 import numpy as np
 
-from hmc.bench.bandwidth import (
-    StreamingRead,
-    StreamResult,
-    Variant,
-    dot_peak,
-    streaming_read,
-)
+from hmc.bench.bandwidth import SWEEP, StreamingRead, Variant, repeated
 from hmc.bench.compare import Report, silent
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import pack
 from hmc.errors import CapacityError
 from hmc.machine.detect import available_bytes
 from hmc.runtime.host.pool import Pool
-from hmc.runtime.host.program import Program, ProgramBuilder
+from hmc.runtime.host.program import Program
 
 _PASSES = 3
 
@@ -53,9 +44,9 @@ class MemoryReference:
                 f" {free / 1e9:.1f} GB are free: measure fewer layers, or lower --megabytes"
             )
         report("finding the fastest streaming read", 0, 1)
-        self.sweep: StreamResult = streaming_read(pool, jit, isa, size=self._reader.size)
+        self.sweep = self._reader.sweep()
         report("finding the fastest streaming read", 1, 1)
-        self.variant = self.sweep.best
+        self.variant = max(self.sweep, key=lambda variant: self.sweep[variant])
         self._reader.once(self.variant)
 
     def rate(self) -> float:
@@ -81,12 +72,9 @@ class CacheReference:
         self._trace = np.zeros((times, pool.workers, 2), np.int64)
         args = pack("stream_read", base=address, size=size, sink=self._sinks.ctypes.data)
         programs = {
-            Variant(streams, prefetch, order, True): _repeated(
-                jit, _stream(isa, streams, prefetch, order), args, times
-            )
-            for order in (SPLIT, PAGES)
-            for streams in (1, 2, 4, 8)
-            for prefetch in (0, 512, 2048)
+            variant: repeated(jit, variant.spec(isa), args, times)
+            for variant in SWEEP
+            if variant.huge and variant.prefetch in (0, 512, 2048)
         }
         rates: dict[Variant, list[float]] = {variant: [] for variant in programs}
         for _ in range(_PASSES):
@@ -102,26 +90,3 @@ class CacheReference:
     def _once(self, program: Program) -> float:
         self._pool.run(program.records, self._trace)
         return self._bytes / self._pool.seconds(self._trace)
-
-
-class PeakReference:
-    """Register-only multiply-adds of all workers (`vdpbf16ps`, or f32 FMA on lesser tiers)."""
-
-    def __init__(self, pool: Pool, jit: Jit, isa: Isa) -> None:
-        self._pool, self._jit, self._isa = pool, jit, isa
-
-    def rate(self) -> float:
-        """FLOP/s: median of three passes."""
-        return dot_peak(self._pool, self._jit, self._isa, repetitions=_PASSES)
-
-
-def _stream(isa: Isa, streams: int, prefetch: int, order: int) -> KernelSpec:
-    tile = {"prefetch": prefetch, "order": order}
-    return KernelSpec.of("stream_read", isa.name, streams=streams, tile=tile)
-
-
-def _repeated(jit: Jit, spec: KernelSpec, args: bytes, times: int) -> Program:
-    builder = ProgramBuilder()
-    for _ in range(times):
-        builder.add(jit.get(spec), args, tag=0)
-    return builder.build()

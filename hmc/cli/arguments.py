@@ -4,6 +4,7 @@ be repeated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,6 +14,9 @@ from hmc.cli.output import size
 from hmc.machine.detect import detect
 from hmc.version import VERSION
 
+Option = Callable[[Any], Any]
+"""A decorator of commands."""
+
 
 class _Whole(click.IntRange):
     name = "whole number"
@@ -20,11 +24,38 @@ class _Whole(click.IntRange):
 
 COUNT, POSITIVE = _Whole(min=0), _Whole(min=1)
 
-THREADS = click.option(
-    "--threads",
-    type=POSITIVE,
-    metavar="N",
-    help="Native workers [default: the plan's, or one a core].",
+
+def option(*names: str, **settings: Any) -> Option:
+    """`click.option`; a default is shown where it is more than nothing."""
+    return click.option(*names, show_default=bool(settings.get("default")), **settings)
+
+
+def count(*names: str, metavar: str = "N", **settings: Any) -> Option:
+    """An option of a whole number, 0 where nothing else is said."""
+    return option(*names, metavar=metavar, **{"type": COUNT, "default": 0} | settings)
+
+
+def positive(*names: str, metavar: str = "N", **settings: Any) -> Option:
+    """An option of a whole number from 1 on; None where it is not given and has no default."""
+    return option(*names, metavar=metavar, type=POSITIVE, **settings)
+
+
+def output(what: str) -> Option:
+    """Where a command writes, which has to be said."""
+    file = click.Path(dir_okay=False)
+    return click.option("-o", "--output", required=True, type=file, help=f"The {what} to write.")
+
+
+THREADS = positive("--threads", help="Native workers [default: the plan's, or one a core].")
+REPETITIONS = positive("--repetitions", default=5, metavar="R", help="Turns of each measurement.")
+CHECKPOINT = option("--checkpoint", metavar="DIR", help="Model directory, if it has moved.")
+DUMMY_WEIGHTS = option(
+    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
+)
+RATES = option(
+    "--machine",
+    metavar="FILE",
+    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
 )
 
 
@@ -62,14 +93,21 @@ class Shape(click.ParamType):  # type: ignore[type-arg]
         return rows, k
 
 
-def circumstances(ctx: click.Context, isa: str, threads: int) -> dict[str, Any]:
-    """What a figure needs to be repeated; the command line is the context's `obj`."""
+def circumstances(isa: str, threads: int) -> dict[str, Any]:
+    """What a figure of this machine needs to be repeated."""
     machine = detect()
     return {
         "machine": f"{machine.cpu}, {machine.cores} cores, {size(machine.memory_bytes)}",
         "isa": isa,
         "threads": threads,
+        **invocation(),
+    }
+
+
+def invocation() -> dict[str, Any]:
+    """When which command ran; its line is the context's `obj`."""
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ctx.obj,
+        "command": click.get_current_context().obj,
         "hmc_version": VERSION,
     }

@@ -4,85 +4,40 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
+from hmc.cli.arguments import option, output
 from hmc.cli.output import JSON, print_json, size
-from hmc.cli.summary import fits, ledger_totals
 from hmc.plan import save_plan
 
 
 @click.command("compile")
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False),
-    help="The plan to write (.hmp).",
-)
-@click.option(
+@output("plan (.hmp)")
+@option(
     "--machine",
     default="auto",
-    show_default=True,
     metavar="NAME|FILE",
     help="`auto` (this machine), a named machine or a machine file.",
 )
-@click.option(
+@option(
     "--max-context",
     default=0,
     metavar="N",
     help="Tokens one sequence may hold [default: what fits].",
 )
-@click.option(
-    "--max-chunk",
-    default=512,
-    show_default=True,
-    metavar="N",
-    help="Prompt tokens computed at once.",
-)
-@click.option("--threads", default=0, metavar="N", help="Native workers [default: one a core].")
-@click.option(
-    "--dummy-weights", is_flag=True, help="Need config.json alone; run with random weights."
-)
-@click.option(
-    "--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers."
-)
-@click.option(
-    "--vram", default=0.0, metavar="GB", help="Use so much of each GPU's memory [default: all]."
-)
-@click.option(
-    "--concurrency",
-    default=1,
-    show_default=True,
-    metavar="C",
-    help="Sequences the cache must hold.",
-)
-@click.option(
-    "--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20."
-)
-@click.option(
-    "--routing-profile",
-    default="",
-    metavar="FILE",
-    help="Recorded routing, to place hot experts by.",
-)
+@option("--max-chunk", default=512, metavar="N", help="Prompt tokens computed at once.")
+@option("--threads", default=0, metavar="N", help="Native workers [default: one a core].")
+@option("--dummy-weights", is_flag=True, help="Need config.json alone; run with random weights.")
+@option("--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers.")
+@option("--vram", default=0.0, metavar="GB", help="Use so much of each GPU [default: all].")
+@option("--concurrency", default=1, metavar="C", help="Sequences the cache must hold.")
+@option("--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20.")
+@option("--routing-profile", default="", metavar="FILE", help="Recorded routing, for hot experts.")
 @JSON
-def command(
-    model: str,
-    output: str,
-    machine: str,
-    max_context: int,
-    max_chunk: int,
-    threads: int,
-    dummy_weights: bool,
-    layers: int,
-    vram: float,
-    concurrency: int,
-    slo: str,
-    routing_profile: str,
-    as_json: bool,
-) -> None:
+def command(model: str, output: str, as_json: bool, **options: Any) -> None:
     """Compile the model directory MODEL into a plan.
 
     Reads config.json and the headers of the safetensors shards: no weight is loaded. The plan says
@@ -92,23 +47,11 @@ def command(
     from hmc.compiler import compile as compile_plan
 
     started = time.perf_counter()
-    plan = compile_plan(
-        model,
-        machine=machine,
-        max_context=max_context,
-        max_chunk=max_chunk,
-        threads=threads,
-        dummy_weights=dummy_weights,
-        layers=layers,
-        vram=vram,
-        concurrency=concurrency,
-        slo=slo,
-        routing_profile=routing_profile,
-    )
+    plan = compile_plan(model, **options)
     save_plan(plan, output)
     seconds = time.perf_counter() - started
     written = Path(output).stat().st_size
-    totals = ledger_totals(plan)
+    totals, fits = plan.ledger_totals, not plan.too_large
     if as_json:
         print_json(
             {
@@ -118,7 +61,7 @@ def command(
                 "family": plan.model.family,
                 "isa": plan.isa,
                 "memory": totals,
-                "fits": fits(plan),
+                "fits": fits,
                 "max_context": plan.limits.max_context,
             }
         )
@@ -130,7 +73,7 @@ def command(
     )
     for device, total in totals.items():
         click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}")
-    if not fits(plan):
+    if not fits:
         click.echo(
             "  this machine is too small for the plan: `hmc run` will refuse here;"
             " `hmc show` has the ledger",

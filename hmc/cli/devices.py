@@ -10,19 +10,20 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.arguments import option
+
 if TYPE_CHECKING:
     from hmc.runtime.executor import Executor
 
-DEVICES = click.option(
+DEVICES = option(
     "--devices",
     type=click.Choice(["auto", "cuda", "host"]),
     default="auto",
-    show_default=True,
     help="What runs a plan's GPU steps: this machine's GPUs (auto, cuda), or threads and memory of"
     " the CPU in their place (host), for tests and debugging.",
 )
 
-GPUS = click.option(
+GPUS = option(
     "--gpus",
     type=int,
     metavar="N",
@@ -30,11 +31,10 @@ GPUS = click.option(
     " [default: one process drives all].",
 )
 
-HOME = click.option(
+HOME = option(
     "--home",
     type=click.Choice(["mapped", "arena", "shared"]),
     default="mapped",
-    show_default=True,
     help="Weights in the page cache, copied to huge pages, or to a memory file that the processes"
     " of --gpus share.",
 )

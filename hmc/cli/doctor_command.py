@@ -66,10 +66,9 @@ def command(as_json: bool) -> None:
 
 def _setting(path: str) -> str:
     try:
-        text = Path(path).read_text().strip()
+        return Path(path).read_text().strip()
     except OSError:
         return "not offered by this kernel"
-    return text
 
 
 def _huge_use() -> str:
@@ -102,6 +101,4 @@ def _writable(folder: Path) -> str:
 
 
 def _version(name: str) -> str:
-    if find_spec(name) is None:
-        return "not installed"
-    return importlib.metadata.version(name)
+    return importlib.metadata.version(name) if find_spec(name) else "not installed"

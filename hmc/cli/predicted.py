@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.errors import MachineError
+from hmc.errors import HmcError, MachineError
 from hmc.machine.here import how_to, machine_here
 from hmc.plan import Plan
 
 if TYPE_CHECKING:
     from hmc.bench.model import DecodeRow, PromptRow
-    from hmc.predict.compared import Figure, Kind, Predictor
+    from hmc.predict.compared import Figure, Predictor
+    from hmc.predict.loads import Load
     from hmc.runtime.host.trace import Recorder
     from hmc.runtime.tokens.generation import Timings
 
@@ -48,46 +49,39 @@ class Comparison:
 
     def run(self, times: Timings) -> list[Figure]:
         """The prompt and the decoding of one generation."""
-        loads: list[tuple[Kind, int, float]] = []
+        if self._predictor is None:
+            return []
+        prompt, decode = _loads(times)
+        found = []
         if times.ttft_s > 0:
-            loads.append(("prefill", times.prompt_tokens, times.prompt_tokens_per_second))
+            found += self._figure(prompt, (times.prompt_tokens_per_second,))
         if times.decode_tokens_per_second > 0:
-            middle = times.prompt_tokens + times.new_tokens // 2
-            loads.append(("decode", middle, times.decode_tokens_per_second))
-        return [
-            each
-            for kind, tokens, rate in loads
-            for each in self._figure(kind, tokens, (rate,), rate)
-        ]
+            found += self._figure(decode, (times.decode_tokens_per_second,))
+        return found
 
     def bench(self, row: PromptRow | DecodeRow) -> dict[str, Any]:
         """The prediction of a row as its JSON has it, with the steps; {} where there is none."""
-        record = row.record()
-        rate = record["tokens_per_second"]
-        batch = row.batch if row.kind == "decode" else 1
-        found = self._figure(row.kind, row.middle, row.rates, rate, row.phase, batch)
+        found = self._figure(row.load, row.rates, row.phase)
         if not found or self._predictor is None:
             return {}
-        steps = self._predictor.steps(row.kind, row.middle, row.by_step, row.phase, batch)
         return {
-            "predicted_tokens_per_second": round(found[0].predicted, 3),
+            "predicted_tokens_per_second": round(found[0].predicted_tokens_per_second, 3),
             "error": round(found[0].error, 4),
-            "steps": steps,
+            "steps": self._predictor.steps(row.load, row.by_step, row.phase),
         }
 
     def steps(self, times: Timings, recorder: Recorder) -> dict[str, Any]:
         """Seconds of every step of a recorded generation: of the prompt, and of a token."""
         if self._predictor is None:
             return {}
+        prompt, decode = _loads(times)
+        first = recorder.with_python(self._predictor.phase("prefill", prompt.tokens))
+        later = recorder.with_python(self._predictor.phase("decode", 1))
         tokens = max(1, times.new_tokens - 1)
-        first = self._predictor.phase("prefill", times.prompt_tokens)
-        later = self._predictor.phase("decode", 1)
-        decode = {step: each / tokens for step, each in recorder.with_python(later).items()}
-        prompt = recorder.with_python(first)
-        middle = times.prompt_tokens + times.new_tokens // 2
+        each = {step: seconds / tokens for step, seconds in later.items()}
         return {
-            "prefill": self._predictor.steps("prefill", times.prompt_tokens, prompt),
-            "decode": self._predictor.steps("decode", middle, decode) if decode else [],
+            "prefill": self._predictor.steps(prompt, first),
+            "decode": self._predictor.steps(decode, each) if each else [],
         }
 
     def line(self, figures: Sequence[Figure]) -> str:
@@ -96,35 +90,39 @@ class Comparison:
             return self.reason
         names = {"prefill": "prompt", "decode": "decode"}
         return "predicted " + " | ".join(
-            f"{names[each.kind]} {each.predicted:.1f} tok/s, measured {each.measured:.1f}"
-            f" (error {each.error:+.1%})"
+            f"{names[each.kind]} {each.predicted_tokens_per_second:.1f} tok/s, measured"
+            f" {each.tokens_per_second:.1f} (error {each.error:+.1%})"
             for each in figures
         )
 
     def store(self, by: str) -> None:
-        """Keep all figures so far beside the plan's file; where that cannot be written, say so."""
+        """Keep all figures so far beside the plan's file; where that cannot be written, say so: a
+        plan in a folder that cannot be written is no reason for a run to fail."""
         if not self._path or not self._figures:
             return
-        from hmc.predict.compared import keep
+        from hmc.predict.measured import record
 
-        if problem := keep(self._path, self._plan, self._figures, by):
-            click.echo(f"[{problem}]", err=True)
+        rows = [each.model_copy(update={"by": by}) for each in self._figures]
+        try:
+            record(self._path, self._plan, rows)
+        except (OSError, HmcError) as error:
+            click.echo(f"[not stored beside the plan: {error}]", err=True)
 
-    def _figure(
-        self,
-        kind: Kind,
-        tokens: int,
-        rates: Sequence[float],
-        measured: float,
-        phase: str = "",
-        batch: int = 1,
-    ) -> list[Figure]:
+    def _figure(self, load: Load, rates: Sequence[float], phase: str = "") -> list[Figure]:
         if self._predictor is None:
             return []
         try:
-            found = self._predictor.figure(kind, tokens, rates, measured, phase, batch)
+            found = self._predictor.figure(load, rates, phase)
         except MachineError as error:
             self._predictor, self.reason = None, f"no prediction: {error}"
             return []
         self._figures.append(found)
         return [found]
+
+
+def _loads(times: Timings) -> tuple[Load, Load]:
+    """The prompt of a generation, and its decoding in the middle."""
+    from hmc.predict.loads import Load
+
+    middle = times.prompt_tokens + times.new_tokens // 2
+    return Load("prefill", times.prompt_tokens), Load("decode", middle)

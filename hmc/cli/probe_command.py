@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hmc.cli.arguments import POSITIVE
+from hmc.cli.arguments import positive
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.machine.here import profile_path
 
@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     help="The machine file to write [default: the profile that run and bench look for].",
 )
 @click.option("--quick", is_flag=True, help="Fewer passes over less memory: rougher, in seconds.")
-@click.option(
-    "--threads",
-    type=POSITIVE,
-    metavar="N",
-    help="Native workers [default: HMC_THREADS, or one a core].",
-)
+@positive("--threads", help="Native workers [default: HMC_THREADS, or one a core].")
 @JSON
 def command(output: str | None, quick: bool, threads: int | None, as_json: bool) -> None:
     """Measure this machine: streaming reads by threads and NUMA node, decode matmuls by format and
@@ -57,16 +52,13 @@ def command(output: str | None, quick: bool, threads: int | None, as_json: bool)
         )
         return
     rows = [
-        (each.what, *(_words(each, value) for value in _three(each)), each.detail)
+        (each.what, *(_words(each, value) for value in (each.median, *ends)), each.detail)
         for each in found.measurements
+        for ends in [(min(each.values), max(each.values))]
     ]
     columns = ("", "median", "least", "most", "of")
     console().print(table("hmc probe", columns, rows, numbers=columns[1:4]))
     click.echo(f"{target}: {found.machine.cpu}, {len(found.machine.gpus)} GPU(s)")
-
-
-def _three(each: Measurement) -> tuple[float, float, float]:
-    return each.median, min(each.values), max(each.values)
 
 
 def _words(each: Measurement, value: float) -> str:

@@ -6,20 +6,16 @@ from pathlib import Path
 
 import click
 
+from hmc.cli.arguments import output
 from hmc.cli.output import JSON, print_json, size
 from hmc.errors import PlanError
+from hmc.files import write_beside
 from hmc.plan import load_plan
 
 
 @click.command("report")
 @click.argument("plan_path", metavar="PLAN")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False),
-    help="The page to write (.html).",
-)
+@output("page (.html)")
 @click.option(
     "--measured",
     metavar="FILE",
@@ -39,11 +35,10 @@ def command(plan_path: str, output: str, measured: str | None, as_json: bool) ->
     rows = store.read(plan_path, plan) if measured is None else store.of_bench(measured)
     page = render(plan, Path(plan_path).name, rows)
     try:
-        Path(output).write_text(page, encoding="utf-8")
+        write_beside(output, page)
     except OSError as error:
-        raise PlanError(
-            f"cannot write the report to {output}: {error.strerror or error}"
-        ) from error
+        reason = error.strerror or error
+        raise PlanError(f"cannot write the report to {output}: {reason}") from error
     written = len(page.encode())
     if as_json:
         print_json({"report": output, "bytes": written, "measured": len(rows)})

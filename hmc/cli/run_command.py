@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS
 from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, print_json, progress, write_file
 from hmc.cli.predicted import Comparison
@@ -53,10 +54,8 @@ if TYPE_CHECKING:
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End before this text; may be repeated."
 )
-@click.option(
-    "--checkpoint", type=click.Path(file_okay=False), help="Model directory, if it has moved."
-)
-@click.option("--threads", type=int, metavar="N", help="Native workers [default: the plan's].")
+@CHECKPOINT
+@THREADS
 @DEVICES
 @GPUS
 @HOME
@@ -68,14 +67,8 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False),
     help="Write which experts were chosen how often, for `hmc compile --routing-profile`. Slower.",
 )
-@click.option(
-    "--machine",
-    metavar="FILE",
-    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
-)
-@click.option(
-    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
-)
+@RATES
+@DUMMY_WEIGHTS
 @JSON
 def command(
     plan_path: str,
@@ -197,12 +190,12 @@ def _prompts(
             raise UsageError(f"--ids {ids}: not a list of whole numbers") from None
     else:
         text = sys.stdin.read() if prompt is None else prompt
-        yield _messages(text, system) if chat else text
+        yield [*_system(system), {"role": "user", "content": text}] if chat else text
 
 
-def _messages(text: str, system: str | None) -> list[dict[str, Any]]:
-    first = [{"role": "system", "content": system}] if system else []
-    return [*first, {"role": "user", "content": text}]
+def _system(text: str | None) -> list[dict[str, Any]]:
+    """What a conversation begins with."""
+    return [{"role": "system", "content": text}] if text else []
 
 
 def _prompt_file(path: Path) -> Iterator[Prompt]:
@@ -296,7 +289,7 @@ def _talk(
     routing: RoutingRecorder | None,
 ) -> None:
     """Turn by turn until end of input; Ctrl-C ends an answer, a second one the conversation."""
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    messages = _system(system)
     while True:
         try:
             line = input("> ")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.arguments import POSITIVE, THREADS
+from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, THREADS, option, positive
 from hmc.cli.devices import DEVICES, GPUS, HOME
 from hmc.errors import UsageError
 from hmc.machine.here import machine_here
@@ -17,72 +17,48 @@ from hmc.plan import load_plan
 
 @click.command("serve")
 @click.argument("plan_path", metavar="PLAN")
-@click.option("--checkpoint", metavar="DIR", help="Model directory, if it has moved.")
-@click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; give a key too."
+@CHECKPOINT
+@option("--host", default="127.0.0.1", help="Address to listen on; give a key too.")
+@option(
+    "--port", type=click.IntRange(0, 65535), default=8000, metavar="N", help="0: any free port."
 )
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    metavar="N",
-    help="0: any free port.",
-)
-@click.option(
+@option(
     "--api-key", metavar="KEY", help="What clients have to send [default: HMC_API_KEY, else none]."
 )
-@click.option(
-    "--max-queue",
-    type=POSITIVE,
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Requests that may wait.",
-)
-@click.option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
-@click.option(
+@positive("--max-queue", default=64, help="Requests that may wait.")
+@option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
+@option(
     "--watchdog",
     type=click.FloatRange(min=0, min_open=True),
     default=300.0,
-    show_default=True,
     metavar="SECONDS",
     help="A step longer than this hangs: requests fail, /health says why.",
 )
 @THREADS
-@click.option(
+@option(
     "--prefill-process",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
-    show_default=True,
     help="Compute long prompts in a process beside the decoding, on cores of its own; auto: where"
     " the machine's rates predict that it helps.",
 )
-@click.option(
-    "--prefill-threads", type=int, metavar="N", help="Of the threads, those of that process."
-)
+@option("--prefill-threads", type=int, metavar="N", help="Of the threads, those of that process.")
 @DEVICES
 @GPUS
 @HOME
-@click.option(
-    "--dummy-weights", is_flag=True, help="Random weights: times are real, tokens are not."
-)
+@DUMMY_WEIGHTS
 def command(
     plan_path: str,
-    checkpoint: str | None,
     host: str,
     port: int,
     api_key: str | None,
-    max_queue: int,
     served_name: str | None,
     watchdog: float,
     threads: int | None,
     prefill_process: Literal["auto", "on", "off"],
     prefill_threads: int | None,
-    devices: Literal["auto", "cuda", "host"],
-    gpus: int | None,
     home: Literal["mapped", "arena", "shared"],
-    dummy_weights: bool,
+    **others: Any,
 ) -> None:
     """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
 
@@ -111,16 +87,12 @@ def command(
         raise UsageError(f"--home {home}: the prefill process shares mapped weights; leave it out")
     settings = server.Settings(
         name=served_name or Path(plan_path).stem,
-        checkpoint=checkpoint,
         threads=threads,
-        dummy_weights=dummy_weights,
         api_key=key or None,
-        max_queue=max_queue,
         watchdog_seconds=watchdog,
         prefill=decision,
-        devices=devices,
         home=home,
-        gpus=gpus,
+        **others,
     )
     server.serve(plan, settings, host, port)
 

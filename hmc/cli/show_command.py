@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import accumulate, islice
 
 import click
 
 from hmc.cli.output import JSON, console, count, print_json, size, table
-from hmc.cli.summary import expert_place, ledger_totals, placement_groups, tier_of
 from hmc.codegen.native import arithmetic
 from hmc.errors import UsageError
-from hmc.plan import Operand, Phase, Plan, load_plan
-from hmc.ranges import ranges
+from hmc.plan import ExpertPlane, Operand, Phase, Plan, load_plan
+from hmc.plan.verify import expand_runs
+from hmc.ranges import expert_ranges, ranges
 
 
 @click.command("show")
@@ -90,7 +91,7 @@ def _show_plan(plan: Plan) -> None:
     ]
     out.print(table("Plan", ("", ""), facts))
     rows = [(i.device, i.kind, size(i.bytes), i.detail) for i in plan.ledger]
-    for device, total in ledger_totals(plan).items():
+    for device, total in plan.ledger_totals.items():
         room = machine.memory_of(device)
         verdict = "fits" if total <= room else "TOO LARGE for"
         rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))
@@ -101,11 +102,10 @@ def _show_plan(plan: Plan) -> None:
         for s in group.states
     ]
     out.print(table("States", ("layers", "state", "elements", "kept", "positions"), states))
-    placed = [
-        (layers, tier, experts)
-        for layers, tiers in placement_groups(plan)
-        for tier, experts in tiers.items()
-    ]
+    alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for each in plan.placement:
+        alike.setdefault(tuple(each.tiers.items()), []).append(each.layer)
+    placed = [(ranges(layers), *tier) for tiers, layers in alike.items() for tier in tiers]
     out.print(table("Experts", ("layers", "tier", "experts"), placed))
     steps = [
         (
@@ -196,7 +196,7 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
     tensors = []
     for part in parts:
         for plane in part.planes:
-            shard, offset = expert_place(plane, expert)
+            shard, offset = _place(plane, expert)
             name = plan.checkpoint.shards[shard].name if shard >= 0 else "dummy"
             weight = part.pattern.format(e=expert)
             tensors.append((part.role, weight, plane.name, plane.dtype, name, offset, plane.bytes))
@@ -204,7 +204,7 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
     found = {
         "layer": layer,
         "expert": expert,
-        "tier": tier_of(plan, layer, expert),
+        "tier": _tier(plan, layer, expert),
         "bytes": total,
         "reads_per_token": reads,
         "bytes_per_token": total * reads,
@@ -219,6 +219,18 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
         f" read by {reads:.1%} of the tokens if routing is even"
     )
     out.print(table("", columns, tensors, numbers=("offset", "bytes")))
+
+
+def _place(plane: ExpertPlane, expert: int) -> tuple[int, int]:
+    """(shard, offset) of one expert's tensor."""
+    shard = next(islice(expand_runs(plane.shards), expert, None))
+    return shard, next(islice(accumulate(plane.offsets), expert, None))
+
+
+def _tier(plan: Plan, layer: int, expert: int) -> str:
+    """The tier that holds an expert."""
+    placement = next(each for each in plan.placement if each.layer == layer)
+    return next(tier for tier, text in placement.tiers.items() if expert in expert_ranges(text))
 
 
 def _check_layer(plan: Plan, layer: int) -> None:

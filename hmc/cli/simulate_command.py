@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.cli.arguments import option
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan
@@ -23,32 +24,30 @@ if TYPE_CHECKING:
     help="With a model directory: the machine to plan for [default: auto]. With a plan: predict its"
     " schedule with this machine's rates.",
 )
-@click.option("--prompt", default=512, show_default=True, metavar="N", help="Prompt tokens.")
-@click.option(
+@option("--prompt", default=512, metavar="N", help="Prompt tokens.")
+@option(
     "--context", type=int, metavar="N", help="Context tokens in decode [default: the prompt's]."
 )
-@click.option("--batch", type=int, metavar="B", help="Sequences decoding together.")
-@click.option(
+@option("--batch", type=int, metavar="B", help="Sequences decoding together.")
+@option(
     "--concurrency",
     type=int,
     metavar="C",
     help="Users at once: the same as --batch, and for a model"
     " directory the sequences that the cache must hold.",
 )
-@click.option(
+@option(
     "--max-context", default=0, metavar="N", help="With a model directory: as in `hmc compile`."
 )
-@click.option(
-    "--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`."
-)
-@click.option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
-@click.option(
+@option("--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`.")
+@option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
+@option(
     "--beside",
     "with_beside",
     is_flag=True,
     help="Also: the prompt streams through the last GPU while the batch decodes (two GPUs).",
 )
-@click.option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
+@option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
 @JSON
 def command(
     target: str | None,
@@ -127,7 +126,7 @@ def _print(plan: Plan, machine: str, found: Prediction) -> None:
             f"{found.decode.phase}, context {found.context}"
             + (f", {found.batch} sequences together" if many else ""),
         ),
-        ("time per token", f"{found.tpot * 1e3:.2f} ms", "of each sequence"),
+        ("time per token", f"{found.decode.seconds * 1e3:.2f} ms", "of each sequence"),
     ]
     out.print(table("", ("", "", ""), facts))
     names = dict.fromkeys((*found.prefill.utilisation, *found.decode.utilisation))
@@ -152,26 +151,18 @@ def _print(plan: Plan, machine: str, found: Prediction) -> None:
 
 
 def _print_beside(both: Beside) -> None:
-    ratios = both.as_json()
     rows = [
         (
-            "time to first token",
-            f"{both.ttft_alone:.3f} s",
-            f"{both.ttft:.3f} s",
-            f"{ratios['ttft_ratio']:.3f} x",
-        ),
-        (
-            "time per token",
-            f"{both.tpot_alone * 1e3:.2f} ms",
-            f"{both.tpot * 1e3:.2f} ms",
-            f"{ratios['tpot_ratio']:.3f} x",
-        ),
-        (
-            "the slowest token",
-            f"{both.tpot_alone * 1e3:.2f} ms",
-            f"{both.tpot_worst * 1e3:.2f} ms",
-            f"{ratios['tpot_worst_ratio']:.3f} x",
-        ),
+            what,
+            f"{scale * alone:.{digits}f} {unit}",
+            f"{scale * together:.{digits}f} {unit}",
+            f"{together / alone:.3f} x",
+        )
+        for what, alone, together, scale, digits, unit in (
+            ("time to first token", both.ttft_alone, both.ttft, 1, 3, "s"),
+            ("time per token", both.tpot_alone, both.tpot, 1e3, 2, "ms"),
+            ("the slowest token", both.tpot_alone, both.tpot_worst, 1e3, 2, "ms"),
+        )
     ]
     many = "sequence decodes" if both.batch == 1 else "sequences decode"
     title = f"A prompt of {both.prompt} tokens streams while {both.batch} {many}"
@@ -188,7 +179,7 @@ def _print_paper(as_json: bool) -> None:
 
     found = rows()
     if as_json:
-        print_json({"rows": [row.as_json() for row in found]})
+        print_json({"rows": [vars(row) for row in found]})
         return
     cells = [
         (

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE
+from hmc.cli.arguments import CHECKPOINT, REPETITIONS, count, option, output, positive
 from hmc.cli.devices import DEVICES
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
@@ -19,13 +19,7 @@ if TYPE_CHECKING:
 
 @click.command("tune")
 @click.argument("plan_path", metavar="PLAN")
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(dir_okay=False),
-    help="The plan to write (.hmp).",
-)
+@output("plan (.hmp)")
 @click.option(
     "--set",
     "settings",
@@ -44,35 +38,12 @@ if TYPE_CHECKING:
 @click.option(
     "--search", "searching", is_flag=True, help="Search too, after --set and --pin were applied."
 )
-@click.option("--checkpoint", default="", metavar="DIR", help="Model directory, if it has moved.")
-@click.option("--dummy-weights", is_flag=True, help="Search with random weights.")
-@click.option(
-    "--prompt",
-    type=POSITIVE,
-    default=1024,
-    show_default=True,
-    metavar="N",
-    help="Tokens of a prefill.",
-)
-@click.option(
-    "--context",
-    type=COUNT,
-    default=128,
-    show_default=True,
-    metavar="N",
-    help="Tokens before those decoded.",
-)
-@click.option(
-    "--tokens", type=POSITIVE, default=16, show_default=True, metavar="N", help="Tokens to decode."
-)
-@click.option(
-    "--repetitions",
-    type=POSITIVE,
-    default=5,
-    show_default=True,
-    metavar="R",
-    help="Turns of each try.",
-)
+@CHECKPOINT
+@option("--dummy-weights", is_flag=True, help="Search with random weights.")
+@positive("--prompt", default=1024, help="Tokens of a prefill.")
+@count("--context", default=128, help="Tokens before those decoded.")
+@positive("--tokens", default=16, help="Tokens to decode.")
+@REPETITIONS
 @DEVICES
 @JSON
 def command(
@@ -81,14 +52,11 @@ def command(
     settings: tuple[str, ...],
     pins: tuple[str, ...],
     searching: bool,
-    checkpoint: str,
+    checkpoint: str | None,
     dummy_weights: bool,
-    prompt: int,
-    context: int,
-    tokens: int,
     repetitions: int,
-    devices: str,
     as_json: bool,
+    **loads: Any,
 ) -> None:
     """Change the plan PLAN by hand (--set, --pin), or without these by search on this machine.
 
@@ -109,16 +77,16 @@ def command(
     from hmc.tune.measure import Runner
     from hmc.tune.settings import current, decided
 
-    before = len(plan.decisions)
+    before, source = len(plan.decisions), checkpoint or ""
     if pins:
         parsed = [parse_pin(text) for text in pins]
-        plan = place(plan, parsed, checkpoint)
+        plan = place(plan, parsed, source)
         before = len(plan.decisions)
         for text in pins:
             plan = decided(plan, "experts", f"pinned {text}", "asked for by hand")
     wanted = tuple(map(parse_setting, settings))
     was = [current(plan, each) for each in wanted]
-    plan = apply(plan, wanted, checkpoint)
+    plan = apply(plan, wanted, source)
     for each, old in zip(wanted, was, strict=True):
         reason = f"asked for by hand; was {'the default' if old is None else old}"
         plan = decided(plan, str(each), "set", reason)
@@ -128,20 +96,10 @@ def command(
             raise UsageError("the plan was made without weights: search it with --dummy-weights")
 
         def make(candidate: Plan) -> Runner:
-            return Runner(
-                candidate,
-                checkpoint,
-                dummy_weights=dummy_weights,
-                prompt=prompt,
-                context=context,
-                tokens=tokens,
-                devices=devices,  # type: ignore[arg-type]
-            )
+            return Runner(candidate, source, dummy_weights=dummy_weights, **loads)
 
         with progress() as report:
-            found = search(
-                plan, make, repetitions=repetitions, report=report, checkpoint=checkpoint
-            )
+            found = search(plan, make, repetitions=repetitions, report=report, checkpoint=source)
         plan = found.plan
     save_plan(plan, output)
     if found is not None:

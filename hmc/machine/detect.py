@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import resource
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 
 from hmc.errors import MachineError, UsageError
 from hmc.machine.model import Machine, NumaNode
-from hmc.ranges import parse
+from hmc.machine.topology import this_machine
 
 KERNEL_FLAGS = (
     "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
@@ -30,16 +29,19 @@ _NAMED = Path(__file__).parents[1] / "machines"
 
 def detect() -> Machine:
     """This machine, as the current process sees it (affinity mask, cgroup limits)."""
-    cpus = os.sched_getaffinity(0)
     cpu, flags = _cpuinfo()
+    topology = this_machine()
     memory = memory_limit()
     return Machine(
         name=platform.node() or "this machine",
         cpu=cpu,
         flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
-        cores=len(cpus),
-        nodes=_nodes(cpus, memory),
-        llc_bytes=_llc_bytes(),
+        cores=len(topology.cpus),
+        nodes=tuple(
+            NumaNode(id=node.id, cpus=node.cpus, memory_bytes=_node_bytes(node.id, memory))
+            for node in topology.nodes
+        ),
+        llc_bytes=max((cache.bytes for cache in topology.caches), default=0),
         memory_bytes=memory,
     )
 
@@ -172,30 +174,10 @@ def _cpuinfo() -> tuple[str, frozenset[str]]:
     return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
 
 
-def _nodes(cpus: set[int], memory: int) -> tuple[NumaNode, ...]:
-    """NUMA nodes that hold at least one usable CPU; one node with everything where /sys tells
-    nothing.
-    """
-    found = []
-    for folder in sorted(
-        Path("/sys/devices/system/node").glob("node[0-9]*"), key=lambda path: int(path.name[4:])
-    ):
-        mine = sorted(cpus.intersection(parse((folder / "cpulist").read_text())))
-        if mine:
-            total = next(
-                int(line.split()[3]) * 1024
-                for line in (folder / "meminfo").read_text().splitlines()
-                if "MemTotal" in line
-            )
-            found.append(NumaNode(id=int(folder.name[4:]), cpus=tuple(mine), memory_bytes=total))
-    return tuple(found) or (NumaNode(id=0, cpus=tuple(sorted(cpus)), memory_bytes=memory),)
-
-
-def _llc_bytes() -> int:
-    """Size of the last-level cache of CPU 0 in bytes, 0 when unknown."""
-    sizes = []
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
-        sizes.append(int(text.rstrip("KMG")) * unit)
-    return max(sizes, default=0)
+def _node_bytes(number: int, default: int) -> int:
+    """Memory of a NUMA node; `default` where /sys tells nothing."""
+    try:
+        lines = Path(f"/sys/devices/system/node/node{number}/meminfo").read_text().splitlines()
+    except OSError:
+        return default
+    return next(int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line)

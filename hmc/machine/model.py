@@ -26,6 +26,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hmc.errors import MachineError
+
 RateKind = Literal["published", "data sheet", "measured", "derived", "fitted", "assumed"]
 
 
@@ -50,6 +52,10 @@ class Rate(Frozen):
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     fitted_to: tuple[str, ...] = ()
 
+    def times(self, factor: float) -> Rate:
+        """The same, `factor` times as much."""
+        return self.model_copy(update={"value": self.value * factor})
+
 
 class GemvRate(Frozen):
     """Weight bytes a second that the CPU's decode kernels read of one format at `tokens` tokens a
@@ -59,6 +65,10 @@ class GemvRate(Frozen):
     format: str
     tokens: Annotated[int, Field(ge=1)]
     rate: Rate
+
+    def times(self, factor: float) -> GemvRate:
+        """The same, `factor` times as much."""
+        return self.model_copy(update={"rate": self.rate.times(factor)})
 
 
 class CpuRates(Frozen):
@@ -91,6 +101,11 @@ class CpuRates(Frozen):
     link: Rate | None = None
     link_latency: Rate | None = None
     prefill: Rate | None = None
+
+    @property
+    def read_all(self) -> float:
+        """Bytes/s that all nodes read together."""
+        return sum(rate.value for rate in self.read)
 
 
 class GpuRates(Frozen):
@@ -151,6 +166,16 @@ class Machine(Frozen):
     memory_bytes: int
     gpus: tuple[Gpu, ...] = ()
     rates: CpuRates | None = None
+
+    @property
+    def known_rates(self) -> CpuRates:
+        """The CPU's rates; `MachineError` where there are none."""
+        if self.rates is None:
+            raise MachineError(
+                f"machine {self.name} declares no rates, so nothing can be predicted for it:"
+                " measure them (`hmc probe`) or name a machine with --machine"
+            )
+        return self.rates
 
     @property
     def hybrid(self) -> bool:

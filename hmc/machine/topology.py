@@ -34,6 +34,11 @@ class Node:
     id: int
     cores: tuple[tuple[int, ...], ...]
 
+    @property
+    def cpus(self) -> tuple[int, ...]:
+        """Its usable CPUs, ascending."""
+        return tuple(sorted(cpu for core in self.cores for cpu in core))
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -50,7 +55,7 @@ class Topology:
     @property
     def cpus(self) -> tuple[int, ...]:
         """Usable CPUs, ascending."""
-        return tuple(sorted(cpu for node in self.nodes for core in node.cores for cpu in core))
+        return tuple(sorted(cpu for node in self.nodes for cpu in node.cpus))
 
     @property
     def last_level_bytes(self) -> int:
@@ -68,7 +73,7 @@ class Topology:
         if threads < 1:
             raise ValueError(f"threads must be positive, not {threads}")
         counts = [0] * len(self.nodes)
-        usable = [sum(len(core) for core in node.cores) for node in self.nodes]
+        usable = [len(node.cpus) for node in self.nodes]
         for _ in range(threads):
             # The emptiest node relative to its cores; then to its CPUs, so that siblings fill up
             # evenly too.

@@ -307,6 +307,18 @@ class Plan(Frozen):
     goals: Goals = Goals()
     options: Options = Options()
 
+    @property
+    def ledger_totals(self) -> dict[str, int]:
+        """Bytes a device, over all kinds."""
+        devices = dict.fromkeys(item.device for item in self.ledger)
+        return {each: sum(i.bytes for i in self.ledger if i.device == each) for each in devices}
+
+    @property
+    def too_large(self) -> list[str]:
+        """Devices of the plan's machine that cannot hold what the ledger asks of them."""
+        totals = self.ledger_totals.items()
+        return [each for each, total in totals if total > self.machine.memory_of(each)]
+
     def phase(self, name: str) -> Phase:
         """The phase of a name; `KeyError` when the plan has none."""
         for phase in self.phases:

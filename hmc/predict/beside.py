@@ -178,8 +178,8 @@ def _latest(prefill: _Side, decode: _Side) -> float:
 
 def _memory_factor(model: CostModel, plan: Plan) -> float:
     """How much slower reads of host memory get when decode and a stream want it at once."""
-    rates, gpu = model.machine.rates, model.machine.gpus[-1].rates
-    assert rates is not None and gpu is not None
+    rates, gpu = model.machine.known_rates, model.machine.gpus[-1].rates
+    assert gpu is not None
     forms = {experts.format for experts in plan.experts}
     wanted = max(gemv_rate(rates, form, 1) for form in forms) + gpu.h2d.value
-    return max(1.0, wanted / sum(rate.value for rate in rates.read))
+    return max(1.0, wanted / rates.read_all)

@@ -8,7 +8,7 @@ each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from hmc.errors import MachineError
@@ -132,12 +132,7 @@ class CostModel:
 
     def __init__(self, plan: Plan, machine: Machine | None = None) -> None:
         self.machine = machine or plan.machine
-        if self.machine.rates is None:
-            raise MachineError(
-                f"machine {self.machine.name} declares no rates, so nothing can be predicted for"
-                " it: measure them (`hmc probe`) or name a machine with --machine"
-            )
-        self._cpu = self.machine.rates
+        self._cpu = self.machine.known_rates
         self._format = {weight.name: weight.format for weight in plan.weights}
         for experts in plan.experts:
             self._format[f"layer:{experts.layer}"] = experts.format
@@ -171,7 +166,7 @@ class CostModel:
             return self._exchange(step, phase, call)
         else:
             raise MachineError(f"step {step.id}: no machine has a resource {step.resource}")
-        return Cost(cost.seconds * factor, cost.bound, cost.bytes, cost.flops, cost.launches)
+        return replace(cost, seconds=cost.seconds * factor)
 
     def _gpu(self, resource: str) -> GpuRates:
         number = int(resource[3:])  # gpu0, h2d0, d2h0
@@ -231,7 +226,7 @@ class CostModel:
 
     def _on_cpu(self, step: Step, phase: Phase, call: Call) -> Cost:
         row, asked, rates = OPS[step.op], self._work(step, phase, call), self._cpu
-        read = sum(rate.value for rate in rates.read)
+        read = rates.read_all
         # Tiled kernels stream weights and are bound by their products; those of decode read at
         # the rate of their format.
         many = self._many(phase)
@@ -302,11 +297,7 @@ class CostModel:
         """Of the experts a load is for, those expected to be chosen where it brings only these."""
         if "top_k" not in step.attrs:
             return 1.0
-        profile = (call.profile or {}).get(step.layer)
-        chances = (
-            None if profile is None else [profile[each] for each in _range(step, len(profile))]
-        )
-        load = Load(call.tokens, call.tokens, chances=chances)
+        load = Load(call.tokens, call.tokens, chances=_chances(step, call))
         return chosen_experts(step.attrs, load)[0] / int(step.attrs["count"])
 
     def _exchange(self, step: Step, phase: Phase, call: Call) -> Cost:
@@ -327,8 +318,7 @@ class CostModel:
 def _chances(step: Step, call: Call) -> list[float] | None:
     """Probabilities of a step's experts to be chosen, where the call has a profile of its layer."""
     profile = (call.profile or {}).get(step.layer)
-    return None if profile is None else [profile[each] for each in _range(step, len(profile))]
-
-
-def _range(step: Step, experts: int) -> list[int]:
-    return expert_ranges(str(step.attrs.get("range", f"0-{experts - 1}")))
+    if profile is None:
+        return None
+    mine = expert_ranges(str(step.attrs.get("range", f"0-{len(profile) - 1}")))
+    return [profile[each] for each in mine]

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmc.errors import MachineError
-from hmc.machine import CpuRates, Machine, Rate
+from hmc.machine import Machine, Rate
 from hmc.plan import Plan
 from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase
 from hmc.predict.cost import Call, CostModel
@@ -64,7 +63,7 @@ def divided(
     beside = CostModel(plan, _share(machine, prefill / of, _read(machine, prefill, of)))
     seconds, _, size = _prefill(plan, beside, load.prompt, 0)
     quiet = _read(machine, decode, of)
-    everything = sum(rate.value for rate in _rates(machine).read)
+    everything = machine.known_rates.read_all
     left = max(everything - size / seconds, everything * decode / of)
     busy = CostModel(plan, _share(machine, decode / of, min(quiet, left)))
     alone = CostModel(plan, _share(machine, decode / of, quiet))
@@ -98,39 +97,24 @@ def _decode(plan: Plan, model: CostModel, load: Load) -> float:
 
 
 def _read(machine: Machine, cores: int, of: int) -> float:
-    everything = sum(rate.value for rate in _rates(machine).read)
+    everything = machine.known_rates.read_all
     return min(everything, max(everything * cores / of, cores * CORE_READ))
 
 
 def _share(machine: Machine, share: float, read: float) -> Machine:
     """The machine with `share` of its cores, which read `read` bytes/s."""
-    rates = _rates(machine)
-    everything = sum(rate.value for rate in rates.read)
-
-    def times(rate: Rate, factor: float) -> Rate:
-        return rate.model_copy(update={"value": rate.value * factor})
+    rates = machine.known_rates
+    everything = rates.read_all
 
     def reading(rate: Rate) -> float:
         return read / everything if rate.value >= _MEMORY_BOUND * everything else share
 
     smaller = rates.model_copy(
         update={
-            "read": tuple(times(rate, read / everything) for rate in rates.read),
-            "gemv": tuple(
-                point.model_copy(update={"rate": times(point.rate, reading(point.rate))})
-                for point in rates.gemv
-            ),
-            "dot": times(rates.dot, share),
-            "attend": times(rates.attend, share),
+            "read": tuple(rate.times(read / everything) for rate in rates.read),
+            "gemv": tuple(point.times(reading(point.rate)) for point in rates.gemv),
+            "dot": rates.dot.times(share),
+            "attend": rates.attend.times(share),
         }
     )
     return machine.model_copy(update={"rates": smaller})
-
-
-def _rates(machine: Machine) -> CpuRates:
-    if machine.rates is None:
-        raise MachineError(
-            f"machine {machine.name} declares no rates, so nothing can be predicted for it:"
-            " measure them (`hmc probe`)"
-        )
-    return machine.rates

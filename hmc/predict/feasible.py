@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmc.errors import CapacityError
-from hmc.machine import CpuRates, GpuRates, Machine, Rate
+from hmc.machine import GpuRates, Machine
 from hmc.plan import Plan
 from hmc.predict.cost import CostModel
 from hmc.predict.goals import verdicts
@@ -39,6 +39,9 @@ def require_goals(plan: Plan) -> None:
         return
     model = CostModel(plan)
 
+    def prefill(using: CostModel) -> Run:
+        return run_prefill(plan, using, goals.ttft_prompt)
+
     def decode(using: CostModel) -> Run:
         return run_decode(plan, using, goals.tokens_context, goals.concurrency)
 
@@ -52,25 +55,14 @@ def require_goals(plan: Plan) -> None:
         if verdict.met:
             continue
         if verdict.unit == "s":
-            run = run_prefill(plan, model, goals.ttft_prompt)
-            wanted = goals.ttft_seconds
-            limit = _binding(plan, run)
+            measure, wanted = prefill, goals.ttft_seconds
             lifts = _shorter(plan, model, wanted, goals.ttft_prompt)
-            lifts += _faster(
-                limit,
-                wanted,
-                lambda machine: (
-                    run_prefill(plan, CostModel(plan, machine), goals.ttft_prompt).seconds
-                ),
-            )
         else:
-            run = decode(model)
-            wanted = 1 / goals.tokens_per_second
-            limit = _binding(plan, run)
+            measure, wanted = decode, 1 / goals.tokens_per_second
             lifts = _fewer(plan, model, wanted)
-            lifts += _faster(
-                limit, wanted, lambda machine: decode(CostModel(plan, machine)).seconds
-            )
+        run = measure(model)
+        limit = _binding(plan, run)
+        lifts += _faster(plan, limit, wanted, measure)
         if limit.room:
             lifts.append(limit.room)
         if not lifts:
@@ -108,8 +100,7 @@ def _binding(plan: Plan, run: Run) -> _Limit:
             lambda factor: _with_gpus(machine, ("memory", "bf16", "fp8", "attention"), factor),
             "another GPU to share the prompt" if run.phase.startswith("prefill") else "",
         )
-    assert machine.rates is not None
-    read = sum(rate.value for rate in machine.rates.read)
+    read = machine.known_rates.read_all
     decode = run.phase.startswith("decode")
     what = f"host memory ({read / 1e9:.0f} GB/s" if decode else "computation on the CPU ("
     return _Limit(
@@ -133,34 +124,34 @@ def _shorter(plan: Plan, model: CostModel, wanted: float, prompt: int) -> list[s
 
 def _fewer(plan: Plan, model: CostModel, wanted: float) -> list[str]:
     batch, context = plan.goals.concurrency, plan.goals.tokens_context
-    lifts = []
-    for fewer in range(batch - 1, 0, -1):
-        if run_decode(plan, model, context, fewer).seconds <= wanted:
-            lifts.append(f"--concurrency {fewer}")
-            break
-    for shorter in (context // 2, context // 4, context // 16):
-        if shorter and run_decode(plan, model, shorter, batch).seconds <= wanted:
-            lifts.append(f"a context of {shorter} tokens")
-            break
-    return lifts
+
+    def meets(context: int, batch: int) -> bool:
+        return run_decode(plan, model, context, batch).seconds <= wanted
+
+    fewer = (f"--concurrency {b}" for b in range(batch - 1, 0, -1) if meets(context, b))
+    lengths = filter(None, (context // 2, context // 4, context // 16))
+    shorter = (f"a context of {c} tokens" for c in lengths if meets(c, batch))
+    return [found for found in (next(fewer, ""), next(shorter, "")) if found]
 
 
-def _faster(limit: _Limit, wanted: float, seconds: Callable[[Machine], float]) -> list[str]:
+def _faster(
+    plan: Plan, limit: _Limit, wanted: float, measure: Callable[[CostModel], Run]
+) -> list[str]:
     """The least factor on the binding rate that meets the goal, if any does."""
-    if seconds(limit.faster(_FASTEST)) > wanted:
+
+    def meets(factor: float) -> bool:
+        return measure(CostModel(plan, limit.faster(factor))).seconds <= wanted
+
+    if not meets(_FASTEST):
         return []
     low, high = 1.0, _FASTEST
     while high / low > 1.02:
         middle = (low * high) ** 0.5
-        if seconds(limit.faster(middle)) <= wanted:
+        if meets(middle):
             high = middle
         else:
             low = middle
     return [limit.lift.format(factor=high)]
-
-
-def _scaled(rate: Rate, factor: float) -> Rate:
-    return rate.model_copy(update={"value": rate.value * factor})
 
 
 def _with_gpus(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
@@ -168,23 +159,16 @@ def _with_gpus(machine: Machine, names: tuple[str, ...], factor: float) -> Machi
     for gpu in machine.gpus:
         rates = gpu.rates
         assert isinstance(rates, GpuRates)
-        changes = {name: _scaled(getattr(rates, name), factor) for name in names}
+        changes = {name: getattr(rates, name).times(factor) for name in names}
         gpus.append(gpu.model_copy(update={"rates": rates.model_copy(update=changes)}))
     return machine.model_copy(update={"gpus": tuple(gpus)})
 
 
 def _with_cpu(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
-    rates = machine.rates
-    assert isinstance(rates, CpuRates)
+    rates = machine.known_rates
     changes: dict[str, object] = {}
     for name in names:
         value = getattr(rates, name)
-        if name == "read":
-            changes[name] = tuple(_scaled(each, factor) for each in value)
-        elif name == "gemv":
-            changes[name] = tuple(
-                each.model_copy(update={"rate": _scaled(each.rate, factor)}) for each in value
-            )
-        elif value is not None:
-            changes[name] = _scaled(value, factor)
+        several = isinstance(value, tuple)
+        changes[name] = tuple(v.times(factor) for v in value) if several else value.times(factor)
     return machine.model_copy(update={"rates": rates.model_copy(update=changes)})

@@ -26,15 +26,6 @@ class Verdict:
     unit: str
     met: bool
 
-    def as_json(self) -> dict[str, object]:
-        """Plain values."""
-        return {
-            "goal": self.goal,
-            "predicted": self.predicted,
-            "unit": self.unit,
-            "met": self.met,
-        }
-
 
 def parse_goals(text: str, concurrency: int = 1) -> Goals:
     """Goals such as "ttft=30s@32k,tps=20" or "tps=20@32k": seconds to the first token of a prompt

@@ -36,6 +36,11 @@ class Load:
         return f"tg@{self.tokens}" + (f"x{self.batch}" if self.batch > 1 else "")
 
     @property
+    def done(self) -> int:
+        """Tokens that it makes: those of the prompt, or one of each sequence."""
+        return self.tokens if self.kind == "prefill" else self.batch
+
+    @property
     def what(self) -> str:
         """In words."""
         if self.kind == "prefill":
@@ -73,21 +78,20 @@ def predictions(plan: Plan, loads: Iterable[Load]) -> list[Figure]:
     """
     found: list[Figure] = []
     for load in loads:
-        value, reason = _seconds(plan, load)
-        done = load.tokens if load.kind == "prefill" else load.batch
-        rate = None if value is None else done / value
+        value, reason = None, ""
+        try:
+            value = load_seconds(plan, CostModel(plan), load)
+        except HmcError as error:
+            reason = str(error)
+        rate = None if value is None else load.done / value
         if load.kind == "prefill":
             found.append(Figure(load, f"{load.what}: time to first token", "s", value, reason))
         found.append(Figure(load, load.what, "tokens/s", rate, reason))
     return found
 
 
-def _seconds(plan: Plan, load: Load) -> tuple[float | None, str]:
-    """Seconds of a load, or why there is no figure."""
-    try:
-        model = CostModel(plan)
-        if load.kind == "prefill":
-            return run_prefill(plan, model, load.tokens).seconds, ""
-        return run_decode(plan, model, load.tokens, load.batch).seconds, ""
-    except HmcError as error:
-        return None, str(error)
+def load_seconds(plan: Plan, model: CostModel, load: Load, phase: str = "") -> float:
+    """Seconds of a load, by the phase that serves it or the one named."""
+    if load.kind == "prefill":
+        return run_prefill(plan, model, load.tokens, phase).seconds
+    return run_decode(plan, model, load.tokens, load.batch, phase).seconds

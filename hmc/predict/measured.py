@@ -24,6 +24,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hmc.errors import UsageError
+from hmc.files import write_beside
 from hmc.plan import Plan
 from hmc.plan.file import canonical_json
 from hmc.predict.loads import Load
@@ -82,9 +83,7 @@ def record(plan_path: str | os.PathLike[str], plan: Plan, rows: Iterable[Measure
     replaced = {(row.plan_sha256, row.load, row.by) for row in new}
     kept = [r for r in _rows(target) if (r.plan_sha256, r.load, r.by) not in replaced] + new
     body = {"format": _FORMAT, "rows": [row.model_dump(exclude_defaults=True) for row in kept]}
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.write_text(json.dumps(body, indent=1))
-    beside.replace(target)
+    write_beside(target, json.dumps(body, indent=1))
     return target
 
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx
-
 from hmc.errors import ContextLengthError, UsageError
 from hmc.machine import Machine
 from hmc.plan import Phase, Plan
@@ -54,11 +52,6 @@ class Prediction:
     too_large: tuple[str, ...]
 
     @property
-    def tpot(self) -> float:
-        """Seconds a token of one sequence."""
-        return self.decode.seconds
-
-    @property
     def prefill_rate(self) -> float:
         """Prompt tokens a second."""
         return self.prompt / self.ttft
@@ -75,14 +68,14 @@ class Prediction:
             "context": self.context,
             "batch": self.batch,
             "ttft_s": self.ttft,
-            "ttft_last_s": self.ttft
-            * self.batch,  # prompts that arrive at once, first come first served
+            # prompts that arrive at once, first come first served
+            "ttft_last_s": self.ttft * self.batch,
             "too_large_for": list(self.too_large),
             "prefill_tokens_per_second": self.prefill_rate,
             "decode_tokens_per_second": self.decode_rate,
             "decode_tokens_per_second_each": self.decode_rate / self.batch,
-            "tpot_s": self.tpot,
-            "slo": [verdict.as_json() for verdict in self.verdicts],
+            "tpot_s": self.decode.seconds,
+            "slo": [vars(verdict) for verdict in self.verdicts],
             **{
                 name: {
                     "phase": found.phase,
@@ -141,16 +134,8 @@ def simulate(
                 limits,
             )
         ),
-        _too_large(plan, model.machine),
+        tuple(plan.model_copy(update={"machine": model.machine}).too_large),
     )
-
-
-def _too_large(plan: Plan, machine: Machine) -> tuple[str, ...]:
-    """Devices that cannot hold what the ledger asks of them."""
-    totals: dict[str, int] = {}
-    for item in plan.ledger:
-        totals[item.device] = totals.get(item.device, 0) + item.bytes
-    return tuple(each for each, total in totals.items() if total > machine.memory_of(each))
 
 
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
@@ -212,41 +197,20 @@ def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, floa
     return busy
 
 
-def dag(phase: Phase, timeline: Timeline) -> networkx.DiGraph[int]:
-    """Steps by position; an edge says that one cannot start before another ends, and weighs what
-    the earlier one takes. Node -1 is the end.
-    """
-    graph: networkx.DiGraph[int] = networkx.DiGraph()
-    last: dict[str, int] = {}
-    signalled: dict[int, int] = {}
-    for position, step in enumerate(phase.steps):
-        graph.add_node(position)
-        before = [signalled[event] for event in step.waits]
-        if step.resource in last:
-            before.append(last[step.resource])
-        for each in before:
-            graph.add_edge(each, position, weight=timeline.costs[each].seconds)
-        last[step.resource] = position
-        if step.signal >= 0:
-            signalled[step.signal] = position
-    result = result_seconds(phase, timeline)
-    for position in range(len(phase.steps)):
-        if timeline.finish[position] <= result and not graph.out_degree(position):
-            graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
-    for position in [p for p in graph if p >= 0 and timeline.finish[p] > result]:
-        graph.remove_node(position)
-    for position in [p for p in graph if p >= 0 and not graph.out_degree(p)]:
-        graph.add_edge(position, -1, weight=timeline.costs[position].seconds)
-    return graph
+def longest_chain(phase: Phase, timeline: Timeline) -> list[int]:
+    """Positions of the steps that each let the next one start, from the result back."""
+    chain = [timeline.finish.index(result_seconds(phase, timeline))]
+    while (cause := timeline.cause[chain[-1]]) >= 0:
+        chain.append(cause)
+    return chain
 
 
 def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:
     """The longest chain of steps up to the result, summed by resource, op and what binds it."""
     sums: dict[str, float] = {}
-    for position in networkx.dag_longest_path(dag(phase, timeline)):
-        if position >= 0:
-            step, cost = phase.steps[position], timeline.costs[position]
-            what = f"{step.resource} {step.op} ({cost.bound})"
-            sums[what] = sums.get(what, 0.0) + cost.seconds
+    for position in longest_chain(phase, timeline):
+        step, cost = phase.steps[position], timeline.costs[position]
+        what = f"{step.resource} {step.op} ({cost.bound})"
+        sums[what] = sums.get(what, 0.0) + cost.seconds
     found = sorted(sums.items(), key=lambda item: (-item[1], item[0]))
     return found[:_LONGEST_PATHS]

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from hmc.plan import Plan
-from hmc.ranges import expert_ranges
-from hmc.report.words import si
+from hmc.ranges import expert_intervals
+from hmc.report.words import Tick, si
 
 WIDTH, LEFT, TOP, BOTTOM = 1200, 52, 8, 40
 
@@ -23,14 +23,6 @@ class Cell:
     height: float
     tier: int
     title: str
-
-
-@dataclass(frozen=True)
-class Tick:
-    """A label at one coordinate."""
-
-    at: float
-    text: str
 
 
 @dataclass(frozen=True)
@@ -77,11 +69,10 @@ def heat_map(plan: Plan) -> HeatMap | None:
     for number, placement in enumerate(plan.placement):
         y = TOP + number * row
         for tier, text in placement.tiers.items():
-            experts = expert_ranges(text)
-            held[tier] += len(experts)
-            bytes_held[tier] += len(experts) * sizes[placement.layer]
-            for first, last in _runs(experts):
+            for first, last in expert_intervals(text):
                 count = last - first + 1
+                held[tier] += count
+                bytes_held[tier] += count * sizes[placement.layer]
                 title = (
                     f"layer {placement.layer}, expert{'s' if count > 1 else ''} "
                     f"{first if count == 1 else f'{first} to {last}'}: {tier},"
@@ -118,13 +109,3 @@ def tier_names(plan: Plan) -> list[str]:
     used = {tier for placement in plan.placement for tier in placement.tiers}
     order = {"host": "0", "streamed": "2"}
     return sorted(used, key=lambda name: (order.get(name, "1"), name))
-
-
-def _runs(experts: list[int]) -> list[tuple[int, int]]:
-    runs: list[list[int]] = []
-    for expert in sorted(experts):
-        if runs and expert == runs[-1][1] + 1:
-            runs[-1][1] = expert
-        else:
-            runs.append([expert, expert])
-    return [(first, last) for first, last in runs]

@@ -50,18 +50,6 @@ class Compared:
         return self.predicted / self.measured.tokens_per_second - 1
 
 
-@dataclass(frozen=True)
-class PhaseRow:
-    """One phase in the table: bytes and FLOPs are per token of a call."""
-
-    name: str
-    steps: int
-    tokens: int
-    weights: str
-    flops: str
-    resources: str
-
-
 def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
     """The page of a plan; `name` is what it is called, `measured` what was measured with it."""
     environment = Environment(
@@ -96,7 +84,6 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
         roof_loads=(context, prompt),
         compared=_compared(plan, figures, measured),
         anything_measured=bool(measured),
-        phases=_phase_rows(plan),
         kernels=_kernel_rows(plan),
     )
 
@@ -124,10 +111,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     shards = f"{len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else "config alone"
     return [
         ("Model", f"{model.architecture}, {model.layers} layers, hidden {model.hidden}"),
-        (
-            "Experts",
-            f"{model.experts} a layer, {model.top_k} a token" if model.experts else "none",
-        ),
+        ("Experts", f"{model.experts} a layer, {model.top_k} a token" if model.experts else "none"),
         (
             "Parameters",
             f"{number(model.parameters / 1e9)} B,"
@@ -148,10 +132,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             f"context {limits.max_context} of {model.context}, chunks of {limits.max_chunk},"
             f" decode batch {limits.max_batch}",
         ),
-        (
-            "Switch-over",
-            "; ".join(_switches(plan)) or "none: one way to prefill, one to decode",
-        ),
+        ("Switch-over", "; ".join(_switches(plan)) or "none: one way to prefill, one to decode"),
         ("Made by", f"hmc {plan.hmc_version}, plan schema {plan.schema_version}"),
     ]
 
@@ -179,10 +160,7 @@ def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:
                 value, unit = number(figure.value), "tokens/s"
                 what = figure.what
             found.append((value, unit, f"{what} (predicted)"))
-    totals: Counter[str] = Counter()
-    for item in plan.ledger:
-        totals[item.device] += item.bytes
-    for device, total in totals.items():
+    for device, total in plan.ledger_totals.items():
         value, _, unit = si(total, "B").partition(" ")
         found.append((value, unit, f"on {device}, of {si(plan.machine.memory_of(device), 'B')}"))
     return found
@@ -205,20 +183,6 @@ def _compared(
         bars = (100 * values[0] / largest, 100 * values[1] / largest)
         found.append(Compared(figure.what, figure.value, row, figure.reason, bars))
     return found
-
-
-def _phase_rows(plan: Plan) -> list[PhaseRow]:
-    return [
-        PhaseRow(
-            phase.name,
-            len(phase.steps),
-            phase.max_tokens,
-            si(sum(step.weight_bytes for step in phase.steps), "B"),
-            si(sum(step.flops for step in phase.steps), "FLOP"),
-            ", ".join(sorted({step.resource for step in phase.steps})),
-        )
-        for phase in plan.phases
-    ]
 
 
 def _kernel_rows(plan: Plan) -> list[tuple[str, str, list[int]]]:

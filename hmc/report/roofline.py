@@ -17,15 +17,35 @@ from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import host_prefill
 from hmc.report.timeline import family_of
-from hmc.report.words import number, si
+from hmc.report.words import Tick, number, si
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 440, 92, 16, 12, 48
 _LABEL_WIDTH, _LABEL_HEIGHT, _LEAST = 6.8, 14, 0.02
 
 
+@dataclass
+class Dot:
+    """One op of a phase on a resource, with weights of one format ("": without weights); `share` of
+    the phase's busy time on that resource."""
+
+    phase: Phase
+    resource: str
+    op: str
+    form: str
+    bytes: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+    share: float = 0.0
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte."""
+        return self.flops / self.bytes
+
+
 @dataclass(frozen=True)
 class Point:
-    """One op of a phase; `share` of the phase's busy time on that resource."""
+    """The mark of a dot."""
 
     x: float
     y: float
@@ -34,13 +54,8 @@ class Point:
     decode: bool
     title: str
     name: str
-    phase: str
-    resource: str
-    bytes: str
-    flops: str
-    intensity: str
     speed: str
-    share: float
+    dot: Dot
 
 
 @dataclass(frozen=True)
@@ -63,14 +78,6 @@ class Label:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A grid line with its label."""
-
-    at: float
-    text: str
-
-
-@dataclass(frozen=True)
 class Roofline:
     """The chart; `timed` says whether the vertical axis is FLOP/s."""
 
@@ -84,41 +91,20 @@ class Roofline:
     points: tuple[Point, ...]
     labels: tuple[Label, ...]
     roofs: tuple[Roof, ...]
-    columns: tuple[Line, ...]
-    rows: tuple[Line, ...]
-
-
-@dataclass
-class _Sum:
-    bytes: float = 0.0
-    flops: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class _Dot:
-    phase: Phase
-    resource: str
-    op: str
-    form: str
-    total: _Sum
-    share: float
-
-    @property
-    def intensity(self) -> float:
-        return self.total.flops / self.total.bytes
+    columns: tuple[Tick, ...]
+    rows: tuple[Tick, ...]
 
 
 def roofline(plan: Plan, model: CostModel | None, context: int, prompt: int) -> Roofline:
     """Decode of one sequence behind `context` tokens, and prefill of `prompt` tokens."""
     decode = plan.phase(decode_phase(plan, 1))
     prefill = plan.phase(prefill_phase(plan, prompt))
-    dots: list[_Dot] = []
+    dots: list[Dot] = []
     calls = (
         host_prefill(prefill, prompt, model) if model else [Call(min(prompt, prefill.max_tokens))]
     )
     for phase, call in ((decode, Call(1, context)), (prefill, calls[-1])):
-        dots += _timed(phase, call, model) if model else _untimed(plan, phase, call)
+        dots += _dots(plan, phase, call, model)
     limits = list(_limits(plan, model)) if model else []
     xs = [dot.intensity for dot in dots] + [peak / memory for _, memory, peak in limits]
     ys = [_height(dot, model) for dot in dots] + [peak for _, _, peak in limits]
@@ -136,8 +122,8 @@ def roofline(plan: Plan, model: CostModel | None, context: int, prompt: int) -> 
         tuple(sorted(points, key=lambda point: -point.radius)),
         tuple(_labels(points)),
         tuple(_roof(*limit, across, up, index) for index, limit in enumerate(limits)),
-        tuple(Line(across(each), number(each)) for each in across.decades),
-        tuple(Line(up(each), si(each, "FLOP/s" if model else "FLOP")) for each in up.decades),
+        tuple(Tick(across(each), number(each)) for each in across.decades),
+        tuple(Tick(up(each), si(each, "FLOP/s" if model else "FLOP")) for each in up.decades),
     )
 
 
@@ -163,44 +149,35 @@ class _Log:
         return 10.0**self._low, 10.0**self._high
 
 
-def _timed(phase: Phase, call: Call, model: CostModel) -> Iterator[_Dot]:
-    sums: dict[tuple[str, str, str], _Sum] = defaultdict(_Sum)
-    busy: dict[str, float] = defaultdict(float)
-    for step in phase.steps:
-        cost = model.step(phase, step, call)
-        busy[step.resource] += cost.seconds
-        flops = sum(cost.flops.values())
-        moved = sum(cost.bytes.values())
-        if flops and moved and step.resource.startswith(("cpu", "gpu")):
-            found = sums[step.resource, step.op, next(iter(cost.flops))]
-            found.flops += flops
-            found.bytes += moved
-            found.seconds += cost.seconds
-    for (resource, op, form), total in sums.items():
-        yield _Dot(phase, resource, op, form, total, total.seconds / busy[resource])
-
-
-def _untimed(plan: Plan, phase: Phase, call: Call) -> Iterator[_Dot]:
-    """Weights alone, read once a call; the share is that of the bytes."""
+def _dots(plan: Plan, phase: Phase, call: Call, model: CostModel | None) -> list[Dot]:
+    """Without a cost model weights alone, read once a call: their bytes stand for the time."""
     forms = {weight.name: weight.format for weight in plan.weights}
     forms |= {f"layer:{experts.layer}": experts.format for experts in plan.experts}
-    sums: dict[tuple[str, str, str], _Sum] = defaultdict(_Sum)
+    dots: dict[tuple[str, str, str], Dot] = {}
+    busy: dict[str, float] = defaultdict(float)
     for step in phase.steps:
-        if step.flops and step.weight_bytes:
-            form = next((forms[name] for name in step.weights.values()), "f32")
-            found = sums[step.resource, step.op, form]
-            found.flops += step.flops * call.tokens
-            found.bytes += step.weight_bytes
-    every = sum(total.bytes for total in sums.values())
-    for (resource, op, form), total in sums.items():
-        yield _Dot(phase, resource, op, form, total, total.bytes / every)
+        flops, moved = float(step.flops * call.tokens), float(step.weight_bytes)
+        seconds = moved
+        if model:
+            cost = model.step(phase, step, call)
+            flops, moved = sum(cost.flops.values()), sum(cost.bytes.values())
+            seconds = cost.seconds
+        busy[step.resource] += seconds
+        if flops and moved and step.resource.startswith(("cpu", "gpu")):
+            key = step.resource, step.op, next((forms[n] for n in step.weights.values()), "")
+            found = dots.setdefault(key, Dot(phase, *key))
+            found.flops += flops
+            found.bytes += moved
+            found.seconds += seconds
+    for dot in dots.values():
+        dot.share = dot.seconds / busy[dot.resource]
+    return list(dots.values())
 
 
 def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
     """(name, bytes/s, FLOP/s) of each kind of device."""
-    rates = model.machine.rates
-    assert rates is not None
-    yield "CPU", sum(rate.value for rate in rates.read), rates.dot.value
+    rates = model.machine.known_rates
+    yield "CPU", rates.read_all, rates.dot.value
     used = {step.resource for phase in plan.phases for step in phase.steps}
     for index, gpu in enumerate(model.machine.gpus):
         if gpu.rates is not None and f"gpu{index}" in used:
@@ -210,18 +187,18 @@ def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
             return  # further GPUs of a machine are alike
 
 
-def _height(dot: _Dot, model: CostModel | None) -> float:
-    return dot.total.flops / dot.total.seconds if model else dot.total.flops
+def _height(dot: Dot, model: CostModel | None) -> float:
+    return dot.flops / dot.seconds if model else dot.flops
 
 
-def _point(dot: _Dot, across: _Log, up: _Log, model: CostModel | None, decode: Phase) -> Point:
+def _point(dot: Dot, across: _Log, up: _Log, model: CostModel | None, decode: Phase) -> Point:
     height = _height(dot, model)
-    name = f"{dot.op} {dot.form}" if dot.form != "f32" else dot.op
+    name = f"{dot.op} {dot.form}".strip()
     speed = si(height, "FLOP/s") if model else "not known"
     of = "time" if model else "weight bytes"
     title = (
-        f"{name} on {dot.resource} in {dot.phase.name}: {si(dot.total.flops, 'FLOP')},"
-        f" {si(dot.total.bytes, 'B')}, {dot.intensity:.3g} FLOP/B, {dot.share:.0%} of the {of}"
+        f"{name} on {dot.resource} in {dot.phase.name}: {si(dot.flops, 'FLOP')},"
+        f" {si(dot.bytes, 'B')}, {dot.intensity:.3g} FLOP/B, {dot.share:.0%} of the {of}"
     )
     return Point(
         across(dot.intensity),
@@ -231,13 +208,8 @@ def _point(dot: _Dot, across: _Log, up: _Log, model: CostModel | None, decode: P
         dot.phase is decode,
         title,
         name,
-        dot.phase.name,
-        dot.resource,
-        si(dot.total.bytes, "B"),
-        si(dot.total.flops, "FLOP"),
-        f"{dot.intensity:.3g}",
         speed,
-        dot.share,
+        dot,
     )
 
 
@@ -247,12 +219,12 @@ def _labels(points: Sequence[Point]) -> Iterator[Label]:
     taken = [
         (p.x - p.radius, p.y - p.radius, p.x + p.radius, p.y + p.radius)
         for p in points
-        if p.share >= _LEAST
+        if p.dot.share >= _LEAST
     ]
-    for point in sorted(points, key=lambda each: -each.share):
-        if point.share < _LEAST:
+    for point in sorted(points, key=lambda each: -each.dot.share):
+        if point.dot.share < _LEAST:
             return
-        text = f"{point.name}, {point.share:.0%}"
+        text = f"{point.name}, {point.dot.share:.0%}"
         width, off = _LABEL_WIDTH * len(text), point.radius + 5
         spots = [
             (side, down)

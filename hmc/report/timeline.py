@@ -7,6 +7,7 @@ become rectangles.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
@@ -18,7 +19,7 @@ from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.run import critical_path
 from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
-from hmc.report.words import si
+from hmc.report.words import Tick, si
 
 FAMILIES = get_args(Family)
 """What ops are for; the legend of timelines and roofline, in this order."""
@@ -51,14 +52,6 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A time on the axis."""
-
-    x: float
-    text: str
-
-
-@dataclass(frozen=True)
 class Chart:
     """Bars on lanes over a time axis."""
 
@@ -66,7 +59,7 @@ class Chart:
     height: float
     lanes: tuple[Lane, ...]
     bars: tuple[Bar, ...]
-    marks: tuple[Mark, ...]
+    marks: tuple[Tick, ...]
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,7 @@ def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt:
                 )
             )
     ticks = _ticks(last - first)
-    marks = tuple(Mark(LEFT + each * scale, si(each, "s")) for each in ticks)
+    marks = tuple(Tick(LEFT + each * scale, si(each, "s")) for each in ticks)
     return Chart(WIDTH, TOP + len(lanes) * (LANE + GAP) + AXIS, lanes, tuple(bars), marks)
 
 
@@ -193,11 +186,9 @@ def _melted(
 
 def _family(group: list[int], phase: Phase, timeline: Timeline) -> int:
     """The family that takes most of the group's time."""
-    spent: dict[int, float] = {}
+    spent: dict[int, float] = defaultdict(float)
     for position in group:
-        family = family_of(phase.steps[position].op)
-        length = timeline.finish[position] - timeline.start[position]
-        spent[family] = spent.get(family, 0.0) + length
+        spent[family_of(phase.steps[position].op)] += timeline.costs[position].seconds
     return max(spent, key=lambda each: spent[each])
 
 

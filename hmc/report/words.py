@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 _LARGE = ("", "k", "M", "G", "T", "P")
 _SMALL = ("", "m", "µ", "n", "p")
 _DIGITS = 3
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label at one coordinate of an axis."""
+
+    at: float
+    text: str
 
 
 def si(value: float, unit: str) -> str:

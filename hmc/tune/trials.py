@@ -7,7 +7,7 @@ and greedy output is the same. Every change that was tried is a decision of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -118,21 +118,8 @@ def candidates(plan: Plan) -> Iterator[tuple[str, list[Settings]]]:
     yield "decode", [(Setting("threads", count),) for count in threads]
     decode, prefill = list(ops_of(plan, DECODE_OPS)), list(ops_of(plan, PREFILL_OPS))
     if decode:
-        yield (
-            "decode",
-            [tuple(Setting("prefetch", size, op) for op in decode) for size in _PREFETCH],
-        )
-        yield (
-            "decode",
-            [
-                tuple(
-                    each
-                    for op in decode
-                    for each in (Setting("rows", rows, op), Setting("streams", streams, op))
-                )
-                for rows, streams in _ROWS_STREAMS
-            ],
-        )
+        yield "decode", [_each(decode, prefetch=size) for size in _PREFETCH]
+        yield "decode", [_each(decode, rows=r, streams=s) for r, s in _ROWS_STREAMS]
     chunks = [each for each in _CHUNKS if each <= plan.limits.max_context]
     yield "prefill", [(Setting("chunk", each),) for each in chunks]
     ring = ring_of(plan)
@@ -140,10 +127,12 @@ def candidates(plan: Plan) -> Iterator[tuple[str, list[Settings]]]:
         rings = dict.fromkeys((max(2, ring // 2), 2 * ring))
         yield "prefill", [(Setting("ring", each),) for each in rings]
     if prefill:
-        yield (
-            "prefill",
-            [tuple(Setting("tokens", each, op) for op in prefill) for each in _TILE_TOKENS],
-        )
+        yield "prefill", [_each(prefill, tokens=each) for each in _TILE_TOKENS]
+
+
+def _each(ops: Sequence[str], **values: int) -> Settings:
+    """The same tile choices for several ops."""
+    return tuple(Setting(name, value, op) for op in ops for name, value in values.items())
 
 
 def _try(

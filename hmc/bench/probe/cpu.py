@@ -4,18 +4,15 @@ buffers and pools.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
-from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak, streaming_read
-from hmc.bench.cases import DECODE_OPS, PREFILL_OPS, Case, Row
+from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak
+from hmc.bench.cases import Case, Row
 from hmc.bench.kernels import KernelBench
 from hmc.bench.probe.result import Effort, Measurement
 from hmc.codegen.isa import Isa
@@ -40,27 +37,8 @@ from hmc.runtime.host.trace import Recorder
 _LINEAR = (2048, 7168)
 _EXPERTS = ((768, 2048), (2048, 7168))
 _RECORDS = 2000
-_MODEL: dict[str, Any] = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "vocab_size": 512,
-    "hidden_size": 256,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 1,
-}
+_MODEL = Path(__file__).parent / "attention.json"
+_HEADS, _WIDTH = 32, 128
 """Qwen3-30B-A3B's heads in a model that is otherwise small: what attention is measured with."""
 _CHUNK, _CONTEXT = 512, 2048
 _MEMORY_BOUND = 0.6
@@ -88,9 +66,8 @@ def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
                     f" {available_bytes() / 1e9:.1f} GB: use --quick or free some"
                 )
             if best is None:
-                ways = SWEEP[:: effort.every]
-                sweep = streaming_read(pool, jit, isa, size=reader.size, variants=ways)
-                best = sweep.best
+                sweep = reader.sweep(SWEEP[:: effort.every])
+                best = max(sweep, key=lambda variant: sweep[variant])
             reader.once(best)
             values = tuple(reader.once(best) for _ in range(effort.passes))
         name = "read" if count == len(cpus) else "read with fewer threads"
@@ -118,19 +95,16 @@ def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
     all references: the rates of one file belong together. Decode kernels that are far from the
     memory's rate are bound by instructions, and count as they are.
     """
-    memory = median(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
-    peak = median(r for row in rows if row.case.op in PREFILL_OPS for r in row.compared.references)
+    memory = median(shared_reads(rows))
+    peak = median(r for row in rows if row.case.kind.many for r in row.compared.references)
     prefill = []
     for row in rows:
-        case = row.case
+        case, kind = row.case, row.case.kind
         detail = f"{case.format} {case.shape}, {case.tokens} token(s)"
-        if case.op == "linear":
-            yield Measurement("gemv", "B/s", _scaled(row, memory), detail)
-        elif case.op == "experts":
-            yield Measurement("experts in decode", "B/s", _scaled(row, memory), detail)
+        if kind.many:
+            prefill.append(Measurement(kind.probed, "FLOP/s", _scaled(row, peak), detail))
         else:
-            values = _scaled(row, peak)
-            prefill.append(Measurement(f"{case.op} in prefill", "FLOP/s", values, detail))
+            yield Measurement(kind.probed, "B/s", _scaled(row, memory), detail)
     yield from prefill
     yield Measurement(
         "dot", "FLOP/s", tuple(each.median for each in prefill), "prefill matmuls as above"
@@ -140,13 +114,13 @@ def matmuls(rows: Sequence[Row]) -> Iterator[Measurement]:
 
 def shared_reads(rows: Sequence[Row]) -> tuple[float, ...]:
     """Streaming reads of all cores between the passes of the decode kernels, bytes/s."""
-    return tuple(r for row in rows if row.case.op in DECODE_OPS for r in row.compared.references)
+    return tuple(r for row in rows if not row.case.kind.many for r in row.compared.references)
 
 
 def _scaled(row: Row, reference: float) -> tuple[float, ...]:
     """Each pass over its neighbouring references, times `reference`; of decode kernels only where
     memory binds them."""
-    if row.case.op in DECODE_OPS and row.compared.ratio < _MEMORY_BOUND:
+    if not row.case.kind.many and row.compared.ratio < _MEMORY_BOUND:
         return row.compared.values
     return tuple(each * reference for each in row.compared.quotients)
 
@@ -158,7 +132,7 @@ def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
     nothing (noise), the large one's rate stands alone.
     """
     rests = []
-    for form, group in groupby((r for r in rows if r.case.op == "experts"), key=_format):
+    for form, group in groupby(_decode(rows, routed=True), key=lambda row: row.case.format):
         found = sorted(
             (sum(shape.bytes for shape in row.case.matrices), _scaled(row, memory)) for row in group
         )
@@ -176,8 +150,9 @@ def _experts(rows: Sequence[Row], memory: float) -> Iterator[Measurement]:
         yield Measurement("expert", "s", tuple(rests), "the rest: a routed expert beyond its bytes")
 
 
-def _format(row: Row) -> str:
-    return row.case.format
+def _decode(rows: Sequence[Row], *, routed: bool) -> list[Row]:
+    """Rows of decode kernels: of experts, or of single matrices."""
+    return [row for row in rows if not row.case.kind.many and row.case.kind.routed == routed]
 
 
 # -- the pool --------------------------------------------------------------------------------------
@@ -214,17 +189,14 @@ def pool_rates(isa: Isa, effort: Effort, threads: int | None) -> Iterator[Measur
 def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
     """Attention of a prefill chunk behind a past ("attend") and of a decode step, through a plan of
     Qwen3-30B-A3B's heads, in FLOP/s of the (query, key) pairs that are used."""
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(_MODEL))
-        plan = compile_plan(
-            folder,
-            max_context=_CONTEXT,
-            max_chunk=_CHUNK,
-            threads=threads or 0,
-            dummy_weights=True,
-        )
-        executor = Executor(plan, Path(folder), dummy_weights=True)
-    heads, width = _MODEL["num_attention_heads"], _MODEL["head_dim"]
+    plan = compile_plan(
+        _MODEL,
+        max_context=_CONTEXT,
+        max_chunk=_CHUNK,
+        threads=threads or 0,
+        dummy_weights=True,
+    )
+    executor = Executor(plan, None, dummy_weights=True)
     ids = np.zeros(_CONTEXT - 1, np.int32)
     chunks = -(-len(ids) // _CHUNK)
     first = len(ids) * (chunks - 1) // chunks
@@ -245,11 +217,11 @@ def attention(effort: Effort, threads: int | None) -> Iterator[Measurement]:
     finally:
         executor.close()
     queries = len(ids) - first
-    work = gqa_flops(heads, width, width, attended(queries, first))
-    detail = f"{queries} queries behind {first} keys, {heads} heads of {width}"
+    work = gqa_flops(_HEADS, _WIDTH, _WIDTH, attended(queries, first))
+    detail = f"{queries} queries behind {first} keys, {_HEADS} heads of {_WIDTH}"
     yield Measurement("attend", "FLOP/s", tuple(work / each for each in prefill[1:]), detail)
-    work = gqa_flops(heads, width, width, attended(1, len(ids)))
-    detail = f"one query behind {len(ids)} keys, {heads} heads of {width}"
+    work = gqa_flops(_HEADS, _WIDTH, _WIDTH, attended(1, len(ids)))
+    detail = f"one query behind {len(ids)} keys, {_HEADS} heads of {_WIDTH}"
     values = tuple(work / each for each in decode[1:])
     yield Measurement("attention in decode", "FLOP/s", values, detail)
 
@@ -267,8 +239,8 @@ def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
     by_name: dict[str, list[Measurement]] = {}
     for each in found:
         by_name.setdefault(each.what, []).append(each)
-    linear = [row.case for row in rows if row.case.op == "linear"]
-    formats = dict.fromkeys(row.case.format for row in rows if row.case.op == "experts")
+    linear = [row.case for row in _decode(rows, routed=False)]
+    formats = dict.fromkeys(row.case.format for row in _decode(rows, routed=True))
 
     def optional(name: str) -> Rate | None:
         return by_name[name][0].rate() if name in by_name else None

@@ -64,9 +64,9 @@ class Device:
 
     def measure(self) -> list[Measurement]:
         """All rates of the device."""
-        found = [*self._copies(), self._memory(), self._bf16()]
+        found = [*self._copies(), self._memory(), self._matmul(torch.bfloat16)]
         if self._cuda and _has_fp8(self.device.index):
-            found.append(self._fp8())
+            found.append(self._matmul(torch.float8_e4m3fn))
         return [*found, self._attention(), self._launch(), self._sync()]
 
     # -- copies ------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Device:
             "h2d": lambda: self._on(streams[0], lambda: there[0].copy_(host[0], non_blocking=True)),
             "d2h": lambda: self._on(streams[1], lambda: host[1].copy_(there[1], non_blocking=True)),
         }
-        detail = f"pinned copies of {count / 1e6:.0f} MB on {self._name}"
+        detail = f"pinned copies of {count / 1e6:.0f} MB on {self.device}"
         found = [
             Measurement(f"gpu {way}", "B/s", self._rates(count, copy), detail)
             for way, copy in ways.items()
@@ -94,8 +94,7 @@ class Device:
                 ways[way]()
                 ways[other]()
 
-            index = 0 if way == "h2d" else 1
-            values = self._rates(count, both, streams[index])
+            values = self._rates(count, both, streams[list(ways).index(way)])
             found.append(
                 Measurement(f"gpu {way}_both", "B/s", values, f"{detail}, the other way busy")
             )
@@ -106,29 +105,26 @@ class Device:
         a = torch.ones(self._bytes, dtype=torch.uint8, device=self.device)
         b = torch.empty_like(a)
         values = self._rates(2 * self._bytes, lambda: b.copy_(a))
-        return Measurement("gpu memory", "B/s", values, f"copies within {self._name}")
+        return Measurement("gpu memory", "B/s", values, f"copies within {self.device}")
 
     # -- arithmetic --------------------------------------------------------------------------------
 
-    def _bf16(self) -> Measurement:
-        side = self._side
-        a = torch.randn((side, side), device=self.device).bfloat16()
-        b = torch.randn((side, side), device=self.device).bfloat16()
-        values = self._rates(2 * side**3, lambda: torch.mm(a, b))
-        return Measurement("gpu bf16", "FLOP/s", values, f"matmul of {side} on {self._name}")
-
-    def _fp8(self) -> Measurement:
-        side = self._side
-        form = torch.float8_e4m3fn
+    def _matmul(self, form: torch.dtype) -> Measurement:
+        """Square matmuls of BF16 or FP8."""
+        side, fp8 = self._side, form == torch.float8_e4m3fn
         a = torch.randn((side, side), device=self.device).to(form)
-        b = torch.randn((side, side), device=self.device).to(form).t()
+        b = torch.randn((side, side), device=self.device).to(form)
         one = torch.ones((), device=self.device)
 
         def multiply() -> None:
-            torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+            if fp8:
+                torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+            else:
+                torch.mm(a, b)
 
+        name = "gpu fp8" if fp8 else "gpu bf16"
         values = self._rates(2 * side**3, multiply)
-        return Measurement("gpu fp8", "FLOP/s", values, f"matmul of {side} on {self._name}")
+        return Measurement(name, "FLOP/s", values, f"matmul of {side} on {self.device}")
 
     def _attention(self) -> Measurement:
         tokens = 4096 if self._cuda else 64
@@ -139,7 +135,7 @@ class Device:
             4.0 * _HEADS * _WIDTH * pairs,
             lambda: scaled_dot_product_attention(q, k, v, is_causal=True),
         )
-        detail = f"causal attention of {tokens} tokens, {_HEADS} heads of {_WIDTH}, {self._name}"
+        detail = f"causal attention of {tokens} tokens, {_HEADS} heads of {_WIDTH}, {self.device}"
         return Measurement("gpu attention", "FLOP/s", values, detail)
 
     # -- latencies ---------------------------------------------------------------------------------
@@ -152,8 +148,8 @@ class Device:
             for _ in range(_LAUNCHES):
                 x.add_(1.0)
 
-        values = tuple(seconds / _LAUNCHES for seconds in self._wall(many))
-        return Measurement("gpu launch", "s", values, f"{_LAUNCHES} small kernels, {self._name}")
+        values = tuple(seconds / _LAUNCHES for seconds in self.wall(many))
+        return Measurement("gpu launch", "s", values, f"{_LAUNCHES} small kernels, {self.device}")
 
     def _sync(self) -> Measurement:
         """Seconds until a small pinned copy to the device is known to be done."""
@@ -165,14 +161,10 @@ class Device:
                 there.copy_(host, non_blocking=True)
                 self._wait()
 
-        values = tuple(10 * seconds / _LAUNCHES for seconds in self._wall(copies))
-        return Measurement("gpu sync", "s", values, f"a copy of 4 kB and its wait, {self._name}")
+        values = tuple(10 * seconds / _LAUNCHES for seconds in self.wall(copies))
+        return Measurement("gpu sync", "s", values, f"a copy of 4 kB and its wait, {self.device}")
 
     # -- clocks ------------------------------------------------------------------------------------
-
-    @property
-    def _name(self) -> str:
-        return str(self.device)
 
     def _stream(self) -> Any:
         return torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
@@ -185,7 +177,7 @@ class Device:
         if self._cuda:
             torch.cuda.synchronize(self.device)
 
-    def _wall(self, work: Callable[[], object]) -> list[float]:
+    def wall(self, work: Callable[[], object]) -> list[float]:
         """Seconds of the host's clock of every pass."""
         seconds = []
         for _ in range(self._effort.passes + 1):
@@ -201,7 +193,7 @@ class Device:
     ) -> tuple[float, ...]:
         """`amount` a second of every pass, by events of `stream` where there is one."""
         if stream is None:
-            return tuple(amount / seconds for seconds in self._wall(work))
+            return tuple(amount / seconds for seconds in self.wall(work))
         rates = []
         for _ in range(self._effort.passes + 1):
             self._wait()
@@ -220,16 +212,11 @@ def links(effort: Effort) -> list[Measurement]:
     b = torch.empty(effort.device_bytes, dtype=torch.uint8, device="cuda:1")
 
     def seconds(count: int) -> list[float]:
-        found = []
-        for _ in range(effort.passes + 1):
-            torch.cuda.synchronize(0)
-            torch.cuda.synchronize(1)
-            start = time.perf_counter()
+        def copy() -> None:
             b[:count].copy_(a[:count])
-            torch.cuda.synchronize(0)
             torch.cuda.synchronize(1)
-            found.append(time.perf_counter() - start)
-        return found[1:]
+
+        return Device(a.device, effort).wall(copy)
 
     large = tuple(effort.device_bytes / each for each in seconds(effort.device_bytes))
     return [

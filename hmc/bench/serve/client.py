@@ -53,8 +53,7 @@ class Target:
 
     def live(self) -> dict[str, Any]:
         """The scheduler's figures now."""
-        found: dict[str, Any] = self._get("/live")["scheduler"]
-        return found
+        return dict(self._get("/live")["scheduler"])
 
     def steps(self) -> dict[str, Any]:
         """How many steps the scheduler has made, and the times of the latest."""
@@ -137,8 +136,14 @@ class Target:
             raise UsageError(f"{self.url}: no server answers: {error}") from error
         if reply.status_code != 200:
             raise UsageError(f"{self.url}{route}: {_message(reply.status_code, reply.text)}")
-        found: dict[str, Any] = reply.json()
-        return found
+        return dict(reply.json())
+
+
+def all_good(replies: Sequence[Reply]) -> Sequence[Reply]:
+    """The replies; `ExecutionError` when a request failed."""
+    if failed := [reply.error for reply in replies if reply.error]:
+        raise ExecutionError(f"a request failed: {failed[0]}")
+    return replies
 
 
 def wait_ready(url: str, alive: Any) -> None:

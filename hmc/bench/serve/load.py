@@ -5,7 +5,6 @@ clients or a trace file; and the service goals an answer is held against.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,5 +125,4 @@ def trace(path: Path) -> list[Shot]:
 
 def prompt_ids(tokens: int, vocab: int, random: np.random.Generator) -> list[int]:
     """A random prompt: nothing of it is in a prefix cache, and every expert is asked."""
-    ids: Sequence[int] = random.integers(0, vocab, tokens).tolist()
-    return list(ids)
+    return list(map(int, random.integers(0, vocab, tokens)))

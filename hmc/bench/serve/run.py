@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from hmc.bench.serve.client import Reply, Target
+from hmc.bench.serve.client import Reply, Target, all_good
 from hmc.bench.serve.load import Shot, Slo
-from hmc.errors import ExecutionError
 
 _PERCENTILES = (50, 90, 99)
 
@@ -28,19 +27,12 @@ class Result:
     slo: Slo
     own_share: float | None
 
-    @property
-    def answered(self) -> list[Reply]:
-        """The requests that were answered."""
-        return [reply for reply in self.replies if not reply.error]
-
     def as_json(self) -> dict[str, Any]:
         """Seconds, tokens a second and shares."""
-        good = self.answered
-        end = max((r.begun + r.total for r in good), default=0.0)
+        good = [reply for reply in self.replies if not reply.error]
         start = min((r.begun for r in good), default=0.0)
-        span = end - start
-        paces = [reply.tpot for reply in good]
-        met = [r for r, tpot in zip(good, paces, strict=True) if self._met(r, tpot)]
+        span = max((r.begun + r.total for r in good), default=0.0) - start
+        met = [r for r in good if self.slo.met(r.ttft, 1 / r.tpot if r.tpot else None)]
         return {
             "requests": len(self.replies),
             "failed": len(self.replies) - len(good),
@@ -51,15 +43,12 @@ class Result:
             "output_tokens_per_second": _rate(sum(r.tokens for r in good), span),
             "requests_per_second": _rate(len(good), span),
             "ttft": percentiles([reply.ttft for reply in good]),
-            "tpot": percentiles([tpot for tpot in paces if tpot is not None]),
+            "tpot": percentiles([r.tpot for r in good if r.tpot is not None]),
             "total": percentiles([reply.total for reply in good]),
-            "slo": {"ttft": self.slo.ttft, "tps": self.slo.tps},
+            "slo": vars(self.slo),
             "slo_attainment": len(met) / len(self.replies),
             "scheduler_own_share": self.own_share,
         }
-
-    def _met(self, reply: Reply, tpot: float | None) -> bool:
-        return self.slo.met(reply.ttft, 1 / tpot if tpot else None)
 
 
 def load(target: Target, shots: Sequence[Shot], *, concurrency: int, seed: int, slo: Slo) -> Result:
@@ -102,16 +91,14 @@ def beside(
     write `output` tokens each; raises `ExecutionError` when a request fails.
     """
     decoding = [Shot(0.0, short, output) for _ in range(decodes)]
-    _good(target.run([Shot(0.0, short, 4)], concurrency=0, seed=seed))  # the first one is slow
-    alone = _good(target.run(decoding, concurrency=0, seed=seed + 1))
+    all_good(target.run([Shot(0.0, short, 4)], concurrency=0, seed=seed))  # the first one is slow
+    alone = all_good(target.run(decoding, concurrency=0, seed=seed + 1))
     pace = _median_tpot(alone)
-    (single,) = _good(target.run([Shot(0.0, prompt, 1)], concurrency=0, seed=seed + 2))
+    (single,) = all_good(target.run([Shot(0.0, prompt, 1)], concurrency=0, seed=seed + 2))
     # Once all decode: the slowest first token, and a few steps more.
     arrival = max(reply.ttft for reply in alone) + 4 * pace
-    together = _good(
-        target.run([*decoding, Shot(arrival, prompt, 1)], concurrency=0, seed=seed + 3)
-    )
-    *others, long = together
+    both = [*decoding, Shot(arrival, prompt, 1)]
+    *others, long = all_good(target.run(both, concurrency=0, seed=seed + 3))
     return Beside(prompt, decodes, single.ttft, long.ttft, pace, _median_tpot(others))
 
 
@@ -123,15 +110,8 @@ def percentiles(values: Sequence[float]) -> dict[str, float | None]:
     return {**found, "mean": statistics.fmean(values)}
 
 
-def _good(replies: Sequence[Reply]) -> list[Reply]:
-    if failed := [reply.error for reply in replies if reply.error]:
-        raise ExecutionError(f"a request failed: {failed[0]}")
-    return list(replies)
-
-
 def _median_tpot(replies: Sequence[Reply]) -> float:
-    paces = [reply.tpot for reply in replies if reply.tpot is not None]
-    return statistics.median(paces)
+    return statistics.median(reply.tpot for reply in replies if reply.tpot is not None)
 
 
 def _rate(amount: float, seconds: float) -> float | None:

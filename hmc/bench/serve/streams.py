@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hmc.bench.serve.client import Reply, Target
+from hmc.bench.serve.client import Reply, Target, all_good
 from hmc.bench.serve.load import Shot
 from hmc.errors import ExecutionError
 
@@ -65,12 +65,12 @@ def streams(target: Target, count: int, *, prompt: int, output: int, seed: int) 
     `ExecutionError` when a request fails or too few steps hold all of them.
     """
     shots = [Shot(0.0, prompt, output)] * count
-    _good(target.run([Shot(0.0, prompt, 4)], concurrency=0, seed=seed))  # the first one is slow
+    all_good(target.run([Shot(0.0, prompt, 4)], concurrency=0, seed=seed))  # the first one is slow
     made = target.steps()["steps"]
-    _good(target.run(shots, concurrency=0, seed=seed + 1, stream=False))
+    all_good(target.run(shots, concurrency=0, seed=seed + 1, stream=False))
     whole, undisturbed, _ = full_steps(target.steps(), made, count)
     made, processor = target.steps()["steps"], time.process_time()
-    replies = _good(target.run(shots, concurrency=0, seed=seed + 2))
+    replies = all_good(target.run(shots, concurrency=0, seed=seed + 2))
     processor = time.process_time() - processor
     after = target.steps()
     scheduler, executor, steps = full_steps(after, made, count)
@@ -107,9 +107,3 @@ def pace(replies: Sequence[Reply]) -> float:
     if not paces:
         raise ExecutionError("the streams did not run at the same time: ask for a longer --output")
     return statistics.fmean(paces)
-
-
-def _good(replies: Sequence[Reply]) -> list[Reply]:
-    if failed := [reply.error for reply in replies if reply.error]:
-        raise ExecutionError(f"a request failed: {failed[0]}")
-    return list(replies)

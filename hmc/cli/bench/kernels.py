@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE, THREADS, Several, Shape, circumstances
+from hmc.cli.arguments import (
+    POSITIVE,
+    THREADS,
+    Several,
+    Shape,
+    circumstances,
+    count,
+    option,
+    positive,
+)
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
 
@@ -15,24 +24,22 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 @click.command(
     "kernels", short_help="Rates of single kernels from memory, from L2 or against peak."
 )
-@click.option(
+@option(
     "--op",
     type=click.Choice(["linear", "experts", "gemm", "grouped"]),
     default="linear",
-    show_default=True,
     help="GEMV and small batches, or the expert MLP (against the streaming read); prefill's matmul,"
     " or its experts (against the multiply-add peak).",
 )
-@click.option(
+@option(
     "--format",
     "formats",
     type=Several(click.STRING),
     default="fp8,bf16,int4",
-    show_default=True,
     metavar="F,..",
     help="Weights.",
 )
-@click.option(
+@option(
     "--shape",
     "shapes",
     type=Several(Shape()),
@@ -40,43 +47,30 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
     help="Output rows x K; experts: intermediate x hidden"
     f" [default: {_SHAPES}; experts: {_EXPERT_SHAPES}].",
 )
-@click.option(
+@option(
     "--tokens",
     type=Several(POSITIVE),
     metavar="T,..",
     help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512].",
 )
-@click.option("--group", default=128, show_default=True, metavar="G", help="Group size of int4.")
-@click.option(
-    "--top-k",
-    default=8,
-    show_default=True,
-    metavar="K",
-    help="Experts a token, for the expert ops.",
-)
-@click.option(
-    "--l2", is_flag=True, help="From the L2 of one core instead: rows are cut to fit half."
-)
-@click.option(
+@option("--group", default=128, metavar="G", help="Columns that share a scale, where groups do.")
+@option("--top-k", default=8, metavar="K", help="Experts a token, for the expert ops.")
+@option("--l2", is_flag=True, help="From the L2 of one core instead: rows are cut to fit half.")
+@option(
     "--no-barriers",
     is_flag=True,
     help="Let linear matrices follow each other without waiting: shows what barriers cost.",
 )
-@click.option("--isa", metavar="TIER", help="Kernel tier [default: the best this machine has].")
-@click.option("--repetitions", type=POSITIVE, default=9, show_default=True, metavar="R")
+@option("--isa", metavar="TIER", help="Kernel tier [default: the best this machine has].")
+@positive("--repetitions", default=9, metavar="R")
 @THREADS
-@click.option(
+@count(
     "--megabytes",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Weights to go through in a pass, and memory of the streaming read [default: 640];"
     " small values are for tests: they stay in cache.",
 )
 @JSON
-@click.pass_context
 def kernels(
-    ctx: click.Context,
     op: str,
     formats: list[str],
     shapes: list[tuple[int, int]] | None,
@@ -103,16 +97,16 @@ def kernels(
     hmc bench kernels --l2 --format fp8 --shape 768x2048 --tokens 1
     hmc bench kernels --op grouped --format fp8 --tokens 512,2048
     """
-    experts, prefill = op in ("experts", "grouped"), op in ("gemm", "grouped")
     if l2 and threads not in (None, 1):
         raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.cases import cases_of
+    from hmc.bench.cases import OPS, cases_of
     from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench
     from hmc.codegen.isa import TIERS, best_isa, require
 
     if isa is not None and isa not in TIERS:
         raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
     tier = best_isa() if isa is None else require(isa)
+    experts, prefill = OPS[op].routed, OPS[op].many
     cases = cases_of(
         op,
         formats,
@@ -138,7 +132,7 @@ def kernels(
             {
                 "rows": records,
                 "reference": "multiply-add peak" if prefill else str(reference or "read from L2"),
-                **circumstances(ctx, tier.name, bench.pool.workers),
+                **circumstances(tier.name, bench.pool.workers),
             }
         )
         return

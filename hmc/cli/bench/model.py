@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE, THREADS, Several, circumstances
+from hmc.cli.arguments import (
+    CHECKPOINT,
+    COUNT,
+    POSITIVE,
+    RATES,
+    REPETITIONS,
+    THREADS,
+    Several,
+    circumstances,
+    count,
+    option,
+)
 from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
@@ -23,55 +34,32 @@ if TYPE_CHECKING:
 
 @click.command("model", short_help="Prefill and decode of a plan or a model shape.")
 @click.argument("target", metavar="TARGET")
-@click.option(
+@option(
     "-p",
     "--prompts",
     type=Several(COUNT),
     default="512",
-    show_default=True,
     metavar="N,..",
     help="Prompt lengths; 0: none.",
 )
-@click.option(
-    "-n",
-    "--tokens",
-    type=COUNT,
-    default=64,
-    show_default=True,
-    metavar="N",
-    help="Tokens to decode; 0: none.",
-)
-@click.option(
-    "--context",
-    type=COUNT,
-    default=0,
-    show_default=True,
-    metavar="N",
-    help="Tokens in the cache before decoding.",
-)
-@click.option(
+@count("-n", "--tokens", default=64, help="Tokens to decode; 0: none.")
+@count("--context", help="Tokens in the cache before decoding [default: 0].")
+@option(
     "--batch",
     "batches",
     type=Several(POSITIVE),
     default="1",
-    show_default=True,
     metavar="N,..",
     help="Sequences that decode at once; several numbers take turns.",
 )
-@click.option(
+@option(
     "--dummy-weights",
     is_flag=True,
     help="Random weights of the real shapes: config.json is enough.",
 )
-@click.option(
-    "--layers",
-    type=COUNT,
-    default=0,
-    metavar="N",
-    help="With --dummy-weights: cut the depth to N layers.",
-)
-@click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="R")
-@click.option(
+@count("--layers", help="With --dummy-weights: cut the depth to N layers.")
+@REPETITIONS
+@option(
     "--phase",
     "phases",
     multiple=True,
@@ -83,27 +71,16 @@ if TYPE_CHECKING:
 @DEVICES
 @GPUS
 @HOME
-@click.option("--checkpoint", metavar="DIR", help="Model directory of a plan, if it has moved.")
-@click.option(
-    "--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to."
-)
-@click.option(
+@CHECKPOINT
+@option("--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to.")
+@count(
     "--megabytes",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Memory the streaming read goes through [default: 1 GiB or 8 x the last-level cache];"
     " small values are for tests: they stay in cache.",
 )
-@click.option(
-    "--machine",
-    metavar="FILE",
-    help="Predict with these rates [default: the plan's, else the profile that `hmc probe` saved].",
-)
+@RATES
 @JSON
-@click.pass_context
 def model(
-    ctx: click.Context,
     target: str,
     prompts: list[int],
     tokens: int,
@@ -114,14 +91,13 @@ def model(
     repetitions: int,
     phases: tuple[str, ...],
     threads: int | None,
-    devices: str,
-    gpus: int | None,
     home: str,
     checkpoint: str | None,
     by_op: bool,
     megabytes: int,
     machine: str | None,
     as_json: bool,
+    **placed: Any,
 ) -> None:
     """Measure prefill and decode of TARGET: a plan (.hmp), a model directory, or a config.json.
 
@@ -155,18 +131,12 @@ def model(
             dummy_weights=dummy_weights,
             home=home,  # type: ignore[arg-type]
             progress=report,
-            devices=devices,  # type: ignore[arg-type]
-            gpus=gpus,
+            **placed,
         )
+        options = {"repetitions": repetitions, "megabytes": megabytes}
         try:
             with telling(executor):
-                bench = ModelBench(
-                    executor,
-                    repetitions=repetitions,
-                    megabytes=megabytes,
-                    phases=named,
-                    report=report,
-                )
+                bench = ModelBench(executor, phases=named, report=report, **options)
                 prompt_rows = [bench.prompt(length) for length in lengths]
                 decode_rows = bench.decodes(tokens, context, batches) if tokens else []
             workers, used = executor.pool.workers, executor.kernels_used
@@ -176,7 +146,9 @@ def model(
     compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
-    reference = _reference(bench.memory.sweep.bytes_per_second, decode_rows)
+    # as timed between decode steps, else as in the sweep
+    best = bench.memory.sweep[bench.memory.variant]
+    reference = decode_rows[0].compared.reference if decode_rows else best
     about = plan.model
     facts: dict[str, Any] = {
         "model": f"{about.architecture}, {about.layers} layers",
@@ -194,9 +166,9 @@ def model(
                 "reference_gbps": round(reference / 1e9, 3),
                 "reference": str(bench.memory.variant),
                 **facts,
-                **circumstances(ctx, plan.isa, workers),
+                **circumstances(plan.isa, workers),
                 "kernels": list(used),
-                "phases": dict(bench.calls),
+                "phases": dict(executor.calls),
                 **({"no_prediction": compared.reason} if compared.reason else {}),
             }
         )
@@ -206,17 +178,12 @@ def model(
         click.echo(compared.reason)
     click.echo(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
-        f" {len(bench.memory.sweep.rates)} ways); a decode step reads {size(active_bytes(plan))}"
+        f" {len(bench.memory.sweep)} ways); a decode step reads {size(active_bytes(plan))}"
     )
     _print_batches(decode_rows)
     if by_op:
         for row in decode_rows:
             _print_ops(row)
-
-
-def _reference(sweep: float, decodes: Sequence[DecodeRow]) -> float:
-    """The streaming read in bytes/s: as timed between decode steps, else as in the sweep."""
-    return decodes[0].compared.reference if decodes else sweep
 
 
 def _named(plan: Plan, names: Sequence[str]) -> dict[str, str]:
@@ -309,12 +276,10 @@ def _print_batches(rows: Sequence[DecodeRow]) -> None:
 
 def _print_ops(row: DecodeRow) -> None:
     lines = []
-    for each in row.ops:
-        found = each.record()
-        rate = f"{found['gbps']:.1f}" if "gbps" in found else "-"
-        lines.append(
-            (each.op, each.steps, f"{found['microseconds']:.1f}", f"{each.share:.1%}", rate)
-        )
+    for op in row.ops:
+        rate = f"{op['gbps']:.1f}" if "gbps" in op else "-"
+        took, share = f"{op['microseconds']:.1f}", f"{op['share']:.1%}"
+        lines.append((op["op"], op["steps"], took, share, rate))
     columns = ("op", "steps", "us a token", "share", "GB/s")
     console().print(table(f"Time of a step, {row.test}", columns, lines, numbers=columns[1:]))
 

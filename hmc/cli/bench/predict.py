@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE, Several, circumstances
+from hmc.cli.arguments import POSITIVE, REPETITIONS, Several, circumstances, count, option, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import available_bytes, load_machine
@@ -20,45 +20,22 @@ if TYPE_CHECKING:
 
 @click.command("predict", short_help="Predictions for models of real shapes beside measurements.")
 @click.argument("configs", nargs=-1, required=True, metavar="CONFIG..")
-@click.option(
-    "--formats", type=Several(click.STRING), default="fp8,bf16", show_default=True, metavar="F,.."
-)
-@click.option(
-    "--contexts", type=Several(POSITIVE), default="128,4096", show_default=True, metavar="N,.."
-)
-@click.option(
-    "-p",
-    "--prompts",
-    type=Several(POSITIVE),
-    default="512,2048",
-    show_default=True,
-    metavar="N,..",
-)
-@click.option(
-    "-n",
-    "--tokens",
-    type=POSITIVE,
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Steps around each context.",
-)
-@click.option("--repetitions", type=POSITIVE, default=5, show_default=True, metavar="R")
-@click.option(
+@option("--formats", type=Several(click.STRING), default="fp8,bf16", metavar="F,..")
+@option("--contexts", type=Several(POSITIVE), default="128,4096", metavar="N,..")
+@option("-p", "--prompts", type=Several(POSITIVE), default="512,2048", metavar="N,..")
+@positive("-n", "--tokens", default=16, help="Steps around each context.")
+@REPETITIONS
+@option(
     "--memory", type=float, metavar="GB", help="Weights at most [default: half of what is free]."
 )
-@click.option(
-    "--layers", type=COUNT, default=0, metavar="N", help="Cut to N layers [default: what fits]."
-)
-@click.option("--experts", type=COUNT, default=0, metavar="N", help="Cut to N experts a layer.")
-@click.option("--megabytes", type=COUNT, default=0, metavar="N", help="As in `hmc bench`.")
-@click.option(
+@count("--layers", help="Cut to N layers [default: what fits].")
+@count("--experts", help="Cut to N experts a layer.")
+@count("--megabytes", help="As in `hmc bench`.")
+@option(
     "--machine", metavar="FILE", help="The rates [default: the profile that `hmc probe` saved]."
 )
 @JSON
-@click.pass_context
 def predict(
-    ctx: click.Context,
     configs: tuple[str, ...],
     formats: list[str],
     contexts: list[int],
@@ -66,11 +43,9 @@ def predict(
     tokens: int,
     repetitions: int,
     memory: float | None,
-    layers: int,
-    experts: int,
-    megabytes: int,
     machine: str | None,
     as_json: bool,
+    **cut: int,
 ) -> None:
     """Decode and prefill of each CONFIG (a model directory or config.json), predicted and measured.
 
@@ -86,36 +61,22 @@ def predict(
 
     if unknown := [each for each in formats if each not in FORMATS]:
         raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
-    loads = Loads(
-        contexts,
-        prompts,
-        tokens,
-        repetitions,
-    )
+    loads = Loads(contexts, prompts, tokens, repetitions)
     rated = _machine(machine)
     limit = int(memory * 1e9) if memory else available_bytes() // 2
     rows: list[Row] = []
     with progress() as report:
         for config in configs:
             for form in formats:
-                rows += compare(
-                    Path(config),
-                    form,
-                    rated,
-                    loads,
-                    memory=limit,
-                    layers=layers,
-                    experts=experts,
-                    megabytes=megabytes,
-                    report=report,
-                )
+                path = Path(config)
+                rows += compare(path, form, rated, loads, memory=limit, report=report, **cut)
     if as_json:
         print_json(
             {
                 "rows": [row.as_json() for row in rows],
                 "median_error": median_error(rows),
                 "rates_of": rated.name,
-                **circumstances(ctx, "", rated.cores),
+                **circumstances("", rated.cores),
             }
         )
         return
@@ -126,8 +87,8 @@ def predict(
             row.layers,
             row.experts,
             row.test,
-            f"{row.figure.measured:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
-            f"{row.figure.predicted:.2f}",
+            f"{row.figure.tokens_per_second:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
+            f"{row.figure.predicted_tokens_per_second:.2f}",
             f"{row.figure.error:+.1%}",
             "-" if row.drift is None else f"{row.drift:.0%}",
         )

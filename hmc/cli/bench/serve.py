@@ -10,16 +10,14 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import COUNT, POSITIVE
+from hmc.cli.arguments import count, invocation, option, positive
 from hmc.cli.output import JSON, console, print_json, table
 from hmc.errors import ExecutionError, UsageError
-from hmc.version import VERSION
 
 if TYPE_CHECKING:
     from hmc.bench.serve.load import Lengths, Shot
@@ -29,55 +27,37 @@ _LINES = 200  # of a server's messages that are kept
 
 @click.command("serve", short_help="Requests to a server: latencies, throughput, goals met.")
 @click.argument("target", metavar="URL|PLAN")
-@click.option("-n", "--requests", type=POSITIVE, default=32, show_default=True, metavar="N")
-@click.option(
+@positive("-n", "--requests", default=32)
+@option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
     metavar="R",
     help="Poisson arrivals, R a second [default: all at once].",
 )
-@click.option(
-    "--concurrency",
-    type=COUNT,
-    default=0,
-    metavar="N",
-    help="At most N requests at a time; 0: no limit.",
-)
-@click.option(
-    "--prompt", "prompts", default="128-512", show_default=True, metavar="N-M", help="Tokens."
-)
-@click.option(
-    "--output", "outputs", default="32-128", show_default=True, metavar="N-M", help="Tokens."
-)
-@click.option(
+@count("--concurrency", help="At most N requests at a time; 0: no limit.")
+@option("--prompt", "prompts", default="128-512", metavar="N-M", help="Tokens.")
+@option("--output", "outputs", default="32-128", metavar="N-M", help="Tokens.")
+@option(
     "--trace",
     metavar="FILE",
     help='JSON lines {"arrival": seconds, "prompt": tokens, "output": tokens}.',
 )
-@click.option(
+@count(
     "--prefill",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Instead: one prompt (the longest of --prompt) beside N decoding requests (the shortest,"
     " with the longest --output), against both alone.",
 )
-@click.option(
+@count(
     "--streams",
-    type=COUNT,
-    default=0,
-    metavar="N",
     help="Instead: N answers at once (the shortest of --prompt, the longest of --output), for the"
     " server's share of a decode step.",
 )
-@click.option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
-@click.option("--seed", type=COUNT, default=0, show_default=True, metavar="N")
-@click.option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
-@click.option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
+@option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
+@count("--seed")
+@option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
+@option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
 @JSON
-@click.pass_context
 def serve(
-    ctx: click.Context,
     target: str,
     requests: int,
     rate: float | None,
@@ -121,12 +101,6 @@ def serve(
     goals = Slo.read(slo)
     shots = _shots(requests, rate, mixes, trace, seed)
     key = api_key or os.environ.get("HMC_API_KEY")
-    about = {
-        "target": target,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ctx.obj,
-        "hmc_version": VERSION,
-    }
     with _served(target, serve_options.split()) as url:
         server = Target(url, key)
         if prefill:
@@ -145,7 +119,7 @@ def serve(
         else:
             found = load(server, shots, concurrency=concurrency, seed=seed, slo=goals).as_json()
     if as_json:
-        print_json({**found, **about})
+        print_json({**found, "target": target, **invocation()})
     elif prefill:
         _print_beside(found)
     elif streams:
@@ -257,14 +231,17 @@ def _print_beside(found: dict[str, Any]) -> None:
 
 
 def _print_streams(found: dict[str, Any]) -> None:
+    def part(name: str) -> tuple[float, float]:
+        return found[name] * found["step"], found[name]
+
     rows = [
         ("a step, as clients see it", found["step"], ""),
         ("the executor undisturbed", found["undisturbed"], 1 - found["server_share"]),
         ("the server: the rest", found["step"] - found["undisturbed"], found["server_share"]),
-        ("- within the scheduler's step", *_part(found, "scheduler_share")),
-        ("- between the scheduler's steps", *_part(found, "between_share")),
+        ("- within the scheduler's step", *part("scheduler_share")),
+        ("- between the scheduler's steps", *part("between_share")),
         ("- the executor's calls, later", found["executor"] - found["undisturbed"], ""),
-        ("the client's processor time", *_part(found, "client_share")),
+        ("the client's processor time", *part("client_share")),
     ]
     columns = ("ms", "a step", "share")
     cells = [
@@ -273,10 +250,6 @@ def _print_streams(found: dict[str, Any]) -> None:
     ]
     title = f"{found['streams']} streams, {found['steps']} steps of all"
     console().print(table(title, columns, cells, numbers=columns[1:]))
-
-
-def _part(found: dict[str, Any], name: str) -> tuple[float, float]:
-    return found[name] * found["step"], found[name]
 
 
 def _milliseconds(seconds: float | None) -> str:
