@@ -7,6 +7,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import networkx
+
 from hmc.errors import ContextLengthError, UsageError
 from hmc.machine import Machine
 from hmc.plan import Phase, Plan
@@ -198,11 +200,24 @@ def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, floa
 
 
 def longest_chain(phase: Phase, timeline: Timeline) -> list[int]:
-    """Positions of the steps that each let the next one start, from the result back."""
-    chain = [timeline.finish.index(result_seconds(phase, timeline))]
-    while (cause := timeline.cause[chain[-1]]) >= 0:
-        chain.append(cause)
-    return chain
+    """Positions of the steps of the longest chain up to the result, in which none can start before
+    the one before it ends.
+    """
+    graph: networkx.DiGraph[int] = networkx.DiGraph()
+    result, end = result_seconds(phase, timeline), len(phase.steps)
+    last: dict[str, int] = {}
+    signalled: dict[int, int] = {}
+    for position, step in enumerate(phase.steps):
+        before = [signalled[event] for event in step.waits]
+        before += [last[step.resource]] if step.resource in last else []
+        last[step.resource] = position
+        if step.signal >= 0:
+            signalled[step.signal] = position
+        if timeline.finish[position] <= result:  # and so did all that it waited for
+            for each in before:
+                graph.add_edge(each, position, weight=timeline.costs[each].seconds)
+            graph.add_edge(position, end, weight=timeline.costs[position].seconds)
+    return list(networkx.dag_longest_path(graph))[:-1]
 
 
 def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:

@@ -18,12 +18,10 @@ from hmc.predict.cost import Call, Cost, CostModel
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds from the start of the call, by position of the step. `cause` is the step whose end
-    let a step start (-1: none)."""
+    """Seconds from the start of the call, by position of the step."""
 
     start: tuple[float, ...]
     finish: tuple[float, ...]
-    cause: tuple[int, ...]
     costs: tuple[Cost, ...]
     busy: dict[str, float]
 
@@ -94,25 +92,21 @@ def schedule(phase: Phase, cost_of: Callable[[Step], Cost]) -> Timeline:
 
 def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
     """The timeline with given costs, by position."""
-    free: dict[str, tuple[float, int]] = {}
-    signalled: dict[int, tuple[float, int]] = {}
-    start, finish, cause = [], [], []
+    free: dict[str, float] = {}
+    signalled: dict[int, float] = {}
+    start, finish = [], []
     busy: dict[str, float] = {}
-    for position, (step, cost) in enumerate(zip(phase.steps, costs, strict=True)):
-        ready, because = free.get(step.resource, (0.0, -1))
-        for event in step.waits:
-            when, who = signalled[event]
-            if when > ready:
-                ready, because = when, who
+    for step, cost in zip(phase.steps, costs, strict=True):
+        waits = [signalled[event] for event in step.waits]
+        ready = max([free.get(step.resource, 0.0), *waits])
         end = ready + cost.seconds
-        free[step.resource] = (end, position)
+        free[step.resource] = end
         if step.signal >= 0:
-            signalled[step.signal] = (end, position)
+            signalled[step.signal] = end
         busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
         start.append(ready)
         finish.append(end)
-        cause.append(because)
-    return Timeline(tuple(start), tuple(finish), tuple(cause), tuple(costs), busy)
+    return Timeline(tuple(start), tuple(finish), tuple(costs), busy)
 
 
 def result_seconds(phase: Phase, timeline: Timeline) -> float:

@@ -50,7 +50,6 @@ def test_a_timeline_is_exact() -> None:
     timeline = schedule(phase, lambda step: Cost(seconds[step.id], "test"))
     assert timeline.start == (0, 3, 3, 5, 10)
     assert timeline.finish == (3, 5, 7, 10, 11)
-    assert timeline.cause == (-1, 0, 0, 1, 3)
     assert timeline.busy == {"h2d0": 7, "gpu0": 3, "cpu": 5}
     assert timeline.seconds == 11
     assert critical_path(phase, timeline) == [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import quirky
 import torch
-from conftest import MACHINE
+from plain_machine import MACHINE
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
