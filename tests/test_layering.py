@@ -4,6 +4,7 @@ toolkit answers without torch."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -169,3 +170,34 @@ def test_the_three_folders_are_links() -> None:
 def test_the_toolkit_does_not_load_torch(statement: str) -> None:
     check = f"{statement}; import sys; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
+
+
+NAMES = "fp8 int4 bf16 fp16 f32 attention mla experts linear gate_up route norm embedding rotary"
+COMPARED = re.compile(rf'(==|!=|\bin) *\(?"({NAMES.replace(" ", "|")})"')
+HOMES = ("hmc/ops", "hmc/formats", "hmc/blocks", "codegen/formats", "codegen/kernels")
+HOMES += ("codegen/isa", "runtime/device_ops")
+REASONS = {
+    "codegen/ir.py": "the kind of an argument word, a float's bits",
+    "codegen/spec.py": "the same, where words are packed",
+    "runtime/host/ops.py": "the same, where they are filled in",
+    "hmc/models/rope.py": "rope_type of a config.json",
+    "hmc/plan/diff.py": "a field of the plan",
+    "passes/graph/fuse.py": "the dtype of a value between ops",
+    "passes/graph/pieces.py": "the dtype of a value between ops",
+    "passes/graph/trace.py": "the dtype of a value between ops",
+    "passes/place/needs.py": "the half of a layer",
+    "passes/stream/emit.py": "attributes of a step",
+}
+"""Where a word that is also an op's or a format's is compared, and what it means there."""
+
+
+def test_names_of_ops_and_formats_are_compared_in_their_homes() -> None:
+    """Elsewhere the row is asked."""
+    found: list[str] = []
+    for path in MODULES.values():
+        where = str(path.relative_to(ROOT))
+        if not where.startswith(HOMES):
+            lines = path.read_text().splitlines()
+            found += [where for line in lines if COMPARED.search(line)]
+    assert set(found) <= set(REASONS), sorted(set(found) - set(REASONS))
+    assert len(found) <= 15
