@@ -53,6 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hmc.bench.probe.QUICK", TINY)
 
 
+@pytest.mark.slow
 def test_a_probe_has_every_rate(small: None) -> None:
     told: list[tuple[str, int, int]] = []
     found = probe(TINY, threads=2, report=lambda *what: told.append(what))

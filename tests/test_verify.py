@@ -246,6 +246,10 @@ BROKEN: dict[str, tuple[Callable[[Plan], Plan], str]] = {
         lambda p: p.model_copy(update={"kv": p.kv.model_copy(update={"block": 0})}),
         "in blocks of 0",
     ),
+    "fewer slots than sequences": (
+        lambda p: p.model_copy(update={"kv": p.kv.model_copy(update={"sequences": 3})}),
+        "16 sequences",
+    ),
     "a context that the cache does not hold": (
         lambda p: p.model_copy(
             update={"limits": p.limits.model_copy(update={"max_context": 1 << 20})}

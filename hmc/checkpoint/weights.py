@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -220,16 +221,28 @@ class InventedWeights:
         if not linear or storage is None or quantization.skips(_module(name)):
             row = next(each for each in FORMATS.values() if self.dtype in each.codes.dtypes)
             note = _plain_note(self.dtype, linear, quantization, name)
-            tensors = (_invented(name, self.dtype, shape),)
-            return WeightSource(name, shape, row.name, 0, tensors, (), note)
-        row = format_of(storage.format)
-        if problem := _cut_groups(row, storage, shape):
-            raise TensorError(f"tensor {name} {problem}")
-        return _source(row, storage, name, shape, [
-            _invented(name + suffix, dtype, plane.stored_shape(shape, storage.group, dtype))
-            for plane, suffix in zip(row.planes, storage.suffixes, strict=True)
-            for dtype in plane.dtypes[:1]
-        ])  # fmt: skip
+            alone = (_invented(name, self.dtype, shape),)
+            return WeightSource(name, shape, row.name, 0, alone, (), note)
+        like = _like(storage, shape)  # thousands of experts are alike but for their names
+        if isinstance(like, str):
+            raise TensorError(f"tensor {name} {like}")
+        tensors = tuple(replace(each, name=name + each.name) for each in like.tensors)
+        beside = tuple(name + each for each in like.beside)
+        return replace(like, name=name, tensors=tensors, beside=beside)
+
+
+@cache
+def _like(storage: Storage, shape: tuple[int, ...]) -> WeightSource | str:
+    """An invented weight without a name, or what is wrong with one of this shape."""
+    row = format_of(storage.format)
+    if problem := _cut_groups(row, storage, shape):
+        return problem
+    tensors = [
+        _invented(suffix, dtype, plane.stored_shape(shape, storage.group, dtype))
+        for plane, suffix in zip(row.planes, storage.suffixes, strict=True)
+        for dtype in plane.dtypes[:1]
+    ]
+    return _source(row, storage, "", shape, tensors)
 
 
 def _source(

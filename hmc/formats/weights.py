@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 from hmc.errors import UnsupportedError
@@ -44,7 +45,16 @@ def forms_of(weight: StoredWeight) -> tuple[Form, ...]:
     names = [plane.name for plane in weight.planes]
     if names != [plane.name for plane in row.planes]:
         raise UnsupportedError(f"planes {', '.join(names)} are not those of {row.name}")
-    return forms(row, weight.shape, weight.group, (plane.dtype for plane in weight.planes))
+    dtypes = tuple(plane.dtype for plane in weight.planes)
+    return _forms(row.name, weight.shape, weight.group, dtypes)
+
+
+@lru_cache(1 << 10)
+def _forms(
+    name: str, shape: tuple[int, ...], group: int, dtypes: tuple[str, ...]
+) -> tuple[Form, ...]:
+    """Weights of all layers are alike."""
+    return forms(format_of(name), shape, group, dtypes)
 
 
 def expected_planes(weight: StoredWeight) -> dict[str, int]:

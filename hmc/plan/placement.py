@@ -161,7 +161,8 @@ def check_limits(plan: Plan) -> None:
         0 < whole <= kv.capacity_tokens < _MOST_TOKENS
         and kv.capacity_tokens % kv.block == 0
         and 0 < limits.max_chunk <= limits.max_context
-        and 0 < limits.max_batch <= kv.capacity_tokens // kv.block
+        and 0 < limits.max_batch <= min(kv.capacity_tokens // kv.block, kv.sequences)
+        and kv.slots < _MOST_TOKENS
         and plan.threads > 0
     ):
         raise VerifyError(

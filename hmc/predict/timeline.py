@@ -97,8 +97,9 @@ def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
     start, finish = [], []
     busy: dict[str, float] = {}
     for step, cost in zip(phase.steps, costs, strict=True):
-        waits = [signalled[event] for event in step.waits]
-        ready = max([free.get(step.resource, 0.0), *waits])
+        ready = free.get(step.resource, 0.0)
+        for event in step.waits:
+            ready = max(ready, signalled[event])
         end = ready + cost.seconds
         free[step.resource] = end
         if step.signal >= 0:

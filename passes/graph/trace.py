@@ -16,7 +16,7 @@ from torch.fx.node import Argument, Target
 
 from hmc import env
 from hmc.blocks import Block, Vector, place_of
-from hmc.codegen.expr import Expr, leaf, substitute
+from hmc.codegen.expr import MASKS, OPERATIONS, REDUCTIONS, Expr, leaf, substitute
 from hmc.codegen.rowwise import Rowwise
 from hmc.errors import CompileError, KernelError
 from hmc.graph import Attr, DType, NodeMeta, Section, attrs, meta
@@ -166,7 +166,7 @@ class _Reader:
         values = [self._values[each] for each in operands]
         if any(each.dtype == torch.bool for each in values):
             return None  # a comparison chooses in `where`, and does nothing else
-        result = self._values[node] = arithmetic.shape_of(node, self._values)
+        result = self._values[node] = self._result(node, tree, values)
         if result.dtype == torch.bool:
             return NodeMeta("mask", -1, 1, "f32")
         alike = all(each.ndim == 2 and each.shape == result.shape for each in values)
@@ -178,6 +178,16 @@ class _Reader:
         except KernelError as error:
             raise CompileError(f"{node.name}: {error}") from error
         return NodeMeta(POINTWISE, -1, _elements(result), "f32", attrs=about)
+
+    def _result(self, node: fx.Node, tree: Expr, values: list[Tensor]) -> Tensor:
+        """What a function gives, on the meta device; of one operation on values of one shape that
+        shape, since torch's own answer loads its compiler, which takes a second.
+        """
+        keeps = tree.op in OPERATIONS and tree.op not in MASKS | REDUCTIONS
+        single = all(not each.args for each in tree.args)
+        if keeps and single and len({each.shape for each in values}) == 1:
+            return torch.empty(values[0].shape, device="meta")
+        return arithmetic.shape_of(node, self._values)
 
 
 def _elements(value: Tensor) -> int:

@@ -42,6 +42,7 @@ def _compile(directory: Path, target: Path) -> tuple[dict[str, object], int]:
     return json.loads(done.stdout), int(done.stderr.split()[-1]) * 1024
 
 
+@pytest.mark.slow
 def test_671b_compiles_small_and_deterministically_and_is_refused_before_it_is_mapped(
     checkpoint_671b: Path, tmp_path: Path
 ) -> None:

@@ -67,7 +67,9 @@ def logits_of(found: Executor, prefill: str, decode: str) -> tuple[Floats, Float
     return many, np.concatenate(few)
 
 
-@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(
+    "isa", [HERE[0], *(pytest.param(isa, marks=pytest.mark.slow) for isa in HERE[1:])]
+)
 def test_on_the_cpu(
     isa: str, checkpoint: Path, expected: Floats, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.quantile(error, 0.8) < 1e-2
 
 
+@pytest.mark.slow
 def test_logits(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     own, plain = twins
     plan = hmc.compile(own)

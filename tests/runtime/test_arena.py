@@ -84,7 +84,11 @@ def test_workspaces_are_shared_by_name_and_size(arena):
 
 
 @pytest.mark.parametrize(
-    "family", ["deepseek_v3", "qwen3_moe", pytest.param("mixtral", marks=pytest.mark.slow)]
+    "family",
+    [
+        "deepseek_v3",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_moe", "mixtral")),
+    ],
 )
 def test_a_phase_is_one_native_program(checkpoint, family):
     """One call for the layers and the wanted rows; a barrier between a write and its reader."""

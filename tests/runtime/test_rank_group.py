@@ -91,6 +91,7 @@ def test_bytes_are_exact_and_a_lost_rank_is_named(checkpoint: Callable[..., Path
         assert "was killed by signal 9" in str(fails(found, 20))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_between_calls(checkpoint: Callable[..., Path]) -> None:
     with bench(wide(checkpoint), 2, seconds=10) as found:  # more than a busy machine takes
         found.group.wait_ready()

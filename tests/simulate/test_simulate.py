@@ -204,6 +204,7 @@ def test_text_output_names_what_binds(tmp_path: Path) -> None:
         assert word in result.stdout
 
 
+@pytest.mark.slow
 def test_published_figures_are_within_five_per_cent() -> None:
     found = {row.metric: row for row in rows()}
     assert {row.kind for row in found.values()} == {"calibrated", "independent"}
