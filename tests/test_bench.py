@@ -171,7 +171,7 @@ def test_a_pass_of_experts_reads_them_all() -> None:
     matrices.close()
 
 
-@pytest.mark.parametrize("op", ["linear", "experts"])
+@pytest.mark.parametrize("op", ["linear", pytest.param("experts", marks=pytest.mark.slow)])
 def test_kernels_from_memory(run: Run, op: str) -> None:
     code, out, err = run(
         *("kernels", "--op", op, "--format", "fp8,bf16,int4", "--shape", "96x256"),

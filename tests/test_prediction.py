@@ -183,6 +183,7 @@ def test_bench_has_predictions(hmc: Run, plan_file: Path, profile: Path) -> None
     assert "error" in out
 
 
+@pytest.mark.slow
 def test_bench_predict_compares_every_load(hmc: Run, config: Path, profile: Path) -> None:
     code, out, err = hmc(
         *("bench", "predict", config, "--contexts", "8,40", "-p", "7", "-n", 2),

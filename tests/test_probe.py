@@ -75,6 +75,7 @@ def test_a_probe_has_every_rate(small: None) -> None:
     assert told[-1][1] == told[-1][2]
 
 
+@pytest.mark.slow
 def test_the_file_plans_and_predicts(small: None, tmp_path: Path, run: Run) -> None:
     path = tmp_path / "machine.json"
     code, out, err = run("-o", path, "--quick", "--threads", 2, "--json")

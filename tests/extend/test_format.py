@@ -102,6 +102,7 @@ def test_logits(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> No
         close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_dummies(twins: tuple[Path, Path]) -> None:
     own, _ = twins
     plan = hmc.compile(own, dummy_weights=True)

@@ -109,6 +109,7 @@ def test_a_phase_is_one_native_program(checkpoint, family):
                 decode.run(tokens, tokens, tokens, tokens)
 
 
+@pytest.mark.slow
 def test_prefill_without_wanted_rows_reads_no_output_weights(checkpoint):
     plan = hmc.compile(checkpoint("qwen3_moe", "bf16"), max_context=128, max_chunk=32)
     with hmc.Engine(plan) as engine:

@@ -389,6 +389,7 @@ def test_a_prompt_streamed_by_the_second_gpu_is_decoded_by_the_first(
         rows.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gpus", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_greedy_text_is_the_cpu_plans(gpus: int, compiled: Callable[..., Plan]) -> None:
     directory = Path(__file__).parents[2] / "examples" / "tiny-kjv"

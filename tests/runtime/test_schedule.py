@@ -98,7 +98,9 @@ def test_a_small_phase_runs_at_the_times_of_the_golden_file(
     golden("runtime/schedule.txt", "\n".join(line.rstrip() for line in lines) + "\n")
 
 
-@pytest.mark.parametrize("tokens", [1024, 4096, 16_384, 32_768, 65_536])
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(1024, marks=pytest.mark.slow), 4096, 16_384, 32_768, 65_536]
+)
 def test_streaming_takes_the_larger_of_transfer_and_computation(tokens: int) -> None:
     """With a ring of a whole layer, and but for the fill and the drain.
 
