@@ -306,6 +306,7 @@ def assert_host_cache(found: Bench, sequence: Sequence, tokens: int) -> None:
             assert rows.float().abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_ring_shorter_than_a_layers_experts(
     checkpoint: Callable[..., Path], compiled: Callable[..., Plan]
 ) -> None:

@@ -43,7 +43,10 @@ from hmc.runtime.schedule.segments import segments
 Checkpoint = Callable[..., Path]
 Floats = npt.NDArray[np.float32]
 
-FAMILIES = [("qwen3_moe", "fp8"), ("deepseek_v3", "bf16")]
+FAMILIES = [
+    ("qwen3_moe", "fp8"),
+    pytest.param("deepseek_v3", "bf16", marks=pytest.mark.slow),
+]
 LENGTHS = (5, 11, 8, 14)
 STEPS = 6
 

@@ -81,6 +81,7 @@ def test_nothing_recorded_is_an_error() -> None:
         RoutingRecorder().as_json()
 
 
+@pytest.mark.slow
 def test_tokens_do_not_change_and_programs_are_whole_when_off(plan_file: Path) -> None:
     plan, recorder = load_plan(plan_file), RoutingRecorder()
     with Engine(plan, threads=2, dummy_weights=True) as plain:
