@@ -46,7 +46,8 @@ def _slice(attrs: Attrs) -> bool:
 def _attention(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     if attrs.get("window"):
         raise UnsupportedError(
-            f"attention with a window of {attrs['window']} tokens: no CPU kernel has one yet"
+            f"attention with a window of {attrs['window']} tokens: the CPU's kernels of prefill"
+            " have none yet"
         )
     sizes = picked(attrs, "heads", "kv_heads", "head_dim", "v_dim") | {"block": use.block}
     append = spec("kv_append", use, sizes)
