@@ -35,8 +35,9 @@ OPS: Final = (
         always=True,
         family="transfers",
     ),
-    # a layer's new cache rows to the host's cache, and from there to the GPU that decodes
-    Op("kv_out", _ROWS, _ROWS, where="d2h", captured=False, always=True, family="attention"),
+    # a layer's new cache rows, which a copy brought, to the pages of the host's cache; and to the
+    # GPU that decodes, where another one computed them
+    Op("kv_out", _ROWS, (), where="cpu", captured=False, always=True, family="attention"),
     Op("kv_in", _ROWS, (), where="h2d", captured=False, always=True, family="attention"),
     # rows of all ranks on every rank (zig-zag: of 2R pieces rank r holds r and 2R - 1 - r)
     Op(

@@ -20,7 +20,7 @@ Attrs = Mapping[str, Any]
 Size = Callable[[Attrs], int]
 Section = Literal["attention", "mlp", "head", "any"]
 Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and sums", "transfers"]
-Where = Literal["any", "host", "gpu", "h2d", "d2h", "h2d d2h", "link"]
+Where = Literal["any", "host", "cpu", "gpu", "h2d", "d2h", "h2d d2h", "link"]
 
 FLOATS = "f32 bf16"
 
@@ -181,10 +181,11 @@ class Op:
     have; nothing else is accepted, and they must be `possible` together: what kernels take for
     granted and no width or shape says. `kernels` chooses native kernels in launch order.
 
-    `where` it may run: a table that stays with the host's memory ("host"), a transfer ("h2d",
-    "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured` whether they
-    depend on the host by numbers of rows alone, so that a graph may hold them; `everywhere`: on
-    several ranks each computes it for all tokens; `always`: it does something even for no rows.
+    `where` it may run: a table that stays with the host's memory ("host"), the CPU alone ("cpu"), a
+    transfer ("h2d", "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured`
+    whether they depend on the host by numbers of rows alone, so that a graph may hold them;
+    `everywhere`: on several ranks each computes it for all tokens; `always`: it does something even
+    for no rows.
     Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 

@@ -67,11 +67,10 @@ class Walk:
         for name, operand in step.outputs.items():
             expected = about.expected(step, name, output=True)
             buffer = self._checked(name, operand, expected)
-            if buffer.offset == EXTERNAL and buffer.device == "host":
-                cached = buffer.name.startswith("cache.")
-                known = cached if row.where == "d2h" else buffer.name == LOGITS
-                if not known or (about.native and len(self._devices) > 1):
-                    raise VerifyError(f"{name} is the engine's {buffer.name}")
+            external = buffer.offset == EXTERNAL and buffer.device == "host"
+            mine = buffer.name == LOGITS and not (about.native and len(self._devices) > 1)
+            if external and not mine:
+                raise VerifyError(f"{name} is the engine's {buffer.name}")
             if buffer.device not in writes and writes:
                 raise VerifyError(
                     f"{name} is on {buffer.device}, which {step.resource} cannot write"
@@ -127,10 +126,6 @@ class Walk:
 
     def _check_given(self, step: Step, about: About, name: str, role: Role, buffer: Buffer) -> None:
         """An input that is the engine's own array."""
-        if about.row.where == "h2d":
-            if not buffer.name.startswith("cache."):
-                raise VerifyError(f"{name} is the engine's {buffer.name}")
-            return
         if buffer.device != "host":
             if buffer.device not in self._devices[step.resource][0]:
                 raise VerifyError(f"{name} is on {buffer.device}")
@@ -228,7 +223,7 @@ def _check_external(plan: Plan, phase: Phase, buffer: Buffer) -> None:
     elif stem in _GIVEN:
         right = ("i32", 1, True)
     else:
-        right = (buffer.dtype, buffer.width, buffer.name.startswith("cache."))
+        right = ("", 0, False)
     if (buffer.dtype, buffer.width, buffer.device == "host") != right:
         raise VerifyError(f"phase {phase.name}: the engine has no such array as {buffer.name}")
 

@@ -202,9 +202,9 @@ def check_limits(plan: Plan) -> None:
 def _check_home(step: Step, about: About) -> None:
     """A step runs where its op may."""
     where, resource = about.row.where, step.resource
-    kind = "host" if resource == "cpu" else resource.rstrip("0123456789")
+    kinds = {"host", "cpu"} if resource == "cpu" else {resource.rstrip("0123456789")}
     allowed = ("host", "gpu") if where == "any" else where.split()
-    if kind not in allowed:
+    if kinds.isdisjoint(allowed):
         raise VerifyError(f"it cannot run on {resource}")
 
 

@@ -28,11 +28,18 @@ class Values:
     def begin(self) -> None:
         """A phase begins: no buffer holds anything."""
         self._held: dict[str, list[_Piece]] = {}
+        self._kept: dict[int, dict[str, int | tuple[_Piece, ...]]] = {}
+        """By layer, what its attention read, by role."""
 
     def step(self, step: Step, about: About) -> None:
-        """Number what a step writes."""
+        """Number what a step writes. `VerifyError` where it hands over other rows for the cache
+        than those that the attention of its layer reads."""
         row = about.row
         if not step.outputs:
+            if not row.moves:
+                handed = {name: self._read(operand) for name, operand in step.inputs.items()}
+                if not handed or not handed.items() <= self._kept.get(step.layer, {}).items():
+                    raise VerifyError(f"its rows are not those that layer {step.layer} attends to")
             return
         if row.where == "gpu":  # tokens in another order: nothing that the model computes
             for operand in step.outputs.values():
@@ -49,6 +56,8 @@ class Values:
                 self._put(operand, pieces)
             return
         reads = {name: self._read(operand) for name, operand in step.inputs.items()}
+        if row.attends:
+            self._kept[step.layer] = reads
         if not step.weights and (row.picks or not (row.weights or row.attends)):
             taken = {next(iter(reads.values()))} if row.picks else set(reads.values())
             if len(taken) == 1 and isinstance(found := taken.pop(), int):

@@ -167,16 +167,15 @@ class StreamEmitter:
         self._hand_over({role: every[role][0] for role in roles}, step.layer)
 
     def _hand_over(self, rows: Parts, layer: int) -> None:
-        """New cache rows to the host, and from there to gpu0, which decodes, where it is no rank of
-        this phase."""
+        """New cache rows to the host, whose CPU puts them into its pages, and from there to gpu0,
+        which decodes, where it is no rank of this phase."""
         first = self.gpus[0]
         held = {
-            role: Part.all(
-                Value(f"cache.{layer}.{role}", part.value.dtype, part.width, external=True)
-            )
+            role: Part.all(Value(f"layers_{layer}_{role}.new", part.value.dtype, part.width))
             for role, part in rows.items()
         }
-        self.schedule.add("kv_out", f"d2h{first}", rows, held if first else {}, layer=layer)
+        self.schedule.add("copy", f"d2h{first}", rows, held, layer=layer)
+        self.schedule.add("kv_out", "cpu", held, {}, layer=layer)
         if first:
             self.schedule.add("kv_in", "h2d0", held, {}, layer=layer)
 

@@ -88,6 +88,7 @@ class GpuMemory:
         `lent`, experts and region are another process's.
         """
         self.device = device
+        self._lent = lent is not None
         self._taken: list[torch.Tensor] = []
         self._kv = kv
         self._kept: list[torch.Tensor] = []
@@ -109,7 +110,6 @@ class GpuMemory:
                 else self._borrow(lent.region, purpose)
             )
             self.weights = self._region[: self.packed.nbytes]
-            self.packed.fill(self.weights)
             self._slots = {
                 (phase.name, slot.name): self._layout.begins[phase.name] + slot.offset
                 for phase in chosen
@@ -130,6 +130,13 @@ class GpuMemory:
         except BaseException:
             self.close()
             raise
+
+    def fill(self) -> None:
+        """Copy the weights that stay. Experts that another process has lent are there."""
+        self.packed.fill(self.weights)
+        if not self._lent:
+            for packed, raw in self.experts.values():
+                packed.fill(raw)
 
     def close(self) -> None:
         """Free everything."""
@@ -214,9 +221,7 @@ class GpuMemory:
         purpose = f"{self.device.name}: experts of layer {layer}"
         if lent is not None:
             return self._borrow(lent.experts[layer], purpose)
-        raw = self._allocate(packed.nbytes, purpose)
-        packed.fill(raw)
-        return raw
+        return self._allocate(packed.nbytes, purpose)
 
     def _borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
         self._taken.append(self.device.borrow(lent, purpose))

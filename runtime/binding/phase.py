@@ -104,9 +104,11 @@ class Binding(Closing):
                 for address, size in phase.pinnable if pin else ():
                     pinned.pin(address, size)
                     stack.callback(pinned.unpin, address)
-            if pin:
+            if pin:  # before anything is copied: pinned memory comes at the full rate of the bus
                 pieces = [piece for each in memory.values() for piece in each.streamed]
                 self.pinned = pin_weights(parts.store, pieces, stack)
+            for each in memory.values():
+                each.fill()
             self._memory = memory
             self._stack = stack.pop_all()
 

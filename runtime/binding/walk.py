@@ -25,7 +25,7 @@ def walked(
     picked = False
     for step in phase.steps:
         picked = picked or OPS[step.op].picks
-        shares[step.id] = WANTED if picked and step.op != "kv_out" else _share(phase, step)
+        shares[step.id] = WANTED if picked else _share(phase, step)
         me = step.op, step.layer, step.lane
         for operand in step.outputs.values():
             if OPS[step.op].routed and writer.get(operand.buffer) == me:

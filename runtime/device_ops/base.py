@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -17,9 +18,23 @@ from hmc.runtime.memory.kv import KVCache
 Work = Callable[[Call], None]
 """What a step does in one run of its phase, on at least one row of its share."""
 
-Routed = dict[str, tuple[torch.Tensor, list[int]]]
-"""By the name of an `order` buffer: the call's slots sorted by expert, and where each expert's
-begin."""
+
+class Sorted:
+    """A call's slots (token * top_k + rank of its expert) [slots] in the order of their experts,
+    and where each expert's begin: `edges` [experts + 1], on the device."""
+
+    def __init__(self, slots: torch.Tensor, edges: torch.Tensor) -> None:
+        self.slots, self.edges = slots, edges
+
+    @cached_property
+    def counted(self) -> list[int]:
+        """The edges on the host, which waits for the device."""
+        found: list[int] = self.edges.tolist()
+        return found
+
+
+Routed = dict[str, Sorted]
+"""By the name of an `order` buffer."""
 
 
 class Bound(Protocol):

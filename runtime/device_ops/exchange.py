@@ -3,9 +3,9 @@
 Loads are cut into pieces, between which copies of other streams get their turn.
 Between ranks of one process rows are copied from device to device, between processes by `Link`;
 both compute the same bits. Copies are asynchronous where
-the host's memory is pinned; `kv_out` and `kv_in` wait for the device, because the host's cache is
-paged and its rows are placed and picked by the CPU. What is rounded, sent or received on the way
-goes in blocks of rows that keep to `scratch.BYTES` on each device.
+the host's memory is pinned. Cache rows come to the host as they are computed; the CPU rounds them
+and puts them into pages (`kv_out`). What is rounded, sent or received on the way goes in blocks of
+rows that keep to `scratch.BYTES` on each device.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _load_chosen(bound: Bound, step: Step, order: str) -> Work:
     experts = {expert: _cut(found) for expert, found in bound.copies_of_experts(step).items()}
 
     def work(call: Call) -> None:
-        _, edges = bound.sorted[order]
+        edges = bound.sorted[order].counted
         for expert, pieces in experts.items():
             if edges[expert] < edges[expert + 1]:
                 _move(pieces)
@@ -77,26 +77,20 @@ def _move(pieces: list[tuple[int, torch.Tensor]]) -> None:
 
 
 def kv_out(bound: Bound, step: Step) -> Work:
-    """The call's new cache rows of a layer to the host's cache."""
-    found = {
-        state: [bound.tensor(step.inputs[role]) for role in roles]
-        for state, roles in _ROWS.items()
-        if state in step.inputs
-    }
-    heads = _heads(bound, step.layer)
-    row = _KV_ROW * sum(part.shape[1] for parts in found.values() for part in parts)
+    """The call's new cache rows of a layer, in host memory, to the pages of the host's cache."""
+    found, heads = _rows_by_state(bound, step), _heads(bound, step.layer)
 
     def block(some: slice, slots: torch.Tensor) -> None:
         block, place = slots // bound.kv.block, slots % bound.kv.block
         for state, parts in found.items():
-            rows = [part[some].to(torch.bfloat16).to("cpu", non_blocking=False) for part in parts]
+            rows = [part[some].to(torch.bfloat16) for part in parts]
             values = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
             target = cached(bound.kv, step.layer, state, heads)
             target[block, :, place] = values.view(len(values), heads, -1)
 
     def work(call: Call) -> None:
         slots = torch.from_numpy(call.host_slots)
-        for some in scratch.blocks(0, call.tokens, row):
+        for some in scratch.blocks(0, call.tokens, _row(found)):
             block(some, slots[some])
 
     return work
@@ -109,27 +103,41 @@ def cached(kv: KVCache, layer: int, state: str, heads: int = 1) -> torch.Tensor:
 
 _ROWS = {"k": ("k",), "v": ("v",), "latent": ("latent", "k_rope")}
 """The inputs of attention whose columns, side by side, are a row of a state."""
-_KV_ROW = 2 * 2
-"""Bytes of an element on its way between caches: in bf16, once more in another layout."""
 
 
 def kv_in(bound: Bound, step: Step) -> Work:
-    """The call's new cache rows of a layer from the host's cache to the home GPU's, for a prompt
+    """The call's new cache rows of a layer, in host memory, to the home GPU's cache, for a prompt
     that another GPU computed."""
-    heads, states = _heads(bound, step.layer), [name for name in _ROWS if name in step.inputs]
+    found = _rows_by_state(bound, step)
+
+    def block(some: slice, slots: torch.Tensor) -> None:
+        for state, parts in found.items():
+            cache = bound.cache(step.layer, state)
+            rows = [
+                part[some].to(cache.device, non_blocking=True).to(cache.dtype) for part in parts
+            ]
+            cache.index_copy_(0, slots, rows[0] if len(rows) == 1 else torch.cat(rows, 1))
 
     def work(call: Call) -> None:
-        slots = torch.from_numpy(call.host_slots)
-        for state in states:
-            whole = cached(bound.kv, step.layer, state, heads)
-            cache = bound.cache(step.layer, state)
-            for some in scratch.blocks(0, call.tokens, _KV_ROW * cache.shape[1]):
-                block, place = slots[some] // bound.kv.block, slots[some] % bound.kv.block
-                cache.index_copy_(
-                    0, call.slots[some], whole[block, :, place].flatten(1).to(cache.device)
-                )
+        for some in scratch.blocks(0, call.tokens, _row(found)):
+            block(some, call.slots[some])
 
     return work
+
+
+def _rows_by_state(bound: Bound, step: Step) -> dict[str, list[torch.Tensor]]:
+    """By state, the step's inputs whose columns, side by side, are its rows."""
+    return {
+        state: [bound.tensor(step.inputs[role]) for role in roles]
+        for state, roles in _ROWS.items()
+        if state in step.inputs
+    }
+
+
+def _row(found: dict[str, list[torch.Tensor]]) -> int:
+    """Bytes that a row takes on its way: as it comes, in bf16, and once more in another layout."""
+    parts = [part for parts in found.values() for part in parts]
+    return sum(part.shape[1] * (part.element_size() + 2 + 2) for part in parts)
 
 
 def _heads(bound: Bound, layer: int) -> int:

@@ -13,7 +13,7 @@ from hmc.blocks.pointwise import activated
 from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
-from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
+from hmc.runtime.device_ops.base import Bound, Sorted, Work, in_blocks, ints
 from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
@@ -108,21 +108,21 @@ def sort(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         count = call.count(share)
-        slots, edges = by_expert(ids[:count], experts)
-        order[:count].view(-1).copy_(slots)
-        bound.sorted[name] = order[:count].view(-1), edges
+        found = by_expert(ids[:count], experts)
+        order[:count].view(-1).copy_(found.slots)
+        bound.sorted[name] = Sorted(order[:count].view(-1), found.edges)
 
     return work
 
 
-def by_expert(ids: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
-    """Slots i64 sorted by expert, ascending within each, and where those of every expert begin
-    [experts + 1]; negative ids come first and belong to none.
+def by_expert(ids: torch.Tensor, experts: int) -> Sorted:
+    """Slots i64 sorted by expert, ascending within each; negative ids come first and belong to
+    none.
     """
     flat = ids.reshape(-1)
     found, slots = flat.sort(stable=True)
     firsts = torch.arange(experts + 1, dtype=found.dtype, device=found.device)
-    return slots, torch.searchsorted(found, firsts).tolist()
+    return Sorted(slots, torch.searchsorted(found, firsts))
 
 
 def experts(bound: Bound, step: Step) -> Work:
@@ -152,7 +152,8 @@ def experts(bound: Bound, step: Step) -> Work:
         total = y[:count]
         if not adds:
             total.zero_()
-        slots, edges = bound.sorted[order] if order else by_expert(ids[:count], count_all)
+        chosen = bound.sorted[order] if order else by_expert(ids[:count], count_all)
+        slots, edges = chosen.slots, chosen.counted
         factors = routing[:count].reshape(-1)
         for expert, own in weights.items():
             for part in scratch.blocks(edges[expert], edges[expert + 1], row):

@@ -9,7 +9,7 @@ works through what it was given in order; streams know of each other only throug
 Calls of several phases may overlap, each handed over by a thread of its own. On a stream that both
 use, their work is done in the order in which it was handed over, and what waits there holds up what
 follows, whosever it is. A call that goes on beside others therefore takes streams of its own
-(`aside`), of every resource but "cpu": the CPU's steps share one pool of workers.
+(`aside`). The pool of workers is one for all of them: native programs take turns.
 
 Hides threads, device streams, and who waits for whom in which way.
 """
@@ -99,8 +99,8 @@ class Backend(Protocol):
 
     def stream(self, resource: str, *, aside: bool = False) -> Stream:
         """The stream of a resource, made on first use; `ExecutionError` for an unknown one. With
-        `aside` the second one there (of "cpu" the same), whose work gives way to the first's where
-        the device can do that.
+        `aside` the second one there, whose work gives way to the first's where the device can do
+        that.
         """
         ...
 
@@ -163,5 +163,5 @@ def in_order(works: Sequence[Work]) -> Work:
 
 
 def stream_name(resource: str, aside: bool) -> str:
-    """What a stream is called: of "cpu" there is one."""
-    return f"{resource}.aside" if aside and resource != "cpu" else resource
+    """What a stream is called."""
+    return f"{resource}.aside" if aside else resource

@@ -3,11 +3,13 @@
 Device streams are fed by the callers' threads. What crosses between the CPU and a GPU:
 
 * "cpu" waits for a device event by waiting for it on its own thread;
-* a device stream that waits for CPU work makes the caller's thread wait until that work is done,
-  since a device can wait only for what was handed to it already. This cannot hang: what the CPU
-  work waits for precedes it in the program, so the GPUs have it. It ends the look-ahead at that
-  point, which costs little: later steps of other streams hardly ever do without the CPU's result;
-* by a flag, whoever waits does so without Python: a stream by an operation on pinned memory.
+* a device stream waits for CPU work by an operation on a word of pinned memory, as it does for a
+  flag, so that whoever hands over goes on. Where the driver has no such operations, the caller's
+  thread waits until that work is done. This cannot hang: what the CPU work waits for precedes it
+  in what is handed over, so the GPUs have it.
+
+"link" moves rows between GPUs and launches on all of them: it has a stream on each, which begin and
+end together.
 
 Importing this needs no GPU; opening it without one is a `MachineError`.
 """
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +42,13 @@ _POLL_SECONDS = 20e-6
 
 class CudaEvent(HostEvent):
     """An event of the GPUs and of the CPU at once: `device` is set while a device stream was the
-    last to record it."""
+    last to record it. Devices see the CPU's records by `flag`, where they can."""
 
     def __init__(self) -> None:
         super().__init__()
         self.device: torch.cuda.Event | None = None
         self.kept: dict[int, torch.cuda.Event] = {}
+        self.flag: Flags | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,10 @@ class CudaSpan(HostSpan):
 class CpuStream(Worker):
     """The thread that does the CPU's work, and can wait for devices."""
 
+    def __init__(self, name: str, board: Board, backend: CudaBackend) -> None:
+        super().__init__(name, board)
+        self._backend = backend
+
     def wait(self, event: Event) -> None:
         """See `base.Stream`."""
         if event.device is None:
@@ -86,7 +93,17 @@ class CpuStream(Worker):
     def record(self, event: Event) -> None:
         """See `base.Stream`."""
         event.device = None
+        if event.flag is None:
+            event.flag = self._backend.flag()
         super().record(event)
+        if event.flag is not None:
+            event.flag.epoch = event.made
+
+    def happened(self, event: Event, made: int) -> None:
+        """Also told to devices."""
+        super().happened(event, made)
+        if event.flag is not None:
+            event.flag.set(0, made)
 
 
 class CudaStream:
@@ -95,8 +112,14 @@ class CudaStream:
     def __init__(self, name: str, number: int, backend: CudaBackend, priority: int) -> None:
         self.name = name
         self.number = number
-        self.stream = torch.cuda.Stream(device=number, priority=priority)  # type: ignore[no-untyped-call]
+        self.stream = _stream(number, priority)
         self._backend = backend
+        everywhere = name.startswith("link")
+        self._others = [
+            _stream(other, priority)
+            for other in range(len(backend.devices) if everywhere else 0)
+            if other != number
+        ]
 
     def launch(
         self, work: Work, label: str, seconds: float = 0.0, span: CudaSpan | None = None
@@ -105,10 +128,20 @@ class CudaStream:
         if span is not None and span.marks is None:
             span.number, span.marks = self.number, (_event(timed=True), _event(timed=True))
         try:
-            with torch.cuda.stream(self.stream):
+            with ExitStack() as stack:
+                if self._others:
+                    begin = self.mark()
+                for other in self._others:
+                    other.wait_event(begin)
+                    stack.enter_context(torch.cuda.stream(other))
+                stack.enter_context(torch.cuda.stream(self.stream))
                 if span is not None and span.marks is not None:
                     span.marks[0].record(self.stream)
                 work()
+                for other in self._others:
+                    end = _event(timed=False)
+                    end.record(other)
+                    self.stream.wait_event(end)
                 if span is not None and span.marks is not None:
                     span.marks[1].record(self.stream)
         except HmcError:
@@ -140,15 +173,19 @@ class CudaStream:
                     raise
                 graph.capture_end()
         except Exception as error:
+            self._backend.drop_graph_pool()
             told = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ExecutionError(f"{label} cannot be captured on {self.name}: {told}") from error
         replay: Work = graph.replay
         return replay
 
     def wait(self, event: CudaEvent) -> None:
-        """See `base.Stream`; for CPU work the caller waits (see the module)."""
+        """See `base.Stream`; where a device cannot wait for CPU work, the caller does."""
         if event.device is not None:
             self.stream.wait_event(event.device)
+        elif event.flag is not None:
+            address = event.flag.address(0)
+            self._backend.memory().wait(self.stream, self.number, address, event.made)
         elif event.made:
             self._backend.cpu_done(event)
 
@@ -196,10 +233,11 @@ class CudaBackend:
         if found < gpus:
             raise MachineError(f"the plan needs {gpus} GPUs, this machine has {found}")
         self._board = Board(timeout)
-        self._cpu = CpuStream("cpu", self._board)
+        self._cpus: dict[str, CpuStream] = {}
         self._home = home
         self._streams: dict[str, CudaStream] = {}
         self._memory: StreamMemory | None = None
+        self._no_memory: MachineError | None = None
         self._graph_pool: Any = None
         self.devices = tuple(
             Gpu(f"gpu{number}", torch.device("cuda", number), _room) for number in range(gpus)
@@ -208,9 +246,11 @@ class CudaBackend:
     def stream(self, resource: str, *, aside: bool = False) -> CudaStream | CpuStream:
         """See `base.Backend`. A GPU begins blocks of the first streams' kernels before those of
         streams aside."""
-        if resource == "cpu":
-            return self._cpu
         name = stream_name(resource, aside)
+        if resource == "cpu":
+            if name not in self._cpus:
+                self._cpus[name] = CpuStream(name, self._board, self)
+            return self._cpus[name]
         stream = self._streams.get(name)
         if stream is None:
             number = gpu_of(resource, len(self.devices))
@@ -228,21 +268,35 @@ class CudaBackend:
         return CudaSpan()
 
     def flags(self, count: int) -> Flags:
-        """See `base.Backend`. Tried out on every GPU before."""
-        memory = self.memory()
-        for number in range(len(self.devices)):
-            trial = Flags(1, pinned(Flags.bytes(1), "a flag"))
-            trial.advance()
-            stream = torch.cuda.Stream(device=number)  # type: ignore[no-untyped-call]
-            memory.probe(stream, number, trial)
+        """See `base.Backend`."""
+        self.memory()
         made = Flags(count, pinned(Flags.bytes(count), "flags"))
         self._board.flags.append(made)
         return made
 
+    def flag(self) -> Flags | None:
+        """One flag, where the devices have them."""
+        try:
+            return self.flags(1)
+        except MachineError:
+            return None
+
     def memory(self) -> StreamMemory:
-        """The driver's operations on memory; `MachineError` where it has none."""
+        """The driver's operations on memory, tried out on every GPU before they are used;
+        `MachineError` where it has none, or they do not work."""
+        if self._no_memory is not None:
+            raise self._no_memory
         if self._memory is None:
-            self._memory = StreamMemory()
+            try:
+                memory = StreamMemory()
+                for number in range(len(self.devices)):
+                    trial = Flags(1, pinned(Flags.bytes(1), "a flag"))
+                    trial.advance()
+                    memory.probe(_stream(number, _FIRST), number, trial)
+            except MachineError as error:
+                self._no_memory = error
+                raise
+            self._memory = memory
         return self._memory
 
     def graph_pool(self) -> Any:
@@ -251,6 +305,10 @@ class CudaBackend:
         if self._graph_pool is None:
             self._graph_pool = torch.cuda.graph_pool_handle()
         return self._graph_pool
+
+    def drop_graph_pool(self) -> None:
+        """After a capture that failed, its memory serves no other: the next graph makes anew."""
+        self._graph_pool = None
 
     def begin(self) -> CudaClock:
         """See `base.Backend`. Each GPU has its own zero, taken one after the other: times of two
@@ -272,7 +330,8 @@ class CudaBackend:
 
     def synchronize(self, streams: Sequence[Stream] | None = None) -> None:
         """See `base.Backend`."""
-        chosen = (self._cpu, *self._streams.values()) if streams is None else streams
+        every = (*self._cpus.values(), *self._streams.values())
+        chosen = every if streams is None else streams
         try:
             ends = [(each, each.mark()) for each in chosen if isinstance(each, CudaStream)]
             self._board.drain([each for each in chosen if isinstance(each, Worker)])
@@ -315,6 +374,10 @@ def _ended(stream: CudaStream) -> bool:
         return bool(stream.stream.query())
     except RuntimeError:
         return True
+
+
+def _stream(number: int, priority: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device=number, priority=priority)  # type: ignore[no-untyped-call]
 
 
 def _event(*, timed: bool) -> torch.cuda.Event:

@@ -1,8 +1,8 @@
 """Runs the steps of a phase on the streams of a backend, and says when each of them ran.
 
-Every step is handed to the stream of its resource in program order: the waits for its events, what
-it does, the record of its signal. With a native program for the CPU's steps, that is handed over
-once a call in their place, and what crosses between it and devices are flags. With graphs, so is
+Every step is handed to the stream of its resource: the waits for its events, what it does, the
+record of its signal; in program order, but loads ahead of it (`ahead.py`). With a native program
+for the CPU's steps, that is handed over once a call in their place, and what crosses between it and devices are flags. With graphs, so is
 each segment of the phase (runtime/schedule/segments.py) on its GPU. What a step does is bound
 elsewhere; this module hides streams and events, and says which part of a phase is one rank's.
 """
@@ -19,6 +19,7 @@ from hmc.errors import ExecutionError, VerifyError
 from hmc.plan import Operand, Phase, Step
 from hmc.plan.verify import check_order
 from hmc.runtime.devices.base import Backend, Event, Span, Stream, Work
+from hmc.runtime.schedule.ahead import handed_over
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.segments import segments
 
@@ -52,7 +53,7 @@ class _Ready:
 
 @dataclass(frozen=True)
 class Orders:
-    """What is handed over in a call, in program order: every step, and all but those of the program
+    """What is handed over in a call, in this order: every step, and all but those of the program
     (None: it begins here). Opaque to callers."""
 
     steps: tuple[_Ready, ...]
@@ -111,7 +112,8 @@ class ScheduleRunner:
         self._steps = tuple(steps)
         self._streams = tuple({step.stream.name: step.stream for step in steps}.values())
         self._program, self._phase = program, phase
-        self._orders = Orders(self._steps, () if program is None else self._across(program))
+        ahead = tuple(self._steps[position] for position in handed_over(phase))
+        self._orders = Orders(ahead, () if program is None else self._across(program))
 
     def graphs(self, call: Any) -> Orders:
         """What is handed over in calls like `call`, which have the same tensors: each segment as a
@@ -254,10 +256,20 @@ def part_of_rank(phase: Phase, rank: int) -> Phase:
     widths = {buffer.name: buffer.width for buffer in phase.buffers}
     kept: list[Step] = []
     wanted: set[str] = set()
+    brought = {
+        operand.buffer
+        for step in phase.steps
+        if step.resource == f"d2h{rank}"
+        for operand in step.outputs.values()
+    }
     for whole in reversed(phase.steps):
         step = _side(whole, rank) if whole.resource == "link" else whole
         outputs = {operand.buffer for operand in step.outputs.values()}
-        if step.resource not in own and not (step.resource == "cpu" and outputs & wanted):
+        mine = step.resource in own
+        if step.resource == "cpu":
+            inputs = {operand.buffer for operand in step.inputs.values()}
+            mine = bool(outputs & wanted if outputs else inputs & brought)
+        if not mine:
             continue
         kept.append(step)
         wanted -= {o.buffer for o in step.outputs.values() if o.width == widths[o.buffer]}

@@ -32,6 +32,7 @@ from hmc.runtime.executor import Executor
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.schedule.ahead import handed_over
 from hmc.runtime.tokens.text import Text
 from hmc.runtime.weights.store import WeightStore
 
@@ -88,7 +89,8 @@ class Bench:
         parts: list[tuple[Sequence, npt.NDArray[np.int32]]],
         wanted: npt.NDArray[np.int32] | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Logits of all tokens (or those wanted) of a call that appends tokens to sequences."""
+        """Logits of all tokens (or those wanted) of a call that appends tokens to sequences. All
+        streams run in this thread, in the order in which steps are handed over."""
         positions = []
         for sequence, ids in parts:
             self.kv.reserve(sequence, len(ids))
@@ -98,8 +100,8 @@ class Bench:
         ids = np.concatenate([ids for _, ids in parts])
         rows = np.arange(len(ids), dtype=np.int32) if wanted is None else wanted
         call = phase.call(ids, np.concatenate(positions), np.concatenate(tables), rows)
-        for work in phase.works:
-            work(call)
+        for position in handed_over(phase.phase):
+            phase.works[position](call)
         return phase.logits(call).copy()
 
 
@@ -358,7 +360,7 @@ def test_a_short_prompt_loads_the_experts_it_chooses(
         rows.check()
         for step in steps.values():
             if step.op == "load" and "range" in step.attrs:
-                _, edges = bound.sorted[step.inputs["order"].buffer]
+                edges = bound.sorted[step.inputs["order"].buffer].counted
                 held = bound.copies_of_experts(step)
                 expected += len(held)
                 # `sorted` is of the last layer that used the buffer

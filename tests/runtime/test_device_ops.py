@@ -157,9 +157,9 @@ def test_infinite_and_undefined_logits_give_valid_ids() -> None:
 
 def test_slots_are_sorted_by_expert_and_negative_ids_left_out() -> None:
     ids = torch.tensor([[2, 0], [-1, 2], [1, -1]], dtype=torch.int32)
-    slots, edges = moe.by_expert(ids, 4)
-    assert edges == [2, 3, 4, 6, 6]
-    assert slots[2:].tolist() == [1, 4, 0, 3]
+    found = moe.by_expert(ids, 4)
+    assert found.counted == [2, 3, 4, 6, 6]
+    assert found.slots[2:].tolist() == [1, 4, 0, 3]
 
 
 # -- steps over buffers ----------------------------------------------------------------------------

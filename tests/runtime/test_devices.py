@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -227,7 +227,7 @@ def test_calls_on_streams_of_their_own_do_not_wait_for_each_other() -> None:
     aside.launch(lambda: done.append("slow"), "after")
     first, cpu = backend.stream("h2d0"), backend.stream("cpu")
     assert (aside.name, first.name) == ("h2d0.aside", "h2d0")
-    assert backend.stream("cpu", aside=True) is cpu
+    assert backend.stream("cpu", aside=True).name == "cpu.aside"
     for number in range(20):
         first.launch(lambda number=number: done.append(number), "quick")  # type: ignore[misc]
         backend.synchronize((first, cpu))
@@ -472,6 +472,60 @@ def test_streams_of_a_gpu_meet_the_cpu_at_flags(
     assert flags.reached(0, flags.epoch)  # streams that still wait go on
 
 
+def test_a_gpu_waits_for_cpu_work_without_the_caller(
+    cuda: SimpleNamespace, driver: SimpleNamespace
+) -> None:
+    backend = CudaBackend(1, timeout=5)
+    cpu, load, event = backend.stream("cpu"), backend.stream("h2d0"), backend.event()
+    gate = threading.Event()
+    for turn in (1, 2):
+        gate.clear()
+        cuda.log.clear()
+        cpu.launch(lambda: gate.wait(10) and None, "rows are put into pages")
+        cpu.record(event)
+        load.wait(event)  # does not hang: the gate is closed
+        load.launch(lambda: cuda.log.append("handed over"), "copy")
+        assert [each for each in cuda.log if "writes" not in each][-2:] == [
+            f"stream {load.stream.cuda_stream} waits for {turn}",
+            "handed over",
+        ]
+        assert not event.flag.reached(0, turn)
+        gate.set()
+        backend.synchronize()
+        assert event.flag.reached(0, turn) and not event.flag.reached(0, turn + 1)
+    cpu.record(event)
+    backend.close()
+    assert event.flag.reached(0, event.made)  # nobody waits for what was dropped
+
+
+def test_link_launches_on_a_stream_of_its_own_on_every_gpu(
+    cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    current: list[str] = []
+
+    @contextmanager
+    def entered(stream: _FakeStream) -> Iterator[None]:
+        current.append(stream.name)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    backend = CudaBackend(3)
+    link = backend.stream("link")
+    link.launch(lambda: cuda.log.append(f"moves on {sorted(current)}"), "all_gather")
+    assert current[-1] == link.stream.name == "s0"
+    assert cuda.log == [
+        "s0 records",
+        "s1 waits for a device",
+        "s2 waits for a device",
+        "moves on ['s0', 's1', 's2']",
+        "s1 records",
+        "s0 waits for a device",
+        "s2 records",
+        "s0 waits for a device",
+    ]
+
+
 def test_a_driver_without_operations_on_memory_is_told(
     cuda: SimpleNamespace, driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -557,6 +611,9 @@ def test_works_become_a_graph_of_a_gpu(
     assert gc.isenabled()
     gpu.launch(lambda: cuda.log.append("goes on"), "sums")
     assert cuda.log[-1] == "goes on"
+    cuda.log.clear()
+    gpu.graph([lambda: None], "norms")  # the memory of what failed is not used again
+    assert cuda.log == ["begins in pool 2, thread_local", "ends"]
     backend.close()
 
 

@@ -24,11 +24,12 @@ def test_the_phase_leaves_the_first_gpu_to_decode() -> None:
     steps = _plan().phase(BESIDE).steps
     assert {step.resource for step in steps} == {"cpu", "h2d1", "gpu1", "d2h1", "h2d0"}
     assert {step.op for step in steps if step.resource == "h2d0"} == {"kv_in"}
+    assert {step.op for step in steps if step.resource == "cpu"} == {"embed", "kv_out"}
 
 
 def test_cache_rows_reach_the_first_gpu_after_they_left_the_last() -> None:
     phase = _plan().phase(BESIDE)
-    out = {step.layer: step for step in phase.steps if step.op == "kv_out"}
+    out = {s.layer: s for s in phase.steps if s.resource == "d2h1" and s.layer >= 0}
     back = {step.layer: step for step in phase.steps if step.op == "kv_in"}
     assert set(out) == set(back) == set(_plan().kv.layers)
     assert all(out[layer].signal in back[layer].waits for layer in out)
