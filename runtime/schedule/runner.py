@@ -2,9 +2,10 @@
 
 Every step is handed to the stream of its resource: the waits for its events, what it does, the
 record of its signal; in program order, but loads ahead of it (`ahead.py`). With a native program
-for the CPU's steps, that is handed over once a call in their place, and what crosses between it and devices are flags. With graphs, so is
-each segment of the phase (runtime/schedule/segments.py) on its GPU. What a step does is bound
-elsewhere; this module hides streams and events, and says which part of a phase is one rank's.
+for the CPU's steps, that is handed over once a call in their place, and what crosses between it and
+devices are flags. With graphs, so is each segment of the phase (runtime/schedule/segments.py) on
+its GPU. What a step does is bound elsewhere; this module hides streams and events, and says which
+part of a phase is one rank's.
 """
 
 from __future__ import annotations
