@@ -49,7 +49,8 @@ from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.phases.beside import DevicePrefill
 from hmc.runtime.phases.choice import Devices, check_gpus, device_half, on_devices
 from hmc.runtime.routing import RoutingRecorder
-from hmc.runtime.weights.store import Home, Progress, WeightStore
+from hmc.runtime.weights.fill import Progress
+from hmc.runtime.weights.store import Home, WeightStore
 
 if TYPE_CHECKING:
     from hmc.runtime.devices.base import Backend
@@ -161,7 +162,7 @@ class Executor:
                 self.phases.update(opened.phases)
                 if BESIDE in opened.phases:
                     self.beside = DevicePrefill(
-                        self._run_beside,
+                        self._run,
                         partial(chunk_tokens, plan, BESIDE, decoding=0),
                         opened.give_up,
                     )
@@ -247,11 +248,7 @@ class Executor:
             raise ExecutionError("a prompt is under way on the devices: they take one at a time")
         self._check_context(sequence, len(ids))
         self.kv.reserve(sequence, len(ids))
-        start = sequence.length
-        positions = np.arange(start, start + len(ids), dtype=np.int32)
-        table = np.full(len(ids), sequence.row, np.int32)
-        logits = self._require(phase).run(ids, positions, table, rows, sequence)
-        self.calls[phase] += 1
+        logits = self._run(ids, sequence.row, sequence.length, rows, phase)
         sequence.length += len(ids)
         return logits
 
@@ -310,16 +307,19 @@ class Executor:
         if not self.pool.left_behind:
             self._memory.close()
 
-    def _run_beside(
+    def _run(
         self,
         ids: npt.NDArray[np.int32],
-        positions: npt.NDArray[np.int32],
-        table: npt.NDArray[np.int32],
+        row: int,
+        start: int,
         rows: npt.NDArray[np.int32],
+        phase: str = BESIDE,
     ) -> Logits:
-        """A call of `prefill.beside`, in the thread of its prompt."""
-        logits = self._require(BESIDE).run(ids, positions, table, rows)
-        self.calls[BESIDE] += 1
+        """One call of a phase: tokens of the sequence in a cache row, from position `start` on."""
+        positions = np.arange(start, start + len(ids), dtype=np.int32)
+        table = np.full(len(ids), row, np.int32)
+        logits = self._require(phase).run(ids, positions, table, rows)
+        self.calls[phase] += 1
         return logits
 
     def _require(self, name: str) -> LoweredPhase | DevicePhase:

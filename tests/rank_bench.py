@@ -93,7 +93,7 @@ def bench(
         group = stack.enter_context(
             RankGroup(
                 plan,
-                gpus,
+                "host",
                 store=store,
                 directory=directory,
                 threads=1,

@@ -15,7 +15,7 @@ from hmc.formats import FORMATS, Form, format_of, forms, kernel_params
 from hmc.machine.detect import available_bytes
 from hmc.runtime.memory.blocks import Block, aligned
 from hmc.runtime.weights.fill import fill_dummy
-from hmc.runtime.weights.store import TensorGroup
+from hmc.runtime.weights.tensors import TensorGroup
 
 __all__ = ["FORMATS", "Matrices", "MatrixShape"]
 

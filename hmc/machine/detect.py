@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +22,6 @@ KERNEL_FLAGS = (
 """CPU flags that any kernel tier, present or planned, may ask for; as /proc/cpuinfo spells them."""
 
 
-_CAP_IPC_LOCK = 14  # Linux's number of the right to lock memory without a limit
 _NAMED = Path(__file__).parents[1] / "machines"
 
 
@@ -90,15 +88,6 @@ def memory_limit() -> int:
     total = int(psutil.virtual_memory().total)
     limit, _ = _cgroup()
     return total if limit is None else min(total, limit)
-
-
-def locked_memory() -> tuple[int | None, int]:
-    """(limit, in use): bytes this process may lock in memory, and has locked; no limit is None."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    used = int(status.get("VmLck", "0 kB").split()[0]) << 10
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    privileged = int(status.get("CapEff", "0"), 16) >> _CAP_IPC_LOCK & 1
-    return None if privileged or limit == resource.RLIM_INFINITY else limit, used
 
 
 def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:

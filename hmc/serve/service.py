@@ -208,6 +208,7 @@ class Service:
                 self.plan,
                 self.settings.checkpoint,
                 division=self.settings.prefill.division,
+                silence=self.settings.watchdog_seconds,
                 threads=self.settings.threads,
                 dummy_weights=self.settings.dummy_weights,
                 progress=report,
@@ -228,7 +229,6 @@ class Service:
             opened.engine.executor,
             max_queue=self.settings.max_queue,
             prefill=opened.worker,
-            prefill_silence=self.settings.watchdog_seconds,
         )
         scheduler.start()
         return opened, scheduler

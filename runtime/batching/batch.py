@@ -15,11 +15,10 @@ from hmc.errors import CapacityError, ExecutionError, HmcError
 from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase, prefill_phase
 from hmc.runtime.batching.job import Job, as_error
 from hmc.runtime.batching.prefill import PrefillsBeside
-from hmc.runtime.batching.process import PrefillKeeper, PrefillState
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.prefill.worker import PrefillState, PrefillWorker
 from hmc.runtime.tokens.requests import token_logprob
 
 _NO_ROWS = np.zeros(0, np.int32)
@@ -40,19 +39,14 @@ class Batch:
         *,
         prefix_cache: bool,
         prefill: PrefillWorker | None = None,
-        silence: float = 0.0,
     ) -> None:
-        """`silence` is how many seconds the process of `prefill` may not be heard of. With such a
-        process the devices compute no prompt beside decoding.
-        """
+        """With a process `prefill` the devices compute no prompt beside decoding."""
         self.prefilling: Job | None = None
         self.running: list[Job] = []
         self._executor, self._meter, self._reuse = executor, meter, prefix_cache
-        self._keeper: PrefillKeeper | None = None
-        if prefill is not None:
-            self._keeper = PrefillKeeper(prefill, executor.plan, silence)
+        self._process = prefill
         self._beside: PrefillsBeside | None = None
-        if (computer := self._keeper or executor.beside) is not None:
+        if (computer := prefill or executor.beside) is not None:
             self._beside = PrefillsBeside(computer, grown=self._keep, release=self._release)
         self._full = False  # the cache was, and nothing has been released since
 
@@ -71,9 +65,9 @@ class Batch:
     @property
     def prefill(self) -> PrefillState | None:
         """The prefill process now."""
-        if self._keeper is None or self._beside is None:
+        if self._process is None or self._beside is None:
             return None
-        return self._keeper.state(*self._beside.progress)
+        return self._process.state(*self._beside.progress)
 
     @property
     def stuck_for(self) -> float:
@@ -128,7 +122,7 @@ class Batch:
             left,
             every=every,
             decoding=len(self.running),
-            beside=self._beside is not None and self._keeper is None,
+            beside=self._beside is not None and self._process is None,
         )
         if taken and job.phase != PREFILL:
             self._release(sequence)
@@ -171,15 +165,16 @@ class Batch:
             self._beside.finish()
 
     def _take(self, beside: PrefillsBeside) -> None:
-        for arrival in beside.tend():
-            job = arrival.owner
-            self.running.append(job)
-            if arrival.logits is not None:
-                self._meter.handed_over(len(job.ids) - job.cached)
-                self._begin(job, arrival.logits)
-            else:
-                self._leave(job)
-                job.end("error", arrival.error)
+        if (arrival := beside.tend()) is None:
+            return
+        job, logits, error = arrival
+        self.running.append(job)
+        if logits is not None:
+            self._meter.handed_over(len(job.ids) - job.cached)
+            self._begin(job, logits)
+        else:
+            self._leave(job)
+            job.end("error", error)
 
     def _prefill(self, job: Job) -> None:
         sequence = job.sequence

@@ -1,7 +1,7 @@
 """The prompts that somebody computes beside a scheduler's thread, a prefill process or the devices:
 one at a time, first come first served; hides who may still write to which cache blocks.
 
-    start(owner, ..)  ->  waiting  ->  being computed  ->  an `Arrival` out of `tend`
+    start(owner, ..)  ->  waiting  ->  being computed  ->  an arrival out of `tend`
     drop(owner)           gone at once  a ghost: its blocks are free when nobody writes to them
 
 A process that dies is replaced. The prompt it was computing is given to the new one once more, from
@@ -21,28 +21,17 @@ import numpy.typing as npt
 
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.batching.job import Job
-from hmc.runtime.batching.process import PrefillKeeper
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.phases.beside import DeviceJob, DevicePrefill
-from hmc.runtime.prefill.worker import Job as PromptJob
+from hmc.runtime.phases.beside import DevicePrefill, PromptJob
+from hmc.runtime.prefill.worker import PrefillWorker
 
 _ATTEMPTS = 2  # what the message of a lost prompt says
 _FINISH_SECONDS = 2.0
 _FINISH_POLL = 0.005
 
-Computer = PrefillKeeper | DevicePrefill
-"""Who computes the prompts: a process or the devices. Both have the methods of `PrefillKeeper`."""
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A prompt that is in the cache, with f32 [vocab] logits of its last token; or what went
-    wrong, and nothing is written to its blocks any more.
-    """
-
-    owner: Job
-    logits: npt.NDArray[np.float32] | None
-    error: HmcError | None = None
+Arrival = tuple[Job, npt.NDArray[np.float32] | None, HmcError | None]
+"""Whose prompt is in the cache, with f32 [vocab] logits of its last token; or what went wrong, and
+nothing is written to its blocks any more."""
 
 
 @dataclass(eq=False)
@@ -50,17 +39,17 @@ class _Prompt:
     owner: Job
     sequence: Sequence
     past: int = 0  # tokens in the cache when the job began
-    job: PromptJob | DeviceJob | None = None
+    job: PromptJob | None = None
     attempts: int = 0
     dropped: bool = False
 
 
 class PrefillsBeside:
-    """For the scheduler's thread; `state` and `owners` for any."""
+    """For the scheduler's thread; `progress` and `owners` for any."""
 
     def __init__(
         self,
-        computer: Computer,
+        computer: PrefillWorker | DevicePrefill,
         *,
         grown: Callable[[Sequence, npt.NDArray[np.int32]], None],
         release: Callable[[Sequence], None],
@@ -112,18 +101,18 @@ class PrefillsBeside:
         if current is not None and current.owner is owner:
             current.dropped = True
             if current.job is not None:
-                current.job.stop()
+                current.job.stopped = True
             return
         found = next(prompt for prompt in self._waiting if prompt.owner is owner)
         self._waiting.remove(found)
         self._release(found.sequence)
 
-    def tend(self) -> list[Arrival]:
+    def tend(self) -> Arrival | None:
         """What has arrived since the last call; also looks after who computes."""
-        arrivals = [] if self._current is None else self._settle(self._current)
+        arrival = self._settle()
         self.computer.tend(wanted=not self.empty)
         self._submit()
-        return arrivals
+        return arrival
 
     def finish(self) -> None:
         """Drop everything, and wait until nothing of it is written to. A process that does not let
@@ -133,9 +122,9 @@ class PrefillsBeside:
             self.drop(owner)
         limit = time.monotonic() + _FINISH_SECONDS
         while self._current is not None:  # on devices their own deadlines end a call that hangs
-            if time.monotonic() > limit:
-                self.computer.end()
-            self._settle(self._current)
+            if time.monotonic() > limit and isinstance(self.computer, PrefillWorker):
+                self.computer.close()
+            self._settle()
             time.sleep(_FINISH_POLL)
 
     def _submit(self) -> None:
@@ -148,35 +137,35 @@ class PrefillsBeside:
         prompt.past = prompt.sequence.length
         prompt.job = self.computer.start(prompt.sequence, prompt.owner.ids[prompt.past :])
 
-    def _settle(self, prompt: _Prompt) -> list[Arrival]:
+    def _settle(self) -> Arrival | None:
         """Take in how far the prompt under way has come."""
-        logits, error = None, None
-        if prompt.job is not None:
-            try:
-                logits = prompt.job.poll()
-            except HmcError as fault:
-                error = fault
-            known = prompt.sequence.length
-            prompt.sequence.length = prompt.past + prompt.job.tokens
+        prompt = self._current
+        if prompt is None:
+            return None
+        self.computer.hear()
+        job = prompt.job
+        if job is not None:
+            over, known = job.over, prompt.sequence.length
+            prompt.sequence.length = prompt.past + job.tokens
             if prompt.sequence.length > known:
                 self._grown(prompt.sequence, prompt.owner.ids)
-            if logits is None and error is None:
-                return []
-        elif not prompt.dropped:
-            return []
+            if not over:
+                return None
         if prompt.dropped:
             self._current = None
             self._release(prompt.sequence)
-            return []
-        if error is not None and self.computer.lost(error):
+        if prompt.dropped or job is None:
+            return None
+        error = job.error
+        if job.lost:
             prompt.attempts += 1
             prompt.job = None
             if prompt.attempts < _ATTEMPTS:
-                return []
+                return None
             reason = str(error).partition(":")[0]
             error = WorkerError(
                 f"the prompt was lost twice, the second time because {reason}: send it again, or"
                 " serve without a prefill process"
             )
         self._current = None
-        return [Arrival(prompt.owner, logits, error)]
+        return prompt.owner, job.logits, error

@@ -49,12 +49,11 @@ class Scheduler(Closing):
         prefix_cache: bool = True,
         clock: Clock = time.perf_counter,
         prefill: PrefillWorker | None = None,
-        prefill_silence: float = 300.0,
     ) -> None:
         """At most `max_queue` requests wait. `prefix_cache` shares cache blocks between prompts
         that begin alike. `prefill`, over the executor's weights and cache, computes long prompts;
         from `start` to `close` it is the scheduler's, which replaces its process when that dies or
-        is not heard of for `prefill_silence` seconds, and ends it when it hangs at `close`.
+        hangs, and ends it when it hangs at `close`.
         """
         if max_queue < 1:
             raise UsageError(f"max_queue={max_queue}: must be at least 1")
@@ -67,7 +66,6 @@ class Scheduler(Closing):
             self._meter,
             prefix_cache=prefix_cache,
             prefill=prefill,
-            silence=prefill_silence,
         )
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()

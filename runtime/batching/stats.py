@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from hmc.runtime.batching.process import PrefillState
 from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.prefill.worker import PrefillState
 from hmc.runtime.tokens.generation import Clock
 
 _RECENT = 256

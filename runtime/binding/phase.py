@@ -278,14 +278,14 @@ class BoundPhase:
         if self.link is None:
             raise ExecutionError(f"phase {self.phase.name} has no other ranks to tell of the past")
         if HOME in self._memory:
-            self.link.broadcast(self.before(call, layer, state), layer, "past")
+            self.link.broadcast(self.before(call, layer, state))
             return
         (memory,) = self._memory.values()
         shape = call.past, self.plan.kv.state(layer, state).width
         rows = torch.empty(shape, dtype=torch.bfloat16, device=memory.device.torch_device)
         for old in [key for key in self._past if key[0] != layer]:
             del self._past[old]
-        self._past[layer, state] = self.link.broadcast(rows, layer, "past").to(rows.device)
+        self._past[layer, state] = self.link.broadcast(rows).to(rows.device)
 
     def place(self, operand: Operand) -> str:
         """The device an operand's buffer is on."""

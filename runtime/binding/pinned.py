@@ -23,8 +23,8 @@ def pin_weights(store: WeightStore, streamed: Iterable[Piece], stack: ExitStack)
         return ""
     read_only = store.home == "mapped"
     if store.arena is not None:
-        pages = [store.arena.span]
-        read_only = not store.arena.writeable
+        pages = [(store.arena.address, store.arena.size)]
+        read_only = not store.arena.array.flags.writeable  # attached, not made here
     for address, nbytes in pages:
         pin(address, nbytes, read_only=read_only)
         stack.callback(unpin, address)

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 
 import torch
 
-from hmc.plan import Operand, Step
+from hmc.ops import OPS
+from hmc.plan import Operand, Phase, Step
 from hmc.predict.cost import COPY_PIECE
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call, Share, of_share
-from hmc.runtime.device_ops.traffic import Kind, feeds_attention
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.weights.torch_view import view
 
@@ -182,12 +182,11 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
     rank 0 alone has."""
     part, whole = (bound.tensor(side[f"{role}{link.rank}"]) for side, role in _sides(step))
     shares = [Share("rank", rank, link.ranks) for rank in range(link.ranks)]
-    reader = feeds_attention(bound.phase, step)
-    kind: Kind = "context" if reader else "gathered"
+    reader = _feeds_attention(bound.phase, step)
     row = (1 + link.ranks) * whole.shape[1] * whole.element_size()  # what is sent and all found
 
     def block(call: Call, some: slice) -> None:
-        found = link.gather(part[some].to(whole.dtype), step.layer, kind)
+        found = link.gather(part[some].to(whole.dtype))
         for share, theirs in zip(shares, found, strict=True):
             gathered(share, theirs, whole, call.tokens, some)
 
@@ -199,6 +198,17 @@ def _gather_over(link: Link, bound: Bound, step: Step) -> Work:
             bound.share_past(call, step.layer, reader)
 
     return work
+
+
+def _feeds_attention(phase: Phase, step: Step) -> str:
+    """The role in which attention reads what a collective gathers; "" where it does not."""
+    written = {operand.buffer for operand in step.outputs.values()}
+    for reader in phase.steps:
+        if reader.layer == step.layer and OPS[reader.op].attends:
+            for role, operand in reader.inputs.items():
+                if operand.buffer in written:
+                    return role
+    return ""
 
 
 def exchange(bound: Bound, step: Step) -> Work:
@@ -240,7 +250,7 @@ def _exchange_over(link: Link, bound: Bound, step: Step) -> Work:
         counts = [call.count(share) for share in shares]
         for some in scratch.blocks(0, max(counts), row):  # as many with every rank
             mine = total[some.start : min(some.stop, counts[link.rank])]
-            _sum(link.partial_sums(part, call.tokens, step.layer, some), mine)
+            _sum(link.partial_sums(part, call.tokens, some), mine)
 
     return work
 

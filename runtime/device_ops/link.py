@@ -1,5 +1,5 @@
 """One rank's side of the collectives between ranks, over torch.distributed: NCCL between GPUs, Gloo
-else; hides connecting, unequal rows, time limits, and the counting of bytes.
+else; hides connecting, unequal rows and time limits.
 
 All ranks call the same collectives in the same order (the steps on "link"). Rows travel as raw
 bytes, so every type is served by either transport. A collective that a rank does not come to within
@@ -10,7 +10,6 @@ more until the next `connect`.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ from torch._C._distributed_c10d import FileStore
 
 from hmc.errors import MachineError, WorkerError
 from hmc.runtime.device_ops.shares import Share, of_share
-from hmc.runtime.device_ops.traffic import Counts, Kind
 
 
 class Link:
-    """The way to the other ranks. `counts` are bytes sent since the last `take`."""
+    """The way to the other ranks; `sent` counts the bytes handed to collectives for them (a gather
+    sends a rank's rows to each)."""
 
     def __init__(self, rank: int, ranks: int, seconds: float) -> None:
         self.rank, self.ranks, self.seconds = rank, ranks, seconds
         self.failed = False
-        self._counts: Counts = Counter()
+        self.sent = 0
         self._group: Any = None
         self._wire = torch.device("cpu")
 
@@ -68,17 +67,15 @@ class Link:
         options._devices = [kind.create_device(hostname="127.0.0.1")]
         return kind(meeting, self.rank, self.ranks, options)
 
-    def gather(self, part: torch.Tensor, layer: int, kind: Kind) -> list[torch.Tensor]:
+    def gather(self, part: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's `part`, by rank, on the wire's device; of the same shape and type on all."""
         sent = part.to(self._wire).contiguous()
         found = [torch.empty_like(sent) for _ in range(self.ranks)]
         self._done("allgather", [[_raw(each) for each in found]], [_raw(sent)])
-        self._counts[layer, kind] += (self.ranks - 1) * sent.numel() * sent.element_size()
+        self.sent += (self.ranks - 1) * sent.nbytes
         return found
 
-    def partial_sums(
-        self, part: torch.Tensor, tokens: int, layer: int, rows: slice
-    ) -> list[torch.Tensor]:
+    def partial_sums(self, part: torch.Tensor, tokens: int, rows: slice) -> list[torch.Tensor]:
         """Of partial sums [tokens, width], each other rank's of `rows` of this rank's share, in
         bf16 and by rank (this rank's own: f32 as it is). `rows` are the same on all ranks; the last
         of them may be missing in a share."""
@@ -92,25 +89,20 @@ class Link:
         for counts in (outgoing, incoming):
             counts.insert(self.rank, 0)
         self._done("alltoall_base", _raw(found), _raw(sent), incoming, outgoing)
-        self._counts[layer, "exchanged"] += sent.numel() * sent.element_size()
+        self.sent += sent.nbytes
         parts = list(torch.split(found, own)) if own else [found] * (self.ranks - 1)
         parts.insert(self.rank, kept)
         return parts
 
-    def broadcast(self, rows: torch.Tensor, layer: int, kind: Kind) -> torch.Tensor:
+    def broadcast(self, rows: torch.Tensor) -> torch.Tensor:
         """Rank 0's `rows`, of the same shape and type on all ranks."""
         sent = rows.to(self._wire).contiguous()
         options = distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         self._done("broadcast", [_raw(sent)], options)
         if self.rank == 0:
-            self._counts[layer, kind] += (self.ranks - 1) * sent.numel() * sent.element_size()
+            self.sent += (self.ranks - 1) * sent.nbytes
         return sent
-
-    def take(self) -> Counts:
-        """Bytes sent by layer and kind since the last `take`."""
-        found, self._counts = self._counts, Counter()
-        return found
 
     def close(self) -> None:
         """Leave the group; collectives under way end in an error where the transport can."""

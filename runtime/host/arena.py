@@ -21,6 +21,7 @@ from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase
 from hmc.runtime.memory.blocks import Block
 
 Names = frozenset[Hashable]
+Ints = npt.NDArray[np.int32]
 
 _NUMPY = {"f32": np.float32, "bf16": np.uint16, "i32": np.int32}
 
@@ -66,6 +67,15 @@ class Arena:
     def inputs(self, name: str) -> npt.NDArray[np.int32]:
         """The external array "ids", "positions" or "rows": i32 [max_tokens], to be written."""
         return self._external[name].array.view(np.int32)
+
+    def enter(self, ids: Ints, positions: Ints, tables: Ints) -> None:
+        """Put the tokens of a run, i32 [tokens] each, where records find them; `tables` are their
+        block table rows."""
+        tokens = len(ids)
+        self.inputs("ids")[:tokens] = ids
+        self.inputs("positions")[:tokens] = positions
+        self.sequence[:tokens] = tables
+        self.span[1] = tokens
 
     @property
     def logits(self) -> npt.NDArray[np.float32]:

@@ -1,16 +1,16 @@
-"""A phase becomes segments: native programs for the pool, and Python calls where one must step in.
+"""A phase becomes a native program for the pool.
 
-The table `OPS` (runtime/host/ops.py) says what each step's kernels are called with; this module
-collects their records, cuts programs where Python must step in, and runs the result for any number
-of tokens: programs are built once, and only the `tokens` word of their records changes. The records
-from the gather on work on the rows whose logits are wanted, so their `tokens` word is another; when
-no row is wanted the program is walked up to there.
+The table `HOST_OPS` (runtime/host/ops.py) says what each step's kernels are called with; this
+module collects their records and runs the result for any number of tokens: a program is built once,
+and only the `tokens` word of its records changes. The records from the gather on work on the rows
+whose logits are wanted, so their `tokens` word is another; when no row is wanted the program is
+walked up to there. Where Python must look at what a record made (routing that is counted), the
+program is walked in pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
 from hmc.runtime.host.tables import Tables
 from hmc.runtime.host.trace import Recorder
-from hmc.runtime.memory.kv import KVCache, Sequence
+from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.weights.store import WeightStore
 
@@ -35,58 +35,11 @@ if TYPE_CHECKING:
     from hmc.runtime.devices.flags import Flags
 
 
-@dataclass(frozen=True)
-class Call:
-    """One run of a phase: `tokens` inputs, `rows` of them wanted as logits; prefill: `sequence`
-    after `past` tokens.
-    """
-
-    tokens: int
-    rows: int
-    sequence: Sequence | None = None
-    past: int = 0
-
-
 _PIECE_BYTES = 128 << 10
 """Least bytes of a piece: every call of a kernel first brings its inputs into order."""
 _LEAST_PIECES, _MOST_PIECES = 4, 32
 _DRAWN = 0.25
 """Part of its pieces that a worker leaves to whoever is free."""
-
-PythonStep = Callable[[Call], None]
-
-
-@dataclass
-class _Native:
-    """A program: records [0, split) work on all tokens, the others on the wanted rows.
-
-    `counts` is what the `tokens` words of both parts hold.
-    """
-
-    program: Program
-    split: int
-    counts: tuple[int, int] = (-1, -1)
-
-    def ready(self, tokens: int, rows: int) -> npt.NDArray[np.int64]:
-        """The records to walk for so many tokens and wanted rows."""
-        end = len(self.program) if rows else self.split
-        wanted = (tokens, rows or self.counts[1])
-        if self.counts != wanted:
-            self.counts = (-1, -1)  # Ctrl-C may strike between any two of these lines
-            for start, stop, count in ((0, self.split, tokens), (self.split, end, rows)):
-                if start < stop:
-                    self.program.patch_all(start, stop, tokens=count)
-            self.counts = wanted if rows else (tokens, -1)
-        return self.program.records[:end]
-
-
-@dataclass
-class _Call:
-    """A Python call for a step, on all tokens or on the wanted rows."""
-
-    function: PythonStep
-    per_row: bool
-    step: int
 
 
 class Parts:
@@ -105,10 +58,11 @@ class Lowering:
         self.kv, self.tables = parts.kv, parts.tables
         self.phase, self.workers, self.routing = phase, parts.pool.workers, routing
         self.arena = Arena(phase)
-        self.segments: list[_Native | _Call] = []
+        self.stops: list[Stop] = []
+        self.split: int | None = None
+        """Records that work on all tokens; None: all of them."""
         self._jit = parts.jit
         self._builder = ProgramBuilder()
-        self._split = -1  # records of the program so far that work on all tokens; -1: all
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
         """The kernels of a step by op."""
@@ -147,10 +101,10 @@ class Lowering:
             pieces=_pieces(weight_bytes, weight_rows, self.workers),
         )
 
-    def python(self, step: Step, function: PythonStep) -> None:
-        """Append a call for a step, made after all records so far are done."""
-        self._cut()
-        self.segments.append(_Call(function, self._split >= 0, step.id))
+    def python(self, step: Step, function: Callable[[int], None]) -> None:
+        """Have Python called for a step, with the number of tokens, when all records so far are
+        done."""
+        self.stops.append((self.records, step.id, function))
 
     def await_flag(self, step: Step, flags: Flags, number: int, spin: int) -> None:
         """Append a wait for a flag, before the records of a step; workers spin so many ticks."""
@@ -169,27 +123,17 @@ class Lowering:
         """Records of the program so far."""
         return len(self._builder)
 
-    def whole_program(self) -> Program:
-        """The program of all records; only where no Python call stands between them."""
-        assert not self.segments
+    def build(self) -> Program:
+        """The program of all records."""
         return self._builder.build()
 
     def rows_begin(self) -> None:
         """From here on, records work on the wanted rows instead of all tokens."""
-        self._split = len(self._builder)
+        self.split = self.records
 
-    def finish(self) -> list[_Native | _Call]:
-        """All segments in order."""
-        self._cut()
-        return self.segments
 
-    def _cut(self) -> None:
-        if size := len(self._builder):
-            split = size if self._split < 0 else self._split
-            self.segments.append(_Native(self._builder.build(), split))
-        self._builder = ProgramBuilder()
-        self._split = min(self._split, 0)
-
+Stop = tuple[int, int, Callable[[int], None]]
+"""Records before it, the step that it is for, and what is done there."""
 
 OpFunction = Callable[[Lowering, Step], None]
 OpFunctions = Callable[[str], OpFunction]
@@ -206,22 +150,18 @@ class LoweredPhase:
         self.arena = lowering.arena
         for step in lowering.phase.steps:
             ops(step.op)(lowering, step)
-        self._segments = lowering.finish()
-        self._keys = {key for step in lowering.phase.steps for key in step.kernels}
+        self.program = lowering.build()
+        self._split = len(self.program) if lowering.split is None else lowering.split
+        self._stops = lowering.stops
+        self._counts = (-1, -1)
+        """What the `tokens` words of the records on all tokens and on the wanted rows hold."""
+        keys = {key for step in lowering.phase.steps for key in step.kernels}
+        native = {kernel.spec.symbol for kernel in self.program.kernels}
+        self.kernels = tuple(sorted(native | {key for key in keys if key.startswith("torch:")}))
+        """Symbols of the native kernels in this phase, and the names of what PyTorch computes."""
         self._pool = pool
         self.ran = False
         self.recorder: Recorder | None = None
-
-    @property
-    def kernels(self) -> tuple[str, ...]:
-        """Symbols of the native kernels in this phase, and the names of what PyTorch computes."""
-        native = {kernel.spec.symbol for program in self.programs for kernel in program.kernels}
-        return tuple(sorted(native | {key for key in self._keys if key.startswith("torch:")}))
-
-    @property
-    def programs(self) -> tuple[Program, ...]:
-        """The native programs, in order; tags are step ids."""
-        return tuple(each.program for each in self._segments if isinstance(each, _Native))
 
     def run(
         self,
@@ -229,43 +169,50 @@ class LoweredPhase:
         positions: npt.NDArray[np.int32],
         tables: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
-        sequence: Sequence | None = None,
     ) -> npt.NDArray[np.float32]:
         """Logits f32 [len(rows), vocab] of the tokens at index `rows`; a view that the next run
         overwrites.
 
-        `ids`, `positions`, `tables` (block table row of each) are i32 [tokens]; `sequence` is the
-        one all tokens belong to, for a prefill.
+        `ids`, `positions`, `tables` (block table row of each) are i32 [tokens].
         """
         tokens = len(ids)
         if not 0 < tokens <= self.max_tokens or len(rows) > self.max_tokens:
             raise ExecutionError(
                 f"phase {self.name} takes 1..{self.max_tokens} tokens, not {tokens}"
             )
-        self.arena.inputs("ids")[:tokens] = ids
-        self.arena.inputs("positions")[:tokens] = positions
+        self.arena.enter(ids, positions, tables)
         self.arena.inputs("rows")[: len(rows)] = rows
-        self.arena.sequence[:tokens] = tables
-        self.arena.span[1] = tokens
-        call = Call(tokens, len(rows), sequence, int(positions[0]))
-        for segment in self._segments:
-            if isinstance(segment, _Call):
-                self._call(segment, call)
-            elif len(records := segment.ready(call.tokens, call.rows)):
-                self._walk(records)
+        records, start = self._ready(tokens, len(rows)), 0
+        for stop, step, function in self._stops:
+            if stop <= len(records):
+                self._walk(records[start:stop])
+                self._call(step, partial(function, tokens), function.__name__)
+                start = stop
+        self._walk(records[start:])
         self.ran = True
         return self.arena.logits[: len(rows)]
 
-    def _call(self, segment: _Call, call: Call) -> None:
-        if segment.per_row and not call.rows:
-            return
+    def _ready(self, tokens: int, rows: int) -> npt.NDArray[np.int64]:
+        """The records to walk for so many tokens and wanted rows."""
+        end = len(self.program) if rows else self._split
+        wanted = (tokens, rows or self._counts[1])
+        if self._counts != wanted:
+            self._counts = (-1, -1)  # Ctrl-C may strike between any two of these lines
+            for start, stop, count in ((0, self._split, tokens), (self._split, end, rows)):
+                if start < stop:
+                    self.program.patch_all(start, stop, tokens=count)
+            self._counts = wanted if rows else (tokens, -1)
+        return self.program.records[:end]
+
+    def _call(self, step: int, function: Callable[[], None], name: str) -> None:
         if self.recorder is None:
-            segment.function(call)
+            function()
         else:
-            work = partial(segment.function, call)
-            self.recorder.call(self.name, segment.step, work, segment.function.__name__)
+            self.recorder.call(self.name, step, function, name)
 
     def _walk(self, records: npt.NDArray[np.int64]) -> None:
+        if not len(records):
+            return
         if self.recorder is None:
             self._pool.run(records)
         else:

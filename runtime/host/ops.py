@@ -23,7 +23,7 @@ from hmc.codegen.spec import ARGS, Arg, KernelSpec
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
-from hmc.runtime.host.lowering import Call, Lowering, OpFunction
+from hmc.runtime.host.lowering import Lowering, OpFunction
 
 
 def record(
@@ -183,8 +183,8 @@ def _route(low: Lowering, step: Step) -> None:
     if (recorder := low.routing) is not None:
         experts = int(step.attrs["experts"])
 
-        def count(call: Call) -> None:
-            recorder.count(step.layer, experts, low.arena.array(ids, call.tokens))
+        def count(tokens: int) -> None:
+            recorder.count(step.layer, experts, low.arena.array(ids, tokens))
 
         low.python(step, count)
 

@@ -7,17 +7,14 @@ that other processes map too are runtime/memory/shared.py's.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
-import os
-import resource
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import CapacityError, MachineError
-from hmc.machine.detect import huge_by_advice, locked_memory
+from hmc.errors import CapacityError
+from hmc.machine.detect import huge_by_advice
 
 HUGE_PAGE = 2 << 20
 LINE = 64
@@ -28,10 +25,6 @@ as the kernel finds them, since it follows advice; or 4 KiB pages."""
 
 _MAP_NORESERVE = 0x4000  # Linux's value; Python 3.11 has no name for it
 _FLAGS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-
-libc = ctypes.CDLL(None, use_errno=True)
-for _name in ("mlock", "munlock"):
-    getattr(libc, _name).argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def aligned(size: int, unit: int = LINE) -> int:
@@ -63,20 +56,7 @@ class Block:
         start = -whole.ctypes.data % HUGE_PAGE
         self.array: npt.NDArray[np.uint8] = whole[start : start + size]
         self.address = int(whole.ctypes.data) + start
-        self._start, self._locked = start, False
-
-    def lock(self) -> None:
-        """Keep all pages in memory (mlock), taking those not touched yet; until `close`.
-
-        Raises `MachineError` when the limit on locked memory is too low, or memory too small.
-        """
-        pin_check(self.size, self.purpose)
-        if libc.mlock(self.address, self.size):
-            reason = os.strerror(ctypes.get_errno())
-            raise MachineError(
-                f"{self.purpose}: {self.size:,} bytes cannot be locked in memory: {reason}"
-            )
-        self._locked = True
+        self._start = start
 
     def close(self) -> None:
         """Give the pages back now, even while views of `array` live on (they read zeros from then
@@ -84,30 +64,9 @@ class Block:
         """
         if not self.address:
             return
-        if self._locked:
-            libc.munlock(self.address, self.size)
         self._drop()
         self.array = np.empty(0, dtype=np.uint8)
         self.address = 0
 
     def _drop(self) -> None:
         self._map.madvise(mmap.MADV_DONTNEED)
-
-
-def pin_check(size: int, purpose: str = "memory") -> None:
-    """Raise `MachineError` when the limit on locked memory (RLIMIT_MEMLOCK) refuses `size` bytes
-    more to this process, saying how to raise it.
-
-    Where the process may lock without a limit (CAP_IPC_LOCK), everything passes.
-    """
-    limit, locked = locked_memory()
-    if limit is None or locked + size <= limit:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    own = hard == resource.RLIM_INFINITY or locked + size <= hard
-    how = "`ulimit -l unlimited`" if own else "memlock in /etc/security/limits.conf"
-    raise MachineError(
-        f"{purpose}: {size:,} bytes cannot be locked in memory: the limit on locked memory is"
-        f" {limit:,} bytes, {locked:,} of them in use; raise it with {how} (systemd:"
-        " LimitMEMLOCK=infinity, containers: --ulimit memlock=-1)"
-    )

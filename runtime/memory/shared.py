@@ -16,7 +16,7 @@ import weakref
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.machine.detect import free_huge_pages, huge_by_advice
-from hmc.runtime.memory.blocks import HUGE_PAGE, Block, Pages, libc
+from hmc.runtime.memory.blocks import HUGE_PAGE, Block, Pages
 
 _MAP_NORESERVE = 0x4000
 _MFD_HUGE_2MB = 21 << 26
@@ -24,6 +24,7 @@ _HUGETLBFS = 0x958458F6
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _FAILED = ctypes.c_void_p(-1).value
 
+libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 libc.mmap.argtypes = [
     ctypes.c_void_p,

@@ -35,7 +35,6 @@ from hmc.runtime.devices.cuda import CudaBackend
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.trace import Recorder
-from hmc.runtime.memory.kv import Sequence as CacheSequence
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.phases.decode_graphs import DecodeGraphs
 from hmc.runtime.ranks.group import GroupRunner, RankGroup
@@ -146,14 +145,7 @@ class DevicePhase:
         for native in (*self.bound.native, *([self.program] if self.program else ())):
             native.recorder = recorder
 
-    def run(
-        self,
-        ids: Ints,
-        positions: Ints,
-        tables: Ints,
-        rows: Ints,
-        sequence: CacheSequence | None = None,
-    ) -> npt.NDArray[np.float32]:
+    def run(self, ids: Ints, positions: Ints, tables: Ints, rows: Ints) -> npt.NDArray[np.float32]:
         """As `LoweredPhase.run`. Ctrl-C takes effect when the call is over, a second one at once;
         that closes the devices.
         """
@@ -209,7 +201,6 @@ class DevicePhases(Closing):
                 group = stack.enter_context(
                     RankGroup(
                         parts.plan,
-                        gpus,
                         "cuda" if cuda else "host",
                         store=parts.store,
                         directory=directory,
@@ -232,7 +223,6 @@ class DevicePhases(Closing):
             }
             if group is not None:
                 group.begin(binding.lend(), backend.devices[0].torch_device)
-                group.wait_ready()
             self.pinned = binding.pinned
             self._backend = backend
             stack.callback(torch.set_num_threads, torch.get_num_threads())

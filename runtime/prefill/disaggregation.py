@@ -126,9 +126,11 @@ class Disaggregated(Closing):
         checkpoint: str | Path | None = None,
         *,
         division: Division | None,
+        silence: float = 300.0,
         **options: Unpack[ExecutorOptions],
     ) -> None:
-        """Returns before the process is ready: see `worker.wait_ready`. `options` are `Engine`'s;
+        """Returns before the process is ready: see `worker.wait_ready`; one that is not heard of
+        for `silence` seconds while it has a prompt is replaced. `options` are `Engine`'s;
         with a `division`, which says the threads and where weights live, `dummy_weights` and
         `progress` alone. Raises what `Engine` and `PrefillWorker` raise.
         """
@@ -158,6 +160,7 @@ class Disaggregated(Closing):
                     self.engine.executor.store,
                     cache,
                     cpus=division.prefill,
+                    silence=silence,
                 )
                 stack.callback(self.worker.close)
             self._stack = stack.pop_all()

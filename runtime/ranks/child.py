@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import queue
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan, Step
 from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import Binding, BoundPhase
-from hmc.runtime.children import Parent, adopted
+from hmc.runtime.children import adopted
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.shares import Call
@@ -32,87 +31,57 @@ from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.memory.kv import KVCache
-from hmc.runtime.ranks.messages import (
-    At,
-    Begin,
-    Command,
-    Done,
-    Failed,
-    Join,
-    Joined,
-    Prefill,
-    Ready,
-    Setup,
-    Where,
-)
-from hmc.runtime.ranks.routing import Routing
+from hmc.runtime.ranks.messages import At, Begin, Command, Done, Failed, Prefill, Setup, Where
 from hmc.runtime.schedule.runner import ScheduleRunner
-from hmc.runtime.weights.store import WeightStore
 
 
 class Rank:
-    """One rank's part of some phases, bound and ready to be run; `close` frees everything."""
+    """One rank's part of some phases, bound and ready to be run until its process ends."""
 
     def __init__(self, setup: Setup, lent: LentMemory) -> None:
-        plan = Plan.model_validate_json(setup.plan)
+        plan, store = setup.weights.open()
         ranks = plan.phase(setup.phases[0]).ranks
         self.link = Link(setup.rank, ranks, setup.seconds)
         self._setup = setup
         self._doing: dict[str, str] = {}
-        with ExitStack() as stack:
-            self.backend = _opened(plan, setup, ranks)
-            stack.callback(self.backend.close)
-            torch.set_num_threads(setup.threads)
-            jit = Jit(EMITTERS)
-            pool = stack.enter_context(Pool(jit, TIERS[plan.isa], setup.threads))
-            if setup.weights is None:
-                directory = Path(setup.directory) if setup.directory else None
-                store = WeightStore.open(plan, directory)
-            else:
-                store = WeightStore.attach(plan, setup.weights)
-            stack.callback(store.close)
-            # An empty cache, never written: rank 0 has the cache, and sends what is read of it.
-            kv = KVCache(plan.kv, plan.limits.max_context)
-            stack.callback(kv.close)
-            binding = stack.enter_context(
-                Binding(
-                    Parts(plan, store, kv, jit, pool),
-                    self.backend.devices,
-                    max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
-                    pin=setup.devices == "cuda",
-                    link=self.link,
-                    lent=lent,
-                )
-            )
-            self._parts = {name: self._ready(bound) for name, bound in binding.phases.items()}
-            stack.callback(self.link.close)
-            self._stack = stack.pop_all()
+        self.backend = _opened(plan, setup, ranks)
+        torch.set_num_threads(setup.threads)
+        jit = Jit(EMITTERS)
+        pool = Pool(jit, TIERS[plan.isa], setup.threads)
+        # An empty cache, never written: rank 0 has the cache, and sends what is read of it.
+        kv = KVCache(plan.kv, plan.limits.max_context)
+        self._binding = Binding(
+            Parts(plan, store, kv, jit, pool),
+            self.backend.devices,
+            max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
+            pin=setup.devices == "cuda",
+            link=self.link,
+            lent=lent,
+        )
+        self._parts = {
+            name: (bound, ScheduleRunner(bound.phase, self.backend, self._noted(bound)))
+            for name, bound in self._binding.phases.items()
+        }
 
     def join(self) -> None:
         """Connect to the other ranks."""
         place = self.backend.devices[self._setup.rank].torch_device
-        self.link.connect(Path(self._setup.store) / "ranks", place)
+        self.link.connect(Path(self._setup.meeting), place)
 
-    def prefill(self, command: Prefill) -> Done:
+    def prefill(self, command: Prefill) -> None:
         """Run this rank's part of a call."""
         positions = np.arange(command.past, command.past + len(command.ids), dtype=np.int32)
         nothing = np.zeros(0, np.int32)
-        bound, routing, runner = self._parts[command.phase]
+        bound, runner = self._parts[command.phase]
         runner.run_untimed(bound.call(command.ids, positions, np.zeros_like(positions), nothing))
-        return Done(self.link.take() + routing.take())
-
-    def _ready(self, bound: BoundPhase) -> tuple[BoundPhase, Routing, ScheduleRunner]:
-        routing = Routing(bound, self._setup.rank)
-        works = self._noted(bound, routing.counted(bound.works))
-        return bound, routing, ScheduleRunner(bound.phase, self.backend, works)
 
     @property
     def doing(self) -> str:
         """The steps under way."""
         return "; ".join(self._doing.values()) or "is idle"
 
-    def _noted(self, bound: BoundPhase, works: list[Work]) -> list[Work]:
-        """The works, with `doing` kept true."""
+    def _noted(self, bound: BoundPhase) -> list[Work]:
+        """The works of a phase, with `doing` kept true."""
 
         def noted(step: Step, work: Work) -> Work:
             def both(call: Call) -> None:
@@ -122,11 +91,9 @@ class Rank:
 
             return both
 
-        return [noted(step, work) for step, work in zip(bound.phase.steps, works, strict=True)]
-
-    def close(self) -> None:
-        """Free everything."""
-        self._stack.close()
+        return [
+            noted(step, work) for step, work in zip(bound.phase.steps, bound.works, strict=True)
+        ]
 
 
 def _opened(plan: Plan, setup: Setup, ranks: int) -> CudaBackend | HostBackend:
@@ -137,43 +104,28 @@ def _opened(plan: Plan, setup: Setup, ranks: int) -> CudaBackend | HostBackend:
     return HostBackend(ranks, sizes, delays=setup.delays, timeout=limit)
 
 
-class Mailbox:
-    """Commands in order; the rank's state for who asks."""
-
-    def __init__(self, parent: Parent) -> None:
-        self._parent = parent
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.rank: Rank | None = None
-        parent.listen(self._take)
-
-    def next(self) -> Command:
-        """The next command, once there is one: the process ends with its parent, so it may wait."""
-        return self._commands.get()
-
-    def _take(self, command: Command) -> None:
-        if isinstance(command, Where):
-            self._parent.send(At("is getting ready" if self.rank is None else self.rank.doing))
-        else:
-            self._commands.put(command)
-
-
 def main(arguments: list[str]) -> int:
     """Serve calls until rank 0 closes the socket; 1 when something failed, which was reported."""
     setup, parent = adopted(arguments)
-    mailbox = Mailbox(parent)
-    rank = None
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    rank: Rank | None = None
+
+    def take(command: Command) -> None:
+        if isinstance(command, Where):
+            parent.send(At("is getting ready" if rank is None else rank.doing))
+        else:
+            commands.put(command)
+
+    parent.listen(take)
     try:
         while True:
-            command = mailbox.next()
+            command = commands.get()  # the process ends with its parent, so it may wait
             if isinstance(command, Begin):
-                rank = mailbox.rank = Rank(setup, command.memory[setup.rank])
-                parent.send(Ready())
-            assert rank is not None, "rank 0 says Begin first"
-            if isinstance(command, Prefill):
-                parent.send(rank.prefill(command))
-            elif isinstance(command, Join):
-                rank.join()
-                parent.send(Joined())
+                rank = Rank(setup, command.memory[setup.rank])
+            else:
+                assert rank is not None, "rank 0 says Begin first"
+                rank.prefill(command) if isinstance(command, Prefill) else rank.join()
+            parent.send(Done())
     except HmcError as error:
         parent.send(Failed(error, rank is not None and rank.link.failed))
     except Exception as error:

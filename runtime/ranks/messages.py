@@ -11,27 +11,24 @@ import numpy.typing as npt
 
 from hmc.errors import HmcError
 from hmc.runtime.binding.memory import LentMemory
-from hmc.runtime.device_ops.traffic import Counts
+from hmc.runtime.weights.store import Shared
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a rank needs to begin, left for it in a memory file; descriptors as it has them.
+    """What a rank needs to begin, left for it in a memory file.
 
-    `plan` is the plan's JSON, `phases` names those that the ranks share. `weights` is the arena,
-    None for shards it maps itself from `directory`. `store` is the file by which the ranks find
-    each other, `seconds` how long one may keep the others waiting, `delays` a seed of the streams'
+    `phases` names those that the ranks share. `meeting` is the file by which the ranks find each
+    other, `seconds` how long one may keep the others waiting, `delays` a seed of the streams'
     random delays (devices played by the CPU).
     """
 
-    plan: str
-    directory: str | None
-    weights: int | None
+    weights: Shared
     phases: tuple[str, ...]
     rank: int
     devices: Literal["cuda", "host"]
     threads: int
-    store: str
+    meeting: str
     seconds: float
     delays: int | None
 
@@ -63,13 +60,8 @@ class Where:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """Weights and memory are there."""
-
-
-@dataclass(frozen=True)
-class Joined:
-    """The rank is connected to the others and takes calls."""
+class Done:
+    """The latest `Begin`, `Join` or `Prefill` is done."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +69,6 @@ class At:
     """What the rank's streams are doing."""
 
     doing: str
-
-
-@dataclass(frozen=True)
-class Done:
-    """The rank's part of the call is done; bytes it sent in it."""
-
-    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -95,4 +80,4 @@ class Failed:
 
 
 Command = Begin | Join | Prefill | Where
-Report = Ready | Joined | At | Done | Failed
+Report = Done | At | Failed

@@ -14,23 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from multiprocessing.connection import wait
-from typing import TypeVar
 
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.children import Child, Stalled
-from hmc.runtime.ranks.messages import (
-    At,
-    Command,
-    Done,
-    Failed,
-    Joined,
-    Ready,
-    Report,
-    Setup,
-    Where,
-)
-
-_R = TypeVar("_R", At, Done, Joined, Ready)
+from hmc.runtime.ranks.messages import At, Command, Done, Report, Setup, Where
 
 COMMAND = (sys.executable, "-m", "hmc.runtime.ranks.child")
 
@@ -51,7 +38,8 @@ class Crew:
     ) -> None:
         """`lost` is called once, when something goes wrong, after every process has ended."""
         self._changed = threading.Condition()
-        self._reports: dict[tuple[type[Report], int], Report] = {}
+        self._done: set[int] = set()
+        self._at: dict[int, str] = {}
         self._victims: dict[int, str] = {}
         self._suspected = 0.0
         self._lost = lost
@@ -66,6 +54,7 @@ class Crew:
         except BaseException:
             self._kill()
             raise
+        self._open = {member.fileno(): rank for rank, member in self._members.items()}
         self._listener = threading.Thread(target=self._listen, name="hmc-ranks", daemon=True)
         self._listener.start()
 
@@ -75,9 +64,13 @@ class Crew:
         return {rank: member.pid for rank, member in self._members.items()}
 
     def tell(self, command: Command) -> None:
-        """Send a command to every rank; raises the trouble there is."""
+        """Send a command to every rank; raises the trouble there is, also when a process ended a
+        moment ago."""
+        if self.trouble is None and any(member.dead for member in self._members.values()):
+            self.settle()
         for member in self._members.values():
-            self.check()
+            if self.trouble is not None:
+                raise self.trouble
             try:
                 member.send(command)
             except Stalled as error:
@@ -86,31 +79,19 @@ class Crew:
             except WorkerError:
                 self.settle()
 
-    def check(self) -> None:
-        """Raise the trouble there is, also when a process ended a moment ago."""
-        if self.trouble is None and any(member.dead for member in self._members.values()):
-            self.settle()
+    def collect(self, seconds: float) -> None:
+        """Wait until every rank has done what it was told; raises the trouble there is, or
+        `WorkerError` naming a rank that is silent for so long."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self.trouble is not None or len(self._done) == len(self._members), seconds
+            )
+            missing = sorted(self._members.keys() - self._done)
+            self._done.clear()
+        if self.trouble is None and missing:
+            self._blame(missing)
         if self.trouble is not None:
             raise self.trouble
-
-    def collect(self, kind: type[_R], seconds: float) -> dict[int, _R]:
-        """One report of this kind from every rank, taken off; raises the trouble there is, or
-        `WorkerError` naming a rank that is silent for so long."""
-        until = time.monotonic() + seconds
-        with self._changed:
-            while missing := [r for r in self._members if (kind, r) not in self._reports]:
-                if self.trouble is not None:
-                    raise self.trouble
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
-                self._changed.wait(min(left, _TICK_SECONDS))
-            if not missing:
-                found = {rank: self._reports.pop((kind, rank)) for rank in self._members}
-                return {rank: each for rank, each in found.items() if isinstance(each, kind)}
-        self._blame(missing, seconds)
-        assert self.trouble is not None
-        raise self.trouble
 
     def suspect(self, rank: int, why: str) -> None:
         """This rank lost its connection to another one."""
@@ -120,10 +101,8 @@ class Crew:
 
     def settle(self) -> HmcError:
         """The trouble behind a lost connection, once it is known: seconds at most."""
-        until = time.monotonic() + _SETTLE_SECONDS
         with self._changed:
-            while self.trouble is None and time.monotonic() < until:
-                self._changed.wait(_TICK_SECONDS)
+            self._changed.wait_for(lambda: self.trouble is not None, _SETTLE_SECONDS)
         self.lose(WorkerError("the ranks lost their connection to each other"))
         assert self.trouble is not None
         return self.trouble
@@ -157,82 +136,61 @@ class Crew:
     # -- listening ---------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        open_ = {member.fileno(): rank for rank, member in self._members.items()}
-        while self.trouble is None and open_:
-            ready = wait([*open_, self._inside], _TICK_SECONDS)
-            if self._inside in ready:
-                return
-            for descriptor in open_.keys() & ready:
-                rank = open_[descriptor]
-                try:
-                    self._take(rank, self._members[rank].hear(0.0))
-                except WorkerError as error:
-                    del open_[descriptor]
-                    if rank not in self._victims:
-                        self.lose(error)
+        while self.trouble is None and self._open and self._hear(_TICK_SECONDS):
             if self._suspected and time.monotonic() > self._suspected + _GRACE_SECONDS:
                 self._judge()
 
+    def _hear(self, seconds: float) -> bool:
+        """Take in what ranks say within so long; False once the crew is to be ended."""
+        ready = wait([*self._open, self._inside], seconds)
+        for descriptor in self._open.keys() & ready:
+            rank = self._open[descriptor]
+            try:
+                self._take(rank, self._members[rank].hear(0.0))
+            except WorkerError as error:
+                del self._open[descriptor]
+                if rank not in self._victims:
+                    self.lose(error)
+        return self._inside not in ready
+
     def _take(self, rank: int, report: Report) -> None:
-        if isinstance(report, Failed):
-            if report.link:
-                self.suspect(rank, str(report.error))
-            else:
-                self.lose(type(report.error)(f"rank {rank}: {report.error}"))
-            return
-        with self._changed:
-            self._reports[type(report), rank] = report
-            self._changed.notify_all()
+        if isinstance(report, At):
+            self._at[rank] = report.doing
+        elif isinstance(report, Done):
+            with self._changed:
+                self._done.add(rank)
+                self._changed.notify_all()
+        elif report.link:
+            self.suspect(rank, str(report.error))
+        else:
+            self.lose(type(report.error)(f"rank {rank}: {report.error}"))
 
     def _judge(self) -> None:
         """A connection was lost, and no rank gave a cause: it is one that says nothing."""
         silent = [rank for rank in self._members if rank not in self._victims]
-        if silent and 0 in self._victims:
-            self._blame(silent, 0.0, threading.current_thread() is self._listener)
-        elif 0 not in self._victims:
-            first = min(self._victims)
-            self.lose(
-                WorkerError(
-                    f"rank 0 kept the other ranks waiting for too long ({self._victims[first]})"
-                )
-            )
+        first = next(iter(self._victims.values()))
+        if 0 not in self._victims:
+            self.lose(WorkerError(f"rank 0 kept the other ranks waiting for too long ({first})"))
+        elif silent:
+            self._blame(silent)
         else:
-            self.lose(WorkerError(next(iter(self._victims.values()))))
+            self.lose(WorkerError(first))
 
-    def _blame(self, ranks: list[int], seconds: float, listening: bool = False) -> None:
+    def _blame(self, ranks: list[int]) -> None:
         """Lose the crew because of the first of `ranks` that does not say where it is, else of the
         first."""
         for rank in ranks:
-            self._reports.pop((At, rank), None)
+            self._at.pop(rank, None)
             with suppress(WorkerError):  # one that cannot be asked does not answer
                 self._members[rank].send(Where())
         until = time.monotonic() + _GRACE_SECONDS
-        while (
-            self.trouble is None
-            and time.monotonic() < until
-            and any((At, r) not in self._reports for r in ranks)
-        ):
-            if listening:
-                self._answers(ranks)
+        while self.trouble is None and time.monotonic() < until and not self._at.keys() >= {*ranks}:
+            if threading.current_thread() is self._listener:
+                self._hear(_TICK_SECONDS / 5)
             else:
                 time.sleep(0.01)
-        said = {rank: self._reports.get((At, rank)) for rank in ranks}
-        rank = next((rank for rank in ranks if said[rank] is None), ranks[0])
-        answer = said[rank]
-        where = answer.doing if isinstance(answer, At) else "does not answer"
-        name = self._members[rank].name
+        rank = next((rank for rank in ranks if rank not in self._at), ranks[0])
+        name, where = self._members[rank].name, self._at.get(rank, "does not answer")
         self.lose(
             WorkerError(f"{name} kept the others waiting for too long, and {where}: {_REMEDY}")
         )
-
-    def _answers(self, ranks: list[int]) -> None:
-        """Take in what these ranks say now."""
-        members = {self._members[rank].fileno(): rank for rank in ranks}
-        for descriptor in members.keys() & wait(list(members), _TICK_SECONDS / 5):
-            rank = members[descriptor]
-            try:
-                report = self._members[rank].hear(0.0)
-            except WorkerError as error:
-                self.lose(error)
-                return
-            self._reports[type(report), rank] = report

@@ -70,7 +70,7 @@ class HostProgram:
             self._parts.append(_Part(start, lowering.records, share))
             if step.signal in crossing.flags:
                 lowering.set_flag(step, flags, crossing.flags[step.signal])
-        self.program: Program = lowering.whole_program()
+        self.program: Program = lowering.build()
         self._last: ProgramRun | None = None
 
     def takes(self, call: Call) -> bool:
@@ -80,11 +80,7 @@ class HostProgram:
     def run(self, call: Call, *, timed: bool = False) -> None:
         """Walk the program once, in the epoch of its flags. Returns early where they are given up:
         why, the backend tells."""
-        tokens = call.tokens
-        self._arena.inputs("ids")[:tokens] = call.ids
-        self._arena.inputs("positions")[:tokens] = call.positions
-        self._arena.sequence[:tokens] = call.tables
-        self._arena.span[1] = tokens
+        self._arena.enter(call.ids, call.positions, call.tables)
         for part in self._parts:
             if part.count != (count := call.count(part.share)):
                 self.program.patch_all(part.start, part.stop, tokens=count)

@@ -1,6 +1,4 @@
-"""Filling memory with weights: read from the shards, copied from mapped ones, or random ones
-(dummy.py); hides threads.
-"""
+"""Filling memory with weights: read from the shards, or random ones (dummy.py); hides threads."""
 
 from __future__ import annotations
 
@@ -29,30 +27,6 @@ Progress = Callable[[str, int, int], None]
 _STRIDE = 1_234_577  # through a pattern, so that experts start at different places
 _CHUNK = 64 << 20  # bytes of one copy task
 _AHEAD = 256  # tasks that wait
-
-
-def copy_spans(
-    groups: Sequence[TensorGroup],
-    source: Mapping[Key, Addresses],
-    places: Mapping[Key, Addresses],
-    progress: Progress | None,
-) -> None:
-    """Copy each tensor from its address in `source` to that in `places`; widened groups become f32
-    on the way.
-    """
-
-    def tasks() -> Iterable[tuple[Callable[[], None], int]]:
-        for group in groups:
-            for start, target in zip(source[group.key], places[group.key], strict=True):
-                if group.widen:
-                    yield partial(_widen, group.form, int(start), int(target)), group.nbytes
-                    continue
-                for at in range(0, group.nbytes, _CHUNK):
-                    size = min(_CHUNK, group.nbytes - at)
-                    yield partial(_copy, int(start) + at, int(target) + at, size), size
-
-    total = sum(len(group.shards) * group.nbytes for group in groups)
-    _run(tasks(), total, "loading weights", progress)
 
 
 def read_spans(
@@ -172,10 +146,6 @@ def _run(
 
 def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-
-def _copy(start: int, target: int, size: int) -> None:
-    np.copyto(_bytes(target, size), _bytes(start, size))
 
 
 def _read_wide(form: Form, file: _File, offset: int, target: int) -> None:

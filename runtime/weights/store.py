@@ -20,6 +20,8 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,11 +32,13 @@ from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
 from hmc.formats import format_of, forms_of
 from hmc.formats.decode import NUMPY, decode
-from hmc.machine.detect import available_bytes
+from hmc.machine.detect import available_bytes, free_huge_pages
 from hmc.plan import ExpertWeights, Plan, Weight
-from hmc.runtime.memory.blocks import Block
-from hmc.runtime.weights.arena import WeightArena
-from hmc.runtime.weights.fill import Progress, copy_spans, fill_dummy, read_spans
+from hmc.plan.file import canonical_json
+from hmc.runtime.memory.blocks import HUGE_PAGE, Block, aligned
+from hmc.runtime.memory.shared import SharedBlock
+from hmc.runtime.weights import arena
+from hmc.runtime.weights.fill import Progress, fill_dummy, read_spans
 from hmc.runtime.weights.tensors import (
     Addresses,
     Key,
@@ -46,8 +50,6 @@ from hmc.runtime.weights.tensors import (
     weight_key,
 )
 
-__all__ = ["Home", "Progress", "Role", "TensorGroup", "WeightStore", "array_at"]
-
 Home = Literal["mapped", "arena", "shared"]
 Role = Literal["gate", "up", "down"]
 
@@ -55,24 +57,24 @@ _ROLES: tuple[Role, ...] = ("gate", "up", "down")
 
 
 class WeightStore:
-    """Addresses of a plan's weights; valid until `close`."""
+    """Addresses of a plan's weights; valid until `close`. `arena` is the memory file that they are
+    in, where other processes may attach it."""
 
     def __init__(
         self,
         plan: Plan,
-        groups: list[TensorGroup],
         places: dict[Key, Addresses],
-        owners: list[Block | MappedShards | WeightArena],
+        owners: list[Block | MappedShards],
         home: str,
     ) -> None:
         self._weights = {weight.name: weight for weight in plan.weights}
         self._experts = {(e.layer, e.role): e for e in plan.experts}
-        self._groups = groups
+        self._groups = tensor_groups(plan)
         self._places = places
         self._owners = owners
         self.home = home
-        self.bytes = sum(len(group.shards) * group.nbytes for group in groups)
-        self.arena = next((each for each in owners if isinstance(each, WeightArena)), None)
+        self.bytes = sum(len(group.shards) * group.nbytes for group in self._groups)
+        self.arena = next((each for each in owners if isinstance(each, SharedBlock)), None)
 
     @staticmethod
     def open(
@@ -91,20 +93,24 @@ class WeightStore:
         no directory to read.
         """
         groups = tensor_groups(plan)
-        if dummy:
-            return _open_dummy(plan, groups, home, progress)
-        if directory is None:
-            raise UsageError("no checkpoint directory is given")
-        check_checkpoint(plan, directory)
-        if home == "mapped":
-            return _open_mapped(plan, groups, directory, progress)
-        shards = [directory / shard.name for shard in plan.checkpoint.shards]
-        if home == "arena":
-            return _open_private(plan, groups, shards, progress)
-        with WeightArena.create(plan, groups, home) as arena:
-            read_spans(groups, shards, arena.places, progress)
-            arena.keep()
-        return WeightStore(plan, groups, arena.places, [arena], home)
+        shards: list[Path] = []
+        if not dummy:
+            if directory is None:
+                raise UsageError("no checkpoint directory is given")
+            check_checkpoint(plan, directory)
+            shards = [directory / shard.name for shard in plan.checkpoint.shards]
+            if home == "mapped":
+                return _open_mapped(plan, groups, directory, shards, progress)
+        kind = "dummy" if dummy else home
+        block, places = _room(groups, f"{kind} weights", shared=home == "shared")
+        with _closing_on_error(block):
+            if dummy:
+                fill_dummy(groups, places, progress)
+            else:
+                read_spans(groups, shards, places, progress)
+            if isinstance(block, SharedBlock):
+                arena.keep(block, plan, kind)
+        return WeightStore(plan, places, [block], kind)
 
     @staticmethod
     def attach(plan: Plan, descriptor: int) -> WeightStore:
@@ -115,9 +121,9 @@ class WeightStore:
         Raises `PlanMismatchError` when it holds other weights, `ExecutionError` when it is no
         filled arena.
         """
-        groups = tensor_groups(plan)
-        arena = WeightArena.attach(plan, groups, descriptor)
-        return WeightStore(plan, groups, arena.places, [arena], arena.home)
+        places, size = layout(tensor_groups(plan), arena.HEADER)
+        block, home = arena.attach(plan, size, descriptor)
+        return WeightStore(plan, _at(block, places), [block], home)
 
     def addresses(self, name: str) -> tuple[int, ...]:
         """Address of each plane of a weight; `KeyError` for an unknown name."""
@@ -198,56 +204,88 @@ def array_at(address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.
     return found
 
 
-def _open_mapped(
-    plan: Plan, groups: list[TensorGroup], directory: Path, progress: Progress | None
-) -> WeightStore:
-    shards = plan.checkpoint.shards
-    mapped = MappedShards(directory, [(shard.name, shard.size) for shard in shards])
-    try:
-        bases = np.array([mapped.address(i, 0, s.size) for i, s in enumerate(shards)])
-        source = {group.key: bases[group.shards] + group.offsets for group in groups}
-        copied = [group for group in groups if group.widen]
-        block, places = _private(copied, "scales")
-        copy_spans(copied, source, places, progress)
-    except BaseException:
-        mapped.close()
-        raise
-    return WeightStore(plan, groups, source | places, [mapped, block], "mapped")
+@dataclass(frozen=True)
+class Shared:
+    """How another process opens the weights of a plan (its JSON): the arena behind a descriptor
+    that it inherits under its number, or the shards of `directory`, which it maps itself."""
 
+    plan: str
+    directory: str | None
+    arena: int | None
 
-def _open_private(
-    plan: Plan, groups: list[TensorGroup], shards: list[Path], progress: Progress | None
-) -> WeightStore:
-    block, places = _private(groups, "arena weights")
-    try:
-        read_spans(groups, shards, places, progress)
-    except BaseException:
-        block.close()
-        raise
-    return WeightStore(plan, groups, places, [block], "arena")
+    @staticmethod
+    def of(plan: Plan, store: WeightStore, directory: Path | None) -> Shared:
+        """Of weights that are open here; `UsageError` where they are in private memory."""
+        if store.arena is None and store.home != "mapped":
+            raise UsageError(
+                f"{store.home} weights in private memory cannot be shared with other processes:"
+                ' open them with home="shared" (--home shared)'
+            )
+        path = None if directory is None else str(directory.absolute())
+        descriptor = None if store.arena is None else store.arena.descriptor
+        return Shared(canonical_json(plan), path, descriptor)
 
+    @property
+    def descriptors(self) -> list[int]:
+        """What the other process has to inherit."""
+        return [] if self.arena is None else [self.arena]
 
-def _open_dummy(
-    plan: Plan, groups: list[TensorGroup], home: Home, progress: Progress | None
-) -> WeightStore:
-    if home == "shared":
-        with WeightArena.create(plan, groups, "dummy") as arena:
-            fill_dummy(groups, arena.places, progress)
-            arena.keep()
-        return WeightStore(plan, groups, arena.places, [arena], "dummy")
-    block, places = _private(groups, "dummy weights")
-    fill_dummy(groups, places, progress)
-    return WeightStore(plan, groups, places, [block], "dummy")
-
-
-def _private(groups: list[TensorGroup], purpose: str) -> tuple[Block, dict[Key, Addresses]]:
-    """A block that holds `groups`, and the address of each tensor."""
-    offsets, total = layout(groups)
-    free = available_bytes()
-    if total > free:
-        raise CapacityError(
-            f"{purpose}: {total / 2**30:.1f} GiB are needed, {free / 2**30:.1f} GiB of memory are"
-            " free: run fewer layers, or on a machine with more memory"
+    def open(self) -> tuple[Plan, WeightStore]:
+        """Over there: the plan and its weights; raises as `WeightStore.open` and `attach`."""
+        plan = Plan.model_validate_json(self.plan)
+        if self.arena is not None:
+            return plan, WeightStore.attach(plan, self.arena)
+        return plan, WeightStore.open(
+            plan, None if self.directory is None else Path(self.directory)
         )
-    block = Block(total, purpose)
-    return block, {key: block.address + places for key, places in offsets.items()}
+
+
+def _open_mapped(
+    plan: Plan,
+    groups: list[TensorGroup],
+    directory: Path,
+    shards: list[Path],
+    progress: Progress | None,
+) -> WeightStore:
+    """The shards mapped, and what has to be widened read from them beside."""
+    sizes = [(shard.name, shard.size) for shard in plan.checkpoint.shards]
+    mapped = MappedShards(directory, sizes)
+    with _closing_on_error(mapped):
+        bases = np.array([mapped.address(i, 0, size) for i, (_, size) in enumerate(sizes)])
+        places = {group.key: bases[group.shards] + group.offsets for group in groups}
+        copied = [group for group in groups if group.widen]
+        block, widened = _room(copied, "scales")
+        read_spans(copied, shards, widened, progress)
+    return WeightStore(plan, places | widened, [mapped, block], "mapped")
+
+
+def _room(
+    groups: list[TensorGroup], purpose: str, *, shared: bool = False
+) -> tuple[Block, dict[Key, Addresses]]:
+    """A block that holds `groups`, and the address of each tensor; `CapacityError` when the memory
+    free now is too small."""
+    places, size = layout(groups, arena.HEADER if shared else 0)
+    free, reserved = available_bytes(), free_huge_pages() * HUGE_PAGE if shared else 0
+    if size > free and aligned(size, HUGE_PAGE) > reserved:
+        there = f"{free / 2**30:.1f} GiB of memory"
+        if shared:
+            there += f" and {reserved / 2**30:.1f} GiB of reserved huge pages"
+        raise CapacityError(
+            f"{purpose}: {size / 2**30:.1f} GiB are needed, {there} are free: run fewer layers, or"
+            " on a machine with more memory"
+        )
+    block = (SharedBlock if shared else Block)(size, purpose)
+    return block, _at(block, places)
+
+
+def _at(block: Block, places: dict[Key, Addresses]) -> dict[Key, Addresses]:
+    return {key: block.address + begin for key, begin in places.items()}
+
+
+@contextmanager
+def _closing_on_error(owner: Block | MappedShards) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        owner.close()
+        raise

@@ -85,11 +85,11 @@ def _expand(runs: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
     return np.repeat(np.array(values, np.int64), counts)
 
 
-def layout(groups: list[TensorGroup]) -> tuple[dict[Key, Addresses], int]:
-    """Where each tensor begins when all are laid out one after the other at 64-byte boundaries, and
-    the bytes they take.
+def layout(groups: list[TensorGroup], begin: int = 0) -> tuple[dict[Key, Addresses], int]:
+    """Where each tensor begins when all are laid out one after the other at 64-byte boundaries from
+    `begin` on, and where the last one ends.
     """
-    places, end = {}, 0
+    places, end = {}, begin
     for group in groups:
         size = aligned(group.home_bytes)
         places[group.key] = end + size * np.arange(len(group.shards), dtype=np.int64)

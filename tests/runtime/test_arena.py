@@ -95,11 +95,11 @@ def test_a_phase_is_one_native_program(checkpoint, family):
     plan = hmc.compile(checkpoint(family, "fp8"), max_context=64)
     with hmc.Engine(plan) as engine:
         for phase in engine.executor.phases.values():
-            (program,) = phase.programs
+            program = phase.program
             assert isinstance(program, Program)
             assert 0 < (program.records[:, 2] & walker.BARRIER).sum() < len(program)
         decode = engine.executor.phases["decode"]
-        (program,) = decode.programs
+        program = decode.program
         ops = [kernel.spec.op for kernel in program.kernels]
         assert ops[-3:] == ["gather_rows", "norm", "linear"]
         assert (program.records[-3:, 2] == walker.BARRIER).all()
@@ -115,7 +115,7 @@ def test_prefill_without_wanted_rows_reads_no_output_weights(checkpoint):
     with hmc.Engine(plan) as engine:
         run, walked = engine.executor, []
         prefill = run.phases["prefill.host"]
-        (program,) = prefill.programs
+        program = prefill.program
         pool = prefill._pool
         prefill._pool = SimpleNamespace(
             run=lambda records: (walked.append(_tokens(program, len(records))), pool.run(records))

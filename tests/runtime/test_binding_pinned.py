@@ -116,7 +116,7 @@ def test_the_weights_that_gpus_stream_are_pinned_where_they_are(
         flags = PORTABLE | (READ_ONLY if home == "mapped" else 0)
         assert {each for _, each in found.values()} == {flags}
         if store.arena is not None:
-            address, nbytes = store.arena.span
+            address, nbytes = store.arena.address, store.arena.size
             assert found == {address: (nbytes, flags)}
         assert f"GiB of {home} weights are pinned for the GPUs, in {len(found)} range" in (
             binding.pinned

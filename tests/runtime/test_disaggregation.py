@@ -194,13 +194,13 @@ def test_a_hung_process_is_killed(both):
     both.worker.wait_ready(WAIT)
     executor = both.engine.executor
     with (
-        Scheduler(executor, prefill=both.worker, prefill_silence=20.0) as scheduler,
+        Scheduler(executor, prefill=both.worker) as scheduler,
         paused(both.worker) as pid,
     ):
-        scheduler._batch._keeper.silence = 0.2  # for this process; the next one has to load
+        both.worker.silence = 0.2  # for this process; the next one has to load
         ticket = scheduler.submit(ask(ids, 6))
         until(lambda: both.worker.pid != pid)
-        scheduler._batch._keeper.silence = 20.0
+        both.worker.silence = 20.0
         assert tokens_of(ticket) == expected
 
 

@@ -15,7 +15,6 @@ import pytest
 
 import hmc
 from hmc.errors import (
-    ContextLengthError,
     ExecutionError,
     MachineError,
     PlanMismatchError,
@@ -25,7 +24,7 @@ from hmc.errors import (
 from hmc.machine.topology import Node, Topology
 from hmc.plan.file import save
 from hmc.runtime.executor import Executor
-from hmc.runtime.memory.kv import KVCache, cache_bytes
+from hmc.runtime.memory.kv import KVCache, Sequence, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
 from hmc.runtime.prefill.disaggregation import Division, divide_cpus
 from hmc.runtime.prefill.worker import PrefillWorker
@@ -43,9 +42,15 @@ def until(condition):
         time.sleep(0.002)
 
 
-def result(job):
-    until(lambda: job.poll() is not None)
-    return job.poll()
+def result(worker, job):
+    def over():
+        worker.hear()
+        return job.over
+
+    until(over)
+    if job.error is not None:
+        raise job.error
+    return job.logits
 
 
 class Pair:
@@ -61,7 +66,10 @@ class Pair:
 
     def more(self, sequence, ids):
         self.executor.kv.reserve(sequence, len(ids))
-        return sequence, self.worker.start(sequence.blocks, sequence.length, ids)
+        return sequence, self.worker.start(sequence, ids)
+
+    def result(self, job):
+        return result(self.worker, job)
 
     def ended(self, sequence, ids):
         sequence.length += len(ids)
@@ -82,6 +90,13 @@ class Pair:
         found = self.decode(sequence, logits)
         self.executor.release(sequence)
         return found
+
+
+def placed(*blocks):
+    """A sequence that has these cache blocks."""
+    found = Sequence(0)
+    found.blocks = list(blocks)
+    return found
 
 
 @contextmanager
@@ -117,7 +132,7 @@ def same(found, expected):
 def test_logits_and_what_is_decoded_after_them_are_those_of_one_process(pair):
     ids = prompt(pair, 100)
     sequence, job = pair.begin(ids)
-    logits = result(job)
+    logits = pair.result(job)
     assert job.tokens == 100 and job.over
     pair.ended(sequence, ids)
     same(pair.decode(sequence, logits), pair.alone(ids))
@@ -125,7 +140,7 @@ def test_logits_and_what_is_decoded_after_them_are_those_of_one_process(pair):
     more = prompt(pair, 21, seed=1)
     past = sequence.length
     _, job = pair.more(sequence, more)
-    found = result(job)
+    found = pair.result(job)
     sequence.length = past
     expected = [part.copy() for part in pair.executor.prefill(sequence, more)][-1][0]
     assert np.array_equal(found, expected)
@@ -138,24 +153,27 @@ def test_another_family_with_mapped_shards(checkpoint):
     with opened(checkpoint("qwen3_moe", "fp8"), "mapped", max_context=128, max_chunk=24) as pair:
         ids = prompt(pair, 77)
         sequence, job = pair.begin(ids)
-        logits = result(job)
+        logits = pair.result(job)
         pair.ended(sequence, ids)
         same(pair.decode(sequence, logits), pair.alone(ids))
 
 
-def test_jobs_queue_in_order_while_the_parent_decodes(pair):
-    prompts = [prompt(pair, tokens, seed=tokens) for tokens in (90, 17, 64)]
+def test_prompts_one_after_the_other_while_the_parent_decodes(pair):
+    prompts = [prompt(pair, tokens, seed=tokens) for tokens in (90, 17)]
     other, busy = prompt(pair, 30, seed=9), pair.executor.open()
     expected = [pair.alone(ids) for ids in prompts]
     expected_busy = pair.alone(other)
     for part in pair.executor.prefill(busy, other):
         first = part[0].copy() if len(part) else None
-    begun = [pair.begin(ids) for ids in prompts]
-    same(pair.decode(busy, first), expected_busy)
-    assert [result(job) is None for _, job in reversed(begun)] == [False] * 3
+    begun = []
+    for ids in prompts:
+        begun.append(pair.begin(ids))
+        if len(begun) == 1:
+            same(pair.decode(busy, first), expected_busy)
+        pair.result(begun[-1][1])
     for (sequence, job), ids, each in zip(begun, prompts, expected, strict=True):
         pair.ended(sequence, ids)
-        same(pair.decode(sequence, job.poll()), each)
+        same(pair.decode(sequence, job.logits), each)
         pair.executor.release(sequence)
     pair.executor.release(busy)
 
@@ -170,31 +188,25 @@ def pause(pair):
 
 
 def test_a_cancelled_job_writes_no_more(pair):
-    ids = prompt(pair, 240)
     pair.worker.wait_ready(LONG)
     pause(pair)
-    sequence, job = pair.begin(ids)
-    waiting, queued = pair.begin(prompt(pair, 40))
-    last, next_job = pair.begin(prompt(pair, 50, seed=3))
-    assert job.poll() is None
-    assert pair.worker.silent_seconds > 0
+    sequence, job = pair.begin(prompt(pair, 240))
+    pair.worker.hear()
+    assert not job.over and job.silent_seconds > 0
     os.kill(pair.worker.pid, signal.SIGCONT)
-    queued.stop()
-    job.stop()
-    for each in (job, queued):
-        with pytest.raises(ExecutionError, match="cancelled"):
-            result(each)
-    written = job.tokens
+    job.stopped = True
+    with pytest.raises(ExecutionError, match="cancelled"):
+        pair.result(job)
+    assert job.tokens < 240 and job.silent_seconds == 0
     before = pair.executor.kv.array(0, "latent").copy()
-    assert result(next_job) is not None
+    last, next_job = pair.begin(prompt(pair, 50, seed=3))
+    job.stopped = True  # of what is over: nothing
+    assert pair.result(next_job) is not None
     after = pair.executor.kv.array(0, "latent")
-    for block in (*sequence.blocks, *waiting.blocks):
+    for block in sequence.blocks:
         assert np.array_equal(before[block], after[block])
-    assert queued.tokens == 0 and written <= 240
-    for each in (sequence, waiting, last):
+    for each in (sequence, last):
         pair.executor.release(each)
-    job.stop()  # of what is over: nothing
-    assert pair.worker.silent_seconds == 0
 
 
 @pytest.mark.slow
@@ -203,10 +215,10 @@ def test_cancel_takes_effect_in_the_middle(pair):
     pair.worker.wait_ready(LONG)
     for _ in range(20):  # a fast process may be through before it is told
         sequence, job = pair.begin(ids)
-        until(lambda job=job: job.poll() is not None or job.tokens)
-        job.stop()
+        until(lambda job=job: pair.worker.hear() or job.over or job.tokens)
+        job.stopped = True
         with suppress(ExecutionError):
-            result(job)
+            pair.result(job)
         pair.executor.release(sequence)
         if job.tokens < len(ids):
             break
@@ -221,12 +233,12 @@ def test_a_killed_process_is_named_and_replaced(pair):
     sequence, job = pair.begin(ids)
     os.kill(pair.worker.pid, signal.SIGKILL)
     with pytest.raises(WorkerError, match=r"signal 9 \(SIGKILL\)"):
-        result(job)
-    with pytest.raises(WorkerError, match="restart"):
-        pair.worker.start(sequence.blocks, 0, ids)
-    pair.worker.restart()
-    again = pair.worker.start(sequence.blocks, 0, ids)  # before it is ready
-    logits = result(again)
+        pair.result(job)
+    assert job.lost and pair.worker.start(sequence, ids) is None
+    pair.worker.tend(wanted=True)
+    again = pair.worker.start(sequence, ids)  # before it is ready
+    logits = pair.result(again)
+    assert pair.worker.state(0, 0, 0).restarts == 1
     pair.ended(sequence, ids)
     same(pair.decode(sequence, logits), expected)
     pair.executor.release(sequence)
@@ -245,25 +257,7 @@ def test_a_process_that_does_not_answer_ends_with_close(checkpoint):
         assert time.monotonic() - began < 10
         assert not Path(f"/proc/{pid}").exists()
         with pytest.raises(WorkerError, match="closed"):
-            job.poll()
-
-
-def test_bad_jobs_are_refused(pair):
-    block = pair.plan.kv.block
-    ids = prompt(pair, block + 1)
-    start = pair.worker.start
-    with pytest.raises(ContextLengthError):
-        start(range(17), 256 - block, ids)
-    with pytest.raises(ExecutionError, match=f"{block + 1} tokens in 1 cache blocks"):
-        start([0], 0, ids)
-    with pytest.raises(ExecutionError, match="cache blocks"):
-        start([0, 10**6], 0, ids)
-    with pytest.raises(ExecutionError, match="cache blocks"):
-        start(range(256 // block + 1), 0, ids)
-    with pytest.raises(UsageError, match="at least one"):
-        start([0], 0, ids[:0])
-    with pytest.raises(UsageError, match="token ids"):
-        start([0, 1], 0, ids + 10**6)
+            pair.result(job)
 
 
 def maps(pid, name):
@@ -282,7 +276,7 @@ def maps(pid, name):
 def test_weights_and_cache_are_there_once(pair):
     ids = prompt(pair, 200)
     sequence, job = pair.begin(ids)
-    result(job)
+    pair.result(job)
     pair.alone(ids)
     for name in ("memfd:hmc shared weights", "memfd:hmc KV cache"):
         mine, its = maps(os.getpid(), name), maps(pair.worker.pid, name)
@@ -303,7 +297,7 @@ def test_dummies_are_shared_in_an_arena_only(checkpoint):
     store = WeightStore.open(plan, None, dummy=True, home="shared")
     ids = np.arange(3, 40, dtype=np.int32)
     with PrefillWorker(plan, None, store, cache, cpus=CPUS[:1]) as worker:
-        found = result(worker.start([1], 0, ids))
+        found = result(worker, worker.start(placed(1), ids))
     executor = Executor(plan, None, store=store, threads=1)
     expected = list(executor.prefill(executor.open(), ids))[-1][0]
     assert np.array_equal(found, expected)
@@ -316,11 +310,11 @@ def test_a_process_that_cannot_begin_says_why(checkpoint):
     store = WeightStore.open(other, None, dummy=True, home="shared")
     cache = SharedBlock(cache_bytes(plan.kv), "KV cache")
     with PrefillWorker(plan, None, store, cache, cpus=CPUS) as worker:
-        job = worker.start([0], 0, np.array([3, 4], np.int32))
+        job = worker.start(placed(0), np.array([3, 4], np.int32))
         with pytest.raises(PlanMismatchError, match="other weights"):
             worker.wait_ready(LONG)
         with pytest.raises(PlanMismatchError):
-            job.poll()
+            result(worker, job)
     store.close(), cache.close()
 
 

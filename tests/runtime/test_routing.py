@@ -82,11 +82,10 @@ def test_nothing_recorded_is_an_error() -> None:
 
 
 @pytest.mark.slow
-def test_tokens_do_not_change_and_programs_are_whole_when_off(plan_file: Path) -> None:
+def test_tokens_do_not_change(plan_file: Path) -> None:
     plan, recorder = load_plan(plan_file), RoutingRecorder()
     with Engine(plan, threads=2, dummy_weights=True) as plain:
         expected = plain.generate([1, 2, 3, 4, 5], max_new_tokens=6)
-        assert len(plain.executor.phases["decode"].programs) == 1
     with Engine(plan, threads=2, dummy_weights=True, routing=recorder) as engine:
         recorder.begin()
         assert engine.generate([1, 2, 3, 4, 5], max_new_tokens=6).token_ids == expected.token_ids

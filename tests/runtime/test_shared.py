@@ -1,6 +1,4 @@
-"""Memory that processes share: one copy, sealed, gone with its last user; and the limit on locking
-it.
-"""
+"""Memory that processes share: one copy, sealed, gone with its last user."""
 
 import ctypes
 import gc
@@ -13,14 +11,13 @@ import numpy as np
 import pytest
 
 import hmc
-from hmc.errors import CapacityError, ExecutionError, MachineError, PlanMismatchError, ShardError
+from hmc.errors import CapacityError, ExecutionError, PlanMismatchError, ShardError
 from hmc.machine import detect
 from hmc.plan.file import save
-from hmc.runtime.memory import blocks as memory
 from hmc.runtime.memory import shared
-from hmc.runtime.memory.blocks import HUGE_PAGE, Block, pin_check
+from hmc.runtime.memory.blocks import HUGE_PAGE, Block
 from hmc.runtime.memory.shared import SharedBlock
-from hmc.runtime.weights import arena as weight_arena
+from hmc.runtime.weights import store as weight_store
 from hmc.runtime.weights.store import WeightStore
 from hmc.runtime.weights.tensors import layout, tensor_groups
 
@@ -162,48 +159,6 @@ def test_no_address_space_is_a_capacity_error():
             kind(1 << 60, "far too much")
 
 
-def test_pinning_is_checked_and_explained(monkeypatch):
-    monkeypatch.setattr(memory, "locked_memory", lambda: (1000, 300))
-    pin_check(700)
-    with pytest.raises(MachineError, match=r"weights: 701 bytes .* is 1,000 bytes, 300 .*raise it"):
-        pin_check(701, "weights")
-    with pytest.raises(MachineError, match="memlock"):
-        Block(4096, "test").lock()
-    monkeypatch.setattr(memory, "locked_memory", lambda: (None, 0))
-    pin_check(1 << 60)
-
-
-def test_the_limit_is_this_process_s():
-    limited = """
-import ctypes, resource
-from hmc.machine.detect import locked_memory
-resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
-print(locked_memory())
-"""
-    found = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True)
-    capable = int(
-        next(
-            line.split()[1]
-            for line in Path("/proc/self/status").read_text().splitlines()
-            if line.startswith("CapEff")
-        ),
-        16,
-    )
-    assert found.stdout.strip() == ("(None, 0)" if capable >> 14 & 1 else "(65536, 0)")
-
-
-def test_locked_blocks_are_counted_and_given_back():
-    block = Block(1 << 20, "test")
-    _, before = detect.locked_memory()
-    limit, _ = detect.locked_memory()
-    if limit is not None and limit - before < 1 << 20:
-        pytest.skip(f"the limit on locked memory is {limit} bytes")
-    block.lock()
-    assert detect.locked_memory()[1] - before == 1 << 20
-    block.close()
-    assert detect.locked_memory()[1] == before
-
-
 ATTACH = """
 import sys
 from hmc.plan.file import load
@@ -222,7 +177,7 @@ def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
     descriptor = store.arena.descriptor
     mapped = WeightStore.open(plan, directory)
     attached = WeightStore.attach(plan, descriptor)
-    address, size = attached.arena.span
+    address, size = attached.arena.address, attached.arena.size
     assert address % HUGE_PAGE == 0 and size > attached.bytes
     assert attached.home == "shared" and mapped.arena is None
     for weight in plan.weights:
@@ -231,8 +186,8 @@ def test_an_attached_store_has_the_same_weights(checkpoint, tmp_path):
                 two(weight.name), weight.planes[0].bytes
             )
     assert np.array_equal(
-        attached.expert_table(1) - attached.arena.span[0],
-        store.expert_table(1) - store.arena.span[0],
+        attached.expert_table(1) - attached.arena.address,
+        store.expert_table(1) - store.arena.address,
     )
     save(plan, tmp_path / "p.hmp")
     found = subprocess.run(
@@ -260,8 +215,7 @@ def test_only_a_filled_arena_of_these_weights_is_attached(checkpoint, monkeypatc
         WeightStore.attach(other, store.arena.descriptor)
     real = WeightStore.open(plan, Path(plan.checkpoint.path), home="shared")
     assert WeightStore.attach(plan, real.arena.descriptor).home == "shared"
-    _, size = store.arena.span
-    empty = SharedBlock(size, "test")
+    empty = SharedBlock(store.arena.size, "test")
     with pytest.raises(ExecutionError, match="never filled"):
         WeightStore.attach(plan, empty.descriptor)
     with open(os.devnull) as file, pytest.raises(ExecutionError, match="no weight arena"):
@@ -274,13 +228,13 @@ def test_what_does_not_fit_is_refused_before_it_is_touched(checkpoint, monkeypat
     directory = checkpoint("qwen3_moe", "fp8")
     plan = hmc.compile(directory)
     count = descriptors()
-    monkeypatch.setattr(weight_arena, "available_bytes", lambda: 10_000)
-    monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: 0)
+    monkeypatch.setattr(weight_store, "available_bytes", lambda: 10_000)
+    monkeypatch.setattr(weight_store, "free_huge_pages", lambda: 0)
     with pytest.raises(CapacityError, match=r"shared weights: .* GiB are needed"):
         WeightStore.open(plan, directory, home="shared")
     assert descriptors() == count
     _, size = layout(tensor_groups(plan))
-    monkeypatch.setattr(weight_arena, "free_huge_pages", lambda: size // HUGE_PAGE + 2)
+    monkeypatch.setattr(weight_store, "free_huge_pages", lambda: size // HUGE_PAGE + 2)
     WeightStore.open(plan, directory, home="shared").close()
 
 

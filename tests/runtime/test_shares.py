@@ -17,7 +17,7 @@ def _logits(plan: hmc.Plan, threads: int) -> tuple[np.ndarray, int]:
     """Logits of a few decode steps of three sequences, and how many records are in pieces."""
     with hmc.Engine(plan, threads=threads) as engine:
         run, found = engine.executor, []
-        (program,) = run.phases["decode"].programs
+        program = run.phases["decode"].program
         cut = int(np.count_nonzero(program.records[:, 2] & ~walker.BARRIER))
         sequences = [run.open() for _ in range(3)]
         for step in range(4):
