@@ -44,6 +44,7 @@ class Batch:
         self.prefilling: Job | None = None
         self.running: list[Job] = []
         self._executor, self._meter, self._reuse = executor, meter, prefix_cache
+        self._counts = meter.counts
         self._process = prefill
         self._beside: PrefillsBeside | None = None
         if (computer := prefill or executor.beside) is not None:
@@ -128,7 +129,8 @@ class Batch:
             self._release(sequence)
             job.cached = 0
             return False
-        self._meter.reused(job.cached)
+        self._counts.prefix_hits += job.cached > 0
+        self._counts.prefix_tokens += job.cached
         job.sequence = sequence
         beside = self._beside
         if beside is not None and beside.computer.takes(job.phase, left, every=every):
@@ -170,7 +172,7 @@ class Batch:
         job, logits, error = arrival
         self.running.append(job)
         if logits is not None:
-            self._meter.handed_over(len(job.ids) - job.cached)
+            self._counts.prompt_tokens += len(job.ids) - job.cached
             self._begin(job, logits)
         else:
             self._leave(job)
@@ -225,7 +227,7 @@ class Batch:
             scores = _masked(job, logits)
             part = "sampling"
             token = job.request.sampler.sample(scores)
-            self._meter.sampled()
+            self._counts.tokens_generated += 1
             part = "text"
             piece = job.answer.push(token)
             wanted = job.request.logprobs

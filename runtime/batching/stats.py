@@ -6,7 +6,8 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.prefill.worker import PrefillState
@@ -27,7 +28,7 @@ class StepTime:
     prefilled: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class SchedulerStats:
     """A scheduler at one moment; counts are since its start.
 
@@ -47,27 +48,27 @@ class SchedulerStats:
     prefill                        the prefill process; None: there is none
     """
 
-    running: int
-    prefilling: int
-    waiting: int
-    kv_used: int
-    kv_cached: int
-    kv_total: int
-    snapshots: int
-    snapshots_total: int
-    tokens_generated: int
-    prompt_tokens: int
-    prefix_hits: int
-    prefix_tokens: int
-    steps: int
-    recent: tuple[StepTime, ...]
-    executor_seconds: float
-    step_seconds_total: float
-    batch: int
-    phase: str
-    step_age: float
-    finished: Mapping[str, int]
-    error: str
+    running: int = 0
+    prefilling: int = 0
+    waiting: int = 0
+    kv_used: int = 0
+    kv_cached: int = 0
+    kv_total: int = 0
+    snapshots: int = 0
+    snapshots_total: int = 0
+    tokens_generated: int = 0
+    prompt_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_tokens: int = 0
+    steps: int = 0
+    recent: tuple[StepTime, ...] = ()
+    executor_seconds: float = 0.0
+    step_seconds_total: float = 0.0
+    batch: int = 0
+    phase: str = ""
+    step_age: float = 0.0
+    finished: Mapping[str, int] = field(default_factory=dict)
+    error: str = ""
     prefill: PrefillState | None = None
 
     @property
@@ -75,17 +76,10 @@ class SchedulerStats:
         """Seconds of each recent step."""
         return tuple(step.seconds for step in self.recent)
 
-    def own_share(self, batch: int) -> float | None:
-        """The share of a step that is the scheduler's own (sampling, text, listeners, bookkeeping)
-        over the recent steps that did nothing but decode `batch` sequences; None: there were none.
-        """
-        steps = [s for s in self.recent if s.decoded == batch and not s.prefilled]
-        total = sum(step.seconds for step in steps)
-        return 1 - sum(step.executor for step in steps) / total if total else None
-
 
 class Meter:
-    """Counts as the scheduler's thread works; `snapshot` may be called from any thread."""
+    """Counts as the scheduler's thread works, in `counts`; `snapshot` may be called from any
+    thread."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -95,11 +89,8 @@ class Meter:
         self._finished: Counter[str] = Counter()
         self._inside = 0.0
         self._decoded = self._prefilled = 0
-        self._executor_seconds = self._step_seconds = 0.0
-        self._phase = ""
-        self._batch = self._steps = 0
         self._called = False
-        self._tokens = self._prompt_tokens = self._prefix_hits = self._prefix_tokens = 0
+        self.counts = SchedulerStats()
 
     @property
     def step_age(self) -> float:
@@ -120,9 +111,9 @@ class Meter:
             self._began = None
             if self._called:
                 with self._lock:
-                    self._steps += 1
-                    self._step_seconds += seconds
-                    self._executor_seconds += self._inside
+                    self.counts.steps += 1
+                    self.counts.step_seconds_total += seconds
+                    self.counts.executor_seconds += self._inside
                     self._recent.append(
                         StepTime(seconds, self._inside, self._decoded, self._prefilled)
                     )
@@ -130,69 +121,37 @@ class Meter:
     @contextmanager
     def call(self, phase: str, *, decoded: int = 0, prefilled: int = 0) -> Iterator[None]:
         """A call of the executor for the length of a `with`; counted when it succeeds."""
-        self._phase, self._called = phase, True
+        self.counts.phase, self._called = phase, True
         began = self._clock()
         try:
             yield
         finally:
             self._inside += self._clock() - began
-            self._phase = ""
+            self.counts.phase = ""
         self._decoded += decoded
-        self._batch = decoded or self._batch
+        self.counts.batch = decoded or self.counts.batch
         self._prefilled += prefilled
-        self._prompt_tokens += prefilled
-
-    def handed_over(self, tokens: int) -> None:
-        """Count prompt tokens that were computed beside."""
-        self._prompt_tokens += tokens
-
-    def sampled(self) -> None:
-        """Count a generated token."""
-        self._tokens += 1
-
-    def reused(self, tokens: int) -> None:
-        """Count a prompt that began with `tokens` known tokens; none: no hit."""
-        self._prefix_hits += tokens > 0
-        self._prefix_tokens += tokens
+        self.counts.prompt_tokens += prefilled
 
     def ended(self, reason: str) -> None:
         """Count an ended request."""
         with self._lock:
             self._finished[reason] += 1
 
-    def snapshot(
-        self,
-        kv: KVCache,
-        *,
-        running: int,
-        prefilling: int,
-        waiting: int,
-        error: str,
-        prefill: PrefillState | None = None,
-    ) -> SchedulerStats:
+    def snapshot(self, kv: KVCache, *, running: int, **others: Any) -> SchedulerStats:
         """The figures now, with those that the meter does not know."""
         with self._lock:
-            return SchedulerStats(
+            return replace(
+                self.counts,
                 running=running,
-                prefilling=prefilling,
-                waiting=waiting,
                 kv_used=kv.allocator.used,
                 kv_cached=kv.allocator.cached,
                 kv_total=kv.allocator.count,
                 snapshots=len(kv.snapshots),
                 snapshots_total=kv.layout.snapshots,
-                tokens_generated=self._tokens,
-                prompt_tokens=self._prompt_tokens,
-                prefix_hits=self._prefix_hits,
-                prefix_tokens=self._prefix_tokens,
-                steps=self._steps,
                 recent=tuple(self._recent),
-                executor_seconds=self._executor_seconds,
-                step_seconds_total=self._step_seconds,
-                batch=self._batch if running else 0,
-                phase=self._phase,
+                batch=self.counts.batch if running else 0,
                 step_age=self.step_age,
                 finished=dict(self._finished),
-                error=error,
-                prefill=prefill,
+                **others,
             )

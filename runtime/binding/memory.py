@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -24,41 +23,12 @@ from hmc.plan.memory import (
 )
 from hmc.ranges import expert_ranges
 from hmc.runtime.binding.weights import Packed, Piece
+from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.lending import Lent
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.weights.store import WeightStore
 
 TORCH_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
-
-
-class Device(Protocol):
-    """What the binding needs of a device (runtime/devices/)."""
-
-    @property
-    def name(self) -> str:
-        """ "gpu<n>"."""
-        ...
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where its tensors are."""
-        ...
-
-    def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        """u8 [nbytes], aligned to 256 bytes; `CapacityError` when it does not fit."""
-        ...
-
-    def free(self, tensor: torch.Tensor) -> None:
-        """Give an allocation back."""
-        ...
-
-    def lend(self, tensor: torch.Tensor) -> Lent:
-        """How another process opens an allocation."""
-        ...
-
-    def borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
-        """An allocation of another process."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -74,7 +44,7 @@ class GpuMemory:
 
     def __init__(
         self,
-        device: Device,
+        device: Gpu,
         plan: Plan,
         store: WeightStore,
         kv: KVCache,

@@ -31,7 +31,7 @@ from hmc.ops import OPS
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
-from hmc.runtime.binding.memory import TORCH_TYPES, Device, GpuMemory, LentMemory
+from hmc.runtime.binding.memory import TORCH_TYPES, GpuMemory, LentMemory
 from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
@@ -42,6 +42,7 @@ from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.flags import Flags
+from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.host.lowering import LoweredPhase, Parts
 from hmc.runtime.memory.blocks import Block
 from hmc.runtime.schedule.crossing import Crossing, is_native
@@ -58,7 +59,7 @@ class Binding(Closing):
     def __init__(
         self,
         parts: Parts,
-        devices: Iterable[Device],
+        devices: Iterable[Gpu],
         *,
         max_tokens: Mapping[str, int] | None = None,
         pin: bool = False,

@@ -28,6 +28,7 @@ from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops import exchange
+from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.executor import Executor
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
@@ -41,25 +42,14 @@ BESIDE = "prefill.beside"
 CPU = torch.device("cpu")
 
 
-@dataclass
-class FakeDevice:
+class FilledGpu(Gpu):
     """A GPU of CPU memory, filled with NaN bytes so that nothing unwritten goes unseen."""
 
-    name: str
-    torch_device: torch.device = CPU
-    used: dict[int, torch.Tensor] = field(default_factory=dict)
-    bytes: int = 0
+    def __init__(self, name: str) -> None:
+        super().__init__(name, CPU, lambda _: 1 << 40)
 
     def allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        self.bytes += nbytes
-        raw = torch.full((nbytes + 256,), 255, dtype=torch.uint8)
-        start = -raw.data_ptr() % 256
-        found = raw[start : start + nbytes]
-        self.used[found.data_ptr()] = raw
-        return found
-
-    def free(self, tensor: torch.Tensor) -> None:
-        del self.used[tensor.data_ptr()]
+        return super().allocate(nbytes, purpose).fill_(255)
 
 
 @lru_cache
@@ -81,7 +71,7 @@ class Bench:
     binding: Binding
     kv: KVCache
     cpu: Executor
-    devices: list[FakeDevice]
+    devices: list[FilledGpu]
 
     def run(
         self,
@@ -117,7 +107,7 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
         stack.callback(store.close)
         kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
-        devices = [FakeDevice(f"gpu{n}") for n in range(len(plan.machine.gpus))]
+        devices = [FilledGpu(f"gpu{n}") for n in range(len(plan.machine.gpus))]
         parts = Parts(plan, store, kv, jit, pool)
         binding = stack.enter_context(Binding(parts, devices))
         cpu = Executor(host, directory, threads=2)
@@ -125,8 +115,8 @@ def bench(directory: Path, plan: Plan) -> Iterator[Bench]:
         for device in devices:
             ledger = {i.kind: i.bytes for i in plan.ledger if i.device == device.name}
             counted = sum(i.bytes for i in plan.ledger if i.device == device.name)
-            more = device.bytes - (counted - ledger["scratch"])
-            assert abs(more) < 256 * len(device.used), "the ledger counts what is allocated"
+            more = device.used - (counted - ledger["scratch"])
+            assert abs(more) < 256 * len(device._held), "the ledger counts what is allocated"
         yield Bench(plan, parts, binding, kv, cpu, devices)
     assert not any(device.used for device in devices)
 
