@@ -220,15 +220,26 @@ class Executor:
         self.kv.reserve(sequence, len(ids))
         name = phase or prefill_phase(self.plan, len(ids), every=every)
         self._require(name)
-        first = 0
-        while first < len(ids):
-            past = sequence.length
-            last = first + chunk_tokens(self.plan, name, len(ids) - first, 0, past)
-            rows = np.arange(last - first, dtype=np.int32)
-            if not every:
-                rows = rows[-1:] if last == len(ids) else rows[:0]
-            yield self.append(sequence, ids[first:last], rows, name)
-            first = last
+        end = sequence.length + len(ids)
+        while left := end - sequence.length:
+            yield self.chunk(sequence, ids[-left:], name, every=every)
+
+    def chunk(
+        self,
+        sequence: Sequence,
+        ids: npt.NDArray[np.int32],
+        phase: str,
+        *,
+        every: bool,
+        decoding: int = 0,
+    ) -> Logits:
+        """Append the next chunk of `ids`, all that is left of a prompt, to a sequence, while
+        `decoding` others wait for tokens; logits as `prefill` yields them."""
+        count = chunk_tokens(self.plan, phase, len(ids), decoding, sequence.length)
+        rows = np.arange(count, dtype=np.int32)
+        if not every:
+            rows = rows[-1:] if count == len(ids) else rows[:0]
+        return self.append(sequence, ids[:count], rows, phase)
 
     def append(
         self,

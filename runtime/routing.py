@@ -28,37 +28,31 @@ class RoutingRecorder:
     """What an executor calls after every router; `begin` before each generation."""
 
     def __init__(self) -> None:
-        self._finished: list[_Text] = []
-        self._text = _Text()
+        self._texts = [_Text()]
 
     def begin(self) -> None:
         """What follows belongs to another text than what came before."""
-        if self._text.tokens:
-            self._finished.append(self._text)
-        self._text = _Text()
+        if self._texts[-1].tokens:
+            self._texts.append(_Text())
 
     def count(self, layer: int, experts: int, chosen: npt.NDArray[np.int32]) -> None:
         """`chosen` i32 [tokens, top_k]: the experts that the next tokens of the text go to."""
-        self._text.count(layer, experts, chosen)
+        self._texts[-1].count(layer, experts, chosen)
 
     def as_json(self) -> dict[str, Any]:
         """Both parts; `UsageError` when there is too little for two."""
-        texts = [*self._finished, *([self._text] if self._text.tokens else [])]
-        if len(texts) > 1:
-            parts = [_sum([each.whole() for each in texts[first::2]]) for first in (0, 1)]
-        elif texts:
-            parts = list(texts[0].halves())
-        if not texts or not all(tokens for tokens, _ in parts):
+        texts = [text for text in self._texts if text.tokens]
+        parts = [[text.part(0, _BLOCKS) for text in texts[first::2]] for first in (0, 1)]
+        if len(texts) == 1:
+            half = texts[0].blocks // 2
+            parts = [[texts[0].part(0, half)], [texts[0].part(half, _BLOCKS)]]
+        learn, held_out = (
+            {"tokens": sum(tokens for tokens, _ in part), "counts": _sum(part)} for part in parts
+        )
+        if not learn["tokens"] or not held_out["tokens"]:
             raise UsageError(
                 "routing of fewer than two tokens was recorded: nothing to learn and to hold out"
             )
-        learn, held_out = (
-            {
-                "tokens": tokens,
-                "counts": {str(layer): found.tolist() for layer, found in sorted(counts.items())},
-            }
-            for tokens, counts in parts
-        )
         return {"format": "hmc-routing", "learn": learn, "held_out": held_out}
 
 
@@ -80,37 +74,32 @@ class _Text:
         """Tokens that all routers have seen (a generation may end between two layers)."""
         return min(self._seen.values(), default=0)
 
+    @property
+    def blocks(self) -> int:
+        """Blocks that they begin."""
+        return -(-self.tokens // self._size)
+
     def count(self, layer: int, experts: int, chosen: npt.NDArray[np.int32]) -> None:
         first = self._seen.get(layer, 0)
         last = first + len(chosen)
         while last > self._size * _BLOCKS:
-            self._widen()
+            self._size *= 2
+            for found in self._counts.values():
+                found[: _BLOCKS // 2] = found[::2] + found[1::2]
+                found[_BLOCKS // 2 :] = 0
         counts = self._counts.setdefault(layer, np.zeros((_BLOCKS, experts), np.int64))
         blocks = np.arange(first, last) // self._size
         np.add.at(counts, (blocks[:, None], chosen), 1)
         self._seen[layer] = last
 
-    def whole(self) -> Part:
-        return self.tokens, {layer: found.sum(axis=0) for layer, found in self._counts.items()}
-
-    def halves(self) -> tuple[Part, Part]:
-        used = -(-self.tokens // self._size)
-        half = used // 2
-        first = {layer: found[:half].sum(axis=0) for layer, found in self._counts.items()}
-        second = {layer: found[half:].sum(axis=0) for layer, found in self._counts.items()}
-        return (half * self._size, first), (self.tokens - half * self._size, second)
-
-    def _widen(self) -> None:
-        for layer, found in self._counts.items():
-            wider = np.zeros_like(found)
-            wider[: _BLOCKS // 2] = found[::2] + found[1::2]
-            self._counts[layer] = wider
-        self._size *= 2
+    def part(self, first: int, last: int) -> Part:
+        """Tokens of some blocks, and by layer how often they went to each expert."""
+        start, stop = (min(block * self._size, self.tokens) for block in (first, last))
+        counts = {layer: found[first:last].sum(axis=0) for layer, found in self._counts.items()}
+        return stop - start, counts
 
 
-def _sum(parts: list[Part]) -> Part:
-    total: dict[int, Counts] = {}
-    for _, counts in parts:
-        for layer, found in counts.items():
-            total[layer] = total.get(layer, 0) + found
-    return sum(tokens for tokens, _ in parts), total
+def _sum(parts: list[Part]) -> dict[str, list[int]]:
+    layers = sorted({layer for _, counts in parts for layer in counts})
+    found = {n: [counts[n] for _, counts in parts if n in counts] for n in layers}
+    return {str(layer): np.sum(each, axis=0).tolist() for layer, each in found.items()}

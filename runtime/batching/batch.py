@@ -12,17 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import CapacityError, ExecutionError, HmcError
-from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase, prefill_phase
+from hmc.plan.phases import PREFILL, decode_phase, prefill_phase
 from hmc.runtime.batching.job import Job, as_error
-from hmc.runtime.batching.prefill import PrefillsBeside
+from hmc.runtime.batching.prefill import Arrival, PrefillsBeside
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.prefill.worker import PrefillState, PrefillWorker
+from hmc.runtime.phases.beside import DevicePrefill
+from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.tokens.requests import token_logprob
-
-_NO_ROWS = np.zeros(0, np.int32)
-_TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 
 
 class Batch:
@@ -45,10 +43,9 @@ class Batch:
         self.running: list[Job] = []
         self._executor, self._meter, self._reuse = executor, meter, prefix_cache
         self._counts = meter.counts
-        self._process = prefill
-        self._beside: PrefillsBeside | None = None
-        if (computer := prefill or executor.beside) is not None:
-            self._beside = PrefillsBeside(computer, grown=self._keep, release=self._release)
+        self.beside = PrefillsBeside(
+            prefill or executor.beside, grown=self._keep, release=self._release
+        )
         self._full = False  # the cache was, and nothing has been released since
 
     @property
@@ -56,46 +53,19 @@ class Batch:
         """All of them."""
         prefilling = self.prefilling
         here = [] if prefilling is None else [prefilling]
-        return [*self.running, *here, *self.beside]
-
-    @property
-    def beside(self) -> list[Job]:
-        """Those whose prompts are computed beside."""
-        return [] if self._beside is None else self._beside.owners
-
-    @property
-    def prefill(self) -> PrefillState | None:
-        """The prefill process now."""
-        if self._process is None or self._beside is None:
-            return None
-        return self._process.state(*self._beside.progress)
-
-    @property
-    def stuck_for(self) -> float:
-        """Seconds that a prompt's call on the devices, which nothing but its own end ends, has been
-        running beside."""
-        return 0.0 if self._beside is None else self._beside.computer.stuck_for
+        return [*self.running, *here, *self.beside.jobs]
 
     @property
     def empty(self) -> bool:
         """Whether nobody holds blocks of the cache, not even who computes a prompt that was
         cancelled.
         """
-        return not self.jobs and (self._beside is None or self._beside.empty)
+        return not self.jobs and self.beside.empty
 
     @property
     def waits(self) -> bool:
         """Whether there is nothing to do but what is done beside."""
         return not self.running and self.prefilling is None and not self.empty
-
-    @property
-    def patience(self) -> float | None:
-        """Seconds until the next step while there is nothing to compute here; None: nothing beside
-        is to be looked after.
-        """
-        if self._beside is None:
-            return None
-        return _TEND_IDLE_SECONDS if self._beside.empty else _TEND_SECONDS
 
     def admit(self, job: Job) -> bool:
         """Give the request a row and all the blocks it may come to need; False when it has to wait.
@@ -105,7 +75,7 @@ class Batch:
         kv = self._executor.kv
         if self.prefilling is not None or not kv.rows_free or (self._full and not self.empty):
             return False
-        taken = self._beside is not None and self._beside.exclusive
+        taken = self.beside.exclusive
         if taken and job.phase not in ("", PREFILL):
             return False
         sequence = self._executor.open()
@@ -117,13 +87,12 @@ class Batch:
             self._release(sequence)
             job.cached, self._full = 0, True
             return False
-        left, every = len(job.ids) - job.cached, job.scored is not None
         job.phase = prefill_phase(
             self._executor.plan,
-            left,
-            every=every,
+            len(job.ids) - job.cached,
+            every=job.scored is not None,
             decoding=len(self.running),
-            beside=self._beside is not None and self._process is None,
+            beside=isinstance(self.beside.computer, DevicePrefill),
         )
         if taken and job.phase != PREFILL:
             self._release(sequence)
@@ -132,10 +101,7 @@ class Batch:
         self._counts.prefix_hits += job.cached > 0
         self._counts.prefix_tokens += job.cached
         job.sequence = sequence
-        beside = self._beside
-        if beside is not None and beside.computer.takes(job.phase, left, every=every):
-            beside.start(job, sequence)
-        else:
+        if not self.beside.takes(job):
             self.prefilling = job
         return True
 
@@ -147,8 +113,7 @@ class Batch:
             if job.ticket.cancelled:
                 self._leave(job)
                 job.end("cancelled")
-        if self._beside is not None:
-            self._take(self._beside)
+        self._take(self.beside.tend())
         if self.prefilling is not None:
             self._prefill(self.prefilling)
         if self.running:
@@ -159,15 +124,10 @@ class Batch:
         for job in self.jobs:
             self._leave(job)
             job.end("error", error)
-        self.finish()
+        self.beside.finish()
 
-    def finish(self) -> None:
-        """Wait until nobody beside writes to the cache any more: see `PrefillsBeside.finish`."""
-        if self._beside is not None:
-            self._beside.finish()
-
-    def _take(self, beside: PrefillsBeside) -> None:
-        if (arrival := beside.tend()) is None:
+    def _take(self, arrival: Arrival | None) -> None:
+        if arrival is None:
             return
         job, logits, error = arrival
         self.running.append(job)
@@ -179,24 +139,22 @@ class Batch:
             job.end("error", error)
 
     def _prefill(self, job: Job) -> None:
-        sequence = job.sequence
-        assert sequence is not None
-        plan, first = self._executor.plan, sequence.length
-        left, decoding = len(job.ids) - first, len(self.running)
-        count = chunk_tokens(plan, job.phase, left, decoding, first)
-        last = first + count == len(job.ids)
-        rows = np.arange(count, dtype=np.int32)
-        if job.scored is None:
-            rows = rows[-1:] if last else _NO_ROWS
-        with self._meter.call(job.phase, prefilled=count):
-            ids = job.ids[first : first + count]
-            logits = self._executor.append(sequence, ids, rows, job.phase)
+        sequence, first = job.place, job.place.length
+        with self._meter.call(job.phase):
+            logits = self._executor.chunk(
+                sequence,
+                job.ids[first:],
+                job.phase,
+                every=job.scored is not None,
+                decoding=len(self.running),
+            )
+        self._meter.did(prefilled=sequence.length - first)
         self._keep(sequence, job.ids)
         if job.scored is not None:
             top = job.request.logprobs or 0
             for row, token in zip(logits, job.ids[first + 1 :].tolist(), strict=False):
                 job.scored.append(token_logprob(row, token, top))
-        if not last:
+        if sequence.length < len(job.ids):
             return
         self.running.append(job)
         self.prefilling = None
@@ -212,11 +170,12 @@ class Batch:
 
     def _decode(self) -> None:
         jobs = list(self.running)
-        sequences = [job.sequence for job in jobs if job.sequence is not None]
+        sequences = [job.place for job in jobs]
         tokens = np.array([job.answer.tokens[-1] for job in jobs], np.int32)
         phase = decode_phase(self._executor.plan, len(jobs))
-        with self._meter.call(phase, decoded=len(jobs)):
+        with self._meter.call(phase):
             logits = self._executor.decode(sequences, tokens, phase)
+        self._meter.did(decoded=len(jobs))
         for job, row in zip(jobs, logits, strict=True):
             self._advance(job, row)
 
@@ -248,16 +207,14 @@ class Batch:
 
     def _leave(self, job: Job) -> None:
         """Free the request's place."""
-        sequence, job.sequence = job.sequence, None
-        if self._beside is not None and job in self._beside.owners:
-            self._beside.drop(job)  # and releases when nobody writes to it
+        if job in self.beside.jobs:
+            self.beside.drop(job)  # and releases when nobody writes to it
             return
         if job is self.prefilling:
             self.prefilling = None
         else:
             self.running.remove(job)
-        if sequence is not None:
-            self._release(sequence)
+        self._release(job.place)
 
     def _keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
         """What a prefill has stored of a prompt may serve others."""

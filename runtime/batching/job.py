@@ -12,6 +12,7 @@ import numpy.typing as npt
 from hmc.errors import ExecutionError, HmcError
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.phases.beside import PromptJob
 from hmc.runtime.tokens.generation import Answer, Clock, FinishReason
 from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
 
@@ -31,12 +32,22 @@ class Job:
         self.request, self.ids, self.ticket = request, ids, ticket
         self.answer = Answer(request.text, ids, request.ends, context, clock)
         self.sequence: Sequence | None = None
+        self.past = 0
+        """Tokens in the cache when `prompt`, who computes the prompt beside, began."""
+        self.prompt: PromptJob | None = None
+        self.attempts = 0
         self.phase = ""
         self.cached = 0
         self.scored: list[TokenLogprob] | None = [] if request.prompt_logprobs else None
         # The last token is sampled, not stored.
         self.most_tokens = min(len(ids) + max(request.ends.max_new_tokens - 1, 0), context)
         self._meter = meter
+
+    @property
+    def place(self) -> Sequence:
+        """Where its tokens are, once it is admitted."""
+        assert self.sequence is not None
+        return self.sequence
 
     def tell(self, piece: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
         """Give an update to the listener, whose error is raised."""

@@ -1,8 +1,8 @@
 """The prompts that somebody computes beside a scheduler's thread, a prefill process or the devices:
 one at a time, first come first served; hides who may still write to which cache blocks.
 
-    start(owner, ..)  ->  waiting  ->  being computed  ->  an arrival out of `tend`
-    drop(owner)           gone at once  a ghost: its blocks are free when nobody writes to them
+    takes(job)     ->  waiting  ->  being computed  ->  an arrival out of `tend`
+    drop(job)          gone at once  a ghost: its blocks are free when nobody writes to them
 
 A process that dies is replaced. The prompt it was computing is given to the new one once more, from
 the last token that is in the cache; if that one dies of it too, the prompt arrives as an error.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,34 +21,26 @@ import numpy.typing as npt
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.batching.job import Job
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.phases.beside import DevicePrefill, PromptJob
-from hmc.runtime.prefill.worker import PrefillWorker
+from hmc.runtime.phases.beside import DevicePrefill
+from hmc.runtime.prefill.worker import PrefillState, PrefillWorker
 
 _ATTEMPTS = 2  # what the message of a lost prompt says
 _FINISH_SECONDS = 2.0
 _FINISH_POLL = 0.005
+_TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 
 Arrival = tuple[Job, npt.NDArray[np.float32] | None, HmcError | None]
 """Whose prompt is in the cache, with f32 [vocab] logits of its last token; or what went wrong, and
 nothing is written to its blocks any more."""
 
 
-@dataclass(eq=False)
-class _Prompt:
-    owner: Job
-    sequence: Sequence
-    past: int = 0  # tokens in the cache when the job began
-    job: PromptJob | None = None
-    attempts: int = 0
-    dropped: bool = False
-
-
 class PrefillsBeside:
-    """For the scheduler's thread; `progress` and `owners` for any."""
+    """For the scheduler's thread; `state` and `jobs` for any. `computer` is who computes them;
+    without one there are none."""
 
     def __init__(
         self,
-        computer: PrefillWorker | DevicePrefill,
+        computer: PrefillWorker | DevicePrefill | None,
         *,
         grown: Callable[[Sequence, npt.NDArray[np.int32]], None],
         release: Callable[[Sequence], None],
@@ -59,15 +50,16 @@ class PrefillsBeside:
         """
         self.computer = computer
         self._grown, self._release = grown, release
-        self._waiting: deque[_Prompt] = deque()
-        self._current: _Prompt | None = None
+        self._waiting: deque[Job] = deque()
+        self._current: Job | None = None
+        """A ghost when its prompt was stopped."""
 
     @property
-    def owners(self) -> list[Job]:
+    def jobs(self) -> list[Job]:
         """Those whose prompts are on their way, first come first."""
         current = self._current
-        found = [current] if current is not None and not current.dropped else []
-        return [prompt.owner for prompt in (*found, *self._waiting)]
+        dropped = current is None or (current.prompt is not None and current.prompt.stopped)
+        return [*([] if current is None or dropped else [current]), *self._waiting]
 
     @property
     def empty(self) -> bool:
@@ -77,39 +69,56 @@ class PrefillsBeside:
     @property
     def exclusive(self) -> bool:
         """Whether no other prompt that streams may be computed now."""
-        return self.computer.exclusive and not self.empty
+        return self.computer is not None and self.computer.exclusive and not self.empty
 
     @property
-    def progress(self) -> tuple[int, int, int]:
-        """How many prompts there are; of the one being computed, the tokens in the cache and
-        altogether (0 of 0: there is none)."""
-        current = self._current
-        if current is None or current.job is None:
-            return len(self.owners), 0, 0
-        return len(self.owners), current.sequence.length, len(current.owner.ids)
+    def stuck_for(self) -> float:
+        """Seconds that a call on the devices, which nothing but its own end ends, has been
+        running."""
+        return 0.0 if self.computer is None else self.computer.stuck_for
 
-    def start(self, owner: Job, sequence: Sequence) -> None:
-        """Compute what `sequence`, with room for all of the owner's ids, does not hold of them
-        yet.
-        """
-        self._waiting.append(_Prompt(owner, sequence))
+    @property
+    def patience(self) -> float | None:
+        """Seconds until `tend` is due; None: there is nothing to be looked after."""
+        if self.computer is None:
+            return None
+        return _TEND_IDLE_SECONDS if self.empty else _TEND_SECONDS
+
+    @property
+    def state(self) -> PrefillState | None:
+        """The prefill process now, if there is one."""
+        if not isinstance(self.computer, PrefillWorker):
+            return None
+        count, current = len(self.jobs), self._current
+        if current is None or current.prompt is None or current.sequence is None:
+            return self.computer.state(count, 0, 0)
+        return self.computer.state(count, current.sequence.length, len(current.ids))
+
+    def takes(self, job: Job) -> bool:
+        """Whether the rest of an admitted job's prompt is computed beside: it is begun then."""
+        left, every = len(job.ids) - job.cached, job.scored is not None
+        if self.computer is None or not self.computer.takes(job.phase, left, every=every):
+            return False
+        self._waiting.append(job)
         self._submit()
+        return True
 
-    def drop(self, owner: Job) -> None:
+    def drop(self, job: Job) -> None:
         """Forget a prompt; its sequence is released as soon as nothing is written to it."""
-        current = self._current
-        if current is not None and current.owner is owner:
-            current.dropped = True
-            if current.job is not None:
-                current.job.stopped = True
+        if job is not self._current:
+            self._waiting.remove(job)
+        elif job.prompt is not None:
+            job.prompt.stopped = True
             return
-        found = next(prompt for prompt in self._waiting if prompt.owner is owner)
-        self._waiting.remove(found)
-        self._release(found.sequence)
+        else:
+            self._current = None
+        self._release(job.place)
 
     def tend(self) -> Arrival | None:
         """What has arrived since the last call; also looks after who computes."""
-        arrival = self._settle()
+        if self.computer is None:
+            return None
+        arrival = self._settle(self.computer)
         self.computer.tend(wanted=not self.empty)
         self._submit()
         return arrival
@@ -118,49 +127,43 @@ class PrefillsBeside:
         """Drop everything, and wait until nothing of it is written to. A process that does not let
         go within two seconds is ended; the devices' call is waited for.
         """
-        for owner in self.owners:
-            self.drop(owner)
+        for job in self.jobs:
+            self.drop(job)
         limit = time.monotonic() + _FINISH_SECONDS
-        while self._current is not None:  # on devices their own deadlines end a call that hangs
+        while self._current is not None and self.computer is not None:
+            # on devices their own deadlines end a call that hangs
             if time.monotonic() > limit and isinstance(self.computer, PrefillWorker):
                 self.computer.close()
-            self._settle()
+            self._settle(self.computer)
             time.sleep(_FINISH_POLL)
 
     def _submit(self) -> None:
         """Have the next prompt computed, if none is."""
         if self._current is None and self._waiting:
             self._current = self._waiting.popleft()
-        prompt = self._current
-        if prompt is None or prompt.job is not None:
-            return
-        prompt.past = prompt.sequence.length
-        prompt.job = self.computer.start(prompt.sequence, prompt.owner.ids[prompt.past :])
+        job = self._current
+        if job is not None and job.prompt is None and self.computer is not None:
+            job.past = job.place.length
+            job.prompt = self.computer.start(job.place, job.ids[job.past :])
 
-    def _settle(self) -> Arrival | None:
+    def _settle(self, computer: PrefillWorker | DevicePrefill) -> Arrival | None:
         """Take in how far the prompt under way has come."""
-        prompt = self._current
-        if prompt is None:
+        computer.hear()
+        job = self._current
+        if job is None or job.prompt is None:
             return None
-        self.computer.hear()
-        job = prompt.job
-        if job is not None:
-            over, known = job.over, prompt.sequence.length
-            prompt.sequence.length = prompt.past + job.tokens
-            if prompt.sequence.length > known:
-                self._grown(prompt.sequence, prompt.owner.ids)
-            if not over:
-                return None
-        if prompt.dropped:
-            self._current = None
-            self._release(prompt.sequence)
-        if prompt.dropped or job is None:
+        prompt, sequence = job.prompt, job.place
+        over, known = prompt.over, sequence.length
+        sequence.length = job.past + prompt.tokens
+        if sequence.length > known:
+            self._grown(sequence, job.ids)
+        if not over:
             return None
-        error = job.error
-        if job.lost:
-            prompt.attempts += 1
-            prompt.job = None
-            if prompt.attempts < _ATTEMPTS:
+        error = prompt.error
+        if prompt.lost and not prompt.stopped:
+            job.attempts += 1
+            job.prompt = None
+            if job.attempts < _ATTEMPTS:
                 return None
             reason = str(error).partition(":")[0]
             error = WorkerError(
@@ -168,4 +171,7 @@ class PrefillsBeside:
                 " serve without a prefill process"
             )
         self._current = None
-        return prompt.owner, job.logits, error
+        if prompt.stopped:
+            self._release(sequence)
+            return None
+        return job, prompt.logits, error

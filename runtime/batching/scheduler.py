@@ -121,10 +121,10 @@ class Scheduler(Closing):
         return self._meter.snapshot(
             self._executor.kv,
             running=len(self._batch.running),
-            prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside),
+            prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside.jobs),
             waiting=len(self._queue),
             error=str(self._failure or ""),
-            prefill=self._batch.prefill,
+            prefill=self._batch.beside.state,
         )
 
     @property
@@ -137,7 +137,7 @@ class Scheduler(Closing):
         """Seconds the step under way, or a prompt's call on the devices beside, has been running; 0
         without.
         """
-        return max(self._meter.step_age, self._batch.stuck_for)
+        return max(self._meter.step_age, self._batch.beside.stuck_for)
 
     def drain(self, timeout: float) -> bool:
         """Refuse new requests and wait up to `timeout` seconds for those accepted; whether all have
@@ -203,7 +203,7 @@ class Scheduler(Closing):
         if self._failure is not None:
             self._batch.fail(self._failure)
         else:
-            self._batch.finish()
+            self._batch.beside.finish()
 
     def _wait(self) -> bool:
         """Sleep until there is work, or what is computed beside is to be looked after; False when
@@ -216,10 +216,10 @@ class Scheduler(Closing):
                 if self._closing:
                     return False
                 # Without patience nothing can happen but what notifies: a request, a close.
-                if not self._changed.wait(self._batch.patience):
+                if not self._changed.wait(self._batch.beside.patience):
                     break
             if self._batch.waits and (self._blocked or not self._queue):
-                self._changed.wait(self._batch.patience)
+                self._changed.wait(self._batch.beside.patience)
             self._resting = False
             return self._failure is None
 

@@ -119,8 +119,8 @@ class Meter:
                     )
 
     @contextmanager
-    def call(self, phase: str, *, decoded: int = 0, prefilled: int = 0) -> Iterator[None]:
-        """A call of the executor for the length of a `with`; counted when it succeeds."""
+    def call(self, phase: str) -> Iterator[None]:
+        """A call of the executor for the length of a `with`."""
         self.counts.phase, self._called = phase, True
         began = self._clock()
         try:
@@ -128,6 +128,9 @@ class Meter:
         finally:
             self._inside += self._clock() - began
             self.counts.phase = ""
+
+    def did(self, *, decoded: int = 0, prefilled: int = 0) -> None:
+        """Count what a call has done."""
         self._decoded += decoded
         self.counts.batch = decoded or self.counts.batch
         self._prefilled += prefilled

@@ -64,7 +64,7 @@ class PrefillState:
 class PrefillWorker(Closing):
     """The parent's side: computes one prompt at a time, for one thread; `state` is for any. A
     context manager. `trouble` is why the process is gone, None while it lives; `ready`: it has
-    loaded."""
+    loaded; `restarts`: how often it was replaced."""
 
     exclusive = False
     """Whether no other prompt that streams may be computed meanwhile, by whomever."""
@@ -96,7 +96,7 @@ class PrefillWorker(Closing):
         self._setup = Setup(Shared.of(plan, store, directory), cache.descriptor, tuple(cpus))
         self.silence = silence
         self._plan = plan
-        self._restarts = 0
+        self.restarts = 0
         self._job: PromptJob | None = None
         self._start: Start | None = None
         self._launch()
@@ -144,7 +144,7 @@ class PrefillWorker(Closing):
         # One that never came up is tried again for a prompt's sake only.
         if self.trouble is not None and (self._was_ready or wanted):
             self.restart()
-            self._restarts += 1
+            self.restarts += 1
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until it takes prompts; False after `timeout` seconds. Raises why it cannot
@@ -167,7 +167,7 @@ class PrefillWorker(Closing):
         alive, job = self.trouble is None, self._job
         silent = 0.0 if job is None else job.silent_seconds
         ready = alive and self.ready
-        return PrefillState(self.pid, alive, ready, self._restarts, prompts, tokens, total, silent)
+        return PrefillState(self.pid, alive, ready, self.restarts, prompts, tokens, total, silent)
 
     def restart(self) -> None:
         """A fresh process; a prompt that was not over is lost."""

@@ -16,6 +16,7 @@ from layouts import keys_and_values, layout
 
 from hmc.errors import WorkerError
 from hmc.plan.phases import DECODE, PREFILL
+from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.tokens.generation import Ends
 from hmc.runtime.tokens.requests import Request
@@ -92,6 +93,8 @@ class PagedFake:
 
     def release(self, sequence):
         self.kv.release(sequence)
+
+    chunk = Executor.chunk
 
     def append(self, sequence, ids, rows, phase=PREFILL):
         self._begin((phase, len(ids)))

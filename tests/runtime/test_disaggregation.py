@@ -39,6 +39,7 @@ def both():
 
 @pytest.fixture
 def scheduler(both):
+    both.worker.restarts = 0
     with Scheduler(both.engine.executor, prefill=both.worker) as scheduler:
         yield scheduler
     kv = both.engine.executor.kv
