@@ -33,7 +33,6 @@ from hmc.machine.detect import available_bytes, memory_limit
 from hmc.plan import Plan
 from hmc.plan.phases import (
     BESIDE,
-    DECODE,
     PREFILL,
     chunk_tokens,
     decode_calls,
@@ -55,8 +54,6 @@ from hmc.runtime.weights.store import Home, WeightStore
 if TYPE_CHECKING:
     from hmc.runtime.devices.base import Backend
     from hmc.runtime.phases.phase import DevicePhase, DevicePhases
-
-__all__ = ["DECODE", "PREFILL", "Executor", "Logits", "check_memory"]
 
 Logits = npt.NDArray[np.float32]
 
@@ -95,15 +92,14 @@ class Executor:
         cpus: Items[int] | None = None,
         only: str | None = None,
         devices: Devices | Backend = "auto",
-        delays: int | None = None,
         gpus: int | None = None,
     ) -> None:
         """With `routing`, every expert chosen is counted there (and programs end at every router).
         A `store` and a `kv` given from outside (shared with other processes) are used as they are
         and stay the caller's; memory is checked without a `store` only. `cpus` are the workers'
         places, instead of `threads`. `only` names the one phase to make ready.
-        `devices` run what a plan has for GPUs (see `device_phase.Devices`; those given from outside
-        are closed with the rest); `delays`, a seed, makes played ones run ahead of each other.
+        `devices` run what a plan has for GPUs (see `choice.Devices`; those given from outside are
+        closed with the rest).
         With `gpus`, which is how many the plan shares prompts between, each has a process for that
         (runtime/ranks/group.py); without, this one drives all.
 
@@ -152,7 +148,6 @@ class Executor:
                     self._parts,
                     wanting,
                     devices,
-                    delays=delays,
                     routing=routing,
                     gpus=gpus,
                     directory=directory,

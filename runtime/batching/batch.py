@@ -34,17 +34,15 @@ class Batch:
         self,
         executor: Executor,
         meter: Meter,
-        *,
-        prefix_cache: bool,
-        prefill: PrefillWorker | None = None,
+        prefill: PrefillWorker | None,
     ) -> None:
         """With a process `prefill` the devices compute no prompt beside decoding."""
         self.prefilling: Job | None = None
         self.running: list[Job] = []
-        self._executor, self._meter, self._reuse = executor, meter, prefix_cache
+        self._executor, self._meter = executor, meter
         self._counts = meter.counts
         self.beside = PrefillsBeside(
-            prefill or executor.beside, grown=self._keep, release=self._release
+            prefill or executor.beside, grown=executor.kv.keep, release=self._release
         )
         self._full = False  # the cache was, and nothing has been released since
 
@@ -79,7 +77,7 @@ class Batch:
         if taken and job.phase not in ("", PREFILL):
             return False
         sequence = self._executor.open()
-        if self._reuse and not job.request.prompt_logprobs:
+        if not job.request.prompt_logprobs:
             job.cached = kv.adopt(sequence, job.ids)
         try:
             kv.reserve(sequence, job.most_tokens - sequence.length)
@@ -149,7 +147,7 @@ class Batch:
                 decoding=len(self.running),
             )
         self._meter.did(prefilled=sequence.length - first)
-        self._keep(sequence, job.ids)
+        self._executor.kv.keep(sequence, job.ids)
         if job.scored is not None:
             top = job.request.logprobs or 0
             for row, token in zip(logits, job.ids[first + 1 :].tolist(), strict=False):
@@ -215,11 +213,6 @@ class Batch:
         else:
             self.running.remove(job)
         self._release(job.place)
-
-    def _keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
-        """What a prefill has stored of a prompt may serve others."""
-        if self._reuse:
-            self._executor.kv.keep(sequence, ids)
 
     def _release(self, sequence: Sequence) -> None:
         self._executor.release(sequence)

@@ -13,7 +13,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.beside import PromptJob
-from hmc.runtime.tokens.generation import Answer, Clock, FinishReason
+from hmc.runtime.tokens.generation import Answer, FinishReason
 from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
 
 
@@ -27,10 +27,9 @@ class Job:
         ticket: Ticket,
         context: int,
         meter: Meter,
-        clock: Clock,
     ) -> None:
         self.request, self.ids, self.ticket = request, ids, ticket
-        self.answer = Answer(request.text, ids, request.ends, context, clock)
+        self.answer = Answer(request.text, ids, request.ends, context)
         self.sequence: Sequence | None = None
         self.past = 0
         """Tokens in the cache when `prompt`, who computes the prompt beside, began."""

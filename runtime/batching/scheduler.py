@@ -18,7 +18,6 @@ the running ones when they are done.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from itertools import count
 
@@ -29,7 +28,6 @@ from hmc.runtime.batching.job import Job
 from hmc.runtime.batching.stats import Meter, SchedulerStats
 from hmc.runtime.executor import Executor
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.tokens.generation import Clock
 from hmc.runtime.tokens.requests import Request, Ticket, token_ids
 
 _CLOSE_SECONDS = 10.0
@@ -46,27 +44,18 @@ class Scheduler(Closing):
         executor: Executor,
         *,
         max_queue: int = 64,
-        prefix_cache: bool = True,
-        clock: Clock = time.perf_counter,
         prefill: PrefillWorker | None = None,
     ) -> None:
-        """At most `max_queue` requests wait. `prefix_cache` shares cache blocks between prompts
-        that begin alike. `prefill`, over the executor's weights and cache, computes long prompts;
-        from `start` to `close` it is the scheduler's, which replaces its process when that dies or
-        hangs, and ends it when it hangs at `close`.
+        """At most `max_queue` requests wait. `prefill`, over the executor's weights and cache,
+        computes long prompts; from `start` to `close` it is the scheduler's, which replaces its
+        process when that dies or hangs, and ends it when it hangs at `close`.
         """
         if max_queue < 1:
             raise UsageError(f"max_queue={max_queue}: must be at least 1")
         self._executor = executor
         self._max_queue = max_queue
-        self._clock = clock
-        self._meter = Meter(clock)
-        self._batch = Batch(
-            executor,
-            self._meter,
-            prefix_cache=prefix_cache,
-            prefill=prefill,
-        )
+        self._meter = Meter()
+        self._batch = Batch(executor, self._meter, prefill)
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
         self._numbers = count()
@@ -98,7 +87,7 @@ class Scheduler(Closing):
         if request.ends.max_new_tokens < 0:
             raise UsageError(f"max_new_tokens={request.ends.max_new_tokens}: must not be negative")
         ticket = Ticket(next(self._numbers), self._wake)
-        job = Job(request, ids, ticket, limits.max_context, self._meter, self._clock)
+        job = Job(request, ids, ticket, limits.max_context, self._meter)
         capacity = self._executor.kv.capacity_tokens
         if job.most_tokens > capacity:
             raise CapacityError(

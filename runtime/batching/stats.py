@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.prefill.worker import PrefillState
-from hmc.runtime.tokens.generation import Clock
 
 _RECENT = 256
 
@@ -81,8 +81,7 @@ class Meter:
     """Counts as the scheduler's thread works, in `counts`; `snapshot` may be called from any
     thread."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._recent: deque[StepTime] = deque(maxlen=_RECENT)
         self._began: float | None = None
@@ -96,18 +95,18 @@ class Meter:
     def step_age(self) -> float:
         """Seconds since the step under way began; 0 between steps."""
         began = self._began
-        return 0.0 if began is None else max(0.0, self._clock() - began)
+        return 0.0 if began is None else max(0.0, time.perf_counter() - began)
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """A step for the length of a `with`; counted if it called the executor."""
         self._called = False
         self._inside, self._decoded, self._prefilled = 0.0, 0, 0
-        self._began = self._clock()
+        self._began = time.perf_counter()
         try:
             yield
         finally:
-            seconds = self._clock() - self._began
+            seconds = time.perf_counter() - self._began
             self._began = None
             if self._called:
                 with self._lock:
@@ -122,11 +121,11 @@ class Meter:
     def call(self, phase: str) -> Iterator[None]:
         """A call of the executor for the length of a `with`."""
         self.counts.phase, self._called = phase, True
-        began = self._clock()
+        began = time.perf_counter()
         try:
             yield
         finally:
-            self._inside += self._clock() - began
+            self._inside += time.perf_counter() - began
             self.counts.phase = ""
 
     def did(self, *, decoded: int = 0, prefilled: int = 0) -> None:

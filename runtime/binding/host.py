@@ -7,7 +7,6 @@ devices by flags.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -32,22 +31,17 @@ class HostSteps:
 
     def __init__(self, parts: Parts, phase: Phase) -> None:
         self._parts = parts
-        names = {"ids", "positions", "rows"}
         buffers = [each for each in phase.buffers if each.offset >= 0 and each.device == "host"]
-        buffers += [
-            Buffer(name=name, dtype="i32", width=1, offset=EXTERNAL) for name in sorted(names)
+        buffers += [  # of the last two no native step here knows
+            Buffer(name=name, dtype="i32", width=1, offset=EXTERNAL)
+            for name in ("ids", "positions", "rows", "logits")
         ]
-        buffers.append(  # of no native step here
-            Buffer(name="logits", dtype="f32", width=1, offset=EXTERNAL)
-        )
         native = tuple(
             _plain(step) for step in phase.steps if step.resource == "cpu" and is_native(step)
         )
         self._phase = phase.model_copy(update={"buffers": tuple(buffers), "steps": native})
         self.lowered: list[LoweredPhase] = []
-        self._stack = ExitStack()
         self.arena = Arena(self._phase)
-        self._stack.callback(self.arena.close)
 
     def work(self, step: Step, share: Share) -> Work:
         """What a native step does in a call."""
@@ -91,15 +85,12 @@ class HostSteps:
 
     def close(self) -> None:
         """Give the memory back."""
-        self._stack.close()
+        self.arena.close()
 
     def _lowering(self, steps: tuple[Step, ...]) -> Lowering:
         """A lowering of some steps that computes in the arena of all."""
         some = self._phase.model_copy(update={"steps": steps})
-        lowering = Lowering(self._parts, some)
-        lowering.arena.close()
-        lowering.arena = self.arena
-        return lowering
+        return Lowering(self._parts, some, arena=self.arena)
 
 
 def _plain(step: Step) -> Step:

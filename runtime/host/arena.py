@@ -120,12 +120,6 @@ class Arena:
         )
         return self.touched(operand) | frozenset(shared)
 
-    @property
-    def bytes(self) -> int:
-        """Address space taken; pages are only used where something was written."""
-        blocks = (self._block, *self._external.values(), *self._workspaces.values())
-        return sum(block.size for block in blocks)
-
     def close(self) -> None:
         """Give the memory back."""
         for block in (self._block, *self._external.values(), *self._workspaces.values()):

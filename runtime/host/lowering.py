@@ -53,11 +53,18 @@ class Parts:
 class Lowering:
     """Collects the records of a phase; what an op function of runtime/host/ops.py works with."""
 
-    def __init__(self, parts: Parts, phase: Phase, routing: RoutingRecorder | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        phase: Phase,
+        routing: RoutingRecorder | None = None,
+        arena: Arena | None = None,
+    ) -> None:
+        """In `arena`, which somebody else owns, or one of its own."""
         self.plan, self.store = parts.plan, parts.store
         self.kv, self.tables = parts.kv, parts.tables
         self.phase, self.workers, self.routing = phase, parts.pool.workers, routing
-        self.arena = Arena(phase)
+        self.arena = arena or Arena(phase)
         self.stops: list[Stop] = []
         self.split: int | None = None
         """Records that work on all tokens; None: all of them."""

@@ -33,7 +33,7 @@ def check_numbers(
     Raises `TensorError` naming the first tensor with a NaN code (0x7F or 0xFF).
     """
     groups = [
-        (group.key, addresses, group.home_bytes)
+        (group.key, addresses, group.form.bytes)
         for group, addresses in store.codes()
         if takes_nan(isa, group.format)
     ]

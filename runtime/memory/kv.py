@@ -183,11 +183,6 @@ class KVCache:
         """Tokens that fit over all sequences."""
         return self.allocator.count * self.block
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of address space of the cache."""
-        return self._memory.size
-
     def address(self, layer: int, state: str) -> int:
         """Address of the tensor of a layer's state."""
         return self._memory.address + self._offsets[layer, state]

@@ -53,13 +53,11 @@ def open_devices(
     plan: Plan,
     phases: Sequence[Phase],
     choice: Devices,
-    delays: int | None = None,
     *,
     shared: bool = False,
 ) -> Backend:
-    """Devices for `phases` of a plan. GPUs that are played have the memory of the plan's; with
-    `delays`, a seed, their streams run ahead of each other at random; `shared`, other processes
-    can use it.
+    """Devices for `phases` of a plan. GPUs that are played have the memory of the plan's; `shared`,
+    other processes can use it.
 
     Raises `MachineError` where GPUs are missing.
     """
@@ -67,7 +65,7 @@ def open_devices(
     gpus = 1 + max(int(name.removeprefix("gpu")) for name in named)
     if choice == "host":
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus[:gpus]]
-        return HostBackend(gpus, sizes, delays=delays, shared=shared)
+        return HostBackend(gpus, sizes, shared=shared)
     try:
         return CudaBackend(gpus)
     except MachineError as error:
@@ -178,7 +176,6 @@ class DevicePhases(Closing):
         phases: Sequence[Phase],
         devices: Devices | Backend,
         *,
-        delays: int | None = None,
         routing: RoutingRecorder | None = None,
         gpus: int | None = None,
         directory: Path | None = None,
@@ -190,7 +187,7 @@ class DevicePhases(Closing):
         """
         with ExitStack() as stack:
             backend = (
-                open_devices(parts.plan, phases, devices, delays, shared=(gpus or 1) > 1)
+                open_devices(parts.plan, phases, devices, shared=(gpus or 1) > 1)
                 if isinstance(devices, str)
                 else devices
             )
@@ -205,7 +202,6 @@ class DevicePhases(Closing):
                         store=parts.store,
                         directory=directory,
                         threads=max(1, parts.pool.workers // gpus),
-                        delays=delays,
                     )
                 )
             binding = stack.enter_context(

@@ -13,8 +13,9 @@ import threading
 from queue import SimpleQueue
 
 from hmc.errors import HmcError, WorkerError
+from hmc.plan.phases import PREFILL
 from hmc.runtime.children import Parent, adopted
-from hmc.runtime.executor import PREFILL, Executor
+from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import KVCache, Sequence, cache_bytes
 from hmc.runtime.memory.shared import SharedBlock
 from hmc.runtime.phases.beside import cancelled

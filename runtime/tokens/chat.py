@@ -78,24 +78,18 @@ class ChatTemplate:
         return ChatTemplate(value, tokens, origin)
 
     def render(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[dict[str, Any]] | None = None,
-        **options: Any,
+        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
     ) -> str:
         """The prompt text of `messages` ({"role": ..., "content": ...} each).
 
         Raises `UsageError` with the template's own words when it refuses the messages.
         """
-        names = {**self._tokens, **options}
         try:
             return self._template.render(
                 messages=list(messages),
                 tools=None if tools is None else list(tools),
-                add_generation_prompt=add_generation_prompt,
-                **names,
+                add_generation_prompt=True,
+                **self._tokens,
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UsageError(f"the chat template refuses these messages: {error}") from error

@@ -7,7 +7,7 @@ A generation frees its cache blocks however it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +21,6 @@ from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Clock = Callable[[], float]
 
 _TAIL = 16  # prompt tokens a detokeniser may want to see
 
@@ -97,7 +96,6 @@ class Answer:
         ids: npt.NDArray[np.int32],
         ends: Ends,
         context: int,
-        clock: Clock = time.perf_counter,
     ) -> None:
         tail = ids[-_TAIL:].tolist()
         self._detokenizer = Detokenizer(tokenizer, tail) if tokenizer else None
@@ -107,13 +105,13 @@ class Answer:
         self.tokens: list[int] = []
         self.text = ""
         self.reason: FinishReason | None = None
-        self._prompt_tokens, self._clock = len(ids), clock
-        self._began = clock()
+        self._prompt_tokens = len(ids)
+        self._began = time.perf_counter()
         self._first = self._last = 0.0
 
     def push(self, token: int) -> str:
         """Append a token that was sampled now; the text that became certain with it."""
-        self._last = self._clock()
+        self._last = time.perf_counter()
         self._first = self._first or self._last
         self.tokens.append(token)
         ended = token in self._ends.eos_token_ids

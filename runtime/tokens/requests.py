@@ -8,12 +8,13 @@ import math
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import ContextLengthError, ExecutionError, HmcError, UsageError
+from hmc.errors import ContextLengthError, HmcError, UsageError
 from hmc.runtime.tokens.generation import Ends, FinishReason, Generation, Timings
 from hmc.runtime.tokens.largest import largest
 from hmc.runtime.tokens.sampler import Sampler
@@ -84,47 +85,35 @@ class Request:
 
 
 class Ticket:
-    """A submitted request, for any thread: `id` counts from 0 in the order of submission."""
+    """A submitted request, for any thread: `id` counts from 0 in the order of submission,
+    `cancelled` says whether somebody has asked to end it early."""
 
     def __init__(self, number: int, wake: Callable[[], None]) -> None:
         """`wake` tells the scheduler that something has been cancelled."""
         self.id = number
+        self.cancelled = False
         self._wake = wake
-        self._cancelled = False
-        self._ended = threading.Event()
         self._claim = threading.Lock()
-        self._generation: Generation | None = None
-        self._error: HmcError | None = None
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody has asked to end it early."""
-        return self._cancelled
+        self._answer: Future[Generation] = Future()
 
     def cancel(self) -> None:
         """End the request within one step; nothing happens to one that has ended."""
-        self._cancelled = True
+        self.cancelled = True
         self._wake()
 
     @property
     def done(self) -> bool:
         """Whether the request has ended, in whatever way."""
-        return self._ended.is_set()
+        return self._answer.done()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (None: for as long as it takes); whether it has ended."""
-        return self._ended.wait(timeout)
+        return bool(wait([self._answer], timeout).done)
 
     def result(self) -> Generation:
-        """What was generated, once it has ended (waits for that); raises the error it ended
-        with.
-        """
-        self._ended.wait()  # the scheduler ends what it accepted: done, failed, closed or abandoned
-        if self._error is not None:
-            raise self._error
-        if self._generation is None:
-            raise ExecutionError(f"request {self.id} ended without an answer")
-        return self._generation
+        """What was generated, once it has ended (waits for that: the scheduler ends what it
+        accepted); raises the error it ended with."""
+        return self._answer.result()
 
     def claim(self) -> bool:
         """For the scheduler: whether the caller is the one to end the request (true once)."""
@@ -132,8 +121,10 @@ class Ticket:
 
     def settle(self, generation: Generation, error: HmcError | None) -> None:
         """For the scheduler, after `claim`: wake those who wait."""
-        self._generation, self._error = generation, error
-        self._ended.set()
+        if error is not None:
+            self._answer.set_exception(error)
+        else:
+            self._answer.set_result(generation)
 
 
 def token_ids(

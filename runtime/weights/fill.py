@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from hmc.errors import ShardError
 from hmc.formats import Form
 from hmc.formats.decode import NUMPY, floats
 from hmc.runtime.weights.dummy import Patterns
-from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup
+from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup, array_at
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (bytes)."""
@@ -43,24 +43,22 @@ def read_spans(
     page of the shard has to be mapped), into a warm memory file once a fifth slower.
     """
     with ExitStack() as stack:
-        files: list[_File] = []
-        for path in shards:
-            files.append(_File.open(path))
-            stack.callback(files[-1].close)
+        files = [stack.enter_context(_opened(path)) for path in shards]
 
         def tasks() -> Iterable[tuple[Callable[[], None], int]]:
             for group in groups:
+                size = group.form.stored_bytes
                 spans = zip(group.shards, group.offsets, places[group.key], strict=True)
                 for shard, start, target in spans:
                     file, offset, to = files[int(shard)], int(start), int(target)
                     if group.widen:
-                        yield partial(_read_wide, group.form, file, offset, to), group.nbytes
+                        yield partial(_read_wide, group.form, file, offset, to), size
                         continue
-                    for at in range(0, group.nbytes, _CHUNK):
-                        size = min(_CHUNK, group.nbytes - at)
-                        yield partial(file.read, offset + at, _bytes(to + at, size)), size
+                    for at in range(0, size, _CHUNK):
+                        part = min(_CHUNK, size - at)
+                        yield partial(_read, file, offset + at, _bytes(to + at, part)), part
 
-        total = sum(len(group.shards) * group.nbytes for group in groups)
+        total = sum(len(group.shards) * group.form.stored_bytes for group in groups)
         _run(tasks(), total, "loading weights", progress)
 
 
@@ -78,45 +76,36 @@ def fill_dummy(
             pattern = patterns.of(group)
             for target in places[group.key]:
                 number += 1
-                size = group.home_bytes
+                size = group.form.bytes
                 yield partial(_tile, pattern, number * _STRIDE, int(target), size), size
 
-    total = sum(len(group.shards) * group.home_bytes for group in groups)
+    total = sum(len(group.shards) * group.form.bytes for group in groups)
     _run(tasks(), total, "making dummy weights", progress)
 
 
-class _File:
-    """A shard that threads read from."""
+def _opened(path: Path) -> FileIO:
+    try:
+        return FileIO(path)
+    except FileNotFoundError:
+        raise ShardError(f"{path}: shard is missing") from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self._path, self._descriptor = path, descriptor
 
-    @classmethod
-    def open(cls, path: Path) -> _File:
+def _read(file: FileIO, offset: int, into: npt.NDArray[np.uint8]) -> None:
+    """Fill `into` with what begins at `offset`; several threads may read a file."""
+    done = 0
+    while done < len(into):
         try:
-            return cls(path, os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-        except FileNotFoundError:
-            raise ShardError(f"{path}: shard is missing") from None
+            count = os.preadv(file.fileno(), [into[done:].data], offset + done)
         except OSError as error:
-            raise ShardError(f"{path}: cannot be read: {error.strerror}") from error
-
-    def read(self, offset: int, into: npt.NDArray[np.uint8]) -> None:
-        """Fill `into` with what begins at `offset`."""
-        done = 0
-        while done < len(into):
-            try:
-                count = os.preadv(self._descriptor, [into[done:].data], offset + done)
-            except OSError as error:
-                raise ShardError(f"{self._path}: cannot be read: {error.strerror}") from error
-            if count == 0:
-                raise ShardError(
-                    f"{self._path}: ends at byte {offset + done}, within a tensor: the checkpoint"
-                    " changed while it was read"
-                )
-            done += count
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            raise ShardError(f"{file.name}: cannot be read: {error.strerror}") from error
+        if count == 0:
+            raise ShardError(
+                f"{file.name}: ends at byte {offset + done}, within a tensor: the checkpoint"
+                " changed while it was read"
+            )
+        done += count
 
 
 def _run(
@@ -145,12 +134,12 @@ def _run(
 
 
 def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+    return array_at(address, np.dtype(np.uint8), (size,))
 
 
-def _read_wide(form: Form, file: _File, offset: int, target: int) -> None:
+def _read_wide(form: Form, file: FileIO, offset: int, target: int) -> None:
     narrow = np.empty(form.stored_bytes, np.uint8)
-    file.read(offset, narrow)
+    _read(file, offset, narrow)
     _widen(form, narrow.ctypes.data, target)
 
 

@@ -17,8 +17,6 @@ not read (`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) 
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +41,7 @@ from hmc.runtime.weights.tensors import (
     Addresses,
     Key,
     TensorGroup,
+    array_at,
     check_checkpoint,
     expert_key,
     layout,
@@ -73,7 +72,7 @@ class WeightStore:
         self._places = places
         self._owners = owners
         self.home = home
-        self.bytes = sum(len(group.shards) * group.nbytes for group in self._groups)
+        self.bytes = sum(len(group.shards) * group.form.stored_bytes for group in self._groups)
         self.arena = next((each for each in owners if isinstance(each, SharedBlock)), None)
 
     @staticmethod
@@ -195,13 +194,6 @@ class WeightStore:
         for owner in self._owners:
             owner.close()
         self._owners, self._places = [], {}
-
-
-def array_at(address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    """An array over memory at `address` that somebody else owns."""
-    raw = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
-    found: npt.NDArray[Any] = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
-    return found
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ whether the checkpoint is still the one; hides how a plan stores runs of experts
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,16 +39,6 @@ class TensorGroup:
     shards: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     fan_in: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one tensor as it is stored."""
-        return self.form.stored_bytes
-
-    @property
-    def home_bytes(self) -> int:
-        """Bytes of one tensor as kernels read it."""
-        return self.form.bytes
 
     @property
     def widen(self) -> bool:
@@ -80,6 +73,13 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
     return groups
 
 
+def array_at(address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """An array over memory at `address` that somebody else owns."""
+    raw = (ctypes.c_uint8 * (math.prod(shape) * dtype.itemsize)).from_address(address)
+    found: npt.NDArray[Any] = np.ctypeslib.as_array(raw).view(dtype).reshape(shape)
+    return found
+
+
 def _expand(runs: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
     counts, values = zip(*runs, strict=True)
     return np.repeat(np.array(values, np.int64), counts)
@@ -91,7 +91,7 @@ def layout(groups: list[TensorGroup], begin: int = 0) -> tuple[dict[Key, Address
     """
     places, end = {}, begin
     for group in groups:
-        size = aligned(group.home_bytes)
+        size = aligned(group.form.bytes)
         places[group.key] = end + size * np.arange(len(group.shards), dtype=np.int64)
         end += len(group.shards) * size
     return places, end

@@ -43,7 +43,7 @@ def spoil(plan: Plan, directory: Path, key: Key, number: int, code: int) -> None
     (group,) = (group for group in tensor_groups(plan) if group.key == key)
     shard = directory / plan.checkpoint.shards[group.shards[number]].name
     with shard.open("r+b") as file:
-        file.seek(int(group.offsets[number]) + group.nbytes - 1)
+        file.seek(int(group.offsets[number]) + group.form.stored_bytes - 1)
         file.write(bytes([code]))
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pytest
 from checkpoints import prompt
 from paged_fake import WAIT, request, tokens_of
+from played import delayed
 from split_plans import BESIDE, STREAM, split_plan
 
 from hmc.errors import ExecutionError
@@ -93,7 +94,7 @@ def executor(plan: Plan, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterato
         return both
 
     monkeypatch.setitem(DEVICE_OPS, "kv_in", gated)
-    found = Executor(plan, Path(plan.checkpoint.path), threads=1, devices="host", delays=3)
+    found = Executor(plan, Path(plan.checkpoint.path), threads=1, devices=delayed(plan, 3))
     try:
         yield found
     finally:

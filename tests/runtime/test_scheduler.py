@@ -41,10 +41,12 @@ def engine(request, checkpoint):
 
 @pytest.mark.parametrize("engine", ["qwen3_moe", "deepseek_v3"], indirect=True)
 @pytest.mark.parametrize("prefix_cache", [True, False])
-def test_mixed_requests_answer_as_if_alone(engine, prefix_cache):
+def test_mixed_requests_answer_as_if_alone(engine, prefix_cache, monkeypatch):
     mixed = [(ids, 1 + 5 * i % 23) for i, ids in enumerate(prompts(32, 250, 503))]
     alone = [engine.generate(ids, max_new_tokens=new, temperature=0) for ids, new in mixed]
-    with Scheduler(engine.executor, prefix_cache=prefix_cache) as scheduler:
+    if not prefix_cache:
+        monkeypatch.setattr(engine.executor.kv, "adopt", lambda *_: 0)
+    with Scheduler(engine.executor) as scheduler:
         tickets = [
             scheduler.submit(request(ids, new, eos=engine.eos_token_ids, text=engine.text))
             for ids, new in mixed
@@ -268,9 +270,10 @@ def test_masks_limit_what_is_sampled(fake):
                 ticket.result()
 
 
-def test_own_share_is_what_the_executor_does_not_take(fake):
+def test_own_share_is_what_the_executor_does_not_take(fake, monkeypatch):
     ticks = iter(range(10**6))
-    with Scheduler(fake, clock=lambda: next(ticks)) as scheduler:
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    with Scheduler(fake) as scheduler:
         tokens_of(scheduler.submit(request([2], 6, eos=())))
     # A decode step reads the clock at its begin, around the call, for the token and at its end.
     steps = [s for s in scheduler.stats().recent if s.decoded and not s.prefilled]

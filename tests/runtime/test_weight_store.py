@@ -194,7 +194,7 @@ def test_groups_cover_every_byte_of_the_checkpoint(checkpoint):
     directory = checkpoint("qwen3_moe", "fp8", shards=2)
     plan = hmc.compile(directory)
     spans = [
-        (int(shard), int(offset), int(offset) + group.nbytes)
+        (int(shard), int(offset), int(offset) + group.form.stored_bytes)
         for group in tensor_groups(plan)
         for shard, offset in zip(group.shards, group.offsets, strict=True)
     ]
