@@ -106,7 +106,7 @@ def bench(
         kv = KVCache(plan.kv, plan.limits.max_context)
         stack.callback(kv.close)
         sizes = [gpu.memory_bytes for gpu in plan.machine.gpus]
-        parts, tokens = Parts(plan, store, kv, jit, pool), {STREAM: plan.phase(STREAM).max_tokens}
+        parts = Parts(plan, store, kv, jit, pool)
         found = []
         for link in (group.link, None)[: 1 + compared]:
             backend = HostBackend(gpus, sizes, shared=link is not None)
@@ -115,7 +115,7 @@ def bench(
                 Binding(
                     parts,
                     backend.devices,
-                    max_tokens=tokens,
+                    names=[STREAM],
                     link=link,
                 )
             )

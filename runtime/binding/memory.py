@@ -4,14 +4,15 @@ what the names there stand for in tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from hmc.plan import KVLayout, Phase, Plan, Step
+from hmc.plan import KVLayout, Phase, Step
 from hmc.plan.memory import (
     ALIGN,
+    HOME,
     DeviceMemory,
     aligned,
     device_of,
@@ -25,7 +26,7 @@ from hmc.ranges import expert_ranges
 from hmc.runtime.binding.weights import Packed, Piece
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.lending import Lent
-from hmc.runtime.memory.kv import KVCache
+from hmc.runtime.host.lowering import Parts
 from hmc.runtime.weights.store import WeightStore
 
 TORCH_TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "i32": torch.int32}
@@ -45,58 +46,59 @@ class GpuMemory:
     def __init__(
         self,
         device: Gpu,
-        plan: Plan,
-        store: WeightStore,
-        kv: KVCache,
-        phases: Mapping[str, int],
-        held: bool,
-        parts: Iterable[Phase] = (),
-        lent: LentMemory | None = None,
+        parts: Parts,
+        phases: Sequence[Phase],
+        own: Sequence[Phase],
+        lent: LentMemory | None,
     ) -> None:
-        """`phases` names the phases to run and the most tokens of a call of each; with `held` the
-        device has the cache. `parts` is what of them runs in this process (default: all). With
-        `lent`, experts and region are another process's.
+        """For `phases` of a plan, of which this process runs the parts `own`; the home GPU has the
+        cache. With `lent`, experts and region are another process's.
         """
+        plan, store, name = parts.plan, parts.store, device.name
         self.device = device
         self._lent = lent is not None
         self._taken: list[torch.Tensor] = []
-        self._kv = kv
+        self._kv = parts.kv
         self._kept: list[torch.Tensor] = []
-        self._calls = dict(phases)
-        chosen = [plan.phase(name) for name in phases]
-        self._layout = DeviceMemory.of(plan, device.name, phases)
-        self._evicts = any(evicts(phase, device.name) for phase in chosen)
-        self.loads = _loads(list(parts) or chosen, device.name, store)
-        self.packed = Packed.weights(store, resident_names(chosen, device.name))
+        calls = {phase.name: phase.max_tokens for phase in phases}
+        self._layout = DeviceMemory.of(plan, name, calls)
+        self._evicts = any(evicts(phase, name) for phase in phases)
+        self.loads = {
+            (phase.name, step.id): _loaded(step, store)
+            for phase in own
+            for step in phase.steps
+            if step.op == "load" and device_of(step.resource) == name and step.weights
+        }
+        self.packed = Packed.weights(store, resident_names(phases, name))
+        self.experts: dict[int, tuple[Packed, torch.Tensor]] = {}
         try:
-            self.experts = {
-                layer: (packed, self._experts(layer, packed, lent))
-                for layer, packed in _experts_of(plan, device.name, store).items()
-            }
-            purpose = f"{device.name}: weights, and slots and activations of streamed prompts"
-            self._region = (
-                self._allocate(self._layout.region, purpose)
-                if lent is None
-                else self._borrow(lent.region, purpose)
-            )
+            for each in plan.placement:
+                if some := expert_ranges(each.tiers.get(name, "")):
+                    packed = Packed.of_experts(store, each.layer, some)
+                    what = f"experts of layer {each.layer}"
+                    theirs = lent.experts[each.layer] if lent else None
+                    raw = self._had(packed.nbytes, what, theirs)
+                    self.experts[each.layer] = packed, raw
+            what = "weights, and slots and activations of streamed prompts"
+            self._region = self._had(self._layout.region, what, lent.region if lent else None)
             self.weights = self._region[: self.packed.nbytes]
             self._slots = {
                 (phase.name, slot.name): self._layout.begins[phase.name] + slot.offset
-                for phase in chosen
+                for phase in phases
                 for slot in phase.slots
-                if slot.device == device.name
+                if slot.device == name
             }
             self._arenas = {
-                kind: self._allocate(size, f"{device.name}: activations of {kind}")
+                kind: self._had(size, f"activations of {kind}")
                 for kind, size in self._layout.arenas.items()
             }
             self._results = {
-                kind: self._allocate(size, f"{device.name}: logits of {kind}")
+                kind: self._had(size, f"logits of {kind}")
                 for kind, size in self._layout.results.items()
             }
             self.caches: dict[tuple[int, str], torch.Tensor] = {}
-            if held:
-                self._cache(kv.layout)
+            if name == HOME:
+                self._cache(parts.kv.layout)
         except BaseException:
             self.close()
             raise
@@ -138,7 +140,7 @@ class GpuMemory:
     def rows(self, phase: Phase, offset: int, size: int) -> torch.Tensor:
         """Activations of a phase from `offset` bytes a token on, `size` bytes each: u8 [all of a
         call's tokens or a rank's share of them, size]."""
-        tokens = self._calls[phase.name]
+        tokens = phase.max_tokens
         capacity = rank_rows(tokens, phase.ranks)
         kind = kind_of(phase)
         if kind == "stream":
@@ -154,7 +156,7 @@ class GpuMemory:
         for name in dict.fromkeys(state.name for _, state in layout.each()):
             found = [(layer, state) for layer, state in layout.each() if state.name == name]
             size = sum(aligned(layout.rows(state) * state.bytes) for _, state in found)
-            raw, start = self._allocate(size, f"{self.device.name}: cache of {name}"), 0
+            raw, start = self._had(size, f"cache of {name}"), 0
             for layer, state in found:
                 rows = layout.rows(state)
                 flat = raw[start : start + rows * state.bytes].view(TORCH_TYPES[state.dtype])
@@ -187,43 +189,21 @@ class GpuMemory:
         experts = {layer: self.device.lend(raw) for layer, (_, raw) in self.experts.items()}
         return LentMemory(self.device.lend(self._region), experts)
 
-    def _experts(self, layer: int, packed: Packed, lent: LentMemory | None) -> torch.Tensor:
-        purpose = f"{self.device.name}: experts of layer {layer}"
-        if lent is not None:
-            return self._borrow(lent.experts[layer], purpose)
-        return self._allocate(packed.nbytes, purpose)
-
-    def _borrow(self, lent: Lent, purpose: str) -> torch.Tensor:
-        self._taken.append(self.device.borrow(lent, purpose))
-        return self._taken[-1]
-
-    def _allocate(self, nbytes: int, purpose: str) -> torch.Tensor:
-        self._taken.append(self.device.allocate(max(ALIGN, nbytes), purpose))
+    def _had(self, nbytes: int, what: str, lent: Lent | None = None) -> torch.Tensor:
+        """Memory of this process, or what another one has lent; until `close`."""
+        purpose = f"{self.device.name}: {what}"
+        self._taken.append(
+            self.device.allocate(max(ALIGN, nbytes), purpose)
+            if lent is None
+            else self.device.borrow(lent, purpose)
+        )
         return self._taken[-1]
 
 
-def _loads(phases: list[Phase], device: str, store: WeightStore) -> dict[tuple[str, int], Packed]:
-    """What each load step of a device brings, by phase and step id."""
-    found = {}
-    for phase in phases:
-        for step in phase.steps:
-            if step.op == "load" and device_of(step.resource) == device and step.weights:
-                found[phase.name, step.id] = loaded(step, store)
-    return found
-
-
-def loaded(step: Step, store: WeightStore) -> Packed:
+def _loaded(step: Step, store: WeightStore) -> Packed:
     """What a load step brings: weights in the order of their names' roles, or experts."""
     names = list(step.weights.values())
     if names[0].startswith("layer:"):
         layer = int(names[0].removeprefix("layer:"))
         return Packed.of_experts(store, layer, expert_ranges(str(step.attrs["range"])))
     return Packed.weights(store, names)
-
-
-def _experts_of(plan: Plan, device: str, store: WeightStore) -> dict[int, Packed]:
-    return {
-        each.layer: Packed.of_experts(store, each.layer, expert_ranges(each.tiers[device]))
-        for each in plan.placement
-        if each.tiers.get(device)
-    }

@@ -61,56 +61,54 @@ class Binding(Closing):
         parts: Parts,
         devices: Iterable[Gpu],
         *,
-        max_tokens: Mapping[str, int] | None = None,
+        names: Iterable[str] = (),
         pin: bool = False,
         link: Link | None = None,
         lent: LentMemory | None = None,
     ) -> None:
-        """`max_tokens` names the phases to bind and the most tokens of a call of each (default: all
-        as planned). With `pin`, host buffers and the weights that GPUs stream are pinned;
-        with `link`, phases of several ranks are bound for the link's rank only: rank 0's process
-        has the memory of all GPUs, and the others use what it has `lent` them. Raises
-        `CapacityError` naming what does not fit, `ExecutionError` when a device that the plan
-        computes on is missing, and `MachineError` where the system refuses to pin.
+        """`names` are those of the phases to bind (default: all). With `pin`, host buffers and the
+        weights that GPUs stream are pinned; with `link`, phases of several ranks are bound for the
+        link's rank only: rank 0's process has the memory of all GPUs, and the others use what it
+        has `lent` them. Raises `CapacityError` naming what does not fit, `ExecutionError` when a
+        device that the plan computes on is missing, and `MachineError` where the system refuses to
+        pin.
         """
         plan = parts.plan
-        tokens = dict(max_tokens or {phase.name: phase.max_tokens for phase in plan.phases})
         found = {device.name: device for device in devices}
-        own = {name: _part(plan.phase(name), link) for name in tokens}
-        users: dict[str, dict[str, int]] = {}
-        for name, part in own.items():
-            whole = part if link is not None and link.rank else plan.phase(name)
+        users: dict[str, list[Phase]] = {}
+        own: dict[str, Phase] = {}
+        for name in names or [phase.name for phase in plan.phases]:
+            whole = plan.phase(name)
+            own[name] = _part(whole, link)
+            if link is not None and link.rank:
+                whole = own[name]
             for place in {device_of(step.resource) for step in whole.steps} - {"host"}:
-                users.setdefault(place, {})[name] = tokens[name]
-        needed = set(users)
-        if missing := sorted(needed - set(found)):
+                users.setdefault(place, []).append(plan.phase(name))
+        if missing := sorted(users.keys() - found.keys()):
             raise ExecutionError(f"the plan computes on {', '.join(missing)}: no such device")
         self.phases: dict[str, BoundPhase] = {}
         self.pinned = ""
         """What of the weights is pinned, in words; empty where nothing is."""
+        self._memory: dict[str, GpuMemory] = {}
         with ExitStack() as stack:
-            memory = {}
-            for name in sorted(needed):
-                mine = [own[phase] for phase in users[name]]
-                memory[name] = GpuMemory(
-                    found[name], plan, parts.store, parts.kv, users[name], name == HOME, mine, lent
-                )
-                stack.callback(memory[name].close)
-            for name, count in tokens.items():
-                host = HostSteps(parts, own[name].model_copy(update={"max_tokens": count}))
+            for name, phases in sorted(users.items()):
+                mine = [own[phase.name] for phase in phases]
+                self._memory[name] = GpuMemory(found[name], parts, phases, mine, lent)
+                stack.callback(self._memory[name].close)
+            for name, part in own.items():
+                host = HostSteps(parts, part)
                 stack.callback(host.close)
-                phase = BoundPhase(parts, own[name], count, memory, host, link)
+                phase = BoundPhase(parts, part, self._memory, host, link)
                 stack.callback(phase.close)
                 self.phases[name] = phase
                 for address, size in phase.pinnable if pin else ():
                     pinned.pin(address, size)
                     stack.callback(pinned.unpin, address)
             if pin:  # before anything is copied: pinned memory comes at the full rate of the bus
-                pieces = [piece for each in memory.values() for piece in each.streamed]
+                pieces = [piece for each in self._memory.values() for piece in each.streamed]
                 self.pinned = pin_weights(parts.store, pieces, stack)
-            for each in memory.values():
+            for each in self._memory.values():
                 each.fill()
-            self._memory = memory
             self._stack = stack.pop_all()
 
     def lend(self) -> dict[int, LentMemory]:
@@ -137,18 +135,18 @@ class BoundPhase:
         self,
         parts: Parts,
         phase: Phase,
-        max_tokens: int,
         memory: Mapping[str, GpuMemory],
         host: HostSteps,
         link: Link | None = None,
     ) -> None:
-        self.plan, self.kv, self.phase, self.max_tokens = parts.plan, parts.kv, phase, max_tokens
+        self.plan, self.kv, self.phase = parts.plan, parts.kv, phase
+        self.max_tokens = phase.max_tokens
         self.sorted: Routed = {}
         self.link = link if phase.ranks > 1 else None
         self._past: dict[tuple[int, str], torch.Tensor] = {}
         self._memory, self._host = memory, host
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
-        self.max_wanted = wanted_rows(parts.plan, phase, max_tokens)
+        self.max_wanted = wanted_rows(parts.plan, phase, phase.max_tokens)
         width = self._buffers[_LOGITS].width
         self._result = Block(4 * width * self.max_wanted, f"{phase.name} logits")
         self._logits = self._result.array.view(np.float32).reshape(self.max_wanted, width)

@@ -4,7 +4,7 @@ and matrices over packed bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,26 +29,6 @@ class Piece:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A weight and where each of its planes begins in packed bytes."""
-
-    weight: Weight | ExpertWeights
-    starts: tuple[int, ...]
-
-    def tensors(self, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Its planes over the packed bytes."""
-        return tuple(
-            raw[start : start + form.bytes].view(TORCH[form.kept]).view(form.shape)
-            for start, form in zip(self.starts, forms_of(self.weight), strict=True)
-        )
-
-    def matrix(self, raw: torch.Tensor) -> Matrix:
-        """The matrix over the packed bytes."""
-        rows, columns = self.weight.shape
-        return Matrix(self.tensors(raw), self.weight.format, (rows, columns), self.weight.group)
-
-
 class Packed:
     """Weights or experts one after the other, every tensor at a multiple of 256 bytes.
 
@@ -58,52 +38,49 @@ class Packed:
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
         self.nbytes = 0
-        self._weights: dict[str, _Placed] = {}
-        self._experts: dict[int, tuple[_Placed, _Placed, _Placed]] = {}
-        self._of_expert: dict[int, slice] = {}
+        self._experts: tuple[int, ...] = ()
+        self._placed: dict[Hashable, tuple[Weight | ExpertWeights, list[int]]] = {}
 
     @staticmethod
     def weights(store: WeightStore, names: Iterable[str]) -> Packed:
         """The weights named, in this order."""
         packed = Packed()
         for name in names:
-            packed._weights[name] = packed._put(store.weight(name), store.addresses(name))
+            packed._put(name, store.weight(name), store.addresses(name))
         return packed
 
     @staticmethod
     def of_experts(store: WeightStore, layer: int, experts: Iterable[int]) -> Packed:
         """Experts of a layer, in this order; of each gate, up and down, scales after each."""
         packed = Packed()
-        columns = [
-            (store.experts(layer, role), store.expert_planes(layer, role)) for role in _ROLES
-        ]
-        for expert in experts:
-            first = len(packed.pieces)
-            gate, up, down = (
-                packed._put(weights, tuple(int(places[expert]) for places in planes))
-                for weights, planes in columns
-            )
-            packed._experts[expert] = gate, up, down
-            packed._of_expert[expert] = slice(first, len(packed.pieces))
+        packed._experts = tuple(experts)
+        columns = {
+            role: (store.experts(layer, role), store.expert_planes(layer, role)) for role in _ROLES
+        }
+        for expert in packed._experts:
+            for role, (weights, planes) in columns.items():
+                packed._put((expert, role), weights, [int(places[expert]) for places in planes])
         return packed
 
     def __contains__(self, name: str) -> bool:
-        return name in self._weights
+        return name in self._placed
 
-    def matrix(self, name: str, raw: torch.Tensor) -> Matrix:
-        """A weight of two dimensions over packed bytes `raw` u8 [nbytes]."""
-        return self._weights[name].matrix(raw)
+    def matrix(self, key: Hashable, raw: torch.Tensor) -> Matrix:
+        """A weight of two dimensions, by its name, over packed bytes `raw` u8 [nbytes]."""
+        weight, _ = self._placed[key]
+        rows, columns = weight.shape
+        return Matrix(self._tensors(key, raw), weight.format, (rows, columns), weight.group)
 
     def vector(self, name: str, raw: torch.Tensor) -> torch.Tensor:
         """A weight of one dimension, as stored."""
-        return self._weights[name].tensors(raw)[0]
+        return self._tensors(name, raw)[0]
 
     def experts(self, raw: torch.Tensor) -> dict[int, Expert]:
         """gate, up and down of every expert over packed bytes."""
-        return {
-            expert: (gate.matrix(raw), up.matrix(raw), down.matrix(raw))
-            for expert, (gate, up, down) in self._experts.items()
-        }
+        gate, up, down = (
+            {e: self.matrix((e, role), raw) for e in self._experts} for role in _ROLES
+        )
+        return {expert: (gate[expert], up[expert], down[expert]) for expert in self._experts}
 
     def copies(self, raw: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Host address and target of every piece."""
@@ -111,18 +88,26 @@ class Packed:
 
     def copies_of_experts(self, raw: torch.Tensor) -> dict[int, list[tuple[int, torch.Tensor]]]:
         """As `copies`, by expert."""
-        every = self.copies(raw)
-        return {expert: every[pieces] for expert, pieces in self._of_expert.items()}
+        every, each = self.copies(raw), len(self.pieces) // len(self._experts)
+        return {e: every[at * each : (at + 1) * each] for at, e in enumerate(self._experts)}
 
     def fill(self, raw: torch.Tensor) -> None:
         """Copy every piece now."""
         for address, target in self.copies(raw):
             target.copy_(view(address, torch.uint8, (len(target),)))
 
-    def _put(self, weight: Weight | ExpertWeights, addresses: tuple[int, ...]) -> _Placed:
+    def _tensors(self, key: Hashable, raw: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The planes of a weight over the packed bytes."""
+        weight, starts = self._placed[key]
+        return tuple(
+            raw[start : start + form.bytes].view(TORCH[form.kept]).view(form.shape)
+            for start, form in zip(starts, forms_of(weight), strict=True)
+        )
+
+    def _put(self, key: Hashable, weight: Weight | ExpertWeights, addresses: Sequence[int]) -> None:
         starts = []
         for address, form in zip(addresses, forms_of(weight), strict=True):
             starts.append(self.nbytes)
             self.pieces.append(Piece(address, self.nbytes, form.bytes))
             self.nbytes += aligned(form.bytes)
-        return _Placed(weight, tuple(starts))
+        self._placed[key] = weight, starts

@@ -208,7 +208,7 @@ class DevicePhases(Closing):
                 Binding(
                     parts,
                     backend.devices,
-                    max_tokens={phase.name: phase.max_tokens for phase in phases},
+                    names=[phase.name for phase in phases],
                     pin=cuda,
                     link=None if group is None else group.link,
                 )

@@ -53,7 +53,7 @@ class Rank:
         self._binding = Binding(
             Parts(plan, store, kv, jit, pool),
             self.backend.devices,
-            max_tokens={name: plan.phase(name).max_tokens for name in setup.phases},
+            names=setup.phases,
             pin=setup.devices == "cuda",
             link=self.link,
             lent=lent,

@@ -83,7 +83,7 @@ def bound(plan: Plan) -> Iterator[Callable[..., Binding]]:
             return Binding(
                 Parts(plan, store, kv, jit, pool),
                 backend.devices,
-                max_tokens={STREAM: 64},
+                names=[STREAM],
                 pin=True,
             )
 
