@@ -22,7 +22,7 @@ from hmc.plan.verify import EXTERNAL
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.schedule.crossing import is_native
-from hmc.runtime.weights.tensors import expert_key, tensor_groups, weight_key
+from hmc.runtime.weights.tensors import tensor_groups
 
 _TOKENS, _CONTEXT, _WORKERS = 16, 256, 2
 _ARRAY = np.zeros(2, np.int32)
@@ -44,15 +44,15 @@ class _Store:
         }
 
     def address(self, name: str) -> int:
-        return int(self._places[weight_key(name, "codes")][0])
+        return int(self._places[("weight", name, "codes")][0])
 
     def scale_address(self, name: str) -> int:
-        found = self._places.get(weight_key(name, "scale"))
+        found = self._places.get(("weight", name, "scale"))
         return 0 if found is None else int(found[0])
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         columns = [
-            self._places.get(expert_key(layer, role, plane))
+            self._places.get(("expert", layer, role, plane))
             for role in ("gate", "up", "down")
             for plane in ("codes", "scale")
         ]

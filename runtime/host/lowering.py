@@ -83,16 +83,15 @@ class Lowering:
         *,
         reads: Iterable[Operand | Hashable],
         writes: Iterable[Operand | Hashable],
-        weight_bytes: int = 0,
-        weight_rows: int = 0,
+        shared: tuple[int, int] = (0, 0),
         **args: int | float,
     ) -> None:
         """Append a record. `reads` and `writes` name operands, or workspaces and caches by any
         other name.
 
         `tokens` is filled in when the program runs. Where a kernel that works in pieces reads many
-        `weight_bytes` (in `weight_rows`), workers read them in pieces, so that they finish at the
-        same time although memory does not serve them alike.
+        bytes of weights in so many rows (`shared`), workers read them in pieces, so that they
+        finish at the same time although memory does not serve them alike.
         """
         if "tokens" in (arg.name for arg in ARGS[spec.op]):
             args["tokens"] = 0
@@ -105,13 +104,13 @@ class Lowering:
             tag=step.id,
             reads=frozenset().union(*read),
             writes=frozenset().union(*written),
-            pieces=_pieces(weight_bytes, weight_rows, self.workers),
+            pieces=_pieces(*shared, self.workers),
         )
 
     def python(self, step: Step, function: Callable[[int], None]) -> None:
         """Have Python called for a step, with the number of tokens, when all records so far are
         done."""
-        self.stops.append((self.records, step.id, function))
+        self.stops.append((self.records, step, function))
 
     def await_flag(self, step: Step, flags: Flags, number: int, spin: int) -> None:
         """Append a wait for a flag, before the records of a step; workers spin so many ticks."""
@@ -139,7 +138,7 @@ class Lowering:
         self.split = self.records
 
 
-Stop = tuple[int, int, Callable[[int], None]]
+Stop = tuple[int, Step, Callable[[int], None]]
 """Records before it, the step that it is for, and what is done there."""
 
 OpFunction = Callable[[Lowering, Step], None]
@@ -211,7 +210,7 @@ class LoweredPhase:
             self._counts = wanted if rows else (tokens, -1)
         return self.program.records[:end]
 
-    def _call(self, step: int, function: Callable[[], None], name: str) -> None:
+    def _call(self, step: Step, function: Callable[[], None], name: str) -> None:
         if self.recorder is None:
             function()
         else:

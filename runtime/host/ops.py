@@ -34,8 +34,7 @@ def record(
     *,
     reads: Iterable[Operand | Hashable] | None = None,
     writes: Iterable[Operand | Hashable] | None = None,
-    weight_bytes: int = 0,
-    weight_rows: int = 0,
+    shared: tuple[int, int] = (0, 0),
 ) -> None:
     """Append a record of `spec`, with arguments as `given` and by name; it reads and writes all
     operands of the step where nothing else is said (see `Lowering.add`).
@@ -50,8 +49,7 @@ def record(
         spec,
         reads=step.inputs.values() if reads is None else reads,
         writes=step.outputs.values() if writes is None else writes,
-        weight_bytes=weight_bytes,
-        weight_rows=weight_rows,
+        shared=shared,
         **args,
     )
 
@@ -99,7 +97,7 @@ def _linear(low: Lowering, step: Step) -> None:
         given |= {"gather": 0, "scratch": _private(low, op, gemm_scratch_bytes(spec))}
         record(low, step, spec, given)
         return
-    record(low, step, spec, given, weight_bytes=step.weight_bytes, weight_rows=rows)
+    record(low, step, spec, given, shared=(step.weight_bytes, rows))
 
 
 def _gate_up(low: Lowering, step: Step) -> None:
@@ -111,7 +109,7 @@ def _gate_up(low: Lowering, step: Step) -> None:
     rows, y = int(step.attrs["n"]), step.outputs["y"]
     if op == step.op:
         given = {"rows": rows, **places}
-        record(low, step, spec, given, weight_bytes=step.weight_bytes, weight_rows=rows)
+        record(low, step, spec, given, shared=(step.weight_bytes, rows))
         return
     # The many-token form is that of experts: here one, which all tokens go to.
     assert low.arena.packed(y)
@@ -206,26 +204,10 @@ def _experts(low: Lowering, step: Step) -> None:
     if into.op == "experts_gate_up":
         common["scratch"] = low.arena.workspace("experts", experts_scratch_bytes(back))
         third = step.weight_bytes // 3  # gate, up and down are equally large
-        record(
-            low,
-            step,
-            into,
-            common,
-            reads=[x, chosen],
-            writes=["act"],
-            weight_bytes=2 * third,
-            weight_rows=top_k * into["n"],
-        )
-        record(
-            low,
-            step,
-            back,
-            common,
-            reads=["act", chosen, routing],
-            writes=[y, "experts"],
-            weight_bytes=third,
-            weight_rows=back["n"],
-        )
+        first, second = (2 * third, top_k * into["n"]), (third, back["n"])
+        record(low, step, into, common, reads=[x, chosen], writes=["act"], shared=first)
+        reads, writes = ["act", chosen, routing], [y, "experts"]
+        record(low, step, back, common, reads=reads, writes=writes, shared=second)
         return
     # Not a choice of the plan's: the form that takes experts one by one needs them in order.
     sort = KernelSpec.of("sort_experts", into.isa, top_k=top_k, experts=experts)

@@ -21,6 +21,7 @@ from hmc.runtime.host.pool import Pool
 
 WAIT = -1
 """In place of a step: a wait for a device."""
+PYTHON = "Python"
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,9 @@ class ProgramRun:
 
 
 @dataclass(frozen=True)
-class PythonRun:
-    """One Python segment of a step, in CLOCK_MONOTONIC nanoseconds."""
-
-    phase: str
-    step: int
-    name: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class ScheduledRun:
-    """One run of a schedule over several streams: of each of its steps, start and end in
-    CLOCK_MONOTONIC nanoseconds.
+    """One run of a schedule over several streams, or of a Python segment of a step (then the step's
+    resource is `PYTHON`): of each step, start and end in CLOCK_MONOTONIC nanoseconds.
     """
 
     phase: str
@@ -63,7 +53,6 @@ class Recorder:
         self._pool = pool
         self._tick, self._nanosecond = pool.clock()
         self.programs: list[ProgramRun] = []
-        self.calls: list[PythonRun] = []
         self.schedules: list[ScheduledRun] = []
 
     def run(self, phase: str, records: npt.NDArray[np.int64]) -> ProgramRun:
@@ -75,11 +64,13 @@ class Recorder:
         self.programs.append(found)
         return found
 
-    def call(self, phase: str, step: int, function: Callable[[], None], name: str) -> None:
-        """Make a call and note how long it took."""
-        start = time.monotonic_ns()
+    def call(self, phase: str, step: Step, function: Callable[[], None], name: str) -> None:
+        """Make a call for a step and note how long it took."""
+        began = time.monotonic_ns()
         function()
-        self.calls.append(PythonRun(phase, step, name, start, time.monotonic_ns()))
+        seconds = (time.monotonic_ns() - began) / 1e9
+        shown = step.model_copy(update={"op": name, "resource": PYTHON})
+        self.scheduled(phase, [shown], [0.0], [seconds], began)
 
     def scheduled(
         self,
@@ -110,17 +101,15 @@ class Recorder:
         schedule, from the start to the end of each.
         """
         result: dict[int, float] = defaultdict(float)
+        native = True
         for run in self.schedules:
             if run.phase == phase:
                 for step, start, stop in zip(run.steps, run.start, run.stop, strict=True):
                     result[step.id] += (stop - start) / 1e9
-        if result:
-            return dict(result)
-        result |= self.by_step(phase)
-        for call in self.calls:
-            if call.phase == phase:
-                result[call.step] = result.get(call.step, 0.0) + (call.stop - call.start) / 1e9
-        return result
+                    native = native and step.resource == PYTHON
+        for number, seconds in self.by_step(phase).items() if native else ():
+            result[number] += seconds
+        return dict(result)
 
     def native_seconds(self) -> float:
         """Seconds between the first and the last stamp of every program, summed."""
@@ -152,22 +141,16 @@ def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
             step = steps[number]
             for worker, (start, stop) in enumerate(stamps):
                 events.append(
-                    _event(step.op, run.phase, worker, start, stop)
-                    | {"args": {"step": number, "layer": step.layer}}
+                    _event(step.op, run.phase, worker, start, stop, step=number, layer=step.layer)
                 )
-    for call in recorder.calls:
-        start, stop = (recorder.since_start(each) for each in (call.start, call.stop))
-        events.append(_event(call.name, call.phase, workers, start, stop))
-    streams = sorted({step.resource for run in recorder.schedules for step in run.steps})
-    rows = {name: workers + 1 + number for number, name in enumerate(streams)}
+    streams = sorted({step.resource for run in recorder.schedules for step in run.steps} - {PYTHON})
+    rows = {name: workers + number for number, name in enumerate([PYTHON, *streams])}
     for schedule in recorder.schedules:
         for step, first, last in zip(schedule.steps, schedule.start, schedule.stop, strict=True):
-            start, stop = recorder.since_start(first), recorder.since_start(last)
-            events.append(
-                _event(step.op, schedule.phase, rows[step.resource], start, stop)
-                | {"args": {"step": step.id, "layer": step.layer}}
-            )
-    names = [f"worker {number}" for number in range(workers)] + ["Python"]
+            moments, row = map(recorder.since_start, (first, last)), rows[step.resource]
+            about = {"step": step.id, "layer": step.layer}
+            events.append(_event(step.op, schedule.phase, row, *moments, **about))
+    names = [f"worker {number}" for number in range(workers)] + [PYTHON]
     names += [f"stream {name}" for name in streams]
     events += [
         {"name": "thread_name", "ph": "M", "pid": 1, "tid": number, "args": {"name": name}}
@@ -176,8 +159,10 @@ def chrome_trace(plan: Plan, recorder: Recorder) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _event(name: str, phase: str, row: int, start: float, stop: float) -> dict[str, Any]:
-    return {
+def _event(
+    name: str, phase: str, row: int, start: float, stop: float, **args: int
+) -> dict[str, Any]:
+    event: dict[str, Any] = {
         "name": name,
         "cat": phase,
         "ph": "X",
@@ -186,3 +171,4 @@ def _event(name: str, phase: str, row: int, start: float, stop: float) -> dict[s
         "ts": round(start, 3),
         "dur": round(stop - start, 3),
     }
+    return event | {"args": args} if args else event

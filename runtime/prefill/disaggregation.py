@@ -105,7 +105,7 @@ def decide(
     outlooks = [
         (divided(plan, machine, load, decode=total - n, prefill=n, of=of), n) for n in counts
     ]
-    helping = [(then, n) for then, n in outlooks if _helps(now, then)]
+    helping = [(then, n) for then, n in outlooks if _worst(now, then) <= 1]
     then, count = min(helping or outlooks, key=lambda each: (_worst(now, each[0]), each[1]))
     what = f"{_told(load, now, then)} (predicted)"
     if mode == "auto" and not helping:
@@ -187,10 +187,6 @@ def _candidates(total: int) -> list[int]:
     """Counts of prefill threads to compare, an eighth of all apart."""
     shares = range(1, _EIGHTHS)
     return sorted({min(total - 1, max(1, round(total * each / _EIGHTHS))) for each in shares})
-
-
-def _helps(now: Outlook, then: Outlook) -> bool:
-    return _worst(now, then) <= 1
 
 
 def _worst(now: Outlook, then: Outlook) -> float:

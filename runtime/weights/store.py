@@ -43,10 +43,8 @@ from hmc.runtime.weights.tensors import (
     TensorGroup,
     array_at,
     check_checkpoint,
-    expert_key,
     layout,
     tensor_groups,
-    weight_key,
 )
 
 Home = Literal["mapped", "arena", "shared"]
@@ -127,7 +125,7 @@ class WeightStore:
     def addresses(self, name: str) -> tuple[int, ...]:
         """Address of each plane of a weight; `KeyError` for an unknown name."""
         planes = self._weights[name].planes
-        return tuple(int(self._places[weight_key(name, plane.name)][0]) for plane in planes)
+        return tuple(int(self._places["weight", name, plane.name][0]) for plane in planes)
 
     def address(self, name: str) -> int:
         """Address of a weight's codes."""
@@ -148,7 +146,7 @@ class WeightStore:
     def expert_planes(self, layer: int, role: Role) -> list[Addresses]:
         """Addresses i64 [experts] of each plane of a projection of a layer's experts."""
         planes = self._experts[layer, role].planes
-        return [self._places[expert_key(layer, role, plane.name)] for plane in planes]
+        return [self._places["expert", layer, role, plane.name] for plane in planes]
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where

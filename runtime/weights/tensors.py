@@ -22,6 +22,8 @@ from hmc.plan import Plan
 from hmc.runtime.memory.blocks import aligned
 
 Key = tuple[str | int, ...]
+"""A plane of a weight, ("weight", name, plane), or of a projection of a layer's experts, ("expert",
+layer, role, plane)."""
 Addresses = npt.NDArray[np.int64]
 
 
@@ -46,28 +48,19 @@ class TensorGroup:
         return self.form.kept != self.form.dtype
 
 
-def weight_key(name: str, plane: str) -> Key:
-    """Key of a plane of a weight."""
-    return ("weight", name, plane)
-
-
-def expert_key(layer: int, role: str, plane: str) -> Key:
-    """Key of a plane of a projection of a layer's experts."""
-    return ("expert", layer, role, plane)
-
-
 def tensor_groups(plan: Plan) -> list[TensorGroup]:
     """Every tensor the plan names, planes of a weight one after the other."""
     groups = []
     for w in plan.weights:
         fan_in = w.shape[-1] if len(w.shape) > 1 else 0
         for place, form in zip(w.planes, forms_of(w), strict=True):
-            key, shard, offset = weight_key(w.name, place.name), place.shard, place.offset
+            key: Key = "weight", w.name, place.name
+            shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
             groups.append(TensorGroup(key, w.format, form, *one, fan_in))
     for e in plan.experts:
         for column, form in zip(e.planes, forms_of(e), strict=True):
-            key = expert_key(e.layer, e.role, column.name)
+            key = ("expert", e.layer, e.role, column.name)
             shards, offsets = _expand(column.shards), np.cumsum(column.offsets)
             groups.append(TensorGroup(key, e.format, form, shards, offsets, e.shape[-1]))
     return groups

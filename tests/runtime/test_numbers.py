@@ -19,7 +19,7 @@ from hmc.runtime.host import nan_scan as numbers
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.weights.store import WeightStore
-from hmc.runtime.weights.tensors import Key, expert_key, tensor_groups, weight_key
+from hmc.runtime.weights.tensors import Key, tensor_groups
 
 JIT = Jit(EMITTERS)
 
@@ -58,7 +58,7 @@ def test_the_tensor_is_named(
     plan = hmc.compile(copy)
     about = plan.experts[-2]
     name = "model.layers.0.self_attn.o_proj.weight"
-    key: Key = expert_key(about.layer, about.role, "codes") if expert else weight_key(name, "codes")
+    key: Key = ("expert", about.layer, about.role, "codes") if expert else ("weight", name, "codes")
     number = 5 if expert else 0
     name = about.pattern.format(e=number) if expert else name
     spoil(plan, copy, key, number, code)
@@ -86,7 +86,7 @@ def test_an_engine_refuses_or_gives_nan(copy: Path) -> None:
     """Never a number: on every machine a NaN weight ends in an error that says so."""
     plan = hmc.compile(copy)
     about = plan.experts[-2]
-    spoil(plan, copy, expert_key(about.layer, about.role, "codes"), 5, 0x7F)
+    spoil(plan, copy, ("expert", about.layer, about.role, "codes"), 5, 0x7F)
     if numbers.takes_nan(plan.isa, "fp8"):
         with pytest.raises(TensorError, match=re.escape(about.pattern.format(e=5))):
             hmc.Engine(plan)
