@@ -20,7 +20,7 @@ from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.beside import DevicePrefill
 from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.tokens.requests import token_logprob
+from hmc.runtime.tokens.requests import Update, token_logprob
 
 
 class Batch:
@@ -189,10 +189,11 @@ class Batch:
             piece = job.answer.push(token)
             wanted = job.request.logprobs
             logprobs = () if wanted is None else (token_logprob(logits, token, wanted),)
+            update = Update(piece, (token,), logprobs)
             part = "listener"
             reason = job.answer.reason
             if reason is None:
-                job.tell(piece, (token,), logprobs)
+                job.tell(update)
                 return
         except Exception as fault:  # the request's own code may raise anything
             self._leave(job)
@@ -201,7 +202,7 @@ class Batch:
             job.end("error", as_error(job, part, fault))
             return
         self._leave(job)
-        job.end(reason, None, piece, (token,), logprobs)
+        job.end(reason, None, update)
 
     def _leave(self, job: Job) -> None:
         """Free the request's place."""

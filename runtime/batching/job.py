@@ -6,6 +6,8 @@ Its methods run in the scheduler's thread, but for `Job.end`, which any may call
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,6 +17,8 @@ from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.beside import PromptJob
 from hmc.runtime.tokens.generation import Answer, FinishReason
 from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
+
+_NOTHING = Update()
 
 
 class Job:
@@ -48,18 +52,13 @@ class Job:
         assert self.sequence is not None
         return self.sequence
 
-    def tell(self, piece: str, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...]) -> None:
+    def tell(self, update: Update) -> None:
         """Give an update to the listener, whose error is raised."""
         if self.request.listener is not None and not self.ticket.done:
-            self.request.listener(self._update(piece, tokens, logprobs))
+            self.request.listener(self._filled(update))
 
     def end(
-        self,
-        reason: FinishReason,
-        error: HmcError | None = None,
-        piece: str = "",
-        tokens: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
+        self, reason: FinishReason, error: HmcError | None = None, update: Update = _NOTHING
     ) -> None:
         """The last update, then those who wait are woken; from any thread, only the first call
         counts.
@@ -67,32 +66,19 @@ class Job:
         if not self.ticket.claim():
             return
         if self.request.listener is not None:
+            last = replace(update, finish_reason=reason, error=error, timings=self.answer.timings)
             try:
-                self.request.listener(self._update(piece, tokens, logprobs, reason, error))
+                self.request.listener(self._filled(last))
             except Exception as fault:  # the caller's own code: anything may come
                 reason, error = "error", error or as_error(self, "listener", fault)
         self._meter.ended(reason)
         self.ticket.settle(self.answer.generation(reason), error)
 
-    def _update(
-        self,
-        piece: str,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprob, ...],
-        reason: FinishReason | None = None,
-        error: HmcError | None = None,
-    ) -> Update:
+    def _filled(self, update: Update) -> Update:
+        """With what the prompt gave."""
         scored, self.scored = self.scored, None
-        return Update(
-            piece=piece,
-            token_ids=tokens,
-            logprobs=logprobs,
-            prompt_logprobs=None if scored is None else tuple(scored),
-            finish_reason=reason,
-            error=error,
-            cached_tokens=self.cached,
-            timings=None if reason is None else self.answer.timings,
-        )
+        known = None if scored is None else tuple(scored)
+        return replace(update, prompt_logprobs=known, cached_tokens=self.cached)
 
 
 def as_error(job: Job, part: str, fault: Exception) -> HmcError:

@@ -132,10 +132,10 @@ class GpuMemory:
             start += size
         raise KeyError(f"phase {phase.name} has no buffer {name} on {self.device.name}")
 
-    def slot(self, phase: str, load: int, name: str) -> torch.Tensor:
-        """The bytes of a slot of a phase that load step `load` fills: u8 [what it brings]."""
-        start = self._slots[phase, name]
-        return self._region[start : start + self.loads[phase, load].nbytes]
+    def slot(self, phase: str, load: int, name: str) -> tuple[Packed, torch.Tensor]:
+        """What load step `load` brings into a slot of a phase, and its bytes there."""
+        packed, start = self.loads[phase, load], self._slots[phase, name]
+        return packed, self._region[start : start + packed.nbytes]
 
     def rows(self, phase: Phase, offset: int, size: int) -> torch.Tensor:
         """Activations of a phase from `offset` bytes a token on, `size` bytes each: u8 [all of a

@@ -150,7 +150,6 @@ class BoundPhase:
         width = self._buffers[_LOGITS].width
         self._result = Block(4 * width * self.max_wanted, f"{phase.name} logits")
         self._logits = self._result.array.view(np.float32).reshape(self.max_wanted, width)
-        self._externals: dict[str, torch.Tensor] = {}
         self._shares, self._adding, self._holding = walked(phase)
         self._needs = self._needed()
         self.works: list[Work] = [self._bound(step) for step in phase.steps]
@@ -247,12 +246,10 @@ class BoundPhase:
 
     def experts(self, step: Step) -> dict[int, Expert]:
         """gate, up and down of the experts the step computes."""
-        memory = self._memory[self.device(step)]
         if step.uses:
-            load = self._holding[step.id][step.uses[0]]
-            slot = memory.slot(self.phase.name, load, step.uses[0])
-            return memory.loads[self.phase.name, load].experts(slot)
-        packed, raw = memory.experts[step.layer]
+            packed, raw = self._slot(step, step.uses[0], self._holding[step.id][step.uses[0]])
+        else:
+            packed, raw = self._memory[self.device(step)].experts[step.layer]
         return packed.experts(raw)
 
     def adds(self, step: Step) -> bool:
@@ -296,17 +293,16 @@ class BoundPhase:
 
     def copies(self, step: Step) -> list[tuple[int, torch.Tensor]]:
         """What a load moves: host address of each piece, and where it goes."""
-        memory = self._memory[self.device(step)]
         if not step.weights:
+            memory = self._memory[self.device(step)]
             return memory.packed.copies(memory.weights)
-        slot = memory.slot(self.phase.name, step.id, step.fills[0])
-        return memory.loads[self.phase.name, step.id].copies(slot)
+        packed, raw = self._slot(step, step.fills[0], step.id)
+        return packed.copies(raw)
 
     def copies_of_experts(self, step: Step) -> dict[int, list[tuple[int, torch.Tensor]]]:
         """What a load of experts moves, by expert."""
-        memory = self._memory[self.device(step)]
-        slot = memory.slot(self.phase.name, step.id, step.fills[0])
-        return memory.loads[self.phase.name, step.id].copies_of_experts(slot)
+        packed, raw = self._slot(step, step.fills[0], step.id)
+        return packed.copies_of_experts(raw)
 
     # -- inside ------------------------------------------------------------------------------------
 
@@ -318,32 +314,27 @@ class BoundPhase:
             return work
         return lambda call: work(call) if call.count(share) else None
 
+    def _slot(self, step: Step, slot: str, load: int) -> tuple[Packed, torch.Tensor]:
+        """What a load step has brought into a slot of the step's device, and its bytes there."""
+        return self._memory[self.device(step)].slot(self.phase.name, load, slot)
+
     def _place(self, step: Step, name: str) -> tuple[Packed, torch.Tensor]:
         """The packed weights that hold `name` for the step, and their bytes."""
-        memory = self._memory[self.device(step)]
         for slot in step.uses:
-            load = self._holding[step.id][slot]
-            packed = memory.loads[self.phase.name, load]
+            packed, raw = self._slot(step, slot, self._holding[step.id][slot])
             if name in packed:
-                return packed, memory.slot(self.phase.name, load, slot)
+                return packed, raw
+        memory = self._memory[self.device(step)]
         return memory.packed, memory.weights
 
     def _external(self, buffer: Buffer) -> torch.Tensor:
-        if buffer.name not in self._externals:
-            if buffer.name == _LOGITS:
-                shape = (self.max_wanted, buffer.width)
-                found = view(self._result.address, torch.float32, shape)
-            elif buffer.device in self._memory:
-                size = DTYPE_BYTES[buffer.dtype] * buffer.width * self.max_wanted
-                memory = self._memory[buffer.device]
-                raw = memory.result(self.phase, buffer.name, self.max_wanted)
-                found = (
-                    raw[:size].view(TORCH_TYPES[buffer.dtype]).view(self.max_wanted, buffer.width)
-                )
-            else:
-                raise ExecutionError(f"a device step reads {buffer.name}, which stays on the host")
-            self._externals[buffer.name] = found
-        return self._externals[buffer.name]
+        if buffer.name == _LOGITS:
+            return view(self._result.address, torch.float32, (self.max_wanted, buffer.width))
+        if buffer.device not in self._memory:
+            raise ExecutionError(f"a device step reads {buffer.name}, which stays on the host")
+        size = DTYPE_BYTES[buffer.dtype] * buffer.width * self.max_wanted
+        raw = self._memory[buffer.device].result(self.phase, buffer.name, self.max_wanted)
+        return raw[:size].view(TORCH_TYPES[buffer.dtype]).view(self.max_wanted, buffer.width)
 
     def _needed(self) -> Needs:
         shares, picked = set(), {}

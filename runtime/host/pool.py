@@ -35,6 +35,9 @@ from hmc.codegen.spec import KernelSpec
 from hmc.errors import WorkerError
 from hmc.machine.topology import worker_cpus
 
+_IDLE_SPIN, _BARRIER_SPIN, _SHARED_SPIN = 50e-6, 200e-6, 1e-6
+"""Seconds that a worker spins before it sleeps: for the next program; at a barrier within one, or
+for a flag; and for either where workers share CPUs, and would only delay each other."""
 _POLL_SECONDS = 0.05
 _JOIN_SECONDS = 2.0
 _RECORD_SECONDS = 300.0
@@ -48,12 +51,6 @@ class Pool(Closing):
     """`cpus[w]` is where worker w stays; default: `threads` (`HMC_THREADS`) CPUs chosen by
     hmc/machine/topology.py.
 
-    idle_spin      seconds a worker spins for the next program before it sleeps
-    barrier_spin   seconds a worker spins at a barrier within a program, or for a flag, before it
-                   sleeps
-
-    Both spins are cut to a microsecond when workers share CPUs: they would only delay each other.
-
     One `run` at a time; others wait. A context manager; `close` is idempotent and also happens at
     exit.
     """
@@ -65,8 +62,6 @@ class Pool(Closing):
         threads: int | None = None,
         *,
         cpus: Sequence[int] | None = None,
-        idle_spin: float = 50e-6,
-        barrier_spin: float = 200e-6,
     ) -> None:
         self.cpus = tuple(worker_cpus(threads or env.threads()) if cpus is None else cpus)
         self.workers = len(self.cpus)
@@ -78,8 +73,8 @@ class Pool(Closing):
         shared = len(set(self.cpus)) < self.workers
         self._control = _Control(self.workers)
         words = self._control.words
-        words[walker.IDLE_SPIN] = int(self.tsc_hz * (1e-6 if shared else idle_spin))
-        words[walker.BARRIER_SPIN] = int(self.tsc_hz * (1e-6 if shared else barrier_spin))
+        words[walker.IDLE_SPIN] = int(self.tsc_hz * (_SHARED_SPIN if shared else _IDLE_SPIN))
+        words[walker.BARRIER_SPIN] = int(self.tsc_hz * (_SHARED_SPIN if shared else _BARRIER_SPIN))
         words[walker.POLL_NANOSECONDS] = int(_POLL_SECONDS * 1e9)
         loop = jit.get(KernelSpec.of("worker_loop", isa.name))
         self._team = [
