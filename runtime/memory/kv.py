@@ -62,11 +62,6 @@ class BlockAllocator:
         self._cached: OrderedDict[int, None] = OrderedDict()
 
     @property
-    def free(self) -> int:
-        """Blocks that hold nothing."""
-        return len(self._free)
-
-    @property
     def cached(self) -> int:
         """Blocks that nobody owns and that still hold something worth keeping."""
         return len(self._cached)

@@ -25,9 +25,6 @@ class PrefixIndex:
         self._blocks: dict[tuple[int, bytes], int] = {}
         self._contents: dict[int, tuple[int, bytes]] = {}
 
-    def __len__(self) -> int:
-        return len(self._blocks)
-
     def match(self, ids: Ids, most: int) -> list[int]:
         """The known blocks, at most `most`, that hold the beginning of `ids` i32 [tokens]."""
         found: list[int] = []

@@ -7,7 +7,6 @@ rank died, failed for a reason of its own, or says nothing.
 
 from __future__ import annotations
 
-import socket
 import sys
 import threading
 import time
@@ -44,7 +43,6 @@ class Crew:
         self._suspected = 0.0
         self._lost = lost
         self._members: dict[int, Child] = {}
-        self._inside, self._outside = socket.socketpair()
         self.trouble: HmcError | None = None
         try:
             for setup in setups:
@@ -122,12 +120,10 @@ class Crew:
         with self._changed:
             self.trouble = self.trouble or WorkerError("the ranks were ended")
             self._kill()
-        self._outside.close()
         if threading.current_thread() is not self._listener:
             self._listener.join(_END_SECONDS)
         for member in self._members.values():
             member.end()
-        self._inside.close()
 
     def _kill(self) -> None:
         for member in self._members.values():
@@ -136,14 +132,14 @@ class Crew:
     # -- listening ---------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        while self.trouble is None and self._open and self._hear(_TICK_SECONDS):
+        while self.trouble is None and self._open:
+            self._hear(_TICK_SECONDS)
             if self._suspected and time.monotonic() > self._suspected + _GRACE_SECONDS:
                 self._judge()
 
-    def _hear(self, seconds: float) -> bool:
-        """Take in what ranks say within so long; False once the crew is to be ended."""
-        ready = wait([*self._open, self._inside], seconds)
-        for descriptor in self._open.keys() & ready:
+    def _hear(self, seconds: float) -> None:
+        """Take in what ranks say within so long."""
+        for descriptor in self._open.keys() & wait(self._open, seconds):
             rank = self._open[descriptor]
             try:
                 self._take(rank, self._members[rank].hear(0.0))
@@ -151,7 +147,6 @@ class Crew:
                 del self._open[descriptor]
                 if rank not in self._victims:
                     self.lose(error)
-        return self._inside not in ready
 
     def _take(self, rank: int, report: Report) -> None:
         if isinstance(report, At):

@@ -24,12 +24,12 @@ def test_allocator_never_shares_or_loses_a_block(moves):
             try:
                 held.append(allocator.take(number))
             except CapacityError:
-                assert number > allocator.free
+                assert number > allocator.available
         elif held:
             allocator.give_back(held.pop(number % len(held)))
         owned = [block for blocks in held for block in blocks]
         assert len(owned) == len(set(owned)) == allocator.used
-        assert allocator.free + allocator.used == 23
+        assert allocator.available + allocator.used == 23
         assert all(0 <= block < 23 for block in owned)
     for blocks in held:
         allocator.give_back(blocks)
@@ -61,7 +61,7 @@ def test_reserve_release_and_tables():
     kv.reserve(one, 15)
     assert len(one.blocks) == 2
     kv.reserve(two, 32)
-    assert kv.allocator.free == 0
+    assert kv.allocator.available == 0
     assert kv.tables[one.row, :2].tolist() == one.blocks
     with pytest.raises(CapacityError, match="16 tokens asked for, 0 of 64 free"):
         kv.reserve(one, 16)
