@@ -6,9 +6,8 @@ text form.
 
 A tree is a value of a kernel's spec and of a plan, as its text: `parse(str(tree)) == tree`, and
 equal trees have equal texts. What the operations mean is given by tables, one for each place that
-computes them: vectors (codegen/functions.py), numpy (codegen/kernels/pointwise/pointwise.py) and
-torch (hmc/blocks/pointwise.py); `evaluate` walks a tree by any of them. Nothing here needs more
-than Python.
+computes them: vectors (codegen/functions.py) and torch (hmc/blocks/pointwise.py); `evaluate` walks
+a tree by any of them. Nothing here needs more than Python.
 
 Leaves are names of operands and f32 constants. `sum` and `mean` run over a row, or over each of its
 groups; comparisons only choose in `where`. `gelu` is the one by erf, `gelu_tanh` its usual

@@ -1,6 +1,4 @@
-"""The table of kernels: for every op its emitter. Beside `emit_<op>` stands the op's meaning in
-numpy.
-"""
+"""The table of kernels: for every op its emitter. What they mean in numpy, tests say."""
 
 from __future__ import annotations
 

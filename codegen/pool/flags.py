@@ -11,7 +11,6 @@ the flag: a flag that was only released is never taken for one that happened.
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
@@ -56,11 +55,6 @@ def emit_flag_set(spec: KernelSpec) -> str:
         word = b.bitcast(e.arg["flag"], I32.as_pointer())
         b.store_atomic(b.trunc(e.arg["epoch"], I32), word, "release", 4)
     return e.finish()
-
-
-def flag_reached(word: int, epoch: int) -> bool:
-    """Reference of what `flag_wait` waits for: `word` is `epoch` or later, modulo 2^32."""
-    return bool(np.int32(np.uint32((word - epoch) & 0xFFFFFFFF)) >= 0)
 
 
 def _aborted(e: Emitter) -> Value:

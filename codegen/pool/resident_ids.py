@@ -4,7 +4,6 @@ step that computes some of a layer's experts only. Each worker does its share of
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.ir import I32, I64, Emitter, const
@@ -23,8 +22,3 @@ def emit_resident_ids(spec: KernelSpec) -> str:
         chosen = b.select(held, expert, ir.Constant(I32, -1))
         e.store(chosen, e.arg["out"], pair, align=4)
     return e.finish()
-
-
-def resident_ids(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Reference: ids i32 [T, J], mask [experts]; i32 [T, J]."""
-    return np.where(mask[ids] != 0, ids, -1).astype(np.int32)

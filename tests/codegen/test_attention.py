@@ -9,13 +9,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
+from kernel_meanings import attention, kv_append
 from paged import Paged
 from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
-from hmc.codegen.kernels.attention.attention import attention, kv_append
 from hmc.errors import KernelError
 
 Params = dict[str, int]

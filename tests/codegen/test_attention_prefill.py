@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from dealt import dealt
 from kernel_calls import address, filled, floats, from_bf16, guarded, in_turn
+from kernel_meanings import attention_prefill
 from paged import Paged
 from prefill_data import need, run
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.prefill import attention_prefill
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_calls import address, as_format, filled, floats, guarded, in_turn
+from kernel_meanings import rows
 from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.pointwise.embed import rows
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, floats, guarded, in_turn
+from kernel_meanings import experts_down, experts_gate_up
 from prefill_data import Stored, activations, bf16, from_bf16, need
 from test_gate_up import assert_gated
 
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.experts import experts_down, experts_gate_up, scratch_bytes
+from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 TOKENS, TOP_K, EXPERTS = 16, 3, 20

@@ -7,13 +7,13 @@ import pytest
 from dealt import dealt
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, guarded, in_turn
+from kernel_meanings import gate_up
 from prefill_data import activations, from_bf16, need
 
 from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.gate_up import gate_up
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
 from hmc.errors import KernelError

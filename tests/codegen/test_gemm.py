@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 from dealt import dealt
+from kernel_meanings import linear
 from prefill_data import (
     FORMATS,
     Stored,
@@ -24,7 +25,7 @@ from prefill_data import (
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.gemm import gemm, gemm_scratch_bytes
+from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.native import takes_nan
 from hmc.codegen.panel.tiling import Form
 from hmc.codegen.spec import KernelSpec, WeightFormat
@@ -68,8 +69,8 @@ def test_every_format_and_tier_at_odd_sizes(
         x = before_a_hole(activations(rng, tokens, k, k + 5 * (tokens > 2)))
         y = call(jit, spec, x, edge, rows, tokens)
         seen = as_packed(spec, from_bf16(x[:, :k]))
-        exact = gemm(seen, w.values)
-        bound = gemm(np.abs(seen), np.abs(w.values))
+        exact = linear(seen, w.values)
+        bound = linear(np.abs(seen), np.abs(w.values))
         assert (np.abs(y - exact) <= 2e-6 * bound + 1e-30).all()
 
 
@@ -104,7 +105,7 @@ def test_gather_bias_and_bf16_result(jit: Jit, isa: str) -> None:
     bias = rng.standard_normal(rows).astype(np.float32)
     spec = KernelSpec.of("gemm", isa, weight="bf16", out="f32", k=k)
     y = call(jit, spec, x, w, rows, 5, bias=bias, gather=gather)
-    exact = gemm(from_bf16(x), w.values, bias.astype(np.float64), gather)
+    exact = linear(from_bf16(x), w.values, bias.astype(np.float64), gather)
     assert np.allclose(y, exact, rtol=0, atol=2e-5)
     rounded = KernelSpec.of("gemm", isa, weight="bf16", out="bf16", k=k)
     assert np.array_equal(call(jit, rounded, x, w, rows, 5, bias=bias, gather=gather), bf16(y))
@@ -141,7 +142,7 @@ def test_int4_groups_and_scales(jit: Jit, group: int, scale_bits: int, isa: str)
     w = stored(rng, "int4", 40, 256, group, scale_bits)
     x = activations(rng, 14, 256, 256)
     spec = KernelSpec.of("gemm", isa, weight="int4", k=256, group=group, scale_bits=scale_bits)
-    exact = gemm(as_packed(spec, from_bf16(x)), w.values)
+    exact = linear(as_packed(spec, from_bf16(x)), w.values)
     assert np.allclose(call(jit, spec, x, w, 40, 14), exact, rtol=1e-5, atol=1e-3)
 
 
@@ -150,7 +151,7 @@ def test_many_tokens_take_several_blocks(jit: Jit) -> None:
     rng = np.random.default_rng(4)
     spec = KernelSpec.of("gemm", "avx512_bf16", weight="fp8", k=256, tile={"x_bytes": 1 << 15})
     w, x = stored(rng, "fp8", 96, 256), activations(rng, 333, 256, 256)
-    exact = gemm(from_bf16(x), w.values)
+    exact = linear(from_bf16(x), w.values)
     for workers in (1, 2):
         y = call(jit, spec, x, w, 96, 333, workers)
         assert np.abs(y - exact).max() <= 1e-6 * np.abs(exact).max() * 16

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from dealt import dealt
+from kernel_meanings import experts_down, experts_gate_up, sort_experts
 from prefill_data import (
     FORMATS,
     Stored,
@@ -23,9 +24,7 @@ from prefill_data import (
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.experts import experts_down, experts_gate_up
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
-from hmc.codegen.kernels.routing.sort_experts import sort_experts
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 TOP_K = 3

@@ -9,11 +9,11 @@ import pytest
 from dealt import dealt
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
 from kernel_calls import address, filled, floats, guarded, in_turn
+from kernel_meanings import linear
 from prefill_data import Stored, activations, e4m3, from_bf16, need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.linear import linear
 from hmc.codegen.native import takes_nan
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
 

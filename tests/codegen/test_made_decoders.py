@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from format_rows import BLOCKS, E5M2_ROWS, FOUR_BITS, ROWS, TENSOR, Made, made
 from kernel_calls import address, filled, guarded, in_turn
+from kernel_meanings import mla_absorb
 from prefill_data import activations, from_bf16
 
 from hmc.codegen.checks import check_spec
@@ -18,7 +19,6 @@ from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
-from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
+from kernel_meanings import kv_append, mla_absorb, mla_attention, mla_up
 from paged import Paged
 from prefill_data import Stored, need, stored
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
-from hmc.codegen.kernels.attention.attention import kv_append, mla_attention, mla_up
-from hmc.codegen.kernels.matmul.absorb import mla_absorb
 from hmc.codegen.spec import WeightFormat
 
 Params = dict[str, int]

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
+from kernel_meanings import attention_prefill, mla_prefill
 from paged import Paged
 from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS, best_isa
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.attention.prefill import attention_prefill, mla_prefill
 from hmc.codegen.kernels.attention.prefill_form import lift_form, prefill_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_calls import address, as_format, filled, from_bf16, guarded, in_turn
+from kernel_meanings import pointwise
 from prefill_data import need
 
 from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import MASKS, OPERATIONS, REDUCTIONS
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.pointwise.pointwise import pointwise
 from hmc.codegen.rowwise import BF16_INPUTS, INPUTS, VECTORS, Rowwise
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError

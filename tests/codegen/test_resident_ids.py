@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_calls import address, filled, guarded, in_turn
+from kernel_meanings import resident_ids
 from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.pool.resident_ids import resident_ids
 from hmc.codegen.spec import KernelSpec
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from kernel_calls import address, as_format, guarded, in_turn
+from kernel_meanings import rotary
 from prefill_data import need
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.pointwise.rotary import rotary
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 

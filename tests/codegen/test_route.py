@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_calls import address, filled, guarded, in_turn, spec_of
+from kernel_meanings import route
 from prefill_data import need
 from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
@@ -14,7 +15,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.routing.route import route
 from hmc.errors import KernelError
 
 FORMS = [

@@ -7,11 +7,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from kernel_calls import address, filled, guarded, in_turn
+from kernel_meanings import sort_experts
 from prefill_data import need
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.routing.sort_experts import sort_experts
 from hmc.codegen.spec import KernelSpec
 
 

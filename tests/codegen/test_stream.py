@@ -2,12 +2,13 @@ import re
 
 import numpy as np
 import pytest
+from kernel_meanings import dot_peak, stream_fill, stream_read
 
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.kernels.probes.peak import dot_peak, dot_peak_flops
-from hmc.codegen.kernels.probes.stream import PAGES, SPLIT, stream_fill, stream_read
+from hmc.codegen.kernels.probes.peak import dot_peak_flops
+from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
 from hmc.codegen.spec import KernelSpec, pack
 
 JIT = Jit(EMITTERS)

@@ -10,13 +10,13 @@ import torch
 from device_ops_fake import Buffers, call_of, random, step_of, stored
 from hypothesis import given
 from hypothesis import strategies as some
+from kernel_meanings import pointwise
+from kernel_meanings import route as route_reference
 from layouts import keys_and_values, layout
 
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
 from hmc.codegen.expr import SWIGLU
-from hmc.codegen.kernels.pointwise.pointwise import pointwise
-from hmc.codegen.kernels.routing.route import route as route_reference
 from hmc.codegen.rowwise import Rowwise
 from hmc.errors import ExecutionError, UnsupportedError
 from hmc.ops.pointwise import attributes

@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from kernel_meanings import flag_reached
 from null_device import NullBackend
 
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.pool.flags import flag_reached
 from hmc.codegen.pool.walker import BARRIER, GATE
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.errors import WorkerError

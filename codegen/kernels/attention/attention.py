@@ -14,10 +14,6 @@ needs no barrier before `mla_append`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, Tiles
 from hmc.codegen.formats.table import dot_of
@@ -28,8 +24,6 @@ from hmc.codegen.kernels.attention.attend_rows import Pages, Source
 from hmc.codegen.kernels.matmul.linear import addresses
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_strips, load_f32, store_f32
-
-Array = NDArray[Any]
 
 _SLICE = 32
 """Rows of W_UV that are never shared between workers."""
@@ -169,64 +163,3 @@ def emit_mla_up(spec: KernelSpec) -> str:
                     value = load_f32(e, "f32", line, index, width, width)
                     store_f32(e, "bf16", value, target, index, width)
     return e.finish()
-
-
-def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
-    """cache [blocks, kv_heads, block, dim] with rows [tokens, kv_heads, dim] at (block, slot) of
-    each token.
-    """
-    result = cache.copy()
-    for row, number, slot in zip(rows, blocks, slots, strict=True):
-        result[number, :, slot] = row
-    return result
-
-
-def attention(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    tables: Array,
-    sequence: Array,
-    positions: Array,
-    scale: float,
-    window: int = 0,
-) -> Array:
-    """Attention of q [tokens, heads, head_dim] in float64: [tokens, heads, v_dim]."""
-    tokens, heads, _ = q.shape
-    _, kv_heads, block, v_dim = v_cache.shape
-    y = np.zeros((tokens, heads, v_dim))
-    for t in range(tokens):
-        end = int(positions[t]) + 1
-        first = max(0, end - window) if window else 0
-        where = np.arange(first, end)
-        numbers = tables[sequence[t]][where // block]
-        for h in range(heads):
-            g = h // (heads // kv_heads)
-            keys = k_cache[numbers, g, where % block].astype(np.float64)
-            values = v_cache[numbers, g, where % block].astype(np.float64)
-            score = keys @ q[t, h].astype(np.float64) * scale
-            weight = np.exp(score - score.max(initial=-np.inf))
-            y[t, h] = weight @ values / weight.sum() if len(where) else 0.0
-    return y
-
-
-def mla_attention(
-    q: Array,
-    q_latent: Array,
-    cache: Array,
-    tables: Array,
-    sequence: Array,
-    positions: Array,
-    scale: float,
-) -> Array:
-    """Weighted latents [tokens, heads, rank] in float64; q [tokens, heads, nope + rope]."""
-    rank = q_latent.shape[2]
-    query = np.concatenate([q_latent, q[..., q.shape[2] + rank - cache.shape[2] :]], axis=2)
-    rows = cache[:, None]
-    return attention(query, rows, rows[..., :rank], tables, sequence, positions, scale)
-
-
-def mla_up(y_latent: Array, w: Array, nope: int) -> Array:
-    """y [tokens, heads, v_dim] in float64; w [heads, nope + v_dim, rank] (scales applied)."""
-    result: Array = np.einsum("thr,hvr->thv", y_latent.astype(np.float64), w[:, nope:])
-    return result

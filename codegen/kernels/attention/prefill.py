@@ -38,21 +38,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
-from hmc.codegen.kernels.attention.attention import attention
 from hmc.codegen.kernels.attention.prefill_form import Form, lift_form, prefill_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_keys import CachedKeys, LatentKeys
 from hmc.codegen.kernels.attention.prefill_rows import Unit
 from hmc.codegen.kernels.attention.prefill_tiles import Tiles
 from hmc.codegen.ragged import ceil_div
 from hmc.codegen.spec import KernelSpec
-
-Array = NDArray[Any]
 
 _UNITS = 4
 """Least units of a worker for grouped queries, for balance, while tokens last."""
@@ -152,17 +145,6 @@ def emit_attention_prefill(spec: KernelSpec) -> str:
     return e.finish()
 
 
-def attention_prefill(
-    q: Array, k_cache: Array, v_cache: Array, table: Array, past: int, scale: float
-) -> Array:
-    """Reference in f64: q [tokens, heads, head_dim] at positions past, past + 1, ...; caches
-    [blocks, kv_heads, block, dim]; table [n] the sequence's blocks. Result [tokens, heads, v_dim].
-    """
-    tokens = len(q)
-    sequence, positions = np.zeros(tokens, np.int32), np.arange(past, past + tokens)
-    return attention(q, k_cache, v_cache, table[None], sequence, positions, scale)
-
-
 def emit_mla_prefill(spec: KernelSpec) -> str:
     """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_bits).
 
@@ -199,18 +181,3 @@ def _choose(e: Emitter, form: Form, least: Value, most: Value) -> Value:
             b.store(work, lowest)
             b.store(blocks, best)
     return b.load(best)
-
-
-def mla_prefill(
-    q: Array, cache: Array, w: Array, table: Array, past: int, scale: float, rope: int
-) -> Array:
-    """Reference in f64: q [tokens, heads, nope + rope] at positions past, past + 1, ...; cache
-    [blocks, block, rank + rope]; w [heads, nope + v_dim, rank] (scales applied); table [n] the
-    sequence's blocks. Result [tokens, heads, v_dim].
-    """
-    heads, nope = w.shape[0], q.shape[2] - rope
-    rows = cache.astype(np.float64)
-    lifted = np.einsum("nbr,hdr->nhbd", rows[..., : w.shape[2]], w)
-    shared = np.repeat(rows[:, None, :, w.shape[2] :], heads, 1)
-    keys = np.concatenate([lifted[..., :nope], shared], -1)
-    return attention_prefill(q, keys, lifted[..., nope:], table, past, scale)

@@ -8,10 +8,6 @@ order whatever the batch or the split, and block scales go into the query, which
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import row_bytes, scales_of, weights_f32
@@ -19,8 +15,6 @@ from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import lanes_mask, resize
-
-Array = NDArray[Any]
 
 _BLOCK = 128
 """Columns that are never shared between workers, and that one scale covers."""
@@ -268,11 +262,3 @@ class _Nest:
         if whole < self.rank:
             with b.if_then(b.icmp_signed(">", end, const(whole))):
                 strip(const(whole), self.rank - whole)
-
-
-def mla_absorb(q: Array, w: Array, nope: int) -> Array:
-    """q_latent [tokens, heads, rank] in float64; q [tokens, heads, nope + rope], w [heads, nope +
-    v_dim, rank].
-    """
-    result: Array = np.einsum("thd,hdr->thr", q[..., :nope].astype(np.float64), w[:, :nope])
-    return result

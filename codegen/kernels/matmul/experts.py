@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles
 from hmc.codegen.formats.table import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.kernels.matmul.gate_up import Buffers, gate_up
+from hmc.codegen.kernels.matmul.gate_up import Buffers
 from hmc.codegen.spec import KernelSpec
 
 TABLE_WIDTH = 6
@@ -216,30 +215,3 @@ def _at(e: Emitter, array: Value, index: Value) -> Value:
 
 def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
     e.store(e.b.trunc(value, I32), array, index)
-
-
-def experts_gate_up(
-    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray], expr: str
-) -> np.ndarray:
-    """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
-    N], zero for negative ids.
-    """
-    act = np.zeros((ids.size, len(gate[0])))
-    for pair, expert in enumerate(ids.reshape(-1)):
-        if expert >= 0:
-            token = pair // ids.shape[1]
-            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert], expr)[0]
-    return act
-
-
-def experts_down(
-    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
-) -> np.ndarray:
-    """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
-    summed over the J whose ids are not negative.
-    """
-    y = np.zeros((len(ids), len(down[0])))
-    for pair, expert in enumerate(ids.reshape(-1)):
-        if expert >= 0:
-            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * (down[expert] @ act[pair])
-    return y

@@ -4,15 +4,12 @@ gate rows and the same up rows by turns, one worker both.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles
 from hmc.codegen.expr import Expr, parse
 from hmc.codegen.formats.table import dot_of
 from hmc.codegen.functions import emit
 from hmc.codegen.ir import F32, Emitter, Value, const
 from hmc.codegen.kernels.matmul.linear import addresses
-from hmc.codegen.kernels.pointwise.pointwise import evaluated
 from hmc.codegen.spec import KernelSpec
 
 
@@ -101,8 +98,3 @@ def _load(e: Emitter, base: Value, index: Value, width: int) -> Value:
     if width == 1:
         return e.splat(e.load(base, index, F32), 1)
     return e.load_vec(base, index, F32, width)
-
-
-def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray, expr: str) -> np.ndarray:
-    """Reference, all f64: x [T, K], gate and up [N, K] scaled; y [T, N]."""
-    return evaluated(parse(expr), {"gate": x @ gate.T, "up": x @ up.T})

@@ -12,8 +12,6 @@ takes oneDNN to 0.06 at 32 tokens, 0.5 at 512 and 0.74 at 2048.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
@@ -99,12 +97,3 @@ def _store(e: Emitter, panels: Panels, row: Value, first: Value, count: Value) -
                 total = e.f32_to_bf16(total)
             index = b.add(line, b.add(row, const(v * lanes)))
             store_lanes(e, total, e.arg["y"], index, left[v])
-
-
-def gemm(
-    x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None, gather: np.ndarray | None = None
-) -> np.ndarray:
-    """Reference, all f64: x [T, K] (rows picked by `gather`), w [N, K] scaled; y [tokens, N]."""
-    picked = x if gather is None else x[gather]
-    y: np.ndarray = picked @ w.T
-    return y if bias is None else y + bias

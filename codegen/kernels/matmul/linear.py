@@ -4,8 +4,6 @@ output rows.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hmc.codegen.decode.tiles import BYTES, GRAIN, ROWS, Tiles
 from hmc.codegen.formats.table import dot_of
 from hmc.codegen.ir import F32, I64, Emitter, Value, const
@@ -58,9 +56,3 @@ def _store(e: Emitter, line: Value, y: Value, first: Value, count: Value) -> Non
         if e.spec.out == "bf16":
             value = e.f32_to_bf16(value)
         e.store(value, e.arg["y"], b.add(y, index))
-
-
-def linear(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    """Reference, all f64: x [T, K], w [N, K] scaled, bias [N]; y [T, N]."""
-    y: np.ndarray = x @ w.T
-    return y if bias is None else y + bias

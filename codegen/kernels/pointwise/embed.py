@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
 from hmc.codegen import vector
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
-
-Array = NDArray[Any]
 
 
 def _copy_rows(e: Emitter, table: str, stride: Value, format_name: str, picks: str) -> str:
@@ -44,9 +37,3 @@ def emit_gather_rows(spec: KernelSpec) -> str:
     """`gather_rows`: f32 rows."""
     e = Emitter(spec)
     return _copy_rows(e, "x", e.arg["x_stride"], "f32", "rows")
-
-
-def rows(table: Array, picks: Array) -> Array:
-    """table[picks] in float64."""
-    result: Array = table[picks].astype(np.float64)
-    return result

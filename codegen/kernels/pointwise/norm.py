@@ -9,17 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hmc.codegen import vector
 from hmc.codegen.ir import F32, Emitter, Value, const, fconst
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 
 _WAYS = 4
-
-Array = NDArray[Any]
 
 
 class SquareSum:
@@ -139,25 +134,3 @@ def emit_add(spec: KernelSpec) -> str:
     e = Emitter(spec)
     _for_sums(e, "y", lambda token, target, squares: None)
     return e.finish()
-
-
-def norm(x: Array, gamma: Array, eps: float) -> Array:
-    """x [..., width] normalised over its last axis, in float64."""
-    wide = x.astype(np.float64)
-    mean = np.mean(wide * wide, axis=-1, keepdims=True)
-    result: Array = wide / np.sqrt(mean + eps) * gamma.astype(np.float64)
-    return result
-
-
-def add(h: Array, *terms: Array) -> Array:
-    """h + each of `terms`, in float64."""
-    total: Array = h.astype(np.float64)
-    for term in terms:
-        total = total + term
-    return total
-
-
-def add_norm(gamma: Array, eps: float, h: Array, *terms: Array) -> tuple[Array, Array]:
-    """(h_out, y) of `add_norm`, in float64."""
-    total = add(h, *terms)
-    return total, norm(total, gamma, eps)

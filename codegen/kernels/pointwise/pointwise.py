@@ -7,22 +7,14 @@ four vectors, in an order that does not depend on workers.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import numpy as np
 from llvmlite import ir
-from numpy.typing import NDArray
 
-from hmc.codegen import expr, functions, vector
+from hmc.codegen import functions, vector
 from hmc.codegen.expr import REDUCTIONS, Expr
 from hmc.codegen.ir import F32, I1, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.rowwise import BF16_INPUTS, VECTORS, Rowwise
 from hmc.codegen.spec import KernelSpec
-
-Array = NDArray[Any]
 
 _WAYS = 4
 _STRIPS = 32
@@ -135,54 +127,3 @@ def emit_pointwise(spec: KernelSpec) -> str:
             with b.if_then(b.icmp_signed("==", piece, const(pieces - 1))):
                 columns.store(token, const(whole * lanes), rest)
     return e.finish()
-
-
-def _normal(x: Array) -> Array:
-    """The normal distribution's share below x."""
-    share = np.vectorize(lambda one: math.erfc(-one * math.sqrt(0.5)) / 2, [np.float64])
-    result: Array = share(x)
-    return result
-
-
-def _sigmoid(x: Array) -> Array:
-    result: Array = np.exp(-np.logaddexp(0, -x))
-    return result
-
-
-NUMPY: Mapping[str, Callable[..., Array]] = {
-    "add": np.add,
-    "sub": np.subtract,
-    "mul": np.multiply,
-    "div": np.divide,
-    "neg": np.negative,
-    "less": np.less,
-    "less_equal": np.less_equal,
-    "where": np.where,
-    "minimum": np.minimum,
-    "maximum": np.maximum,
-    "relu": lambda x: np.maximum(x, 0),
-    "square": np.square,
-    "sqrt": np.sqrt,
-    "rsqrt": lambda x: 1 / np.sqrt(x),
-    "exp": np.exp,
-    "sigmoid": _sigmoid,
-    "silu": lambda x: x * _sigmoid(x),
-    "tanh": np.tanh,
-    "softplus": lambda x: np.logaddexp(0, x),
-    "gelu": lambda x: x * _normal(x),
-    "gelu_tanh": lambda x: x * _sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
-    "sum": lambda x: np.sum(x, axis=-1, keepdims=True),
-    "mean": lambda x: np.mean(x, axis=-1, keepdims=True),
-}
-
-
-def evaluated(tree: Expr, operands: Mapping[str, Array]) -> Array:
-    """`tree` of arrays that broadcast; sums are over the last axis."""
-    return expr.evaluate(tree, operands.__getitem__, NUMPY, np.asarray)
-
-
-def pointwise(form: Rowwise, operands: Mapping[str, Array]) -> Array:
-    """Reference in float64: inputs [T, columns], vectors [columns] -> [T, columns]."""
-    shaped = {name: form.by_group(name, each.astype(np.float64)) for name, each in operands.items()}
-    result = evaluated(form.tree, shaped)
-    return result.reshape(len(result), -1)

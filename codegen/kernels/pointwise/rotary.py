@@ -7,18 +7,11 @@ pair is kept.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
 from hmc.codegen import vector
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.pointwise.norm import SquareSum
 from hmc.codegen.spec import KernelSpec
-
-Array = NDArray[Any]
 
 
 def emit_rotary(spec: KernelSpec) -> str:
@@ -98,30 +91,3 @@ def _rotate_pairs(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
         vector.store_f32(e, "f32", e.b.shuffle_vector(first, second, zipped), part, at, 2 * count)
 
     vector.for_strips(e, half, lanes, strip)
-
-
-def rotary(
-    x: Array,
-    gamma: Array | None,
-    cos: Array,
-    sin: Array,
-    positions: Array,
-    *,
-    start: int,
-    dim: int,
-    interleaved: bool,
-    eps: float,
-) -> Array:
-    """x [tokens, heads, head_dim] after the optional norm and the rotation, in float64."""
-    y: Array = x.astype(np.float64)
-    if gamma is not None:
-        y = y / np.sqrt(np.mean(y * y, axis=-1, keepdims=True) + eps) * gamma.astype(np.float64)
-    c, s = (t.astype(np.float64)[positions][:, None, :] for t in (cos, sin))
-    first, second = (
-        (slice(start, start + dim, 2), slice(start + 1, start + dim, 2))
-        if interleaved
-        else (slice(start, start + dim // 2), slice(start + dim // 2, start + dim))
-    )
-    a, b = y[..., first].copy(), y[..., second].copy()
-    y[..., first], y[..., second] = a * c - b * s, b * c + a * s
-    return y

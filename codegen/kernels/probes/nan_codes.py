@@ -4,9 +4,6 @@ tiers that decode codes by shifts (unpack.py) need not look at every code of eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 from llvmlite import ir
 
 from hmc.codegen.formats.weights import splat_int
@@ -55,8 +52,3 @@ def emit_nan_codes(spec: KernelSpec) -> str:
             nan = b.or_(nan, b.icmp_unsigned("!=", lanes, mask(0)))
         e.store(b.zext(nan, I64), e.arg["found"], index, align=8)
     return e.finish()
-
-
-def nan_codes(spans: Sequence[np.ndarray]) -> np.ndarray:
-    """Reference: uint8 arrays of codes; i64 [spans]."""
-    return np.array([(codes & 0x7F == 0x7F).any() for codes in spans], np.int64)

@@ -54,12 +54,3 @@ def dot_peak_flops(spec: KernelSpec) -> int:
 def _chains(tier: Isa) -> int:
     """Sums side by side: three quarters of the registers."""
     return tier.registers * 3 // 4
-
-
-def dot_peak(spec: KernelSpec, rounds: int, worker: int) -> float:
-    """Reference of `dot_peak`: the worker's sink, exact while sums stay below 2^24 / 64."""
-    seed = float(worker % 8 + 1)
-    lanes, chains = TIERS[spec.isa].lanes, _chains(TIERS[spec.isa])
-    # The bf16 halves of an f32 with a short mantissa are (0, value): one product a pair.
-    each = rounds * _UNROLL * seed * (seed / -64.0)
-    return lanes * (chains * (chains - 1) / 2 + chains * each)

@@ -8,8 +8,6 @@ parameters of the kernel.
 
 from __future__ import annotations
 
-import numpy as np
-
 from hmc.codegen.ir import I8, I64, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
@@ -92,15 +90,3 @@ def emit_stream_fill(spec: KernelSpec) -> str:
     with e.for_range(whole, stop, 8) as position:
         e.store(e.arg["value"], e.offset(e.arg["base"], position), const(0))
     return e.finish()
-
-
-def stream_read(data: np.ndarray) -> int:
-    """Reference of `stream_read` on uint8 data: xor over all workers' sinks, as int64."""
-    padded = np.zeros(-(-data.size // 8) * 8, np.uint8)
-    padded[: data.size] = data
-    return int(np.bitwise_xor.reduce(padded.view(np.int64), initial=0))
-
-
-def stream_fill(size: int, value: int) -> np.ndarray:
-    """Reference of `stream_fill`: int64 [size / 8]."""
-    return np.full(size // 8, value, np.int64)

@@ -14,10 +14,6 @@ whatever the logits hold. Weights are not cleaned: a NaN among the logits shows 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
 from hmc.codegen.isa import TIERS
@@ -32,8 +28,6 @@ from hmc.codegen.vector import (
     load_f32,
     sigmoid,
 )
-
-Array = NDArray[Any]
 
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
 _NEVER = float("-inf")
@@ -237,40 +231,3 @@ def emit_route(spec: KernelSpec) -> str:
     with e.for_range(start, stop) as token:
         router.emit(token)
     return e.finish()
-
-
-def route(
-    logits: Array,
-    bias: Array | None,
-    *,
-    top_k: int,
-    scoring: int,
-    normalise: bool,
-    factor: float,
-    groups: int = 0,
-    top_groups: int = 0,
-) -> tuple[Array, Array]:
-    """(ids, weights) [tokens, top_k] in float64, for finite logits [tokens, experts]."""
-    x = logits.astype(np.float64)
-    tokens, experts = x.shape
-    if scoring == SOFTMAX:
-        score = np.exp(x - x.max(axis=1, keepdims=True))
-        score /= score.sum(axis=1, keepdims=True)
-    else:
-        score = 1 / (1 + np.exp(-x)) if scoring == SIGMOID else x
-    choice = score if bias is None else score + bias
-    if top_groups:
-        per = choice.reshape(tokens, groups, -1)
-        worth = np.sort(per, axis=2)[:, :, -2:].sum(axis=2)
-        keep = np.argsort(-worth, axis=1, kind="stable")[:, :top_groups]
-        kept = np.zeros((tokens, groups), bool)
-        np.put_along_axis(kept, keep, True, axis=1)
-        choice = np.where(np.repeat(kept, experts // groups, axis=1), choice, _NEVER)
-    ids = np.argsort(-choice, axis=1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(score, ids, axis=1)
-    if scoring == SOFTMAX_CHOSEN:
-        weights = np.exp(weights - weights.max(axis=1, keepdims=True))
-        weights /= weights.sum(axis=1, keepdims=True)
-    if normalise:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
-    return ids, weights * factor

@@ -8,8 +8,6 @@ nobody needs what another wrote. Slots with a negative id belong to no expert he
 
 from __future__ import annotations
 
-import numpy as np
-
 from hmc.codegen.decode.tiles import BYTES
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
 from hmc.codegen.spec import KernelSpec
@@ -46,14 +44,6 @@ def emit_sort_experts(spec: KernelSpec) -> str:
             _put(e, pair, e.arg["slots"], place)
             _put(e, b.add(place, const(1)), counts, expert)
     return e.finish()
-
-
-def sort_experts(ids: np.ndarray, experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reference: ids [T, J]; slots (as many as are not negative) and offsets [experts + 1]."""
-    flat = ids.reshape(-1)
-    here = np.flatnonzero(flat >= 0)
-    slots = here[np.argsort(flat[here], kind="stable")]
-    return slots, np.concatenate([[0], np.cumsum(np.bincount(flat[here], minlength=experts))])
 
 
 def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
