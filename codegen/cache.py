@@ -23,7 +23,7 @@ import llvmlite
 from llvmlite import binding
 
 from hmc import env
-from hmc.codegen.isa import TIERS, Isa
+from hmc.codegen.isa import Isa
 from hmc.codegen.spec import KernelSpec
 from hmc.files import write_beside
 from hmc.formats import Format, format_of
@@ -35,7 +35,7 @@ _STALE_S = 3600
 def path_of(spec: KernelSpec) -> Path:
     """Where the compiled object of `spec` is, or would be."""
     row = format_of(spec.weight) if spec.weight else None
-    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_key(TIERS[spec.isa], row)}.o"
+    return env.cache_dir() / "kernels" / f"{spec.symbol}-{_key(spec.tier, row)}.o"
 
 
 def load(spec: KernelSpec) -> bytes | None:

@@ -58,13 +58,16 @@ class Emitter:
     """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the
     loaded arguments.
 
-    `ptr` arguments arrive as i8*, `int` as i64, `f32` as float. `e.worker`, `e.workers` and
+    `ptr` arguments arrive as i8*, `int` as i64, `f32` as float; `e.lanes` f32 are a vector of the
+    tier. `e.worker`, `e.workers` and
     `e.span` are i64: the call does the shares of workers `worker` to `worker + span - 1`. Only
     kernels whose records are cut in pieces see a span other than 1, and those use `split`.
     """
 
     def __init__(self, spec: KernelSpec) -> None:
         self.spec = spec
+        self.tier = spec.tier
+        self.lanes = self.tier.lanes
         self.module = ir.Module(name=spec.symbol)
         self._open(KERNEL_TYPE, spec.symbol)
         block, self.worker, self.workers, self.span = self.function.args
@@ -134,6 +137,10 @@ class Emitter:
         """Element `index` of an array of i32 at `base`, as i64."""
         return self.b.sext(self.load(base, index, I32, align), I64)
 
+    def store_int(self, value: Value, base: Value, index: Value, align: int = 1) -> None:
+        """Store an i64 as element `index` of an array of i32 at `base`."""
+        self.store(self.b.trunc(value, I32), base, index, align)
+
     @contextmanager
     def for_range(self, start: Value, stop: Value, step: int | Value = 1) -> Iterator[Value]:
         """`for i in range(start, stop, step)` over i64; yields i. `step` must be positive."""
@@ -192,6 +199,16 @@ class Emitter:
     def at(self, base: Value, index: Value, element: Any) -> Value:
         """Pointer to element `index` (i64) of an array of `element` at the i8* `base`."""
         return self.b.gep(self.b.bitcast(base, element.as_pointer()), [index])
+
+    def row(
+        self, name: str, number: Value, column: Value | None = None, element: Any = F32
+    ) -> Value:
+        """Pointer to row `number` of argument `name`, whose rows are `<name>_stride` apart; to its
+        `column`.
+        """
+        index = self.b.mul(number, self.arg[f"{name}_stride"])
+        index = index if column is None else self.b.add(index, column)
+        return self.at(self.arg[name], index, element)
 
     def offset(self, base: Value, count: Value) -> Value:
         """`base` (i8*) moved by `count` bytes."""

@@ -16,7 +16,7 @@ from llvmlite import binding, ir
 from hmc import env
 from hmc.codegen import cache
 from hmc.codegen.checks import check_spec
-from hmc.codegen.isa import TIERS, Isa, require
+from hmc.codegen.isa import Isa, require
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 
@@ -73,13 +73,13 @@ class Jit:
 
     def assembly(self, spec: KernelSpec) -> str:
         """Assembly of `spec` for the CPU its tier names: the same on every machine."""
-        isa = TIERS[spec.isa]
+        isa = spec.tier
         module = optimised(self.ir_text(spec), isa)
         return str(target_machine(isa).emit_assembly(module))
 
     def object_code(self, spec: KernelSpec) -> bytes:
         """Relocatable object of `spec`, from the disk cache when it is there."""
-        isa = TIERS[spec.isa]
+        isa = spec.tier
         if (kept := cache.load(spec)) is not None:
             return kept
         text = self.ir_text(spec)

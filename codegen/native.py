@@ -81,7 +81,7 @@ def _made(row: Format, spec: KernelSpec) -> str:
         return f"cannot read {row.name}: decoders are made for codes of 2, 4 and 8 bits"
     for plane in row.scales:
         columns = spec.get("group") if plane.columns == GROUP else plane.columns
-        if columns != WHOLE and columns % TIERS[spec.isa].lanes:
+        if columns != WHOLE and columns % spec.tier.lanes:
             return f"cannot read {row.name}: {columns} columns of a scale are no whole vectors"
         if plane.rows & (plane.rows - 1):
             return f"cannot read {row.name}: scales of {plane.rows} rows, no power of two"

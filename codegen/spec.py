@@ -24,6 +24,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from hmc.codegen.isa import TIERS, Isa
+
 Kind = Literal["ptr", "int", "f32"]
 WeightFormat = str
 """`""` (none), "fp8", "bf16", "fp16", "f32" or "int4"."""
@@ -81,6 +83,11 @@ class KernelSpec:
     def tiled(self, name: str, default: int) -> int:
         """A tile choice, or `default`."""
         return dict(self.tile).get(name, default)
+
+    @property
+    def tier(self) -> Isa:
+        """The row of its tier."""
+        return TIERS[self.isa]
 
     @property
     def digest(self) -> str:

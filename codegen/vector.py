@@ -19,9 +19,9 @@ ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
 """How a storage format is loaded; bf16 travels as its bits."""
 
 
-def width_of(format_name: str) -> int:
-    """Bytes of one element."""
-    return 4 if ELEMENTS[format_name] is F32 else 2
+def place(e: Emitter, format_name: str, base: Value, index: Value) -> Value:
+    """Address (i8*) of element `index` of an array in a storage format."""
+    return e.offset(base, e.b.mul(index, const(4 if ELEMENTS[format_name] is F32 else 2)))
 
 
 def lanes_mask(numbers: list[int]) -> ir.Constant:
@@ -68,10 +68,12 @@ def store_part(e: Emitter, value: Value, base: Value, index: Value, count: int) 
 
 
 def load_f32(
-    e: Emitter, format_name: str, base: Value, index: Value, count: int, lanes: int
+    e: Emitter, format_name: str, base: Value, index: Value, count: int, lanes: int = 0
 ) -> Value:
-    """`count` elements stored as bf16, fp16 or f32, as `lanes` f32 (zeros behind)."""
-    element = ELEMENTS[format_name]
+    """`count` elements stored as bf16, fp16 or f32, as `lanes` f32 (a vector of the tier where that
+    is not said), zeros behind.
+    """
+    element, lanes = ELEMENTS[format_name], lanes or e.lanes
     raw = load_part(e, base, index, element, count, lanes)
     if element is I16:
         return e.bf16_to_f32(raw)
@@ -86,6 +88,16 @@ def store_f32(
     """Store `count` lanes of f32 `value` as bf16 (to nearest even) or f32."""
     is_bf16 = ELEMENTS[format_name] is I16
     store_part(e, e.f32_to_bf16(value) if is_bf16 else value, base, index, count)
+
+
+def for_blocks(e: Emitter, width: int, size: int, body: Callable[[Value, int], None]) -> None:
+    """Emit `body(index, count)` over `width` items in blocks of `size`; the last may be shorter."""
+    whole = width // size * size
+    if whole:
+        with e.for_range(0, whole, size) as start:
+            body(start, size)
+    if whole < width:
+        body(const(whole), width - whole)
 
 
 def for_strips(

@@ -40,43 +40,55 @@ _REREAD_BYTES = 128 << 10
 """Weights that several token tiles read in turn: they stay in the second-level cache."""
 
 
+def pointers(e: Emitter, count: int) -> Value:
+    """A stack array (i8**) of `count` addresses."""
+    return e.b.bitcast(e.local(BYTES, count=count), BYTES.as_pointer())
+
+
 class Tiles:
     """The subroutines of one kernel; `dot` says how rows are stored, `tokens` how many tokens there
     can be.
     """
 
     def __init__(self, e: Emitter, dot: Dot, tokens: int) -> None:
-        self.dot = dot
+        self.e, self.dot = e, dot
         self.rows = e.spec.tiled("rows", 4)
         self._streams = e.spec.tiled("streams", 4)
         self._prefetch_bytes = e.spec.tiled("prefetch", _AHEAD[dot.registers])
         self._sizes = [size for size in _TOKEN_TILES[dot.registers] if size <= tokens]
         for size in self._sizes:
-            self._emit_tile(e, size)
-        self._emit_matvec(e)
+            self._emit_tile(size)
+        self._emit_matvec()
 
     # -- for callers -------------------------------------------------------------------------------
 
-    def prepare(self, e: Emitter, row_of: Value, count: Value, stride: Value, most: int) -> Value:
-        """Bring `count` <= `most` bf16 rows (from i8* `row_of`, `stride` elements apart) into the
-        form's order.
+    def prepare(self, x: Value, count: Value, stride: Value, most: int) -> Value:
+        """Bring `count` <= `most` bf16 rows (from i8* `x`, `stride` elements apart) into the form's
+        order.
 
         Returns the i8* of the prepared rows, `dot.prepared_bytes` apart.
         """
+        e = self.e
         prepared = e.local(vec(I64, 8), count=most * self.dot.prepared_bytes // 64)
         prepared.align = 64
         base = e.b.bitcast(prepared, BYTES)
         with e.for_range(0, count) as row:
-            source = e.offset(row_of, e.b.mul(row, e.b.shl(stride, const(1))))
+            source = e.offset(x, e.b.mul(row, e.b.shl(stride, const(1))))
             target = e.offset(base, e.b.mul(row, const(self.dot.prepared_bytes)))
             self.dot.prepare(e, source, target)
         return base
 
+    def prepared(self, x: Value, count: Value, stride: Value, most: int) -> Value:
+        """The same, and the addresses of the prepared rows (i8**)."""
+        base, table = self.prepare(x, count, stride, most), pointers(self.e, most)
+        with self.e.for_range(0, count) as index:
+            place = self.e.b.mul(index, const(self.dot.prepared_bytes))
+            self.e.b.store(self.e.offset(base, place), self.e.b.gep(table, [index]))
+        return table
+
     def matvec(
         self,
-        e: Emitter,
-        w: Value,
-        scale: Value,
+        matrix: tuple[Value, Value],
         start: Value,
         stop: Value,
         xs: Value,
@@ -88,17 +100,15 @@ class Tiles:
         """out[t * out_stride + row - start] = x[t] . w[row] in f32, for rows [start, stop) and t <
         `tokens`.
 
-        `xs` points to the addresses of the prepared rows (i8**), `out` is f32*; the caller reads
-        `following` (i8*) next.
+        `matrix` is (weights, scales); `xs` points to the addresses of the prepared rows (i8**),
+        `out` is f32*; the caller reads `following` (i8*) next.
         """
-        e.b.call(
-            e.module.globals["matvec"],
-            [w, scale, start, stop, xs, tokens, out, out_stride, following],
-        )
+        self.e.run("matvec", *matrix, start, stop, xs, tokens, out, out_stride, following)
 
     # -- subroutines -------------------------------------------------------------------------------
 
-    def _emit_matvec(self, e: Emitter) -> None:
+    def _emit_matvec(self) -> None:
+        e = self.e
         kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), I64, FLOATS, I64, BYTES)
         with e.subroutine("matvec", *kinds) as (
             w, scale, start, stop, xs, tokens, out, out_stride, following,
@@ -119,13 +129,11 @@ class Tiles:
                     with e.for_range(b.load(done), b.sub(tokens, const(size - 1)), size) as token:
                         target = b.gep(place, [b.mul(token, out_stride)])
                         x = b.gep(xs, [token])
-                        b.call(
-                            e.module.globals[f"tile{size}"],
-                            [w, scale, first, last, x, target, out_stride, after],
-                        )
+                        e.run(f"tile{size}", w, scale, first, last, x, target, out_stride, after)
                         b.store(b.add(token, const(size)), done)
 
-    def _emit_tile(self, e: Emitter, tokens: int) -> None:
+    def _emit_tile(self, tokens: int) -> None:
+        e = self.e
         kinds = (BYTES, BYTES, I64, I64, BYTES.as_pointer(), FLOATS, I64, BYTES)
         with e.subroutine(f"tile{tokens}", *kinds) as (
             w, scale, start, stop, xs, out, out_stride, following,

@@ -47,7 +47,6 @@ from hmc.codegen.formats.weights import (
     weights_f32,
 )
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, vec
-from hmc.codegen.isa import TIERS
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask
@@ -63,12 +62,12 @@ class Dot:
     @property
     def lanes(self) -> int:
         """f32 lanes of an accumulator."""
-        return TIERS[self.spec.isa].lanes
+        return self.spec.tier.lanes
 
     @property
     def registers(self) -> int:
         """Vector registers of the tier."""
-        return TIERS[self.spec.isa].registers
+        return self.spec.tier.registers
 
     @property
     def paired(self) -> bool:

@@ -23,7 +23,6 @@ from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.weights import masked_vec
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import dot_pairs, fsplat
@@ -165,4 +164,4 @@ def micro_of(spec: KernelSpec) -> MicroKernel:
     """The micro-kernel for the format and the tier of `spec`."""
     kind, weight = arithmetic(spec.isa, spec.weight), spec.weight
     native = {("bf16", weight): Pairs, ("whole", weight): WholeNumbers, ("f32", "fp8"): Fp8InPlace}
-    return native.get((kind, weight), Floats)(weight, TIERS[spec.isa].lanes)
+    return native.get((kind, weight), Floats)(weight, spec.tier.lanes)

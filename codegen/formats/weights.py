@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
 
@@ -93,7 +92,7 @@ def weights_f32(
     nibble - 8 without their scales; `index` must be a multiple of 8 and the last lanes are then -8
     + padding, not zero.
     """
-    lanes = TIERS[e.spec.isa].lanes
+    lanes = e.lanes
     return [
         _decode(
             e,

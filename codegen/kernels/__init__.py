@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 
+from hmc.codegen.ir import Emitter
 from hmc.codegen.kernels.attention import attention, prefill
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
@@ -42,6 +44,15 @@ _HOMES: Mapping[ModuleType, str] = {
     flags: "flag_wait flag_set",
 }
 
+
+def _text(emit: Callable[[Emitter], None], spec: KernelSpec) -> str:
+    e = Emitter(spec)
+    emit(e)
+    return e.finish()
+
+
 EMITTERS: dict[str, Callable[[KernelSpec], str]] = {
-    op: getattr(module, f"emit_{op}") for module, ops in _HOMES.items() for op in ops.split()
+    op: partial(_text, getattr(module, f"emit_{op}"))
+    for module, ops in _HOMES.items()
+    for op in ops.split()
 }

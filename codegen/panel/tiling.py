@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from hmc.codegen.formats.micro import MicroKernel, micro_of
 from hmc.codegen.formats.weights import Scales, scales_of
-from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 
 VECTORS = 2
@@ -37,7 +36,7 @@ class Form:
     @staticmethod
     def of(spec: KernelSpec) -> Form:
         """The form of `spec` (params: k; int4 also group, scale_bits)."""
-        tile = spec.tiled("tokens", TIERS[spec.isa].token_tile)
+        tile = spec.tiled("tokens", spec.tier.token_tile)
         return Form(spec, spec["k"], micro_of(spec), tile, scales_of(spec))
 
     @property

@@ -14,17 +14,14 @@ from __future__ import annotations
 from llvmlite import ir
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
 
 _NANOSLEEP = 35
 _NAP_NANOSECONDS = 20_000
 """Between two looks once spinning is over; the kernel adds its timer slack, some 50 us."""
 
 
-def emit_flag_wait(spec: KernelSpec) -> str:
+def emit_flag_wait(e: Emitter) -> None:
     """IR of `flag_wait`."""
-    e = Emitter(spec)
     b = e.b
     with b.if_then(b.icmp_signed("==", e.worker, const(0))):
         start = e.call("llvm.readcyclecounter", I64)
@@ -36,7 +33,7 @@ def emit_flag_wait(spec: KernelSpec) -> str:
         reached = b.icmp_signed(">=", ahead, ir.Constant(I32, 0))
         b.cbranch(b.or_(reached, _aborted(e)), done, again)
         b.position_at_end(again)
-        e.call(TIERS[e.spec.isa].pause, ir.VoidType())
+        e.call(e.tier.pause, ir.VoidType())
         spent = b.sub(e.call("llvm.readcyclecounter", I64), start)
         b.cbranch(b.icmp_unsigned("<", spent, e.arg["spin"]), head, nap)
         b.position_at_end(nap)
@@ -44,17 +41,14 @@ def emit_flag_wait(spec: KernelSpec) -> str:
         b.branch(head)
         b.position_at_end(done)
         b.store(b.zext(_aborted(e), I64), e.function.args[0])  # given_up is the first word
-    return e.finish()
 
 
-def emit_flag_set(spec: KernelSpec) -> str:
+def emit_flag_set(e: Emitter) -> None:
     """IR of `flag_set`; its record has a barrier, so that everybody's work is done before."""
-    e = Emitter(spec)
     b = e.b
     with b.if_then(b.icmp_signed("==", e.worker, const(0))):
         word = b.bitcast(e.arg["flag"], I32.as_pointer())
         b.store_atomic(b.trunc(e.arg["epoch"], I32), word, "release", 4)
-    return e.finish()
 
 
 def _aborted(e: Emitter) -> Value:

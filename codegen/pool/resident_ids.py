@@ -7,18 +7,15 @@ from __future__ import annotations
 from llvmlite import ir
 
 from hmc.codegen.ir import I32, I64, Emitter, const
-from hmc.codegen.spec import KernelSpec
 
 
-def emit_resident_ids(spec: KernelSpec) -> str:
+def emit_resident_ids(e: Emitter) -> None:
     """IR of `resident_ids`; param top_k."""
-    e = Emitter(spec)
     b = e.b
-    start, stop = (b.mul(edge, const(spec["top_k"])) for edge in e.split(e.arg["tokens"]))
+    start, stop = (b.mul(edge, const(e.spec["top_k"])) for edge in e.split(e.arg["tokens"]))
     with e.for_range(start, stop) as pair:
         expert = e.load(e.arg["ids"], pair, I32, align=4)
         here = e.load(e.arg["mask"], b.sext(expert, I64), I32, align=4)
         held = b.icmp_unsigned("!=", here, ir.Constant(I32, 0))
         chosen = b.select(held, expert, ir.Constant(I32, -1))
         e.store(chosen, e.arg["out"], pair, align=4)
-    return e.finish()

@@ -25,9 +25,7 @@ from llvmlite import ir
 
 from hmc.codegen.decode.pieces import share
 from hmc.codegen.ir import I1, I32, I64, Emitter, Value, const
-from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import KERNEL_TYPE
-from hmc.codegen.spec import KernelSpec
 
 RECORD_WORDS = 4
 BARRIER = 1
@@ -74,10 +72,9 @@ def control_words(workers: int) -> int:
     return FIRST_WORKER + workers * LINE + -(-workers // GROUP) * _GROUP_WORDS
 
 
-def emit_worker_loop(spec: KernelSpec) -> str:
+def emit_worker_loop(e: Emitter) -> None:
     """IR of `worker_loop(control, worker, workers)`: runs programs until STOP is set, then
     returns."""
-    e = Emitter(spec)
     b = e.b
     seen = e.local(I64, const(0))
     phase = e.local(I64, const(0))
@@ -134,16 +131,14 @@ def emit_worker_loop(spec: KernelSpec) -> str:
     b.branch(next_program)
 
     b.position_at_end(leave)
-    return e.finish()
 
 
-def emit_pool_call(spec: KernelSpec) -> str:
+def emit_pool_call(e: Emitter) -> None:
     """IR of `pool_call(control, what, workers)`: `what` is WAIT, RUN or HALT.
 
     WAIT and RUN return when the program is finished (FINISHED equals GENERATION), after one poll
     interval, or when a signal arrives: the caller looks which.
     """
-    e = Emitter(spec)
     b = e.b
     what = e.worker
     publish = b.icmp_unsigned("!=", what, const(WAIT))
@@ -165,14 +160,11 @@ def emit_pool_call(spec: KernelSpec) -> str:
         b.atomic_rmw("xchg", _word(e, CALLER_SLEEPS), const(1), "seq_cst")
         _sleep(e, FINISHED, old, b.ptrtoint(_word(e, POLL_SECONDS), I64))
         b.store_atomic(const(0), _word(e, CALLER_SLEEPS), "monotonic", 8)
-    return e.finish()
 
 
-def emit_read_tsc(spec: KernelSpec) -> str:
+def emit_read_tsc(e: Emitter) -> None:
     """IR of `read_tsc`: stores the time stamp counter at `sink`."""
-    e = Emitter(spec)
     e.store(_ticks(e), e.arg["sink"], const(0))
-    return e.finish()
 
 
 def _barrier(e: Emitter, phase: Value, leave: Value) -> None:
@@ -259,7 +251,7 @@ def _spin(e: Emitter, pointer: Value, old: Value, limit: int) -> Value:
     b.store(changed, result)
     b.cbranch(changed, done, again)
     b.position_at_end(again)
-    e.call(TIERS[e.spec.isa].pause, ir.VoidType())
+    e.call(e.tier.pause, ir.VoidType())
     in_time = b.icmp_unsigned("<", b.sub(_ticks(e), start), cycles)
     b.cbranch(in_time, head, done)
     b.position_at_end(done)

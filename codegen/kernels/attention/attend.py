@@ -18,7 +18,7 @@ from hmc.codegen.kernels.attention.attend_rows import NEVER, PARTITION, Rows, Sh
 from hmc.codegen.kernels.attention.attend_scores import Scores
 from hmc.codegen.kernels.attention.attend_values import Results
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import exp, for_strips, load_part, store_f32
+from hmc.codegen.vector import exp, for_blocks, load_part, store_f32
 
 
 def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> int:
@@ -107,7 +107,7 @@ class Walk:
                     b.store(b.add(b.load(number), const(1)), number)
 
 
-def emit_records(e: Emitter, source: Source) -> str:
+def emit_records(e: Emitter, source: Source) -> None:
     """The whole kernel: records of every (token, partition, head group). Buffers live on the
     worker's stack.
     """
@@ -148,10 +148,9 @@ def emit_records(e: Emitter, source: Source) -> str:
         e.store(total, record, b.add(tail, const(s.width)))
 
     walk.tasks(task)
-    return e.finish()
 
 
-def emit_join(e: Emitter, y: Value, stride: Value) -> str:
+def emit_join(e: Emitter, y: Value, stride: Value) -> None:
     """y[token, head, :] bf16 = merged records, divided by the sum; split by (token, head). Zeros
     for no positions.
     """
@@ -195,7 +194,7 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> str:
         target = e.at(y, target_index, I16)
         source = e.at(first, b.mul(member, const(s.value)), F32)
 
-        def columns(base: Value, size: int, way: int) -> None:
+        def columns(base: Value, size: int) -> None:
             cut = range(0, size, lanes)
             sums = [e.local(vec(F32, lanes), e.zeros(F32, lanes)) for _ in cut]
             with e.for_range(0, count) as index:
@@ -210,5 +209,4 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> str:
                 used = min(lanes, size - at)
                 store_f32(e, "bf16", value, target, b.add(base, const(at)), used)
 
-        for_strips(e, s.value, 8 * lanes, columns)
-    return e.finish()
+        for_blocks(e, s.value, 8 * lanes, columns)

@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from hmc.codegen.decode.tiles import BYTES, FLOATS, Tiles
 from hmc.codegen.formats.table import dot_of
 from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const
-from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.attention.attend import emit_join, emit_records
 from hmc.codegen.kernels.attention.attend_rows import Pages, Source
-from hmc.codegen.kernels.matmul.linear import addresses
-from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_strips, load_f32, store_f32
 
 _SLICE = 32
@@ -42,22 +39,20 @@ class _Part:
     column: int = 0
 
 
-def _append(spec: KernelSpec, kv_heads: int, *parts: _Part) -> str:
+def _append(e: Emitter, kv_heads: int, *parts: _Part) -> None:
     """Split by (token, key head); a token at a negative position writes nothing."""
-    e = Emitter(spec)
-    b, lanes = e.b, TIERS[spec.isa].lanes
+    b = e.b
     start, stop = e.split(b.mul(e.arg["tokens"], const(kv_heads)))
     with e.for_range(start, stop) as item:
         token, head = b.udiv(item, const(kv_heads)), b.urem(item, const(kv_heads))
         position = e.load(e.arg["positions"], token, I32)
         with b.if_then(b.icmp_signed(">=", position, I32(0))):
-            row = Pages(e, token, spec["block"], kv_heads).row(b.sext(position, I64), head)
+            row = Pages(e, token, e.spec["block"], kv_heads).row(b.sext(position, I64), head)
             for part in parts:
-                _copy(e, part, token, head, row, lanes)
-    return e.finish()
+                _copy(e, part, token, head, row)
 
 
-def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value, lanes: int) -> None:
+def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value) -> None:
     """A part of one token and head to its row, rounded to bf16."""
     b = e.b
     index = b.add(b.mul(token, e.arg[f"{part.source}_stride"]), b.mul(head, const(part.width)))
@@ -65,49 +60,46 @@ def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value, lanes:
     target = e.at(e.arg[part.cache], b.add(b.mul(row, const(part.row)), const(part.column)), I16)
 
     def strip(index: Value, count: int, way: int) -> None:
-        value = load_f32(e, "f32", source, index, count, lanes)
-        store_f32(e, "bf16", value, target, index, count)
+        store_f32(e, "bf16", load_f32(e, "f32", source, index, count), target, index, count)
 
-    for_strips(e, part.width, lanes, strip, 2)
+    for_strips(e, part.width, e.lanes, strip, 2)
 
 
-def emit_kv_append(spec: KernelSpec) -> str:
+def emit_kv_append(e: Emitter) -> None:
     """`kv_append`: k and v."""
-    sizes = {"k": spec["head_dim"], "v": spec["v_dim"]}
+    sizes = {"k": e.spec["head_dim"], "v": e.spec["v_dim"]}
     parts = (_Part(name, f"{name}_cache", width, width) for name, width in sizes.items())
-    return _append(spec, spec["kv_heads"], *parts)
+    _append(e, e.spec["kv_heads"], *parts)
 
 
-def emit_attention(spec: KernelSpec) -> str:
+def emit_attention(e: Emitter) -> None:
     """`attention`: records of every (token, partition, head group)."""
-    e = Emitter(spec)
-    b, head_dim = e.b, spec["head_dim"]
+    b, head_dim = e.b, e.spec["head_dim"]
 
     def query(token: Value, head: Value) -> Value:
         row = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(head_dim)))
         return e.at(e.arg["q"], row, F32)
 
     k, v = e.arg["k_cache"], e.arg["v_cache"]
-    return emit_records(e, Source(((query, head_dim),), k, v, values_apart=True))
+    emit_records(e, Source(((query, head_dim),), k, v, values_apart=True))
 
 
-def emit_attention_join(spec: KernelSpec) -> str:
+def emit_attention_join(e: Emitter) -> None:
     """`attention_join`: y bf16."""
-    e = Emitter(spec)
-    return emit_join(e, e.arg["y"], e.arg["y_stride"])
+    emit_join(e, e.arg["y"], e.arg["y_stride"])
 
 
-def emit_mla_append(spec: KernelSpec) -> str:
+def emit_mla_append(e: Emitter) -> None:
     """`mla_append`: the latent, then the rotated key."""
-    rank, rope = spec["rank"], spec["rope"]
+    rank, rope = e.spec["rank"], e.spec["rope"]
     latent = _Part("latent", "cache", rank, rank + rope)
-    return _append(spec, 1, latent, _Part("k_rope", "cache", rope, rank + rope, rank))
+    _append(e, 1, latent, _Part("k_rope", "cache", rope, rank + rope, rank))
 
 
-def emit_mla_attention(spec: KernelSpec) -> str:
+def emit_mla_attention(e: Emitter) -> None:
     """`mla_attention`: records of every (token, partition, head group)."""
-    e = Emitter(spec)
-    b, heads, rank, nope, rope = e.b, spec["heads"], spec["rank"], spec["nope"], spec["rope"]
+    b, spec = e.b, e.spec
+    heads, rank, nope, rope = spec["heads"], spec["rank"], spec["nope"], spec["rope"]
 
     def latent(token: Value, head: Value) -> Value:
         row = b.add(b.mul(token, const(heads)), head)
@@ -119,23 +111,20 @@ def emit_mla_attention(spec: KernelSpec) -> str:
 
     cache = e.arg["cache"]
     segments = (latent, rank), (rotated, rope)
-    return emit_records(e, Source(segments, cache, cache, values_apart=False))
+    emit_records(e, Source(segments, cache, cache, values_apart=False))
 
 
-def emit_mla_attention_join(spec: KernelSpec) -> str:
+def emit_mla_attention_join(e: Emitter) -> None:
     """`mla_attention_join`: y_latent bf16."""
-    e = Emitter(spec)
-    return emit_join(e, e.arg["y_latent"], const(spec["heads"] * spec["rank"]))
+    emit_join(e, e.arg["y_latent"], const(e.spec["heads"] * e.spec["rank"]))
 
 
-def emit_mla_up(spec: KernelSpec) -> str:
+def emit_mla_up(e: Emitter) -> None:
     """`mla_up`: split by (head, `_SLICE` rows)."""
-    e = Emitter(spec)
-    b, heads, nope, v_dim, rank = e.b, spec["heads"], spec["nope"], spec["v_dim"], spec["rank"]
+    b, spec, tokens = e.b, e.spec, e.arg["tokens"]
+    heads, nope, v_dim, rank = (spec[name] for name in ("heads", "nope", "v_dim", "rank"))
     most = spec["tokens"]
-    dot = dot_of(spec, rank)
-    tiles = Tiles(e, dot, most)
-    w, tokens = e.arg["w"], e.arg["tokens"]
+    tiles = Tiles(e, dot_of(spec, rank), most)
     out = b.bitcast(e.local(F32, count=most * v_dim), FLOATS)
     slices = -(-v_dim // _SLICE)
     start, stop = e.split(const(heads * slices))
@@ -147,14 +136,13 @@ def emit_mla_up(spec: KernelSpec) -> str:
         with b.if_then(b.icmp_signed("<", low, high)):
             latent = e.at(e.arg["y_latent"], b.mul(head, const(rank)), I16)
             stride = const(heads * rank)
-            prepared = tiles.prepare(e, b.bitcast(latent, BYTES), tokens, stride, most)
-            xs = addresses(e, prepared, tokens, dot.prepared_bytes, most)
+            xs = tiles.prepared(b.bitcast(latent, BYTES), tokens, stride, most)
             row = b.add(b.mul(head, const(nope + v_dim)), const(nope))
             first, last = b.add(row, low), b.add(row, high)
-            following = e.offset(w, b.mul(b.add(row, const(nope + v_dim)), const(dot.row_bytes)))
-            tiles.matvec(
-                e, w, e.arg["scale"], first, last, xs, tokens, out, const(v_dim), following
-            )
+            next_row = b.mul(b.add(row, const(nope + v_dim)), const(tiles.dot.row_bytes))
+            following = e.offset(e.arg["w"], next_row)
+            matrix = e.arg["w"], e.arg["scale"]
+            tiles.matvec(matrix, first, last, xs, tokens, out, const(v_dim), following)
             with e.for_range(0, tokens) as token:
                 line = e.at(out, b.mul(token, const(v_dim)), F32)
                 at = b.add(b.mul(token, e.arg["y_stride"]), b.mul(head, const(v_dim)))
@@ -162,4 +150,3 @@ def emit_mla_up(spec: KernelSpec) -> str:
                 for index, width in e.in_vectors(b.sub(high, low), 16):
                     value = load_f32(e, "f32", line, index, width, width)
                     store_f32(e, "bf16", value, target, index, width)
-    return e.finish()

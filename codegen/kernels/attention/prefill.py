@@ -131,33 +131,29 @@ def _step(e: Emitter, unit: Unit, panel: Value, start: Value, count: Value, hidd
     e.run("values", weights, values, results, state, count)
 
 
-def emit_attention_prefill(spec: KernelSpec) -> str:
+def emit_attention_prefill(e: Emitter) -> None:
     """IR of `attention_prefill`: params heads, kv_heads, head_dim, v_dim, block."""
-    e = Emitter(spec)
-    b, form = e.b, Form.of(spec)
-    scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(prefill_scratch_bytes(spec))))
+    b, form = e.b, Form.of(e.spec)
+    scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(prefill_scratch_bytes(e.spec))))
 
     def choose(least: Value, most: Value) -> Value:
         wanted = ceil_div(e, b.mul(e.workers, const(_UNITS)), const(form.kv_heads))
         return e.minimum(b.select(b.icmp_signed("<", least, wanted), wanted, least), most)
 
     _attend_units(e, form, scratch, CachedKeys(e, form).pack, choose)
-    return e.finish()
 
 
-def emit_mla_prefill(spec: KernelSpec) -> str:
+def emit_mla_prefill(e: Emitter) -> None:
     """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_bits).
 
     Scratch: what the panels of every worker take, then what its unit takes.
     """
-    e = Emitter(spec)
-    b, form = e.b, Form.of(spec)
-    scratch = b.mul(e.workers, const(lift_form(spec).scratch_bytes))
+    b, form = e.b, Form.of(e.spec)
+    scratch = b.mul(e.workers, const(lift_form(e.spec).scratch_bytes))
     scratch = b.add(scratch, b.mul(e.worker, const(form.offsets["end"])))
     scratch = e.offset(e.arg["scratch"], scratch)
     keys = LatentKeys(e, form)
     _attend_units(e, form, scratch, keys.pack, lambda least, most: _choose(e, form, least, most))
-    return e.finish()
 
 
 def _lift(spec: KernelSpec, form: Form) -> int:

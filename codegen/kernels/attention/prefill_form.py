@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.attention.attend_rows import LATENT, Multiplies
 from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
@@ -45,7 +44,7 @@ class Form(Multiplies):
         its own. Units of the latter are long, since each makes its keys anew; a tile has no more of
         them than are lifted at once.
         """
-        tier = TIERS[spec.isa]
+        tier = spec.tier
         high = tier.token_tile
         if spec.op in LATENT:
             kv_heads, key = spec["heads"], spec["nope"] + spec["rope"]

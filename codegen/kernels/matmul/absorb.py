@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import row_bytes, scales_of, weights_f32
 from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import lanes_mask, resize
 
@@ -28,7 +27,7 @@ class _Unit:
 
     @property
     def lanes(self) -> int:
-        return TIERS[self.spec.isa].lanes
+        return self.spec.tier.lanes
 
     @property
     def tables(self) -> bool:
@@ -86,10 +85,9 @@ class _Unit:
         return e.b.shuffle_vector(vectors[0], vectors[0], lanes_mask(order))
 
 
-def emit_mla_absorb(spec: KernelSpec) -> str:
+def emit_mla_absorb(e: Emitter) -> None:
     """`mla_absorb`: split by (head, `_BLOCK` columns). Tile: rows at once, prefetch rows ahead."""
-    e = Emitter(spec)
-    b = e.b
+    b, spec = e.b, e.spec
     heads, nope, v_dim, rank = (spec[name] for name in ("heads", "nope", "v_dim", "rank"))
     rows, tokens = spec.tiled("rows", 4), e.arg["tokens"]
     unit = _Unit(spec)
@@ -119,7 +117,6 @@ def emit_mla_absorb(spec: KernelSpec) -> str:
         with e.for_range(0, tokens) as token:
             target = b.mul(b.add(b.mul(token, const(heads)), head), const(rank))
             nest.store(token, e.at(e.arg["q_latent"], target, F32), low, high)
-    return e.finish()
 
 
 class _Nest:

@@ -16,14 +16,15 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles
+from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
 from hmc.codegen.formats.table import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.matmul.gate_up import Buffers
 from hmc.codegen.spec import KernelSpec
 
 TABLE_WIDTH = 6
-_GATE, _GATE_SCALE, _UP, _UP_SCALE, _DOWN, _DOWN_SCALE = range(TABLE_WIDTH)
+GATE, UP, DOWN = 0, 2, 4
+"""Columns of the expert table; scales follow each."""
 
 
 def scratch_bytes(spec: KernelSpec) -> int:
@@ -33,18 +34,17 @@ def scratch_bytes(spec: KernelSpec) -> int:
     return 4 * spec["tokens"] * spec["top_k"] * spec["n"] if spec.op == "experts_down" else 0
 
 
-def emit_experts_gate_up(spec: KernelSpec) -> str:
+def emit_experts_gate_up(e: Emitter) -> None:
     """IR of `experts_gate_up`; expr of gate and up; params k, n, top_k, experts, tokens (, group,
     scale_bits for int4).
     """
-    e = Emitter(spec)
-    b = e.b
+    b, spec = e.b, e.spec
     n = spec["n"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
-    prepared = tiles.prepare(e, e.arg["x"], e.arg["tokens"], e.arg["x_stride"], spec["tokens"])
+    prepared = tiles.prepare(e.arg["x"], e.arg["tokens"], e.arg["x_stride"], spec["tokens"])
     groups = Groups(e)
-    xs, ys = (_pointers(e, groups.most) for _ in range(2))
-    buffers = Buffers(e, groups.most)
+    xs, ys = (pointers(e, groups.most) for _ in range(2))
+    buffers = Buffers(tiles, groups.most)
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of
     # them all.
     blocks = const(-(-n // GRAIN))
@@ -52,49 +52,38 @@ def emit_experts_gate_up(spec: KernelSpec) -> str:
     through = b.udiv(b.add(end, b.sub(blocks, const(1))), blocks)
     with e.for_range(b.udiv(begin, blocks), through) as index:
         before = b.mul(index, blocks)
-        skipped = b.sub(begin, before)
-        skipped = b.select(b.icmp_signed(">", skipped, const(0)), skipped, const(0))
-        start = b.mul(skipped, const(GRAIN))
+        start = b.mul(e.positive(b.sub(begin, before)), const(GRAIN))
         stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
-        with groups.members(e, index) as (place, pair):
+        with groups.members(index) as (place, pair):
             token = b.udiv(pair, const(spec["top_k"]))
             x = e.offset(prepared, b.mul(token, const(tiles.dot.prepared_bytes)))
             b.store(x, b.gep(xs, [place]))
             b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
-        gate, up = (
-            (groups.address(e, index, weights), groups.address(e, index, scales))
-            for weights, scales in ((_GATE, _GATE_SCALE), (_UP, _UP_SCALE))
-        )
-        following = groups.address(e, groups.after(e, index), _GATE)
-        count = groups.size(e, index)
-        buffers.gate_up(e, tiles, gate, up, start, stop, xs, ys, count, following)
-    return e.finish()
+        gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
+        following = groups.address(groups.after(index), GATE)
+        buffers.gate_up(gate, up, start, stop, xs, ys, groups.size(index), following)
 
 
-def emit_experts_down(spec: KernelSpec) -> str:
+def emit_experts_down(e: Emitter) -> None:
     """IR of `experts_down`; params k, n, top_k, experts, tokens (, group, scale_bits for int4)."""
-    e = Emitter(spec)
-    b = e.b
+    b, spec = e.b, e.spec
     n, top_k = spec["n"], spec["top_k"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
-    prepared = tiles.prepare(e, e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
-    xs = _pointers(e, groups.most)
+    prepared = tiles.prepare(e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
+    xs = pointers(e, groups.most)
     scratch = b.bitcast(e.arg["scratch"], FLOATS)
     start, stop = e.split(const(n), GRAIN)
     skipped = b.mul(start, const(tiles.dot.row_bytes))
     with e.for_range(0, groups.active) as index:
-        with groups.members(e, index) as (place, pair):
+        with groups.members(index) as (place, pair):
             x = e.offset(prepared, b.mul(pair, const(tiles.dot.prepared_bytes)))
             b.store(x, b.gep(xs, [place]))
-        rows = b.add(b.mul(groups.start(e, index), const(n)), start)
-        down = groups.address(e, index, _DOWN)
-        scale = groups.address(e, index, _DOWN_SCALE)
-        following = e.offset(groups.address(e, groups.after(e, index), _DOWN), skipped)
-        count = groups.size(e, index)
-        tiles.matvec(
-            e, down, scale, start, stop, xs, count, b.gep(scratch, [rows]), const(n), following
-        )
+        rows = b.add(b.mul(groups.start(index), const(n)), start)
+        down = groups.matrix(index, DOWN)
+        following = e.offset(groups.address(groups.after(index), DOWN), skipped)
+        count, out = groups.size(index), b.gep(scratch, [rows])
+        tiles.matvec(down, start, stop, xs, count, out, const(n), following)
     with e.for_range(0, e.arg["tokens"]) as token:
         y = b.add(b.mul(token, e.arg["y_stride"]), start)
         first = b.mul(token, const(top_k))
@@ -103,8 +92,8 @@ def emit_experts_down(spec: KernelSpec) -> str:
             total = e.local(kind, ir.Constant(kind, None if width > 1 else 0.0))
             with e.for_range(0, top_k) as slot:
                 pair = b.add(first, slot)
-                with b.if_then(b.icmp_signed(">=", _id(e, pair), const(0))):
-                    place = b.add(b.add(b.mul(groups.position(e, pair), const(n)), start), index)
+                with b.if_then(b.icmp_signed(">=", e.load_int(e.arg["ids"], pair), const(0))):
+                    place = b.add(b.add(b.mul(groups.position(pair), const(n)), start), index)
                     share = e.load(e.arg["routing"], pair, F32)
                     if width == 1:
                         value = e.load(e.arg["scratch"], place, F32)
@@ -113,11 +102,6 @@ def emit_experts_down(spec: KernelSpec) -> str:
                         value = e.load_vec(e.arg["scratch"], place, F32, width)
                     b.store(e.fma(share, value, b.load(total)), total)
             e.store(b.load(total), e.arg["y"], b.add(y, index))
-    return e.finish()
-
-
-def _pointers(e: Emitter, count: int) -> Value:
-    return e.b.bitcast(e.local(BYTES, count=count), BYTES.as_pointer())
 
 
 class Groups:
@@ -130,6 +114,7 @@ class Groups:
 
     def __init__(self, e: Emitter) -> None:
         b, spec = e.b, e.spec
+        self.e = e
         self.most = spec["tokens"] * spec["top_k"]
         """Pairs there can be."""
         self.pairs = b.mul(e.arg["tokens"], const(spec["top_k"]))
@@ -142,76 +127,69 @@ class Groups:
             e.store(e.zeros(I32, 16), group_of, expert)
         # Count: group_of[expert] is group + 1, _start[group + 1] its size.
         active = e.local(I64, const(0))
-        with self._chosen(e) as (pair, expert):
-            with b.if_then(b.icmp_signed("==", _at(e, group_of, expert), const(0))):
+        with self._chosen() as (pair, expert):
+            with b.if_then(b.icmp_signed("==", e.load_int(group_of, expert), const(0))):
                 new = b.load(active)
                 b.store(b.add(new, const(1)), active)
-                _put(e, b.add(new, const(1)), group_of, expert)
-                _put(e, expert, self._expert, new)
-                _put(e, const(0), self._start, b.add(new, const(1)))
-            group = _at(e, group_of, expert)
-            _put(e, b.add(_at(e, self._start, group), const(1)), self._start, group)
+                e.store_int(b.add(new, const(1)), group_of, expert)
+                e.store_int(expert, self._expert, new)
+                e.store_int(const(0), self._start, b.add(new, const(1)))
+            group = e.load_int(group_of, expert)
+            e.store_int(b.add(e.load_int(self._start, group), const(1)), self._start, group)
         self.active = b.load(active)
         # Sum up, then place; placing moves each group's start to its end, which is the next one's
         # start.
         total = e.local(I64, const(0))
         with e.for_range(0, self.active) as group:
-            size = _at(e, self._start, b.add(group, const(1)))
-            _put(e, b.load(total), self._start, b.add(group, const(1)))
+            size = e.load_int(self._start, b.add(group, const(1)))
+            e.store_int(b.load(total), self._start, b.add(group, const(1)))
             b.store(b.add(b.load(total), size), total)
-        with self._chosen(e) as (pair, expert):
-            group = _at(e, group_of, expert)
-            place = _at(e, self._start, group)
-            _put(e, pair, self._order, place)
-            _put(e, place, self._position, pair)
-            _put(e, b.add(place, const(1)), self._start, group)
-        _put(e, const(0), self._start, const(0))
+        with self._chosen() as (pair, expert):
+            group = e.load_int(group_of, expert)
+            place = e.load_int(self._start, group)
+            e.store_int(pair, self._order, place)
+            e.store_int(place, self._position, pair)
+            e.store_int(b.add(place, const(1)), self._start, group)
+        e.store_int(const(0), self._start, const(0))
 
     @contextmanager
-    def _chosen(self, e: Emitter) -> Iterator[tuple[Value, Value]]:
+    def _chosen(self) -> Iterator[tuple[Value, Value]]:
         """A loop over the pairs that have an expert: yields (pair, expert)."""
+        e = self.e
         with e.for_range(0, self.pairs) as pair:
-            expert = _id(e, pair)
+            expert = e.load_int(e.arg["ids"], pair)
             with e.b.if_then(e.b.icmp_signed(">=", expert, const(0))):
                 yield pair, expert
 
-    def start(self, e: Emitter, index: Value) -> Value:
+    def start(self, index: Value) -> Value:
         """Place of the first pair of group `index`."""
-        return _at(e, self._start, index)
+        return self.e.load_int(self._start, index)
 
-    def size(self, e: Emitter, index: Value) -> Value:
+    def size(self, index: Value) -> Value:
         """Pairs of group `index`."""
-        return e.b.sub(_at(e, self._start, e.b.add(index, const(1))), self.start(e, index))
+        return self.e.b.sub(self.start(self.e.b.add(index, const(1))), self.start(index))
 
-    def position(self, e: Emitter, pair: Value) -> Value:
+    def position(self, pair: Value) -> Value:
         """Place of `pair`, which must have an expert, among all, group after group."""
-        return _at(e, self._position, pair)
+        return self.e.load_int(self._position, pair)
 
     @contextmanager
-    def members(self, e: Emitter, index: Value) -> Iterator[tuple[Value, Value]]:
+    def members(self, index: Value) -> Iterator[tuple[Value, Value]]:
         """A loop over group `index`: yields (place in the group, pair)."""
-        start = self.start(e, index)
-        with e.for_range(0, self.size(e, index)) as place:
-            yield place, _at(e, self._order, e.b.add(start, place))
+        start = self.start(index)
+        with self.e.for_range(0, self.size(index)) as place:
+            yield place, self.e.load_int(self._order, self.e.b.add(start, place))
 
-    def after(self, e: Emitter, index: Value) -> Value:
+    def after(self, index: Value) -> Value:
         """The group that follows `index`, or `index` for the last."""
-        return e.minimum(e.b.add(index, const(1)), e.b.sub(self.active, const(1)))
+        return self.e.minimum(self.e.b.add(index, const(1)), self.e.b.sub(self.active, const(1)))
 
-    def address(self, e: Emitter, index: Value, column: int) -> Value:
+    def address(self, index: Value, column: int) -> Value:
         """i8* in `column` of the expert table, for the expert of group `index`."""
-        place = e.b.mul(_at(e, self._expert, index), const(TABLE_WIDTH))
+        e = self.e
+        place = e.b.mul(e.load_int(self._expert, index), const(TABLE_WIDTH))
         return e.b.inttoptr(e.load(e.arg["table"], e.b.add(place, const(column)), I64), BYTES)
 
-
-def _id(e: Emitter, pair: Value) -> Value:
-    """The expert of `pair`; negative: none here."""
-    return _at(e, e.arg["ids"], pair)
-
-
-def _at(e: Emitter, array: Value, index: Value) -> Value:
-    return e.b.sext(e.load(array, index, I32), I64)
-
-
-def _put(e: Emitter, value: Value, array: Value, index: Value) -> None:
-    e.store(e.b.trunc(value, I32), array, index)
+    def matrix(self, index: Value, column: int) -> tuple[Value, Value]:
+        """Weights and scales of the matrix in `column`."""
+        return self.address(index, column), self.address(index, column + 1)

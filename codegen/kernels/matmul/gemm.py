@@ -27,11 +27,10 @@ def gemm_scratch_bytes(spec: KernelSpec) -> int:
     return Form.of(spec).scratch_bytes
 
 
-def emit_gemm(spec: KernelSpec) -> str:
+def emit_gemm(e: Emitter) -> None:
     """IR of `gemm`: params k (int4: group, scale_bits); out f32 or bf16."""
-    e = Emitter(spec)
     b = e.b
-    form = Form.of(spec)
+    form = Form.of(e.spec)
     panels = Panels(e, form)
     rows, tokens = e.arg["rows"], e.arg["tokens"]
     count = ceil_div(e, rows, const(form.rows))
@@ -40,7 +39,7 @@ def emit_gemm(spec: KernelSpec) -> str:
     blocks = b.select(b.icmp_signed("<", blocks, wanted), wanted, blocks)
     blocks = e.minimum(blocks, tokens)
     start, stop = e.split(b.mul(blocks, count))
-    element = I16 if spec.out == "bf16" else F32
+    element = I16 if e.spec.out == "bf16" else F32
     packed = e.local(I64, const(-1))
     with e.for_range(start, stop) as item:
         block, panel = b.udiv(item, count), b.urem(item, count)
@@ -61,7 +60,6 @@ def emit_gemm(spec: KernelSpec) -> str:
                 e.prefetch(b.bitcast(target, I8.as_pointer()), 2)
         panels.multiply((parts[0], parts[1]), here, ahead)
         _store(e, panels, row, first, here)
-    return e.finish()
 
 
 def _rows(e: Emitter, panels: Panels, row: Value) -> Rows:

@@ -32,12 +32,12 @@ def grouped_scratch_bytes(spec: KernelSpec) -> int:
     return Form.of(spec).scratch_bytes
 
 
-def emit_grouped_gate_up(spec: KernelSpec) -> str:
+def emit_grouped_gate_up(e: Emitter) -> None:
     """IR of `grouped_gate_up`: expr of gate and up; params k, n (intermediate), top_k, experts.
 
     int4 also takes group and scale_bits.
     """
-    e = Emitter(spec)
+    spec = e.spec
     b, tree = e.b, parse(spec.expr)
     panels = Panels(e, Form.of(spec))
     lanes, n = panels.form.lanes, spec["n"]
@@ -89,13 +89,11 @@ def emit_grouped_gate_up(spec: KernelSpec) -> str:
             return e.offset(e.arg["x"], b.mul(token, b.mul(e.arg["x_stride"], const(2))))
 
         _expert(e, panels, first, tokens, start, stop, source, body)
-    return e.finish()
 
 
-def emit_grouped_down(spec: KernelSpec) -> str:
+def emit_grouped_down(e: Emitter) -> None:
     """IR of `grouped_down`: params k (intermediate), n, top_k, experts; int4 as above."""
-    e = Emitter(spec)
-    b = e.b
+    b, spec = e.b, e.spec
     panels = Panels(e, Form.of(spec))
     form = panels.form
     lanes, n = form.lanes, spec["n"]
@@ -138,7 +136,6 @@ def emit_grouped_down(spec: KernelSpec) -> str:
             return e.offset(e.arg["act"], b.mul(slot, const(2 * spec["k"])))
 
         _expert(e, panels, first, tokens, start, stop, source, body)
-    return e.finish()
 
 
 def _tokens(e: Emitter, expert: Value) -> tuple[Value, Value]:

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 from hmc.codegen import vector
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
+from hmc.codegen.ir import Emitter, Value, const
 
 
-def _copy_rows(e: Emitter, table: str, stride: Value, format_name: str, picks: str) -> str:
+def _copy_rows(e: Emitter, table: str, stride: Value, format_name: str, picks: str) -> None:
     """y[i, :] = table[picks[i], :] as f32, split by row."""
-    b, lanes, width = e.b, TIERS[e.spec.isa].lanes, e.spec["width"]
-    size = const(vector.width_of(format_name))
+    b = e.b
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as row:
-        pick = b.sext(e.load(e.arg[picks], row, I32), I64)
-        source = e.offset(e.arg[table], b.mul(b.mul(pick, stride), size))
-        target = e.at(e.arg["y"], b.mul(row, e.arg["y_stride"]), F32)
+        pick = e.load_int(e.arg[picks], row)
+        source = vector.place(e, format_name, e.arg[table], b.mul(pick, stride))
+        target = e.row("y", row)
 
-        def strip(
-            index: Value, count: int, way: int, source: Value = source, target: Value = target
-        ) -> None:
-            value = vector.load_f32(e, format_name, source, index, count, lanes)
+        def strip(index: Value, count: int, way: int) -> None:
+            value = vector.load_f32(e, format_name, source, index, count)
             vector.store_f32(e, "f32", value, target, index, count)
 
-        vector.for_strips(e, width, lanes, strip, 4)
-    return e.finish()
+        vector.for_strips(e, e.spec["width"], e.lanes, strip, 4)
 
 
-def emit_embed(spec: KernelSpec) -> str:
+def emit_embed(e: Emitter) -> None:
     """`embed`: table in `spec.weight` (bf16, fp16 or f32), rows of exactly `width`."""
-    return _copy_rows(Emitter(spec), "table", const(spec["width"]), spec.weight, "ids")
+    _copy_rows(e, "table", const(e.spec["width"]), e.spec.weight, "ids")
 
 
-def emit_gather_rows(spec: KernelSpec) -> str:
+def emit_gather_rows(e: Emitter) -> None:
     """`gather_rows`: f32 rows."""
-    e = Emitter(spec)
-    return _copy_rows(e, "x", e.arg["x_stride"], "f32", "rows")
+    _copy_rows(e, "x", e.arg["x_stride"], "f32", "rows")

@@ -7,130 +7,122 @@ on their number.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import reduce
 
-from hmc.codegen import vector
-from hmc.codegen.ir import F32, Emitter, Value, const, fconst
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
+from hmc.codegen.ir import F32, I64, Emitter, Value, const, fconst
+from hmc.codegen.vector import for_strips, load_f32, place, sqrt, store_f32
 
-_WAYS = 4
+WAYS = 4
 
 
-class SquareSum:
-    """Sum of squares of a row, collected in `_WAYS` vectors."""
+class Sum:
+    """A sum over a row, collected in `WAYS` vectors."""
 
-    def __init__(self, e: Emitter, lanes: int) -> None:
+    def __init__(self, e: Emitter) -> None:
         self._e = e
-        zero = e.zeros(F32, lanes)
-        self._slots = [e.local(zero.type, zero) for _ in range(_WAYS)]
+        zero = e.zeros(F32, e.lanes)
+        self._slots = [e.local(zero.type, zero) for _ in range(WAYS)]
 
     def add(self, value: Value, way: int) -> None:
+        """Add `value`'s lanes."""
+        slot = self._slots[way]
+        self._e.b.store(self._e.b.fadd(self._e.b.load(slot), value), slot)
+
+    def add_square(self, value: Value, way: int) -> None:
         """Add the squares of `value`'s lanes."""
         slot = self._slots[way]
         self._e.b.store(self._e.fma(value, value, self._e.b.load(slot)), slot)
 
-    def inverse_root(self, width: int, eps: Value) -> Value:
-        """1 / sqrt(sum / width + eps), f32."""
+    def total(self) -> Value:
+        """The sum, f32."""
         b = self._e.b
         one, two, three, four = (b.load(slot) for slot in self._slots)
-        total = self._e.reduce_add(b.fadd(b.fadd(one, two), b.fadd(three, four)))
-        mean = b.fdiv(total, fconst(float(width)))
-        return b.fdiv(fconst(1.0), vector.sqrt(self._e, b.fadd(mean, eps)))
+        return self._e.reduce_add(b.fadd(b.fadd(one, two), b.fadd(three, four)))
+
+    def inverse_root(self, width: int) -> Value:
+        """1 / sqrt(sum / width + eps), f32."""
+        e, b = self._e, self._e.b
+        mean = b.fdiv(self.total(), fconst(float(width)))
+        return b.fdiv(fconst(1.0), sqrt(e, b.fadd(mean, e.arg["eps"])))
 
 
-def scale_row(
-    e: Emitter, lanes: int, width: int, x: Value, factor: Value, gamma: Value, y: Value
-) -> None:
-    """y[:] = x[:] * factor * gamma[:], y in `spec.out`, gamma in `spec.weight`; x and y are row
+def scale_row(e: Emitter, width: int, x: Value, factor: Value, y: Value, out: str) -> None:
+    """y[:] = x[:] * factor * gamma[:], y in format `out`, gamma in `spec.weight`; x and y are row
     pointers.
     """
-    scale = e.splat(factor, lanes)
+    scale = e.splat(factor, e.lanes)
 
     def strip(index: Value, count: int, way: int) -> None:
-        value = e.b.fmul(vector.load_f32(e, "f32", x, index, count, lanes), scale)
-        value = e.b.fmul(value, vector.load_f32(e, e.spec.weight, gamma, index, count, lanes))
-        vector.store_f32(e, e.spec.out, value, y, index, count)
+        value = e.b.fmul(load_f32(e, "f32", x, index, count), scale)
+        value = e.b.fmul(value, load_f32(e, e.spec.weight, e.arg["gamma"], index, count))
+        store_f32(e, out, value, y, index, count)
 
-    vector.for_strips(e, width, lanes, strip, _WAYS)
+    for_strips(e, width, e.lanes, strip, WAYS)
 
 
-def emit_norm(spec: KernelSpec) -> str:
+def norm_row(e: Emitter, width: int, x: Value, y: Value, out: str) -> None:
+    """The norm of the row at x to y, which may be x."""
+    squares = Sum(e)
+
+    def strip(index: Value, count: int, way: int) -> None:
+        squares.add_square(load_f32(e, "f32", x, index, count), way)
+
+    for_strips(e, width, e.lanes, strip, WAYS)
+    scale_row(e, width, x, squares.inverse_root(width), y, out)
+
+
+def emit_norm(e: Emitter) -> None:
     """`norm`: split by (token, group)."""
-    e = Emitter(spec)
-    lanes, width, b = TIERS[spec.isa].lanes, spec["width"], e.b
-    groups = e.arg["groups"]
-    size = vector.width_of(spec.out)
+    b, width, groups = e.b, e.spec["width"], e.arg["groups"]
     start, stop = e.split(b.mul(e.arg["tokens"], groups))
     with e.for_range(start, stop) as item:
         token, column = b.sdiv(item, groups), b.mul(b.srem(item, groups), const(width))
-        x = e.at(e.arg["x"], b.add(b.mul(token, e.arg["x_stride"]), column), F32)
-        y_index = b.add(b.mul(token, e.arg["y_stride"]), column)
-        y = e.offset(e.arg["y"], b.mul(y_index, const(size)))
-        squares = SquareSum(e, lanes)
-
-        def strip(index: Value, count: int, way: int, x: Value = x, s: SquareSum = squares) -> None:
-            s.add(vector.load_f32(e, "f32", x, index, count, lanes), way)
-
-        vector.for_strips(e, width, lanes, strip, _WAYS)
-        factor = squares.inverse_root(width, e.arg["eps"])
-        scale_row(e, lanes, width, x, factor, e.arg["gamma"], y)
-    return e.finish()
+        x = e.row("x", token, column)
+        index = b.add(b.mul(token, e.arg["y_stride"]), column)
+        norm_row(e, width, x, place(e, e.spec.out, e.arg["y"], index), e.spec.out)
 
 
-def _for_sums(e: Emitter, out: str, then: Any) -> None:
+def _for_sums(e: Emitter, out: str, then: Callable[[Value, Value, Sum], None]) -> None:
     """For each of this worker's tokens: `out` row = h + d0 (+ d1); then `then(token, out row,
     squares)`.
     """
-    b, lanes, width = e.b, TIERS[e.spec.isa].lanes, e.spec["width"]
-
-    def row(name: str, token: Value) -> Value:
-        return e.at(e.arg[name], b.mul(token, e.arg[f"{name}_stride"]), F32)
-
+    b = e.b
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as token:
-        h, d0, target = row("h", token), row("d0", token), row(out, token)
-        squares = SquareSum(e, lanes)
+        h, d0, target = (e.row(name, token) for name in ("h", "d0", out))
+        squares = Sum(e)
 
-        def strips(second: Value | None) -> None:
+        def strips(*rows: Value) -> None:
             def strip(index: Value, count: int, way: int) -> None:
-                total = b.fadd(
-                    vector.load_f32(e, "f32", h, index, count, lanes),
-                    vector.load_f32(e, "f32", d0, index, count, lanes),
-                )
-                if second is not None:
-                    total = b.fadd(total, vector.load_f32(e, "f32", second, index, count, lanes))
-                vector.store_f32(e, "f32", total, target, index, count)
-                squares.add(total, way)
+                values = (load_f32(e, "f32", row, index, count) for row in rows)
+                total = reduce(b.fadd, values)
+                store_f32(e, "f32", total, target, index, count)
+                squares.add_square(total, way)
 
-            vector.for_strips(e, width, lanes, strip, _WAYS)
+            for_strips(e, e.spec["width"], e.lanes, strip, WAYS)
 
-        present = b.icmp_unsigned("!=", b.ptrtoint(e.arg["d1"], const(0).type), const(0))
+        present = b.icmp_unsigned("!=", b.ptrtoint(e.arg["d1"], I64), const(0))
         with b.if_else(present) as (both, single):
             with both:
-                strips(row("d1", token))
+                strips(h, d0, e.row("d1", token))
             with single:
-                strips(None)
+                strips(h, d0)
         then(token, target, squares)
 
 
-def emit_add_norm(spec: KernelSpec) -> str:
+def emit_add_norm(e: Emitter) -> None:
     """`add_norm`: split by token."""
-    e = Emitter(spec)
-    lanes, width, size = TIERS[spec.isa].lanes, spec["width"], vector.width_of(spec.out)
+    width, out = e.spec["width"], e.spec.out
 
-    def then(token: Value, h_out: Value, squares: SquareSum) -> None:
-        factor = squares.inverse_root(width, e.arg["eps"])
-        y_bytes = e.b.mul(e.b.mul(token, e.arg["y_stride"]), const(size))
-        y = e.offset(e.arg["y"], y_bytes)
-        scale_row(e, lanes, width, h_out, factor, e.arg["gamma"], y)
+    def then(token: Value, h_out: Value, squares: Sum) -> None:
+        factor = squares.inverse_root(width)
+        y = place(e, out, e.arg["y"], e.b.mul(token, e.arg["y_stride"]))
+        scale_row(e, width, h_out, factor, y, out)
 
     _for_sums(e, "h_out", then)
-    return e.finish()
 
 
-def emit_add(spec: KernelSpec) -> str:
+def emit_add(e: Emitter) -> None:
     """`add`: split by token."""
-    e = Emitter(spec)
     _for_sums(e, "y", lambda token, target, squares: None)
-    return e.finish()

@@ -12,11 +12,9 @@ from llvmlite import ir
 from hmc.codegen import functions, vector
 from hmc.codegen.expr import REDUCTIONS, Expr
 from hmc.codegen.ir import F32, I1, Emitter, Value, const, fconst, vec
-from hmc.codegen.isa import TIERS
+from hmc.codegen.kernels.pointwise.norm import WAYS, Sum
 from hmc.codegen.rowwise import BF16_INPUTS, VECTORS, Rowwise
-from hmc.codegen.spec import KernelSpec
 
-_WAYS = 4
 _STRIPS = 32
 """Vectors of a row that one worker takes at least, where a row may be cut."""
 
@@ -25,7 +23,7 @@ class _Group:
     """The columns of one group of one token, for a kernel under construction."""
 
     def __init__(self, e: Emitter, form: Rowwise, token: Value, group: Value) -> None:
-        self._e, self._form, self._lanes = e, form, TIERS[e.spec.isa].lanes
+        self._e, self._form = e, form
         self._group, self._first = group, e.b.mul(group, const(form.size))
         self._known: dict[Expr, Value] = {}
         self._places = {name: self._place(name, token) for name, _ in form.columns}
@@ -43,17 +41,17 @@ class _Group:
             if name in self._narrow:
                 return self._narrow[name]
             place = self._places[name]
-            return vector.load_f32(self._e, _format(name), place, index, count, self._lanes)
+            return vector.load_f32(self._e, _format(name), place, index, count)
 
-        return functions.emit(self._e, tree, operand, self._lanes, self._known)
+        return functions.emit(self._e, tree, operand, self._e.lanes, self._known)
 
     def store(self, token: Value, index: Value, count: int) -> None:
         """Compute and store `count` columns from `index` on; the one of a narrow result."""
-        e, b = self._e, self._e.b
-        first = self._first if self._form.wide(self._form.tree) else self._group
-        place = b.add(b.mul(token, e.arg["y_stride"]), first)
-        y = e.offset(e.arg["y"], b.mul(place, const(vector.width_of(e.spec.out))))
-        vector.store_f32(e, e.spec.out, self.value(self._form.tree, index, count), y, index, count)
+        e, b, tree = self._e, self._e.b, self._form.tree
+        first = self._first if self._form.wide(tree) else self._group
+        start = b.add(b.mul(token, e.arg["y_stride"]), first)
+        y = vector.place(e, e.spec.out, e.arg["y"], start)
+        vector.store_f32(e, e.spec.out, self.value(tree, index, count), y, index, count)
 
     def _place(self, name: str, token: Value) -> Value:
         """Where the group's part of an operand begins, i8*."""
@@ -63,7 +61,7 @@ class _Group:
         else:
             line = b.mul(token, e.arg[f"{name}_stride"])
             index = b.add(line, self._first if form.wide_operand(name) else self._group)
-        return e.offset(e.arg[name], b.mul(index, const(vector.width_of(_format(name)))))
+        return vector.place(e, _format(name), e.arg[name], index)
 
     def _one(self, name: str) -> Value:
         """An operand's one value for the group, in every lane."""
@@ -71,7 +69,7 @@ class _Group:
         value = e.load(self._places[name], zero, vector.ELEMENTS[_format(name)])
         if name in BF16_INPUTS:
             value = e.bf16_to_f32(value)
-        return e.splat(value, self._lanes)
+        return e.splat(value, e.lanes)
 
     def _reduced(self, node: Expr) -> Value:
         """A sum or mean over the group's columns, in every lane; of a value that is one a group it
@@ -80,35 +78,30 @@ class _Group:
         e, b, (arg,) = self._e, self._e.b, node.args
         if not self._form.wide(arg):
             return self.value(arg, const(0), 1)
-        zero = e.zeros(F32, self._lanes)
-        sums = [e.local(zero.type, zero) for _ in range(_WAYS)]
+        sums = Sum(e)
 
         def strip(index: Value, count: int, way: int) -> None:
             value = self.value(arg, index, count)
-            if count < self._lanes:  # what stands behind the row is not zero after arithmetic
-                there = ir.Constant(
-                    vec(I1, self._lanes), [int(n < count) for n in range(self._lanes)]
-                )
-                value = b.select(there, value, zero)
-            b.store(b.fadd(b.load(sums[way]), value), sums[way])
+            if count < e.lanes:  # what stands behind the row is not zero after arithmetic
+                there = ir.Constant(vec(I1, e.lanes), [int(n < count) for n in range(e.lanes)])
+                value = b.select(there, value, e.zeros(F32, e.lanes))
+            sums.add(value, way)
 
-        vector.for_strips(e, self._form.size, self._lanes, strip, _WAYS)
-        one, two, three, four = (b.load(slot) for slot in sums)
-        total = e.reduce_add(b.fadd(b.fadd(one, two), b.fadd(three, four)))
+        vector.for_strips(e, self._form.size, e.lanes, strip, WAYS)
+        total = sums.total()
         if node.op == "mean":
             total = b.fdiv(total, fconst(float(self._form.size)))
-        return e.splat(total, self._lanes)
+        return e.splat(total, e.lanes)
 
 
 def _format(name: str) -> str:
     return "bf16" if name in BF16_INPUTS else "f32"
 
 
-def emit_pointwise(spec: KernelSpec) -> str:
+def emit_pointwise(e: Emitter) -> None:
     """IR of `pointwise`; expr and params as rowwise.py says."""
-    form = Rowwise.of(spec)
-    e = Emitter(spec)
-    b, lanes = e.b, TIERS[spec.isa].lanes
+    form = Rowwise.of(e.spec)
+    b, lanes = e.b, e.lanes
     whole, rest = divmod(form.size, lanes) if form.wide(form.tree) else (0, 1)
     sums = any(node.op in REDUCTIONS for node in form.tree)
     pieces = 1 if sums else max(1, -(-whole // _STRIPS))
@@ -126,4 +119,3 @@ def emit_pointwise(spec: KernelSpec) -> str:
         if rest:
             with b.if_then(b.icmp_signed("==", piece, const(pieces - 1))):
                 columns.store(token, const(whole * lanes), rest)
-    return e.finish()

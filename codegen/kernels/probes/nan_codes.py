@@ -8,21 +8,18 @@ from llvmlite import ir
 
 from hmc.codegen.formats.weights import splat_int
 from hmc.codegen.ir import I8, I64, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
 
 _RUNS = 4
 """Parts of a span read side by side, each front to back, as memory likes it."""
 
 
-def emit_nan_codes(spec: KernelSpec) -> str:
+def emit_nan_codes(e: Emitter) -> None:
     """IR of `nan_codes`: found[i] = 1 if one of the E4M3 codes of span i is 0x7F or 0xFF, else 0.
 
     Split by spans, which should therefore be of like size.
     """
-    e = Emitter(spec)
     b = e.b
-    width = TIERS[spec.isa].vector_bits // 8
+    width = e.tier.vector_bits // 8
     kind = vec(I8, width)
     magnitude = splat_int(I8, width, 0x7F)
 
@@ -51,4 +48,3 @@ def emit_nan_codes(spec: KernelSpec) -> str:
             lanes = b.bitcast(b.icmp_unsigned("==", b.load(slot), magnitude), mask)
             nan = b.or_(nan, b.icmp_unsigned("!=", lanes, mask(0)))
         e.store(b.zext(nan, I64), e.arg["found"], index, align=8)
-    return e.finish()

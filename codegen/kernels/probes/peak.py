@@ -7,19 +7,18 @@ throughput of the multiply-add (Zen 4: 6 cycles x 1 a cycle at 512 bits; Haswell
 from __future__ import annotations
 
 from hmc.codegen.ir import F32, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS, Isa
+from hmc.codegen.isa import Isa
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import dot_pairs
 
 _UNROLL = 4
 
 
-def emit_dot_peak(spec: KernelSpec) -> str:
+def emit_dot_peak(e: Emitter) -> None:
     """IR of `dot_peak`: `rounds` rounds of `dot_peak_flops(spec)` operations; sink[worker] = a sum
     that needs them all."""
-    e = Emitter(spec)
     b = e.b
-    tier = TIERS[spec.isa]
+    tier = e.tier
     lanes = tier.lanes
     # Operands depend on the worker so that nothing folds; small, finite and normal.
     seed = b.uitofp(b.add(b.and_(e.worker, const(7)), const(1)), F32)
@@ -38,7 +37,6 @@ def emit_dot_peak(spec: KernelSpec) -> str:
     for slot in sums[1:]:
         total = b.fadd(total, b.load(slot))
     e.store(e.reduce_add(total), e.arg["sink"], e.worker, align=4)
-    return e.finish()
 
 
 def dot_peak_flops(spec: KernelSpec) -> int:
@@ -47,7 +45,7 @@ def dot_peak_flops(spec: KernelSpec) -> int:
     chains x unroll x f32 lanes x 2, doubled where each lane takes a pair of bf16 products
     (`vdpbf16ps`).
     """
-    tier = TIERS[spec.isa]
+    tier = spec.tier
     return _chains(tier) * _UNROLL * tier.lanes * 2 * (2 if tier.pair_dot else 1)
 
 

@@ -9,8 +9,6 @@ parameters of the kernel.
 from __future__ import annotations
 
 from hmc.codegen.ir import I8, I64, Emitter, Value, const, vec
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
 
 CHUNK = 4096
 SPLIT, PAGES = range(2)
@@ -21,17 +19,16 @@ always slower.)"""
 _LINES = 4
 
 
-def emit_stream_read(spec: KernelSpec) -> str:
+def emit_stream_read(e: Emitter) -> None:
     """IR of `stream_read`: sink[worker] = xor of the share's 64-bit words (a ragged end
     zero-extended).
 
     params: streams (1 or more). tile: prefetch (bytes ahead, 0: none), order (SPLIT or PAGES).
     """
-    e = Emitter(spec)
-    b = e.b
+    b, spec = e.b, e.spec
     streams = spec.get("streams", 1)
     order = spec.tiled("order", SPLIT)
-    words = TIERS[spec.isa].vector_bits // 64
+    words = spec.tier.vector_bits // 64
     kind = vec(I64, words)
     zero = e.zeros(I64, words)
     base = e.arg["base"]
@@ -73,15 +70,13 @@ def emit_stream_read(spec: KernelSpec) -> str:
     for lane in range(words):
         result = b.xor(result, b.extract_element(total, const(lane)))
     e.store(result, e.arg["sink"], e.worker, align=8)
-    return e.finish()
 
 
-def emit_stream_fill(spec: KernelSpec) -> str:
+def emit_stream_fill(e: Emitter) -> None:
     """IR of `stream_fill`: stores the word `value` over the worker's share (first touch puts it on
     the worker's node)."""
-    e = Emitter(spec)
     b = e.b
-    lanes = TIERS[spec.isa].vector_bits // 64
+    lanes = e.tier.vector_bits // 64
     start, stop = e.split(e.arg["size"], CHUNK)
     value = e.splat(e.arg["value"], lanes)
     whole = b.add(start, b.and_(b.sub(stop, start), const(-8 * lanes)))
@@ -89,4 +84,3 @@ def emit_stream_fill(spec: KernelSpec) -> str:
         e.store(value, e.offset(e.arg["base"], position), const(0))
     with e.for_range(whole, stop, 8) as position:
         e.store(e.arg["value"], e.offset(e.arg["base"], position), const(0))
-    return e.finish()

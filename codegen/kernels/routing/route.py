@@ -16,8 +16,6 @@ from __future__ import annotations
 from functools import partial
 
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
-from hmc.codegen.isa import TIERS
-from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import (
     exp,
     fmax,
@@ -51,7 +49,7 @@ class _Router:
 
     def __init__(self, e: Emitter) -> None:
         self.e, spec = e, e.spec
-        self.lanes = TIERS[spec.isa].lanes
+        self.lanes = e.lanes
         self.experts, self.top_k = spec["experts"], spec["top_k"]
         self.scoring = spec["scoring"]
         self.groups, self.top_groups = spec.get("groups"), spec.get("top_groups")
@@ -223,11 +221,9 @@ class _Router:
             e.store(b.fmul(weight, e.arg["factor"]), routing, slot)
 
 
-def emit_route(spec: KernelSpec) -> str:
+def emit_route(e: Emitter) -> None:
     """`route`: split by token."""
-    e = Emitter(spec)
     router = _Router(e)
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as token:
         router.emit(token)
-    return e.finish()
