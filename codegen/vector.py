@@ -29,6 +29,23 @@ def lanes_mask(numbers: list[int]) -> ir.Constant:
     return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
 
 
+def unpack_order(count: int, half: int, groups: int = 4) -> list[int]:
+    """Lanes of two vectors of `count` that `vpunpckl` (half 0) or `vpunpckh` (half 1) lays side by
+    side, in `groups` groups of 128 bits.
+    """
+    each = count // groups
+    return [
+        group * each + half * each // 2 + item // 2 + item % 2 * count
+        for group in range(groups)
+        for item in range(each)
+    ]
+
+
+def unpack_masks(count: int, groups: int = 4) -> list[ir.Constant]:
+    """Both halves of `unpack_order`."""
+    return [lanes_mask(unpack_order(count, half, groups)) for half in range(2)]
+
+
 def concat(e: Emitter, parts: list[Value]) -> Value:
     """One vector of several equal ones (a power of two of them)."""
     while len(parts) > 1:
@@ -124,9 +141,14 @@ def fsplat(value: float, count: int) -> ir.Constant:
     return ir.Constant(vec(F32, count), [fconst(_f32(value))] * count)
 
 
+def splat_int(element: ir.IntType, count: int, value: int) -> ir.Constant:
+    """A constant vector of `count` equal integers."""
+    return ir.Constant(vec(element, count), [ir.Constant(element, value)] * count)
+
+
 def isplat(value: int, count: int) -> ir.Constant:
     """A constant i32 vector."""
-    return ir.Constant(vec(I32, count), [ir.Constant(I32, value)] * count)
+    return splat_int(I32, count, value)
 
 
 def fmax(e: Emitter, left: Value, right: Value) -> Value:

@@ -31,7 +31,7 @@ codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
 codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
-codegen/checks codegen/native codegen/isa codegen/rowwise codegen/spec codegen/expr
+codegen/checks codegen/native codegen/rowwise codegen/spec codegen/isa codegen/expr
 hmc/formats
 hmc/ranges hmc/files hmc/closing hmc/env hmc/errors hmc/version
 """.split()

@@ -9,16 +9,11 @@ never move between lanes).
 
     tiers            fp8                      bf16       int4                   fp16, f32
     with pair_dot    byte tables, vdpbf16ps   vdpbf16ps  word table, vdpbf16ps  f32 multiply-add
+                     (pairs.py)                          (pairs.py)
     without          to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
                      (unpack.py)                         (whole.py)
 
 Any other format is decoded by a table of its codes and multiplied as f32 (weights.py, native.py).
-
-The byte tables: high and low byte of the BF16 value of an E4M3 code are functions of its 7
-magnitude bits, which is just the index that `vpermi2b` takes; subnormals and NaN are entries like
-the others. Interleaving high and low bytes orders the words by 128-bit lane, and so are the
-activations. int4: `vpermw` looks at 5 bits of each 16-bit word, so a table that repeats after 16
-entries decodes the lowest of its 4 nibbles, three shifts bring the others.
 """
 
 from __future__ import annotations
@@ -26,10 +21,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from llvmlite import ir
-from numpy.typing import NDArray
 
+from hmc.codegen.formats.pairs import fp8_pairs, int4_words
 from hmc.codegen.formats.unpack import (
     FP8_ACTIVATIONS,
     FP8_RESULT,
@@ -38,18 +32,11 @@ from hmc.codegen.formats.unpack import (
     order,
     unit_of,
 )
-from hmc.codegen.formats.weights import (
-    Scales,
-    masked_vec,
-    row_bytes,
-    scales_of,
-    splat_int,
-    weights_f32,
-)
+from hmc.codegen.formats.weights import Scales, masked_vec, row_bytes, scales_of, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
-from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask
+from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask, splat_int, unpack_order
 
 
 @dataclass(frozen=True)
@@ -133,10 +120,7 @@ class Dot:
         if not self.paired:
             return order(self.spec.weight, self.lanes)
         if self.spec.weight == "fp8":
-            lanes = [
-                [16 * lane + half * 8 + i for lane in range(4) for i in range(8)] for half in (0, 1)
-            ]
-            return lanes[0] + lanes[1]
+            return unpack_order(64, 0)[::2] + unpack_order(64, 1)[::2]
         if self.spec.weight == "int4":
             return [4 * word + nibble for nibble in range(4) for word in range(32)]
         return list(range(32))
@@ -197,8 +181,11 @@ class Dot:
         """The vectors of weights of what `load` loaded, to be multiplied by `tokens` rows."""
         weight = self.spec.weight
         if self.paired:
-            pairs = {"fp8": _fp8_pairs, "int4": _int4_pairs}
-            return pairs[weight](e, codes) if weight in pairs else [codes]
+            if weight == "int4":
+                shifts = (splat_int(I16, 32, shift) for shift in (4, 8, 12))
+                nibbles = [codes, *(e.b.lshr(codes, shift) for shift in shifts)]
+                return [int4_words(e, words) for words in nibbles]
+            return fp8_pairs(e, codes) if weight == "fp8" else [codes]
         if weight == "fp8":
             return fp8_vectors(e, codes, multiply=tokens == 1)
         return bf16_vectors(e, codes) if weight == "bf16" else [codes]
@@ -274,53 +261,3 @@ class Dot:
         return b.bitcast(
             b.shuffle_vector(copies, e.zeros(I16, 32), lanes_mask(words)), vec(F32, 16)
         )
-
-
-def e4m3_as_bf16() -> NDArray[np.uint32]:
-    """BF16 bits of the magnitudes of the 128 E4M3FN codes; the last is NaN."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    value = np.where(
-        exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10.0), mantissa * 2.0**-9
-    ).astype(np.float32)
-    bits: NDArray[np.uint32] = value.view(np.uint32) >> np.uint32(16)
-    bits[127] = 0x7FC0
-    return bits
-
-
-_HALVES = [[16 * lane + 8 * half + i for lane in range(4) for i in range(8)] for half in (0, 1)]
-"""Which bytes of a vector the two `vpunpck?bw` of it take."""
-
-
-def _fp8_pairs(e: Emitter, codes: Value) -> list[Value]:
-    """64 codes to their BF16 values, in the order of `_HALVES`."""
-    b, kind = e.b, vec(I8, 64)
-
-    def lookup(table: list[int]) -> Value:
-        halves = [
-            ir.Constant(kind, [ir.Constant(I8, byte) for byte in table[at : at + 64]])
-            for at in (0, 64)
-        ]
-        return e.call("llvm.x86.avx512.vpermi2var.qi.512", kind, halves[0], codes, halves[1])
-
-    bits = [int(value) for value in e4m3_as_bf16()]
-    high = b.or_(lookup([value >> 8 for value in bits]), b.and_(codes, splat_int(I8, 64, 0x80)))
-    low = lookup([value & 0xFF for value in bits])
-    return [
-        b.bitcast(
-            b.shuffle_vector(
-                low, high, lanes_mask([at for lane in half for at in (lane, lane + 64)])
-            ),
-            vec(I16, 32),
-        )
-        for half in _HALVES
-    ]
-
-
-def _int4_pairs(e: Emitter, words: Value) -> list[Value]:
-    """128 nibbles in 32 words to BF16: vector j holds nibble j of every word."""
-    kind = vec(I16, 32)
-    bits = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
-    table = ir.Constant(kind, [ir.Constant(I16, int(value)) for value in bits])
-    nibbles = [words] + [e.b.lshr(words, splat_int(I16, 32, shift)) for shift in (4, 8, 12)]
-    return [e.call("llvm.x86.avx512.permvar.hi.512", kind, table, index) for index in nibbles]

@@ -4,168 +4,122 @@ or (int4) of i16.
 Hides the transposes. For pairs (`vdpbf16ps`), 16 rows x 64 bytes in four shuffles a vector: two
 stages move 128-bit lanes so that a vector holds the same 16 bytes of rows i, 4 + i, 8 + i, 12 + i;
 two unpacks inside the lanes bring four neighbouring rows together. FP8 is still bytes then, so one
-shuffle moves 64 weights. Its bf16 value is two table look-ups of the seven magnitude bits, one for
-each byte (`vpermi2b`), the sign, and two unpacks; every code is exact and the NaN codes give NaN.
-A nibble pair goes through one 32-entry table of words (`vpermw`), whose index ignores what lies
-above its five bits.
+shuffle moves 64 weights; every code is exact and the NaN codes give NaN (pairs.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 from llvmlite import ir
 
-from hmc.codegen.formats.dot import e4m3_as_bf16
+from hmc.codegen.formats.pairs import fp8_pairs, int4_words
 from hmc.codegen.formats.unpack import fp8_vectors
 from hmc.codegen.formats.weights import masked_vec, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.spec import WeightFormat
-
-COLUMN = {"fp8": 16, "bf16": 8, "int4": 32}
-"""Weights of a row in 16 bytes, the unit of the transpose."""
+from hmc.codegen.vector import for_blocks, isplat, lanes_mask, splat_int, unpack_masks
 
 _NIBBLE_PAIRS = 4
 """Pairs of int4 weights in a stored word."""
 
 
-def decode_pairs(
-    e: Emitter,
-    weight: WeightFormat,
-    panel: Value,
-    stride: int,
-    rows: list[Value],
-    length: int,
-) -> None:
-    """Store the first `length` weights of 16 `rows` (i8*) as pair vectors.
+@dataclass(frozen=True)
+class Chunk:
+    """`length` weights of each of `rows` (i8*, a lane each) on their way to `panel` (i8*), `stride`
+    words between steps.
 
-    Pair s goes to `panel` (i8*) + s * `stride` words. Pairs past `length` up to a whole 64 bytes of
-    a row are stored too, as finite numbers; nothing past it is read.
+    What is decoded past `length`, up to a whole vector of each row, is stored too, as finite
+    numbers; nothing past it is read.
     """
-    unit = 4 * COLUMN[weight]
-    element, count = {"fp8": (I8, 64), "bf16": (I16, 32), "int4": (I32, 16)}[weight]
 
-    def block(start: Value, valid: int) -> None:
-        index = e.b.udiv(start, const(unit // count))
-        valid = -(-valid * count // unit)
-        loaded = [masked_vec(e, row, index, element, count, valid) for row in rows]
-        first = e.b.mul(start, const(stride // 2))
-        target = e.offset(panel, e.b.mul(first, const(4)))
+    panel: Value
+    stride: int
+    rows: list[Value]
+    length: int
+
+    def store(
+        self,
+        e: Emitter,
+        count: int,
+        size: int,
+        words: int,
+        decode: Callable[[Value, int], Iterator[Value]],
+    ) -> None:
+        """Store the vectors that `decode(start, valid)` gives of each `size` of the `count` items
+        of a row, step after step; an item is `words` words of the panel.
+        """
+
+        def block(start: Value, valid: int) -> None:
+            first = e.b.mul(start, const(words))
+            for step, vector in enumerate(decode(start, valid)):
+                place = e.b.add(first, const(step * self.stride))
+                e.store(e.b.bitcast(vector, vec(I32, len(self.rows))), self.panel, place, align=4)
+
+        for_blocks(e, count, size, block)
+
+
+def decode_pairs(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
+    """Weights of 16 rows as pairs of bf16."""
+    element, count, each = {"fp8": (I8, 64, 1), "bf16": (I16, 32, 1), "int4": (I32, 16, 8)}[weight]
+    quad = I16 if weight == "fp8" else I32
+    pairs = {"fp8": _fp8, "bf16": lambda _, words: [words], "int4": _int4}[weight]
+
+    def decode(start: Value, valid: int) -> Iterator[Value]:
+        index = e.b.udiv(start, const(each))
+        loaded = [
+            masked_vec(e, row, index, element, count, -(-valid // each)) for row in chunk.rows
+        ]
         words = [e.b.bitcast(row, vec(I32, 16)) for row in loaded]
-        for column, quads in enumerate(_lane_columns(e, words)):
-            moved = e.offset(target, const(column * COLUMN[weight] // 2 * stride * 4))
-            _store_column(e, weight, moved, stride, quads)
+        for quads in _lane_columns(e, words):
+            yield from [pair for four in _unpack_four(e, quads, quad) for pair in pairs(e, four)]
 
-    whole = length // unit * unit
-    if whole:
-        with e.for_range(0, whole, unit) as start:
-            block(start, unit)
-    if whole < length:
-        block(const(whole), length - whole)
+    chunk.store(e, chunk.length, count * each, chunk.stride // 2, decode)
 
 
-def _store_column(
-    e: Emitter, weight: WeightFormat, panel: Value, stride: int, quads: list[Value]
-) -> None:
-    """16 bytes of 16 rows, as `_lane_columns` gives them, to pair vectors."""
-    element = I16 if weight == "fp8" else I32
-    decode = {"fp8": _fp8, "bf16": lambda _, pairs: [pairs], "int4": _int4}[weight]
-    pairs = [pair for four in _unpack_four(e, quads, element) for pair in decode(e, four)]
-    for index, pair in enumerate(pairs):
-        e.store(e.b.bitcast(pair, vec(I32, 16)), panel, const(index * stride), align=4)
+def decode_columns(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
+    """Weights as f32, without their scales."""
+    lanes = len(chunk.rows)
+
+    def decode(start: Value, count: int) -> Iterator[Value]:
+        columns = transpose(e, [weights_f32(e, weight, row, start, count)[0] for row in chunk.rows])
+        for k, column in enumerate(columns):
+            yield column if k < count else e.zeros(F32, lanes)
+
+    chunk.store(e, chunk.length, lanes, chunk.stride, decode)
 
 
-def decode_columns(
-    e: Emitter,
-    weight: WeightFormat,
-    panel: Value,
-    stride: int,
-    rows: list[Value],
-    length: int,
-) -> None:
-    """Store the first `length` weights of `rows` (i8*), of a format without scales, as f32 vectors,
-    one lane a row.
+def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
+    """fp8 weights as f32, x 2^-120 times `factor` (`unpack.py` says why)."""
+    lanes = len(chunk.rows)
 
-    Weight s goes to `panel` (i8*) + s * `stride` words; up to a whole vector of weights past
-    `length` zeros are stored, and nothing past it is read.
-    """
-    b, lanes = e.b, len(rows)
+    def decode(start: Value, valid: int) -> Iterator[Value]:
+        loaded = [masked_vec(e, row, start, I8, 4 * lanes, valid) for row in chunk.rows]
+        for column in transpose(e, [e.b.bitcast(row, vec(I32, lanes)) for row in loaded]):
+            codes = e.b.bitcast(column, vec(I8, 4 * lanes))
+            for value in fp8_vectors(e, codes, multiply=True):
+                yield e.b.fmul(value, factor)
 
-    def block(start: Value, count: int) -> None:
-        vectors = [weights_f32(e, weight, row, start, count)[0] for row in rows]
-        for k, column in enumerate(transpose(e, vectors)):
-            if k >= count:
-                column = e.zeros(F32, lanes)
-            e.store(column, panel, b.mul(b.add(start, const(k)), const(stride)), align=4)
-
-    whole = length // lanes * lanes
-    if whole:
-        with e.for_range(0, whole, lanes) as start:
-            block(start, lanes)
-    if whole < length:
-        block(const(whole), length - whole)
+    chunk.store(e, chunk.length, 4 * lanes, chunk.stride, decode)
 
 
-def decode_codes(
-    e: Emitter, panel: Value, stride: int, rows: list[Value], length: int, factor: Value
-) -> None:
-    """Store the first `length` fp8 weights of `rows` (i8*) as f32 vectors, one lane a row, x 2^-120
-    times `factor` (`unpack.py` says why).
+def decode_words(e: Emitter, chunk: Chunk) -> None:
+    """int4 weights as pairs of i16: nibble - 8."""
+    b, lanes = e.b, len(chunk.rows)
+    eight = splat_int(I16, 2 * lanes, 8)
 
-    Weight s goes to `panel` (i8*) + s * `stride` words; weights past `length` up to a whole vector
-    of codes are stored as zeros, and nothing past it is read.
-    """
-    b, lanes = e.b, len(rows)
-    codes = vec(I8, 4 * lanes)
-
-    def block(start: Value, valid: int) -> None:
-        loaded = [masked_vec(e, row, start, I8, 4 * lanes, valid) for row in rows]
-        words = [b.bitcast(row, vec(I32, lanes)) for row in loaded]
-        for number, column in enumerate(transpose(e, words)):
-            column = b.bitcast(column, codes)
-            for place, value in enumerate(fp8_vectors(e, column, multiply=True)):
-                k = b.add(start, const(4 * number + place))
-                e.store(b.fmul(value, factor), panel, b.mul(k, const(stride)), align=4)
-
-    whole = length // (4 * lanes) * 4 * lanes
-    if whole:
-        with e.for_range(0, whole, 4 * lanes) as start:
-            block(start, 4 * lanes)
-    if whole < length:
-        block(const(whole), length - whole)
-
-
-def decode_words(e: Emitter, panel: Value, stride: int, rows: list[Value], length: int) -> None:
-    """Store the first `length` int4 weights of `rows` (i8*) as pairs of i16: nibble - 8, one lane a
-    row.
-
-    Pair s goes to `panel` (i8*) + s * `stride` words. Pairs past `length` up to a whole vector of
-    stored words are stored too; nothing past it is read.
-    """
-    b, lanes = e.b, len(rows)
-    kind = vec(I32, lanes)
-    eight = ir.Constant(vec(I16, 2 * lanes), [ir.Constant(I16, 8)] * (2 * lanes))
-
-    def splat(value: int) -> ir.Constant:
-        return ir.Constant(kind, [ir.Constant(I32, value)] * lanes)
-
-    def block(word: Value, valid: int) -> None:
-        columns = transpose(e, [masked_vec(e, row, word, I32, lanes, valid) for row in rows])
-        for number, column in enumerate(columns):
+    def decode(word: Value, valid: int) -> Iterator[Value]:
+        loaded = [masked_vec(e, row, word, I32, lanes, valid) for row in chunk.rows]
+        for column in transpose(e, loaded):
             for pair in range(_NIBBLE_PAIRS):
-                low = b.lshr(column, splat(8 * pair)) if pair else column
-                high = b.and_(b.shl(low, splat(12)), splat(0xF0000))
-                both = b.bitcast(b.or_(b.and_(low, splat(0xF)), high), eight.type)
-                moved = const((number * _NIBBLE_PAIRS + pair) * stride)
-                place = b.add(b.mul(word, const(_NIBBLE_PAIRS * stride)), moved)
-                e.store(b.bitcast(b.sub(both, eight), kind), panel, place, align=4)
+                low = b.lshr(column, isplat(8 * pair, lanes)) if pair else column
+                high = b.and_(b.shl(low, isplat(12, lanes)), isplat(0xF0000, lanes))
+                both = b.or_(b.and_(low, isplat(0xF, lanes)), high)
+                yield b.sub(b.bitcast(both, eight.type), eight)
 
-    words = -(-length // (2 * _NIBBLE_PAIRS))
-    whole = words // lanes * lanes
-    if whole:
-        with e.for_range(0, whole, lanes) as word:
-            block(word, lanes)
-    if whole < words:
-        block(const(whole), words - whole)
+    words = -(-chunk.length // (2 * _NIBBLE_PAIRS))
+    chunk.store(e, words, lanes, _NIBBLE_PAIRS * chunk.stride, decode)
 
 
 def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
@@ -179,7 +133,7 @@ def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
             e.b.shuffle_vector(
                 vectors[i & ~distance],
                 vectors[i | distance],
-                _indices(high if i & distance else low),
+                lanes_mask(high if i & distance else low),
             )
             for i in range(count)
         ]
@@ -189,34 +143,22 @@ def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
 
 def _fp8(e: Emitter, codes: Value) -> list[Value]:
     """Four codes a lane to two vectors of pairs."""
-    b = e.b
-    codes = b.bitcast(codes, vec(I8, 64))
-    high, low = _fp8_tables()
-    sign = b.and_(codes, _bytes(np.full(64, 0x80, np.uint8)))
-    top, bottom = b.or_(_permute_bytes(e, codes, high), sign), _permute_bytes(e, codes, low)
-    return [_unpack(e, bottom, top, I8, half) for half in range(2)]
+    return fp8_pairs(e, e.b.bitcast(codes, vec(I8, 64)))
 
 
 def _int4(e: Emitter, words: Value) -> list[Value]:
     """Eight nibbles a lane to four vectors of pairs."""
     b = e.b
-    values = (np.arange(32) % 16 - 8).astype(np.float32).view(np.uint32) >> 16
-    table = ir.Constant(vec(I16, 32), [ir.Constant(I16, int(word)) for word in values])
     # Nibble 2p falls on bit 0 of the low word, nibble 2p + 1 on bit 0 of the high word.
-    order = _indices([lane + (32 if lane % 2 else 0) for lane in range(32)])
+    order = lanes_mask([lane + (32 if lane % 2 else 0) for lane in range(32)])
 
     def shifted(right: int) -> Value:
-        amount = ir.Constant(words.type, [ir.Constant(I32, abs(right))] * 16)
+        amount = isplat(abs(right), 16)
         return b.bitcast((b.lshr if right >= 0 else b.shl)(words, amount), vec(I16, 32))
 
     return [
-        e.call(
-            "llvm.x86.avx512.permvar.hi.512",
-            table.type,
-            table,
-            b.shuffle_vector(shifted(8 * pair), shifted(8 * pair - 12), order),
-        )
-        for pair in range(4)
+        int4_words(e, b.shuffle_vector(shifted(8 * pair), shifted(8 * pair - 12), order))
+        for pair in range(_NIBBLE_PAIRS)
     ]
 
 
@@ -236,44 +178,19 @@ def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:
 def _shuffle_lanes(e: Emitter, left: Value, right: Value, lanes: tuple[int, int]) -> Value:
     """128-bit lanes `lanes` of `left`, then of `right` (`vshufi32x4`)."""
     order = [base + 4 * lane + word for base in (0, 16) for lane in lanes for word in range(4)]
-    return e.b.shuffle_vector(left, right, _indices(order))
+    return e.b.shuffle_vector(left, right, lanes_mask(order))
 
 
 def _unpack_four(e: Emitter, quads: list[Value], element: ir.IntType) -> list[Value]:
     """Four vectors to four: lane by lane, elements of the four inputs side by side."""
-    even = [_unpack(e, quads[0], quads[2], element, half) for half in range(2)]
-    odd = [_unpack(e, quads[1], quads[3], element, half) for half in range(2)]
-    return [_unpack(e, even[g // 2], odd[g // 2], element, g % 2) for g in range(4)]
+    kind = vec(element, 512 // element.width)
+    masks = unpack_masks(kind.count)
 
+    def unpack(left: Value, right: Value) -> list[Value]:
+        return [
+            e.b.shuffle_vector(e.b.bitcast(left, kind), e.b.bitcast(right, kind), mask)
+            for mask in masks
+        ]
 
-def _unpack(e: Emitter, left: Value, right: Value, element: ir.IntType, half: int) -> Value:
-    """`vpunpckl` (half 0) or `vpunpckh` (half 1) of 512 bits in units of `element`."""
-    count = 512 // element.width
-    per_lane = count // 4
-    kind = vec(element, count)
-    order = []
-    for lane in range(4):
-        for i in range(per_lane // 2):
-            at = lane * per_lane + half * (per_lane // 2) + i
-            order += [at, count + at]
-    return e.b.shuffle_vector(e.b.bitcast(left, kind), e.b.bitcast(right, kind), _indices(order))
-
-
-def _permute_bytes(e: Emitter, codes: Value, table: tuple[Value, Value]) -> Value:
-    """A byte of a 128-entry table for each of 64 codes; bit 7 of a code is ignored."""
-    return e.call("llvm.x86.avx512.vpermi2var.qi.512", codes.type, table[0], codes, table[1])
-
-
-def _fp8_tables() -> tuple[tuple[Value, Value], tuple[Value, Value]]:
-    """High and low bytes of the bf16 values of E4M3FN magnitudes 0..127, as halves of 64."""
-    bits = e4m3_as_bf16()
-    high, low = (bits >> 8).astype(np.uint8), (bits & 0xFF).astype(np.uint8)
-    return (_bytes(high[:64]), _bytes(high[64:])), (_bytes(low[:64]), _bytes(low[64:]))
-
-
-def _bytes(values: np.ndarray) -> ir.Constant:
-    return ir.Constant(vec(I8, 64), [ir.Constant(I8, int(value)) for value in values])
-
-
-def _indices(order: list[int]) -> ir.Constant:
-    return ir.Constant(vec(I32, len(order)), [ir.Constant(I32, index) for index in order])
+    even, odd = unpack(quads[0], quads[2]), unpack(quads[1], quads[3])
+    return unpack(even[0], odd[0]) + unpack(even[1], odd[1])

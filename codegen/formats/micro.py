@@ -18,7 +18,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hmc.codegen.formats.interleave import decode_codes, decode_columns, decode_pairs, decode_words
+from hmc.codegen.formats.interleave import (
+    Chunk,
+    decode_codes,
+    decode_columns,
+    decode_pairs,
+    decode_words,
+)
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.weights import masked_vec
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
@@ -29,18 +35,6 @@ from hmc.codegen.vector import dot_pairs, fsplat
 
 Vectors = Iterator[tuple[Value, int]]
 """Vectors of a token's share of a chunk, each with the byte of the share that it starts at."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """`length` weights of each of `rows` (i8*, a lane each) on their way to `panel`, `stride` words
-    between steps.
-    """
-
-    panel: Value
-    stride: int
-    rows: list[Value]
-    length: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ class MicroKernel:
 
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Weights to the panel; `scale()` is each row's scale of them."""
-        decode_columns(e, self.weight, chunk.panel, chunk.stride, chunk.rows, chunk.length)
+        decode_columns(e, self.weight, chunk)
 
     def zero(self, e: Emitter) -> Value:
         """What a sum starts from."""
@@ -103,7 +97,7 @@ class Fp8InPlace(MicroKernel):
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Scaled weights."""
         factor = e.b.fmul(scale(), fsplat(FP8_RESULT, self.lanes))
-        decode_codes(e, chunk.panel, chunk.stride, chunk.rows, chunk.length, factor)
+        decode_codes(e, chunk, factor)
 
 
 class Pairs(MicroKernel):
@@ -117,7 +111,7 @@ class Pairs(MicroKernel):
 
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Pairs of bf16, a word each."""
-        decode_pairs(e, self.weight, chunk.panel, chunk.stride, chunk.rows, chunk.length)
+        decode_pairs(e, self.weight, chunk)
 
     def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
         """Two products a lane."""
@@ -143,7 +137,7 @@ class WholeNumbers(MicroKernel):
 
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Pairs of i16, a word each."""
-        decode_words(e, chunk.panel, chunk.stride, chunk.rows, chunk.length)
+        decode_words(e, chunk)
 
     def zero(self, e: Emitter) -> Value:
         """i32."""

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from hmc.codegen.formats.weights import splat_int
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, vec
 from hmc.codegen.spec import WeightFormat
+from hmc.codegen.vector import splat_int
 
 FP8_ACTIVATIONS = 2.0**64
 FP8_RESULT = 2.0**56

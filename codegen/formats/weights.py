@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.vector import splat_int
 from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
 
 ALL = 1 << 40
@@ -74,11 +75,6 @@ def masked_vec(
 
 
 _SUFFIX = {"i8": "i8", "i16": "i16", "i32": "i32", "float": "f32", "half": "f16"}
-
-
-def splat_int(element: ir.IntType, count: int, value: int) -> ir.Constant:
-    """A constant vector of `count` equal integers."""
-    return ir.Constant(vec(element, count), [ir.Constant(element, value)] * count)
 
 
 def weights_f32(

@@ -23,9 +23,9 @@ from functools import partial
 from llvmlite import ir
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.weights import masked_vec, splat_int
+from hmc.codegen.formats.weights import masked_vec
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, vec
-from hmc.codegen.vector import concat, fmax, fsplat, isplat, lanes_mask
+from hmc.codegen.vector import concat, fmax, fsplat, isplat, lanes_mask, splat_int
 
 NIBBLES = 4
 """Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""

@@ -24,7 +24,7 @@ from functools import partial
 
 from llvmlite import ir
 
-from hmc.codegen.formats.micro import Chunk
+from hmc.codegen.formats.interleave import Chunk
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from hmc.codegen.formats.weights import splat_int
 from hmc.codegen.ir import I8, I64, Emitter, Value, const, vec
+from hmc.codegen.vector import splat_int
 
 _RUNS = 4
 """Parts of a span read side by side, each front to back, as memory likes it."""
