@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.ir import F32, Emitter, Value, const
+from hmc.codegen.vector import for_blocks
 
 
 @dataclass
@@ -40,23 +41,18 @@ class Rows:
             x,
         )
         zero = e.zeros(F32, dot.lanes)
-        found.totals = [[found._slot(zero) for _ in x] for _ in rows]
+        found.totals = [[e.local(zero.type, zero) for _ in x] for _ in rows]
         return found
-
-    def _slot(self, value: Value) -> Value:
-        slot = self.e.local(value.type)
-        self.e.b.store(value, slot)
-        return slot
 
     def add(self, ahead: Callable[[Value], None]) -> None:
         """Add all chunks; `ahead` is called with the element of each whole one before it."""
-        size, k = self.dot.chunk, self.dot.k
-        whole = k // size * size
-        with self.e.for_range(0, whole, size) as start:
-            ahead(start)
-            self._chunk(start, size)
-        if whole < k:
-            self._chunk(const(whole), k - whole)
+
+        def chunk(start: Value, valid: int) -> None:
+            if valid == self.dot.chunk:
+                ahead(start)
+            self._chunk(start, valid)
+
+        for_blocks(self.e, self.dot.k, self.dot.chunk, chunk)
 
     def sums(self) -> list[list[Value]]:
         """Lanes of the finished sums, [row][token]."""
@@ -68,7 +64,8 @@ class Rows:
         if not dot.scaled:
             self._units(chunk, self.totals, valid)
             return
-        sums = [[self._slot(dot.start(e, token, chunk)) for token in self.x] for _ in self.bases]
+        zeros = [[dot.start(e, token, chunk) for token in self.x] for _ in self.bases]
+        sums = [[e.local(zero.type, zero) for zero in line] for line in zeros]
         self._units(chunk, sums, valid)
         for scales, line, totals in zip(self.scales, sums, self.totals, strict=True):
             factor = dot.scale(e, scales, chunk, valid)

@@ -23,7 +23,7 @@ from functools import cached_property
 
 from llvmlite import ir
 
-from hmc.codegen.formats.pairs import fp8_pairs, int4_words
+from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
 from hmc.codegen.formats.unpack import (
     FP8_ACTIVATIONS,
     FP8_RESULT,
@@ -185,7 +185,10 @@ class Dot:
                 shifts = (splat_int(I16, 32, shift) for shift in (4, 8, 12))
                 nibbles = [codes, *(e.b.lshr(codes, shift) for shift in shifts)]
                 return [int4_words(e, words) for words in nibbles]
-            return fp8_pairs(e, codes) if weight == "fp8" else [codes]
+            if weight == "bf16":
+                return [codes]
+            top = e.b.or_(fp8_byte(e, codes, 8), fp8_sign(e, codes))
+            return fp8_words(e, top, fp8_byte(e, codes, 0))
         if weight == "fp8":
             return fp8_vectors(e, codes, multiply=tokens == 1)
         return bf16_vectors(e, codes) if weight == "bf16" else [codes]

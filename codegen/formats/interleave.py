@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.formats.pairs import fp8_pairs, int4_words
+from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
 from hmc.codegen.formats.unpack import fp8_vectors
 from hmc.codegen.formats.weights import masked_vec, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
@@ -45,17 +45,20 @@ class Chunk:
         count: int,
         size: int,
         words: int,
-        decode: Callable[[Value, int], Iterator[Value]],
+        load: Callable[[Value, Value, int], Value],
+        decode: Callable[[list[Value], int], Iterator[Value]],
     ) -> None:
-        """Store the vectors that `decode(start, valid)` gives of each `size` of the `count` items
-        of a row, step after step; an item is `words` words of the panel.
+        """Of each `size` of the `count` items of a row: the vectors that `decode(loaded, valid)`
+        makes of what `load(row, start, valid)` loads of the rows, step after step; an item is
+        `words` words of the panel.
         """
 
         def block(start: Value, valid: int) -> None:
+            loaded = [load(row, start, valid) for row in self.rows]
             first = e.b.mul(start, const(words))
-            for step, vector in enumerate(decode(start, valid)):
+            for step, vector in enumerate(decode(loaded, valid)):
                 place = e.b.add(first, const(step * self.stride))
-                e.store(e.b.bitcast(vector, vec(I32, len(self.rows))), self.panel, place, align=4)
+                e.store(vector, self.panel, place, align=4)
 
         for_blocks(e, count, size, block)
 
@@ -64,44 +67,50 @@ def decode_pairs(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
     """Weights of 16 rows as pairs of bf16."""
     element, count, each = {"fp8": (I8, 64, 1), "bf16": (I16, 32, 1), "int4": (I32, 16, 8)}[weight]
     quad = I16 if weight == "fp8" else I32
-    pairs = {"fp8": _fp8, "bf16": lambda _, words: [words], "int4": _int4}[weight]
+    decode = {"fp8": _fp8, "bf16": lambda _, words: [words], "int4": _int4}[weight]
+    words = vec(I32, 16)
 
-    def decode(start: Value, valid: int) -> Iterator[Value]:
-        index = e.b.udiv(start, const(each))
-        loaded = [
-            masked_vec(e, row, index, element, count, -(-valid // each)) for row in chunk.rows
-        ]
-        words = [e.b.bitcast(row, vec(I32, 16)) for row in loaded]
-        for quads in _lane_columns(e, words):
-            yield from [pair for four in _unpack_four(e, quads, quad) for pair in pairs(e, four)]
+    def block(start: Value, valid: int) -> None:
+        index, valid = e.b.udiv(start, const(each)), -(-valid // each)
+        loaded = [masked_vec(e, row, index, element, count, valid) for row in chunk.rows]
+        panel = e.offset(chunk.panel, e.b.mul(start, const(2 * chunk.stride)))
+        for quads in _lane_columns(e, [e.b.bitcast(row, words) for row in loaded]):
+            pairs = [pair for four in _unpack_four(e, quads, quad) for pair in decode(e, four)]
+            for step, pair in enumerate(pairs):
+                e.store(e.b.bitcast(pair, words), panel, const(step * chunk.stride), align=4)
+            panel = e.offset(panel, const(4 * len(pairs) * chunk.stride))
 
-    chunk.store(e, chunk.length, count * each, chunk.stride // 2, decode)
+    for_blocks(e, chunk.length, count * each, block)
 
 
 def decode_columns(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
     """Weights as f32, without their scales."""
     lanes = len(chunk.rows)
 
-    def decode(start: Value, count: int) -> Iterator[Value]:
-        columns = transpose(e, [weights_f32(e, weight, row, start, count)[0] for row in chunk.rows])
-        for k, column in enumerate(columns):
-            yield column if k < count else e.zeros(F32, lanes)
+    def load(row: Value, start: Value, valid: int) -> Value:
+        return weights_f32(e, weight, row, start, valid)[0]
 
-    chunk.store(e, chunk.length, lanes, chunk.stride, decode)
+    def decode(loaded: list[Value], valid: int) -> Iterator[Value]:
+        for k, column in enumerate(transpose(e, loaded)):
+            yield column if k < valid else e.zeros(F32, lanes)
+
+    chunk.store(e, chunk.length, lanes, chunk.stride, load, decode)
 
 
 def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
     """fp8 weights as f32, x 2^-120 times `factor` (`unpack.py` says why)."""
     lanes = len(chunk.rows)
 
-    def decode(start: Value, valid: int) -> Iterator[Value]:
-        loaded = [masked_vec(e, row, start, I8, 4 * lanes, valid) for row in chunk.rows]
+    def load(row: Value, start: Value, valid: int) -> Value:
+        return masked_vec(e, row, start, I8, 4 * lanes, valid)
+
+    def decode(loaded: list[Value], valid: int) -> Iterator[Value]:
         for column in transpose(e, [e.b.bitcast(row, vec(I32, lanes)) for row in loaded]):
             codes = e.b.bitcast(column, vec(I8, 4 * lanes))
             for value in fp8_vectors(e, codes, multiply=True):
                 yield e.b.fmul(value, factor)
 
-    chunk.store(e, chunk.length, 4 * lanes, chunk.stride, decode)
+    chunk.store(e, chunk.length, 4 * lanes, chunk.stride, load, decode)
 
 
 def decode_words(e: Emitter, chunk: Chunk) -> None:
@@ -109,17 +118,19 @@ def decode_words(e: Emitter, chunk: Chunk) -> None:
     b, lanes = e.b, len(chunk.rows)
     eight = splat_int(I16, 2 * lanes, 8)
 
-    def decode(word: Value, valid: int) -> Iterator[Value]:
-        loaded = [masked_vec(e, row, word, I32, lanes, valid) for row in chunk.rows]
+    def load(row: Value, word: Value, valid: int) -> Value:
+        return masked_vec(e, row, word, I32, lanes, valid)
+
+    def decode(loaded: list[Value], valid: int) -> Iterator[Value]:
         for column in transpose(e, loaded):
             for pair in range(_NIBBLE_PAIRS):
                 low = b.lshr(column, isplat(8 * pair, lanes)) if pair else column
                 high = b.and_(b.shl(low, isplat(12, lanes)), isplat(0xF0000, lanes))
                 both = b.or_(b.and_(low, isplat(0xF, lanes)), high)
-                yield b.sub(b.bitcast(both, eight.type), eight)
+                yield b.bitcast(b.sub(b.bitcast(both, eight.type), eight), column.type)
 
     words = -(-chunk.length // (2 * _NIBBLE_PAIRS))
-    chunk.store(e, words, lanes, _NIBBLE_PAIRS * chunk.stride, decode)
+    chunk.store(e, words, lanes, _NIBBLE_PAIRS * chunk.stride, load, decode)
 
 
 def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
@@ -143,7 +154,9 @@ def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
 
 def _fp8(e: Emitter, codes: Value) -> list[Value]:
     """Four codes a lane to two vectors of pairs."""
-    return fp8_pairs(e, e.b.bitcast(codes, vec(I8, 64)))
+    codes = e.b.bitcast(codes, vec(I8, 64))
+    sign = fp8_sign(e, codes)
+    return fp8_words(e, e.b.or_(fp8_byte(e, codes, 8), sign), fp8_byte(e, codes, 0))
 
 
 def _int4(e: Emitter, words: Value) -> list[Value]:

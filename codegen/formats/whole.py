@@ -16,16 +16,15 @@ its sums start from; of each chunk the f32 that its sums are multiplied by.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-from llvmlite import ir
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import masked_vec
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, vec
-from hmc.codegen.vector import concat, fmax, fsplat, isplat, lanes_mask, splat_int
+from hmc.codegen.native import arithmetic
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.vector import concat, fmax, for_blocks, fsplat, isplat, lanes_mask, splat_int
 
 NIBBLES = 4
 """Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""
@@ -85,11 +84,7 @@ class WholeDot(Dot):
         """Write the bf16 row at `x` to the 64-byte aligned `prepared`. A row with an infinity or a
         NaN has NaN for the factor of that chunk.
         """
-        whole = self.k // self.chunk * self.chunk
-        with e.for_range(0, whole, self.chunk) as k:
-            self._prepare_chunk(e, x, prepared, k, self.chunk)
-        if whole < self.k:
-            self._prepare_chunk(e, x, prepared, const(whole), self.k - whole)
+        for_blocks(e, self.k, self.chunk, partial(self._prepare_chunk, e, x, prepared))
 
     def _prepare_chunk(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
         b, lanes = e.b, self.lanes
@@ -169,7 +164,7 @@ def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
         bits = b.and_(b.bitcast(value, vec(I32, lanes)), isplat(0x7FFFFFFF, lanes))
         largest = fmax(e, b.bitcast(bits, value.type), largest)
         spoilt = e.fma(value, e.zeros(F32, lanes), spoilt)
-    most = _fold(e, largest, partial(fmax, e))
+    most = e.reduce(largest, partial(fmax, e))
     most = b.select(b.fcmp_ordered(">", most, fconst(_SMALLEST)), most, fconst(_SMALLEST))
     factor = b.fadd(b.fdiv(most, fconst(_LARGEST)), e.reduce_add(spoilt))
     scale = e.splat(b.fdiv(fconst(_LARGEST), most), lanes)
@@ -185,14 +180,6 @@ def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value
     return e.b.add(total, e.call(_MULTIPLY[total.type.count], total.type, left, right))
 
 
-def _fold(e: Emitter, vector: Value, combine: Callable[[Value, Value], Value]) -> Value:
-    """One lane of all by halving."""
-    while vector.type.count > 1:
-        half = vector.type.count // 2
-        vector = combine(
-            *(
-                e.b.shuffle_vector(vector, vector, lanes_mask(list(part)))
-                for part in (range(half), range(half, 2 * half))
-            )
-        )
-    return e.b.extract_element(vector, ir.Constant(I32, 0))
+def dot_of(spec: KernelSpec, k: int) -> Dot:
+    """The form for rows of `k` weights as `spec` stores them, on its tier."""
+    return (WholeDot if arithmetic(spec.isa, spec.weight) == "whole" else Dot)(spec, k)

@@ -8,7 +8,7 @@ import numpy as np
 from kernel_calls import address, guarded
 from prefill_data import Stored, from_bf16, in_whole_numbers, stored
 
-from hmc.codegen.formats.table import dot_of
+from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 __all__ = ["address_of_scale", "as_multiplied", "bound", "stored_as", "weights"]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles, pointers
 from hmc.codegen.expr import Expr, parse
-from hmc.codegen.formats.table import dot_of
+from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.functions import emit
 from hmc.codegen.ir import F32, Emitter, Value, const
 

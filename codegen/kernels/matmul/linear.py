@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import partial
 
 from hmc.codegen.decode.tiles import BYTES, GRAIN, ROWS, Tiles
-from hmc.codegen.formats.table import dot_of
+from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.ir import F32, I64, Emitter, Value, const
 
 
