@@ -38,6 +38,12 @@ _SIZES: dict[str, str] = {
 }
 """Sizes that an op needs, all at least 1."""
 
+_EVEN = {
+    **dict.fromkeys(("attention", "attention_join"), "head_dim block"),
+    "attention_prefill": "head_dim",
+    **dict.fromkeys(("mla_attention", "mla_attention_join"), "rank rope block"),
+}
+
 _RESULTS = frozenset({"bf16", "f32"})
 _MATMULS = frozenset(
     "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
@@ -87,33 +93,20 @@ def _error(spec: KernelSpec, what: str) -> KernelError:
 def _check_attention(spec: KernelSpec) -> None:
     if spec["heads"] % spec["kv_heads"]:
         raise _error(spec, f"cannot share {spec['kv_heads']} key heads by {spec['heads']} heads")
-    _check_even(spec, "head_dim")
-
-
-def _check_prefill(spec: KernelSpec) -> None:
-    _check_attention(spec)
-    if spec.get("window"):
+    _check_even(spec)
+    if spec.op == "attention_prefill" and spec.get("window"):
         raise _error(spec, f"has no window, as of {spec['window']} tokens")
 
 
-def _check_decode(spec: KernelSpec) -> None:
-    _check_attention(spec)
-    _check_even(spec, "block")
-
-
-def _check_latent(spec: KernelSpec) -> None:
-    for name in ("rank", "rope", "block"):
-        _check_even(spec, name)
+def _check_even(spec: KernelSpec) -> None:
+    for name in _EVEN[spec.op].split():
+        if spec[name] % 2:
+            raise _error(spec, f"needs {name} even, not {spec[name]}")
 
 
 def _check_expanded(spec: KernelSpec) -> None:
     if (spec["nope"] + spec["rope"]) % 2:
         raise _error(spec, f"needs nope + rope even, not {spec['nope']} + {spec['rope']}")
-
-
-def _check_even(spec: KernelSpec, name: str) -> None:
-    if spec[name] % 2:
-        raise _error(spec, f"needs {name} even, not {spec[name]}")
 
 
 def _check_rotary(spec: KernelSpec) -> None:
@@ -144,11 +137,8 @@ def _check_pointwise(spec: KernelSpec) -> None:
 
 
 _RULES: dict[str, Callable[[KernelSpec], None]] = {
-    "attention": _check_decode,
-    "attention_join": _check_decode,
-    "attention_prefill": _check_prefill,
-    "mla_attention": _check_latent,
-    "mla_attention_join": _check_latent,
+    **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
+    **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),
     "mla_prefill": _check_expanded,
     "rotary": _check_rotary,
     "route": _check_route,

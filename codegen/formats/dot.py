@@ -149,7 +149,7 @@ class Dot:
             e.store(vector, prepared, b.add(k, const(start)), align=32)
 
     def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
-        """Vector `step` of the unit at element `k`, to go with `weights(...)[step]`."""
+        """Vector `step` of the unit at element `k`, to go with `decode(...)[step]`."""
         index = e.b.add(k, const(step * self.width))
         if self.paired:
             return e.load_vec(prepared, index, I16, self.width, align=64)
@@ -192,10 +192,6 @@ class Dot:
         if weight == "fp8":
             return fp8_vectors(e, codes, multiply=tokens == 1)
         return bf16_vectors(e, codes) if weight == "bf16" else [codes]
-
-    def weights(self, e: Emitter, row: Value, k: Value, valid: int) -> list[Value]:
-        """`decode` of `load`."""
-        return self.decode(e, self.load(e, row, k, valid))
 
     def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
         """What the sum of the chunk at element `k` starts from, where chunks are `scaled`."""

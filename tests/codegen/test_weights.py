@@ -9,7 +9,7 @@ from emulated import new_jit
 from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
-from hmc.codegen.formats.dot import e4m3_as_bf16
+from hmc.codegen.formats.pairs import bf16_table
 from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
@@ -79,8 +79,8 @@ def test_int4(decoder: Jit, isa: str) -> None:
 
 
 def test_tables_are_the_codes() -> None:
-    bits = e4m3_as_bf16()
-    values = (bits.astype(np.uint32) << 16).view(np.float32)
+    bits = np.array(bf16_table("fp8")[:128], np.uint32)
+    values = (bits << 16).view(np.float32)
     np.testing.assert_array_equal(values, e4m3(np.arange(128)).astype(np.float32))
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Shape, Source, pair_words
-from hmc.codegen.vector import lanes_mask, load_part, resize
+from hmc.codegen.vector import lanes_mask, load_part, resize, unpack_masks
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Results:
                 else e.zeros(I16, lanes)
             )
             if len(offsets) == 2:
-                for mask in _unpack_masks(lanes):
+                for mask in unpack_masks(lanes, lanes // 8):
                     mixed = b.shuffle_vector(first, second, mask)
                     found.append(b.bitcast(mixed, vec(I32, s.lanes)))
             else:
@@ -165,22 +165,8 @@ def _columns(span: int, lanes: int, *, paired: bool) -> list[tuple[list[int], in
     return cut
 
 
-def _unpack_masks(count: int) -> list[Value]:
-    """`vpunpcklwd` and `vpunpckhwd` of two vectors of `count` words: pairs, in 128-bit groups."""
-    return [
-        lanes_mask(
-            [
-                group * 8 + half * 4 + item // 2 + item % 2 * count
-                for group in range(count // 8)
-                for item in range(8)
-            ]
-        )
-        for half in range(2)
-    ]
-
-
 def _zip_masks(lanes: int) -> list[Value]:
-    """Undo `_unpack_masks` on the two sums: group g of the result is half g % 2 of 128-bit group g
+    """Undo `unpack_masks` on the two sums: group g of the result is half g % 2 of 128-bit group g
     // 2.
     """
     order = [
