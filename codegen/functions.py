@@ -54,16 +54,6 @@ sqrt, minimum, maximum, absolute, _with_sign = map(
 )
 
 
-def rsqrt(e: Emitter, x: Value) -> Value:
-    """1 / sqrt(x)."""
-    return e.b.fdiv(_like(x, 1.0), sqrt(e, x))
-
-
-def silu(e: Emitter, x: Value) -> Value:
-    """x / (1 + exp(-x))."""
-    return e.b.fmul(x, sigmoid(e, x))
-
-
 def tanh(e: Emitter, x: Value) -> Value:
     """Hyperbolic tangent: an odd polynomial below 0.625 (Cephes, tanhf), else by exp."""
     b, size = e.b, absolute(e, x)
@@ -156,10 +146,10 @@ FUNCTIONS: Final[dict[str, Function]] = {
     "relu": lambda e, x: maximum(e, x, _like(x, 0.0)),
     "square": lambda e, x: e.b.fmul(x, x),
     "sqrt": sqrt,
-    "rsqrt": rsqrt,
+    "rsqrt": lambda e, x: e.b.fdiv(_like(x, 1.0), sqrt(e, x)),
     "exp": exp,
     "sigmoid": sigmoid,
-    "silu": silu,
+    "silu": lambda e, x: e.b.fmul(x, sigmoid(e, x)),
     "tanh": tanh,
     "softplus": softplus,
     "gelu": gelu,

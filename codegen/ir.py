@@ -161,6 +161,22 @@ class Emitter:
         self.b.branch(head)
         self.b.position_at_end(done)
 
+    @contextmanager
+    def forever(self) -> Iterator[ir.Block]:
+        """A loop that ends by `leave_if`; yields the block behind it."""
+        head, done = (self.b.append_basic_block(f"forever.{name}") for name in ("head", "done"))
+        self.b.branch(head)
+        self.b.position_at_end(head)
+        yield done
+        self.b.branch(head)
+        self.b.position_at_end(done)
+
+    def leave_if(self, condition: Value, block: ir.Block) -> None:
+        """Go on in `block` if the i1 `condition` holds, else here."""
+        here = self.b.append_basic_block("here")
+        self.b.cbranch(condition, block, here)
+        self.b.position_at_end(here)
+
     def in_vectors(self, count: Value, width: int) -> Iterator[tuple[Value, int]]:
         """Cover `count` items by vectors of `width` and then one by one: yields (index, width) and
         (index, 1).
@@ -248,7 +264,7 @@ class Emitter:
             "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
         )
         i32 = [ir.Constant(I32, value) for value in (0, locality, 1)]
-        self.b.call(function, [pointer, *i32])
+        self.b.call(function, [self.b.bitcast(pointer, I8.as_pointer()), *i32])
 
     # -- values ------------------------------------------------------------------------------------
 

@@ -50,17 +50,12 @@ def _tickets(e: Emitter, kernel: Value, args: Value, pieces: Value, kept: Value,
     ticket = b.gep(args, [const(-TICKET)])
     free = b.mul(b.sub(pieces, kept), e.workers)
     last = b.sub(b.add(free, e.workers), const(1))
-    head, body, done = (b.append_basic_block(f"draw.{name}") for name in ("head", "body", "done"))
-    b.branch(head)
-    b.position_at_end(head)
-    drawn = b.atomic_rmw("add", ticket, const(1), "monotonic")
-    b.cbranch(b.icmp_unsigned("<", drawn, free), body, done)
-    b.position_at_end(body)
-    # By turns from each worker's range, where the workers are just then.
-    owner, place = b.urem(drawn, e.workers), b.udiv(drawn, e.workers)
-    first = b.add(b.add(b.mul(pieces, owner), kept), place)
-    b.call(kernel, [args, first, of, const(1)])
-    b.branch(head)
-    b.position_at_end(done)
+    with e.forever() as done:
+        drawn = b.atomic_rmw("add", ticket, const(1), "monotonic")
+        e.leave_if(b.icmp_unsigned(">=", drawn, free), done)
+        # By turns from each worker's range, where the workers are just then.
+        owner, place = b.urem(drawn, e.workers), b.udiv(drawn, e.workers)
+        first = b.add(b.add(b.mul(pieces, owner), kept), place)
+        b.call(kernel, [args, first, of, const(1)])
     with b.if_then(b.icmp_unsigned("==", drawn, last), likely=False):
         b.store_atomic(const(0), ticket, "monotonic", 8)

@@ -8,14 +8,14 @@ for a token is the same however many rows or tokens are under way at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.ir import F32, Emitter, Value, const
+from hmc.codegen.ir import Emitter, Value, const
 from hmc.codegen.vector import for_blocks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """Rows at `bases` (i8*), their scales at `scales` (i8*, as `Dot.scale_row` gives them), times
     the prepared tokens `x` (i8*).
@@ -28,21 +28,7 @@ class Rows:
     bases: list[Value]
     scales: list[Value]
     x: list[Value]
-    totals: list[list[Value]] = field(default_factory=list)
-
-    @staticmethod
-    def at(e: Emitter, dot: Dot, w: Value, scale: Value, rows: list[Value], x: list[Value]) -> Rows:
-        """`rows` (numbers, i64) of the matrix at `w` with scales at `scale`; totals are zero."""
-        found = Rows(
-            e,
-            dot,
-            [e.offset(w, e.b.mul(row, const(dot.row_bytes))) for row in rows],
-            [dot.scale_row(e, scale, row) for row in rows] if dot.scaled else [],
-            x,
-        )
-        zero = e.zeros(F32, dot.lanes)
-        found.totals = [[e.local(zero.type, zero) for _ in x] for _ in rows]
-        return found
+    totals: list[list[Value]]
 
     def add(self, ahead: Callable[[Value], None]) -> None:
         """Add all chunks; `ahead` is called with the element of each whole one before it."""

@@ -43,7 +43,12 @@ class Tile:
 
     def rows(self, numbers: list[Value]) -> Rows:
         """Sums, still zero, of the rows `numbers`."""
-        return Rows.at(self.e, self.dot, self.w, self.scale, numbers, self.x)
+        e, dot = self.e, self.dot
+        bases = [e.offset(self.w, e.b.mul(row, const(dot.row_bytes))) for row in numbers]
+        scales = [dot.scale_row(e, self.scale, row) for row in numbers] if dot.scaled else []
+        zero = e.zeros(F32, dot.lanes)
+        totals = [[e.local(zero.type, zero) for _ in self.x] for _ in numbers]
+        return Rows(e, dot, bases, scales, self.x, totals)
 
     def finish(self, row: Value, lanes: list[list[Value]]) -> None:
         """Store the results of rows `row`, `row` + 1, ... from the lanes of their sums,

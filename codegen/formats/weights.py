@@ -17,7 +17,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.codegen.vector import splat_int
+from hmc.codegen.vector import fsplat, lanes_mask, splat_int
 from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
 
 ALL = 1 << 40
@@ -180,8 +180,7 @@ def fp8_to_f32(e: Emitter, codes: Value) -> Value:
     half = b.or_(shifted, b.shl(magnitude, splat_int(I16, count, 7)))
     nan = b.sext(b.icmp_unsigned("==", magnitude, splat_int(I16, count, 0x7F)), half.type)
     value = b.fpext(b.bitcast(b.or_(half, nan), vec(F16, count)), vec(F32, count))
-    scale = ir.Constant(vec(F32, count), [ir.Constant(F32, 256.0)] * count)
-    return b.fmul(value, scale)
+    return b.fmul(value, fsplat(256.0, count))
 
 
 def int4_to_f32(e: Emitter, words: Value) -> Value:
@@ -189,11 +188,8 @@ def int4_to_f32(e: Emitter, words: Value) -> Value:
     - 8.
     """
     b, count = e.b, words.type.count * 8
-    undef = ir.Constant(words.type, ir.Undefined)
-    order = ir.Constant(vec(I32, count), [ir.Constant(I32, lane // 8) for lane in range(count)])
-    shifts = ir.Constant(
-        vec(I32, count), [ir.Constant(I32, 4 * (lane % 8)) for lane in range(count)]
-    )
-    spread = b.lshr(b.shuffle_vector(words, undef, order), shifts)
+    order = lanes_mask([lane // 8 for lane in range(count)])
+    shifts = lanes_mask([4 * (lane % 8) for lane in range(count)])
+    spread = b.lshr(b.shuffle_vector(words, words, order), shifts)
     nibble = b.and_(spread, splat_int(I32, count, 15))
     return b.sitofp(b.sub(nibble, splat_int(I32, count, 8)), vec(F32, count))

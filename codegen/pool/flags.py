@@ -25,21 +25,14 @@ def emit_flag_wait(e: Emitter) -> None:
     b = e.b
     with b.if_then(b.icmp_signed("==", e.worker, const(0))):
         start = e.call("llvm.readcyclecounter", I64)
-        names = ("head", "again", "nap", "done")
-        head, again, nap, done = (b.append_basic_block(f"flag.{name}") for name in names)
-        b.branch(head)
-        b.position_at_end(head)
-        ahead = b.sub(_load(e, "flag"), b.trunc(e.arg["epoch"], I32))
-        reached = b.icmp_signed(">=", ahead, ir.Constant(I32, 0))
-        b.cbranch(b.or_(reached, _aborted(e)), done, again)
-        b.position_at_end(again)
-        e.call(e.tier.pause, ir.VoidType())
-        spent = b.sub(e.call("llvm.readcyclecounter", I64), start)
-        b.cbranch(b.icmp_unsigned("<", spent, e.arg["spin"]), head, nap)
-        b.position_at_end(nap)
-        _nap(e)
-        b.branch(head)
-        b.position_at_end(done)
+        with e.forever() as done:
+            ahead = b.sub(_load(e, "flag"), b.trunc(e.arg["epoch"], I32))
+            reached = b.icmp_signed(">=", ahead, ir.Constant(I32, 0))
+            e.leave_if(b.or_(reached, _aborted(e)), done)
+            e.call(e.tier.pause, ir.VoidType())
+            spent = b.sub(e.call("llvm.readcyclecounter", I64), start)
+            with b.if_then(b.icmp_unsigned(">=", spent, e.arg["spin"])):
+                _nap(e)
         b.store(b.zext(_aborted(e), I64), e.function.args[0])  # given_up is the first word
 
 

@@ -87,10 +87,8 @@ def emit_worker_loop(e: Emitter) -> None:
     _wait(e, GENERATION, b.load(seen), IDLE_SPIN, SLEEPERS)
     generation = b.load_atomic(_word(e, GENERATION), "acquire", 8)
     b.store(generation, seen)
-    walk, walked = b.append_basic_block("walk"), b.append_basic_block("walked")
-    b.cbranch(_stopped(e), leave, walk)
-
-    b.position_at_end(walk)
+    walked = b.append_basic_block("walked")
+    e.leave_if(_stopped(e), leave)
     records = b.inttoptr(b.load(_word(e, PROGRAM)), I64.as_pointer())
     length = b.load(_word(e, LENGTH))
     trace = b.load(_word(e, TRACE))
@@ -103,9 +101,7 @@ def emit_worker_loop(e: Emitter) -> None:
         with b.if_then(barrier):
             _barrier(e, phase, leave)
             ends = b.load_atomic(_word(e, ENDS), "acquire", 8)
-            go_on = b.append_basic_block("go_on")
-            b.cbranch(b.icmp_signed("<=", ends, index), walked, go_on)
-            b.position_at_end(go_on)
+            e.leave_if(b.icmp_signed("<=", ends, index), walked)
         b.store_atomic(b.add(index, const(1)), mine, "monotonic", 8)
         slot = b.mul(b.add(b.mul(index, e.workers), e.worker), const(2))
         with b.if_then(traced):
@@ -196,10 +192,7 @@ def _barrier(e: Emitter, phase: Value, leave: Value) -> None:
     own = line(group, _GROUP_PHASE)
     poll = b.ptrtoint(_word(e, POLL_SECONDS), I64)
     _wait(e, own, now, BARRIER_SPIN, PHASE_SLEEPERS, poll)
-    moved = b.icmp_unsigned("!=", b.load_atomic(_word(e, own), "acquire", 8), now)
-    go_on = b.append_basic_block("barrier.passed")
-    b.cbranch(moved, go_on, leave)
-    b.position_at_end(go_on)
+    e.leave_if(b.icmp_unsigned("==", b.load_atomic(_word(e, own), "acquire", 8), now), leave)
 
 
 @contextmanager
@@ -222,19 +215,12 @@ def _wait(
     changed = _spin(e, pointer, old, spin)
     with b.if_then(b.not_(changed)):
         b.atomic_rmw("add", _word(e, sleepers), const(1), "seq_cst")
-        head, body, done = (
-            b.append_basic_block(f"sleep.{name}") for name in ("head", "body", "done")
-        )
-        b.branch(head)
-        b.position_at_end(head)
-        over = b.icmp_unsigned("!=", b.load_atomic(pointer, "acquire", 8), old)
-        if poll is not None:
-            over = b.or_(over, _stopped(e))
-        b.cbranch(over, done, body)
-        b.position_at_end(body)
-        _sleep(e, word, old, poll if poll is not None else const(0))
-        b.branch(head)
-        b.position_at_end(done)
+        with e.forever() as done:
+            over = b.icmp_unsigned("!=", b.load_atomic(pointer, "acquire", 8), old)
+            if poll is not None:
+                over = b.or_(over, _stopped(e))
+            e.leave_if(over, done)
+            _sleep(e, word, old, poll if poll is not None else const(0))
         b.atomic_rmw("sub", _word(e, sleepers), const(1), "seq_cst")
 
 
@@ -244,17 +230,12 @@ def _spin(e: Emitter, pointer: Value, old: Value, limit: int) -> Value:
     result = e.local(I1)
     cycles = b.load(_word(e, limit))
     start = _ticks(e)
-    head, again, done = (b.append_basic_block(f"spin.{name}") for name in ("head", "again", "done"))
-    b.branch(head)
-    b.position_at_end(head)
-    changed = b.icmp_unsigned("!=", b.load_atomic(pointer, "acquire", 8), old)
-    b.store(changed, result)
-    b.cbranch(changed, done, again)
-    b.position_at_end(again)
-    e.call(e.tier.pause, ir.VoidType())
-    in_time = b.icmp_unsigned("<", b.sub(_ticks(e), start), cycles)
-    b.cbranch(in_time, head, done)
-    b.position_at_end(done)
+    with e.forever() as done:
+        changed = b.icmp_unsigned("!=", b.load_atomic(pointer, "acquire", 8), old)
+        b.store(changed, result)
+        e.leave_if(changed, done)
+        e.call(e.tier.pause, ir.VoidType())
+        e.leave_if(b.icmp_unsigned(">=", b.sub(_ticks(e), start), cycles), done)
     return b.load(result)
 
 

@@ -125,7 +125,7 @@ class Unit:
 
             def split(start: Value, size: int, way: int) -> None:
                 for ahead in range(0, size, 16):  # no hardware prefetcher foresees the next token
-                    e.prefetch(b.bitcast(b.gep(after, [b.add(start, const(ahead))]), _BYTES), 3)
+                    e.prefetch(b.gep(after, [b.add(start, const(ahead))]), 3)
                 value = b.fmul(load_part(e, source, start, F32, size, square), factor)
                 for term in range(form.terms):
                     if form.dot:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from hmc.codegen.expr import parse
 from hmc.codegen.formats.weights import row_bytes
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const
+from hmc.codegen.ir import F32, I8, I16, I64, Emitter, Value, const
+from hmc.codegen.kernels.matmul.experts import DOWN, GATE, TABLE_WIDTH, UP
 from hmc.codegen.kernels.matmul.gate_up import activated
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
@@ -22,9 +23,6 @@ from hmc.codegen.spec import KernelSpec
 
 _DECODE_TOKENS = 6
 """Decoding a panel costs about as much as multiplying this many tokens by it; for balance only."""
-
-_GATE, _UP, _DOWN = 0, 2, 4
-"""Columns of the expert table; scales follow each."""
 
 
 def grouped_scratch_bytes(spec: KernelSpec) -> int:
@@ -66,16 +64,16 @@ def emit_grouped_gate_up(e: Emitter) -> None:
         ) -> None:
             gate, up = (
                 _rows(e, panels, expert, column, b.mul(panel, const(lanes)))
-                for column in (_GATE, _UP)
+                for column in (GATE, UP)
             )
             ahead = tuple(
                 _ahead(e, panels, expert, column, b.add(panel, const(1)), stop, lanes, const(0))
-                for column in (_GATE, _UP)
+                for column in (GATE, UP)
             )
             row = b.mul(panel, const(lanes))
             with e.for_range(0, here) as token:
                 index = b.add(b.mul(_slot(e, b.add(at, token)), const(n)), row)
-                e.prefetch(b.bitcast(e.at(e.arg["act"], index, I16), I8.as_pointer()), 2)
+                e.prefetch(e.at(e.arg["act"], index, I16), 2)
             panels.multiply((gate, up), here, (ahead[0], ahead[1]))
             left = b.sub(const(n), row)
             with e.for_range(0, here) as token:
@@ -111,15 +109,14 @@ def emit_grouped_down(e: Emitter) -> None:
         def body(panel: Value, at: Value, here: Value, expert: Value = expert) -> None:
             row = b.mul(panel, const(form.rows))
             starts = [b.add(row, const(v * lanes)) for v in range(VECTORS)]
-            low, high = (_rows(e, panels, expert, _DOWN, at_row) for at_row in starts)
-            ahead = _ahead(e, panels, expert, _DOWN, b.add(panel, const(1)), stop, form.rows, start)
+            low, high = (_rows(e, panels, expert, DOWN, at_row) for at_row in starts)
+            ahead = _ahead(e, panels, expert, DOWN, b.add(panel, const(1)), stop, form.rows, start)
             stride = lanes * row_bytes(spec.weight, form.k)
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
                 line = b.mul(b.udiv(slot, const(spec["top_k"])), e.arg["y_stride"])
                 for at_row in starts:
-                    target = e.at(e.arg["y"], b.add(line, at_row), F32)
-                    e.prefetch(b.bitcast(target, I8.as_pointer()), 2)
+                    e.prefetch(e.at(e.arg["y"], b.add(line, at_row), F32), 2)
             panels.multiply((low, high), here, (ahead, e.offset(ahead, const(stride))))
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
@@ -140,15 +137,12 @@ def emit_grouped_down(e: Emitter) -> None:
 
 def _tokens(e: Emitter, expert: Value) -> tuple[Value, Value]:
     """Where the slots of `expert` start, and how many there are."""
-    b = e.b
-    first, end = (
-        b.sext(e.load(e.arg["offsets"], b.add(expert, const(i)), I32, align=4), I64) for i in (0, 1)
-    )
-    return first, b.sub(end, first)
+    first, end = (e.load_int(e.arg["offsets"], e.b.add(expert, const(i)), align=4) for i in (0, 1))
+    return first, e.b.sub(end, first)
 
 
 def _slot(e: Emitter, position: Value) -> Value:
-    return e.b.sext(e.load(e.arg["slots"], position, I32, align=4), I64)
+    return e.load_int(e.arg["slots"], position, align=4)
 
 
 def _cost(e: Emitter, tokens: Value) -> Value:
@@ -159,17 +153,16 @@ def _cost(e: Emitter, tokens: Value) -> Value:
 
 def _clamp(e: Emitter, value: Value, high: Value) -> Value:
     """`value` within [0, high]."""
-    value = e.b.select(e.b.icmp_signed("<", value, const(0)), const(0), value)
-    return e.minimum(value, high)
+    return e.minimum(e.positive(value), high)
 
 
 def _rows(e: Emitter, panels: Panels, expert: Value, column: int, row: Value) -> Rows:
     """The vector of rows from `row` on of one matrix of `expert`."""
-    b = e.b
+    place = e.b.mul(expert, const(TABLE_WIDTH))
     weights, scales = (
-        b.inttoptr(
-            e.load(e.arg["table"], b.add(b.mul(expert, const(6)), const(column + i)), I64, align=8),
-            e.arg["x" if e.spec.op == "grouped_gate_up" else "act"].type,
+        e.b.inttoptr(
+            e.load(e.arg["table"], e.b.add(place, const(column + i)), I64, align=8),
+            I8.as_pointer(),
         )
         for i in (0, 1)
     )
