@@ -217,13 +217,19 @@ class Emitter:
         return self.b.gep(self.b.bitcast(base, element.as_pointer()), [index])
 
     def row(
-        self, name: str, number: Value, column: Value | None = None, element: Any = F32
+        self,
+        name: str,
+        number: Value,
+        part: Value | None = None,
+        width: int = 0,
+        element: Any = F32,
     ) -> Value:
         """Pointer to row `number` of argument `name`, whose rows are `<name>_stride` apart; to its
-        `column`.
+        `part` of `width` elements.
         """
         index = self.b.mul(number, self.arg[f"{name}_stride"])
-        index = index if column is None else self.b.add(index, column)
+        if part is not None:
+            index = self.b.add(index, self.b.mul(part, const(width)))
         return self.at(self.arg[name], index, element)
 
     def offset(self, base: Value, count: Value) -> Value:
@@ -240,6 +246,13 @@ class Emitter:
         """`count` elements from element `index` on, as a vector; any alignment by default."""
         pointer = self.b.bitcast(self.at(base, index, element), vec(element, count).as_pointer())
         return self.b.load(pointer, align=align)
+
+    def load_some(self, base: Value, index: Value, element: Any, count: int) -> Value:
+        """A vector of `count` elements, or the one as a scalar."""
+        one = count == 1
+        return (
+            self.load(base, index, element) if one else self.load_vec(base, index, element, count)
+        )
 
     def store(self, value: Value, base: Value, index: Value, align: int = 1) -> None:
         """Store a scalar or a vector at element `index` (counted in scalars)."""

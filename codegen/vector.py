@@ -136,6 +136,17 @@ def for_strips(
         body(const(start), min(lanes, width - start), way)
 
 
+def copy_row(
+    e: Emitter, stored: str, source: Value, out: str, target: Value, width: int, ways: int = 1
+) -> None:
+    """`width` elements in format `stored` at `source` to format `out` at `target`."""
+
+    def strip(index: Value, count: int, way: int) -> None:
+        store_f32(e, out, load_f32(e, stored, source, index, count), target, index, count)
+
+    for_strips(e, width, e.lanes, strip, ways)
+
+
 def fsplat(value: float, count: int) -> ir.Constant:
     """A constant f32 vector."""
     return ir.Constant(vec(F32, count), [fconst(_f32(value))] * count)

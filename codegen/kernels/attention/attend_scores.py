@@ -25,13 +25,13 @@ from hmc.codegen.kernels.attention.attend_rows import (
     pair_words,
 )
 from hmc.codegen.vector import (
+    copy_row,
     exp,
     fmax,
-    for_strips,
+    for_blocks,
     fsplat,
     lanes_mask,
     load_part,
-    store_f32,
 )
 
 
@@ -67,12 +67,10 @@ class Scores:
         for address, width in self.source.segments:
             rows = [address(token, b.add(head, const(lane))) for lane in range(s.members)]
             # Zeros behind a segment are overwritten by the next one or lie past the key.
-            for_strips(e, width, size, partial(self._pack_square, rows, begin))
+            for_blocks(e, width, size, partial(self._pack_square, rows, begin))
             begin += width
 
-    def _pack_square(
-        self, rows: list[Value], begin: int, start: Value, count: int, way: int
-    ) -> None:
+    def _pack_square(self, rows: list[Value], begin: int, start: Value, count: int) -> None:
         """Elements [start, start + count) of the rows of the segment at `begin` to key steps."""
         e, b, s = self.e, self.e.b, self.shape
         size = s.step * s.lanes
@@ -161,13 +159,7 @@ class Scores:
             source = e.offset(keys, const(2 * row * s.key))
             target = e.at(self.wide, const(row * s.key), F32)
 
-            def strip(
-                index: Value, size: int, way: int, source: Value = source, target: Value = target
-            ) -> None:
-                value = e.bf16_to_f32(load_part(e, source, index, I16, size, s.lanes))
-                store_f32(e, "f32", value, target, index, size)
-
-            for_strips(e, s.key, s.lanes, strip, 4)
+            copy_row(e, "bf16", source, "f32", target, s.key, 4)
 
     # -- softmax -----------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const
 from hmc.codegen.kernels.attention.attend import emit_join, emit_records
 from hmc.codegen.kernels.attention.attend_rows import Pages, Source
-from hmc.codegen.vector import for_strips, load_f32, store_f32
+from hmc.codegen.vector import copy_row, load_f32, store_f32
 
 _SLICE = 32
 """Rows of W_UV that are never shared between workers."""
@@ -55,14 +55,9 @@ def _append(e: Emitter, kv_heads: int, *parts: _Part) -> None:
 def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value) -> None:
     """A part of one token and head to its row, rounded to bf16."""
     b = e.b
-    index = b.add(b.mul(token, e.arg[f"{part.source}_stride"]), b.mul(head, const(part.width)))
-    source = e.at(e.arg[part.source], index, F32)
+    source = e.row(part.source, token, head, part.width)
     target = e.at(e.arg[part.cache], b.add(b.mul(row, const(part.row)), const(part.column)), I16)
-
-    def strip(index: Value, count: int, way: int) -> None:
-        store_f32(e, "bf16", load_f32(e, "f32", source, index, count), target, index, count)
-
-    for_strips(e, part.width, e.lanes, strip, 2)
+    copy_row(e, "f32", source, "bf16", target, part.width, 2)
 
 
 def emit_kv_append(e: Emitter) -> None:
@@ -74,11 +69,10 @@ def emit_kv_append(e: Emitter) -> None:
 
 def emit_attention(e: Emitter) -> None:
     """`attention`: records of every (token, partition, head group)."""
-    b, head_dim = e.b, e.spec["head_dim"]
+    head_dim = e.spec["head_dim"]
 
     def query(token: Value, head: Value) -> Value:
-        row = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(head_dim)))
-        return e.at(e.arg["q"], row, F32)
+        return e.row("q", token, head, head_dim)
 
     k, v = e.arg["k_cache"], e.arg["v_cache"]
     emit_records(e, Source(((query, head_dim),), k, v, values_apart=True))

@@ -66,7 +66,7 @@ def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choos
     heads.
     """
     b = e.b
-    Tiles(e, form).emit()
+    Tiles(e, form)
     past = e.load_int(e.arg["positions"], const(0))
 
     # Blocks of whole grains; a grain is as many tokens as fill panels without a rest.

@@ -13,7 +13,7 @@ from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const
 from hmc.codegen.kernels.attention.attend_scores import round_bf16
 from hmc.codegen.kernels.attention.prefill_form import Form
 from hmc.codegen.kernels.attention.prefill_tiles import LOWEST, MAXIMUM, SUM
-from hmc.codegen.vector import for_strips, fsplat, load_part, store_f32, store_part
+from hmc.codegen.vector import for_blocks, fsplat, load_part, store_f32, store_part
 
 _BYTES = I8.as_pointer()
 
@@ -103,9 +103,7 @@ class Unit:
 
     def _query(self, token: Value, head: Value) -> Value:
         """Address of a row's query."""
-        e, b = self.e, self.e.b
-        index = b.add(b.mul(token, e.arg["q_stride"]), b.mul(head, const(self.form.key)))
-        return e.at(e.arg["q"], index, F32)
+        return self.e.row("q", token, head, self.form.key)
 
     def _split_queries(self, panel: Value, vector: Value, positions: Value) -> None:
         """Rows of one vector, scaled, as [row][term][key step] where keys will be; and `positions`.
@@ -123,7 +121,7 @@ class Unit:
             after = self._query(*self._row_index(panel, vector, b.add(lane, const(form.lanes))))
             target = self.part("keys", lane, form.terms * form.query_steps)
 
-            def split(start: Value, size: int, way: int) -> None:
+            def split(start: Value, size: int) -> None:
                 for ahead in range(0, size, 16):  # no hardware prefetcher foresees the next token
                     e.prefetch(b.gep(after, [b.add(start, const(ahead))]), 3)
                 value = b.fmul(load_part(e, source, start, F32, size, square), factor)
@@ -135,7 +133,7 @@ class Unit:
                     else:
                         e.store(value, target, start, align=4)
 
-            for_strips(e, form.key, square, split)
+            for_blocks(e, form.key, square, split)
 
     # -- results -----------------------------------------------------------------------------------
 
@@ -155,10 +153,9 @@ class Unit:
             rows = []
             for lane in range(lanes):
                 token, head = self._row_index(panel, vector, const(lane))
-                index = b.add(b.mul(token, e.arg["y_stride"]), b.mul(head, const(form.value)))
-                rows.append(e.at(e.arg["y"], index, I16))
+                rows.append(e.row("y", token, head, form.value, I16))
 
-            def write(start: Value, count: int, way: int) -> None:
+            def write(start: Value, count: int) -> None:
                 base = b.add(b.mul(start, const(form.panel)), at)
                 columns: list[Value] = [e.zeros(F32, lanes)] * lanes
                 for index in range(count):
@@ -171,4 +168,4 @@ class Unit:
                     else:
                         store_f32(e, "bf16", values, row, start, count)
 
-            for_strips(e, form.value, lanes, write)
+            for_blocks(e, form.value, lanes, write)

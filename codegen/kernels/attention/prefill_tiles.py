@@ -22,7 +22,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.vector import dot_pairs, fmax, for_strips, fsplat, isplat, lanes_mask, polynomial
+from hmc.codegen.vector import dot_pairs, fmax, for_blocks, fsplat, isplat, lanes_mask, polynomial
 
 LOWEST = -1e30
 """Below every score and yet finite, so that differences are no NaN."""
@@ -41,9 +41,6 @@ class Tiles:
 
     def __init__(self, e: Emitter, form: Form) -> None:
         self.e, self.form = e, form
-
-    def emit(self) -> None:
-        """Emit them all."""
         for hidden in (False, True):
             self._emit_scores(hidden)
         self._emit_weights()
@@ -146,7 +143,7 @@ class Tiles:
             factors = [self._field(state, FACTOR, v) for v in range(form.vectors)]
             steps = b.udiv(b.add(count, const(form.step - 1)), const(form.step))
 
-            def columns(column: Value, high: int, way: int) -> None:
+            def columns(column: Value, high: int) -> None:
                 target = e.offset(results, b.mul(column, const(4 * form.panel)))
 
                 def index(h: int, v: int) -> Value:
@@ -168,7 +165,7 @@ class Tiles:
                     for v in range(form.vectors):
                         e.store(b.load(sums[h][v]), target, index(h, v), align=4)
 
-            for_strips(e, form.value, form.high, columns)
+            for_blocks(e, form.value, form.high, columns)
 
     # -- the product -------------------------------------------------------------------------------
 

@@ -95,11 +95,8 @@ def emit_experts_down(e: Emitter) -> None:
                 with b.if_then(b.icmp_signed(">=", e.load_int(e.arg["ids"], pair), const(0))):
                     place = b.add(b.add(b.mul(groups.position(pair), const(n)), start), index)
                     share = e.load(e.arg["routing"], pair, F32)
-                    if width == 1:
-                        value = e.load(e.arg["scratch"], place, F32)
-                    else:
-                        share = e.splat(share, width)
-                        value = e.load_vec(e.arg["scratch"], place, F32, width)
+                    share = e.splat(share, width) if width > 1 else share
+                    value = e.load_some(e.arg["scratch"], place, F32, width)
                     b.store(e.fma(share, value, b.load(total)), total)
             e.store(b.load(total), e.arg["y"], b.add(y, index))
 

@@ -4,8 +4,6 @@ output rows.
 
 from __future__ import annotations
 
-from functools import partial
-
 from hmc.codegen.decode.tiles import BYTES, GRAIN, ROWS, Tiles
 from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.ir import F32, I64, Emitter, Value, const
@@ -35,11 +33,10 @@ def _store(e: Emitter, line: Value, y: Value, first: Value, count: Value) -> Non
     b, bias = e.b, e.arg["bias"]
     no_bias = b.icmp_signed("==", b.ptrtoint(bias, I64), const(0))
     for index, width in e.in_vectors(count, 16):
-        load = partial(e.load_vec, count=width) if width > 1 else e.load
-        value = load(line, index, F32)
+        value = e.load_some(line, index, F32, width)
         slot = e.local(value.type, value)
         with b.if_then(b.not_(no_bias)):
-            more = load(bias, b.add(first, index), F32)
+            more = e.load_some(bias, b.add(first, index), F32, width)
             b.store(b.fadd(value, more), slot)
         value = b.load(slot)
         if e.spec.out == "bf16":

@@ -13,13 +13,7 @@ def _copy_rows(e: Emitter, table: str, stride: Value, format_name: str, picks: s
     with e.for_range(start, stop) as row:
         pick = e.load_int(e.arg[picks], row)
         source = vector.place(e, format_name, e.arg[table], b.mul(pick, stride))
-        target = e.row("y", row)
-
-        def strip(index: Value, count: int, way: int) -> None:
-            value = vector.load_f32(e, format_name, source, index, count)
-            vector.store_f32(e, "f32", value, target, index, count)
-
-        vector.for_strips(e, e.spec["width"], e.lanes, strip, 4)
+        vector.copy_row(e, format_name, source, "f32", e.row("y", row), e.spec["width"], 4)
 
 
 def emit_embed(e: Emitter) -> None:

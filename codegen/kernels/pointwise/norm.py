@@ -78,7 +78,7 @@ def emit_norm(e: Emitter) -> None:
     start, stop = e.split(b.mul(e.arg["tokens"], groups))
     with e.for_range(start, stop) as item:
         token, column = b.sdiv(item, groups), b.mul(b.srem(item, groups), const(width))
-        x = e.row("x", token, column)
+        x = e.at(e.arg["x"], b.add(b.mul(token, e.arg["x_stride"]), column), F32)
         index = b.add(b.mul(token, e.arg["y_stride"]), column)
         norm_row(e, width, x, place(e, e.spec.out, e.arg["y"], index), e.spec.out)
 

@@ -19,7 +19,7 @@ def emit_rotary(e: Emitter) -> None:
     start, stop = e.split(b.mul(e.arg["tokens"], const(heads)))
     with e.for_range(start, stop) as item:
         token, head = b.sdiv(item, const(heads)), b.srem(item, const(heads))
-        x = e.row("x", token, b.mul(head, const(head_dim)))
+        x = e.row("x", token, head, head_dim)
         if spec.weight:
             present = b.icmp_unsigned("!=", b.ptrtoint(e.arg["gamma"], I64), const(0))
             with b.if_then(present):

@@ -19,7 +19,7 @@ from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
 from hmc.codegen.vector import (
     exp,
     fmax,
-    for_strips,
+    for_blocks,
     fsplat,
     isplat,
     lanes_mask,
@@ -44,37 +44,41 @@ def ordered_key(e: Emitter, value: Value) -> Value:
     return b.xor(bits, b.and_(b.ashr(bits, isplat(31, count)), isplat(_LAST, count)))
 
 
+def _first(e: Emitter, value: Value, count: int, other: Value) -> Value:
+    """The first `count` lanes of `value`, the others of `other`."""
+    lanes = value.type.count
+    keep = lanes_mask([lane if lane < count else lanes for lane in range(lanes)])
+    return e.b.shuffle_vector(value, other, keep)
+
+
 class _Router:
     """Code for one token; buffers padded to whole vectors live on the worker's stack."""
 
     def __init__(self, e: Emitter) -> None:
         self.e, spec = e, e.spec
-        self.lanes = e.lanes
         self.experts, self.top_k = spec["experts"], spec["top_k"]
         self.scoring = spec["scoring"]
         self.groups, self.top_groups = spec.get("groups"), spec.get("top_groups")
-        padded = -(-self.experts // self.lanes) * self.lanes
-        self.padded = padded
-        self.scores, self.choice = (e.buffer(F32, padded) for _ in range(2))
-        self.keys = e.buffer(I32, padded)
-        self.chosen = e.buffer(F32, -(-self.top_k // self.lanes) * self.lanes)
-        group_padded = -(-max(self.groups, 1) // self.lanes) * self.lanes
-        self.group_scores = e.buffer(F32, group_padded)
-        self.group_keys = e.buffer(I32, group_padded)
-        self.group_padded = group_padded
+        self.scores, self.choice = (e.buffer(F32, self._padded(self.experts)) for _ in range(2))
+        self.keys = e.buffer(I32, self._padded(self.experts))
+        self.chosen = e.buffer(F32, self._padded(self.top_k))
+        groups = self._padded(max(self.groups, 1))
+        self.group_scores, self.group_keys = e.buffer(F32, groups), e.buffer(I32, groups)
+
+    def _padded(self, count: int) -> int:
+        return -(-count // self.e.lanes) * self.e.lanes
 
     def emit(self, token: Value) -> None:
         """Code that routes one token."""
         e, b = self.e, self.e.b
-        logits = e.at(e.arg["logits"], b.mul(token, e.arg["logits_stride"]), F32)
-        self._score(logits)
+        self._score(e.row("logits", token))
         self._add_bias()
         self._rank(self.choice, self.keys, self.experts)
         if self.top_groups:
             self._rule_out_groups()
         start = b.mul(token, const(self.top_k))
         with e.for_range(0, self.top_k) as slot:
-            best = self._take_best(self.keys, self.padded)
+            best = self._take_best(self.keys, self.experts)
             e.store(b.trunc(best, I32), e.arg["ids"], b.add(start, slot))
             e.store(e.load(self.scores, best, F32), self.chosen, slot)
         self._weigh(e.at(e.arg["routing"], start, F32))
@@ -82,88 +86,79 @@ class _Router:
     # -- scores ------------------------------------------------------------------------------------
 
     def _score(self, logits: Value) -> None:
-        e, lanes = self.e, self.lanes
+        e = self.e
         if self.scoring == SOFTMAX:
             self._softmax(logits, self.scores, self.experts)
             return
 
-        def strip(index: Value, count: int, way: int) -> None:
-            value = load_f32(e, "f32", logits, index, count, lanes)
+        def block(index: Value, count: int) -> None:
+            value = load_f32(e, "f32", logits, index, count)
             e.store(sigmoid(e, value) if self.scoring == SIGMOID else value, self.scores, index)
 
-        for_strips(e, self.experts, lanes, strip)
+        for_blocks(e, self.experts, e.lanes, block)
 
     def _softmax(self, source: Value, target: Value, width: int) -> None:
         """target[:] = softmax of source[:]; `target` holds whole vectors and may be `source`."""
-        e, b, lanes = self.e, self.e.b, self.lanes
+        e, b, lanes = self.e, self.e.b, self.e.lanes
         top = e.local(vec(F32, lanes), fsplat(_NEVER, lanes))
         total = e.local(vec(F32, lanes), e.zeros(F32, lanes))
 
-        def valid(value: Value, count: int, other: float) -> Value:
-            keep = lanes_mask([lane if lane < count else lanes for lane in range(lanes)])
-            return b.shuffle_vector(value, fsplat(other, lanes), keep)
-
-        def highest(index: Value, count: int, way: int) -> None:
-            value = valid(load_f32(e, "f32", source, index, count, lanes), count, _NEVER)
+        def highest(index: Value, count: int) -> None:
+            value = load_f32(e, "f32", source, index, count)
+            value = _first(e, value, count, fsplat(_NEVER, lanes))
             b.store(fmax(e, value, b.load(top)), top)
 
-        def raise_(index: Value, count: int, way: int) -> None:
-            value = b.fsub(load_f32(e, "f32", source, index, count, lanes), peak)
-            value = valid(exp(e, value), count, 0.0)
+        def raise_(index: Value, count: int) -> None:
+            value = exp(e, b.fsub(load_f32(e, "f32", source, index, count), peak))
+            value = _first(e, value, count, fsplat(0.0, lanes))
             b.store(b.fadd(b.load(total), value), total)
             e.store(value, target, index)
 
-        def divide(index: Value, count: int, way: int) -> None:
-            value = b.fdiv(load_f32(e, "f32", target, index, lanes, lanes), divisor)
-            e.store(value, target, index)
+        def divide(index: Value, count: int) -> None:
+            e.store(b.fdiv(load_f32(e, "f32", target, index, lanes), divisor), target, index)
 
-        for_strips(e, width, lanes, highest)
+        for_blocks(e, width, lanes, highest)
         peak = e.splat(e.reduce(b.load(top), partial(fmax, e)), lanes)
-        for_strips(e, width, lanes, raise_)
+        for_blocks(e, width, lanes, raise_)
         divisor = e.splat(e.reduce_add(b.load(total)), lanes)
-        for_strips(e, width, lanes, divide)
+        for_blocks(e, width, lanes, divide)
 
     def _add_bias(self) -> None:
         """choice = scores (+ bias)."""
-        e, b, lanes = self.e, self.e.b, self.lanes
-        bias = e.arg["bias"]
+        e, b, bias = self.e, self.e.b, self.e.arg["bias"]
 
-        def copy(index: Value, count: int, way: int) -> None:
-            e.store(e.load_vec(self.scores, index, F32, lanes, align=4), self.choice, index)
-
-        def add(index: Value, count: int, way: int) -> None:
-            value = e.load_vec(self.scores, index, F32, lanes, align=4)
-            more = load_f32(e, "f32", bias, index, count, lanes)
-            e.store(b.fadd(value, more), self.choice, index)
+        def choose(with_bias: bool, index: Value, count: int) -> None:
+            value = e.load_vec(self.scores, index, F32, e.lanes, align=4)
+            if with_bias:
+                value = b.fadd(value, load_f32(e, "f32", bias, index, count))
+            e.store(value, self.choice, index)
 
         absent = b.icmp_unsigned("==", b.ptrtoint(bias, I64), const(0))
-        with b.if_else(absent) as (without, with_bias):
-            with without:
-                for_strips(e, self.experts, lanes, copy)
-            with with_bias:
-                for_strips(e, self.experts, lanes, add)
+        with b.if_else(absent) as branches:
+            for with_bias, branch in enumerate(branches):
+                with branch:
+                    for_blocks(e, self.experts, e.lanes, partial(choose, bool(with_bias)))
 
     # -- choosing ----------------------------------------------------------------------------------
 
     def _rank(self, values: Value, keys: Value, width: int) -> None:
         """keys[:] = ordered keys of values[:], lowest in the padding."""
-        e, lanes = self.e, self.lanes
+        e, lanes = self.e, self.e.lanes
 
-        def strip(index: Value, count: int, way: int) -> None:
+        def block(index: Value, count: int) -> None:
             key = ordered_key(e, e.load_vec(values, index, F32, lanes, align=4))
-            keep = lanes_mask([lane if lane < count else lanes for lane in range(lanes)])
-            e.store(e.b.shuffle_vector(key, isplat(_TAKEN, lanes), keep), keys, index)
+            e.store(_first(e, key, count, isplat(_TAKEN, lanes)), keys, index)
 
-        for_strips(e, width, lanes, strip)
+        for_blocks(e, width, lanes, block)
 
-    def _take_best(self, keys: Value, padded: int) -> Value:
+    def _take_best(self, keys: Value, count: int) -> Value:
         """Index (i64) of the largest key, the lowest of equals; the key is lowered to `_TAKEN`."""
-        e, b, lanes = self.e, self.e.b, self.lanes
+        e, b, lanes = self.e, self.e.b, self.e.lanes
         words, numbers = vec(I32, lanes), lanes_mask(list(range(lanes)))
         reduce = f"llvm.vector.reduce.{{}}.v{lanes}i32".format
         top = e.local(words, isplat(_TAKEN, lanes))
         where = e.local(words, numbers)
-        with e.for_range(0, padded, lanes) as index:
+        with e.for_range(0, self._padded(count), lanes) as index:
             key, old = e.load_vec(keys, index, I32, lanes, align=4), b.load(top)
             more = b.icmp_signed(">", key, old)
             place = b.add(e.splat(b.trunc(index, I32), lanes), numbers)
@@ -195,7 +190,7 @@ class _Router:
             e.store(b.fadd(b.load(first), b.load(second)), self.group_scores, group)
         self._rank(self.group_scores, self.group_keys, self.groups)
         with e.for_range(0, min(self.top_groups, self.groups)):
-            self._take_best(self.group_keys, self.group_padded)
+            self._take_best(self.group_keys, self.groups)
         # The groups that were taken stay; the others go.
         with e.for_range(0, self.groups) as group:
             out = b.icmp_signed("!=", e.load(self.group_keys, group, I32), I32(_TAKEN))
