@@ -54,6 +54,11 @@ def fconst(value: float) -> ir.Constant:
     return ir.Constant(F32, value)
 
 
+def lanes_mask(numbers: Sequence[int]) -> ir.Constant:
+    """A shuffle mask."""
+    return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
+
+
 class Emitter:
     """One kernel function under construction: `e.b` is the llvmlite builder, `e.arg["x"]` the
     loaded arguments.
@@ -220,7 +225,7 @@ class Emitter:
         self,
         name: str,
         number: Value,
-        part: Value | None = None,
+        part: Value = None,
         width: int = 0,
         element: Any = F32,
     ) -> Value:
@@ -302,8 +307,7 @@ class Emitter:
         """A vector with `value` in every lane."""
         kind = vec(value.type, count)
         one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-        mask = ir.Constant(vec(I32, count), [ir.Constant(I32, 0)] * count)
-        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), mask)
+        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes_mask([0] * count))
 
     def zeros(self, element: Any, count: int) -> ir.Constant:
         """A zero vector."""
@@ -319,10 +323,7 @@ class Emitter:
         while vector.type.count > 1:
             half = vector.type.count // 2
             undef = ir.Constant(vector.type, ir.Undefined)
-            masks = [
-                ir.Constant(vec(I32, half), [ir.Constant(I32, i) for i in lanes])
-                for lanes in (range(half), range(half, 2 * half))
-            ]
+            masks = [lanes_mask(lanes) for lanes in (range(half), range(half, 2 * half))]
             vector = combine(*(b.shuffle_vector(vector, undef, mask) for mask in masks))
         return b.extract_element(vector, ir.Constant(I32, 0))
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
-from hmc.codegen.vector import lanes_mask
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, lanes_mask, vec
 
 
 def ceil_div(e: Emitter, value: Value, divisor: Value) -> Value:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from hmc.codegen.ir import BF16, F16, F32, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.ir import BF16, F16, F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 
 ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
 """How a storage format is loaded; bf16 travels as its bits."""
@@ -22,11 +22,6 @@ ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
 def place(e: Emitter, format_name: str, base: Value, index: Value) -> Value:
     """Address (i8*) of element `index` of an array in a storage format."""
     return e.offset(base, e.b.mul(index, const(4 if ELEMENTS[format_name] is F32 else 2)))
-
-
-def lanes_mask(numbers: list[int]) -> ir.Constant:
-    """A shuffle mask."""
-    return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
 
 
 def unpack_order(count: int, half: int, groups: int = 4) -> list[int]:
@@ -49,7 +44,7 @@ def unpack_masks(count: int, groups: int = 4) -> list[ir.Constant]:
 def concat(e: Emitter, parts: list[Value]) -> Value:
     """One vector of several equal ones (a power of two of them)."""
     while len(parts) > 1:
-        mask = lanes_mask(list(range(2 * parts[0].type.count)))
+        mask = lanes_mask(range(2 * parts[0].type.count))
         parts = [
             e.b.shuffle_vector(left, right, mask)
             for left, right in zip(parts[::2], parts[1::2], strict=True)

@@ -7,6 +7,7 @@ together.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +15,7 @@ from llvmlite import ir
 
 from hmc.codegen.decode.rows import Rows
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.ir import F32, I64, Emitter, Value, const
-from hmc.codegen.vector import lanes_mask
+from hmc.codegen.ir import F32, I64, Emitter, Value, const, lanes_mask
 
 _L2 = 2
 """Prefetch locality: second-level cache, since the first holds the activations."""
@@ -67,56 +67,49 @@ def emit_streams(tile: Tile, batch: int, streams: int, prefetch: int) -> None:
     what is left over. `prefetch`: bytes ahead over all runs together, 0 for none; past the end of
     the runs it goes on at `tile.following`.
     """
-    e, b = tile.e, tile.e.b
-    at = e.local(I64, tile.start)
+    at = tile.e.local(I64, tile.start)
     for size, count in dict.fromkeys([(batch, streams), (1, 1)]):
-        first = b.load(at)
-        run = b.mul(b.sdiv(b.sub(tile.stop, first), const(size * count)), const(size))
-        end = b.add(first, run)
-        row_bytes = const(tile.dot.row_bytes)
-        beyond = b.sub(
-            b.ptrtoint(tile.following, I64),
-            b.ptrtoint(e.offset(tile.w, b.mul(end, row_bytes)), I64),
-        )
-        ahead = _Ahead(tile, end, beyond, prefetch // count)
-        with e.for_range(first, end, size) as row:
-            numbers = [b.add(row, b.mul(run, const(stream))) for stream in range(count)]
-            _batch(tile, numbers, size, ahead)
-        b.store(b.add(first, b.mul(run, const(count))), at)
+        _runs(tile, at, size, count, prefetch // count)
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """Asks for what the runs read `bytes` later; the first run ends at row `end`, and `beyond`
-    bytes lie between its end and where reading goes on.
-    """
+def _runs(tile: Tile, at: Value, size: int, count: int, prefetch: int) -> None:
+    """`count` runs from row `at` (i64*) on, `size` rows of each at once; `at` moves past them."""
+    e, b, dot = tile.e, tile.e.b, tile.dot
+    first = b.load(at)
+    run = b.mul(b.sdiv(b.sub(tile.stop, first), const(size * count)), const(size))
+    end = b.add(first, run)
+    row_bytes = const(dot.row_bytes)
+    # Bytes between the end of the first run and where reading goes on.
+    beyond = b.sub(
+        b.ptrtoint(tile.following, I64),
+        b.ptrtoint(e.offset(tile.w, b.mul(end, row_bytes)), I64),
+    )
 
-    tile: Tile
-    end: Value
-    beyond: Value
-    bytes: int
-
-    def fetch(self, rows: Rows, row: Value, k: Value) -> None:
-        """Before the chunk at element `k` of `rows`, the first of which is number `row`."""
-        if self.bytes == 0:
+    def fetch(bases: list[Value], row: Value, k: Value) -> None:
+        """Ask for what is read `prefetch` bytes after the chunk at element `k` of the rows at
+        `bases`, the first of which is number `row`.
+        """
+        if prefetch == 0:
             return
-        e, b, dot = self.tile.e, self.tile.e.b, self.tile.dot
-        left = b.mul(b.sub(self.end, row), const(dot.row_bytes))
-        at = b.udiv(b.mul(k, const(dot.chunk_bytes)), const(dot.chunk))
-        at = b.add(at, const(self.bytes))
-        inside = b.icmp_signed("<", at, left)
-        at = b.add(at, b.select(inside, const(0), self.beyond))
-        for base in rows.bases:
-            prefetch_lines(e, e.offset(base, at), dot.chunk_bytes)
+        left = b.mul(b.sub(end, row), row_bytes)
+        ahead = b.udiv(b.mul(k, const(dot.chunk_bytes)), const(dot.chunk))
+        ahead = b.add(ahead, const(prefetch))
+        inside = b.icmp_signed("<", ahead, left)
+        ahead = b.add(ahead, b.select(inside, const(0), beyond))
+        for base in bases:
+            start = e.offset(base, ahead)
+            for line in range(0, dot.chunk_bytes, 64):
+                e.prefetch(e.offset(start, const(line)), _L2)
+
+    with e.for_range(first, end, size) as row:
+        numbers = [b.add(row, b.mul(run, const(stream))) for stream in range(count)]
+        _batch(tile, numbers, size, fetch)
+    b.store(b.add(first, b.mul(run, const(count))), at)
 
 
-def prefetch_lines(e: Emitter, base: Value, count: int) -> None:
-    """Ask for `count` bytes from `base` on."""
-    for line in range(0, count, 64):
-        e.prefetch(e.offset(base, const(line)), _L2)
-
-
-def _batch(tile: Tile, firsts: list[Value], batch: int, ahead: _Ahead) -> None:
+def _batch(
+    tile: Tile, firsts: list[Value], batch: int, fetch: Callable[[list[Value], Value, Value], None]
+) -> None:
     """`batch` rows of each run, from the rows `firsts` on: a loop at run time, since each of its
     rounds is hundreds of instructions that have to be compiled.
     """
@@ -126,7 +119,7 @@ def _batch(tile: Tile, firsts: list[Value], batch: int, ahead: _Ahead) -> None:
     with e.for_range(0, batch) as r:
         numbers = [b.add(first, r) for first in firsts]
         rows = tile.rows(numbers)
-        rows.add(partial(ahead.fetch, rows, numbers[0]))
+        rows.add(partial(fetch, rows.bases, numbers[0]))
         for line, sums in zip(held, rows.sums(), strict=True):
             for slot, value in zip(line, sums, strict=True):
                 b.store(value, b.gep(slot, [r]))
@@ -141,35 +134,23 @@ def reduce_rows(e: Emitter, vectors: list[Value]) -> Value:
 
     Lanes are added by halving, in the order of `Emitter.reduce_add`, but for all vectors at once.
     """
-    b = e.b
-    width = vectors[0].type.count
-    count = len(vectors)
-    # Before a round every vector holds `held` partial results of `width` lanes each, one after the
+    b, count, lanes = e.b, len(vectors), vectors[0].type.count
+    # Before a round every vector holds `held` partial results of `lanes` lanes each, one after the
     # other.
     held = 1
-    lanes = width
     while lanes > 1:
         half = lanes // 2
         low = [i for part in range(held) for i in range(part * lanes, part * lanes + half)]
-        high = [i + half for i in low]
+        pairs = [(vectors[0], ir.Constant(vectors[0].type, ir.Undefined))]
         if len(vectors) > 1:
-            size = held * lanes
-            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
-            vectors = [
-                b.fadd(
-                    b.shuffle_vector(left, right, lanes_mask(low + [i + size for i in low])),
-                    b.shuffle_vector(left, right, lanes_mask(high + [i + size for i in high])),
-                )
-                for left, right in pairs
-            ]
+            low += [i + held * lanes for i in low]
             held *= 2
-        else:
-            undef = ir.Constant(vectors[0].type, ir.Undefined)
-            vectors = [
-                b.fadd(
-                    *(b.shuffle_vector(vectors[0], undef, lanes_mask(part)) for part in (low, high))
-                )
-            ]
+            pairs = list(zip(vectors[::2], vectors[1::2], strict=True))
+        masks = lanes_mask(low), lanes_mask([i + half for i in low])
+        vectors = [
+            b.fadd(*(b.shuffle_vector(left, right, mask) for mask in masks))
+            for left, right in pairs
+        ]
         lanes = half
     assert held == count, (held, count)
     return vectors[0]

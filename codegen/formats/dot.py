@@ -33,10 +33,10 @@ from hmc.codegen.formats.unpack import (
     unit_of,
 )
 from hmc.codegen.formats.weights import Scales, masked_vec, row_bytes, scales_of, weights_f32
-from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
-from hmc.codegen.vector import concat, dot_pairs, fsplat, lanes_mask, splat_int, unpack_order
+from hmc.codegen.vector import concat, dot_pairs, fsplat, splat_int, unpack_order
 
 
 @dataclass(frozen=True)

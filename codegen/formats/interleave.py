@@ -17,9 +17,9 @@ from llvmlite import ir
 from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
 from hmc.codegen.formats.unpack import fp8_vectors
 from hmc.codegen.formats.weights import masked_vec, weights_f32
-from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.spec import WeightFormat
-from hmc.codegen.vector import for_blocks, isplat, lanes_mask, splat_int, unpack_masks
+from hmc.codegen.vector import for_blocks, isplat, splat_int, unpack_masks
 
 _NIBBLE_PAIRS = 4
 """Pairs of int4 weights in a stored word."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.codegen.vector import fsplat, lanes_mask, splat_int
+from hmc.codegen.vector import fsplat, splat_int
 from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
 
 ALL = 1 << 40
@@ -66,9 +66,7 @@ def masked_vec(
         return e.load_vec(base, index, element, count)
     kind = vec(element, count)
     pointer = e.b.bitcast(e.at(base, index, element), kind.as_pointer())
-    mask = ir.Constant(
-        vec(I1, count), [ir.Constant(I1, int(lane < valid)) for lane in range(count)]
-    )
+    mask = ir.Constant(vec(I1, count), [int(lane < valid) for lane in range(count)])
     name = f"llvm.masked.load.v{count}{_SUFFIX[str(element)]}.p0"
     align = ir.Constant(I32, 1)
     return e.call(name, kind, pointer, align, mask, ir.Constant(kind, None))

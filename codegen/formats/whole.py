@@ -21,10 +21,10 @@ from functools import partial
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import masked_vec
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, vec
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import concat, fmax, for_blocks, fsplat, isplat, lanes_mask, splat_int
+from hmc.codegen.vector import concat, fmax, for_blocks, fsplat, isplat, splat_int
 
 NIBBLES = 4
 """Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""

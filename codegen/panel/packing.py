@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.panel.tiling import CHUNK, Form
-from hmc.codegen.vector import lanes_mask
 
 BLOCK = 16
 """Bytes of a token that lie together."""

@@ -26,10 +26,9 @@ from llvmlite import ir
 
 from hmc.codegen.formats.interleave import Chunk
 from hmc.codegen.formats.weights import row_bytes
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
-from hmc.codegen.vector import lanes_mask
 
 _UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()

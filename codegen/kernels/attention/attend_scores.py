@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import BF16, F32, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.kernels.attention.attend_rows import (
     L1,
     L2,
@@ -24,15 +24,7 @@ from hmc.codegen.kernels.attention.attend_rows import (
     Source,
     pair_words,
 )
-from hmc.codegen.vector import (
-    copy_row,
-    exp,
-    fmax,
-    for_blocks,
-    fsplat,
-    lanes_mask,
-    load_part,
-)
+from hmc.codegen.vector import copy_row, exp, fmax, for_blocks, fsplat, load_part
 
 
 class Scores:

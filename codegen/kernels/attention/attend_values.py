@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.kernels.attention.attend_rows import L2, Rows, Shape, Source, pair_words
-from hmc.codegen.vector import lanes_mask, load_part, resize, unpack_masks
+from hmc.codegen.vector import load_part, resize, unpack_masks
 
 
 @dataclass(frozen=True)

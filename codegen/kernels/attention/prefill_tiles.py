@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.vector import dot_pairs, fmax, for_blocks, fsplat, isplat, lanes_mask, polynomial
+from hmc.codegen.vector import dot_pairs, fmax, for_blocks, fsplat, isplat, polynomial
 
 LOWEST = -1e30
 """Below every score and yet finite, so that differences are no NaN."""

@@ -11,8 +11,8 @@ from functools import partial
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import weights_f32
-from hmc.codegen.ir import F32, I16, Emitter, Value, const, vec
-from hmc.codegen.vector import concat, for_blocks, lanes_mask, resize, unpack_masks
+from hmc.codegen.ir import F32, I16, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.vector import concat, for_blocks, resize, unpack_masks
 
 _BLOCK = 128
 """Columns that are never shared between workers, and that one scale covers."""

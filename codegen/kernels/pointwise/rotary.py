@@ -7,9 +7,9 @@ pair is kept.
 
 from __future__ import annotations
 
-from hmc.codegen.ir import F32, I64, Emitter, Value, const
+from hmc.codegen.ir import F32, I64, Emitter, Value, const, lanes_mask
 from hmc.codegen.kernels.pointwise.norm import norm_row
-from hmc.codegen.vector import for_blocks, lanes_mask, load_f32, store_f32
+from hmc.codegen.vector import for_blocks, load_f32, store_f32
 
 
 def emit_rotary(e: Emitter) -> None:

@@ -15,17 +15,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
-from hmc.codegen.vector import (
-    exp,
-    fmax,
-    for_blocks,
-    fsplat,
-    isplat,
-    lanes_mask,
-    load_f32,
-    sigmoid,
-)
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, lanes_mask, vec
+from hmc.codegen.vector import exp, fmax, for_blocks, fsplat, isplat, load_f32, sigmoid
 
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
 _NEVER = float("-inf")
