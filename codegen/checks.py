@@ -128,23 +128,14 @@ def _check_route(spec: KernelSpec) -> None:
         raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
 
 
-def _check_activation(spec: KernelSpec) -> None:
-    activation(spec.expr)
-
-
-def _check_pointwise(spec: KernelSpec) -> None:
-    Rowwise.of(spec)
-
-
-_RULES: dict[str, Callable[[KernelSpec], None]] = {
+_GATED = ("gate_up", "experts_gate_up", "grouped_gate_up")
+_EXPRESSIONS = frozenset({"pointwise", *_GATED})
+_RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),
     "mla_prefill": _check_expanded,
     "rotary": _check_rotary,
     "route": _check_route,
-    "pointwise": _check_pointwise,
-    **dict.fromkeys(("gate_up", "experts_gate_up", "grouped_gate_up"), _check_activation),
+    "pointwise": Rowwise.of,
+    **dict.fromkeys(_GATED, lambda spec: activation(spec.expr)),
 }
-_EXPRESSIONS = frozenset(
-    op for op, rule in _RULES.items() if rule in (_check_activation, _check_pointwise)
-)

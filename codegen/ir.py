@@ -278,24 +278,24 @@ class Emitter:
 
     def prefetch(self, pointer: Value, locality: int = 0) -> None:
         """Fetch the cache line at `pointer` for reading; locality 0 (streamed) to 3 (kept)."""
-        function = self.intrinsic(
-            "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32]
-        )
-        i32 = [ir.Constant(I32, value) for value in (0, locality, 1)]
-        self.b.call(function, [self.b.bitcast(pointer, I8.as_pointer()), *i32])
+        how = [ir.Constant(I32, value) for value in (0, locality, 1)]
+        pointer = self.b.bitcast(pointer, I8.as_pointer())
+        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *how)
 
     # -- values ------------------------------------------------------------------------------------
 
-    def intrinsic(self, name: str, result: Any, parameters: Sequence[Any]) -> Any:
-        """Declare an LLVM intrinsic by its full name, once a module."""
-        known = self.module.globals.get(name)
-        return known or ir.Function(
-            self.module, ir.FunctionType(result, list(parameters)), name=name
-        )
-
     def call(self, name: str, result: Any, *values: Value) -> Value:
-        """Call an intrinsic by its full name."""
-        return self.b.call(self.intrinsic(name, result, [value.type for value in values]), values)
+        """Call an LLVM intrinsic by its full name, which is declared once a module."""
+        kind = ir.FunctionType(result, [value.type for value in values])
+        known = self.module.globals.get(name) or ir.Function(self.module, kind, name=name)
+        return self.b.call(known, values)
+
+    def system_call(self, number: int, *words: Value) -> Value:
+        """Call Linux with up to four i64 words; i64."""
+        places = ("{rax}", "{rdi}", "{rsi}", "{rdx}", "{r10}")[: 1 + len(words)]
+        registers = ",".join(["={rax}", *places, "~{rcx}", "~{r11}", "~{memory}"])
+        kind = ir.FunctionType(I64, [I64] * len(places))
+        return self.b.asm(kind, "syscall", registers, [const(number), *words], side_effect=True)
 
     def fma(self, x: Value, y: Value, z: Value) -> Value:
         """x * y + z, fused, on f32 scalars or vectors."""

@@ -56,7 +56,4 @@ def _nap(e: Emitter) -> None:
     span = e.local(I64, count=2)
     e.b.store(const(0), span)
     e.b.store(const(_NAP_NANOSECONDS), e.b.gep(span, [const(1)]))
-    kind = ir.FunctionType(I64, [I64] * 3)
-    registers = "={rax},{rax},{rdi},{rsi},~{rcx},~{r11},~{memory}"
-    syscall = ir.InlineAsm(kind, "syscall", registers, side_effect=True)
-    e.b.call(syscall, [const(_NANOSLEEP), e.b.ptrtoint(span, I64), const(0)])
+    e.system_call(_NANOSLEEP, e.b.ptrtoint(span, I64), const(0))

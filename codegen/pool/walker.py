@@ -257,11 +257,8 @@ def _wake(e: Emitter, word: int | Value) -> None:
 
 
 def _futex(e: Emitter, word: int | Value, operation: int, value: Value, timeout: Value) -> None:
-    kind = ir.FunctionType(I64, [I64] * 5)
-    registers = "={rax},{rax},{rdi},{rsi},{rdx},{r10},~{rcx},~{r11},~{memory}"
-    syscall = ir.InlineAsm(kind, "syscall", registers, side_effect=True)
     address = e.b.ptrtoint(_word(e, word), I64)
-    e.b.call(syscall, [const(_FUTEX), address, const(operation), value, timeout])
+    e.system_call(_FUTEX, address, const(operation), value, timeout)
 
 
 def _stopped(e: Emitter) -> Value:
