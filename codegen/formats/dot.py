@@ -32,7 +32,14 @@ from hmc.codegen.formats.unpack import (
     order,
     unit_of,
 )
-from hmc.codegen.formats.weights import Scales, masked_vec, row_bytes, scales_of, weights_f32
+from hmc.codegen.formats.weights import (
+    Scales,
+    bf16_bits,
+    masked_vec,
+    row_bytes,
+    scales_of,
+    weights_f32,
+)
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
@@ -60,11 +67,6 @@ class Dot:
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
         return arithmetic(self.spec.isa, self.spec.weight) == "bf16"
-
-    @property
-    def whole(self) -> bool:
-        """Whether sums of chunks are of whole numbers."""
-        return False
 
     @property
     def width(self) -> int:
@@ -127,14 +129,7 @@ class Dot:
 
     def _prepare_unit(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
         b, order = e.b, self._order()
-        zero = e.zeros(I16, self.width)
-        parts = [
-            masked_vec(e, x, b.add(k, const(start)), I16, self.width, valid - start)
-            if valid > start
-            else zero
-            for start in range(0, len(order), self.width)
-        ]
-        joined = concat(e, parts)
+        joined = concat(e, list(bf16_bits(e, x, k, len(order), valid, self.width)))
         for start in range(0, len(order), self.width):
             lanes = [ir.Constant(I32, lane) for lane in order[start : start + self.width]]
             vector = b.shuffle_vector(

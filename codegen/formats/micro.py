@@ -26,9 +26,9 @@ from hmc.codegen.formats.interleave import (
     decode_words,
 )
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
-from hmc.codegen.formats.weights import masked_vec
+from hmc.codegen.formats.weights import bf16_bits
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import dot_pairs, fsplat
@@ -55,12 +55,8 @@ class MicroKernel:
         """`size` activations of the bf16 `row` from `k` on, zeros past `valid`; what the chunk's
         sums are multiplied by goes to `factor` (f32*), where there are `token_factors`.
         """
-        for start in range(0, size, self.lanes):
-            bits: Value = e.zeros(I16, self.lanes)
-            if start < valid:
-                index = e.b.add(k, const(start))
-                bits = masked_vec(e, row, index, I16, self.lanes, valid - start)
-            yield self._activation(e, bits), start * 4 // self.step
+        for number, bits in enumerate(bf16_bits(e, row, k, size, valid, self.lanes)):
+            yield self._activation(e, bits), number * self.lanes * 4 // self.step
 
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return e.bf16_to_f32(bits)

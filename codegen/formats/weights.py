@@ -11,6 +11,7 @@ accumulators.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -73,6 +74,19 @@ def masked_vec(
 
 
 _SUFFIX = {"i8": "i8", "i16": "i16", "i32": "i32", "float": "f32", "half": "f16"}
+
+
+def bf16_bits(
+    e: Emitter, x: Value, k: Value, count: int, valid: int, width: int
+) -> Iterator[Value]:
+    """`count` elements of the bf16 row at `x` from `k` on, in vectors of `width`; zeros past
+    `valid`.
+    """
+    for at in range(0, count, width):
+        if at < valid:
+            yield masked_vec(e, x, e.b.add(k, const(at)), I16, width, valid - at)
+        else:
+            yield e.zeros(I16, width)
 
 
 def weights_f32(

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.weights import masked_vec
+from hmc.codegen.formats.weights import bf16_bits, masked_vec
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic
 from hmc.codegen.spec import KernelSpec
@@ -38,11 +38,6 @@ _MULTIPLY = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 @dataclass(frozen=True)
 class WholeDot(Dot):
     """`Dot` for int4 on tiers without `vdpbf16ps`."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether sums of chunks are of whole numbers."""
-        return True
 
     @property
     def width(self) -> int:
@@ -144,13 +139,7 @@ class WholeDot(Dot):
 
 def bf16_values(e: Emitter, x: Value, k: Value, count: int, valid: int, lanes: int) -> list[Value]:
     """`count` elements of the bf16 row at `x` from `k` on, in f32 vectors; zeros past `valid`."""
-    blank = e.zeros(F32, lanes)
-    return [
-        e.bf16_to_f32(masked_vec(e, x, e.b.add(k, const(at)), I16, lanes, valid - at))
-        if at < valid
-        else blank
-        for at in range(0, count, lanes)
-    ]
+    return [e.bf16_to_f32(bits) for bits in bf16_bits(e, x, k, count, valid, lanes)]
 
 
 def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:

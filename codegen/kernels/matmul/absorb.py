@@ -47,7 +47,7 @@ def emit_mla_absorb(e: Emitter) -> None:
 class _Nest:
     """The inner loops: some rows by a range of column blocks, for all tokens.
 
-    Rows are decoded to f32 by units of `_size` weights, which byte tables (dot.py) leave in an
+    Rows are decoded to f32 by units of `_size` weights, which byte tables (pairs.py) leave in an
     order of their own.
     """
 
