@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Final
 
 from llvmlite import ir
@@ -28,12 +29,8 @@ def emit(
     known: Mapping[Expr, Value] | None = None,
 ) -> Value:
     """`tree` on vectors of `lanes` f32; `known` are values of subtrees, reductions among them."""
-    table = {op: _bound(e, function) for op, function in FUNCTIONS.items()}
+    table = {op: partial(function, e) for op, function in FUNCTIONS.items()}
     return expr.evaluate(tree, leaves, table, lambda value: fsplat(value, lanes), known)
-
-
-def _bound(e: Emitter, function: Function) -> Function:
-    return lambda *args: function(e, *args)
 
 
 def _like(x: Value, value: float) -> ir.Constant:

@@ -37,12 +37,8 @@ _CODES = (2, 4, 8)
 
 def arithmetic(isa: str, weight: str) -> Arithmetic:
     """How tier `isa` multiplies weights of a format by activations."""
-    row = format_of(weight)
-    better: tuple[Arithmetic, ...] = ("bf16",) if TIERS[isa].pair_dot else ("whole",)
-    for kind in better:
-        if kind in row.exact_in and weight in NATIVE[kind]:
-            return kind
-    return "f32"
+    best: Arithmetic = "bf16" if TIERS[isa].pair_dot else "whole"
+    return best if best in format_of(weight).exact_in and weight in NATIVE[best] else "f32"
 
 
 def is_native(isa: str, weight: str) -> bool:

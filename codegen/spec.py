@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -252,26 +252,15 @@ ARGS: dict[str, tuple[Arg, ...]] = {
 }
 
 
-def _power(value: int) -> bool:
-    return value in (1, 2, 4, 8, 16)
-
-
-def _ahead(value: int) -> bool:
-    return 0 <= value <= 1 << 24
-
-
-def _tokens(value: int) -> bool:
-    return 1 <= value <= 12
-
-
-_Accepts = Mapping[str, Callable[[int], bool]]
-_BY_ROWS: _Accepts = {"rows": _power, "streams": _power, "prefetch": _ahead}
-_BY_TOKENS: _Accepts = {"tokens": _tokens}
+_Accepts = Mapping[str, Container[int]]
+_POWERS = (1, 2, 4, 8, 16)
+_BY_ROWS: _Accepts = {"rows": _POWERS, "streams": _POWERS, "prefetch": range((1 << 24) + 1)}
+_BY_TOKENS: _Accepts = {"tokens": range(1, 13)}
 TILES: Mapping[str, _Accepts] = {
     **dict.fromkeys(("linear", "gate_up", "experts_gate_up", "experts_down"), _BY_ROWS),
     **dict.fromkeys(("gemm", "grouped_gate_up", "grouped_down"), _BY_TOKENS),
 }
-"""op -> tile choice of `KernelSpec.tile` -> whether emitters take a value."""
+"""op -> tile choice of `KernelSpec.tile` -> values that emitters take."""
 _BATCH = 16
 """What rows x streams must divide (codegen/decode/tiles.py: GRAIN)."""
 
@@ -280,7 +269,7 @@ def tile_fault(op: str, tile: Mapping[str, int]) -> str:
     """Why emitters do not take these tile choices of a kernel; empty where they do."""
     accepts = TILES.get(op, {})
     for name, value in tile.items():
-        if name not in accepts or not accepts[name](value):
+        if name not in accepts or value not in accepts[name]:
             return f"no tile choice {name}={value}"
     batch = tile.get("rows", 4) * tile.get("streams", 4)
     if accepts is _BY_ROWS and _BATCH % batch:

@@ -54,7 +54,7 @@ def parse_setting(text: str) -> Setting:
     tiles = TILES.get(match["op"], {})
     if match["tile"] not in tiles:
         raise UsageError(f"--set {text}: no such tile choice; there are {_known()}")
-    if not tiles[match["tile"]](value):
+    if value not in tiles[match["tile"]]:
         raise UsageError(f"--set {text}: not a value that {match['op']} can take")
     return Setting(match["tile"], value, match["op"])
 
