@@ -215,7 +215,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "route": _args("logits* logits_stride bias* ids* routing* tokens factor~"),
     # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
-    # `gemm_scratch_bytes` says how many.
+    # `panel_scratch_bytes` (panel/tiling.py) says how many.
     "gemm": _args("x* x_stride gather* w* scale* bias* y* y_stride rows tokens scratch*"),
     # ids i32 [tokens, top_k], negative: of no expert here -> slots and offsets of the grouped forms
     # below, slots ascending within an expert; params: top_k, experts.

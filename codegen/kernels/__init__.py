@@ -1,4 +1,6 @@
-"""The table of kernels: for every op its emitter. What they mean in numpy, tests say."""
+"""The table of kernels: for every op what makes IR text of a spec; here by `emit_<op>`, which is
+handed the kernel under construction. What kernels mean in numpy, tests say.
+"""
 
 from __future__ import annotations
 

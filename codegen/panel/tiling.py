@@ -114,3 +114,10 @@ class Form:
         """Scratch of one worker, a multiple of 64."""
         factors = self.chunks * self.block * 4 if self.micro.token_factors else 0
         return self.factors_offset + (factors + 63) // 64 * 64
+
+
+def panel_scratch_bytes(spec: KernelSpec) -> int:
+    """Bytes of `scratch` of a many-token matmul for one worker; worker w uses the w-th such piece.
+    Best aligned to 64.
+    """
+    return Form.of(spec).scratch_bytes

@@ -27,8 +27,7 @@ from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
-from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
-from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
+from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
 from hmc.errors import ExecutionError, UsageError
 from hmc.runtime.host.pool import Pool
@@ -150,7 +149,7 @@ class KernelBench(Closing):
         common = _xy(x, y)
         kept: tuple[object, ...] = (x,)
         if many:
-            scratch = Block(self.pool.workers * gemm_scratch_bytes(spec), "scratch")
+            scratch = Block(self.pool.workers * panel_scratch_bytes(spec), "scratch")
             common |= {"gather": 0, "scratch": scratch.address}
             kept = (x, scratch)
         writes = ("y",) if many or self._barriers else ()
@@ -177,7 +176,7 @@ class KernelBench(Closing):
         if many:
             calls = [_drawn(experts, case)]
             amount = case.flops
-            worker = max(grouped_scratch_bytes(into), grouped_scratch_bytes(back))
+            worker = max(panel_scratch_bytes(into), panel_scratch_bytes(back))
             scratch = Block(self.pool.workers * worker, "scratch")
         else:
             ids = np.arange(-(-experts // pairs) * pairs, dtype=np.int32) % experts

@@ -17,8 +17,7 @@ import numpy as np
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
-from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
-from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
+from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import ARGS, Arg, KernelSpec
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
@@ -94,7 +93,7 @@ def _linear(low: Lowering, step: Step) -> None:
         "rows": rows,
     }
     if op == "gemm":
-        given |= {"gather": 0, "scratch": _private(low, op, gemm_scratch_bytes(spec))}
+        given |= {"gather": 0, "scratch": _private(low, op, panel_scratch_bytes(spec))}
         record(low, step, spec, given)
         return
     record(low, step, spec, given, shared=(step.weight_bytes, rows))
@@ -119,7 +118,7 @@ def _gate_up(low: Lowering, step: Step) -> None:
         "offsets": int(low.arena.span.ctypes.data),
         "table": low.tables.array(("table", low.phase.name, step.id), table),
         "act": low.arena.address(y),
-        "scratch": _private(low, op, grouped_scratch_bytes(spec)),
+        "scratch": _private(low, op, panel_scratch_bytes(spec)),
     }
     record(low, step, spec, given)
 
@@ -214,9 +213,9 @@ def _experts(low: Lowering, step: Step) -> None:
     common["slots"] = low.arena.workspace("slots", 4 * tokens * top_k)
     common["offsets"] = low.arena.workspace("offsets", 4 * (experts + 1))
     record(low, step, sort, common, reads=[chosen], writes=["order"])
-    common["scratch"] = _private(low, into.op, grouped_scratch_bytes(into))
+    common["scratch"] = _private(low, into.op, panel_scratch_bytes(into))
     record(low, step, into, common, reads=[x, "order"], writes=["act"])
-    common["scratch"] = _private(low, back.op, grouped_scratch_bytes(back))
+    common["scratch"] = _private(low, back.op, panel_scratch_bytes(back))
     record(low, step, back, common, reads=["act", "order", routing])
 
 

@@ -14,7 +14,7 @@ from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
+from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, WeightFormat
 from hmc.errors import KernelError
 
@@ -77,7 +77,7 @@ def test_other_activations(jit: Jit, isa: str, expr: str) -> None:
     )  # fmt: skip
     table = np.array([[address(gate.data), 0, address(up.data), 0, 0, 0]], np.int64)
     slots, offsets = np.arange(tokens, dtype=np.int32), np.array([0, tokens], np.int32)
-    scratch = np.zeros(2 * grouped_scratch_bytes(many), np.uint8)
+    scratch = np.zeros(2 * panel_scratch_bytes(many), np.uint8)
     in_turn(
         jit, many, 2, x=address(x), x_stride=k, slots=address(slots), offsets=address(offsets),
         table=address(table), act=address(act), scratch=address(scratch),

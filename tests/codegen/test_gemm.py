@@ -25,9 +25,8 @@ from prefill_data import (
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
 from hmc.codegen.native import takes_nan
-from hmc.codegen.panel.tiling import Form
+from hmc.codegen.panel.tiling import Form, panel_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 
@@ -45,7 +44,7 @@ def call(
     """y of `gemm` as stored; checks that columns past `rows` stay untouched."""
     bits = spec.out == "bf16"
     y = np.full((tokens, rows + 3), 77, np.uint16 if bits else np.float32)
-    scratch = np.full(workers * gemm_scratch_bytes(spec), 0xFF, np.uint8)
+    scratch = np.full(workers * panel_scratch_bytes(spec), 0xFF, np.uint8)
     run(
         jit, spec, workers, x=address(x), x_stride=x.shape[1], gather=address(gather),
         w=address(w.data), scale=address(w.scale), bias=address(bias), y=address(y),

@@ -24,7 +24,7 @@ from prefill_data import (
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
+from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 TOP_K = 3
@@ -79,7 +79,7 @@ def both(
     hidden, inner = pair[0]["k"], pair[0]["n"]
     act = np.full((len(x) * TOP_K, inner), 0x7FC0, np.uint16)
     y = np.full((len(x), hidden + 1), np.nan, np.float32)
-    scratch = [np.full(workers * grouped_scratch_bytes(spec), 0xFF, np.uint8) for spec in pair]
+    scratch = [np.full(workers * panel_scratch_bytes(spec), 0xFF, np.uint8) for spec in pair]
     shared = {"slots": address(slots), "offsets": address(offsets), "table": address(table)}
     run(
         jit, pair[0], workers, x=address(x), x_stride=x.shape[1], act=address(act),

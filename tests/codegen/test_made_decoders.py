@@ -20,9 +20,8 @@ from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
-from hmc.codegen.kernels.matmul.gemm import gemm_scratch_bytes
-from hmc.codegen.kernels.matmul.grouped import grouped_scratch_bytes
 from hmc.codegen.native import is_native
+from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 from hmc.formats import Format, registered
@@ -85,7 +84,7 @@ def test_gemm(jit: Jit, isa: str, row: Format, k: int, group: int) -> None:
     codes, scale = pages(weight)
     spec = spec_of("gemm", isa, row, weight, k=k)
     x, y = guarded(activations(rng, tokens, k, k)), filled((tokens, rows), np.float32)
-    scratch = np.zeros(2 * gemm_scratch_bytes(spec), np.uint8)
+    scratch = np.zeros(2 * panel_scratch_bytes(spec), np.uint8)
     in_turn(
         jit, spec, 2, x=address(x), x_stride=k, gather=0, w=address(codes), scale=address(scale),
         bias=0, y=address(y), y_stride=rows, rows=rows, tokens=tokens, scratch=address(scratch),
@@ -141,7 +140,7 @@ def test_experts(jit: Jit, isa: str, tokens: int) -> None:
         in_turn(jit, spec, 1, ids=address(ids), scratch=address(scratch), **common)
     else:
         spec = spec_of("grouped_down", isa, E5M2_ROWS, down[0], **sizes)
-        scratch = np.zeros(grouped_scratch_bytes(spec), np.uint8)
+        scratch = np.zeros(panel_scratch_bytes(spec), np.uint8)
         slots = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
         counts = np.bincount(ids.reshape(-1), minlength=experts)
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)

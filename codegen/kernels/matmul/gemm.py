@@ -16,15 +16,9 @@ from hmc.codegen.ir import F32, I16, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
 from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
-from hmc.codegen.spec import KernelSpec
 
 _ITEMS = 4
 """Least (block, panel) items of a worker, for balance."""
-
-
-def gemm_scratch_bytes(spec: KernelSpec) -> int:
-    """Bytes of `scratch` for one worker; worker w uses the w-th such piece. Best aligned to 64."""
-    return Form.of(spec).scratch_bytes
 
 
 def emit_gemm(e: Emitter) -> None:

@@ -19,15 +19,9 @@ from hmc.codegen.kernels.matmul.gate_up import activated
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
 from hmc.codegen.ragged import ceil_div, load_lanes, store_lanes
-from hmc.codegen.spec import KernelSpec
 
 _DECODE_TOKENS = 6
 """Decoding a panel costs about as much as multiplying this many tokens by it; for balance only."""
-
-
-def grouped_scratch_bytes(spec: KernelSpec) -> int:
-    """Bytes of `scratch` for one worker; worker w uses the w-th such piece. Best aligned to 64."""
-    return Form.of(spec).scratch_bytes
 
 
 def emit_grouped_gate_up(e: Emitter) -> None:
