@@ -64,9 +64,9 @@ class Emitter:
     loaded arguments.
 
     `ptr` arguments arrive as i8*, `int` as i64, `f32` as float; `e.lanes` f32 are a vector of the
-    tier. `e.worker`, `e.workers` and
-    `e.span` are i64: the call does the shares of workers `worker` to `worker + span - 1`. Only
-    kernels whose records are cut in pieces see a span other than 1, and those use `split`.
+    tier. `e.worker`, `e.workers` and `e.span` are i64: the call does the shares of workers `worker`
+    to `worker + span - 1`. Only kernels whose records are cut in pieces see a span other than 1,
+    and those use `split`.
     """
 
     def __init__(self, spec: KernelSpec) -> None:
