@@ -11,11 +11,13 @@ import pytest
 from click.testing import CliRunner
 
 from hmc.bench.serve.client import Reply
-from hmc.bench.serve.load import Lengths, Shot, Slo, poisson, trace
-from hmc.bench.serve.run import Result, percentiles
+from hmc.bench.serve.load import Lengths, Shot, poisson, trace
+from hmc.bench.serve.run import figures, percentiles
 from hmc.bench.serve.streams import full_steps, pace
 from hmc.cli import cli
 from hmc.errors import ExecutionError, HmcError, UsageError
+from hmc.plan import Goals
+from hmc.predict import parse_goals
 
 
 def _bench(*arguments: str) -> dict[str, Any]:
@@ -37,11 +39,13 @@ def test_arrivals_are_a_poisson_process_and_lengths_a_mix() -> None:
 
 
 def test_arguments_are_read_or_refused(tmp_path: Path) -> None:
-    assert Slo.read("ttft=30s,tps=20") == Slo(30, 20)
-    assert Slo.read("ttft=250ms") == Slo(0.25, None)
-    for wrong in ("ttft", "tps=0", "other=3", "ttft=fast"):
-        with pytest.raises(UsageError, match="--slo"):
-            Slo.read(wrong)
+    goals = parse_goals("ttft=30s,tps=20", lengths=False)
+    assert (goals.ttft_seconds, goals.tokens_per_second) == (30, 20)
+    goals = parse_goals("ttft=250ms", lengths=False)
+    assert (goals.ttft_seconds, goals.tokens_per_second) == (0.25, 0)
+    for wrong in ("ttft", "tps=-1", "other=3", "ttft=fast", "ttft=30s@32k", "tps=20@1k"):
+        with pytest.raises(UsageError, match="write goals as ttft=30s,tps=20"):
+            parse_goals(wrong, lengths=False)
     assert Lengths.read("--prompt", "7") == Lengths(7, 7)
     for wrong in ("", "0-3", "9-3", "x"):
         with pytest.raises(UsageError, match="--prompt"):
@@ -64,7 +68,7 @@ def test_figures_of_replies() -> None:
         Reply(shot, 1.0, ttft=0.5, total=0.5, tokens=1),
         Reply(shot, 0.0, error="HTTP 429"),
     )
-    found = Result(replies, Slo(ttft=2.0, tps=4.0), None).as_json()
+    found = figures(replies, Goals(ttft_seconds=2.0, tokens_per_second=4.0))
     assert (found["requests"], found["failed"], found["errors"]) == (4, 1, ["HTTP 429"])
     assert found["seconds"] == 5.0 and found["output_tokens_per_second"] == 17 / 5
     assert found["ttft"]["p50"] == 1.0 and found["tpot"]["mean"] == pytest.approx(0.175)

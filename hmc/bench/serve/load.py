@@ -1,5 +1,5 @@
 """What a load generator sends: arrival times, prompts and output lengths, from a rate, a number of
-clients or a trace file; and the service goals an answer is held against.
+clients or a trace file.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from hmc.errors import UsageError
-
-_UNITS = {"ms": 1e-3, "s": 1.0}
 
 
 @dataclass(frozen=True)
@@ -46,40 +44,6 @@ class Lengths:
     def draw(self, random: np.random.Generator) -> int:
         """One of them."""
         return int(random.integers(self.least, self.most + 1))
-
-
-@dataclass(frozen=True)
-class Slo:
-    """Service goals: at most `ttft` seconds to the first token, at least `tps` tokens/s after it;
-    None: no such goal.
-    """
-
-    ttft: float | None = None
-    tps: float | None = None
-
-    @staticmethod
-    def read(text: str) -> Slo:
-        """`ttft=30s,tps=20`; times in s or ms."""
-        goals: dict[str, float] = {}
-        for part in filter(None, (word.strip() for word in text.split(","))):
-            name, _, value = part.partition("=")
-            scale = 1.0
-            if name == "ttft":
-                unit = next((u for u in _UNITS if value.endswith(u)), "")
-                scale, value = _UNITS.get(unit, 1.0), value.removesuffix(unit)
-            try:
-                goals[name] = float(value) * scale
-            except ValueError:
-                goals[name] = -1.0
-            if name not in ("ttft", "tps") or not goals[name] > 0:
-                raise UsageError(f"--slo {text}: write it as ttft=30s,tps=20")
-        return Slo(goals.get("ttft"), goals.get("tps"))
-
-    def met(self, ttft: float, tps: float | None) -> bool:
-        """Whether an answer meets the goals; one of a single token has no pace."""
-        late = self.ttft is not None and ttft > self.ttft
-        slow = self.tps is not None and tps is not None and tps < self.tps
-        return not (late or slow)
 
 
 def poisson(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from hmc.bench.serve.client import Reply, Target, all_good
@@ -25,44 +24,21 @@ from hmc.errors import ExecutionError
 _LEAST = 8  # steps from which a mean says something
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Means over the decode steps of all `streams` sequences; seconds.
+def streams(target: Target, count: int, *, prompt: int, output: int, seed: int) -> dict[str, float]:
+    """`count` answers of `output` tokens to prompts of `prompt` tokens: seconds, means over the
+    decode steps of all of them.
 
     step                a token of every stream, as the client sees it
     scheduler, executor the scheduler's step and, within it, the executor's calls
     undisturbed         the executor's calls while answers are not streamed
     whole               the scheduler's step then
     client_cpu          the client's own processor time
-    """
 
-    streams: int
-    steps: int
-    step: float
-    scheduler: float
-    executor: float
-    whole: float
-    undisturbed: float
-    client_cpu: float
+    With the shares of a step: `server_share` is all that the undisturbed executor does not fill,
+    `scheduler_share` and `between_share` what is spent within and between the scheduler's steps,
+    `executor_rise` what the executor's calls take longer while answers are streamed.
 
-    def as_json(self) -> dict[str, Any]:
-        """With the shares of a step: `server_share` is all that the undisturbed executor does not
-        fill, `scheduler_share` and `between_share` what is spent within and between the scheduler's
-        steps, `executor_rise` what the executor's calls take longer while answers are streamed.
-        """
-        return {
-            **self.__dict__,
-            "server_share": 1 - self.undisturbed / self.step,
-            "scheduler_share": (self.scheduler - self.executor) / self.step,
-            "between_share": (self.step - self.scheduler) / self.step,
-            "executor_rise": self.executor / self.undisturbed - 1,
-            "client_share": self.client_cpu / self.step,
-        }
-
-
-def streams(target: Target, count: int, *, prompt: int, output: int, seed: int) -> Streams:
-    """Measure `count` answers of `output` tokens to prompts of `prompt` tokens; raises
-    `ExecutionError` when a request fails or too few steps hold all of them.
+    Raises `ExecutionError` when a request fails or too few steps hold all of them.
     """
     shots = [Shot(0.0, prompt, output)] * count
     all_good(target.run([Shot(0.0, prompt, 4)], concurrency=0, seed=seed))  # the first one is slow
@@ -74,10 +50,22 @@ def streams(target: Target, count: int, *, prompt: int, output: int, seed: int) 
     processor = time.process_time() - processor
     after = target.steps()
     scheduler, executor, steps = full_steps(after, made, count)
-    cpu = processor / (after["steps"] - made)
-    return Streams(
-        count, steps, pace(replies), scheduler, executor, whole, undisturbed, client_cpu=cpu
-    )
+    cpu, step = processor / (after["steps"] - made), pace(replies)
+    return {
+        "streams": count,
+        "steps": steps,
+        "step": step,
+        "scheduler": scheduler,
+        "executor": executor,
+        "whole": whole,
+        "undisturbed": undisturbed,
+        "client_cpu": cpu,
+        "server_share": 1 - undisturbed / step,
+        "scheduler_share": (scheduler - executor) / step,
+        "between_share": (step - scheduler) / step,
+        "executor_rise": executor / undisturbed - 1,
+        "client_share": cpu / step,
+    }
 
 
 def full_steps(found: Mapping[str, Any], since: int, count: int) -> tuple[float, float, int]:

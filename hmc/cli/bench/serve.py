@@ -93,12 +93,13 @@ def serve(
         raise UsageError(
             f"hmc bench serve needs the package {error.name}: pip install 'hmc[serve]'"
         ) from error
-    from hmc.bench.serve.load import Lengths, Slo
+    from hmc.bench.serve.load import Lengths
+    from hmc.predict import parse_goals
 
     if prefill and streams:
         raise UsageError("--prefill and --streams are two measurements: give one of them")
     mixes = Lengths.read("--prompt", prompts), Lengths.read("--output", outputs)
-    goals = Slo.read(slo)
+    goals = parse_goals(slo, lengths=False)
     shots = _shots(requests, rate, mixes, trace, seed)
     key = api_key or os.environ.get("HMC_API_KEY")
     with _served(target, serve_options.split()) as url:
@@ -111,13 +112,13 @@ def serve(
                 short=mixes[0].least,
                 output=mixes[1].most,
                 seed=seed,
-            ).as_json()
+            )
         elif streams:
             found = measure_streams(
                 server, streams, prompt=mixes[0].least, output=mixes[1].most, seed=seed
-            ).as_json()
+            )
         else:
-            found = load(server, shots, concurrency=concurrency, seed=seed, slo=goals).as_json()
+            found = load(server, shots, concurrency=concurrency, seed=seed, goals=goals)
     if as_json:
         print_json({**found, "target": target, **invocation()})
     elif prefill:
