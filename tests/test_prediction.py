@@ -28,7 +28,7 @@ from hmc.predict.compared import Predictor
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.loads import Load
 from hmc.predict.run import run_prefill
-from hmc.predict.timeline import host_prefill, result_seconds
+from hmc.predict.timeline import host_prefill
 from hmc.predict.timeline import run as timeline_of
 
 Run = Callable[..., tuple[int, str, str]]
@@ -222,12 +222,12 @@ def test_only_the_last_chunk_computes_logits(plan_file: Path) -> None:
     plan = load_plan(plan_file)
     model = CostModel(plan, _rated())
     phase = plan.phase("prefill.host")
-    calls = host_prefill(phase, 96, model)
+    calls = host_prefill(phase, 96)
     assert [call.logits for call in calls] == [False] * 5 + [True]
     head = [step for step in phase.steps if step.layer < 0 and step.op == "linear"]
     assert [model.step(phase, step, calls[0]).seconds for step in head] == [0.0]
     assert all(model.step(phase, step, calls[-1]).seconds > 0 for step in head)
-    total = sum(result_seconds(phase, timeline_of(phase, call, model)) for call in calls)
+    total = sum(timeline_of(phase, call, model).result for call in calls)
     # three calls stand for six: exact where time is linear in the context
     assert run_prefill(plan, model, 96).seconds == pytest.approx(total, rel=0.01)
 

@@ -6,8 +6,8 @@ model (`hmc.predict.cost`); nothing here knows a schedule, a model or a machine 
 """
 
 from hmc.predict.beside import Beside, beside
-from hmc.predict.goals import Verdict, parse_goals, verdicts
-from hmc.predict.run import Prediction, Run, simulate
+from hmc.predict.goals import parse_goals
+from hmc.predict.run import Prediction, Run, Verdict, simulate, verdicts
 
 __all__ = [
     "Beside",

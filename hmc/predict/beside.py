@@ -25,8 +25,8 @@ from hmc.machine import Machine
 from hmc.plan import Phase, Plan, Step
 from hmc.plan.phases import BESIDE, decode_phase
 from hmc.predict.cost import COPY_PIECE, TRANSFERS, Call, Cost, CostModel, gemv_rate
-from hmc.predict.run import busy_until, prefill_extra
-from hmc.predict.timeline import result_seconds, run, schedule
+from hmc.predict.run import prefill_extra
+from hmc.predict.timeline import run, scheduled
 
 
 @dataclass(frozen=True)
@@ -106,21 +106,22 @@ class _Side:
     def __init__(self, phase: Phase, call: Call, model: CostModel) -> None:
         self.phase = phase
         timeline = run(phase, call, model)
-        self._costs = {step.id: c for step, c in zip(phase.steps, timeline.costs, strict=True)}
-        self.seconds = result_seconds(phase, timeline)
-        busy = busy_until(phase, timeline, self.seconds)
+        self._costs = timeline.costs
+        self.seconds = timeline.result
+        busy = timeline.busy_till_result
         self.share = {name: each / self.seconds for name, each in busy.items()}
         self.longest: dict[str, float] = {}
         self.steps: dict[str, int] = {}
         self._spans: dict[str, list[tuple[float, float]]] = {}
-        for step, start, end in zip(phase.steps, timeline.start, timeline.finish, strict=True):
-            cost, name = self._costs[step.id], step.resource
+        spans = zip(timeline.start, timeline.finish, strict=True)
+        for step, cost, span in zip(phase.steps, self._costs, spans, strict=True):
+            name = step.resource
             pieces = max(1, cost.launches)
             if name.startswith(TRANSFERS):
                 pieces = -(-int(cost.bytes.get("pcie", 0)) // COPY_PIECE) or 1
             self.longest[name] = max(cost.seconds / pieces, self.longest.get(name, 0.0))
             self.steps[name] = self.steps.get(name, 0) + 1
-            self._spans.setdefault(name, []).append((start, end))
+            self._spans.setdefault(name, []).append(span)
 
     def busiest(self, resource: str, window: float) -> float:
         """The most seconds that a resource is busy in any stretch of `window` seconds."""
@@ -136,11 +137,9 @@ class _Side:
 
     def seconds_with(self, change: Callable[[Step, Cost], float]) -> float:
         """Seconds when every step takes what `change` makes of its cost."""
-        timeline = schedule(
-            self.phase,
-            lambda step: Cost(change(step, self._costs[step.id]), self._costs[step.id].bound),
-        )
-        return result_seconds(self.phase, timeline)
+        steps = zip(self.phase.steps, self._costs, strict=True)
+        changed = [Cost(change(step, cost), cost.bound) for step, cost in steps]
+        return scheduled(self.phase, changed).result
 
 
 def _yielding(step: Step, cost: Cost, other: _Side, slower: float) -> float:

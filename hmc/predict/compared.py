@@ -81,7 +81,7 @@ class Predictor:
         """
         found = self.plan.phase(phase or self.phase(load.kind, load.done))
         if load.kind == "prefill":
-            calls = host_prefill(found, load.tokens, self._model)
+            calls = host_prefill(found, load.tokens)
         else:
             calls = [Call(load.batch, load.tokens, load.batch)]
         timelines = [run(found, call, self._model) for call in calls]

@@ -17,7 +17,8 @@ from hmc.machine import Machine, Rate
 from hmc.plan import Plan
 from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.timeline import result_seconds, run
+from hmc.predict.run import prefill_timelines
+from hmc.predict.timeline import run
 
 CORE_READ = 12e9
 """Bytes/s that one core reads at most, assumed: some 16 lines of 64 bytes under way at 85 ns each
@@ -72,28 +73,23 @@ def divided(
 
 
 def _prefill(plan: Plan, model: CostModel, prompt: int, decoding: int) -> tuple[float, int, float]:
-    """(seconds, calls, bytes read) of a prompt. Its chunks differ in context alone, and time is
-    linear in it: the first and the last but one stand for all but the last.
-    """
+    """(seconds, calls, bytes read) of a prompt."""
     phase = plan.phase(PREFILL)
     count = chunk_tokens(plan, PREFILL, prompt, decoding)
-    calls = -(-prompt // count)
-    firsts = [0, count * (calls - 2)] if calls > 1 else []
+    calls = [
+        Call(min(count, prompt - first), first, logits=first + count >= prompt)
+        for first in range(0, prompt, count)
+    ]
     seconds = size = 0.0
-    for first, weight in [
-        *((first, (calls - 1) / 2) for first in firsts),
-        (count * (calls - 1), 1.0),
-    ]:
-        last = min(first + count, prompt)
-        timeline = run(phase, Call(last - first, first, logits=last == prompt), model)
-        seconds += weight * result_seconds(phase, timeline)
+    for weight, timeline in prefill_timelines(phase, calls, model):
+        seconds += weight * timeline.result
         size += weight * sum(cost.bytes.get("host", 0.0) for cost in timeline.costs)
-    return seconds, calls, size
+    return seconds, len(calls), size
 
 
 def _decode(plan: Plan, model: CostModel, load: Load) -> float:
     phase = plan.phase(decode_phase(plan, load.batch))
-    return result_seconds(phase, run(phase, Call(load.batch, load.prompt, load.batch), model))
+    return run(phase, Call(load.batch, load.prompt, load.batch), model).result
 
 
 def _read(machine: Machine, cores: int, of: int) -> float:

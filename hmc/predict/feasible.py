@@ -7,15 +7,15 @@ that meets the goal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hmc.errors import CapacityError
-from hmc.machine import GpuRates, Machine
+from hmc.machine import CpuRates, GpuRates, Machine
 from hmc.plan import Plan
-from hmc.predict.cost import CostModel
-from hmc.predict.goals import verdicts
-from hmc.predict.run import Run, run_decode, run_prefill
+from hmc.predict.cost import TRANSFERS, CostModel
+from hmc.predict.run import Run, run_decode, run_prefill, verdicts
 
 _FASTEST = 64.0
 """Up to which factor on a rate a way out is looked for."""
@@ -23,18 +23,18 @@ _FASTEST = 64.0
 
 @dataclass(frozen=True)
 class _Limit:
-    """A resource that binds: in words, what machine would lift it, the machine with it faster, and
-    which other machine would need less of it."""
+    """A resource that binds: in words, what machine would lift it, which of its rates, and which
+    other machine would need less of it."""
 
     what: str
     lift: str
-    faster: Callable[[float], Machine]
+    rates: tuple[str, ...]
     room: str = ""
 
 
 def require_goals(plan: Plan) -> None:
     """Raise `CapacityError` on the first of the plan's goals that its prediction misses."""
-    goals, limits = plan.goals, plan.limits
+    goals = plan.goals
     if not goals.ttft_seconds and not goals.tokens_per_second:
         return
     model = CostModel(plan)
@@ -45,13 +45,7 @@ def require_goals(plan: Plan) -> None:
     def decode(using: CostModel) -> Run:
         return run_decode(plan, using, goals.tokens_context, goals.concurrency)
 
-    found = verdicts(
-        goals,
-        lambda tokens: run_prefill(plan, model, tokens).seconds,
-        lambda context, sequences: run_decode(plan, model, context, sequences).seconds,
-        limits,
-    )
-    for verdict in found:
+    for verdict in verdicts(plan, model):
         if verdict.met:
             continue
         if verdict.unit == "s":
@@ -78,35 +72,36 @@ def _binding(plan: Plan, run: Run) -> _Limit:
     name = max(run.utilisation, key=lambda each: run.utilisation[each])
     share = f"{run.utilisation[name]:.0%} busy"
     machine = plan.machine
-    if name.startswith(("h2d", "d2h")):
+    if name.startswith(TRANSFERS):
         gpu = machine.gpus[int(name[3:])].rates
         assert gpu is not None
         return _Limit(
             f"the link to gpu{name[3:]} ({gpu.h2d.value / 1e9:.0f} GB/s, {share})",
             "a link to the GPUs {factor:.2f} times as fast",
-            lambda factor: _with_gpus(machine, ("h2d", "d2h"), factor),
+            TRANSFERS,
             "another GPU to share the weights, or one with room for more of the experts",
         )
     if name == "link":
         return _Limit(
             f"the exchange between the GPUs ({share})",
             "a link between the GPUs {factor:.2f} times as fast",
-            lambda factor: _with_cpu(machine, ("link",), factor),
+            ("link",),
         )
     if name.startswith("gpu"):
         return _Limit(
             f"{name} ({machine.gpus[int(name[3:])].name}, {share})",
             "GPUs {factor:.2f} times as fast",
-            lambda factor: _with_gpus(machine, ("memory", "bf16", "fp8", "attention"), factor),
+            ("memory", "bf16", "fp8", "attention"),
             "another GPU to share the prompt" if run.phase.startswith("prefill") else "",
         )
     read = machine.known_rates.read_all
     decode = run.phase.startswith("decode")
-    what = f"host memory ({read / 1e9:.0f} GB/s" if decode else "computation on the CPU ("
     return _Limit(
-        f"{what}{', ' if decode else ''}{share})",
-        "host memory {factor:.2f} times as fast" if decode else "CPUs {factor:.2f} times as fast",
-        lambda factor: _with_cpu(machine, ("read", "gemv", "dot"), factor),
+        f"host memory ({read / 1e9:.0f} GB/s, {share})"
+        if decode
+        else f"computation on the CPU ({share})",
+        f"{'host memory' if decode else 'CPUs'} {{factor:.2f}} times as fast",
+        ("read", "gemv", "dot"),
         "a GPU with room for more of the experts",
     )
 
@@ -140,7 +135,7 @@ def _faster(
     """The least factor on the binding rate that meets the goal, if any does."""
 
     def meets(factor: float) -> bool:
-        return measure(CostModel(plan, limit.faster(factor))).seconds <= wanted
+        return measure(CostModel(plan, _with(plan.machine, limit.rates, factor))).seconds <= wanted
 
     if not meets(_FASTEST):
         return []
@@ -154,21 +149,15 @@ def _faster(
     return [limit.lift.format(factor=high)]
 
 
-def _with_gpus(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
-    gpus = []
-    for gpu in machine.gpus:
-        rates = gpu.rates
-        assert isinstance(rates, GpuRates)
-        changes = {name: getattr(rates, name).times(factor) for name in names}
-        gpus.append(gpu.model_copy(update={"rates": rates.model_copy(update=changes)}))
-    return machine.model_copy(update={"gpus": tuple(gpus)})
+def _with(machine: Machine, names: Sequence[str], factor: float) -> Machine:
+    """The machine with these rates of its CPU and GPUs, `factor` times as much."""
 
+    def times(value: Any) -> Any:
+        return tuple(map(times, value)) if isinstance(value, tuple) else value.times(factor)
 
-def _with_cpu(machine: Machine, names: tuple[str, ...], factor: float) -> Machine:
-    rates = machine.known_rates
-    changes: dict[str, object] = {}
-    for name in names:
-        value = getattr(rates, name)
-        several = isinstance(value, tuple)
-        changes[name] = tuple(v.times(factor) for v in value) if several else value.times(factor)
-    return machine.model_copy(update={"rates": rates.model_copy(update=changes)})
+    def faster(rates: CpuRates | GpuRates | None) -> Any:
+        mine = [name for name in names if name in type(rates).model_fields] if rates else []
+        return rates and rates.model_copy(update={n: times(getattr(rates, n)) for n in mine})
+
+    gpus = (gpu.model_copy(update={"rates": faster(gpu.rates)}) for gpu in machine.gpus)
+    return machine.model_copy(update={"rates": faster(machine.rates), "gpus": tuple(gpus)})

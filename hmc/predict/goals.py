@@ -1,15 +1,11 @@
-"""Service goals: how they are written, whether a prediction meets them, and what would lift the
-limit that binds.
-"""
+"""Service goals: how they are written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from hmc.errors import UsageError
-from hmc.plan import Goals, Limits
+from hmc.plan import Goals
 
 _GOAL = re.compile(
     r"(ttft=(?P<seconds>\d+(\.\d+)?)(?P<unit>ms|s)?|tps=(?P<rate>\d+(\.\d+)?))"
@@ -17,16 +13,6 @@ _GOAL = re.compile(
 )
 _SHORT = 1024
 """Tokens of context at which a rate is asked for that names none."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One goal, what is predicted for it, and whether that is good enough."""
-
-    goal: str
-    predicted: float
-    unit: str
-    met: bool
 
 
 def parse_goals(text: str, concurrency: int = 1, *, lengths: bool = True) -> Goals:
@@ -48,32 +34,3 @@ def parse_goals(text: str, concurrency: int = 1, *, lengths: bool = True) -> Goa
         else:
             found |= {"tokens_per_second": float(match["rate"]), "tokens_context": tokens}
     return Goals.model_validate(found)
-
-
-def verdicts(
-    goals: Goals,
-    ttft: Callable[[int], float],
-    tpot: Callable[[int, int], float],
-    limits: Limits,
-) -> Iterator[Verdict]:
-    """Each goal with its prediction; `ttft(prompt)` and `tpot(context, sequences)` give
-    seconds."""
-    if goals.ttft_seconds:
-        goal = f"ttft {goals.ttft_seconds:g} s at {goals.ttft_prompt} tokens"
-        _check_context(goal, goals.ttft_prompt, limits)
-        seconds = ttft(goals.ttft_prompt)
-        yield Verdict(goal, seconds, "s", seconds <= goals.ttft_seconds)
-    if goals.tokens_per_second:
-        many = "" if goals.concurrency == 1 else f" for each of {goals.concurrency}"
-        goal = f"{goals.tokens_per_second:g} tokens/s at context {goals.tokens_context}{many}"
-        _check_context(goal, goals.tokens_context, limits)
-        rate = 1 / tpot(goals.tokens_context, goals.concurrency)
-        yield Verdict(goal, rate, "tokens/s", rate >= goals.tokens_per_second)
-
-
-def _check_context(goal: str, tokens: int, limits: Limits) -> None:
-    if tokens > limits.max_context:
-        raise UsageError(
-            f"the goal {goal} is beyond the plan's context of {limits.max_context} tokens: compile"
-            " with a larger --max-context"
-        )

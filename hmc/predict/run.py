@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx
@@ -14,8 +14,7 @@ from hmc.machine import Machine
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import decode_calls, decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.goals import Verdict, verdicts
-from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
+from hmc.predict.timeline import Timeline, host_prefill, run
 
 _LONGEST_PATHS = 12
 
@@ -40,6 +39,16 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """One goal, what is predicted for it, and whether that is good enough."""
+
+    goal: str
+    predicted: float
+    unit: str
+    met: bool
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a load does: one prompt of `prompt` tokens, then `batch` sequences decoding together at
     `context` tokens each. `too_large` names devices whose memory the plan exceeds."""
@@ -49,9 +58,13 @@ class Prediction:
     batch: int
     prefill: Run
     decode: Run
-    ttft: float
     verdicts: tuple[Verdict, ...]
     too_large: tuple[str, ...]
+
+    @property
+    def ttft(self) -> float:
+        """Seconds to the first token."""
+        return self.prefill.seconds
 
     @property
     def prefill_rate(self) -> float:
@@ -119,50 +132,59 @@ def simulate(
     if batch > limits.max_batch:
         raise UsageError(f"--batch {batch}: a decode step of the plan takes {limits.max_batch}")
     model = CostModel(plan, machine)
-    prefill = run_prefill(plan, model, prompt)
-    decode = run_decode(plan, model, before, batch)
     return Prediction(
         prompt,
         before,
         batch,
-        prefill,
-        decode,
-        prefill.seconds,
-        tuple(
-            verdicts(
-                plan.goals,
-                lambda tokens: run_prefill(plan, model, tokens).seconds,
-                lambda tokens, sequences: run_decode(plan, model, tokens, sequences).seconds,
-                limits,
-            )
-        ),
+        run_prefill(plan, model, prompt),
+        run_decode(plan, model, before, batch),
+        tuple(verdicts(plan, model)),
         tuple(plan.model_copy(update={"machine": model.machine}).too_large),
     )
+
+
+def verdicts(plan: Plan, model: CostModel) -> Iterator[Verdict]:
+    """Each of the plan's goals with its prediction; `UsageError` for one beyond its context."""
+    goals = plan.goals
+    if goals.ttft_seconds:
+        goal = f"ttft {goals.ttft_seconds:g} s at {goals.ttft_prompt} tokens"
+        _check_context(goal, goals.ttft_prompt, plan)
+        seconds = run_prefill(plan, model, goals.ttft_prompt).seconds
+        yield Verdict(goal, seconds, "s", seconds <= goals.ttft_seconds)
+    if goals.tokens_per_second:
+        many = "" if goals.concurrency == 1 else f" for each of {goals.concurrency}"
+        goal = f"{goals.tokens_per_second:g} tokens/s at context {goals.tokens_context}{many}"
+        _check_context(goal, goals.tokens_context, plan)
+        rate = 1 / run_decode(plan, model, goals.tokens_context, goals.concurrency).seconds
+        yield Verdict(goal, rate, "tokens/s", rate >= goals.tokens_per_second)
+
+
+def _check_context(goal: str, tokens: int, plan: Plan) -> None:
+    if tokens > plan.limits.max_context:
+        raise UsageError(
+            f"the goal {goal} is beyond the plan's context of {plan.limits.max_context} tokens:"
+            " compile with a larger --max-context"
+        )
 
 
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
     found = plan.phase(phase or prefill_phase(plan, prompt))
-    calls = host_prefill(found, prompt, model)
-    # all calls but the last differ in context alone, and time is linear in it: a few stand for all
-    if len(calls) <= 4:
-        some, counts = calls, [1.0] * len(calls)
-    else:
-        some = [calls[0], calls[-2], calls[-1]]
-        counts = [(len(calls) - 1) / 2, (len(calls) - 1) / 2, 1.0]
-    timelines = [run(found, call, model) for call in some]
-    seconds = [result_seconds(found, timeline) for timeline in timelines]
-    total = sum(each * count for each, count in zip(seconds, counts, strict=True))
-    path = critical_path(found, timelines[-1])
-    if extra := prefill_extra(found, model):
-        total += extra
-        path.append(("start and hand-over", extra))
-        path.sort(key=lambda item: -item[1])
-    busy: dict[str, float] = {}
-    for timeline, until, count in zip(timelines, seconds, counts, strict=True):
-        for name, each in busy_until(found, timeline, until).items():
-            busy[name] = busy.get(name, 0.0) + each * count
-    return Run(found.name, len(calls), total, busy, path)
+    calls = host_prefill(found, prompt)
+    return _run(found, len(calls), prefill_timelines(found, calls, model), model)
+
+
+def prefill_timelines(
+    phase: Phase, calls: Sequence[Call], model: CostModel
+) -> list[tuple[float, Timeline]]:
+    """Timelines of the calls of a prompt, and how many each stands for. All calls but the last
+    differ in context alone, and time is linear in it: of many the first and the last but one stand
+    for all but the last.
+    """
+    counts = [1.0] * len(calls)
+    if len(calls) > 4:
+        calls, counts = [calls[0], *calls[-2:]], [(len(calls) - 1) / 2] * 2 + [1.0]
+    return [(count, run(phase, call, model)) for count, call in zip(counts, calls, strict=True)]
 
 
 def prefill_extra(phase: Phase, model: CostModel) -> float:
@@ -178,53 +200,53 @@ def run_decode(plan: Plan, model: CostModel, context: int, batch: int, phase: st
     the phase takes.
     """
     found = plan.phase(phase or decode_phase(plan, batch))
-    calls = decode_calls(found.max_tokens, batch)
-    total, busy = 0.0, dict[str, float]()
-    for size in (last - first for first, last in calls):
-        timeline = run(found, Call(size, context, size), model)
-        until = result_seconds(found, timeline)
-        total += until
-        for name, seconds in busy_until(found, timeline, until).items():
-            busy[name] = busy.get(name, 0.0) + seconds
-    return Run(found.name, len(calls), total, busy, critical_path(found, timeline))
+    sizes = [last - first for first, last in decode_calls(found.max_tokens, batch)]
+    timelines = [(1.0, run(found, Call(size, context, size), model)) for size in sizes]
+    return _run(found, len(sizes), timelines, model)
 
 
-def busy_until(phase: Phase, timeline: Timeline, until: float) -> dict[str, float]:
-    """Busy seconds of each resource in steps that end by `until`: what follows the result is left
-    out."""
+def _run(
+    phase: Phase, calls: int, timelines: Sequence[tuple[float, Timeline]], model: CostModel
+) -> Run:
     busy: dict[str, float] = {}
-    for step, end, cost in zip(phase.steps, timeline.finish, timeline.costs, strict=True):
-        counted = cost.seconds if end <= until else 0.0
-        busy[step.resource] = busy.get(step.resource, 0.0) + counted
-    return busy
+    for count, timeline in timelines:
+        for name, seconds in timeline.busy_till_result.items():
+            busy[name] = busy.get(name, 0.0) + seconds * count
+    total = sum(timeline.result * count for count, timeline in timelines)
+    path = critical_path(timelines[-1][1])
+    if extra := prefill_extra(phase, model):
+        total += extra
+        path.append(("start and hand-over", extra))
+        path.sort(key=lambda item: -item[1])
+    return Run(phase.name, calls, total, busy, path)
 
 
-def longest_chain(phase: Phase, timeline: Timeline) -> list[int]:
+def longest_chain(timeline: Timeline) -> list[int]:
     """Positions of the steps of the longest chain up to the result, in which none can start before
     the one before it ends.
     """
     graph: networkx.DiGraph[int] = networkx.DiGraph()
-    result, end = result_seconds(phase, timeline), len(phase.steps)
+    steps, end = timeline.phase.steps, len(timeline.phase.steps)
     last: dict[str, int] = {}
     signalled: dict[int, int] = {}
-    for position, step in enumerate(phase.steps):
+    for position, step in enumerate(steps):
         before = [signalled[event] for event in step.waits]
         before += [last[step.resource]] if step.resource in last else []
         last[step.resource] = position
         if step.signal >= 0:
             signalled[step.signal] = position
-        if timeline.finish[position] <= result:  # and so did all that it waited for
+        if timeline.finish[position] <= timeline.result:  # and so did all that it waited for
             for each in before:
                 graph.add_edge(each, position, weight=timeline.costs[each].seconds)
             graph.add_edge(position, end, weight=timeline.costs[position].seconds)
     return list(networkx.dag_longest_path(graph))[:-1]
 
 
-def critical_path(phase: Phase, timeline: Timeline) -> list[tuple[str, float]]:
+def critical_path(timeline: Timeline) -> list[tuple[str, float]]:
     """The longest chain of steps up to the result, summed by resource, op and what binds it."""
     sums: dict[str, float] = {}
-    for position in longest_chain(phase, timeline):
-        step, cost = phase.steps[position], timeline.costs[position]
+    for position in longest_chain(timeline):
+        step, cost = timeline.phase.steps[position], timeline.costs[position]
         what = f"{step.resource} {step.op} ({cost.bound})"
         sums[what] = sums.get(what, 0.0) + cost.seconds
     found = sorted(sums.items(), key=lambda item: (-item[1], item[0]))

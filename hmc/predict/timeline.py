@@ -8,8 +8,9 @@ place of the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from hmc.plan import Phase, Step
 from hmc.plan.phases import prompt_calls
@@ -18,8 +19,9 @@ from hmc.predict.cost import Call, Cost, CostModel
 
 @dataclass(frozen=True)
 class Timeline:
-    """Seconds from the start of the call, by position of the step."""
+    """Seconds from the start of a call of `phase`, by position of the step."""
 
+    phase: Phase
     start: tuple[float, ...]
     finish: tuple[float, ...]
     costs: tuple[Cost, ...]
@@ -29,6 +31,26 @@ class Timeline:
     def seconds(self) -> float:
         """When the last step ends."""
         return max(self.finish, default=0.0)
+
+    @cached_property
+    def result(self) -> float:
+        """When the last logits are there: what follows (memory given back, weights put back) delays
+        nobody's token."""
+        ends = (
+            end
+            for step, end in zip(self.phase.steps, self.finish, strict=True)
+            if any(operand.buffer.endswith("logits") for operand in step.outputs.values())
+        )
+        return max(ends, default=self.seconds)
+
+    @property
+    def busy_till_result(self) -> dict[str, float]:
+        """Busy seconds of each resource in steps that end by then."""
+        busy: dict[str, float] = {}
+        for step, end, cost in zip(self.phase.steps, self.finish, self.costs, strict=True):
+            counted = cost.seconds if end <= self.result else 0.0
+            busy[step.resource] = busy.get(step.resource, 0.0) + counted
+        return busy
 
 
 def run(phase: Phase, call: Call, model: CostModel) -> Timeline:
@@ -41,7 +63,6 @@ class PhaseTimer:
 
     def __init__(self, phase: Phase, model: CostModel) -> None:
         self._phase, self._model = phase, model
-        self._results = _results(phase)
         self._alike: dict[bool, list[int]] = {}
 
     def run(self, call: Call) -> Timeline:
@@ -54,10 +75,6 @@ class PhaseTimer:
                 known[first] = self._model.step(self._phase, step, call)
             costs.append(known[first])
         return scheduled(self._phase, costs)
-
-    def seconds(self, call: Call) -> float:
-        """`result_seconds` of one call."""
-        return _end(self._results, self.run(call))
 
     def _first_alike(self, profiled: bool) -> list[int]:
         """By position, the first step that costs the same in every call; with a profile of routing,
@@ -85,11 +102,6 @@ def _key(step: Step, profiled: bool) -> tuple[object, ...]:
     )
 
 
-def schedule(phase: Phase, cost_of: Callable[[Step], Cost]) -> Timeline:
-    """The timeline with given costs."""
-    return scheduled(phase, [cost_of(step) for step in phase.steps])
-
-
 def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
     """The timeline with given costs, by position."""
     free: dict[str, float] = {}
@@ -107,31 +119,12 @@ def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
         busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
         start.append(ready)
         finish.append(end)
-    return Timeline(tuple(start), tuple(finish), tuple(costs), busy)
+    return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy)
 
 
-def result_seconds(phase: Phase, timeline: Timeline) -> float:
-    """When the last logits are there: what follows (memory given back, weights put back) delays
-    nobody's token."""
-    return _end(_results(phase), timeline)
-
-
-def _results(phase: Phase) -> list[int]:
-    """Positions of the steps that give logits."""
-    return [
-        position
-        for position, step in enumerate(phase.steps)
-        if any(operand.buffer.endswith("logits") for operand in step.outputs.values())
-    ]
-
-
-def _end(results: list[int], timeline: Timeline) -> float:
-    return max((timeline.finish[each] for each in results), default=timeline.seconds)
-
-
-def host_prefill(phase: Phase, tokens: int, model: CostModel, context: int = 0) -> list[Call]:
+def host_prefill(phase: Phase, tokens: int) -> list[Call]:
     """The calls in which a phase takes a prompt; logits are wanted of the last alone."""
     return [
-        Call(count, context + first, logits=first + count == tokens)
+        Call(count, first, logits=first + count == tokens)
         for first, count in prompt_calls(phase.max_tokens, tokens)
     ]

@@ -100,10 +100,8 @@ def roofline(plan: Plan, model: CostModel | None, context: int, prompt: int) -> 
     decode = plan.phase(decode_phase(plan, 1))
     prefill = plan.phase(prefill_phase(plan, prompt))
     dots: list[Dot] = []
-    calls = (
-        host_prefill(prefill, prompt, model) if model else [Call(min(prompt, prefill.max_tokens))]
-    )
-    for phase, call in ((decode, Call(1, context)), (prefill, calls[-1])):
+    last = host_prefill(prefill, prompt)[-1] if model else Call(min(prompt, prefill.max_tokens))
+    for phase, call in ((decode, Call(1, context)), (prefill, last)):
         dots += _dots(plan, phase, call, model)
     limits = list(_limits(plan, model)) if model else []
     xs = [dot.intensity for dot in dots] + [peak / memory for _, memory, peak in limits]

@@ -14,11 +14,11 @@ from typing import get_args
 
 from hmc.ops import OPS
 from hmc.ops.row import Family
-from hmc.plan import Phase, Plan, Step
+from hmc.plan import Plan, Step
 from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.run import critical_path
-from hmc.predict.timeline import Timeline, host_prefill, result_seconds, run
+from hmc.predict.timeline import Timeline, host_prefill, run
 from hmc.report.words import Tick, si
 
 FAMILIES = get_args(Family)
@@ -87,22 +87,23 @@ def decode_drawing(plan: Plan, model: CostModel, context: int) -> Drawing:
     """One decode step of one sequence behind `context` tokens."""
     phase = plan.phase(decode_phase(plan, 1))
     found = run(phase, Call(1, context, 1), model)
-    return _draw("Decode step", phase, found, f"one sequence at a context of {context} tokens")
+    return _draw("Decode step", found, f"one sequence at a context of {context} tokens")
 
 
 def prefill_drawing(plan: Plan, model: CostModel, tokens: int) -> Drawing:
     """A prompt of `tokens` tokens: all of it, or the last of the chunks it is cut into."""
     phase = plan.phase(prefill_phase(plan, tokens))
-    calls = host_prefill(phase, tokens, model)
+    calls = host_prefill(phase, tokens)
     found = run(phase, calls[-1], model)
     which = f", chunk {len(calls)} of {len(calls)}" if len(calls) > 1 else ""
     rates = model.machine.rates
     if phase.slots and rates is not None and rates.prefill is not None:
         which += f" (without the {si(rates.prefill.value, 's')} it takes outside the layers)"
-    return _draw("Prefill", phase, found, f"a prompt of {tokens} tokens{which}")
+    return _draw("Prefill", found, f"a prompt of {tokens} tokens{which}")
 
 
-def _draw(name: str, phase: Phase, timeline: Timeline, caption: str) -> Drawing:
+def _draw(name: str, timeline: Timeline, caption: str) -> Drawing:
+    phase = timeline.phase
     layers = sorted({step.layer for step in phase.steps if OPS[step.op].routed})
     layers = layers or sorted({step.layer for step in phase.steps if step.layer >= 0})
     middle = layers[len(layers) // 2]
@@ -113,22 +114,23 @@ def _draw(name: str, phase: Phase, timeline: Timeline, caption: str) -> Drawing:
     ]
     first = min(timeline.start[position] for position in mine)
     last = max(timeline.finish[position] for position in mine)
-    total = result_seconds(phase, timeline)
-    path = critical_path(phase, timeline)[:6]
+    total = timeline.result
+    path = critical_path(timeline)[:6]
     return Drawing(
         name,
         phase.name,
         caption,
         si(total, "s"),
-        _chart(phase, timeline, 0.0, timeline.seconds, melt=True),
-        _chart(phase, timeline, first, last, melt=False),
+        _chart(timeline, 0.0, timeline.seconds, melt=True),
+        _chart(timeline, first, last, melt=False),
         middle,
         si(last - first, "s"),
         tuple((what, si(seconds, "s"), seconds / total) for what, seconds in path),
     )
 
 
-def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt: bool) -> Chart:
+def _chart(timeline: Timeline, first: float, last: float, *, melt: bool) -> Chart:
+    phase = timeline.phase
     scale = (WIDTH - LEFT) / (last - first)
     resources = sorted(timeline.busy, key=_resource_order)
     lanes = tuple(
@@ -144,7 +146,7 @@ def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt:
             and timeline.finish[position] > first
             and timeline.start[position] < last
         ]
-        for group in _melted(inside, phase, timeline, scale) if melt else [[i] for i in inside]:
+        for group in _melted(inside, timeline, scale) if melt else [[i] for i in inside]:
             start = max(first, timeline.start[group[0]])
             stop = min(last, timeline.finish[group[-1]])
             steps = [phase.steps[position] for position in group]
@@ -154,7 +156,7 @@ def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt:
                     LEFT + (start - first) * scale,
                     lane.y,
                     max(width, _THINNEST),
-                    _family(group, phase, timeline),
+                    _family(group, timeline),
                     _title(steps, timeline, group),
                     _label(steps, width),
                 )
@@ -164,19 +166,18 @@ def _chart(phase: Phase, timeline: Timeline, first: float, last: float, *, melt:
     return Chart(WIDTH, TOP + len(lanes) * (LANE + GAP) + AXIS, lanes, tuple(bars), marks)
 
 
-def _melted(
-    positions: Iterable[int], phase: Phase, timeline: Timeline, scale: float
-) -> list[list[int]]:
+def _melted(positions: Iterable[int], timeline: Timeline, scale: float) -> list[list[int]]:
     """Neighbours that touch melt when they are of one family or one of them is finer than the
     drawing."""
     groups: list[list[int]] = []
+    steps = timeline.phase.steps
     for position in sorted(positions, key=lambda each: timeline.start[each]):
         if groups:
             before = groups[-1]
             gap = timeline.start[position] - timeline.finish[before[-1]]
             length = timeline.finish[before[-1]] - timeline.start[before[0]]
             own = timeline.finish[position] - timeline.start[position]
-            same = family_of(phase.steps[before[0]].op) == family_of(phase.steps[position].op)
+            same = family_of(steps[before[0]].op) == family_of(steps[position].op)
             if gap * scale < _FINEST and (same or min(length, own) * scale < _FINEST):
                 before.append(position)
                 continue
@@ -184,11 +185,11 @@ def _melted(
     return groups
 
 
-def _family(group: list[int], phase: Phase, timeline: Timeline) -> int:
+def _family(group: list[int], timeline: Timeline) -> int:
     """The family that takes most of the group's time."""
     spent: dict[int, float] = defaultdict(float)
     for position in group:
-        spent[family_of(phase.steps[position].op)] += timeline.costs[position].seconds
+        spent[family_of(timeline.phase.steps[position].op)] += timeline.costs[position].seconds
     return max(spent, key=lambda each: spent[each])
 
 

@@ -29,7 +29,7 @@ from hmc.passes.records import Base, Notes
 from hmc.plan import Phase, Plan, Switch
 from hmc.plan.phases import DECODE, DUAL
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.timeline import result_seconds, run
+from hmc.predict.timeline import run
 
 LANES = 2
 WORTHWHILE = 1.03
@@ -59,10 +59,7 @@ class DualBatch:
         for batch in (2, 4, 6, 8, 16):
             if batch <= plan.limits.max_batch:
                 call = Call(batch, before, batch)
-                gains[batch] = (
-                    result_seconds(single, run(single, call, model)),
-                    result_seconds(phase, run(phase, call, model)),
-                )
+                gains[batch] = run(single, call, model).result, run(phase, call, model).result
         numbers = ", ".join(
             f"batch {batch}: {one * 1e3:.1f} ms in one lane, {two * 1e3:.1f} ms in two"
             for batch, (one, two) in gains.items()

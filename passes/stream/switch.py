@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import PREFILL
 from hmc.predict.cost import Call, CostModel
-from hmc.predict.timeline import PhaseTimer, host_prefill, result_seconds
+from hmc.predict.timeline import PhaseTimer, host_prefill
 
 STEP = 64
 """Prompt lengths are looked at in steps of so many tokens."""
@@ -42,7 +42,7 @@ class PrefillTimes:
             (self._low + (self._high - self._low) * call.context / self._far)
             * call.tokens
             / host.max_tokens
-            for call in host_prefill(host, tokens, self._model)
+            for call in host_prefill(host, tokens)
         )
 
     def streamed(self, phase: Phase, tokens: int) -> float:
@@ -56,9 +56,8 @@ class PrefillTimes:
         for tokens in lengths:
             if tokens <= phase.max_tokens:
                 timeline = self._timer(phase).run(Call(tokens))
-                seconds = result_seconds(phase, timeline)
-                if seconds > factor * max(timeline.busy.values()):
-                    found[tokens] = seconds + self._extra
+                if timeline.result > factor * max(timeline.busy.values()):
+                    found[tokens] = timeline.result + self._extra
         return found
 
     def link_seconds(self, phase: Phase) -> float:
@@ -98,7 +97,7 @@ class PrefillTimes:
         return first + high * step
 
     def _call(self, phase: Phase, call: Call) -> float:
-        return self._timer(phase).seconds(call)
+        return self._timer(phase).run(call).result
 
     def _timer(self, phase: Phase) -> PhaseTimer:
         if id(phase) not in self._timers:

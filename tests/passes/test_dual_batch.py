@@ -13,7 +13,7 @@ from hmc.machine import Rate
 from hmc.plan import Plan
 from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, Cost, CostModel
-from hmc.predict.timeline import result_seconds, run, schedule
+from hmc.predict.timeline import run, scheduled
 
 DUAL = "decode.dual"
 
@@ -92,7 +92,7 @@ def test_lanes_swap_gpu_and_cpu_every_layer() -> None:
             return Cost(0.0, "none")
 
         phase = dual if batch == 1 else single
-        return result_seconds(phase, schedule(phase, cost))
+        return scheduled(phase, [cost(step) for step in phase.steps]).result
 
     routed = sum("host" in placement.tiers for placement in plan.placement)
     one_lane, two_lanes = unit(2), unit(1)
@@ -109,10 +109,7 @@ def test_the_decision_holds_the_numbers_of_both_and_the_switch_follows_them() ->
     assert points[0].phase == "decode"
     for switch in points[1:]:
         call = Call(switch.tokens, 4096, switch.tokens)
-        seconds = {
-            name: result_seconds(plan.phase(name), run(plan.phase(name), call, model))
-            for name in ("decode", DUAL)
-        }
+        seconds = {name: run(plan.phase(name), call, model).result for name in ("decode", DUAL)}
         other = "decode" if switch.phase == DUAL else DUAL
         assert seconds[switch.phase] <= 1.03 * seconds[other]
 

@@ -26,7 +26,7 @@ from hmc.plan import Phase, Plan, Step
 from hmc.plan.verify import check_order, verify_plan
 from hmc.predict.cost import Call, Cost, CostModel
 from hmc.predict.run import run_prefill
-from hmc.predict.timeline import result_seconds, run, schedule
+from hmc.predict.timeline import run, scheduled
 from hmc.ranges import expert_ranges
 
 STREAM = "prefill.stream"
@@ -223,7 +223,7 @@ def test_the_timeline_is_the_larger_of_transfer_and_computation(
             return Cost(compute * expert * int(step.attrs["count"]), "gpu")
         return Cost(0.0, "none")
 
-    timeline = schedule(phase, cost)
+    timeline = scheduled(phase, [cost(step) for step in phase.steps])
     transfer = sum(
         cost(step).seconds for step in phase.steps if step.op == "load" and "what" not in step.attrs
     )
@@ -232,7 +232,7 @@ def test_the_timeline_is_the_larger_of_transfer_and_computation(
     first = next(i for i, step in enumerate(phase.steps) if step.op == "experts" and step.uses)
     fill = sum(cost(s).seconds for s in phase.steps[:first] if s.op == "load")
     bound = max(transfer + compute * expert * 32, computing + fill)
-    result = result_seconds(phase, timeline)
+    result = timeline.result
     assert result >= max(transfer, computing)
     assert result <= 1.02 * bound
 
@@ -240,7 +240,8 @@ def test_the_timeline_is_the_larger_of_transfer_and_computation(
 def test_timeline_of_a_small_phase_is_the_golden_one(golden: Callable[[str, str], None]) -> None:
     plan = plan_for("qwen3-30b-a3b", TWO, 2, vram=2.2, max_context=4096)
     phase = plan.phase(STREAM)
-    timeline = schedule(phase, lambda step: Cost(2.0 if step.op == "load" else 1.0, "unit"))
+    costs = [Cost(2.0 if step.op == "load" else 1.0, "unit") for step in phase.steps]
+    timeline = scheduled(phase, costs)
     lines = [
         f"{start:4.0f} {end:4.0f} {step.resource:5} {step.op}@{step.layer}"
         f" {step.attrs.get('range', '')} fills={','.join(step.fills)} uses={','.join(step.uses)}"
@@ -339,5 +340,5 @@ def test_streaming_time_follows_the_roofline() -> None:
     plan = plan_for("deepseek-v3", ONE, 8, vram=26)
     phase, model = plan.phase(STREAM), CostModel(plan)
     moved = sum(s.weight_bytes for s in phase.steps if s.op == "load" and "what" not in s.attrs)
-    short = result_seconds(phase, run(phase, Call(1024), model))
+    short = run(phase, Call(1024), model).result
     assert moved / 5.0e10 <= short <= 1.05 * moved / 5.0e10

@@ -18,7 +18,7 @@ from hmc.plan.phases import PREFILL, STREAM, chunk_tokens, decode_phase, prefill
 from hmc.predict import parse_goals, simulate
 from hmc.predict.cost import Call, Cost, CostModel
 from hmc.predict.run import critical_path, longest_chain, run_decode, run_prefill
-from hmc.predict.timeline import host_prefill, result_seconds, run, schedule
+from hmc.predict.timeline import host_prefill, run, scheduled
 
 
 def _step(number: int, resource: str, waits: tuple[int, ...] = (), signal: int = -1) -> Step:
@@ -47,12 +47,12 @@ def test_a_timeline_is_exact() -> None:
         _step(4, "gpu0", (2,)),
     )
     seconds = dict(enumerate((3.0, 2.0, 4.0, 5.0, 1.0)))
-    timeline = schedule(phase, lambda step: Cost(seconds[step.id], "test"))
+    timeline = scheduled(phase, [Cost(seconds[step.id], "test") for step in phase.steps])
     assert timeline.start == (0, 3, 3, 5, 10)
     assert timeline.finish == (3, 5, 7, 10, 11)
     assert timeline.busy == {"h2d0": 7, "gpu0": 3, "cpu": 5}
     assert timeline.seconds == 11
-    assert critical_path(phase, timeline) == [
+    assert critical_path(timeline) == [
         ("cpu linear (test)", 5.0),
         ("gpu0 linear (test)", 3.0),
         ("h2d0 linear (test)", 3.0),
@@ -66,16 +66,17 @@ def test_the_critical_path_is_the_time_to_the_result(machine: str, phase: str) -
     plan = plan_for("deepseek-v3", machine, 10 if machine == ONE else 8, vram=18)
     found = plan.phase(phase)
     timeline = run(found, Call(2, 100, 2), CostModel(plan))
-    length = sum(timeline.costs[each].seconds for each in longest_chain(found, timeline))
-    assert length == pytest.approx(result_seconds(found, timeline))
+    length = sum(timeline.costs[each].seconds for each in longest_chain(timeline))
+    assert length == pytest.approx(timeline.result)
 
 
 def test_chunks_are_those_of_the_runtime() -> None:
     phase = _phase().model_copy(update={"max_tokens": 512})
-    assert [
-        (c.tokens, c.context)
-        for c in host_prefill(phase, 1025, CostModel(plan_for("deepseek-v3", "laptop")))
-    ] == [(342, 0), (342, 342), (341, 684)]
+    assert [(c.tokens, c.context) for c in host_prefill(phase, 1025)] == [
+        (342, 0),
+        (342, 342),
+        (341, 684),
+    ]
 
 
 def test_decode_on_a_cpu_is_bytes_over_bandwidth() -> None:
@@ -118,7 +119,7 @@ def test_predictions_take_the_phase_and_the_calls_that_the_runtime_takes() -> No
     while left:
         taken.append(chunk_tokens(plan, PREFILL, left, 0))
         left -= taken[-1]
-    calls = host_prefill(plan.phase(PREFILL), 1300, CostModel(plan))
+    calls = host_prefill(plan.phase(PREFILL), 1300)
     assert [call.tokens for call in calls] == taken
 
 

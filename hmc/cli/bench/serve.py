@@ -105,7 +105,7 @@ def serve(
     with _served(target, serve_options.split()) as url:
         server = Target(url, key)
         if prefill:
-            found = beside(
+            found: dict[str, Any] = beside(
                 server,
                 prefill,
                 prompt=mixes[0].most,
