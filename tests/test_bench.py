@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hmc.bench.cases import Case, cases_of
-from hmc.bench.compare import Compared, in_turn, interleave
+from hmc.bench.compare import Compared, in_turn
 from hmc.bench.kernels import KernelBench
 from hmc.bench.matrices import Matrices, MatrixShape
 from hmc.bench.model import active_bytes, prefill_flops, total_bytes
@@ -94,7 +94,8 @@ def test_values_and_references_take_turns() -> None:
         return once
 
     told: list[tuple[str, int, int]] = []
-    found = interleave(rate("v", 3.0), rate("r", 4.0), 3, "it", lambda *what: told.append(what))
+    values, reference = [rate("v", 3.0)], rate("r", 4.0)
+    (found,) = in_turn(values, reference, 3, "it", lambda *what: told.append(what))
     assert "".join(calls) == "rvrvrvr"
     assert (found.value, found.reference, found.ratio) == (3.0, 4.0, 0.75)
     assert told[0] == ("it", 0, 3)

@@ -56,20 +56,12 @@ class Compared:
         return statistics.median(self.quotients)
 
 
-def interleave(
-    value: Rate, reference: Rate, repetitions: int, what: str, report: Report = silent
-) -> Compared:
-    """`repetitions` values, each between two passes of the reference; both are warmed up by the
-    caller."""
-    (found,) = in_turn([value], reference, repetitions, what, report)
-    return found
-
-
 def in_turn(
     values: Sequence[Rate], reference: Rate, repetitions: int, what: str, report: Report = silent
 ) -> list[Compared]:
-    """As `interleave` for several that take turns, so that their ratios to each other come from the
-    same minutes too."""
+    """`repetitions` of each value, each between two passes of the reference; values take turns, so
+    that their ratios to each other come from the same minutes too. All are warmed up by the caller.
+    """
     befores: list[list[float]] = [[] for _ in values]
     found: list[list[float]] = [[] for _ in values]
     afters: list[list[float]] = [[] for _ in values]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hmc.bench.bandwidth import dot_peak
 from hmc.bench.cases import Case, Row, cut_to_cache
-from hmc.bench.compare import Compared, Report, interleave, silent
+from hmc.bench.compare import Compared, Report, in_turn, silent
 from hmc.bench.matrices import Matrices
 from hmc.bench.reference import CacheReference, MemoryReference
 from hmc.closing import Closing
@@ -119,7 +119,9 @@ class KernelBench(Closing):
                 f"kernel {case.op} {case.format} {case.shape} gave a value not finite"
             )
         name = f"{case.op} {case.format} {case.shape} x {case.tokens}"
-        return interleave(rate, self._reference(case, matrices), repetitions, name, report)
+        reference = self._reference(case, matrices)
+        (found,) = in_turn([rate], reference, repetitions, name, report)
+        return found
 
     def _reference(self, case: Case, matrices: Matrices) -> Callable[[], float]:
         if case.kind.many:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from operator import add
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.bandwidth import dot_peak
-from hmc.bench.compare import Compared, Report, in_turn, interleave, silent
+from hmc.bench.compare import Compared, Report, in_turn, silent
 from hmc.bench.reference import MemoryReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
@@ -42,86 +42,37 @@ from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 
 _WARM_STEPS = 4
 
-
-@dataclass(frozen=True)
-class PromptRow:
-    """Prefill of `tokens` tokens; `compared` is FLOP/s against the peak, `by_step` the seconds of
-    each step in one more, recorded prefill.
-    """
-
-    tokens: int
-    seconds: tuple[float, ...]
-    compared: Compared
-    by_step: Mapping[int, float]
-    phase: str = PREFILL
-
-    @property
-    def test(self) -> str:
-        """pp512."""
-        return f"pp{self.tokens}"
-
-    @property
-    def load(self) -> Load:
-        """What it is a measurement of."""
-        return Load("prefill", self.tokens)
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """Tokens/s of each repetition."""
-        return tuple(self.tokens / each for each in self.seconds)
-
-    def record(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return _rates(self.test, self.rates) | {
-            "gflops": round(self.compared.value / 1e9, 2),
-            "reference_gflops": round(self.compared.reference / 1e9, 2),
-            "peak_share": round(self.compared.ratio, 4),
-        }
+Ids = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
-class DecodeRow:
-    """`tokens` tokens one by one after `context` others, of each of `batch` sequences at once;
-    `compared` is bytes/s of weights against the streaming read, `rates` tokens/s of all together.
+class Row:
+    """One test: a prefill (pp512), or decoding (tg64, tg64@4096 behind 4096 tokens of context,
+    tg64x4 of four sequences at once), which is a measurement of `load` in `phase`.
 
-    Each repetition's `waiting` and `python` are shares of its time: workers between kernels while
-    the native program runs, and everything but native programs. `by_step` are the seconds of each
-    step of a token, medians over the repetitions.
+    `rates` are tokens/s of each repetition, of all sequences together; `compared` is FLOP/s against
+    the peak (prefill) or bytes/s of weights against the streaming read. `by_step` are the seconds
+    of each step of one more, recorded prefill, or of a token, medians over the repetitions.
+    `figures` are what stands beside them as JSON has it.
     """
 
-    tokens: int
-    context: int
+    test: str
+    load: Load
     rates: tuple[float, ...]
     compared: Compared
-    waiting: tuple[float, ...]
-    python: tuple[float, ...]
-    ops: list[dict[str, Any]]
     by_step: Mapping[int, float]
-    phase: str = DECODE
-    batch: int = 1
-
-    @property
-    def load(self) -> Load:
-        """What it is a measurement of: the context is that in the middle of a repetition."""
-        return Load("decode", self.context + self.tokens // 2, self.batch)
-
-    @property
-    def test(self) -> str:
-        """tg64, tg64@4096 behind 4096 tokens of context, tg64x4 of four sequences at once."""
-        several = f"x{self.batch}" if self.batch > 1 else ""
-        return f"tg{self.tokens}{several}" + (f"@{self.context}" if self.context else "")
+    phase: str
+    figures: Mapping[str, Any]
 
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
-        return _rates(self.test, self.rates) | {
-            "mbu": round(self.compared.ratio, 4),
-            "outside_kernels": round(median(map(add, self.waiting, self.python)), 4),
-            "waiting": round(median(self.waiting), 4),
-            "python": round(median(self.python), 4),
-            "batch": self.batch,
-            "gbps": round(self.compared.value / 1e9, 3),
-            "reference_gbps": round(self.compared.reference / 1e9, 3),
-            "ops": self.ops,
+        return {
+            "test": self.test,
+            "tokens_per_second": round(median(self.rates), 3),
+            "min": round(min(self.rates), 3),
+            "max": round(max(self.rates), 3),
+            "repetitions": len(self.rates),
+            **self.figures,
         }
 
 
@@ -149,7 +100,7 @@ class ModelBench:
         self._random = np.random.default_rng(0)
         self._warm()
 
-    def prompt(self, tokens: int) -> PromptRow:
+    def prompt(self, tokens: int) -> Row:
         """Prefill of a fresh sequence, up to the logits of its last token."""
         flops = prefill_flops(self.plan, tokens)
         seconds: list[float] = []
@@ -158,19 +109,21 @@ class ModelBench:
             seconds.append(self._prefill(tokens))
             return flops / seconds[-1]
 
-        compared = interleave(rate, self._peak, self._repetitions, f"pp{tokens}", self._report)
+        test = f"pp{tokens}"
+        (compared,) = in_turn([rate], self._peak, self._repetitions, test, self._report)
         with self._executor.recorded() as recorder:
             self._prefill(tokens)
         name = self._phases.get("prefill") or prefill_phase(self.plan, tokens)
         steps = recorder.with_python(name)
-        return PromptRow(tokens, tuple(seconds), compared, steps, name)
+        figures = {
+            "gflops": round(compared.value / 1e9, 2),
+            "reference_gflops": round(compared.reference / 1e9, 2),
+            "peak_share": round(compared.ratio, 4),
+        }
+        rates = tuple(tokens / each for each in seconds)
+        return Row(test, Load("prefill", tokens), rates, compared, steps, name, figures)
 
-    def decode(self, tokens: int, context: int = 0, batch: int = 1) -> DecodeRow:
-        """`decodes` of one batch."""
-        (row,) = self.decodes(tokens, context, [batch])
-        return row
-
-    def decodes(self, tokens: int, context: int, batches: Sequence[int]) -> list[DecodeRow]:
+    def decodes(self, tokens: int, context: int, batches: Sequence[int] = (1,)) -> list[Row]:
         """`tokens` steps of so many sequences at once, each behind `context` tokens, for each of
         `batches`, which take turns; repetitions start at the same place."""
         steps: list[list[_Steps]] = [[] for _ in batches]
@@ -195,39 +148,42 @@ class ModelBench:
 
     def _row(
         self, tokens: int, context: int, batch: int, compared: Compared, steps: Sequence[_Steps]
-    ) -> DecodeRow:
+    ) -> Row:
         phase = self.plan.phase(self._decode_phase(batch))
-        return DecodeRow(
-            tokens,
-            context,
+        # shares of a repetition: workers between kernels while the native program runs, and
+        # everything but native programs
+        waiting = [(each.native - each.kernels) / each.seconds for each in steps]
+        python = [1 - each.native / each.seconds for each in steps]
+        several, behind = f"x{batch}" * (batch > 1), f"@{context}" * bool(context)
+        by_step = {
+            step.id: median(each.by_step.get(step.id, 0.0) for each in steps) / tokens
+            for step in phase.steps
+        }
+        return Row(
+            f"tg{tokens}{several}{behind}",
+            Load("decode", context + tokens // 2, batch),  # the context in the middle
             tuple(batch * tokens / each.seconds for each in steps),
             compared,
-            tuple((each.native - each.kernels) / each.seconds for each in steps),
-            tuple(1 - each.native / each.seconds for each in steps),
-            _op_shares(phase, steps, tokens),
-            {
-                step.id: median(each.by_step.get(step.id, 0.0) for each in steps) / tokens
-                for step in phase.steps
-            },
+            by_step,
             phase.name,
-            batch,
+            {
+                "mbu": round(compared.ratio, 4),
+                "outside_kernels": round(median(map(add, waiting, python)), 4),
+                "waiting": round(median(waiting), 4),
+                "python": round(median(python), 4),
+                "batch": batch,
+                "gbps": round(compared.value / 1e9, 3),
+                "reference_gbps": round(compared.reference / 1e9, 3),
+                "ops": _op_shares(phase, steps, tokens),
+            },
         )
 
     def _decode_phase(self, batch: int) -> str:
         return self._phases.get("decode") or decode_phase(self.plan, batch)
 
     def _prefill(self, tokens: int) -> float:
-        ids = self._ids(tokens)
-        sequence = self._executor.open()
-        try:
-            start = time.perf_counter()
-            phase = self._phases.get("prefill", "")
-            *_, logits = self._executor.prefill(sequence, ids, phase=phase)
-            seconds = time.perf_counter() - start
-        finally:
-            self._executor.release(sequence)
-        _check(logits)
-        return seconds
+        phase = self._phases.get("prefill", "")
+        return prefill_seconds(self._executor, self._ids(tokens), phase)
 
     def _steps(self, sequences: Sequence[CacheSequence], tokens: int) -> _Steps:
         count, phase = len(sequences), self._decode_phase(len(sequences))
@@ -252,22 +208,37 @@ class ModelBench:
         with self._sequences(0, 1) as sequences:
             self._steps(sequences, min(_WARM_STEPS, limits.max_context))
 
-    @contextmanager
-    def _sequences(self, context: int, count: int) -> Iterator[list[CacheSequence]]:
-        sequences: list[CacheSequence] = []
-        try:
-            for _ in range(count):
-                sequences.append(self._executor.open())
-                if context:
-                    for _ in self._executor.prefill(sequences[-1], self._ids(context)):
-                        pass
-            yield sequences
-        finally:
-            for sequence in sequences:
-                self._executor.release(sequence)
+    def _sequences(self, context: int, count: int) -> AbstractContextManager[list[CacheSequence]]:
+        return opened(self._executor, [self._ids(context) for _ in range(count)])
 
-    def _ids(self, count: int) -> npt.NDArray[np.int32]:
+    def _ids(self, count: int) -> Ids:
         return self._random.integers(0, self.plan.model.vocab, count, np.int32)
+
+
+@contextmanager
+def opened(executor: Executor, prompts: Sequence[Ids]) -> Iterator[list[CacheSequence]]:
+    """New sequences, each behind the tokens of its prompt, for the length of a `with`."""
+    sequences: list[CacheSequence] = []
+    try:
+        for ids in prompts:
+            sequences.append(executor.open())
+            if len(ids):
+                for _ in executor.prefill(sequences[-1], ids):
+                    pass
+        yield sequences
+    finally:
+        for sequence in sequences:
+            executor.release(sequence)
+
+
+def prefill_seconds(executor: Executor, ids: Ids, phase: str = "") -> float:
+    """Seconds of a prompt of a sequence of its own, up to the logits of its last token."""
+    with opened(executor, [ids[:0]]) as (sequence,):
+        start = time.perf_counter()
+        *_, logits = executor.prefill(sequence, ids, phase=phase)
+        seconds = time.perf_counter() - start
+    _check(logits)
+    return seconds
 
 
 def check_tests(
@@ -353,16 +324,6 @@ def _op_shares(phase: Phase, steps: Sequence[_Steps], tokens: int) -> list[dict[
             row["gbps"] = round(read / seconds / 1e9, 2)
         rows.append(row)
     return sorted(rows, key=lambda row: -row["share"])
-
-
-def _rates(test: str, rates: Sequence[float]) -> dict[str, Any]:
-    return {
-        "test": test,
-        "tokens_per_second": round(median(rates), 3),
-        "min": round(min(rates), 3),
-        "max": round(max(rates), 3),
-        "repetitions": len(rates),
-    }
 
 
 def _check(logits: npt.NDArray[np.float32]) -> None:

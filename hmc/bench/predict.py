@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hmc.bench.compare import Report, silent
-from hmc.bench.model import DecodeRow, ModelBench, PromptRow, total_bytes
+from hmc.bench.model import ModelBench, total_bytes
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
 from hmc.machine import Machine
@@ -107,10 +107,8 @@ def compare(
         bench = ModelBench(
             executor, repetitions=loads.repetitions, megabytes=megabytes, report=report
         )
-        rows: list[PromptRow | DecodeRow] = [
-            bench.decode(loads.tokens, max(0, context - loads.tokens // 2))
-            for context in loads.contexts
-        ]
+        starts = [max(0, context - loads.tokens // 2) for context in loads.contexts]
+        rows = [row for start in starts for row in bench.decodes(loads.tokens, start)]
         rows += [bench.prompt(tokens) for tokens in loads.prompts]
     finally:
         executor.close()

@@ -15,7 +15,7 @@ from hmc.machine.here import how_to, machine_here
 from hmc.plan import Plan
 
 if TYPE_CHECKING:
-    from hmc.bench.model import DecodeRow, PromptRow
+    from hmc.bench.model import Row
     from hmc.predict.compared import Figure, Predictor
     from hmc.predict.loads import Load
     from hmc.runtime.host.trace import Recorder
@@ -59,7 +59,7 @@ class Comparison:
             found += self._figure(decode, (times.decode_tokens_per_second,))
         return found
 
-    def bench(self, row: PromptRow | DecodeRow) -> dict[str, Any]:
+    def bench(self, row: Row) -> dict[str, Any]:
         """The prediction of a row as its JSON has it, with the steps; {} where there is none."""
         found = self._figure(row.load, row.rates, row.phase)
         if not found or self._predictor is None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from hmc.bench.compare import Compared, interleave
+from hmc.bench.compare import Compared, in_turn
+from hmc.bench.model import Ids, opened, prefill_seconds
 from hmc.closing import Closing
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
-from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.choice import Devices
 
 _PROMPTS = (5, 23, 130)
@@ -63,7 +60,7 @@ class Runner(Closing):
         room = self.plan.limits.max_context
         for number, length in enumerate(_PROMPTS):
             ids = self._ids(max(1, min(length, room - _ANSWER)), seed=number)
-            with self._sequence() as sequence:
+            with opened(self._executor, [ids[:0]]) as (sequence,):
                 *_, logits = self._executor.prefill(sequence, ids)
                 answer = [int(np.argmax(logits[-1]))]
                 for _ in range(min(_ANSWER, room - len(ids)) - 1):
@@ -76,10 +73,7 @@ class Runner(Closing):
         """Tokens a second of one sequence."""
         ids = self._ids(self._context + self._tokens, seed=7)
         done, spent = 0, 0.0
-        with self._sequence() as sequence:
-            if self._context:
-                for _ in self._executor.prefill(sequence, ids[: self._context]):
-                    pass
+        with opened(self._executor, [ids[: self._context]]) as (sequence,):
             while spent < _LEAST_SECONDS:
                 sequence.length = self._context
                 start = time.perf_counter()
@@ -92,29 +86,16 @@ class Runner(Closing):
     def prefill_rate(self) -> float:
         """Prompt tokens a second."""
         ids = self._ids(self._prompt, seed=8)
-        done, spent = 0, 0.0
-        while spent < _LEAST_SECONDS:
-            with self._sequence() as sequence:
-                start = time.perf_counter()
-                for _ in self._executor.prefill(sequence, ids):
-                    pass
-                spent += time.perf_counter() - start
-                done += self._prompt
-        return done / spent
+        seconds: list[float] = []
+        while sum(seconds) < _LEAST_SECONDS:
+            seconds.append(prefill_seconds(self._executor, ids))
+        return self._prompt * len(seconds) / sum(seconds)
 
     def rate(self, kind: str) -> float:
         """The rate of a kind, "decode" or "prefill"."""
         return self.decode_rate() if kind == "decode" else self.prefill_rate()
 
-    @contextmanager
-    def _sequence(self) -> Iterator[Sequence]:
-        sequence = self._executor.open()
-        try:
-            yield sequence
-        finally:
-            self._executor.release(sequence)
-
-    def _ids(self, count: int, seed: int) -> npt.NDArray[np.int32]:
+    def _ids(self, count: int, seed: int) -> Ids:
         random = np.random.default_rng(seed)
         return random.integers(0, self.plan.model.vocab, count, np.int32)
 
@@ -123,4 +104,5 @@ def compare(new: Runner, old: Runner, kind: str, repetitions: int) -> Compared:
     """The new plan's rates, each between two of the old one's; both warmed up first."""
     old.rate(kind)
     new.rate(kind)
-    return interleave(lambda: new.rate(kind), lambda: old.rate(kind), repetitions, kind)
+    (found,) = in_turn([lambda: new.rate(kind)], lambda: old.rate(kind), repetitions, kind)
+    return found

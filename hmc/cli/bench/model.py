@@ -28,7 +28,7 @@ from hmc.errors import UsageError
 from hmc.plan import load_plan
 
 if TYPE_CHECKING:
-    from hmc.bench.model import DecodeRow, PromptRow
+    from hmc.bench.model import Row
     from hmc.plan import Plan
 
 
@@ -142,7 +142,7 @@ def model(
             workers, used = executor.pool.workers, executor.kernels_used
         finally:
             executor.close()
-    rows: list[PromptRow | DecodeRow] = [*prompt_rows, *decode_rows]
+    rows = [*prompt_rows, *decode_rows]
     compared = Comparison(plan, machine, workers, target if target.endswith(".hmp") else "")
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
@@ -235,7 +235,7 @@ def _print_rows(
     plan: Plan,
     total: int,
     workers: int,
-    rows: Sequence[PromptRow | DecodeRow],
+    rows: Sequence[Row],
     predicted: Sequence[dict[str, Any]],
 ) -> None:
     about = ("model", "size", "params", "kernels", "thr", "test")
@@ -265,7 +265,7 @@ def _print_rows(
     console().print(table("hmc bench", (*about, *figures), lines, numbers=right))
 
 
-def _print_batches(rows: Sequence[DecodeRow]) -> None:
+def _print_batches(rows: Sequence[Row]) -> None:
     """What several sequences at once gain over the first number of them, turn by turn."""
     first = rows[0] if rows else None
     for row in rows[1:]:
@@ -274,9 +274,9 @@ def _print_batches(rows: Sequence[DecodeRow]) -> None:
         click.echo(f"{row.test}: {gain:.2f} x the tokens/s of {first.test}")
 
 
-def _print_ops(row: DecodeRow) -> None:
+def _print_ops(row: Row) -> None:
     lines = []
-    for op in row.ops:
+    for op in row.figures["ops"]:
         rate = f"{op['gbps']:.1f}" if "gbps" in op else "-"
         took, share = f"{op['microseconds']:.1f}", f"{op['share']:.1%}"
         lines.append((op["op"], op["steps"], took, share, rate))
