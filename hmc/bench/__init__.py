@@ -2,7 +2,7 @@
 best, in the same minutes.
 
     compare.py     measured thing and reference take turns; medians of pairwise ratios
-    reference.py   the references: the best streaming read of a sweep, register-only multiply-adds
+    bandwidth.py   the references: the best streaming read of a sweep, register-only multiply-adds
     matrices.py    weights far beyond the caches, cycled through
     cases.py       which kernel, format and shape; kernels.py measures them
     model.py       prefill and decode of a plan

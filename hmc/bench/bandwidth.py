@@ -1,10 +1,10 @@
-"""What this machine's memory and arithmetic give at best: streaming read and register-only
-multiply-adds.
+"""The references of benchmarks, what this machine gives at best: streaming reads, from memory or
+from L2, and register-only multiply-adds.
 
 The reference for every bandwidth figure is the best of a sweep, since a naive read loop reaches
 half of what the memory gives. Rates drift by half within minutes on shared machines, so benchmarks
-do not quote the sweep: they keep the `StreamingRead` and time its best variant again, `once`,
-between the passes of whatever they measure.
+do not quote the sweep: they time its best variant again between the passes of whatever they
+measure.
 """
 
 from __future__ import annotations
@@ -12,21 +12,26 @@ from __future__ import annotations
 import itertools
 import mmap
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from hmc.bench.compare import Report, silent
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.probes.peak import dot_peak_flops
 from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
 from hmc.codegen.spec import KernelSpec, pack
+from hmc.errors import CapacityError
+from hmc.machine.detect import available_bytes
 from hmc.machine.topology import this_machine
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
 
 _HUGE_PAGE = 2 << 20
+_PASSES = 3
 _ORDERS = {SPLIT: "split", PAGES: "pages"}
 
 
@@ -67,40 +72,50 @@ class StreamingRead:
     ready to be read.
 
     Pages are touched by the workers that will read them, so every share lies on its worker's NUMA
-    node. Memory goes back when the object does.
+    node. Memory goes back when the object does. `CapacityError` when two buffers, one of large and
+    one of small pages, do not fit the memory that is free.
     """
 
     def __init__(self, pool: Pool, jit: Jit, isa: Isa, size: int | None = None) -> None:
         self.size = size or max(1 << 30, 8 * this_machine().last_level_bytes)
+        needed, free = 2 * self.size, available_bytes()
+        if needed > free:
+            raise CapacityError(
+                f"streaming reads need {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are"
+                " free: measure less (--layers, --megabytes, --quick)"
+            )
         self._pool, self._jit, self._isa = pool, jit, isa
         self._buffers: dict[bool, np.ndarray] = {}
         self.sinks = np.zeros(pool.workers, np.int64)
-        self._programs: dict[Variant, Program] = {}
-        self._trace = np.zeros((1, pool.workers, 2), np.int64)
+        self._programs: dict[tuple[Variant, int], Program] = {}
 
     def once(self, variant: Variant) -> float:
         """Bytes/s of one pass over the buffer."""
         return self.once_over(variant, self._buffer(variant.huge).ctypes.data, self.size)
 
-    def once_over(self, variant: Variant, address: int, size: int) -> float:
-        """Bytes/s of one pass over `size` bytes of the caller's own at `address` (whose pages are
-        what they are): the reference over the very bytes a kernel reads."""
-        if variant not in self._programs:
+    def once_over(self, variant: Variant, address: int, size: int, times: int = 1) -> float:
+        """Bytes/s of one pass, `times` over `size` bytes of the caller's own at `address` (whose
+        pages are what they are): the reference over the very bytes a kernel reads."""
+        if (variant, times) not in self._programs:
             args = pack("stream_read", base=0, size=0, sink=self.sinks.ctypes.data)
-            self._programs[variant] = repeated(self._jit, variant.spec(self._isa), args)
-        program = self._programs[variant]
+            program = repeated(self._jit, variant.spec(self._isa), args, times)
+            self._programs[variant, times] = program
+        program = self._programs[variant, times]
         program.patch_all(base=address, size=size)
-        self._pool.run(program.records, self._trace)
-        return size / self._pool.seconds(self._trace)
+        trace = np.zeros((times, self._pool.workers, 2), np.int64)
+        self._pool.run(program.records, trace)
+        return times * size / self._pool.seconds(trace)
 
-    def medians(self, variants: Iterable[Variant], repetitions: int) -> dict[Variant, float]:
-        """Median bytes/s of each variant over `repetitions` passes, variants taking turns."""
+    def medians(
+        self, variants: Iterable[Variant], repetitions: int, rate: Callable[[Variant], float]
+    ) -> dict[Variant, float]:
+        """Median `rate` of each variant over `repetitions` passes, variants taking turns."""
         rates: dict[Variant, list[float]] = {variant: [] for variant in variants}
         for variant in rates:
-            self.once(variant)  # builds the kernel and touches the buffer
+            rate(variant)  # builds the kernel and touches the buffer
         for _ in range(repetitions):
             for variant, seen in rates.items():
-                seen.append(self.once(variant))
+                seen.append(rate(variant))
         return {variant: statistics.median(seen) for variant, seen in rates.items()}
 
     def sweep(
@@ -113,10 +128,10 @@ class StreamingRead:
         capped at the slowest finalist, so that a lucky minute of an early round never becomes the
         reference.
         """
-        rates = self.medians(variants, 2)
+        rates = self.medians(variants, 2, self.once)
         for survivors, passes in ((len(variants) // 4, 3), (8, repetitions)):
             ranked = sorted(rates, key=lambda variant: rates[variant], reverse=True)
-            again = self.medians(ranked[: max(8, survivors)], passes)
+            again = self.medians(ranked[: max(8, survivors)], passes, self.once)
             slowest = min(again.values())
             rates = {variant: min(rate, slowest) for variant, rate in rates.items()} | again
         self._buffers.clear()  # from here on one of them is enough
@@ -135,6 +150,57 @@ class StreamingRead:
             self._pool.run(repeated(self._jit, spec, args).records)
             self._buffers[huge] = buffer
         return self._buffers[huge]
+
+
+class MemoryReference(StreamingRead):
+    """The fastest way this pool's workers read memory: found once by the full sweep, then timed
+    again whenever it is asked for.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        jit: Jit,
+        isa: Isa,
+        *,
+        megabytes: int = 0,
+        variants: Sequence[Variant] = SWEEP,
+        report: Report = silent,
+    ) -> None:
+        """Runs the sweep. `megabytes` (10^6 bytes) is what a pass reads; 0: as `StreamingRead`."""
+        super().__init__(pool, jit, isa, megabytes * 1_000_000 or None)
+        report("finding the fastest streaming read", 0, 1)
+        self.swept = self.sweep(variants)
+        report("finding the fastest streaming read", 1, 1)
+        self.variant = max(self.swept, key=lambda variant: self.swept[variant])
+        self.once(self.variant)
+
+    def rate(self) -> float:
+        """Bytes/s over its own buffer: median of three passes."""
+        return statistics.median(self.once(self.variant) for _ in range(_PASSES))
+
+    def rate_over(self, address: int, size: int) -> float:
+        """Bytes/s of one pass over `size` bytes at `address`, which lie in huge pages; over its own
+        buffer when small pages are the faster ones."""
+        if not self.variant.huge:
+            return self.once(self.variant)
+        return self.once_over(self.variant, address, size)
+
+
+def cache_rate(
+    pool: Pool, jit: Jit, isa: Isa, address: int, size: int, times: int
+) -> Callable[[], float]:
+    """Bytes/s of one pass in the fastest way one worker reads `size` bytes at `address` that stay
+    in its L2, `times` over in a pass.
+    """
+    reader = StreamingRead(pool, jit, isa, size)
+
+    def rate(variant: Variant) -> float:
+        return reader.once_over(variant, address, size, times)
+
+    few = [each for each in SWEEP if each.huge and each.prefetch in (0, 512, 2048)]
+    rates = reader.medians(few, _PASSES, rate)
+    return partial(rate, max(rates, key=lambda variant: rates[variant]))
 
 
 def dot_peak(pool: Pool, jit: Jit, isa: Isa, *, repetitions: int = 7) -> float:

@@ -16,11 +16,10 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 
-from hmc.bench.bandwidth import dot_peak
+from hmc.bench.bandwidth import MemoryReference, cache_rate, dot_peak
 from hmc.bench.cases import Case, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, in_turn, silent
 from hmc.bench.matrices import Matrices
-from hmc.bench.reference import CacheReference, MemoryReference
 from hmc.closing import Closing
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import Isa
@@ -129,7 +128,7 @@ class KernelBench(Closing):
         if self.l2:
             times = _L2_PASS_BYTES // matrices.size
             address, size = matrices.address, matrices.size
-            return CacheReference(self.pool, self._jit, self.isa, address, size, times).rate
+            return cache_rate(self.pool, self._jit, self.isa, address, size, times)
         memory = self.reference
         assert memory is not None
         return lambda: memory.rate_over(matrices.address, matrices.size)

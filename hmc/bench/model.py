@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hmc.bench.bandwidth import dot_peak
+from hmc.bench.bandwidth import MemoryReference, dot_peak
 from hmc.bench.compare import Compared, Report, in_turn, silent
-from hmc.bench.reference import MemoryReference
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS

@@ -11,7 +11,7 @@ from statistics import median
 
 import numpy as np
 
-from hmc.bench.bandwidth import SWEEP, StreamingRead, dot_peak
+from hmc.bench.bandwidth import SWEEP, MemoryReference, StreamingRead, dot_peak
 from hmc.bench.cases import Case, Row
 from hmc.bench.kernels import KernelBench
 from hmc.bench.probe.result import Effort, Measurement
@@ -20,10 +20,8 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.compiler import compile as compile_plan
-from hmc.errors import CapacityError
 from hmc.formats import format_of
 from hmc.machine import CpuRates, GemvRate, Rate
-from hmc.machine.detect import available_bytes
 from hmc.machine.topology import Node
 from hmc.ops import OPS
 from hmc.ops.attention import attended, gqa_flops
@@ -55,20 +53,17 @@ def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
     cpus = [core[0] for core in node.cores]
     counts = [count for count in (1, 2, 4, 8, 16, 32, 64, 128) if count < len(cpus)]
     jit = Jit(EMITTERS)
-    size = effort.stream * 1_000_000 or None
     best = None
     for count in (len(cpus), *reversed(counts)):
         with Pool(jit, isa, cpus=cpus[:count]) as pool:
-            reader = StreamingRead(pool, jit, isa, size)
-            if 2 * reader.size > available_bytes():
-                raise CapacityError(
-                    f"streaming reads need {2 * reader.size / 1e9:.1f} GB of memory, free are"
-                    f" {available_bytes() / 1e9:.1f} GB: use --quick or free some"
-                )
             if best is None:
-                sweep = reader.sweep(SWEEP[:: effort.every])
-                best = max(sweep, key=lambda variant: sweep[variant])
-            reader.once(best)
+                ways = SWEEP[:: effort.every]
+                memory = MemoryReference(pool, jit, isa, megabytes=effort.stream, variants=ways)
+                reader: StreamingRead = memory
+                best = memory.variant
+            else:
+                reader = StreamingRead(pool, jit, isa, effort.stream * 1_000_000 or None)
+                reader.once(best)
             values = tuple(reader.once(best) for _ in range(effort.passes))
         name = "read" if count == len(cpus) else "read with fewer threads"
         yield Measurement(name, "B/s", values, f"node {node.id}, {count} thread(s), {best}")

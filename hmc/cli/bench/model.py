@@ -147,7 +147,7 @@ def model(
     predicted = [compared.bench(row) for row in rows]
     compared.store("hmc bench")
     # as timed between decode steps, else as in the sweep
-    best = bench.memory.sweep[bench.memory.variant]
+    best = bench.memory.swept[bench.memory.variant]
     reference = decode_rows[0].compared.reference if decode_rows else best
     about = plan.model
     facts: dict[str, Any] = {
@@ -178,7 +178,7 @@ def model(
         click.echo(compared.reason)
     click.echo(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
-        f" {len(bench.memory.sweep)} ways); a decode step reads {size(active_bytes(plan))}"
+        f" {len(bench.memory.swept)} ways); a decode step reads {size(active_bytes(plan))}"
     )
     _print_batches(decode_rows)
     if by_op:
