@@ -243,16 +243,16 @@ def test_prefill_of_a_short_prompt_names_its_chunk(plan: Plan) -> None:
 def test_roofline_points_lie_under_their_roof(plan: Plan, host_plan: Plan) -> None:
     chart = roofline(plan, CostModel(plan), 4096, 8192)
     assert chart.timed
-    assert [roof.label.split(":")[0] for roof in chart.roofs] == [
+    assert [label.split(":")[0] for _, label in chart.roofs] == [
         "CPU",
         "GPU 0, BF16",
         "GPU 0, FP8",
     ]
     # Decode of one token reads each FP8 weight once for two FLOPs.
     experts = [p for p in chart.points if p.name == "experts fp8" and p.decode]
-    assert {point.dot.resource for point in experts} == {"cpu", "gpu0"}
+    assert {point.resource for point in experts} == {"cpu", "gpu0"}
     for point in experts:
-        assert point.dot.intensity == pytest.approx(2, rel=0.05)
+        assert point.intensity == pytest.approx(2, rel=0.05)
     for point in chart.points:
         assert chart.left <= point.x <= chart.right
         assert chart.top <= point.y <= chart.bottom

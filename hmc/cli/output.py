@@ -67,14 +67,6 @@ def write_file(path: str, text: str) -> None:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def count(number: float) -> str:
-    """A count in the unit that reads best: 671.03 B, 7.66 M."""
-    for unit, scale in (("B", 1e9), ("M", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number:.0f}"
-
-
 def size(count: float) -> str:
     """Bytes in the unit that reads best: 1.5 GB (powers of ten, as vendors count)."""
     for unit in ("B", "kB", "MB", "GB"):

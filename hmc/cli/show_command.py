@@ -7,12 +7,12 @@ from itertools import accumulate, islice
 
 import click
 
-from hmc.cli.output import JSON, console, count, print_json, size, table
-from hmc.codegen.native import arithmetic
+from hmc.cli.output import JSON, console, print_json, size, table
 from hmc.errors import UsageError
 from hmc.plan import ExpertPlane, Operand, Phase, Plan, load_plan
 from hmc.plan.verify import expand_runs
 from hmc.ranges import expert_ranges, ranges
+from hmc.report.facts import facts
 
 
 @click.command("show")
@@ -58,41 +58,10 @@ def command(
 
 def _show_plan(plan: Plan) -> None:
     out = console()
-    model, machine = plan.model, plan.machine
-    source = plan.checkpoint
-    shards = f"{len(source.shards)} shard(s)" if source.shards else "no shards: dummy weights"
-    facts = [
-        ("model", f"{model.architecture} ({model.family}), {source.path}, {shards}"),
-        (
-            "shape",
-            f"{model.layers} layers, hidden {model.hidden}, vocabulary {model.vocab},"
-            f" {model.experts} experts, {model.top_k} a token",
-        ),
-        (
-            "parameters",
-            f"{count(model.parameters)}, {count(model.active_parameters)} active a token",
-        ),
-        (
-            "machine",
-            f"{machine.name}: {machine.cpu}, {machine.cores} cores,"
-            f" {len(machine.nodes)} NUMA node(s), {size(machine.memory_bytes)},"
-            f" {len(machine.gpus)} GPU(s)",
-        ),
-        ("kernels", f"{plan.isa}, {plan.threads} threads"),
-        (
-            "limits",
-            f"context {plan.limits.max_context} of the model's {model.context}, chunks of"
-            f" {plan.limits.max_chunk}, decode batch {plan.limits.max_batch}",
-        ),
-        (
-            "numerics",
-            _numerics(plan),
-        ),
-    ]
-    out.print(table("Plan", ("", ""), facts))
+    out.print(table("Plan", ("", ""), facts(plan)))
     rows = [(i.device, i.kind, size(i.bytes), i.detail) for i in plan.ledger]
     for device, total in plan.ledger_totals.items():
-        room = machine.memory_of(device)
+        room = plan.machine.memory_of(device)
         verdict = "fits" if total <= room else "TOO LARGE for"
         rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))
     out.print(table("Memory", ("device", "kind", "bytes", "detail"), rows, numbers=("bytes",)))
@@ -134,15 +103,6 @@ def _show_plan(plan: Plan) -> None:
     out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
     decisions = [(d.by, f"{d.subject}: {d.choice}", d.reason) for d in plan.decisions]
     out.print(table("Decisions", ("pass", "decision", "reason"), decisions))
-
-
-def _numerics(plan: Plan) -> str:
-    """How a plan multiplies."""
-    read = {(kernel.isa, kernel.weight) for kernel in plan.kernels.values() if kernel.weight}
-    ways = {weight: arithmetic(isa, weight) for isa, weight in read}
-    whole = sorted(weight for weight, way in ways.items() if way == "whole")
-    how = f"; {', '.join(whole)} x 16-bit activations in whole numbers" if whole else ""
-    return f"exact: stored weights{how}, bf16 x f32 sums"
 
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:

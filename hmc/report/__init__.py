@@ -5,7 +5,6 @@ heatmap.py      where every routed expert is
 ledger.py       memory by device and kind
 timeline.py     who works when in a decode step and in a prefill
 roofline.py     what kernels reach, and what memory and arithmetic allow
-predictions.py  what the simulator says of ordinary loads
-measured.py     what was measured, stored beside the plan
+facts.py        what the plan is of
 words.py        numbers as people read them
 """

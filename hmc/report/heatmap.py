@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hmc.plan import Plan
 from hmc.ranges import expert_intervals
@@ -20,7 +21,6 @@ class Cell:
     x: float
     y: float
     width: float
-    height: float
     tier: int
     title: str
 
@@ -30,7 +30,6 @@ class Tier:
     """A tier in the legend."""
 
     name: str
-    index: int
     experts: int
     share: float
     bytes: str
@@ -38,16 +37,17 @@ class Tier:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """The chart; `column` is the width of one expert."""
+    """The chart; `row` is the height of one layer, `column` the width of one expert."""
 
-    width: float
     height: float
+    row: float
+    column: float
     cells: tuple[Cell, ...]
     rows: tuple[Tick, ...]
     columns: tuple[Tick, ...]
-    column: float
     tiers: tuple[Tier, ...]
     summary: str
+    width: ClassVar[int] = WIDTH
 
 
 def heat_map(plan: Plan) -> HeatMap | None:
@@ -55,11 +55,9 @@ def heat_map(plan: Plan) -> HeatMap | None:
     if not plan.placement:
         return None
     sizes: Counter[int] = Counter()
-    counts: dict[int, int] = {}
     for part in plan.experts:
         sizes[part.layer] += part.bytes
-        counts[part.layer] = part.count
-    widest = max(counts.values())
+    widest = max(part.count for part in plan.experts)
     row = float(max(5, min(18, 520 // len(plan.placement))))
     column = (WIDTH - LEFT) / widest
     names = tier_names(plan)
@@ -67,39 +65,29 @@ def heat_map(plan: Plan) -> HeatMap | None:
     held: Counter[str] = Counter()
     bytes_held: Counter[str] = Counter()
     for number, placement in enumerate(plan.placement):
-        y = TOP + number * row
         for tier, text in placement.tiers.items():
             for first, last in expert_intervals(text):
                 count = last - first + 1
+                size = count * sizes[placement.layer]
                 held[tier] += count
-                bytes_held[tier] += count * sizes[placement.layer]
-                title = (
-                    f"layer {placement.layer}, expert{'s' if count > 1 else ''} "
-                    f"{first if count == 1 else f'{first} to {last}'}: {tier},"
-                    f" {si(count * sizes[placement.layer], 'B')}"
-                )
-                x = LEFT + first * column
-                cells.append(Cell(x, y, count * column, row, names.index(tier), title))
+                bytes_held[tier] += size
+                which = f"experts {first} to {last}" if count > 1 else f"expert {first}"
+                title = f"layer {placement.layer}, {which}: {tier}, {si(size, 'B')}"
+                x, y = LEFT + first * column, TOP + number * row
+                cells.append(Cell(x, y, count * column, names.index(tier), title))
     total = sum(held.values())
-    layers = [placement.layer for placement in plan.placement]
     every = math.ceil(13 / row)
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128) if widest / s <= 16 or s == 128)
-    tiers = tuple(
-        Tier(name, index, held[name], held[name] / total, si(bytes_held[name], "B"))
-        for index, name in enumerate(names)
-    )
+    tiers = [Tier(n, held[n], held[n] / total, si(bytes_held[n], "B")) for n in names]
+    shown = list(enumerate(placement.layer for placement in plan.placement))[::every]
     return HeatMap(
-        WIDTH,
-        TOP + row * len(layers) + BOTTOM,
-        tuple(cells),
-        tuple(
-            Tick(TOP + (i + 0.5) * row, str(layer))
-            for i, layer in enumerate(layers)
-            if i % every == 0
-        ),
-        tuple(Tick(LEFT + (e + 0.5) * column, str(e)) for e in range(0, widest, step)),
+        TOP + row * len(plan.placement) + BOTTOM,
+        row,
         column,
-        tiers,
+        tuple(cells),
+        tuple(Tick(TOP + (i + 0.5) * row, str(layer)) for i, layer in shown),
+        tuple(Tick(LEFT + (e + 0.5) * column, str(e)) for e in range(0, widest, step)),
+        tuple(tiers),
         "; ".join(f"{t.name}: {t.experts} of {total} experts, {t.bytes}" for t in tiers),
     )
 

@@ -33,25 +33,20 @@ class Device:
     items: tuple[Item, ...]
 
 
-def ledger(plan: Plan) -> tuple[Device, ...]:
+def ledger(plan: Plan) -> list[Device]:
     """One bar a device, the largest kinds first."""
-    kinds = list(dict.fromkeys(item.kind for item in sorted(plan.ledger, key=lambda i: -i.bytes)))
+    largest = sorted(plan.ledger, key=lambda item: -item.bytes)
+    kinds = list(dict.fromkeys(item.kind for item in largest))
     devices = []
-    for name in dict.fromkeys(item.device for item in plan.ledger):
-        items = sorted((i for i in plan.ledger if i.device == name), key=lambda i: -i.bytes)
-        total = sum(item.bytes for item in items)
+    for name, total in plan.ledger_totals.items():
         memory = plan.machine.memory_of(name)
         scale = 100 / max(total, memory)
         left, found = 0.0, []
-        for item in items:
-            width = item.bytes * scale
-            colour = kinds.index(item.kind) % 10
-            size, share = si(item.bytes, "B"), item.bytes / total if total else 0.0
+        for item in (each for each in largest if each.device == name):
+            width, share = item.bytes * scale, item.bytes / total if total else 0.0
+            colour, size = kinds.index(item.kind) % 10, si(item.bytes, "B")
             found.append(Item(item.kind, colour, size, share, left, width, item.detail))
             left += width
-        devices.append(
-            Device(
-                name, si(total, "B"), si(memory, "B"), total <= memory, memory * scale, tuple(found)
-            )
-        )
-    return tuple(devices)
+        used, fits = si(total, "B"), total <= memory
+        devices.append(Device(name, used, si(memory, "B"), fits, memory * scale, tuple(found)))
+    return devices

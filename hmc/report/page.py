@@ -8,7 +8,7 @@ machine without rates, measurements that nobody took.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from hmc.plan import Plan
 from hmc.predict.cost import CostModel
 from hmc.predict.loads import Figure, common_loads, predictions
 from hmc.predict.measured import Measured
+from hmc.report.facts import facts
 from hmc.report.heatmap import heat_map
 from hmc.report.ledger import ledger
 from hmc.report.roofline import roofline
@@ -60,20 +61,23 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"si": si, "number": number}
-    model, unknown = _cost_model(plan)
     prompt = min(_PROMPT, plan.limits.max_context)
     context = min(_CONTEXT, plan.limits.max_context - 1)
+    model: CostModel | None = None
     drawings: list[Drawing] = []
-    if model is not None:
+    unknown = ""
+    try:
+        model = CostModel(plan)
         drawings = [decode_drawing(plan, model, context), prefill_drawing(plan, model, prompt)]
-    loads = common_loads([plan])
-    figures = predictions(plan, loads)
+    except HmcError as error:
+        model, unknown = None, str(error)
+    figures = predictions(plan, common_loads([plan]))
     return environment.get_template("report.html.j2").render(
         plan=plan,
         name=name,
         version=VERSION,
         style=(_TEMPLATES / "style.css").read_text(),
-        facts=_facts(plan),
+        facts=facts(plan),
         tiles=_tiles(figures, plan),
         heat=heat_map(plan),
         devices=ledger(plan),
@@ -86,64 +90,6 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
         anything_measured=bool(measured),
         kernels=_kernel_rows(plan),
     )
-
-
-def _cost_model(plan: Plan) -> tuple[CostModel | None, str]:
-    """The cost model, or why there is none."""
-    try:
-        model = CostModel(plan)
-        predictions(plan, common_loads([plan]))
-        decode_drawing(plan, model, 1)
-    except HmcError as error:
-        return None, str(error)
-    return model, ""
-
-
-def _facts(plan: Plan) -> list[tuple[str, str]]:
-    model, machine, limits = plan.model, plan.machine, plan.limits
-    gpus = Counter(f"{gpu.name} ({si(gpu.memory_bytes, 'B')})" for gpu in machine.gpus)
-    devices = ", ".join(f"{n} x {gpu}" if n > 1 else gpu for gpu, n in gpus.items())
-    formats = Counter({w.format: 0 for w in plan.weights})
-    for weight in plan.weights:
-        formats[weight.format] += weight.bytes
-    for part in plan.experts:
-        formats[part.format] += part.bytes * part.count
-    shards = f"{len(plan.checkpoint.shards)} shards" if plan.checkpoint.shards else "config alone"
-    return [
-        ("Model", f"{model.architecture}, {model.layers} layers, hidden {model.hidden}"),
-        ("Experts", f"{model.experts} a layer, {model.top_k} a token" if model.experts else "none"),
-        (
-            "Parameters",
-            f"{number(model.parameters / 1e9)} B,"
-            f" {number(model.active_parameters / 1e9)} B active a token",
-        ),
-        ("Checkpoint", f"{plan.checkpoint.path}, {shards}"),
-        ("Formats", ", ".join(f"{form} {si(b, 'B')}" for form, b in formats.most_common() if b)),
-        ("Numerics", "exact: no weight is changed"),
-        ("Machine", f"{machine.name}: {machine.cpu}"),
-        (
-            "CPU",
-            f"{machine.cores} cores, {len(machine.nodes)} NUMA node(s),"
-            f" {si(machine.memory_bytes, 'B')}; {plan.isa} kernels, {plan.threads} threads",
-        ),
-        ("GPU", devices or "none"),
-        (
-            "Limits",
-            f"context {limits.max_context} of {model.context}, chunks of {limits.max_chunk},"
-            f" decode batch {limits.max_batch}",
-        ),
-        ("Switch-over", "; ".join(_switches(plan)) or "none: one way to prefill, one to decode"),
-        ("Made by", f"hmc {plan.hmc_version}, plan schema {plan.schema_version}"),
-    ]
-
-
-def _switches(plan: Plan) -> Iterator[str]:
-    """`prefill.host, prefill.stream from 3264 prompt tokens on`, one for each kind."""
-    for kind, unit in (("prefill", "prompt tokens"), ("decode", "sequences")):
-        mine = sorted((s for s in plan.switches if s.kind == kind), key=lambda s: s.tokens)
-        parts = [f"{s.phase} from {s.tokens} {unit} on" if s.tokens > 1 else s.phase for s in mine]
-        if parts:
-            yield ", ".join(parts)
 
 
 def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:

@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import decode_phase, prefill_phase
@@ -19,52 +20,49 @@ from hmc.predict.timeline import host_prefill
 from hmc.report.timeline import family_of
 from hmc.report.words import Tick, number, si
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 440, 92, 16, 12, 48
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1200, 440, 92, 1184, 12, 392
+"""The drawing, and the edges of what lies between its axes."""
 _LABEL_WIDTH, _LABEL_HEIGHT, _LEAST = 6.8, 14, 0.02
 
 
 @dataclass
-class Dot:
+class Point:
     """One op of a phase on a resource, with weights of one format ("": without weights); `share` of
-    the phase's busy time on that resource."""
+    the phase's busy time on that resource. And its mark: where it is, and what it says."""
 
     phase: Phase
     resource: str
     op: str
     form: str
+    decode: bool
     bytes: float = 0.0
     flops: float = 0.0
     seconds: float = 0.0
     share: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+    speed: str = "not known"
+    title: str = ""
+
+    @property
+    def name(self) -> str:
+        """Op and format."""
+        return f"{self.op} {self.form}".strip()
 
     @property
     def intensity(self) -> float:
         """FLOPs a byte."""
         return self.flops / self.bytes
 
+    @property
+    def radius(self) -> float:
+        """Its area grows with its share."""
+        return 4 + 9 * math.sqrt(self.share)
 
-@dataclass(frozen=True)
-class Point:
-    """The mark of a dot."""
-
-    x: float
-    y: float
-    radius: float
-    family: int
-    decode: bool
-    title: str
-    name: str
-    speed: str
-    dot: Dot
-
-
-@dataclass(frozen=True)
-class Roof:
-    """A limit: the slanted part is memory, the flat part arithmetic."""
-
-    path: str
-    label: str
-    device: int
+    @property
+    def family(self) -> int:
+        """Its colour."""
+        return family_of(self.op)
 
 
 @dataclass(frozen=True)
@@ -79,47 +77,49 @@ class Label:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The chart; `timed` says whether the vertical axis is FLOP/s."""
+    """The chart; `timed` says whether the vertical axis is FLOP/s. A roof is a limit as (path,
+    label): the slanted part is memory, the flat part arithmetic."""
 
-    width: float
-    height: float
-    left: float
-    right: float
-    top: float
-    bottom: float
     timed: bool
     points: tuple[Point, ...]
     labels: tuple[Label, ...]
-    roofs: tuple[Roof, ...]
+    roofs: tuple[tuple[str, str], ...]
     columns: tuple[Tick, ...]
     rows: tuple[Tick, ...]
+    width: ClassVar[int] = WIDTH
+    height: ClassVar[int] = HEIGHT
+    left: ClassVar[int] = LEFT
+    right: ClassVar[int] = RIGHT
+    top: ClassVar[int] = TOP
+    bottom: ClassVar[int] = BOTTOM
 
 
 def roofline(plan: Plan, model: CostModel | None, context: int, prompt: int) -> Roofline:
     """Decode of one sequence behind `context` tokens, and prefill of `prompt` tokens."""
     decode = plan.phase(decode_phase(plan, 1))
     prefill = plan.phase(prefill_phase(plan, prompt))
-    dots: list[Dot] = []
     last = host_prefill(prefill, prompt)[-1] if model else Call(min(prompt, prefill.max_tokens))
-    for phase, call in ((decode, Call(1, context)), (prefill, last)):
-        dots += _dots(plan, phase, call, model)
+    points = _points(plan, decode, Call(1, context), model, decode=True)
+    points += _points(plan, prefill, last, model, decode=False)
     limits = list(_limits(plan, model)) if model else []
-    xs = [dot.intensity for dot in dots] + [peak / memory for _, memory, peak in limits]
-    ys = [_height(dot, model) for dot in dots] + [peak for _, _, peak in limits]
-    across = _Log(xs, LEFT, WIDTH - RIGHT)
-    up = _Log(ys, HEIGHT - BOTTOM, TOP)
-    points = [_point(dot, across, up, model, decode) for dot in dots]
+    heights = [point.flops / point.seconds if model else point.flops for point in points]
+    xs = [point.intensity for point in points] + [peak / memory for _, memory, peak in limits]
+    across = _Log(xs, LEFT, RIGHT)
+    up = _Log(heights + [peak for _, _, peak in limits], BOTTOM, TOP)
+    for point, height in zip(points, heights, strict=True):
+        point.x, point.y = across(point.intensity), up(height)
+        if model:
+            point.speed = si(height, "FLOP/s")
+        point.title = (
+            f"{point.name} on {point.resource} in {point.phase.name}: {si(point.flops, 'FLOP')},"
+            f" {si(point.bytes, 'B')}, {point.intensity:.3g} FLOP/B, {point.share:.0%} of the"
+            f" {'time' if model else 'weight bytes'}"
+        )
     return Roofline(
-        WIDTH,
-        HEIGHT,
-        LEFT,
-        WIDTH - RIGHT,
-        TOP,
-        HEIGHT - BOTTOM,
         model is not None,
         tuple(sorted(points, key=lambda point: -point.radius)),
         tuple(_labels(points)),
-        tuple(_roof(*limit, across, up, index) for index, limit in enumerate(limits)),
+        tuple(_roof(*limit, across, up) for limit in limits),
         tuple(Tick(across(each), number(each)) for each in across.decades),
         tuple(Tick(up(each), si(each, "FLOP/s" if model else "FLOP")) for each in up.decades),
     )
@@ -147,11 +147,13 @@ class _Log:
         return 10.0**self._low, 10.0**self._high
 
 
-def _dots(plan: Plan, phase: Phase, call: Call, model: CostModel | None) -> list[Dot]:
+def _points(
+    plan: Plan, phase: Phase, call: Call, model: CostModel | None, *, decode: bool
+) -> list[Point]:
     """Without a cost model weights alone, read once a call: their bytes stand for the time."""
     forms = {weight.name: weight.format for weight in plan.weights}
     forms |= {f"layer:{experts.layer}": experts.format for experts in plan.experts}
-    dots: dict[tuple[str, str, str], Dot] = {}
+    points: dict[tuple[str, str, str], Point] = {}
     busy: dict[str, float] = defaultdict(float)
     for step in phase.steps:
         flops, moved = float(step.flops * call.tokens), float(step.weight_bytes)
@@ -163,13 +165,13 @@ def _dots(plan: Plan, phase: Phase, call: Call, model: CostModel | None) -> list
         busy[step.resource] += seconds
         if flops and moved and step.resource.startswith(("cpu", "gpu")):
             key = step.resource, step.op, next((forms[n] for n in step.weights.values()), "")
-            found = dots.setdefault(key, Dot(phase, *key))
+            found = points.setdefault(key, Point(phase, *key, decode))
             found.flops += flops
             found.bytes += moved
             found.seconds += seconds
-    for dot in dots.values():
-        dot.share = dot.seconds / busy[dot.resource]
-    return list(dots.values())
+    for point in points.values():
+        point.share = point.seconds / busy[point.resource]
+    return list(points.values())
 
 
 def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
@@ -185,44 +187,13 @@ def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
             return  # further GPUs of a machine are alike
 
 
-def _height(dot: Dot, model: CostModel | None) -> float:
-    return dot.flops / dot.seconds if model else dot.flops
-
-
-def _point(dot: Dot, across: _Log, up: _Log, model: CostModel | None, decode: Phase) -> Point:
-    height = _height(dot, model)
-    name = f"{dot.op} {dot.form}".strip()
-    speed = si(height, "FLOP/s") if model else "not known"
-    of = "time" if model else "weight bytes"
-    title = (
-        f"{name} on {dot.resource} in {dot.phase.name}: {si(dot.flops, 'FLOP')},"
-        f" {si(dot.bytes, 'B')}, {dot.intensity:.3g} FLOP/B, {dot.share:.0%} of the {of}"
-    )
-    return Point(
-        across(dot.intensity),
-        up(height),
-        4 + 9 * math.sqrt(dot.share),
-        family_of(dot.op),
-        dot.phase is decode,
-        title,
-        name,
-        speed,
-        dot,
-    )
-
-
 def _labels(points: Sequence[Point]) -> Iterator[Label]:
     """Names of the points that take longest, beside, above or below them: the first place that
     covers no other label and no mark; a name that finds none is left to the table."""
-    taken = [
-        (p.x - p.radius, p.y - p.radius, p.x + p.radius, p.y + p.radius)
-        for p in points
-        if p.dot.share >= _LEAST
-    ]
-    for point in sorted(points, key=lambda each: -each.dot.share):
-        if point.dot.share < _LEAST:
-            return
-        text = f"{point.name}, {point.dot.share:.0%}"
+    large = sorted((p for p in points if p.share >= _LEAST), key=lambda each: -each.share)
+    taken = [(p.x - p.radius, p.y - p.radius, p.x + p.radius, p.y + p.radius) for p in large]
+    for point in large:
+        text = f"{point.name}, {point.share:.0%}"
         width, off = _LABEL_WIDTH * len(text), point.radius + 5
         spots = [
             (side, down)
@@ -234,8 +205,8 @@ def _labels(points: Sequence[Point]) -> Iterator[Label]:
             left = x if anchor == "start" else x - width
             y = point.y + down + 4
             box = (left, y - _LABEL_HEIGHT + 3, left + width, y + 3)
-            inside = box[0] >= LEFT and box[2] <= WIDTH - RIGHT and box[1] >= TOP
-            if inside and box[3] < HEIGHT - BOTTOM and not any(_cross(box, b) for b in taken):
+            inside = box[0] >= LEFT and box[2] <= RIGHT and box[1] >= TOP
+            if inside and box[3] < BOTTOM and not any(_cross(box, b) for b in taken):
                 taken.append(box)
                 yield Label(x, y, text, anchor)
                 break
@@ -245,14 +216,11 @@ def _cross(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _roof(name: str, memory: float, peak: float, across: _Log, up: _Log, index: int) -> Roof:
+def _roof(name: str, memory: float, peak: float, across: _Log, up: _Log) -> tuple[str, str]:
     low, high = across.ends
-    floor = up.ends[0]
-    start = max(low, floor / memory)
-    ridge = peak / memory
+    start = max(low, up.ends[0] / memory)
     path = (
-        f"M{across(start):.1f} {up(start * memory):.1f} L{across(ridge):.1f} {up(peak):.1f}"
+        f"M{across(start):.1f} {up(start * memory):.1f} L{across(peak / memory):.1f} {up(peak):.1f}"
         f" L{across(high):.1f} {up(peak):.1f}"
     )
-    label = f"{name}: {si(memory, 'B/s')}, {si(peak, 'FLOP/s')}"
-    return Roof(path, label, index)
+    return path, f"{name}: {si(memory, 'B/s')}, {si(peak, 'FLOP/s')}"

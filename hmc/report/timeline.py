@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import ClassVar, get_args
 
 from hmc.ops import OPS
 from hmc.ops.row import Family
@@ -55,11 +55,11 @@ class Lane:
 class Chart:
     """Bars on lanes over a time axis."""
 
-    width: float
     height: float
     lanes: tuple[Lane, ...]
     bars: tuple[Bar, ...]
     marks: tuple[Tick, ...]
+    width: ClassVar[int] = WIDTH
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _chart(timeline: Timeline, first: float, last: float, *, melt: bool) -> Char
             )
     ticks = _ticks(last - first)
     marks = tuple(Tick(LEFT + each * scale, si(each, "s")) for each in ticks)
-    return Chart(WIDTH, TOP + len(lanes) * (LANE + GAP) + AXIS, lanes, tuple(bars), marks)
+    return Chart(TOP + len(lanes) * (LANE + GAP) + AXIS, lanes, tuple(bars), marks)
 
 
 def _melted(positions: Iterable[int], timeline: Timeline, scale: float) -> list[list[int]]:

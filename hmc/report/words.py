@@ -31,6 +31,14 @@ def si(value: float, unit: str) -> str:
     return f"{number(scaled)} {_SMALL[index]}{unit}"
 
 
+def count(number: float) -> str:
+    """A count in the unit that reads best: 671.03 B, 7.66 M."""
+    for unit, scale in (("B", 1e9), ("M", 1e6)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:.0f}"
+
+
 def number(value: float) -> str:
     """A number of three digits, whole where it is larger, with thin spaces between thousands."""
     whole = len(str(int(abs(value))))
