@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from hmc.errors import HmcError
 from hmc.serve import prepare
-from hmc.serve.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, bad_request, of_error, of_validation
 from hmc.serve.generate import Generations
 from hmc.serve.live import live, plan_facts, step_times
@@ -36,7 +36,7 @@ _POLICY = (
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
-Form = TypeVar("Form", bound=Body)
+Form = TypeVar("Form", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 
 
 def application(service: Service, failed: Callable[[], None]) -> Starlette:
@@ -53,9 +53,10 @@ def application(service: Service, failed: Callable[[], None]) -> Starlette:
         finally:
             await asyncio.to_thread(service.close)
 
+    facts = plan_facts(service.plan, service.settings.name)
     table: list[tuple[str, str, Handler]] = [
         ("/", "GET", routes.page),
-        ("/v1/models", "GET", routes.models),
+        ("/v1/models", "GET", _telling(lambda: {"object": "list", "data": [routes.described()]})),
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/v1/chat/completions", "POST", routes.chat),
         ("/v1/completions", "POST", routes.completions),
@@ -63,10 +64,10 @@ def application(service: Service, failed: Callable[[], None]) -> Starlette:
         ("/detokenize", "POST", routes.detokenize),
         ("/health", "GET", routes.health),
         ("/metrics", "GET", routes.metrics),
-        ("/version", "GET", routes.version),
-        ("/live", "GET", routes.live),
-        ("/live/plan", "GET", routes.facts),
-        ("/live/steps", "GET", routes.steps),
+        ("/version", "GET", _telling(lambda: {"version": VERSION})),
+        ("/live", "GET", _telling(lambda: live(service))),
+        ("/live/plan", "GET", _telling(lambda: facts)),
+        ("/live/steps", "GET", _telling(lambda: step_times(service))),
     ]
     return Starlette(
         routes=[
@@ -78,12 +79,20 @@ def application(service: Service, failed: Callable[[], None]) -> Starlette:
     )
 
 
+def _telling(make: Callable[[], dict[str, Any]]) -> Handler:
+    """A handler that answers with what `make` gives."""
+
+    async def handler(_: Request) -> Response:
+        return JSONResponse(make())
+
+    return handler
+
+
 class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._metrics = Metrics(service)
         self._generations = Generations(service, self._metrics)
-        self._facts = plan_facts(service.plan, service.settings.name)
         key = service.settings.api_key
         self._key = None if key is None else f"Bearer {key}".encode()
 
@@ -112,26 +121,20 @@ class _Routes:
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(_PAGE.read_bytes(), media_type="text/html", headers=headers)
 
-    async def models(self, _: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model()]})
-
     async def model(self, request: Request) -> Response:
         self._check_model(request.path_params["name"])
-        return JSONResponse(self._model())
+        return JSONResponse(self.described())
 
     async def completions(self, request: Request) -> Response:
-        body = await self._body(request, CompletionBody)
-        self._check_model(body.model)
-        return await self._generations.completions(request, body)
+        return await self._generations.completions(
+            request, await self._body(request, CompletionBody)
+        )
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatBody)
-        self._check_model(body.model)
-        return await self._generations.chat(request, body)
+        return await self._generations.chat(request, await self._body(request, ChatBody))
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, TokenizeBody)
-        self._check_model(body.model)
         text = self._text()
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give prompt or messages")
@@ -144,7 +147,6 @@ class _Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = await self._body(request, DetokenizeBody)
-        self._check_model(body.model)
         text = self._text()
         vocab = self._service.plan.model.vocab
         if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
@@ -165,20 +167,8 @@ class _Routes:
     async def metrics(self, _: Request) -> Response:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def version(self, _: Request) -> Response:
-        return JSONResponse({"version": VERSION})
-
-    async def live(self, _: Request) -> Response:
-        return JSONResponse(live(self._service))
-
-    async def steps(self, _: Request) -> Response:
-        return JSONResponse(step_times(self._service))
-
-    async def facts(self, _: Request) -> Response:
-        return JSONResponse(self._facts)
-
     async def _body(self, request: Request, form: type[Form]) -> Form:
-        """The body, read no further than the limit."""
+        """The body, read no further than the limit, of a request for the model served here."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "the body must be sent with Content-Type: application/json")
@@ -194,7 +184,9 @@ class _Routes:
                     headers={"Connection": "close"},
                 )
             parts.append(part)
-        return form.model_validate_json(b"".join(parts))
+        body = form.model_validate_json(b"".join(parts))
+        self._check_model(body.model)
+        return body
 
     def _check_key(self, request: Request) -> None:
         if self._key is None:
@@ -220,7 +212,8 @@ class _Routes:
                 code="model_not_found",
             )
 
-    def _model(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """The model as OpenAI lists one."""
         return {
             "id": self._service.settings.name,
             "object": "model",

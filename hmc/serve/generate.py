@@ -89,7 +89,8 @@ class Generation:
                 if times is not None and times.new_tokens and update.finish_reason != "cancelled":
                     self._metrics.observe(times)
                     self._service.ttft.append(times.ttft_s)
-                if update.finish_reason is not None and index % self._each == 0:
+                whole = index % self.prepared.choices_per_prompt == 0  # of each prompt one
+                if update.finish_reason is not None and whole:
                     self._cached += update.cached_tokens
                 yield index, update, *choice.take(update)
         finally:
@@ -100,14 +101,23 @@ class Generation:
         new = sum(len(choice.tokens) for choice in self.choices)
         return usage(self.prepared.prompt_tokens, new, self._cached)
 
-    @property
-    def _each(self) -> int:
-        return self.prepared.choices_per_prompt
+
+@dataclass(frozen=True)
+class _News:
+    """What has come of a choice, by its number, since the last: `first` when nothing was said of it
+    before.
+    """
+
+    index: int
+    first: bool
+    text: str
+    calls: Sequence[Call]
+    logprobs: Sequence[TokenLogprob]
+    tokens: Sequence[int]
 
 
-Said = Callable[[int, bool, str, Sequence[Call], Sequence[TokenLogprob]], dict[str, Any]]
-"""What an answer says of a choice, by its number: whether nothing was said of it before, the text,
-calls and log-probabilities that have come since the last."""
+Said = Callable[[_News], dict[str, Any]]
+"""What an answer says of a choice."""
 
 
 class Generations:
@@ -159,14 +169,8 @@ class Generations:
             async for _ in generation.updates():
                 pass
         parts = [
-            _part(
-                body,
-                index,
-                choice,
-                said(index, True, choice.text, choice.calls, choice.logprobs),
-                choice.tokens,
-            )
-            for index, choice in enumerate(generation.choices)
+            _part(generation, body, said, _News(i, True, c.text, c.calls, c.logprobs, c.tokens))
+            for i, c in enumerate(generation.choices)
         ]
         return JSONResponse(head.part(parts, usage=generation.usage()))
 
@@ -190,8 +194,8 @@ async def _chunks(
             choice = generation.choices[index]
             first, choice.begun = not choice.begun, True
             if first or text or calls or choice.reason is not None or wants_all:
-                found = said(index, first, text, calls, update.logprobs)
-                yield head.part([_part(body, index, choice, found, update.token_ids)])
+                news = _News(index, first, text, calls, update.logprobs, update.token_ids)
+                yield head.part([_part(generation, body, said, news)])
     except HmcError as error:
         yield of_error(error).body()
         return
@@ -202,27 +206,19 @@ async def _chunks(
     yield "[DONE]"
 
 
-def _part(
-    body: AnyBody, index: int, choice: _Choice, found: dict[str, Any], tokens: Sequence[int]
-) -> dict[str, Any]:
-    part = {"index": index, **found, "finish_reason": choice.reason}
-    return part | {"token_ids": list(tokens)} if body.return_token_ids else part
+def _part(generation: Generation, body: AnyBody, said: Said, news: _News) -> dict[str, Any]:
+    reason = generation.choices[news.index].reason
+    part = {"index": news.index, **said(news), "finish_reason": reason}
+    return part | {"token_ids": list(news.tokens)} if body.return_token_ids else part
 
 
-def _completion(
-    generation: Generation,
-    body: CompletionBody,
-    index: int,
-    first: bool,
-    text: str,
-    calls: Sequence[Call],
-    scored: Sequence[TokenLogprob],
-) -> dict[str, Any]:
-    choice, entries = generation.choices[index], list[TokenLogprob | int](scored)
-    if first and body.echo:
+def _completion(generation: Generation, body: CompletionBody, news: _News) -> dict[str, Any]:
+    choice = generation.choices[news.index]
+    text, entries = news.text, list[TokenLogprob | int](news.logprobs)
+    if news.first and body.echo:
         text = choice.text
         if choice.scored is not None:  # the first token has no log-probability
-            given = int(generation.prepared.requests[index].ids[0])
+            given = int(generation.prepared.requests[news.index].ids[0])
             entries = [given, *choice.scored, *entries]
     logprobs = None
     if body.logprobs is not None:
@@ -230,22 +226,15 @@ def _completion(
     return {"text": text, "logprobs": logprobs}
 
 
-def _chat(
-    generation: Generation,
-    body: ChatBody,
-    index: int,
-    first: bool,
-    text: str,
-    calls: Sequence[Call],
-    scored: Sequence[TokenLogprob],
-) -> dict[str, Any]:
-    logprobs = generation.names.chat(scored) if body.logprobs else None
+def _chat(generation: Generation, body: ChatBody, news: _News) -> dict[str, Any]:
+    text, calls = news.text, news.calls
+    logprobs = generation.names.chat(news.logprobs) if body.logprobs else None
     if body.stream:
-        delta: dict[str, Any] = {"role": "assistant"} if first else {}
-        if first or text:
+        delta: dict[str, Any] = {"role": "assistant"} if news.first else {}
+        if news.first or text:
             delta["content"] = text
         if calls:
-            before = len(generation.choices[index].calls) - len(calls)
+            before = len(generation.choices[news.index].calls) - len(calls)
             delta["tool_calls"] = tool_calls(calls, before, indexed=True)
         return {"delta": delta, "logprobs": logprobs}
     message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}

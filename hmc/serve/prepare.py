@@ -51,9 +51,7 @@ def completions(service: Service, body: CompletionBody) -> Prepared:
     """The requests of a completion; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
     prompts = _prompts(engine.text, body.prompt)
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options needs stream", "stream_options")
-    _queued(service, len(prompts) * body.n, "prompt")
+    _check(service, body, len(prompts) * body.n, "prompt")
     if body.max_tokens == 0 and not body.echo:
         raise bad_request("max_tokens: 0 is for scoring a prompt, with echo", "max_tokens")
     requests = []
@@ -70,13 +68,11 @@ def completions(service: Service, body: CompletionBody) -> Prepared:
 def chat(service: Service, body: ChatBody) -> Prepared:
     """The requests of a chat; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options needs stream", "stream_options")
     if body.max_tokens is not None and body.max_completion_tokens is not None:
         raise bad_request("give max_tokens or max_completion_tokens, not both", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
-    _queued(service, body.n, "n")
+    _check(service, body, body.n, "n")
     offered, chosen = _offered(body)
     text = _text(engine)
     form = service.form() if offered else None
@@ -116,12 +112,9 @@ def messages(service: Service, given: Sequence[Message]) -> list[dict[str, Any]]
             raise bad_request(f"messages: a message of the {message.role} without content")
         if isinstance(content, list):
             content = "".join(part.text for part in content)
-        role = "system" if message.role == "developer" else message.role
-        entry: dict[str, Any] = {"role": role, "content": content or ""}
-        if message.name is not None:
-            entry["name"] = message.name
-        if message.tool_call_id is not None:
-            entry["tool_call_id"] = message.tool_call_id
+        entry = message.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
+        entry["role"] = "system" if message.role == "developer" else message.role
+        entry["content"] = content or ""
         if message.tool_calls:
             entry["tool_calls"] = [_called(service, call) for call in message.tool_calls]
         result.append(entry)
@@ -146,14 +139,11 @@ def _request(
         raise bad_request(f"stop: at most {_MOST_STOPS} stop strings", "stop")
     if stops:
         _text(engine)
-    explicit = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
-        "min_p": body.min_p,
-        "repetition_penalty": body.repetition_penalty,
-        "seed": None if body.seed is None else body.seed + number,
-    }
+    explicit = body.model_dump(
+        include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
+    )
+    if body.seed is not None:
+        explicit["seed"] = body.seed + number
     params = SamplingParams.resolve(explicit, engine.text.generation_config if engine.text else {})
     eos = () if body.ignore_eos else engine.eos_token_ids
     return Request(
@@ -200,8 +190,10 @@ def _fits(engine: Engine, prompt: Sequence[int], asked: int | None) -> int:
     return asked
 
 
-def _queued(service: Service, choices: int, field: str) -> None:
-    """Refuse for good what even an empty queue could not take."""
+def _check(service: Service, body: Sampling, choices: int, field: str) -> None:
+    """Refuse for good what even an empty queue could not take, and options of no stream."""
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream", "stream_options")
     most = service.settings.max_queue
     if choices > most:
         raise bad_request(
@@ -215,20 +207,17 @@ def _offered(body: ChatBody) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     """The tools offered, and those of which one has to be called."""
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
     choice = body.tool_choice
-    if choice is None or choice in ("none", "auto"):
-        if choice == "auto" and not tools:
-            raise bad_request("tool_choice needs tools", "tool_choice")
-        return ([] if choice == "none" else tools), []
-    if isinstance(choice, NamedChoice):
-        chosen = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
-        if not chosen:
-            raise bad_request(
-                f"tool_choice: no tool is named {choice.function.name!r}", "tool_choice"
-            )
-        return tools, chosen
-    if not tools:
+    if choice in ("auto", "required") and not tools:
         raise bad_request("tool_choice needs tools", "tool_choice")
-    return tools, tools
+    if choice == "none":
+        return [], []
+    if isinstance(choice, NamedChoice):
+        name = choice.function.name
+        chosen = [tool for tool in tools if tool["function"]["name"] == name]
+        if not chosen:
+            raise bad_request(f"tool_choice: no tool is named {name!r}", "tool_choice")
+        return tools, chosen
+    return tools, tools if choice == "required" else []
 
 
 def _format(service: Service, body: ChatBody) -> str | None:
