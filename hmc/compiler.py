@@ -17,8 +17,8 @@ from hmc.checkpoint import Checkpoint
 from hmc.codegen.isa import best_isa
 from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
-from hmc.machine import Machine
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Machine
 from hmc.passes import GRAPH, PLAN
 from hmc.passes.emit.emit import emit
 from hmc.passes.graph.trace import trace

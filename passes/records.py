@@ -15,7 +15,7 @@ import torch.fx
 
 from hmc.checkpoint import Checkpoint, WeightSource
 from hmc.graph import NodeMeta, WeightSpec
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Decision, KVLayout, Limits, ModelInfo, Plan
 
 BLOCK = 64

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from hmc.compiler import compile as compile_plan
-from hmc.machine import Machine, Rate
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Machine, Rate
 from hmc.plan import Phase, Plan, Step
 
 ONE, TWO = "epyc9355-rtx5090", "epyc9355-rtx5090x2"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hmc.machine import Machine, NumaNode
+from hmc.machine.model import Machine, NumaNode
 
 MACHINE = Machine(
     name="test",

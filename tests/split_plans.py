@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hmc.compiler import compile as compile_plan
-from hmc.machine import Machine, Rate
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Machine, Rate
 from hmc.passes.place.budget import divide
 from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan, Switch

@@ -20,7 +20,7 @@ from hmc.compiler import compile as compile_plan
 from hmc.errors import PlanError
 from hmc.machine.detect import detect, load_machine
 from hmc.machine.topology import this_machine
-from hmc.predict import simulate
+from hmc.predict.run import simulate
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "qwen3-30b-a3b-fp8"
 TINY = Effort(passes=2, weights=1, stream=1, tokens=(1, 3), every=24, device_bytes=1 << 16)

@@ -22,10 +22,10 @@ from hmc.plan.diff import diff
 from hmc.plan.verify import verify_plan
 from hmc.predict import measured as store
 from hmc.ranges import expert_ranges
-from hmc.tune import apply, parse_pin, parse_setting, place, search
 from hmc.tune.measure import Runner
-from hmc.tune.settings import Setting, current
-from hmc.tune.trials import candidates, won
+from hmc.tune.pins import parse_pin, place
+from hmc.tune.settings import Setting, apply, current, parse_setting
+from hmc.tune.trials import candidates, search, won
 
 CONFIG = Path(__file__).parent.parent / "examples" / "configs" / "deepseek-v3"
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from hmc.compiler import compile as compile_plan
-from hmc.machine import Machine
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Machine
 from hmc.plan import Plan
 from hmc.plan.phases import DUAL, STREAM
 from hmc.predict.cost import Call, CostModel, gemv_rate

@@ -17,7 +17,7 @@ from hmc.bench.compare import Report, silent
 from hmc.bench.model import ModelBench, total_bytes
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Plan
 from hmc.predict.compared import Figure, Predictor
 from hmc.runtime.executor import Executor

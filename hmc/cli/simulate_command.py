@@ -13,7 +13,8 @@ from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan
 
 if TYPE_CHECKING:
-    from hmc.predict import Beside, Prediction, Run
+    from hmc.predict.beside import Beside
+    from hmc.predict.run import Prediction, Run
 
 
 @click.command("simulate")
@@ -79,7 +80,9 @@ def command(
         raise UsageError("--batch and --concurrency say the same: give one of them")
     sequences = batch or concurrency or 1
     from hmc.machine.detect import load_machine
-    from hmc.predict import beside, parse_goals, simulate
+    from hmc.predict.beside import beside
+    from hmc.predict.goals import parse_goals
+    from hmc.predict.run import simulate
 
     if Path(target).is_dir() or Path(target).name == "config.json":
         from hmc.compiler import compile as compile_plan

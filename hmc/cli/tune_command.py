@@ -14,7 +14,7 @@ from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan, save_plan
 
 if TYPE_CHECKING:
-    from hmc.tune import Found
+    from hmc.tune.trials import Found
 
 
 @click.command("tune")
@@ -73,9 +73,10 @@ def command(
     """
     plan = load_plan(plan_path)
     from hmc.predict import measured as store
-    from hmc.tune import apply, parse_pin, parse_setting, place, search
     from hmc.tune.measure import Runner
-    from hmc.tune.settings import current, decided
+    from hmc.tune.pins import parse_pin, place
+    from hmc.tune.settings import apply, current, decided, parse_setting
+    from hmc.tune.trials import search
 
     before, source = len(plan.decisions), checkpoint or ""
     if pins:

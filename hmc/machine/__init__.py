@@ -5,27 +5,3 @@ detect.py    this machine, or one of a file
 topology.py  cores, siblings and NUMA nodes of the process's CPUs
 here.py      the saved rates of this machine
 """
-
-from hmc.machine.model import (
-    CpuRates,
-    Frozen,
-    GemvRate,
-    Gpu,
-    GpuRates,
-    Machine,
-    NumaNode,
-    Rate,
-    RateKind,
-)
-
-__all__ = [
-    "CpuRates",
-    "Frozen",
-    "GemvRate",
-    "Gpu",
-    "GpuRates",
-    "Machine",
-    "NumaNode",
-    "Rate",
-    "RateKind",
-]

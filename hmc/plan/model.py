@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from hmc.codegen.spec import KernelSpec
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan.base import Count, DType, Frozen
 from hmc.plan.options import Options
 from hmc.plan.states import KVLayout

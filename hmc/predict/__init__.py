@@ -4,18 +4,3 @@ resource does meanwhile, and whether goals are met.
 The plan's own steps run over its resources (`hmc.predict.timeline`) with the durations of the cost
 model (`hmc.predict.cost`); nothing here knows a schedule, a model or a machine by name.
 """
-
-from hmc.predict.beside import Beside, beside
-from hmc.predict.goals import parse_goals
-from hmc.predict.run import Prediction, Run, Verdict, simulate, verdicts
-
-__all__ = [
-    "Beside",
-    "Prediction",
-    "Run",
-    "Verdict",
-    "beside",
-    "parse_goals",
-    "simulate",
-    "verdicts",
-]

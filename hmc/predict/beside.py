@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmc.errors import ContextLengthError, UsageError
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Phase, Plan, Step
 from hmc.plan.phases import BESIDE, decode_phase
 from hmc.predict.cost import COPY_PIECE, TRANSFERS, Call, Cost, CostModel, gemv_rate

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Plan
 from hmc.plan.phases import decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from hmc.errors import MachineError
 from hmc.formats import format_of
-from hmc.machine import CpuRates, GpuRates, Machine, Rate
+from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmc.machine import Machine, Rate
+from hmc.machine.model import Machine, Rate
 from hmc.plan import Plan
 from hmc.plan.phases import PREFILL, chunk_tokens, decode_phase
 from hmc.predict.cost import Call, CostModel

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hmc.errors import CapacityError
-from hmc.machine import CpuRates, GpuRates, Machine
+from hmc.machine.model import CpuRates, GpuRates, Machine
 from hmc.plan import Plan
 from hmc.predict.cost import TRANSFERS, CostModel
 from hmc.predict.run import Run, run_decode, run_prefill, verdicts

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import networkx
 
 from hmc.errors import ContextLengthError, UsageError
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import decode_calls, decode_phase, prefill_phase
 from hmc.predict.cost import Call, CostModel

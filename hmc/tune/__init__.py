@@ -7,19 +7,3 @@ as a decision "by tune" with what was measured.
     measure.py   a plan in memory: greedy output, tokens a second, two plans taking turns
     trials.py    one change after the other, kept only when measured better
 """
-
-from hmc.tune.pins import Pin, parse_pin, place
-from hmc.tune.settings import Setting, apply, parse_setting
-from hmc.tune.trials import Found, Trial, search
-
-__all__ = [
-    "Found",
-    "Pin",
-    "Setting",
-    "Trial",
-    "apply",
-    "parse_pin",
-    "parse_setting",
-    "place",
-    "search",
-]

@@ -20,7 +20,7 @@ from typing import Literal, Unpack
 
 from hmc.closing import Closing
 from hmc.errors import MachineError, UsageError
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.machine.topology import Topology, this_machine
 from hmc.plan import Plan
 from hmc.plan.phases import in_own_process, prefill_phase

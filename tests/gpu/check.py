@@ -33,8 +33,8 @@ from hmc.bench.probe import probe
 from hmc.bench.probe.gpu import Device, gpu_rates, probe_gpus
 from hmc.errors import HmcError, MachineError
 from hmc.files import write_beside
-from hmc.machine import Gpu, Machine
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Gpu, Machine
 
 TOTAL_SECONDS = 540.0
 """No section begins anything after this."""

@@ -21,8 +21,8 @@ from hmc.checkpoint import load_config
 from hmc.compiler import compile as compile_plan
 from hmc.errors import UsageError
 from hmc.graph import WeightSpec
-from hmc.machine import Machine
 from hmc.machine.detect import available_bytes
+from hmc.machine.model import Machine
 
 QWEN, MIXTRAL, DEEPSEEK = "qwen3-30b-a3b", "mixtral-8x7b", "deepseek-v3"
 FAMILIES = (QWEN, MIXTRAL, DEEPSEEK)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError
-from hmc.machine import Machine, Rate
+from hmc.machine.model import Machine, Rate
 from hmc.plan import Phase, Plan
 from hmc.plan.phases import STREAM
 from hmc.ranges import expert_ranges

@@ -16,7 +16,7 @@ import torch
 from gpu.models import FAMILIES, FORMATS, cut, reduced
 from gpu.plans import Model
 from hmc.bench.probe import QUICK, Effort
-from hmc.machine import Machine
+from hmc.machine.model import Machine
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor
 from hmc.runtime.weights.store import WeightStore

@@ -9,7 +9,7 @@ from hybrid_plans import CONFIGS, ONE, TWO, named, plan_for, waits_of, with_phas
 
 from hmc.compiler import compile as compile_plan
 from hmc.errors import VerifyError
-from hmc.machine import Rate
+from hmc.machine.model import Rate
 from hmc.plan import Plan
 from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, Cost, CostModel

@@ -21,8 +21,8 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.compiler import compile as compile_plan
 from hmc.errors import ExecutionError
-from hmc.machine import Machine
 from hmc.machine.detect import load_machine
+from hmc.machine.model import Machine
 from hmc.passes.place.budget import divide
 from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan

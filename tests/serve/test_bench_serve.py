@@ -17,7 +17,7 @@ from hmc.bench.serve.streams import full_steps, pace
 from hmc.cli import cli
 from hmc.errors import ExecutionError, HmcError, UsageError
 from hmc.plan import Goals
-from hmc.predict import parse_goals
+from hmc.predict.goals import parse_goals
 
 
 def _bench(*arguments: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hmc.errors import MachineError
-from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.machine.model import CpuRates, GemvRate, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.attention import attended, gqa_flops, mla_flops
 from hmc.ops.matmul import chosen_experts, distinct_experts

@@ -9,8 +9,8 @@ from hybrid_plans import ONE, TWO
 
 from hmc.codegen.isa import best_isa
 from hmc.errors import MachineError, UsageError
-from hmc.machine import Machine
 from hmc.machine.detect import load_machine, named_machines
+from hmc.machine.model import Machine
 
 NAMES = ("desktop-rtx4090", ONE, TWO, "laptop", "server-h200")
 

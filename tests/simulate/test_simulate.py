@@ -15,9 +15,9 @@ from hmc.cli import cli
 from hmc.errors import ContextLengthError, HmcError, UsageError
 from hmc.plan import Goals, Phase, Step, Switch, save_plan
 from hmc.plan.phases import PREFILL, STREAM, chunk_tokens, decode_phase, prefill_phase
-from hmc.predict import parse_goals, simulate
 from hmc.predict.cost import Call, Cost, CostModel
-from hmc.predict.run import critical_path, longest_chain, run_decode, run_prefill
+from hmc.predict.goals import parse_goals
+from hmc.predict.run import critical_path, longest_chain, run_decode, run_prefill, simulate
 from hmc.predict.timeline import host_prefill, run, scheduled
 
 

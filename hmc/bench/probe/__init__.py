@@ -23,8 +23,8 @@ from hmc.bench.probe.result import FULL, QUICK, Effort, Measurement
 from hmc.codegen.isa import best_isa
 from hmc.errors import PlanError
 from hmc.files import write_beside
-from hmc.machine import Machine
 from hmc.machine.detect import detect
+from hmc.machine.model import Machine
 from hmc.machine.topology import this_machine
 
 __all__ = ["FORMATS", "FULL", "QUICK", "Effort", "Measurement", "Probe", "probe", "save"]

@@ -21,7 +21,7 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.compiler import compile as compile_plan
 from hmc.formats import format_of
-from hmc.machine import CpuRates, GemvRate, Rate
+from hmc.machine.model import CpuRates, GemvRate, Rate
 from hmc.machine.topology import Node
 from hmc.ops import OPS
 from hmc.ops.attention import attended, gqa_flops

@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hmc.bench.probe.result import Effort, Measurement
-from hmc.machine import Gpu, GpuRates, Rate
+from hmc.machine.model import Gpu, GpuRates, Rate
 
 _LAUNCHES = 500
 _HEADS, _WIDTH = 32, 128

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from hmc.machine import Rate
+from hmc.machine.model import Rate
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hmc.machine.here import how_to, profile_path
 
 if TYPE_CHECKING:
     from hmc.bench.predict import Row
-    from hmc.machine import Machine
+    from hmc.machine.model import Machine
 
 
 @click.command("predict", short_help="Predictions for models of real shapes beside measurements.")

@@ -94,7 +94,7 @@ def serve(
             f"hmc bench serve needs the package {error.name}: pip install 'hmc[serve]'"
         ) from error
     from hmc.bench.serve.load import Lengths
-    from hmc.predict import parse_goals
+    from hmc.predict.goals import parse_goals
 
     if prefill and streams:
         raise UsageError("--prefill and --streams are two measurements: give one of them")
