@@ -29,8 +29,7 @@ from hmc.passes.records import Base, Target
 from hmc.plan import Plan
 from hmc.plan.options import Options
 from hmc.plan.routing_profile import load_profile
-from hmc.predict.feasible import require_goals
-from hmc.predict.goals import parse_goals
+from hmc.predict.goals import parse_goals, require_goals
 
 
 def compile(

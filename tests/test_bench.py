@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from hmc.bench.cases import Case, cases_of
+from hmc.bench.cases import Case, MatrixShape, cases_of
 from hmc.bench.compare import Compared, in_turn
-from hmc.bench.kernels import KernelBench
-from hmc.bench.matrices import Matrices, MatrixShape
+from hmc.bench.kernels import KernelBench, Matrices
 from hmc.bench.model import active_bytes, prefill_flops, total_bytes
 from hmc.cli import main
 from hmc.codegen.isa import best_isa

@@ -19,8 +19,7 @@ from hmc.bench.predict import cut_to_fit
 from hmc.cli import main
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, MachineError
-from hmc.machine.detect import detect
-from hmc.machine.here import machine_here
+from hmc.machine.detect import detect, machine_here
 from hmc.machine.model import CpuRates, GemvRate, Machine, Rate
 from hmc.plan import load_plan, save_plan
 from hmc.predict import measured as store

@@ -26,8 +26,7 @@ from hmc.predict.cost import CostModel
 from hmc.predict.loads import Load, common_loads, predictions
 from hmc.predict.measured import Measured
 from hmc.report.heatmap import LEFT, heat_map
-from hmc.report.ledger import ledger
-from hmc.report.page import render
+from hmc.report.page import ledger, render
 from hmc.report.roofline import roofline
 from hmc.report.timeline import decode_drawing, prefill_drawing
 from hmc.report.words import number, si

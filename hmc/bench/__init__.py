@@ -3,7 +3,7 @@ best, in the same minutes.
 
     compare.py     measured thing and reference take turns; medians of pairwise ratios
     bandwidth.py   the references: the best streaming read of a sweep, register-only multiply-adds
-    matrices.py    weights far beyond the caches, cycled through
-    cases.py       which kernel, format and shape; kernels.py measures them
+    cases.py       which kernel, format and shape
+    kernels.py     measures them, on weights far beyond the caches
     model.py       prefill and decode of a plan
 """

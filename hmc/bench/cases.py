@@ -1,4 +1,5 @@
-"""Cases of `hmc bench kernels`: a kernel, a format and a shape, checked; the row each becomes."""
+"""Cases of `hmc bench kernels`: a kernel, a format and a shape, checked; the row each
+becomes."""
 
 from __future__ import annotations
 
@@ -6,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hmc.bench.compare import Compared
-from hmc.bench.matrices import FORMATS, MatrixShape
 from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import MachineError, UsageError
-from hmc.formats import format_of
+from hmc.formats import FORMATS, Form, format_of, forms, kernel_params
 from hmc.machine.topology import this_machine
+from hmc.runtime.memory.blocks import aligned
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,48 @@ OPS = {
     "gemm": Kind(many=True, routed=False, probed="gemm in prefill"),
     "grouped": Kind(many=True, routed=True, probed="grouped in prefill"),
 }
+
+
+@dataclass(frozen=True)
+class MatrixShape:
+    """Rows x K weights in a format, `group` of which share a scale where it is grouped."""
+
+    format: str
+    rows: int
+    k: int
+    group: int = 0
+
+    def __post_init__(self) -> None:
+        if not format_of(self.format).whole_groups(self.k, self.group):
+            raise UsageError(
+                f"{self.rows}x{self.k}: {self.format} rows must be whole groups of {self.group}"
+                " weights"
+            )
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Stored dtype of each plane: the usual ones."""
+        return tuple(plane.dtypes[0] for plane in format_of(self.format).planes)
+
+    @property
+    def params(self) -> dict[str, int]:
+        """What kernels must know of it besides its format."""
+        return kernel_params(format_of(self.format), self.group, self.dtypes)
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Its planes."""
+        return forms(format_of(self.format), (self.rows, self.k), self.group, self.dtypes)
+
+    @property
+    def bytes(self) -> int:
+        """All that a kernel reads of it."""
+        return sum(form.bytes for form in self.forms)
+
+    @property
+    def stride(self) -> int:
+        """Bytes it takes in memory."""
+        return sum(aligned(form.bytes) for form in self.forms)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.bench.bandwidth import MemoryReference, cache_rate, dot_peak
-from hmc.bench.cases import Case, Row, cut_to_cache
+from hmc.bench.cases import Case, MatrixShape, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, in_turn, silent
-from hmc.bench.matrices import Matrices
 from hmc.closing import Closing
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import Isa
@@ -28,16 +27,62 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
-from hmc.errors import ExecutionError, UsageError
+from hmc.errors import CapacityError, ExecutionError, UsageError
+from hmc.machine.detect import available_bytes
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
-from hmc.runtime.memory.blocks import Block
+from hmc.runtime.memory.blocks import Block, aligned
+from hmc.runtime.weights.fill import fill_dummy
+from hmc.runtime.weights.tensors import TensorGroup
 
 DEFAULT_MEGABYTES = 640
 """Weights of a pass, in 10^6 bytes."""
 
 _PASS_FLOPS = 2e11  # a prefill pass need not go through all of the buffer to be well beyond caches
 _L2_PASS_BYTES = 64 << 20
+
+
+class Matrices(Closing):
+    """`count` sets of matrices of the given `shapes`, random, laid out as the arena lays them, one
+    set after the other in huge pages; many enough that a pass over all of them comes from memory.
+
+    `weights` and `scales` are addresses i64 [count, shapes]; scales are 0 where the format has
+    none. `address` and `size` span them all.
+    """
+
+    def __init__(
+        self, shapes: tuple[MatrixShape, ...], count: int, report: Report = silent
+    ) -> None:
+        self.shapes, self.count = shapes, count
+        stride = sum(shape.stride for shape in shapes)
+        self.set_bytes = sum(shape.bytes for shape in shapes)
+        self.size = stride * count
+        free = available_bytes()
+        if self.size > free:
+            raise CapacityError(
+                f"{count} sets of weights need {self.size / 1e9:.1f} GB,"
+                f" {free / 1e9:.1f} GB of memory are free: lower --megabytes"
+            )
+        self._block = Block(self.size, "weights to measure")
+        self.address = self._block.address
+        self.weights = np.zeros((count, len(shapes)), np.int64)
+        self.scales = np.zeros((count, len(shapes)), np.int64)
+        starts = self.address + stride * np.arange(count, dtype=np.int64)
+        groups: list[TensorGroup] = []
+        places: dict[tuple[str | int, ...], npt.NDArray[np.int64]] = {}
+        nowhere = np.zeros(count, np.int64)
+        for index, shape in enumerate(shapes):
+            for form, column in zip(shape.forms, (self.weights, self.scales), strict=False):
+                column[:, index] = starts
+                key = (form.plane.name, index)
+                groups.append(TensorGroup(key, shape.format, form, nowhere, nowhere, shape.k))
+                places[key] = starts
+                starts = starts + aligned(form.bytes)
+        fill_dummy(groups, places, report)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._block.close()
 
 
 class KernelBench(Closing):
@@ -82,14 +127,11 @@ class KernelBench(Closing):
         rows = []
         for shapes, group in groupby(cases, key=lambda case: case.matrices):
             together = list(group)
-            matrices = Matrices(shapes, self._count(together, megabytes), report)
-            try:
+            with Matrices(shapes, self._count(together, megabytes), report) as matrices:
                 rows += [
                     Row(case, self._compare(case, matrices, repetitions, report))
                     for case in together
                 ]
-            finally:
-                matrices.close()
         return rows
 
     def _count(self, cases: list[Case], megabytes: int) -> int:

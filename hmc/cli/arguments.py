@@ -1,18 +1,23 @@
-"""What commands share on their lines: lists and shapes as click's types, and what a figure needs to
-be repeated.
+"""What commands share on their lines: lists and shapes as click's types, what runs plans and where
+weights are; what a figure needs to be repeated, and what is said of devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hmc.cli.output import size
 from hmc.machine.detect import detect
 from hmc.version import VERSION
+
+if TYPE_CHECKING:
+    from hmc.runtime.executor import Executor
+
 
 Option = Callable[[Any], Any]
 """A decorator of commands."""
@@ -111,3 +116,41 @@ def invocation() -> dict[str, Any]:
         "command": click.get_current_context().obj,
         "hmc_version": VERSION,
     }
+
+
+DEVICES = option(
+    "--devices",
+    type=click.Choice(["auto", "cuda", "host"]),
+    default="auto",
+    help="What runs a plan's GPU steps: this machine's GPUs (auto, cuda), or threads and memory of"
+    " the CPU in their place (host), for tests and debugging.",
+)
+
+GPUS = option(
+    "--gpus",
+    type=int,
+    metavar="N",
+    help="Drive each of the N GPUs that share long prompts by a process of its own; N is the plan's"
+    " [default: one process drives all].",
+)
+
+HOME = option(
+    "--home",
+    type=click.Choice(["mapped", "arena", "shared"]),
+    default="mapped",
+    help="Weights in the page cache, copied to huge pages, or to a memory file that the processes"
+    " of --gpus share.",
+)
+
+
+@contextmanager
+def telling(executor: Executor) -> Iterator[None]:
+    """Say on stderr what is pinned for GPUs and how decode is handed over to them; and once more
+    after the block where that has changed in it, since a GPU refused what was tried.
+    """
+    before = executor.handover
+    for told in filter(None, (executor.pinned, before)):
+        click.echo(f"[{told}]", err=True)
+    yield
+    if executor.handover != before:
+        click.echo(f"[{executor.handover}]", err=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hmc.errors import HmcError, MachineError
-from hmc.machine.here import how_to, machine_here
+from hmc.machine.detect import how_to, machine_here
 from hmc.plan import Plan
 
 if TYPE_CHECKING:

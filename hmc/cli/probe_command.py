@@ -9,7 +9,7 @@ import click
 
 from hmc.cli.arguments import positive
 from hmc.cli.output import JSON, console, print_json, progress, table
-from hmc.machine.here import profile_path
+from hmc.machine.detect import profile_path
 
 if TYPE_CHECKING:
     from hmc.bench.probe import Measurement

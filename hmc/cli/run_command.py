@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS
-from hmc.cli.devices import DEVICES, GPUS, HOME, telling
+from hmc.cli.arguments import (
+    CHECKPOINT,
+    DEVICES,
+    DUMMY_WEIGHTS,
+    GPUS,
+    HOME,
+    RATES,
+    THREADS,
+    telling,
+)
 from hmc.cli.output import JSON, print_json, progress, write_file
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError

@@ -8,10 +8,18 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, THREADS, option, positive
-from hmc.cli.devices import DEVICES, GPUS, HOME
+from hmc.cli.arguments import (
+    CHECKPOINT,
+    DEVICES,
+    DUMMY_WEIGHTS,
+    GPUS,
+    HOME,
+    THREADS,
+    option,
+    positive,
+)
 from hmc.errors import UsageError
-from hmc.machine.here import machine_here
+from hmc.machine.detect import machine_here
 from hmc.plan import load_plan
 
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import CHECKPOINT, REPETITIONS, count, option, output, positive
-from hmc.cli.devices import DEVICES
+from hmc.cli.arguments import CHECKPOINT, DEVICES, REPETITIONS, count, option, output, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan, save_plan

@@ -1,5 +1,5 @@
-"""Reads this machine, or a machine file, into a `Machine`; and what memory is free now. Hides
-/proc, /sys, cgroups.
+"""Reads this machine, or a machine file, into a `Machine`, and finds the rates that are true here;
+and what memory is free now. Hides /proc, /sys, cgroups, and where profiles are.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
+from hmc.env import config_dir
 from hmc.errors import MachineError, UsageError
 from hmc.machine.model import Machine, NumaNode
 from hmc.machine.topology import this_machine
@@ -170,3 +171,41 @@ def _node_bytes(number: int, default: int) -> int:
     except OSError:
         return default
     return next(int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line)
+
+
+def profile_path() -> Path:
+    """The saved profile of this machine; there may be none."""
+    return config_dir() / "machine.json"
+
+
+def machine_here(planned: Machine, name: str | None = None) -> Machine | None:
+    """A machine with CPU rates that are true here: the one named, else `planned` (a plan's), else
+    the saved profile; None where neither has rates, or both are of another machine.
+
+    Raises `UsageError` or `MachineError` for a machine that was named and has no rates.
+    """
+    if name is not None:
+        machine = load_machine(name)
+        if machine.rates is None:
+            raise MachineError(f"--machine {name} declares no rates: `hmc probe` measures them")
+        return machine
+    path = profile_path()
+    if planned.rates is None and not path.exists():
+        return None
+    here = detect()
+    if planned.rates is not None and _same(planned, here):
+        return planned
+    if path.exists():
+        machine = load_machine(str(path))
+        if machine.rates is not None and _same(machine, here):
+            return machine
+    return None
+
+
+def how_to() -> str:
+    """What to do where there is none."""
+    return "no prediction: run `hmc probe` once, when nothing else runs"
+
+
+def _same(machine: Machine, here: Machine) -> bool:
+    return (machine.cpu, machine.cores) == (here.cpu, here.cores)

@@ -20,7 +20,7 @@ from split_plans import DUAL, split_plan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hmc.cli.devices import telling
+from hmc.cli.arguments import telling
 from hmc.errors import ExecutionError, MachineError, UsageError
 from hmc.plan import Operand, Step
 from hmc.runtime.binding.phase import BoundPhase

@@ -12,8 +12,7 @@ from click.testing import CliRunner
 
 from hmc.bench.serve.client import Reply
 from hmc.bench.serve.load import Lengths, Shot, poisson, trace
-from hmc.bench.serve.run import figures, percentiles
-from hmc.bench.serve.streams import full_steps, pace
+from hmc.bench.serve.run import figures, full_steps, pace, percentiles
 from hmc.cli import cli
 from hmc.errors import ExecutionError, HmcError, UsageError
 from hmc.plan import Goals

@@ -12,6 +12,9 @@ import click
 from hmc.cli.arguments import (
     CHECKPOINT,
     COUNT,
+    DEVICES,
+    GPUS,
+    HOME,
     POSITIVE,
     RATES,
     REPETITIONS,
@@ -20,8 +23,8 @@ from hmc.cli.arguments import (
     circumstances,
     count,
     option,
+    telling,
 )
-from hmc.cli.devices import DEVICES, GPUS, HOME, telling
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError

@@ -10,8 +10,7 @@ import click
 from hmc.cli.arguments import POSITIVE, REPETITIONS, Several, circumstances, count, option, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
-from hmc.machine.detect import available_bytes, load_machine
-from hmc.machine.here import how_to, profile_path
+from hmc.machine.detect import available_bytes, how_to, load_machine, profile_path
 
 if TYPE_CHECKING:
     from hmc.bench.predict import Row

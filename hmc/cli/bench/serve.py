@@ -88,7 +88,7 @@ def serve(
     try:
         from hmc.bench.serve.client import Target
         from hmc.bench.serve.run import beside, load
-        from hmc.bench.serve.streams import streams as measure_streams
+        from hmc.bench.serve.run import streams as measure_streams
     except ModuleNotFoundError as error:
         raise UsageError(
             f"hmc bench serve needs the package {error.name}: pip install 'hmc[serve]'"
