@@ -189,7 +189,8 @@ class KernelBench(Closing):
         spec = self._spec(case, case.op, {"k": case.k} | sizes)
         x = _activations(case.tokens, case.k)
         y = np.zeros((case.tokens, case.rows), np.float32)
-        common = _xy(x, y)
+        common = {"x": x.ctypes.data, "x_stride": case.k, "y": y.ctypes.data, "y_stride": case.rows}
+        common |= {"bias": 0, "rows": case.rows, "tokens": case.tokens}
         kept: tuple[object, ...] = (x,)
         if many:
             scratch = Block(self.pool.workers * panel_scratch_bytes(spec), "scratch")
@@ -226,7 +227,8 @@ class KernelBench(Closing):
             calls = [{"ids": each} for each in ids.reshape(-1, pairs)]
             amount = sum(len(np.unique(each["ids"])) for each in calls) * matrices.set_bytes
             scratch = Block(max(scratch_bytes(into), scratch_bytes(back)), "experts")
-        table = _table(matrices)
+        # i64 [experts, 6], as the expert kernels read it
+        table = np.stack([matrices.weights, matrices.scales], axis=2).reshape(experts, 6)
         x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
         act = np.zeros((pairs, case.rows), np.uint16)
         routing = np.full(pairs, 1 / case.top_k, np.float32)
@@ -277,22 +279,3 @@ def _activations(tokens: int, k: int) -> npt.NDArray[np.uint16]:
     """bf16 [tokens, k], standard normal."""
     values = np.random.default_rng(0).standard_normal((tokens, k), np.float32)
     return (values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def _xy(x: npt.NDArray[np.uint16], y: npt.NDArray[np.float32]) -> dict[str, int]:
-    return {
-        "x": x.ctypes.data,
-        "x_stride": x.shape[1],
-        "y": y.ctypes.data,
-        "y_stride": y.shape[1],
-        "bias": 0,
-        "rows": y.shape[1],
-        "tokens": y.shape[0],
-    }
-
-
-def _table(matrices: Matrices) -> npt.NDArray[np.int64]:
-    """i64 [experts, 6], as the expert kernels read it."""
-    return np.ascontiguousarray(
-        np.stack([matrices.weights, matrices.scales], axis=2).reshape(matrices.count, 6)
-    )

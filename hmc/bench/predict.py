@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from typing import Any
 
 from hmc.bench.compare import Report, silent
 from hmc.bench.model import ModelBench, total_bytes
+from hmc.checkpoint.jsonfile import read_object
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
 from hmc.machine.model import Machine
@@ -33,16 +33,6 @@ _QUANTIZED = {
     }
 }
 """What config.json says of a format that is not told by its dtype."""
-
-
-@dataclass(frozen=True)
-class Loads:
-    """What is measured: decode at `contexts`, `tokens` steps around each; prefill of `prompts`."""
-
-    contexts: Sequence[int] = (128, 4096)
-    prompts: Sequence[int] = (512, 2048)
-    tokens: int = 16
-    repetitions: int = 5
 
 
 @dataclass(frozen=True)
@@ -85,31 +75,33 @@ def compare(
     config: Path,
     form: str,
     machine: Machine,
-    loads: Loads,
     *,
+    contexts: Sequence[int],
+    prompts: Sequence[int],
+    tokens: int,
+    repetitions: int,
     memory: int,
     layers: int = 0,
     experts: int = 0,
     megabytes: int = 0,
     report: Report = silent,
 ) -> Iterator[Row]:
-    """Measure the shapes of a config.json in a weight format and predict them from `machine`.
+    """Measure the shapes of a config.json in a weight format and predict them from `machine`:
+    decode at `contexts`, `tokens` steps around each, and prefill of `prompts`.
 
     At most `memory` bytes of weights; `layers` and `experts` of each layer (0: as many as fit, all
     of them before more layers). Raises `CapacityError` when not even one routed layer of 16 experts
     fits.
     """
-    longest = max((*loads.prompts, *(each + loads.tokens for each in loads.contexts)), default=1)
+    longest = max((*prompts, *(each + tokens for each in contexts)), default=1)
     plan = cut_to_fit(config, form, longest, memory, layers, experts)
     predictor = Predictor(plan, machine)
     executor = Executor(plan, None, dummy_weights=True, progress=report)
     try:
-        bench = ModelBench(
-            executor, repetitions=loads.repetitions, megabytes=megabytes, report=report
-        )
-        starts = [max(0, context - loads.tokens // 2) for context in loads.contexts]
-        rows = [row for start in starts for row in bench.decodes(loads.tokens, start)]
-        rows += [bench.prompt(tokens) for tokens in loads.prompts]
+        bench = ModelBench(executor, repetitions=repetitions, megabytes=megabytes, report=report)
+        starts = [max(0, context - tokens // 2) for context in contexts]
+        rows = [row for start in starts for row in bench.decodes(tokens, start)]
+        rows += [bench.prompt(length) for length in prompts]
     finally:
         executor.close()
     read = machine.known_rates.read_all
@@ -130,18 +122,14 @@ def cut_to_fit(
     config: Path, form: str, context: int, memory: int, layers: int = 0, experts: int = 0
 ) -> Plan:
     """The plan of a model in a format, cut to `memory` bytes of weights."""
-    found = _config(config)
+    found = read_object(config / "config.json" if config.is_dir() else config, UsageError)
     every = int(found.get("num_hidden_layers", 1))
     while True:
         cut = _cut(found, form, experts)
-        if layers:
-            plan = _compile(cut, context, min(layers, every))
-            if total_bytes(plan) <= memory:
-                return plan
-        else:
-            plan = _deepest(cut, context, every, memory)
-            if total_bytes(plan) <= memory:
-                return plan
+        one = _compile(cut, context, min(layers, every)) if layers else None
+        plan = one or _deepest(cut, context, every, memory)
+        if total_bytes(plan) <= memory:
+            return plan
         count = next((int(cut[name]) for name in _EXPERTS if name in cut), 0)
         if layers or experts or count <= 16:
             raise CapacityError(
@@ -179,12 +167,3 @@ def _cut(config: dict[str, Any], form: str, experts: int) -> dict[str, Any]:
     if experts:
         found |= {name: experts for name in _EXPERTS if name in found}
     return found
-
-
-def _config(path: Path) -> dict[str, Any]:
-    source = path / "config.json" if path.is_dir() else path
-    with suppress(ValueError):
-        found = json.loads(source.read_text()) if source.is_file() else None
-        if isinstance(found, dict):
-            return found
-    raise UsageError(f"{path}: no model directory and no config.json")

@@ -19,15 +19,16 @@ import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from hmc.checkpoint.jsonfile import read_object
 from hmc.errors import UsageError
 from hmc.files import write_beside
 from hmc.plan import Plan
 from hmc.plan.file import canonical_json
-from hmc.predict.loads import Load
+from hmc.predict.loads import Kind, Load
 
 _FORMAT = "hmc-measured"
 _TEST = re.compile(r"(?P<kind>pp|tg)(?P<tokens>\d+)(x(?P<batch>\d+))?(@(?P<context>\d+))?")
@@ -38,7 +39,7 @@ class Measured(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["prefill", "decode"]
+    kind: Kind
     tokens: int = Field(ge=0)
     batch: int = Field(default=1, ge=1)
     tokens_per_second: float = Field(gt=0, allow_inf_nan=False)
@@ -89,11 +90,10 @@ def record(plan_path: str | os.PathLike[str], plan: Plan, rows: Iterable[Measure
 
 def of_bench(path: str | os.PathLike[str]) -> list[Measured]:
     """The rows of a file that `hmc bench --json` wrote."""
-    found = _json(Path(path))
+    found = read_object(Path(path), UsageError)
     rows = found.get("rows")
     if not isinstance(rows, list):
         raise UsageError(f"{path}: not what `hmc bench --json` writes: it has no rows")
-    machine, command = str(found.get("machine", "")), str(found.get("command", "hmc bench"))
     result = []
     for row in rows:
         match = _TEST.fullmatch(str(row.get("test"))) if isinstance(row, dict) else None
@@ -108,8 +108,8 @@ def of_bench(path: str | os.PathLike[str]) -> list[Measured]:
             "low": row.get("min"),
             "high": row.get("max"),
             "date": str(found.get("date", "")),
-            "machine": machine,
-            "by": command,
+            "machine": str(found.get("machine", "")),
+            "by": str(found.get("command", "hmc bench")),
         }
         result.append(_measured(values, path))
     return result
@@ -118,7 +118,7 @@ def of_bench(path: str | os.PathLike[str]) -> list[Measured]:
 def _rows(path: Path) -> list[Measured]:
     if not path.exists():
         return []
-    found = _json(path)
+    found = read_object(path, UsageError)
     if found.get("format") != _FORMAT or not isinstance(found.get("rows"), list):
         raise UsageError(f"{path}: no file of measurements; move it away")
     return [_measured(row, path) for row in found["rows"]]
@@ -131,15 +131,3 @@ def _measured(values: Mapping[str, Any], path: str | os.PathLike[str]) -> Measur
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{path}: {where}: {first['msg']}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{path}: not a JSON object")
-    return found

@@ -48,11 +48,11 @@ class Trial:
 
     change: str
     kind: str
-    ratios: tuple[float, ...]
-    before: float
-    after: float
-    kept: bool
     why: str
+    ratios: tuple[float, ...] = ()
+    before: float = 0.0
+    after: float = 0.0
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,11 @@ def _try(
     try:
         runner = make(apply(best.plan, settings, checkpoint))
     except HmcError as error:
-        return Trial(change, kind, (), 0.0, 0.0, False, f"cannot run: {error}"), None
+        return Trial(change, kind, f"cannot run: {error}"), None
     kept = False
     try:
         if runner.greedy() != expected:
-            why = "greedy output differs from the plan's"
-            return Trial(change, kind, (), 0.0, 0.0, False, why), None
+            return Trial(change, kind, "greedy output differs from the plan's"), None
         found = [compare(runner, best, kind, repetitions)]
         if found[0].ratio >= WORTHWHILE:
             found.append(compare(runner, best, kind, 2 * repetitions))
@@ -181,7 +180,7 @@ def _trial(change: str, kind: str, found: list[Compared], kept: bool) -> Trial:
         " unchanged"
     )
     ratios = tuple(each.ratio for each in found)
-    return Trial(change, kind, ratios, last.reference, last.value, kept, why)
+    return Trial(change, kind, why, ratios, last.reference, last.value, kept)
 
 
 def _measured(runner: Runner, kind: str, repetitions: int) -> Measured:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,14 +37,10 @@ if TYPE_CHECKING:
 def predict(
     configs: tuple[str, ...],
     formats: list[str],
-    contexts: list[int],
-    prompts: list[int],
-    tokens: int,
-    repetitions: int,
     memory: float | None,
     machine: str | None,
     as_json: bool,
-    **cut: int,
+    **loads: Any,
 ) -> None:
     """Decode and prefill of each CONFIG (a model directory or config.json), predicted and measured.
 
@@ -56,11 +52,10 @@ def predict(
     \b
     hmc bench predict examples/configs/qwen3-30b-a3b examples/configs/deepseek-v3 --machine m.json
     """
-    from hmc.bench.predict import FORMATS, Loads, compare, median_error
+    from hmc.bench.predict import FORMATS, compare, median_error
 
     if unknown := [each for each in formats if each not in FORMATS]:
         raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
-    loads = Loads(contexts, prompts, tokens, repetitions)
     rated = _machine(machine)
     limit = int(memory * 1e9) if memory else available_bytes() // 2
     rows: list[Row] = []
@@ -68,7 +63,7 @@ def predict(
         for config in configs:
             for form in formats:
                 path = Path(config)
-                rows += compare(path, form, rated, loads, memory=limit, report=report, **cut)
+                rows += compare(path, form, rated, memory=limit, report=report, **loads)
     if as_json:
         print_json(
             {
