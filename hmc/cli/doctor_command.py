@@ -15,6 +15,7 @@ from hmc.cli.output import JSON, console, print_json, size, table
 from hmc.codegen.isa import TIERS, best_isa, cpu_flags
 from hmc.errors import HmcError
 from hmc.machine.detect import available_bytes, detect
+from hmc.machine.topology import text_of
 
 _PACKAGES = ("torch", "numpy", "safetensors", "llvmlite", "pydantic", "tokenizers", "transformers")
 
@@ -34,6 +35,7 @@ def command(as_json: bool) -> None:
     except HmcError as error:
         isa, problem = f"none: {error}", error
     flags = cpu_flags()
+    huge = text_of(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
     rows: list[tuple[str, str, str]] = [
         ("CPU", f"{machine.cpu}, {machine.cores} usable cores", f"{env.threads()} native workers"),
         (
@@ -48,7 +50,7 @@ def command(as_json: bool) -> None:
             f"{size(machine.memory_bytes)} usable, {size(available_bytes())} free now",
             "one copy of the weights, KV cache, activations",
         ),
-        ("huge pages", _setting("/sys/kernel/mm/transparent_hugepage/enabled"), _huge_use()),
+        ("huge pages", huge or "not offered by this kernel", _huge_use(huge)),
         ("locked memory", _memlock(), "needed by pinned copies to a GPU only"),
         ("GPU", _gpu(), "none: this version computes on the CPU"),
         ("kernel cache", str(env.cache_dir() / "kernels"), _writable(env.cache_dir())),
@@ -64,15 +66,7 @@ def command(as_json: bool) -> None:
         raise problem
 
 
-def _setting(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return "not offered by this kernel"
-
-
-def _huge_use() -> str:
-    text = _setting("/sys/kernel/mm/transparent_hugepage/enabled")
+def _huge_use(text: str) -> str:
     if "[never]" in text:
         return "no: set it to madvise for faster weight reads"
     return "yes, by madvise, for memory hmc allocates"

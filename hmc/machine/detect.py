@@ -5,16 +5,18 @@ and what memory is free now. Hides /proc, /sys, cgroups, and where profiles are.
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 from typing import Literal
 
 import psutil
 from pydantic import ValidationError
 
+from hmc.codegen.isa import cpu_flags
 from hmc.env import config_dir
 from hmc.errors import MachineError, UsageError
 from hmc.machine.model import Machine, NumaNode
-from hmc.machine.topology import this_machine
+from hmc.machine.topology import text_of, this_machine
 
 KERNEL_FLAGS = (
     "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
@@ -28,12 +30,12 @@ _NAMED = Path(__file__).parents[1] / "machines"
 
 def detect() -> Machine:
     """This machine, as the current process sees it (affinity mask, cgroup limits)."""
-    cpu, flags = _cpuinfo()
+    flags = cpu_flags()
     topology = this_machine()
     memory = memory_limit()
     return Machine(
         name=platform.node() or "this machine",
-        cpu=cpu,
+        cpu=_cpu_name(),
         flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
         cores=len(topology.cpus),
         nodes=tuple(
@@ -95,10 +97,7 @@ def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
     """Whether the kernel gives transparent huge pages to memory that asks for them: private memory
     ("enabled") or memory files ("shmem_enabled").
     """
-    try:
-        text = (Path("/sys/kernel/mm/transparent_hugepage") / setting).read_text()
-    except OSError:
-        return False  # a kernel without transparent huge pages
+    text = text_of(Path("/sys/kernel/mm/transparent_hugepage") / setting)
     return any(f"[{word}]" in text for word in ("always", "within_size", "advise", "madvise"))
 
 
@@ -113,15 +112,10 @@ def _cgroup() -> tuple[int | None, int]:
     """(limit, bytes in use without page cache) of this process's cgroup, v2 or v1; (None, 0) when
     unlimited.
     """
-    root = Path("/sys/fs/cgroup")
-    own = root
-    try:
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0" and not controllers:
-                own = root / path.lstrip("/")
-    except (OSError, ValueError):
-        own = root
+    own = root = Path("/sys/fs/cgroup")
+    for line in text_of(Path("/proc/self/cgroup")).splitlines():
+        if line.startswith("0::"):
+            own = root / line[3:].lstrip("/")
     for folder in (own, *own.parents):
         limit = _integer(folder / "memory.max")
         if limit is not None:
@@ -137,40 +131,26 @@ def _cgroup() -> tuple[int | None, int]:
 
 
 def _inactive_file(folder: Path) -> int:
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+    found = re.search(r"^inactive_file (\d+)$", text_of(folder / "memory.stat"), re.M)
+    return int(found[1]) if found else 0
 
 
 def _integer(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
+    text = text_of(path)
     return int(text) if text.isdigit() else None
 
 
-def _cpuinfo() -> tuple[str, frozenset[str]]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown", frozenset()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", "unknown"), frozenset(fields.get("flags", "").split())
+def _cpu_name() -> str:
+    text = text_of(Path("/proc/cpuinfo"))
+    found = re.search(r"^model name\s*: (.*)$", text, re.M)
+    return found[1] if found else "unknown" if text else platform.processor() or "unknown"
 
 
 def _node_bytes(number: int, default: int) -> int:
     """Memory of a NUMA node; `default` where /sys tells nothing."""
-    try:
-        lines = Path(f"/sys/devices/system/node/node{number}/meminfo").read_text().splitlines()
-    except OSError:
-        return default
-    return next(int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line)
+    text = text_of(Path(f"/sys/devices/system/node/node{number}/meminfo"))
+    found = re.search(r"MemTotal:\s*(\d+) kB", text)
+    return int(found[1]) * 1024 if found else default
 
 
 def profile_path() -> Path:

@@ -100,7 +100,7 @@ def read_topology(root: Path = SYS, allowed: Iterable[int] | None = None) -> Top
     usable = sorted(os.sched_getaffinity(0) if allowed is None else allowed)
     cores: dict[tuple[int, ...], list[int]] = {}
     for cpu in usable:
-        siblings = parse(_text(root / f"cpu/cpu{cpu}/topology/thread_siblings_list")) or [cpu]
+        siblings = parse(text_of(root / f"cpu/cpu{cpu}/topology/thread_siblings_list")) or [cpu]
         cores.setdefault(tuple(siblings), []).append(cpu)
     nodes: dict[int, list[tuple[int, ...]]] = {}
     home = _homes(root)
@@ -134,7 +134,7 @@ def _homes(root: Path) -> dict[int, int]:
     """CPU -> node id."""
     found: dict[int, int] = {}
     for folder in (root / "node").glob("node[0-9]*"):
-        for cpu in parse(_text(folder / "cpulist")):
+        for cpu in parse(text_of(folder / "cpulist")):
             found[cpu] = int(folder.name.removeprefix("node"))
     return found
 
@@ -143,21 +143,22 @@ def _caches(root: Path, usable: list[int]) -> tuple[Cache, ...]:
     found: set[Cache] = set()
     for cpu in usable:
         for folder in (root / f"cpu/cpu{cpu}/cache").glob("index[0-9]*"):
-            if _text(folder / "type") not in ("Data", "Unified"):
+            if text_of(folder / "type") not in ("Data", "Unified"):
                 continue
-            sharing = set(parse(_text(folder / "shared_cpu_list"))) or {cpu}
+            sharing = set(parse(text_of(folder / "shared_cpu_list"))) or {cpu}
             cpus = tuple(sorted(sharing & set(usable)))
-            level, size = _text(folder / "level"), _text(folder / "size")
+            level, size = text_of(folder / "level"), text_of(folder / "size")
             if level.isdigit() and size:
                 found.add(Cache(int(level), _size(size), cpus))
     return tuple(sorted(found, key=lambda entry: (entry.level, entry.cpus)))
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """A file of /proc or /sys; "" where there is none: /sys is partial in many containers."""
     try:
         return path.read_text().strip()
     except OSError:
-        return ""  # /sys is partial in many containers
+        return ""
 
 
 def _size(text: str) -> int:
