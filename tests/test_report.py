@@ -26,7 +26,7 @@ from hmc.predict.cost import CostModel
 from hmc.predict.loads import Load, common_loads, predictions
 from hmc.predict.measured import Measured
 from hmc.report.heatmap import LEFT, heat_map
-from hmc.report.page import ledger, render
+from hmc.report.page import render
 from hmc.report.roofline import roofline
 from hmc.report.timeline import decode_drawing, prefill_drawing
 from hmc.report.words import number, si
@@ -188,18 +188,29 @@ def test_every_expert_is_drawn_once(plan: Plan) -> None:
     assert chart.tiers[1].bytes == si(gpu, "B")
 
 
+def _bars(plan: Plan) -> dict[str, list[float]]:
+    """Percent of the bar of every device that each kind of the ledger takes."""
+    bars = render(plan, "a.hmp").split('<div class="bar" role="img" aria-label="')[1:]
+    parts = [bar.partition("</div>")[0] for bar in bars]
+    return {
+        part.partition(":")[0]: [float(width) for width in re.findall(r"width:([\d.]+)%", part)]
+        for part in parts
+    }
+
+
 def test_ledger_bars_add_up(plan: Plan) -> None:
-    for device in ledger(plan):
-        total = sum(item.bytes for item in plan.ledger if item.device == device.name)
-        memory = plan.machine.memory_of(device.name)
-        assert sum(item.width for item in device.items) == pytest.approx(100 * total / memory)
-        assert sum(item.share for item in device.items) == pytest.approx(1)
-        assert device.fits and device.limit == 100
+    for name, widths in _bars(plan).items():
+        total = sum(item.bytes for item in plan.ledger if item.device == name)
+        memory = plan.machine.memory_of(name)
+        assert sum(widths) == pytest.approx(100 * total / memory, abs=0.01)
+    assert "does not fit" not in render(plan, "a.hmp")
     small = plan.machine.model_copy(update={"memory_bytes": 10**9})
-    host = next(d for d in ledger(plan.model_copy(update={"machine": small})) if d.name == "host")
-    assert not host.fits
-    assert sum(item.width for item in host.items) == pytest.approx(100)
-    assert 0 < host.limit < 100
+    large = plan.model_copy(update={"machine": small})
+    assert sum(_bars(large)["host"]) == pytest.approx(100, abs=0.01)
+    html = render(large, "a.hmp")
+    assert html.count("does not fit") == 1
+    (limit,) = re.findall(r'class="limit" style="left:([\d.]+)%', html)
+    assert 0 < float(limit) < 100
 
 
 def test_timelines_hold_all_steps_in_their_place(plan: Plan) -> None:

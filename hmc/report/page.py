@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -28,26 +27,6 @@ from hmc.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _CONTEXT, _PROMPT = 4096, 32_768
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One load: tokens/s predicted and measured, `error` of the prediction relative to the
-    measurement; `bars` are percent of the larger one. Absent figures are None.
-    """
-
-    what: str
-    predicted: float | None
-    measured: Measured | None
-    reason: str
-    bars: tuple[float, float]
-
-    @property
-    def error(self) -> float | None:
-        """Relative error of the prediction."""
-        if self.predicted is None or self.measured is None:
-            return None
-        return self.predicted / self.measured.tokens_per_second - 1
 
 
 def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
@@ -79,7 +58,6 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
         facts=facts(plan),
         tiles=_tiles(figures, plan),
         heat=heat_map(plan),
-        devices=ledger(plan),
         drawings=drawings,
         unknown=unknown,
         families=list(FAMILIES),
@@ -113,21 +91,14 @@ def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:
 
 def _compared(
     plan: Plan, figures: Sequence[Figure], measured: Sequence[Measured]
-) -> list[Compared]:
+) -> list[tuple[Figure, Measured | None]]:
     """Measured loads with the prediction for the very same load, then the ordinary loads."""
-    by_load = {figure.load: figure for figure in figures if figure.unit == "tokens/s"}
     context = plan.limits.max_context
     own = [row for row in measured if row.tokens <= context and row.batch <= plan.limits.max_batch]
-    own_figures = [f for f in predictions(plan, [m.load for m in own]) if f.unit == "tokens/s"]
-    pairs: list[tuple[Figure, Measured | None]] = list(zip(own_figures, own, strict=True))
-    pairs += [(f, None) for load, f in by_load.items() if load not in {m.load for m in own}]
-    found = []
-    for figure, row in pairs:
-        values = (figure.value or 0.0, row.tokens_per_second if row else 0.0)
-        largest = max(values) or 1.0
-        bars = (100 * values[0] / largest, 100 * values[1] / largest)
-        found.append(Compared(figure.what, figure.value, row, figure.reason, bars))
-    return found
+    loads = [row.load for row in own]
+    predicted = [f for f in predictions(plan, loads) if f.unit == "tokens/s"]
+    ordinary = [f for f in figures if f.unit == "tokens/s" and f.load not in loads]
+    return [*zip(predicted, own, strict=True), *((figure, None) for figure in ordinary)]
 
 
 def _kernel_rows(plan: Plan) -> list[tuple[str, str, list[int]]]:
@@ -142,47 +113,3 @@ def _kernel_rows(plan: Plan) -> list[tuple[str, str, list[int]]]:
         )
         for key in keys
     ]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One kind on one device; `left` and `width` are shares of the bar in percent."""
-
-    kind: str
-    colour: int
-    bytes: str
-    share: float
-    left: float
-    width: float
-    detail: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """One bar; `limit` is where the device's memory ends, in percent of the bar."""
-
-    name: str
-    used: str
-    memory: str
-    fits: bool
-    limit: float
-    items: tuple[Item, ...]
-
-
-def ledger(plan: Plan) -> list[Device]:
-    """One bar a device, the largest kinds first."""
-    largest = sorted(plan.ledger, key=lambda item: -item.bytes)
-    kinds = list(dict.fromkeys(item.kind for item in largest))
-    devices = []
-    for name, total in plan.ledger_totals.items():
-        memory = plan.machine.memory_of(name)
-        scale = 100 / max(total, memory)
-        left, found = 0.0, []
-        for item in (each for each in largest if each.device == name):
-            width, share = item.bytes * scale, item.bytes / total if total else 0.0
-            colour, size = kinds.index(item.kind) % 10, si(item.bytes, "B")
-            found.append(Item(item.kind, colour, size, share, left, width, item.detail))
-            left += width
-        used, fits = si(total, "B"), total <= memory
-        devices.append(Device(name, used, si(memory, "B"), fits, memory * scale, tuple(found)))
-    return devices
