@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from hmc.errors import HmcError
+
 
 def write_beside(path: str | os.PathLike[str], data: bytes | str) -> None:
     """Write `data` (text as UTF-8) to `path`; readers see the old file or the new one, also after a
@@ -23,3 +25,14 @@ def write_beside(path: str | os.PathLike[str], data: bytes | str) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_file(
+    path: str | os.PathLike[str], data: bytes | str, what: str, error: type[HmcError]
+) -> None:
+    """`write_beside`; `error`, naming `what` it is, where it cannot be written."""
+    try:
+        write_beside(path, data)
+    except OSError as problem:
+        reason = problem.strerror or problem
+        raise error(f"cannot write {what} to {path}: {reason}") from problem

@@ -13,9 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hmc.errors import UsageError
-from hmc.files import write_beside
-
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 Report = Callable[[str, int, int], None]
@@ -57,14 +54,6 @@ def table(
     for row in rows:
         result.add_row(*(escape(str(cell)) for cell in row))
     return result
-
-
-def write_file(path: str, text: str) -> None:
-    """Write a file whole or not at all; `UsageError` when it cannot be written."""
-    try:
-        write_beside(path, text)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ import click
 from hmc.cli.arguments import output
 from hmc.cli.output import JSON, print_json, size
 from hmc.errors import PlanError
-from hmc.files import write_beside
+from hmc.files import write_file
 from hmc.plan import load_plan
 
 
@@ -34,11 +34,7 @@ def command(plan_path: str, output: str, measured: str | None, as_json: bool) ->
 
     rows = store.read(plan_path, plan) if measured is None else store.of_bench(measured)
     page = render(plan, Path(plan_path).name, rows)
-    try:
-        write_beside(output, page)
-    except OSError as error:
-        reason = error.strerror or error
-        raise PlanError(f"cannot write the report to {output}: {reason}") from error
+    write_file(output, page, "the report", PlanError)
     written = len(page.encode())
     if as_json:
         print_json({"report": output, "bytes": written, "measured": len(rows)})

@@ -22,9 +22,10 @@ from hmc.cli.arguments import (
     THREADS,
     telling,
 )
-from hmc.cli.output import JSON, print_json, progress, write_file
+from hmc.cli.output import JSON, print_json, progress
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
+from hmc.files import write_file
 from hmc.ops import OPS
 from hmc.plan import Plan, load_plan
 
@@ -158,7 +159,7 @@ def command(
         if compared is not None:
             compared.store("hmc run")
     if record_routing is not None and routing is not None:
-        write_file(record_routing, json.dumps(routing.as_json()))
+        write_file(record_routing, json.dumps(routing.as_json()), "the routing", UsageError)
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def _tracing(engine: Engine, path: str | None) -> Iterator[None]:
 
     with engine.executor.recorded() as recorder:
         yield
-    write_file(path, json.dumps(chrome_trace(engine.plan, recorder)))
+    text = json.dumps(chrome_trace(engine.plan, recorder))
+    write_file(path, text, "the trace", UsageError)
 
 
 def _prompts(

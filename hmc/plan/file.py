@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from hmc import env
 from hmc.errors import PlanError, PlanFormatError
-from hmc.files import write_beside
+from hmc.files import write_file
 from hmc.plan.model import SCHEMA_VERSION, Plan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -66,10 +66,7 @@ def save(plan: Plan, path: str | os.PathLike[str]) -> None:
             info.compress_type = zipfile.ZIP_DEFLATED
             info.external_attr = 0o644 << 16
             archive.writestr(info, content, compresslevel=9)
-    try:
-        write_beside(target, body.getvalue())
-    except OSError as error:
-        raise PlanError(f"cannot write the plan to {target}: {error.strerror or error}") from error
+    write_file(target, body.getvalue(), "the plan", PlanError)
 
 
 def load(path: str | os.PathLike[str]) -> Plan:

@@ -22,7 +22,7 @@ from hmc.bench.probe.gpu import probe_gpus
 from hmc.bench.probe.result import FULL, QUICK, Effort, Measurement
 from hmc.codegen.isa import best_isa
 from hmc.errors import PlanError
-from hmc.files import write_beside
+from hmc.files import write_file
 from hmc.machine.detect import detect
 from hmc.machine.model import Machine
 from hmc.machine.topology import this_machine
@@ -76,8 +76,5 @@ def probe(
 
 def save(machine: Machine, path: str | os.PathLike[str]) -> None:
     """Write a machine file, whole or not at all; `PlanError` when it cannot be written."""
-    try:
-        write_beside(path, machine.model_dump_json(indent=1, exclude_none=True) + "\n")
-    except OSError as error:
-        reason = error.strerror or error
-        raise PlanError(f"cannot write the machine to {path}: {reason}") from error
+    text = machine.model_dump_json(indent=1, exclude_none=True) + "\n"
+    write_file(path, text, "the machine", PlanError)
