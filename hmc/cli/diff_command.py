@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import click
 from rich.console import Console
 
-from hmc.cli.output import JSON, console, print_json, size, table
+from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.plan import Plan, load_plan
 from hmc.plan.changes import ABSENT, PlanDiff
 from hmc.plan.diff import diff
@@ -34,8 +34,8 @@ def command(first: str, second: str, everything: bool, as_json: bool) -> int:
     predictions = [] if found.equal else _predictions(a, b)
     if as_json:
         keys = ("what", "unit", "before", "after", "reason")
-        rows = [dict(zip(keys, row, strict=True)) for row in predictions]
-        print_json({"a": first, "b": second, **found.as_json(), "predictions": rows})
+        listed = records(keys, predictions)
+        print_json({"a": first, "b": second, **found.as_json(), "predictions": listed})
     elif found.equal:
         click.echo("the plans are equal")
     else:

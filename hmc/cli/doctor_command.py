@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from hmc import env
-from hmc.cli.output import JSON, console, print_json, size, table
+from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.codegen.isa import TIERS, best_isa, cpu_flags
 from hmc.errors import HmcError
 from hmc.machine.detect import available_bytes, detect
@@ -58,8 +58,7 @@ def command(as_json: bool) -> None:
     ]
     rows += [(name, _version(name), "-") for name in _PACKAGES]
     if as_json:
-        keys = ("item", "found", "used")
-        print_json({"rows": [dict(zip(keys, row, strict=True)) for row in rows]})
+        print_json({"rows": records(("item", "found", "used"), rows)})
     else:
         console().print(table("hmc doctor", ("", "found", "used by hmc"), rows))
     if problem is not None:

@@ -30,6 +30,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=False))
 
 
+def records(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[dict[str, object]]:
+    """Rows of a table as JSON has them."""
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
 def table(
     title: str,
     columns: Sequence[str],

@@ -7,9 +7,9 @@ from itertools import accumulate, islice
 
 import click
 
-from hmc.cli.output import JSON, console, print_json, size, table
+from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.errors import UsageError
-from hmc.plan import ExpertPlane, Operand, Phase, Plan, load_plan
+from hmc.plan import Operand, Phase, Plan, load_plan
 from hmc.plan.verify import expand_runs
 from hmc.ranges import expert_ranges, ranges
 from hmc.report.facts import facts
@@ -107,13 +107,13 @@ def _show_plan(plan: Plan) -> None:
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:
     _check_layer(plan, layer)
+    stored = {weight.name: weight for weight in plan.weights}
     weights: list[tuple[str, ...]] = [
-        (step.op, role, plan_weight.name, plan_weight.format, "x".join(map(str, plan_weight.shape)))
+        (step.op, role, name, stored[name].format, "x".join(map(str, stored[name].shape)))
         for step in plan.phases[-1].steps
         if step.layer == layer
         for role, name in step.weights.items()
-        for plan_weight in plan.weights
-        if plan_weight.name == name
+        if name in stored
     ]
     weights += [
         ("experts", e.role, f"{e.pattern} (e < {e.count})", e.format, "x".join(map(str, e.shape)))
@@ -123,15 +123,8 @@ def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:
     tiers = next((p.tiers for p in plan.placement if p.layer == layer), {})
     lines = {phase.name: _step_lines(phase, layer) for phase in plan.phases}
     if as_json:
-        columns = ("op", "role", "name", "format", "shape")
-        print_json(
-            {
-                "layer": layer,
-                "weights": [dict(zip(columns, row, strict=True)) for row in weights],
-                "tiers": tiers,
-                "steps": lines,
-            }
-        )
+        listed = records(("op", "role", "name", "format", "shape"), weights)
+        print_json({"layer": layer, "weights": listed, "tiers": tiers, "steps": lines})
         return
     out = console()
     out.print(table(f"Layer {layer}", ("op", "role", "weight", "format", "shape"), weights))
@@ -153,10 +146,13 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
     total = sum(part.bytes for part in parts)
     reads = plan.model.top_k / plan.model.experts
     reason = next((d.reason for d in plan.decisions if d.by == "expert_placement"), "")
+    tiers = next(each.tiers for each in plan.placement if each.layer == layer)
+    tier = next(name for name, text in tiers.items() if expert in expert_ranges(text))
     tensors = []
     for part in parts:
         for plane in part.planes:
-            shard, offset = _place(plane, expert)
+            shard = next(islice(expand_runs(plane.shards), expert, None))
+            offset = next(islice(accumulate(plane.offsets), expert, None))
             name = plan.checkpoint.shards[shard].name if shard >= 0 else "dummy"
             weight = part.pattern.format(e=expert)
             tensors.append((part.role, weight, plane.name, plane.dtype, name, offset, plane.bytes))
@@ -164,33 +160,21 @@ def _show_expert(plan: Plan, layer: int, expert: int, as_json: bool) -> None:
     found = {
         "layer": layer,
         "expert": expert,
-        "tier": _tier(plan, layer, expert),
+        "tier": tier,
         "bytes": total,
         "reads_per_token": reads,
         "bytes_per_token": total * reads,
         "reason": reason,
     }
     if as_json:
-        print_json(found | {"tensors": [dict(zip(columns, row, strict=True)) for row in tensors]})
+        print_json(found | {"tensors": records(columns, tensors)})
         return
     out = console()
     click.echo(
-        f"layer {layer}, expert {expert}: {size(total)} on {found['tier']} ({reason});"
+        f"layer {layer}, expert {expert}: {size(total)} on {tier} ({reason});"
         f" read by {reads:.1%} of the tokens if routing is even"
     )
     out.print(table("", columns, tensors, numbers=("offset", "bytes")))
-
-
-def _place(plane: ExpertPlane, expert: int) -> tuple[int, int]:
-    """(shard, offset) of one expert's tensor."""
-    shard = next(islice(expand_runs(plane.shards), expert, None))
-    return shard, next(islice(accumulate(plane.offsets), expert, None))
-
-
-def _tier(plan: Plan, layer: int, expert: int) -> str:
-    """The tier that holds an expert."""
-    placement = next(each for each in plan.placement if each.layer == layer)
-    return next(tier for tier, text in placement.tiers.items() if expert in expert_ranges(text))
 
 
 def _check_layer(plan: Plan, layer: int) -> None:

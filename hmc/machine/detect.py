@@ -165,10 +165,7 @@ def machine_here(planned: Machine, name: str | None = None) -> Machine | None:
     Raises `UsageError` or `MachineError` for a machine that was named and has no rates.
     """
     if name is not None:
-        machine = load_machine(name)
-        if machine.rates is None:
-            raise MachineError(f"--machine {name} declares no rates: `hmc probe` measures them")
-        return machine
+        return rated_machine(name)
     path = profile_path()
     if planned.rates is None and not path.exists():
         return None
@@ -180,6 +177,14 @@ def machine_here(planned: Machine, name: str | None = None) -> Machine | None:
         if machine.rates is not None and _same(machine, here):
             return machine
     return None
+
+
+def rated_machine(name: str) -> Machine:
+    """`load_machine`; `MachineError` for one without rates."""
+    machine = load_machine(name)
+    if machine.rates is None:
+        raise MachineError(f"machine {name} declares no rates: `hmc probe` measures them")
+    return machine
 
 
 def how_to() -> str:

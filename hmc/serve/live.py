@@ -19,6 +19,11 @@ _FIGURES = (
 """Of the scheduler's figures, those that the page shows as they are."""
 
 
+_FACTS = {
+    *("architecture", "layers", "vocab", "experts", "top_k", "parameters", "active_parameters")
+}
+
+
 def live(service: Service) -> dict[str, Any]:
     """The figures now; `placement` is in `plan_facts`, since it does not change."""
     result: dict[str, Any] = {
@@ -63,13 +68,7 @@ def plan_facts(plan: Plan, name: str) -> dict[str, Any]:
     """What does not change: the model, its limits, and where the experts of each layer are."""
     return {
         "name": name,
-        "architecture": plan.model.architecture,
-        "layers": plan.model.layers,
-        "vocab": plan.model.vocab,
-        "experts": plan.model.experts,
-        "top_k": plan.model.top_k,
-        "parameters": plan.model.parameters,
-        "active_parameters": plan.model.active_parameters,
+        **plan.model.model_dump(include=_FACTS),
         "isa": plan.isa,
         "max_context": plan.limits.max_context,
         "max_batch": plan.limits.max_batch,

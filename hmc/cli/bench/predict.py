@@ -10,11 +10,10 @@ import click
 from hmc.cli.arguments import POSITIVE, REPETITIONS, Several, circumstances, count, option, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
-from hmc.machine.detect import available_bytes, how_to, load_machine, profile_path
+from hmc.machine.detect import available_bytes, how_to, profile_path, rated_machine
 
 if TYPE_CHECKING:
     from hmc.bench.predict import Row
-    from hmc.machine.model import Machine
 
 
 @click.command("predict", short_help="Predictions for models of real shapes beside measurements.")
@@ -56,7 +55,9 @@ def predict(
 
     if unknown := [each for each in formats if each not in FORMATS]:
         raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
-    rated = _machine(machine)
+    if machine is None and not profile_path().exists():
+        raise MachineError(how_to())
+    rated = rated_machine(machine or str(profile_path()))
     limit = int(memory * 1e9) if memory else available_bytes() // 2
     rows: list[Row] = []
     with progress() as report:
@@ -90,12 +91,3 @@ def predict(
     ]
     console().print(table("Tokens/s, predicted and measured", columns, lines, numbers=columns[1:]))
     click.echo(f"median error {median_error(rows):.1%} of {len(rows)} rows")
-
-
-def _machine(name: str | None) -> Machine:
-    if name is None and not profile_path().exists():
-        raise MachineError(how_to())
-    machine = load_machine(name or str(profile_path()))
-    if machine.rates is None:
-        raise MachineError(f"machine {machine.name} declares no rates: `hmc probe` measures them")
-    return machine
