@@ -126,21 +126,25 @@ DEVICES = option(
     " the CPU in their place (host), for tests and debugging.",
 )
 
-GPUS = option(
+_GPUS = option(
     "--gpus",
     type=int,
     metavar="N",
     help="Drive each of the N GPUs that share long prompts by a process of its own; N is the plan's"
     " [default: one process drives all].",
 )
-
-HOME = option(
+_HOME = option(
     "--home",
     type=click.Choice(["mapped", "arena", "shared"]),
     default="mapped",
     help="Weights in the page cache, copied to huge pages, or to a memory file that the processes"
     " of --gpus share.",
 )
+
+
+def placed(command: Any) -> Any:
+    """The options of the commands that run plans: what runs them, where their weights are."""
+    return DEVICES(_GPUS(_HOME(command)))
 
 
 @contextmanager

@@ -49,24 +49,19 @@ class Comparison:
 
     def run(self, times: Timings) -> list[Figure]:
         """The prompt and the decoding of one generation."""
-        if self._predictor is None:
-            return []
-        prompt, decode = _loads(times)
-        found = []
-        if times.ttft_s > 0:
-            found += self._figure(prompt, (times.prompt_tokens_per_second,))
-        if times.decode_tokens_per_second > 0:
-            found += self._figure(decode, (times.decode_tokens_per_second,))
-        return found
+        prompt = times.prompt_tokens_per_second if times.ttft_s > 0 else 0.0
+        rates = (prompt, times.decode_tokens_per_second)
+        found = [self._figure(*each) for each in zip(_loads(times), rates, strict=True) if each[1]]
+        return [figure for figure in found if figure is not None]
 
     def bench(self, row: Row) -> dict[str, Any]:
         """The prediction of a row as its JSON has it, with the steps; {} where there is none."""
-        found = self._figure(row.load, row.rates, row.phase)
-        if not found or self._predictor is None:
+        found = self._figure(row.load, *row.rates, phase=row.phase)
+        if found is None or self._predictor is None:
             return {}
         return {
-            "predicted_tokens_per_second": round(found[0].predicted_tokens_per_second, 3),
-            "error": round(found[0].error, 4),
+            "predicted_tokens_per_second": round(found.predicted_tokens_per_second, 3),
+            "error": round(found.error, 4),
             "steps": self._predictor.steps(row.load, row.by_step, row.phase),
         }
 
@@ -108,16 +103,16 @@ class Comparison:
         except (OSError, HmcError) as error:
             click.echo(f"[not stored beside the plan: {error}]", err=True)
 
-    def _figure(self, load: Load, rates: Sequence[float], phase: str = "") -> list[Figure]:
+    def _figure(self, load: Load, *rates: float, phase: str = "") -> Figure | None:
         if self._predictor is None:
-            return []
+            return None
         try:
             found = self._predictor.figure(load, rates, phase)
         except MachineError as error:
             self._predictor, self.reason = None, f"no prediction: {error}"
-            return []
+            return None
         self._figures.append(found)
-        return [found]
+        return found
 
 
 def _loads(times: Timings) -> tuple[Load, Load]:

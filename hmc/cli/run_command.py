@@ -12,16 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hmc.cli.arguments import (
-    CHECKPOINT,
-    DEVICES,
-    DUMMY_WEIGHTS,
-    GPUS,
-    HOME,
-    RATES,
-    THREADS,
-    telling,
-)
+from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS, placed, telling
 from hmc.cli.output import JSON, print_json, progress
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
@@ -65,9 +56,7 @@ if TYPE_CHECKING:
 )
 @CHECKPOINT
 @THREADS
-@DEVICES
-@GPUS
-@HOME
+@placed
 @click.option(
     "--trace", type=click.Path(dir_okay=False), help="Write a Chrome trace of every step."
 )

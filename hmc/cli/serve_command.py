@@ -8,16 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.arguments import (
-    CHECKPOINT,
-    DEVICES,
-    DUMMY_WEIGHTS,
-    GPUS,
-    HOME,
-    THREADS,
-    option,
-    positive,
-)
+from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, THREADS, option, placed, positive
 from hmc.errors import UsageError
 from hmc.machine.detect import machine_here
 from hmc.plan import load_plan
@@ -51,9 +42,7 @@ from hmc.plan import load_plan
     " the machine's rates predict that it helps.",
 )
 @option("--prefill-threads", type=int, metavar="N", help="Of the threads, those of that process.")
-@DEVICES
-@GPUS
-@HOME
+@placed
 @DUMMY_WEIGHTS
 def command(
     plan_path: str,

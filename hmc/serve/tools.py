@@ -156,29 +156,24 @@ class CallFinder:
     def push(self, piece: str) -> tuple[str, list[Call]]:
         """Plain text that is certain, and calls that are complete."""
         self._held += piece
-        text, calls = "", []
+        begin, end = self._form.begin, self._form.end
+        text, calls = "", list[Call]()
         while True:
-            start = self._held.find(self._form.begin)
+            start = self._held.find(begin)
+            stop = self._held.find(end, start) if start >= 0 else -1
+            certain = start
             if start < 0:
-                keep = _tail(self._held, (self._form.begin, *self._form.wrappers))
-                cut = len(self._held) - keep
-                text += self._bare(self._held[:cut])
-                self._held = self._held[cut:]
-                break
-            stop = self._held.find(self._form.end, start)
+                certain = len(self._held) - _tail(self._held, (begin, *self._form.wrappers))
+            text += self._bare(self._held[:certain])
+            self._held = self._held[certain:]
             if stop < 0:
-                text += self._bare(self._held[:start])
-                self._held = self._held[start:]
-                break
-            stop += len(self._form.end)
-            text += self._bare(self._held[:start])
-            block, self._held = self._held[start:stop], self._held[stop:]
-            call = self._form.parse(block[len(self._form.begin) : -len(self._form.end)])
+                return text, calls
+            block, _, self._held = self._held.partition(end)
+            call = self._form.parse(block[len(begin) :])
             if call is None:
-                text += block
+                text += block + end
             else:
                 calls.append(call)
-        return text, calls
 
     def flush(self) -> tuple[str, list[Call]]:
         """What is left once no more text comes; a call whose end marker is missing counts."""

@@ -12,9 +12,6 @@ import click
 from hmc.cli.arguments import (
     CHECKPOINT,
     COUNT,
-    DEVICES,
-    GPUS,
-    HOME,
     POSITIVE,
     RATES,
     REPETITIONS,
@@ -23,6 +20,7 @@ from hmc.cli.arguments import (
     circumstances,
     count,
     option,
+    placed,
     telling,
 )
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
@@ -71,9 +69,7 @@ if TYPE_CHECKING:
     " prefill.stream, decode.dual; may be repeated.",
 )
 @THREADS
-@DEVICES
-@GPUS
-@HOME
+@placed
 @CHECKPOINT
 @option("--by-op", is_flag=True, help="Also show which ops the time of a decode step goes to.")
 @count(
