@@ -1,8 +1,7 @@
-"""OpenAI's JSON for what the scheduler says: whole answers and chunks of completions and chats."""
+"""OpenAI's JSON for parts of answers: tool calls and log-probabilities."""
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -10,32 +9,6 @@ from typing import Any
 from hmc.runtime.tokens.requests import TokenLogprob
 from hmc.serve.tools import Call
 from hmc.serve.vocabulary import Vocabulary
-
-
-class Head:
-    """What all parts of one answer begin with."""
-
-    def __init__(self, prefix: str, kind: str, model: str) -> None:
-        self._head = {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def part(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """A whole answer, or a chunk."""
-        return {**self._head, "choices": choices, **more}
-
-
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """Tokens counted."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": cached},
-    }
 
 
 def tool_calls(calls: Sequence[Call], first: int = 0, *, indexed: bool) -> list[dict[str, Any]]:

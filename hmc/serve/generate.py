@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -14,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from hmc.errors import HmcError
 from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve import prepare
-from hmc.serve.answers import Head, Names, tool_calls, usage
+from hmc.serve.answers import Names, tool_calls
 from hmc.serve.bodies import ChatBody, CompletionBody
 from hmc.serve.delivery import Hub, Replies
 from hmc.serve.faults import of_error
@@ -24,7 +26,7 @@ from hmc.serve.service import Service
 from hmc.serve.sse import EventStream, watched
 from hmc.serve.tools import Call, CallFinder
 
-AnyBody = CompletionBody | ChatBody
+Asked = TypeVar("Asked", bound=CompletionBody | ChatBody)
 
 
 @dataclass
@@ -61,47 +63,6 @@ class _Choice:
         return text, calls
 
 
-class Generation:
-    """One HTTP request for tokens on its way; what completions and chats share."""
-
-    def __init__(
-        self, service: Service, hub: Hub, metrics: Metrics, prepared: Prepared, names: Names
-    ) -> None:
-        self.prepared, self.names = prepared, names
-        self.replies = Replies(hub)
-        self.choices = [_Choice(prepared.finder()) for _ in prepared.requests]
-        self._service, self._metrics = service, metrics
-        self._cached = 0
-
-    def submit(self) -> None:
-        """Hand it to the scheduler; raises what that refuses with."""
-        _, scheduler = self._service.ready()
-        self.replies.submit(scheduler, self.prepared.requests)
-
-    async def updates(self) -> AsyncGenerator[tuple[int, Update, str, list[Call]], None]:
-        """(choice, update, new text, new calls) until all have ended; cancels what is left when it
-        is closed early.
-        """
-        try:
-            async for index, update in self.replies.updates():
-                choice = self.choices[index]
-                times = update.timings
-                if times is not None and times.new_tokens and update.finish_reason != "cancelled":
-                    self._metrics.observe(times)
-                    self._service.ttft.append(times.ttft_s)
-                whole = index % self.prepared.choices_per_prompt == 0  # of each prompt one
-                if update.finish_reason is not None and whole:
-                    self._cached += update.cached_tokens
-                yield index, update, *choice.take(update)
-        finally:
-            self.replies.cancel()
-
-    def usage(self) -> dict[str, Any]:
-        """Tokens counted so far; each prompt once."""
-        new = sum(len(choice.tokens) for choice in self.choices)
-        return usage(self.prepared.prompt_tokens, new, self._cached)
-
-
 @dataclass(frozen=True)
 class _News:
     """What has come of a choice, by its number, since the last: `first` when nothing was said of it
@@ -116,8 +77,161 @@ class _News:
     tokens: Sequence[int]
 
 
-Said = Callable[[_News], dict[str, Any]]
-"""What an answer says of a choice."""
+class Generation(ABC, Generic[Asked]):
+    """One HTTP request for tokens on its way; what completions and chats share. `prefix` is what
+    ids of its answers begin with, `kind` what OpenAI calls them, with `chunk` when they stream.
+    """
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk: ClassVar[str] = ""
+
+    def __init__(
+        self, service: Service, hub: Hub, metrics: Metrics, body: Asked, prepared: Prepared
+    ) -> None:
+        self._service, self._metrics = service, metrics
+        self.body, self._prepared = body, prepared
+        self._names = Names(service.vocabulary)
+        self._replies = Replies(hub)
+        self.choices = [
+            _Choice(prepared.finder(), self._opening(i)) for i in range(len(prepared.requests))
+        ]
+        self._cached = 0
+
+    async def answer(self, request: Request) -> Response:
+        """A stream of chunks, or the whole once every choice has ended; a client that hangs up
+        cancels them. Raises what the scheduler refuses with.
+        """
+        _, scheduler = self._service.ready()
+        self._replies.submit(scheduler, self._prepared.requests)
+        head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.kind + (self.chunk if self.body.stream else ""),
+            "created": int(time.time()),
+            "model": self._service.settings.name,
+        }
+        cancel = self._replies.cancel
+        if self.body.stream:
+            keep_alive = self._service.settings.keep_alive_seconds
+            return EventStream(self._chunks(head), keep_alive=keep_alive, gone=cancel)
+        async with watched(request.receive, cancel):
+            async for _ in self._updates():
+                pass
+        parts = [
+            self._part(_News(i, True, c.text, c.calls, c.logprobs, c.tokens))
+            for i, c in enumerate(self.choices)
+        ]
+        return JSONResponse({**head, "choices": parts, "usage": self._usage()})
+
+    def _opening(self, index: int) -> str:
+        """What the text of a choice begins with."""
+        return ""
+
+    @abstractmethod
+    def _said(self, news: _News) -> dict[str, Any]:
+        """What an answer says of a choice."""
+
+    async def _updates(self) -> AsyncGenerator[tuple[int, Update, str, list[Call]], None]:
+        """(choice, update, new text, new calls) until all have ended; cancels what is left when it
+        is closed early.
+        """
+        try:
+            async for index, update in self._replies.updates():
+                choice = self.choices[index]
+                times = update.timings
+                if times is not None and times.new_tokens and update.finish_reason != "cancelled":
+                    self._metrics.observe(times)
+                    self._service.ttft.append(times.ttft_s)
+                whole = index % self._prepared.choices_per_prompt == 0  # of each prompt one
+                if update.finish_reason is not None and whole:
+                    self._cached += update.cached_tokens
+                yield index, update, *choice.take(update)
+        finally:
+            self._replies.cancel()
+
+    async def _chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | str, None]:
+        updates, body = self._updates(), self.body
+        wants_all = body.return_token_ids or body.logprobs not in (None, False)
+        try:
+            async for index, update, text, calls in updates:
+                choice = self.choices[index]
+                first, choice.begun = not choice.begun, True
+                if first or text or calls or choice.reason is not None or wants_all:
+                    news = _News(index, first, text, calls, update.logprobs, update.token_ids)
+                    yield {**head, "choices": [self._part(news)]}
+        except HmcError as error:
+            yield of_error(error).body()
+            return
+        finally:
+            await updates.aclose()
+        if body.stream_options is not None and body.stream_options.include_usage:
+            yield {**head, "choices": [], "usage": self._usage()}
+        yield "[DONE]"
+
+    def _part(self, news: _News) -> dict[str, Any]:
+        reason = self.choices[news.index].reason
+        part = {"index": news.index, **self._said(news), "finish_reason": reason}
+        return part | {"token_ids": list(news.tokens)} if self.body.return_token_ids else part
+
+    def _usage(self) -> dict[str, Any]:
+        """Tokens counted so far; each prompt once."""
+        new = sum(len(choice.tokens) for choice in self.choices)
+        prompt = self._prepared.prompt_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": self._cached},
+        }
+
+
+class _Completion(Generation[CompletionBody]):
+    prefix, kind = "cmpl", "text_completion"
+
+    def _opening(self, index: int) -> str:
+        prompt = self.body.prompt
+        given = prompt if isinstance(prompt, str) else prompt[index // self.body.n]
+        if not self.body.echo:
+            return ""
+        if isinstance(given, str):
+            return given
+        engine, _ = self._service.ready()
+        ids = self._prepared.requests[index].ids
+        return engine.text.decode(ids.tolist()) if engine.text else ""
+
+    def _said(self, news: _News) -> dict[str, Any]:
+        choice = self.choices[news.index]
+        text, entries = news.text, list[TokenLogprob | int](news.logprobs)
+        if news.first and self.body.echo:
+            text = choice.text
+            if choice.scored is not None:  # the first token has no log-probability
+                given = int(self._prepared.requests[news.index].ids[0])
+                entries = [given, *choice.scored, *entries]
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs, choice.offset = self._names.completion(entries, choice.offset)
+        return {"text": text, "logprobs": logprobs}
+
+
+class _Chat(Generation[ChatBody]):
+    prefix, kind, chunk = "chatcmpl", "chat.completion", ".chunk"
+
+    def _said(self, news: _News) -> dict[str, Any]:
+        text, calls = news.text, news.calls
+        logprobs = self._names.chat(news.logprobs) if self.body.logprobs else None
+        if self.body.stream:
+            delta: dict[str, Any] = {"role": "assistant"} if news.first else {}
+            if news.first or text:
+                delta["content"] = text
+            if calls:
+                before = len(self.choices[news.index].calls) - len(calls)
+                delta["tool_calls"] = tool_calls(calls, before, indexed=True)
+            return {"delta": delta, "logprobs": logprobs}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            listed = tool_calls(calls, indexed=False)
+            message |= {"content": text.strip() or None, "tool_calls": listed}
+        return {"message": message, "logprobs": logprobs}
 
 
 class Generations:
@@ -130,115 +244,16 @@ class Generations:
     async def completions(self, request: Request, body: CompletionBody) -> Response:
         """POST /v1/completions."""
         prepared = await asyncio.to_thread(prepare.completions, self._service, body)
-        generation = self._generation(prepared)
-        for index, choice in enumerate(generation.choices):
-            if body.echo:
-                choice.text = self._echoed(body, prepared, index)
-        head = Head("cmpl", "text_completion", self._service.settings.name)
-        said = partial(_completion, generation, body)
-        return await self._answer(request, body, generation, head, said)
+        found = _Completion(self._service, self._here(), self._metrics, body, prepared)
+        return await found.answer(request)
 
     async def chat(self, request: Request, body: ChatBody) -> Response:
         """POST /v1/chat/completions."""
         prepared = await asyncio.to_thread(prepare.chat, self._service, body)
-        generation = self._generation(prepared)
-        kind = "chat.completion.chunk" if body.stream else "chat.completion"
-        head = Head("chatcmpl", kind, self._service.settings.name)
-        said = partial(_chat, generation, body)
-        return await self._answer(request, body, generation, head, said)
+        found = _Chat(self._service, self._here(), self._metrics, body, prepared)
+        return await found.answer(request)
 
-    def _generation(self, prepared: Prepared) -> Generation:
+    def _here(self) -> Hub:
         if self._hub is None:  # the loop runs now
             self._hub = Hub()
-        names = Names(self._service.vocabulary)
-        return Generation(self._service, self._hub, self._metrics, prepared, names)
-
-    async def _answer(
-        self, request: Request, body: AnyBody, generation: Generation, head: Head, said: Said
-    ) -> Response:
-        """A stream of chunks, or the whole once every choice has ended; a client that hangs up
-        cancels them.
-        """
-        generation.submit()
-        cancel = generation.replies.cancel
-        if body.stream:
-            chunks = _chunks(generation, head, body, said)
-            keep_alive = self._service.settings.keep_alive_seconds
-            return EventStream(chunks, keep_alive=keep_alive, gone=cancel)
-        async with watched(request.receive, cancel):
-            async for _ in generation.updates():
-                pass
-        parts = [
-            _part(generation, body, said, _News(i, True, c.text, c.calls, c.logprobs, c.tokens))
-            for i, c in enumerate(generation.choices)
-        ]
-        return JSONResponse(head.part(parts, usage=generation.usage()))
-
-    def _echoed(self, body: CompletionBody, prepared: Prepared, index: int) -> str:
-        engine, _ = self._service.ready()
-        if isinstance(body.prompt, str):
-            return body.prompt
-        given = body.prompt[index // body.n]
-        if isinstance(given, str):
-            return given
-        return engine.text.decode(prepared.requests[index].ids.tolist()) if engine.text else ""
-
-
-async def _chunks(
-    generation: Generation, head: Head, body: AnyBody, said: Said
-) -> AsyncGenerator[dict[str, Any] | str, None]:
-    updates = generation.updates()
-    wants_all = body.return_token_ids or body.logprobs not in (None, False)
-    try:
-        async for index, update, text, calls in updates:
-            choice = generation.choices[index]
-            first, choice.begun = not choice.begun, True
-            if first or text or calls or choice.reason is not None or wants_all:
-                news = _News(index, first, text, calls, update.logprobs, update.token_ids)
-                yield head.part([_part(generation, body, said, news)])
-    except HmcError as error:
-        yield of_error(error).body()
-        return
-    finally:
-        await updates.aclose()
-    if body.stream_options is not None and body.stream_options.include_usage:
-        yield head.part([], usage=generation.usage())
-    yield "[DONE]"
-
-
-def _part(generation: Generation, body: AnyBody, said: Said, news: _News) -> dict[str, Any]:
-    reason = generation.choices[news.index].reason
-    part = {"index": news.index, **said(news), "finish_reason": reason}
-    return part | {"token_ids": list(news.tokens)} if body.return_token_ids else part
-
-
-def _completion(generation: Generation, body: CompletionBody, news: _News) -> dict[str, Any]:
-    choice = generation.choices[news.index]
-    text, entries = news.text, list[TokenLogprob | int](news.logprobs)
-    if news.first and body.echo:
-        text = choice.text
-        if choice.scored is not None:  # the first token has no log-probability
-            given = int(generation.prepared.requests[news.index].ids[0])
-            entries = [given, *choice.scored, *entries]
-    logprobs = None
-    if body.logprobs is not None:
-        logprobs, choice.offset = generation.names.completion(entries, choice.offset)
-    return {"text": text, "logprobs": logprobs}
-
-
-def _chat(generation: Generation, body: ChatBody, news: _News) -> dict[str, Any]:
-    text, calls = news.text, news.calls
-    logprobs = generation.names.chat(news.logprobs) if body.logprobs else None
-    if body.stream:
-        delta: dict[str, Any] = {"role": "assistant"} if news.first else {}
-        if news.first or text:
-            delta["content"] = text
-        if calls:
-            before = len(generation.choices[news.index].calls) - len(calls)
-            delta["tool_calls"] = tool_calls(calls, before, indexed=True)
-        return {"delta": delta, "logprobs": logprobs}
-    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-    if calls:
-        listed = tool_calls(calls, indexed=False)
-        message |= {"content": text.strip() or None, "tool_calls": listed}
-    return {"message": message, "logprobs": logprobs}
+        return self._hub
