@@ -138,10 +138,9 @@ def test_the_page_says_everything(plan: Plan) -> None:
     for key in plan.kernels:
         assert key in text
     for figure in predictions(plan, common_loads([plan])):
-        assert figure.value is not None
-        if figure.unit == "tokens/s":
-            assert figure.what in text
-            assert number(figure.value) in text
+        assert figure.rate is not None
+        assert figure.load.what in text
+        assert number(figure.rate) in text
 
 
 def test_names_cannot_break_the_page(plan: Plan) -> None:
@@ -275,10 +274,10 @@ def test_roofline_points_lie_under_their_roof(plan: Plan, host_plan: Plan) -> No
 
 def test_times_are_those_of_the_simulator(plan: Plan) -> None:
     model = CostModel(plan)
-    (figure,) = [f for f in predictions(plan, [Load("decode", 4096)]) if f.unit == "tokens/s"]
-    assert figure.value is not None
+    (figure,) = predictions(plan, [Load("decode", 4096)])
+    assert figure.seconds is not None
     drawing = decode_drawing(plan, model, 4096)
-    assert drawing.seconds == si(1 / figure.value, "s")
+    assert drawing.seconds == si(figure.seconds, "s")
 
 
 # -- measurements ----------------------------------------------------------------------------------
@@ -315,9 +314,9 @@ def test_predicted_stands_beside_measured(plan: Plan) -> None:
     html = render(plan, "a.hmp", [ROW])
     text = _Page(html).text
     assert "20 (19 to 21)" in text
-    (figure,) = [f for f in predictions(plan, [ROW.load]) if f.unit == "tokens/s"]
-    assert figure.value is not None
-    assert f"{100 * (figure.value / 20 - 1):+.1f} %" in text
+    (figure,) = predictions(plan, [ROW.load])
+    assert figure.rate is not None
+    assert f"{100 * (figure.rate / 20 - 1):+.1f} %" in text
     assert "no-measurement" not in html
     assert "no-measurement" in render(plan, "a.hmp")
 

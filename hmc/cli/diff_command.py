@@ -52,11 +52,14 @@ def _predictions(a: Plan, b: Plan) -> list[Predicted]:
     from hmc.predict.loads import common_loads, predictions
 
     loads = common_loads((a, b))
-    before, after = (predictions(plan, loads) for plan in (a, b))
-    return [
-        (one.what, one.unit, one.value, two.value, one.reason or two.reason)
-        for one, two in zip(before, after, strict=True)
-    ]
+    found = []
+    for one, two in zip(*(predictions(plan, loads) for plan in (a, b)), strict=True):
+        what, reason = one.load.what, one.reason or two.reason
+        if one.load.kind == "prefill":
+            first = f"{what}: time to first token"
+            found.append((first, "s", one.seconds, two.seconds, reason))
+        found.append((what, "tokens/s", one.rate, two.rate, reason))
+    return found
 
 
 def _show(found: PlanDiff, predictions: list[Predicted], limit: int | None) -> None:

@@ -50,14 +50,17 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One predicted figure; `value` is None where there is a `reason` for having none."""
+class Predicted:
+    """Seconds of a load; None where there is a `reason` for having none."""
 
     load: Load
-    what: str
-    unit: str
-    value: float | None
+    seconds: float | None
     reason: str = ""
+
+    @property
+    def rate(self) -> float | None:
+        """Tokens a second, of all sequences together."""
+        return None if self.seconds is None else self.load.done / self.seconds
 
 
 def common_loads(plans: Sequence[Plan]) -> list[Load]:
@@ -72,21 +75,14 @@ def common_loads(plans: Sequence[Plan]) -> list[Load]:
     ]
 
 
-def predictions(plan: Plan, loads: Iterable[Load]) -> list[Figure]:
-    """For each load tokens/s (all sequences together), and for prompts also seconds to the first
-    token; figures without value where the machine's rates are not known.
-    """
-    found: list[Figure] = []
+def predictions(plan: Plan, loads: Iterable[Load]) -> list[Predicted]:
+    """Each load's; without seconds where the machine's rates are not known."""
+    found = []
     for load in loads:
-        value, reason = None, ""
         try:
-            value = load_seconds(plan, CostModel(plan), load)
+            found.append(Predicted(load, load_seconds(plan, CostModel(plan), load)))
         except HmcError as error:
-            reason = str(error)
-        rate = None if value is None else load.done / value
-        if load.kind == "prefill":
-            found.append(Figure(load, f"{load.what}: time to first token", "s", value, reason))
-        found.append(Figure(load, load.what, "tokens/s", rate, reason))
+            found.append(Predicted(load, None, str(error)))
     return found
 
 

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hmc.errors import HmcError
 from hmc.plan import Plan
 from hmc.predict.cost import CostModel
-from hmc.predict.loads import Figure, common_loads, predictions
+from hmc.predict.loads import Predicted, common_loads, predictions
 from hmc.predict.measured import Measured
 from hmc.report.facts import facts
 from hmc.report.heatmap import heat_map
@@ -69,20 +69,19 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
     )
 
 
-def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:
+def _tiles(figures: Sequence[Predicted], plan: Plan) -> list[tuple[str, str, str]]:
     """(value, unit, what) of the figures people look for first."""
     found: list[tuple[str, str, str]] = []
     decode = [f for f in figures if f.load.kind == "decode" and f.load.batch == 1]
-    first = [f for f in figures if f.load.kind == "prefill" and f.unit == "s"]
-    for figure in (*decode[-1:], *first[:1], *first[1:][-1:]):
-        if figure.value is not None:
-            if figure.unit == "s":
-                value, _, unit = si(figure.value, "s").partition(" ")
-                what = f"to the first token of {figure.load.tokens}"
-            else:
-                value, unit = number(figure.value), "tokens/s"
-                what = figure.what
-            found.append((value, unit, f"{what} (predicted)"))
+    first = [f for f in figures if f.load.kind == "prefill"]
+    for figure in decode[-1:]:
+        if figure.rate is not None:
+            found.append((number(figure.rate), "tokens/s", f"{figure.load.what} (predicted)"))
+    for figure in (*first[:1], *first[1:][-1:]):
+        if figure.seconds is not None:
+            value, _, unit = si(figure.seconds, "s").partition(" ")
+            what = f"to the first token of {figure.load.tokens} (predicted)"
+            found.append((value, unit, what))
     for device, total in plan.ledger_totals.items():
         value, _, unit = si(total, "B").partition(" ")
         found.append((value, unit, f"on {device}, of {si(plan.machine.memory_of(device), 'B')}"))
@@ -90,15 +89,14 @@ def _tiles(figures: Sequence[Figure], plan: Plan) -> list[tuple[str, str, str]]:
 
 
 def _compared(
-    plan: Plan, figures: Sequence[Figure], measured: Sequence[Measured]
-) -> list[tuple[Figure, Measured | None]]:
+    plan: Plan, figures: Sequence[Predicted], measured: Sequence[Measured]
+) -> list[tuple[Predicted, Measured | None]]:
     """Measured loads with the prediction for the very same load, then the ordinary loads."""
     context = plan.limits.max_context
     own = [row for row in measured if row.tokens <= context and row.batch <= plan.limits.max_batch]
     loads = [row.load for row in own]
-    predicted = [f for f in predictions(plan, loads) if f.unit == "tokens/s"]
-    ordinary = [f for f in figures if f.unit == "tokens/s" and f.load not in loads]
-    return [*zip(predicted, own, strict=True), *((figure, None) for figure in ordinary)]
+    ordinary = [(figure, None) for figure in figures if figure.load not in loads]
+    return [*zip(predictions(plan, loads), own, strict=True), *ordinary]
 
 
 def _kernel_rows(plan: Plan) -> list[tuple[str, str, list[int]]]:
