@@ -23,9 +23,9 @@ from hmc.machine.detect import detect, machine_here
 from hmc.machine.model import CpuRates, GemvRate, Machine, Rate
 from hmc.plan import load_plan, save_plan
 from hmc.predict import measured as store
-from hmc.predict.compared import Predictor
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.loads import Load
+from hmc.predict.measured import Predictor
 from hmc.predict.run import run_prefill
 from hmc.predict.timeline import host_prefill
 from hmc.predict.timeline import run as timeline_of

@@ -19,7 +19,7 @@ from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
 from hmc.machine.model import Machine
 from hmc.plan import Plan
-from hmc.predict.compared import Figure, Predictor
+from hmc.predict.measured import Figure, Predictor
 from hmc.runtime.executor import Executor
 
 FORMATS = ("fp8", "bf16")

@@ -16,8 +16,8 @@ from hmc.plan import Plan
 
 if TYPE_CHECKING:
     from hmc.bench.model import Row
-    from hmc.predict.compared import Figure, Predictor
     from hmc.predict.loads import Load
+    from hmc.predict.measured import Figure, Predictor
     from hmc.runtime.host.trace import Recorder
     from hmc.runtime.tokens.generation import Timings
 
@@ -40,7 +40,7 @@ class Comparison:
                 f" ran on {workers} threads"
             )
         else:
-            from hmc.predict.compared import Predictor
+            from hmc.predict.measured import Predictor
 
             try:
                 self._predictor = Predictor(plan, found)

@@ -12,7 +12,7 @@ from hmc.errors import UsageError
 from hmc.plan import Operand, Phase, Plan, load_plan
 from hmc.plan.verify import expand_runs
 from hmc.ranges import expert_ranges, ranges
-from hmc.report.facts import facts
+from hmc.report.words import facts
 
 
 @click.command("show")

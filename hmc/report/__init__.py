@@ -5,6 +5,5 @@ heatmap.py      where every routed expert is
 ledger.py       memory by device and kind
 timeline.py     who works when in a decode step and in a prefill
 roofline.py     what kernels reach, and what memory and arithmetic allow
-facts.py        what the plan is of
-words.py        numbers as people read them
+words.py        numbers as people read them, and what the plan is of
 """

@@ -18,11 +18,10 @@ from hmc.plan import Plan
 from hmc.predict.cost import CostModel
 from hmc.predict.loads import Predicted, common_loads, predictions
 from hmc.predict.measured import Measured
-from hmc.report.facts import facts
 from hmc.report.heatmap import heat_map
 from hmc.report.roofline import roofline
 from hmc.report.timeline import FAMILIES, Drawing, decode_drawing, prefill_drawing
-from hmc.report.words import number, si
+from hmc.report.words import facts, number, si
 from hmc.version import VERSION
 
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -76,28 +78,25 @@ class Device:
         count = self._bytes
         host = [torch.ones(count, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
         there = [torch.empty(count, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        streams = [self._stream(), self._stream()]
-        ways: dict[str, Callable[[], None]] = {
-            "h2d": lambda: self._on(streams[0], lambda: there[0].copy_(host[0], non_blocking=True)),
-            "d2h": lambda: self._on(streams[1], lambda: host[1].copy_(there[1], non_blocking=True)),
-        }
+        ways = {"h2d": (there[0], host[0]), "d2h": (host[1], there[1])}
+        streams = {way: self._stream() for way in ways}
+
+        def copy(*order: str) -> None:
+            for way in order:
+                target, source = ways[way]
+                with torch.cuda.stream(streams[way]) if self._cuda else nullcontext():
+                    target.copy_(source, non_blocking=True)
+
         detail = f"pinned copies of {count / 1e6:.0f} MB on {self.device}"
         found = [
-            Measurement(f"gpu {way}", "B/s", self._rates(count, copy), detail)
-            for way, copy in ways.items()
+            Measurement(f"gpu {way}", "B/s", self._rates(count, partial(copy, way)), detail)
+            for way in ways
         ]
-        for way, other in (("h2d", "d2h"), ("d2h", "h2d")):
-
-            def both(way: str = way, other: str = other) -> None:
-                # The other way stays busy from before until after the one that is timed.
-                ways[other]()
-                ways[way]()
-                ways[other]()
-
-            values = self._rates(count, both, streams[list(ways).index(way)])
-            found.append(
-                Measurement(f"gpu {way}_both", "B/s", values, f"{detail}, the other way busy")
-            )
+        detail += ", the other way busy"
+        for way, other in permutations(ways):
+            # The other way stays busy from before until after the one that is timed.
+            values = self._rates(count, partial(copy, other, way, other), streams[way])
+            found.append(Measurement(f"gpu {way}_both", "B/s", values, detail))
         return found
 
     def _memory(self) -> Measurement:
@@ -168,10 +167,6 @@ class Device:
 
     def _stream(self) -> Any:
         return torch.cuda.Stream(self.device) if self._cuda else None  # type: ignore[no-untyped-call]
-
-    def _on(self, stream: Any, work: Callable[[], object]) -> None:
-        with torch.cuda.stream(stream) if self._cuda else nullcontext():
-            work()
 
     def _wait(self) -> None:
         if self._cuda:

@@ -105,28 +105,19 @@ def serve(
     with _served(target, serve_options.split()) as url:
         server = Target(url, key)
         if prefill:
+            short, long, output = mixes[0].least, mixes[0].most, mixes[1].most
             found: dict[str, Any] = beside(
-                server,
-                prefill,
-                prompt=mixes[0].most,
-                short=mixes[0].least,
-                output=mixes[1].most,
-                seed=seed,
+                server, prefill, prompt=long, short=short, output=output, seed=seed
             )
+            show = _print_beside
         elif streams:
-            found = measure_streams(
-                server, streams, prompt=mixes[0].least, output=mixes[1].most, seed=seed
-            )
+            prompt, output = mixes[0].least, mixes[1].most
+            found = measure_streams(server, streams, prompt=prompt, output=output, seed=seed)
+            show = _print_streams
         else:
             found = load(server, shots, concurrency=concurrency, seed=seed, goals=goals)
-    if as_json:
-        print_json({**found, "target": target, **invocation()})
-    elif prefill:
-        _print_beside(found)
-    elif streams:
-        _print_streams(found)
-    else:
-        _print_load(found)
+            show = _print_load
+    print_json({**found, "target": target, **invocation()}) if as_json else show(found)
     if found.get("failed") and found["failed"] == found["requests"]:
         raise ExecutionError(f"every request failed: {found['errors'][0]}")
 
@@ -232,21 +223,23 @@ def _print_beside(found: dict[str, Any]) -> None:
 
 
 def _print_streams(found: dict[str, Any]) -> None:
-    def part(name: str) -> tuple[float, float]:
-        return found[name] * found["step"], found[name]
-
+    step = found["step"]
     rows = [
-        ("a step, as clients see it", found["step"], ""),
+        ("a step, as clients see it", step, None),
         ("the executor undisturbed", found["undisturbed"], 1 - found["server_share"]),
-        ("the server: the rest", found["step"] - found["undisturbed"], found["server_share"]),
-        ("- within the scheduler's step", *part("scheduler_share")),
-        ("- between the scheduler's steps", *part("between_share")),
-        ("- the executor's calls, later", found["executor"] - found["undisturbed"], ""),
-        ("the client's processor time", *part("client_share")),
+        ("the server: the rest", step - found["undisturbed"], found["server_share"]),
+        (
+            "- within the scheduler's step",
+            found["scheduler_share"] * step,
+            found["scheduler_share"],
+        ),
+        ("- between the scheduler's steps", found["between_share"] * step, found["between_share"]),
+        ("- the executor's calls, later", found["executor"] - found["undisturbed"], None),
+        ("the client's processor time", found["client_cpu"], found["client_share"]),
     ]
     columns = ("ms", "a step", "share")
     cells = [
-        (label, _milliseconds(seconds), f"{share:.1%}" if share != "" else "")
+        (label, _milliseconds(seconds), "" if share is None else f"{share:.1%}")
         for label, seconds, share in rows
     ]
     title = f"{found['streams']} streams, {found['steps']} steps of all"
