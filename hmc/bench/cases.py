@@ -3,7 +3,6 @@ becomes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hmc.bench.compare import Compared
@@ -156,24 +155,6 @@ class Row:
             f"reference_{unit}": round(self.compared.reference / 1e9, 3),
             "ratio": round(self.compared.ratio, 4),
         }
-
-
-def cases_of(
-    op: str,
-    formats: Iterable[str],
-    shapes: Sequence[tuple[int, int]],
-    tokens: Sequence[int],
-    *,
-    group: int = 128,
-    top_k: int = 8,
-) -> list[Case]:
-    """Every combination, cases that share their weights next to each other."""
-    return [
-        Case(op, format, rows, k, count, group, top_k)
-        for format in formats
-        for rows, k in shapes
-        for count in tokens
-    ]
 
 
 def cut_to_cache(case: Case) -> Case:

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,7 +17,7 @@ from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
 from hmc.machine.model import Machine
 from hmc.plan import Plan
-from hmc.predict.measured import Figure, Predictor
+from hmc.predict.measured import Predictor
 from hmc.runtime.executor import Executor
 
 FORMATS = ("fp8", "bf16")
@@ -33,42 +31,6 @@ _QUANTIZED = {
     }
 }
 """What config.json says of a format that is not told by its dtype."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One load of one model: the figure, the parts of it by op, and for decode how much faster the
-    streaming read is now than when the machine was probed.
-    """
-
-    model: str
-    format: str
-    layers: int
-    experts: int
-    test: str
-    figure: Figure
-    ops: dict[str, dict[str, float]]
-    drift: float | None
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values; seconds of a token (decode) or of the prompt by op."""
-        return {
-            "model": self.model,
-            "format": self.format,
-            "layers": self.layers,
-            "experts": self.experts,
-            "test": self.test,
-            **self.figure.as_json(),
-            "low": self.figure.low,
-            "high": self.figure.high,
-            "memory_drift": self.drift,
-            "ops": self.ops,
-        }
-
-
-def median_error(rows: Sequence[Row]) -> float:
-    """Median of the absolute errors."""
-    return median(abs(row.figure.error) for row in rows)
 
 
 def compare(
@@ -85,13 +47,15 @@ def compare(
     experts: int = 0,
     megabytes: int = 0,
     report: Report = silent,
-) -> Iterator[Row]:
+) -> Iterator[dict[str, Any]]:
     """Measure the shapes of a config.json in a weight format and predict them from `machine`:
     decode at `contexts`, `tokens` steps around each, and prefill of `prompts`.
 
-    At most `memory` bytes of weights; `layers` and `experts` of each layer (0: as many as fit, all
-    of them before more layers). Raises `CapacityError` when not even one routed layer of 16 experts
-    fits.
+    A row of a load holds the figure, the seconds by op of a token (decode) or of the prompt, and as
+    "memory_drift", for decode, how much faster the streaming read is now than when the machine was
+    probed. At most `memory` bytes of weights; `layers` and `experts` of each layer (0: as many as
+    fit, all of them before more layers). Raises `CapacityError` when not even one routed layer of
+    16 experts fits.
     """
     longest = max((*prompts, *(each + tokens for each in contexts)), default=1)
     plan = cut_to_fit(config, form, longest, memory, layers, experts)
@@ -113,9 +77,18 @@ def compare(
             sums = ops.setdefault(step["op"], {"predicted_s": 0.0, "measured_s": 0.0})
             for name in sums:
                 sums[name] += step[name]
-        drift = row.compared.reference / read if row.load.kind == "decode" else None
-        family, layers, test = plan.model.family, plan.model.layers, row.load.name
-        yield Row(family, form, layers, routed, test, figure, ops, drift)
+        yield {
+            "model": plan.model.family,
+            "format": form,
+            "layers": plan.model.layers,
+            "experts": routed,
+            "test": row.load.name,
+            **figure.as_json(),
+            "low": figure.low,
+            "high": figure.high,
+            "memory_drift": row.compared.reference / read if row.load.kind == "decode" else None,
+            "ops": ops,
+        }
 
 
 def cut_to_fit(

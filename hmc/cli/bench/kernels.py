@@ -99,7 +99,7 @@ def kernels(
     """
     if l2 and threads not in (None, 1):
         raise UsageError("--l2 measures one core: leave --threads out")
-    from hmc.bench.cases import OPS, cases_of
+    from hmc.bench.cases import OPS, Case
     from hmc.bench.kernels import DEFAULT_MEGABYTES, KernelBench
     from hmc.codegen.isa import TIERS, best_isa, require
 
@@ -107,14 +107,12 @@ def kernels(
         raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
     tier = best_isa() if isa is None else require(isa)
     experts, prefill = OPS[op].routed, OPS[op].many
-    cases = cases_of(
-        op,
-        formats,
-        shapes or Several(Shape())(_EXPERT_SHAPES if experts else _SHAPES),
-        tokens or ([512] if prefill else [1, 2, 4, 8]),
-        group=group,
-        top_k=top_k,
-    )
+    cases = [  # those that share their weights next to each other
+        Case(op, form, rows, k, count, group, top_k)
+        for form in formats
+        for rows, k in shapes or Several(Shape())(_EXPERT_SHAPES if experts else _SHAPES)
+        for count in tokens or ([512] if prefill else [1, 2, 4, 8])
+    ]
     with (
         progress() as report,
         KernelBench(tier, threads=threads, l2=l2, barriers=not no_barriers) as bench,

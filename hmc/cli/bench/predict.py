@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 import click
 
@@ -11,9 +12,6 @@ from hmc.cli.arguments import POSITIVE, REPETITIONS, Several, circumstances, cou
 from hmc.cli.output import JSON, console, print_json, progress, table
 from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import available_bytes, how_to, profile_path, rated_machine
-
-if TYPE_CHECKING:
-    from hmc.bench.predict import Row
 
 
 @click.command("predict", short_help="Predictions for models of real shapes beside measurements.")
@@ -51,7 +49,7 @@ def predict(
     \b
     hmc bench predict examples/configs/qwen3-30b-a3b examples/configs/deepseek-v3 --machine m.json
     """
-    from hmc.bench.predict import FORMATS, compare, median_error
+    from hmc.bench.predict import FORMATS, compare
 
     if unknown := [each for each in formats if each not in FORMATS]:
         raise UsageError(f"--formats {unknown[0]}: give some of {', '.join(FORMATS)}")
@@ -59,35 +57,28 @@ def predict(
         raise MachineError(how_to())
     rated = rated_machine(machine or str(profile_path()))
     limit = int(memory * 1e9) if memory else available_bytes() // 2
-    rows: list[Row] = []
+    rows: list[dict[str, Any]] = []
     with progress() as report:
         for config in configs:
             for form in formats:
                 path = Path(config)
                 rows += compare(path, form, rated, memory=limit, report=report, **loads)
+    error = median(abs(row["error"]) for row in rows)
     if as_json:
-        print_json(
-            {
-                "rows": [row.as_json() for row in rows],
-                "median_error": median_error(rows),
-                "rates_of": rated.name,
-                **circumstances("", rated.cores),
-            }
-        )
+        more = circumstances("", rated.cores)
+        print_json({"rows": rows, "median_error": error, "rates_of": rated.name, **more})
         return
     columns = ("model", "layers", "experts", "test", "measured", "predicted", "error", "memory")
     lines = [
         (
-            f"{row.model} {row.format}",
-            row.layers,
-            row.experts,
-            row.test,
-            f"{row.figure.tokens_per_second:.2f} ± {(row.figure.high - row.figure.low) / 2:.2f}",
-            f"{row.figure.predicted_tokens_per_second:.2f}",
-            f"{row.figure.error:+.1%}",
-            "-" if row.drift is None else f"{row.drift:.0%}",
+            f"{row['model']} {row['format']}",
+            *(row[name] for name in columns[1:4]),
+            f"{row['measured_tokens_per_second']:.2f} ± {(row['high'] - row['low']) / 2:.2f}",
+            f"{row['predicted_tokens_per_second']:.2f}",
+            f"{row['error']:+.1%}",
+            "-" if row["memory_drift"] is None else f"{row['memory_drift']:.0%}",
         )
         for row in rows
     ]
     console().print(table("Tokens/s, predicted and measured", columns, lines, numbers=columns[1:]))
-    click.echo(f"median error {median_error(rows):.1%} of {len(rows)} rows")
+    click.echo(f"median error {error:.1%} of {len(rows)} rows")
