@@ -66,27 +66,19 @@ def distinct_experts(experts: int, top_k: int, tokens: float, here: int | None =
     return float(count * (1 - (1 - top_k / experts) ** tokens))
 
 
-def chosen_experts(attrs: Attrs, load: Load) -> tuple[float, float]:
-    """(distinct experts, rows routed to them) of those that a step has, expected: with `chances`
-    the sums of 1 - (1 - p)^b and of p b over them.
-    """
-    experts, top_k = int(attrs["experts"]), int(attrs["top_k"])
-    if load.chances is None:
-        here = int(attrs.get("count", experts))
-        return (
-            distinct_experts(experts, top_k, load.tokens, here),
-            load.tokens * top_k * here / experts,
-        )
-    distinct = sum(1 - (1 - min(1.0, chance)) ** load.tokens for chance in load.chances)
-    return float(distinct), float(sum(load.chances) * load.tokens)
+def chosen_experts(attrs: Attrs, tokens: float) -> float:
+    """`distinct_experts` of those that a step has."""
+    experts = int(attrs["experts"])
+    return distinct_experts(experts, int(attrs["top_k"]), tokens, int(attrs.get("count", experts)))
 
 
 def _experts_work(attrs: Attrs, load: Load) -> Work:
     """A step holds the weights of `top_k` experts. Rows are gathered (bf16 in), gate x up goes out
     and in, down out in f32, and is summed.
     """
-    distinct, routed = chosen_experts(attrs, load)
+    distinct, experts = chosen_experts(attrs, load.tokens), int(attrs["experts"])
     top_k, hidden, inner = int(attrs["top_k"]), int(attrs["k"]), int(attrs["n"])
+    routed = load.tokens * top_k * int(attrs.get("count", experts)) / experts
     moved = routed * (4 * hidden + 4 * inner + 8 * hidden)
     return Work(distinct / top_k, routed / top_k, moved=moved, pieces=distinct)
 

@@ -8,7 +8,7 @@ the cache's layout, what streams and what stays, which kernels run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -126,8 +126,7 @@ Kernels = Callable[[Attrs, Weights, Use], tuple[KernelSpec, ...]]
 class Load:
     """What one step has to do in a call: `rows` it works on, of a call of `tokens` tokens, of
     `sequences` sequences with `context` tokens before; attention sees the tokens of `ranks` times
-    as many. `chances` are probabilities of each expert that the step has to be chosen by a token
-    (None: all alike). `lifted`: latent attention runs with keys and values of every head.
+    as many. `lifted`: latent attention runs with keys and values of every head.
     """
 
     rows: float
@@ -135,7 +134,6 @@ class Load:
     sequences: float = 1
     context: float = 0
     ranks: int = 1
-    chances: Sequence[float] | None = None
     lifted: bool = False
 
 

@@ -7,7 +7,7 @@ each.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -17,7 +17,6 @@ from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
-from hmc.ranges import expert_ranges
 
 TRANSFERS = ("h2d", "d2h")
 
@@ -28,15 +27,13 @@ COPY_PIECE = 16 << 20
 @dataclass(frozen=True)
 class Call:
     """One call of a phase: `tokens` in all, evenly of `sequences`, each with `context` tokens
-    before. `profile` (layer -> probability of each expert to be chosen by a token) makes routing
-    uneven. Without `logits` (all chunks of a prompt but the last) the steps behind the last layer
+    before. Without `logits` (all chunks of a prompt but the last) the steps behind the last layer
     do not run.
     """
 
     tokens: int
     context: int = 0
     sequences: int = 1
-    profile: Mapping[int, Sequence[float]] | None = None
     logits: bool = True
 
 
@@ -151,7 +148,7 @@ class CostModel:
         if share > 1:
             sequences = -(-call.sequences // lanes)
             tokens = -(-call.tokens // share)
-            call = Call(tokens, call.context, sequences, call.profile, call.logits)
+            call = Call(tokens, call.context, sequences, call.logits)
         kind = step.resource.rstrip("0123456789")
         if step.resource == "cpu":
             cost = self._on_cpu(step, phase, call)
@@ -190,7 +187,6 @@ class CostModel:
             call.sequences,
             call.context,
             int(step.attrs.get("ranks", 1)),
-            _chances(step, call) if row.routed else None,
             lifted=self._many(phase) and step.resource == "cpu",
         )
         work = row.work(step.attrs, load)
@@ -297,8 +293,7 @@ class CostModel:
         """Of the experts a load is for, those expected to be chosen where it brings only these."""
         if "top_k" not in step.attrs:
             return 1.0
-        load = Load(call.tokens, call.tokens, chances=_chances(step, call))
-        return chosen_experts(step.attrs, load)[0] / int(step.attrs["count"])
+        return chosen_experts(step.attrs, call.tokens) / int(step.attrs["count"])
 
     def _exchange(self, step: Step, phase: Phase, call: Call) -> Cost:
         """Each rank sends the rows it has to every other: (R - 1) times the bytes of 1/R of the
@@ -313,12 +308,3 @@ class CostModel:
         moved = width * -(-call.tokens // ranks) * (ranks - 1)
         seconds = moved / self._cpu.link.value + _rate(self._cpu.link_latency, 0.0)
         return Cost(seconds, "link", {"link": moved}, {}, 1)
-
-
-def _chances(step: Step, call: Call) -> list[float] | None:
-    """Probabilities of a step's experts to be chosen, where the call has a profile of its layer."""
-    profile = (call.profile or {}).get(step.layer)
-    if profile is None:
-        return None
-    mine = expert_ranges(str(step.attrs.get("range", f"0-{len(profile) - 1}")))
-    return [profile[each] for each in mine]

@@ -63,36 +63,26 @@ class PhaseTimer:
 
     def __init__(self, phase: Phase, model: CostModel) -> None:
         self._phase, self._model = phase, model
-        self._alike: dict[bool, list[int]] = {}
+        seen: dict[tuple[object, ...], int] = {}
+        # by position, the first step that costs the same in every call
+        self._alike = [seen.setdefault(_key(s), at) for at, s in enumerate(phase.steps)]
 
     def run(self, call: Call) -> Timeline:
         """The timeline of one call."""
-        alike = self._first_alike(bool(call.profile))
         known: dict[int, Cost] = {}
         costs = []
-        for step, first in zip(self._phase.steps, alike, strict=True):
+        for step, first in zip(self._phase.steps, self._alike, strict=True):
             if first not in known:
                 known[first] = self._model.step(self._phase, step, call)
             costs.append(known[first])
         return scheduled(self._phase, costs)
 
-    def _first_alike(self, profiled: bool) -> list[int]:
-        """By position, the first step that costs the same in every call; with a profile of routing,
-        experts of every layer cost their own."""
-        if profiled not in self._alike:
-            seen: dict[tuple[object, ...], int] = {}
-            self._alike[profiled] = [
-                seen.setdefault(_key(step, profiled), position)
-                for position, step in enumerate(self._phase.steps)
-            ]
-        return self._alike[profiled]
 
-
-def _key(step: Step, profiled: bool) -> tuple[object, ...]:
+def _key(step: Step) -> tuple[object, ...]:
     return (
         step.op,
         step.resource,
-        step.layer if profiled and "range" in step.attrs else step.layer < 0,
+        step.layer < 0,
         step.weight_bytes,
         step.flops,
         bool(step.waits),

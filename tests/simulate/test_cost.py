@@ -14,7 +14,7 @@ from hmc.errors import MachineError
 from hmc.machine.model import CpuRates, GemvRate, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.attention import attended, gqa_flops, mla_flops
-from hmc.ops.matmul import chosen_experts, distinct_experts
+from hmc.ops.matmul import distinct_experts
 from hmc.plan import Plan, Step
 from hmc.predict.cost import (
     Call,
@@ -40,14 +40,6 @@ def test_distinct_experts_of_deepseek() -> None:
     found = [round(distinct_experts(256, 8, tokens), 2) for tokens in (1, 2, 3)]
     assert found == [8.0, 15.75, 23.26]
     assert distinct_experts(256, 8, 4, 128) == pytest.approx(distinct_experts(256, 8, 4) / 2)
-
-
-@given(st.integers(1, 40), st.integers(1, 64))
-def test_an_even_profile_is_even_routing(tokens: int, experts: int) -> None:
-    load = Load(tokens, tokens, chances=[2 / (experts + 2)] * experts)
-    even, routed = chosen_experts({"experts": experts + 2, "top_k": 2}, load)
-    assert routed == pytest.approx(tokens * 2 * experts / (experts + 2))
-    assert even == pytest.approx(distinct_experts(experts + 2, 2, tokens, experts))
 
 
 @given(st.integers(1, 30), st.integers(0, 50), st.integers(1, 4))
@@ -131,18 +123,6 @@ def test_parts_of_a_layer_add_up(plan: Plan) -> None:
     steps = [s for s in phase.steps if s.op == "experts" and s.layer == mixed[0]]
     flops = sum(model.step(phase, step, Call(3, 10, 3)).flops["fp8"] for step in steps)
     assert flops == pytest.approx(3 * 8 * 2 * 3 * 7168 * 2048)
-
-
-def test_a_profile_shifts_work_to_where_the_hot_experts_are(plan: Plan) -> None:
-    phase, model = plan.phase("decode"), CostModel(plan)
-    layer = next(p.layer for p in plan.placement if len(p.tiers) > 1)
-    steps = {s.resource: s for s in phase.steps if s.op == "experts" and s.layer == layer}
-    first = int(str(steps["gpu0"].attrs["range"]).partition("-")[0])
-    hot = [0.0] * 256
-    hot[first] = 1.0
-    call = Call(1, 10, 1, {layer: hot})
-    assert model.step(phase, steps["cpu"], call).flops["fp8"] == 0
-    assert model.step(phase, steps["gpu0"], call).flops["fp8"] == 2 * 3 * 7168 * 2048
 
 
 def test_a_slower_machine_is_slower(plan: Plan) -> None:
