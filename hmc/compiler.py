@@ -101,7 +101,13 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
     """The plan for the CPU alone, from which the plan passes start."""
     model = models.load(checkpoint.config)
     graph = trace(model.module)
-    _check_tensors(checkpoint, graph, model.tolerated)
+    target = Target(
+        checkpoint=checkpoint,
+        info=model.info,
+        machine=machine,
+        isa=best_isa(frozenset(machine.flags)).name,
+    )
+    _check_tensors(target, graph, model.tolerated)
     if options.profile is not None:
         options.profile.check(
             {
@@ -111,12 +117,6 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
                 if weight.experts
             }
         )
-    target = Target(
-        checkpoint=checkpoint,
-        info=model.info,
-        machine=machine,
-        isa=best_isa(frozenset(machine.flags)).name,
-    )
     lowered = run_graph(configured(GRAPH, options), graph, target)
     needs = needs_of(lowered, options)
     room = capacity(needs, target, options)
@@ -133,25 +133,17 @@ def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     return replace(checkpoint, config=replace(checkpoint.config, values=values))
 
 
-def _check_tensors(
-    checkpoint: Checkpoint, graph: torch.fx.GraphModule, tolerated: tuple[str, ...]
-) -> None:
+def _check_tensors(target: Target, graph: torch.fx.GraphModule, tolerated: tuple[str, ...]) -> None:
     """Every weight of the model is in the checkpoint, and nothing else is, but what the family
     tolerates.
     """
+    checkpoint = target.checkpoint
     if checkpoint.dummy:
         return
     specs = [weight for node in graph.graph.nodes for weight in meta(node).weights]
     checkpoint.require_present(name for weight in specs for name in _names(weight))
-    used = [
-        name
-        for weight in specs
-        for each in dict.fromkeys(_names(weight))
-        for name in checkpoint.resolve(
-            each, weight.shape, linear=weight.linear, view=weight.view
-        ).tensor_names
-    ]
-    checkpoint.check_unused(used, tolerated)
+    sources = (source for weight in specs for source in target.source(weight))
+    checkpoint.check_unused((name for each in sources for name in each.tensor_names), tolerated)
 
 
 def _names(weight: WeightSpec) -> Iterator[str]:

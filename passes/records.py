@@ -164,11 +164,6 @@ class PlanPass(Pass, Protocol):
         ...
 
 
-def stored_bytes(source: WeightSource) -> int:
-    """Bytes of a stored weight with its scales."""
-    return source.nbytes
-
-
 def submodule(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
     """The module that a call_module node calls; None for any other node."""
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None

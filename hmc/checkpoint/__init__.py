@@ -5,17 +5,15 @@ the data and is imported by itself, since only it needs numpy.
 """
 
 from hmc.checkpoint.config import ModelConfig, load_config
-from hmc.checkpoint.directory import Checkpoint
-from hmc.checkpoint.headers import Fingerprint, Shard, TensorInfo, read_fingerprint, read_header
+from hmc.checkpoint.headers import ShardInfo, TensorInfo, read_fingerprint, read_header
 from hmc.checkpoint.quantization import Quantization, read_quantization
-from hmc.checkpoint.weights import WeightSource
+from hmc.checkpoint.weights import Checkpoint, WeightSource
 
 __all__ = [
     "Checkpoint",
-    "Fingerprint",
     "ModelConfig",
     "Quantization",
-    "Shard",
+    "ShardInfo",
     "TensorInfo",
     "WeightSource",
     "load_config",

@@ -7,8 +7,7 @@ names in config.json, and a checkpoint that lacks one is refused there and then.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +42,8 @@ class ModelConfig:
 
     def get_int(self, key: str, default: int, *, minimum: int = 0) -> int:
         """A whole number of at least `minimum`; `default` is returned as it is."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) is not int:
-            raise self._wrong(key, "a whole number")
-        if value < minimum:
+        value: int = self._get(key, default, lambda found: type(found) is int, "a whole number")
+        if key in self and value < minimum:
             raise self._wrong(key, f"at least {minimum}")
         return value
 
@@ -59,21 +54,16 @@ class ModelConfig:
 
     def get_float(self, key: str, default: float) -> float:
         """A finite number, whole or not."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or abs(value) > 1e300 or math.isnan(value):
-            raise self._wrong(key, "a finite number")
-        return float(value)
+
+        def finite(value: Any) -> bool:
+            return type(value) in (int, float) and abs(value) <= 1e300
+
+        return float(self._get(key, default, finite, "a finite number"))
 
     def get_bool(self, key: str, default: bool) -> bool:
         """True or false."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) is not bool:
-            raise self._wrong(key, "true or false")
-        return value
+        right: bool = self._get(key, default, lambda found: type(found) is bool, "true or false")
+        return right
 
     def require_str(self, key: str) -> str:
         """A string."""
@@ -82,40 +72,32 @@ class ModelConfig:
 
     def get_str(self, key: str, default: str) -> str:
         """A string."""
-        value = self.values.get(key)
-        if value is None:
-            return default
-        if type(value) is not str:
-            raise self._wrong(key, "a string")
-        return value
+        return str(self._get(key, default, lambda found: type(found) is str, "a string"))
 
     def get_ints(self, key: str) -> tuple[int, ...]:
         """A list of whole numbers, or one alone (`eos_token_id` is either); () if absent."""
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        items = value if type(value) is list else [value]
-        if not all(type(item) is int for item in items):
-            raise self._wrong(key, "a whole number or a list of them")
-        return tuple(items)
+
+        def right(value: Any) -> bool:
+            items = value if type(value) is list else [value]
+            return all(type(item) is int for item in items)
+
+        found = self._get(key, (), right, "a whole number or a list of them")
+        return (found,) if type(found) is int else tuple(found)
 
     def get_strs(self, key: str) -> tuple[str, ...]:
         """A list of strings; () if absent."""
-        value = self.values.get(key)
-        if value is None:
-            return ()
-        if type(value) is not list or not all(type(item) is str for item in value):
-            raise self._wrong(key, "a list of strings")
-        return tuple(value)
+
+        def right(value: Any) -> bool:
+            return type(value) is list and all(type(item) is str for item in value)
+
+        return tuple(self._get(key, (), right, "a list of strings"))
 
     def section(self, key: str) -> ModelConfig | None:
         """The object nested under `key`, with getters of its own; None if absent."""
-        value = self.values.get(key)
-        if value is None:
+        found = self._get(key, None, lambda value: type(value) is dict, "an object")
+        if found is None:
             return None
-        if type(value) is not dict:
-            raise self._wrong(key, "an object")
-        return ModelConfig(self.path, value, self.sha256, f"{self.prefix}{key}.")
+        return ModelConfig(self.path, found, self.sha256, f"{self.prefix}{key}.")
 
     def error(self, key: str, problem: str) -> ConfigError:
         """A `ConfigError` about `key`, for the caller to raise: "<file>: <key> <problem>"."""
@@ -127,6 +109,14 @@ class ModelConfig:
         return UnsupportedError(
             f"{self.path}: {self.prefix}{key} is {value}; hmc reads {supported}"
         )
+
+    def _get(self, key: str, default: Any, right: Callable[[Any], bool], wanted: str) -> Any:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not right(value):
+            raise self._wrong(key, wanted)
+        return value
 
     def _present(self, key: str) -> None:
         if self.values.get(key) is None:

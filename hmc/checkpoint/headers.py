@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,54 +43,38 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """What tells one shard from another without reading its data.
-
-    `size` is that of the file, `header_bytes` counts the length field and the JSON after it, and
-    `header_sha256` is the hex digest of these bytes.
+class ShardInfo:
+    """One safetensors file, and what tells it from another without reading its data: its `size`,
+    and the hex digest of its first `header_bytes` bytes, the length field and the JSON after it.
+    They pin every offset in it.
     """
-
-    size: int
-    header_bytes: int
-    header_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file: name in its directory, `Fingerprint` fields, tensors in file order."""
 
     name: str
     size: int
     header_bytes: int
     header_sha256: str
-    tensors: Mapping[str, TensorInfo]
 
 
-def read_header(path: Path | str, index: int = 0) -> Shard:
-    """Read and check the header of one shard; `index` becomes `TensorInfo.shard`.
+def read_header(path: Path | str, index: int = 0) -> tuple[ShardInfo, dict[str, TensorInfo]]:
+    """Read and check the header of one shard; its tensors by name, in file order. `index` becomes
+    `TensorInfo.shard`.
 
     Raises `ShardError` naming the file, and the tensor where there is one, for whatever is wrong.
     """
     path = Path(path)
-    header, fingerprint = _read_raw(path)
+    header, shard = _read_raw(path)
     table = parse_object(header[8:], f"{path}: header", ShardError)
     _check_metadata(table.pop("__metadata__", None), path)
-    tensors = _read_entries(table, path, index, fingerprint.header_bytes, fingerprint.size)
-    return Shard(
-        name=path.name,
-        size=fingerprint.size,
-        header_bytes=fingerprint.header_bytes,
-        header_sha256=fingerprint.header_sha256,
-        tensors={tensor.name: tensor for tensor in tensors},
-    )
+    tensors = _read_entries(table, path, index, shard.header_bytes, shard.size)
+    return shard, {tensor.name: tensor for tensor in tensors}
 
 
-def read_fingerprint(path: Path | str) -> Fingerprint:
+def read_fingerprint(path: Path | str) -> ShardInfo:
     """Size and header digest of a shard, unparsed: enough to see that it is still the same one."""
     return _read_raw(Path(path))[1]
 
 
-def _read_raw(path: Path) -> tuple[bytes, Fingerprint]:
+def _read_raw(path: Path) -> tuple[bytes, ShardInfo]:
     """Length field and JSON text as one byte string, the length checked against the file."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open: that of a pipe would block
@@ -108,7 +91,7 @@ def _read_raw(path: Path) -> tuple[bytes, Fingerprint]:
         raise ShardError(f"{path}: cannot be read: {problem.strerror}") from None
     if len(header) != 8 + length:
         raise ShardError(f"{path}: truncated while being read")
-    return header, Fingerprint(size, len(header), hashlib.sha256(header).hexdigest())
+    return header, ShardInfo(path.name, size, len(header), hashlib.sha256(header).hexdigest())
 
 
 def _read_exactly(descriptor: int, count: int) -> bytes:

@@ -26,18 +26,12 @@ def _nothing(module: str) -> bool:
 class Quantization:
     """How a checkpoint stores what it quantises (None: nothing), and the modules kept out of it.
 
-    `skip_key` is the key that lists the kept-out modules, `skip_list` what it lists.
+    `skip_key` is the key that lists the kept-out modules.
     """
 
     storage: Storage | None = None
     skip_key: str = ""
-    skip_list: tuple[str, ...] = ()
     _matcher: Callable[[str], bool] = field(default=_nothing, repr=False, compare=False)
-
-    @property
-    def format(self) -> str:
-        """Format of the weights that are quantised, "" for none."""
-        return self.storage.format if self.storage is not None else ""
 
     def skips(self, module: str) -> bool:
         """Whether the configuration keeps `module` ("model.layers.3.mlp.gate") unquantised."""
@@ -65,7 +59,7 @@ def read_quantization(config: ModelConfig) -> Quantization:
     # Without a list, transformers keeps the output embedding out (get_keys_to_not_convert).
     listed = key in section
     matcher = _prefix_matcher(section, key, patterns if listed else ("lm_head",))
-    return Quantization(storage, key if listed else "", patterns, matcher)
+    return Quantization(storage, key if listed else "", matcher)
 
 
 _COMPRESSED = "compressed-tensors"
@@ -94,7 +88,7 @@ def _read_compressed_tensors(section: ModelConfig) -> Quantization:
     weights, packing = _single_group(section)
     patterns = section.get_strs("ignore")
     storage = _storage(Described(_COMPRESSED, section, weights, packing))
-    return Quantization(storage, "ignore", patterns, _exact_matcher(section, patterns))
+    return Quantization(storage, "ignore", _exact_matcher(section, patterns))
 
 
 def _single_group(section: ModelConfig) -> tuple[ModelConfig, str]:

@@ -1,29 +1,31 @@
-"""Where the planes of one parameter lie, in which format; and why.
+"""A model directory as one object, and where the planes of each parameter lie, in which format; and
+why.
 
-`StoredWeights` finds them among the tensors of a checkpoint and refuses whatever does not fit
-together. `InventedWeights` answers for a config.json alone, in the format that configuration
-implies, so that a model can be planned and timed before its weights are downloaded. Which tensors a
-format has, of which names, dtypes and shapes, stands in its row (hmc/formats).
+`Checkpoint` finds them among the tensors of its shards and refuses whatever does not fit together.
+`InventedCheckpoint` answers for a config.json alone, in the format that configuration implies, so
+that a model can be planned and timed before its weights are downloaded. Which tensors a format has,
+of which names, dtypes and shapes, stands in its row (hmc/formats).
 """
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
-from hmc.checkpoint.headers import Shard, TensorInfo
-from hmc.checkpoint.jsonfile import first_few
-from hmc.checkpoint.quantization import Quantization
+from hmc.checkpoint.config import CONFIG_NAME, ModelConfig, load_config
+from hmc.checkpoint.directory import local_directory, read_shards
+from hmc.checkpoint.headers import ShardInfo, TensorInfo
+from hmc.checkpoint.jsonfile import first_few, quote
+from hmc.checkpoint.quantization import Quantization, read_quantization
 from hmc.checkpoint.views import Stack, View, rows_of
-from hmc.errors import TensorError
+from hmc.errors import TensorError, UnsupportedError
 from hmc.formats import DTYPE_BITS, FORMATS, Format, Storage, format_of, matrix_of
 
-INVENTED = -1
-"""`TensorInfo.shard` of a tensor that no file holds."""
+_TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,51 +61,115 @@ class WeightSource:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class Weights(Protocol):
-    """Answers where a parameter is; `TensorError` if it is not, or not as asked for."""
-
-    def find(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        linear: bool,
-        view: View | None = None,
-        expert: int = 0,
-    ) -> WeightSource: ...
-
-    def missing(self, names: Iterable[str]) -> list[str]: ...
-
-
 @dataclass(frozen=True, slots=True)
-class StoredWeights:
-    """Weights among the `tensors` of a directory's `shards`."""
+class Checkpoint:
+    """An opened model directory.
+
+    `shards` are sorted by name, and `TensorInfo.shard` indexes them; `tensors` are all of theirs.
+    """
 
     directory: Path
-    shards: tuple[Shard, ...]
-    tensors: Mapping[str, TensorInfo]
+    config: ModelConfig
     quantization: Quantization
+    shards: tuple[ShardInfo, ...] = ()
+    tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that no tensor stands for."""
+    @staticmethod
+    def open(directory: Path | str) -> Checkpoint:
+        """Open a local model directory.
+
+        Raises `UsageError` for an argument that is no directory, `ConfigError`, `ShardError` and
+        `TensorError` for what is wrong inside, `UnsupportedError` for a format without kernels.
+        """
+        path = local_directory(str(directory))
+        config = load_config(path)
+        return Checkpoint(path, config, read_quantization(config), *read_shards(path))
+
+    @staticmethod
+    def from_config(path: Path | str) -> InventedCheckpoint:
+        """A checkpoint of invented weights, from a config.json or a directory that holds one.
+
+        Weights outside `quantization_config` take the config's `dtype` (BF16 if it names none).
+        """
+        path = Path(path)
+        if not path.is_file():
+            path = local_directory(str(path)) / CONFIG_NAME
+        config = load_config(path)
+        quantization = read_quantization(config)
+        return InventedCheckpoint(path.parent, config, quantization, dtype=_config_dtype(config))
+
+    @property
+    def dummy(self) -> bool:
+        """Whether there are no shards, and weights are invented."""
+        return not self.shards
+
+    def resolve_experts(
+        self, pattern: str, count: int, shape: tuple[int, ...], view: View | None = None
+    ) -> list[WeightSource]:
+        """One linear weight of each of `count` experts; `{e}` in `pattern` is the expert, unless
+        the `view` is one of a stack.
+        """
+        if view is not None and view.stacked and view.shape[0] != count:
+            raise TensorError(f"{pattern}: {view.shape[0]} experts are stacked, not {count}")
+        return self._each([pattern.replace("{e}", str(e)) for e in range(count)], shape, view)
+
+    def _each(
+        self, names: list[str], shape: tuple[int, ...], view: View | None
+    ) -> list[WeightSource]:
+        self.require_present(names)
+        return [
+            self.resolve(name, shape, linear=True, view=view, expert=expert)
+            for expert, name in enumerate(names)
+        ]
+
+    def require_present(self, names: Iterable[str]) -> None:
+        """Raise one `TensorError` that counts those of `names` no tensor stands for."""
         ends = {suffix for row in FORMATS.values() for suffix in row.codes.suffixes}
-        return [name for name in names if not any(name + end in self.tensors for end in ends)]
+        missing = [name for name in names if not any(name + end in self.tensors for end in ends)]
+        if missing:
+            what = "tensor is" if len(missing) == 1 else "tensors are"
+            raise TensorError(
+                f"{self.directory}: {len(missing)} {what} missing: {first_few(missing)}"
+            )
 
-    def find(
+    def check_unused(self, used: Iterable[str], tolerated: Iterable[str] = ()) -> None:
+        """Raise `TensorError` if a tensor is neither in `used` nor fits a pattern of `tolerated`.
+
+        `used` are names of tensors (`WeightSource.tensor_names`); patterns are those of a shell
+        ("model.layers.61.*"). A tensor nobody reads means that the model is not what it seems.
+        """
+        extra = sorted(self.tensors.keys() - set(used))
+        patterns = [fnmatch.translate(pattern) for pattern in tolerated]
+        if patterns:
+            known = re.compile("|".join(patterns)).match
+            extra = [name for name in extra if known(name) is None]
+        if extra:
+            what = "tensor belongs" if len(extra) == 1 else "tensors belong"
+            raise TensorError(
+                f"{self.directory}: {len(extra)} {what} to no part of the model: {first_few(extra)}"
+            )
+
+    def resolve(
         self,
         name: str,
         shape: tuple[int, ...],
+        *,
         linear: bool,
         view: View | None = None,
         expert: int = 0,
     ) -> WeightSource:
-        """The tensors of one parameter, checked against `shape`, each other and the config; with a
-        `view` the part of them that it is, of a stack that of `expert`.
+        """Where the parameter `name` of logical `shape` lies, and in which format.
+
+        `linear` says that it is the weight [out, in] of a linear layer which quantisation may
+        touch: norms, embeddings, biases and routers are not. Raises `TensorError` if it is missing,
+        mis-shaped or mis-typed, or if its format, its scales and the config contradict each other.
+        With a `view` it is a part of the tensor of that name, of a stack that of `expert`.
         """
         if view is not None:
             whole = self
             if view.stacked:
                 whole = replace(self, tensors=Stack(self.tensors, expert, view.shape[0]))
-            found = whole.find(name, view.shape[-2:], linear)
+            found = whole.resolve(name, view.shape[-2:], linear=linear)
             parts = rows_of(found.tensors, found.format, found.group, view.first, shape)
             return replace(found, name=view.of(name, shape[0]), shape=shape, tensors=parts)
         data = self.tensors.get(name)
@@ -116,7 +182,7 @@ class StoredWeights:
         ]
         if candidates:
             # What the configuration speaks of, where several formats name their codes alike.
-            wanted = self.quantization.format
+            wanted = storage.format if (storage := self.quantization.storage) else ""
             row, codes = next(
                 (each for each in candidates if each[0].name == wanted), candidates[0]
             )
@@ -194,23 +260,25 @@ class StoredWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class InventedWeights:
+class InventedCheckpoint(Checkpoint):
     """Every weight asked for, in the format `quantization` implies or else in `dtype`.
 
-    The tensors lie in shard `INVENTED` at offset 0: sizes are real, places are not.
+    The tensors lie in shard -1 at offset 0: sizes are real, places are not.
     """
 
-    dtype: str
-    quantization: Quantization
+    dtype: str = "BF16"
 
-    def missing(self, names: Iterable[str]) -> list[str]:
-        """Nothing is: what is asked for is invented."""
-        return []
+    def _each(
+        self, names: list[str], shape: tuple[int, ...], view: View | None
+    ) -> list[WeightSource]:
+        """Thousands of experts are alike but for their names: the first stands for all."""
+        return [self.resolve(names[0], shape, linear=True, view=view)] * len(names)
 
-    def find(
+    def resolve(
         self,
         name: str,
         shape: tuple[int, ...],
+        *,
         linear: bool,
         view: View | None = None,
         expert: int = 0,
@@ -223,26 +291,15 @@ class InventedWeights:
             note = _plain_note(self.dtype, linear, quantization, name)
             alone = (_invented(name, self.dtype, shape),)
             return WeightSource(name, shape, row.name, 0, alone, (), note)
-        like = _like(storage, shape)  # thousands of experts are alike but for their names
-        if isinstance(like, str):
-            raise TensorError(f"tensor {name} {like}")
-        tensors = tuple(replace(each, name=name + each.name) for each in like.tensors)
-        beside = tuple(name + each for each in like.beside)
-        return replace(like, name=name, tensors=tensors, beside=beside)
-
-
-@cache
-def _like(storage: Storage, shape: tuple[int, ...]) -> WeightSource | str:
-    """An invented weight without a name, or what is wrong with one of this shape."""
-    row = format_of(storage.format)
-    if problem := _cut_groups(row, storage, shape):
-        return problem
-    tensors = [
-        _invented(suffix, dtype, plane.stored_shape(shape, storage.group, dtype))
-        for plane, suffix in zip(row.planes, storage.suffixes, strict=True)
-        for dtype in plane.dtypes[:1]
-    ]
-    return _source(row, storage, "", shape, tensors)
+        row = format_of(storage.format)
+        if problem := _cut_groups(row, storage, shape):
+            raise TensorError(f"tensor {name} {problem}")
+        tensors = [
+            _invented(name + suffix, dtype, plane.stored_shape(shape, storage.group, dtype))
+            for plane, suffix in zip(row.planes, storage.suffixes, strict=True)
+            for dtype in plane.dtypes[:1]
+        ]
+        return _source(row, storage, name, shape, tensors)
 
 
 def _source(
@@ -280,4 +337,14 @@ def _module(name: str) -> str:
 
 
 def _invented(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    return TensorInfo(name, INVENTED, dtype, shape, 0, prod(shape) * DTYPE_BITS[dtype] // 8)
+    return TensorInfo(name, -1, dtype, shape, 0, prod(shape) * DTYPE_BITS[dtype] // 8)
+
+
+def _config_dtype(config: ModelConfig) -> str:
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    name = config.get_str(key, "bfloat16").removeprefix("torch.")
+    if name not in _TORCH_DTYPES:
+        raise UnsupportedError(
+            f"{config.path}: {key} is {quote(name)}; hmc reads {', '.join(_TORCH_DTYPES)}"
+        )
+    return _TORCH_DTYPES[name]

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from hmc.errors import HmcError, UnsupportedError
+from hmc.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from hmc.checkpoint.config import ModelConfig
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -75,27 +78,6 @@ class Plane:
         return rows, -(-columns * (self.bits or DTYPE_BITS[dtype]) // DTYPE_BITS[dtype])
 
 
-class Section(Protocol):
-    """An object of a configuration (`hmc.checkpoint.ModelConfig`)."""
-
-    @property
-    def values(self) -> Mapping[str, Any]: ...
-
-    def __contains__(self, key: str) -> bool: ...
-
-    def get_int(self, key: str, default: int, *, minimum: int = 0) -> int: ...
-
-    def get_bool(self, key: str, default: bool) -> bool: ...
-
-    def get_str(self, key: str, default: str) -> str: ...
-
-    def get_ints(self, key: str) -> tuple[int, ...]: ...
-
-    def get_strs(self, key: str) -> tuple[str, ...]: ...
-
-    def unsupported(self, key: str, supported: str) -> HmcError: ...
-
-
 @dataclass(frozen=True)
 class Described:
     """What a `quantization_config` says of the weights that it does not keep out.
@@ -105,8 +87,8 @@ class Described:
     """
 
     method: str
-    whole: Section
-    weights: Section
+    whole: ModelConfig
+    weights: ModelConfig
     packing: str = ""
 
 

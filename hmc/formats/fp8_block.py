@@ -5,13 +5,18 @@ of compressed-tensors.
 
 from __future__ import annotations
 
-from hmc.formats.base import Described, Format, Plane, Section, Storage, minifloats
+from typing import TYPE_CHECKING
+
+from hmc.formats.base import Described, Format, Plane, Storage, minifloats
+
+if TYPE_CHECKING:
+    from hmc.checkpoint.config import ModelConfig
 
 BLOCK = 128
 """Rows and columns that share a scale; the only size there are kernels for."""
 
 
-def is_float8(weights: Section) -> bool:
+def is_float8(weights: ModelConfig) -> bool:
     """Whether compressed-tensors describes 8-bit floats."""
     return weights.get_int("num_bits", 8) == 8 and weights.get_str("type", "int") == "float"
 
@@ -32,7 +37,7 @@ def _find(described: Described) -> Storage | None:
     return Storage("fp8", ("", "_scale"))
 
 
-def _check_fp8(section: Section) -> None:
+def _check_fp8(section: ModelConfig) -> None:
     if section.get_str("fmt", "e4m3") != "e4m3":
         raise section.unsupported("fmt", "e4m3")
     if "weight_block_size" not in section:

@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hmc.formats import forms_of
 from hmc.plan.base import DTYPE_BYTES
 from hmc.plan.model import EXTERNAL, ExpertWeights, Phase, Plan, Step, Weight
 from hmc.plan.states import KVLayout
+from hmc.plan.stored import forms_of
 from hmc.ranges import expert_ranges
 
 HOME = "gpu0"

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hmc.checkpoint import ShardInfo
 from hmc.codegen.spec import KernelSpec
 from hmc.machine.model import Machine
 from hmc.plan.base import Count, DType, Frozen
@@ -44,15 +45,6 @@ class ModelInfo(Frozen):
     parameters: Count
     active_parameters: Count
     eos_token_ids: tuple[int, ...]
-
-
-class ShardInfo(Frozen):
-    """One safetensors file: its size and the hash of its header pin every offset in it."""
-
-    name: str
-    size: Count
-    header_bytes: Count
-    header_sha256: str
 
 
 class CheckpointInfo(Frozen):

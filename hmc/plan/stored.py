@@ -10,17 +10,39 @@ experts  a layer has gate, up and down, each a tensor an expert
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate, islice
 from math import prod
 from operator import gt
 
 from hmc.errors import UnsupportedError, VerifyError
-from hmc.formats import expected_planes, format_of, kernel_params
+from hmc.formats import Form, format_of, forms, kernel_params
 from hmc.ops import Stored
 from hmc.plan.model import ExpertWeights, Plan, Weight
 
 _MOST = 1 << 40
 """Elements of a weight that any machine could hold: beyond it, sizes are nonsense."""
+
+
+def forms_of(weight: Weight | ExpertWeights) -> tuple[Form, ...]:
+    """The planes of a weight, in the order of its format's row; `UnsupportedError` where they are
+    not those of its format, shape and group.
+    """
+    row = format_of(weight.format)
+    names = [plane.name for plane in weight.planes]
+    if names != [plane.name for plane in row.planes]:
+        raise UnsupportedError(f"planes {', '.join(names)} are not those of {row.name}")
+    return _forms(
+        row.name, weight.shape, weight.group, tuple(plane.dtype for plane in weight.planes)
+    )
+
+
+@lru_cache(1 << 10)
+def _forms(
+    name: str, shape: tuple[int, ...], group: int, dtypes: tuple[str, ...]
+) -> tuple[Form, ...]:
+    """Weights of all layers are alike."""
+    return forms(format_of(name), shape, group, dtypes)
 
 
 def expected_bytes(weight: Weight | ExpertWeights) -> dict[str, int]:
@@ -29,7 +51,7 @@ def expected_bytes(weight: Weight | ExpertWeights) -> dict[str, int]:
     if not shape or min(shape) < 1 or prod(shape) > _MOST:
         raise VerifyError(f"weight {_name(weight)}: {list(shape)} is no shape")
     try:
-        return expected_planes(weight)
+        return {form.plane.name: form.stored_bytes for form in forms_of(weight)}
     except UnsupportedError as error:
         raise VerifyError(f"weight {_name(weight)}: {error}") from error
 

@@ -22,7 +22,7 @@ from itertools import groupby, pairwise
 
 import torch.fx
 
-from hmc.checkpoint import Checkpoint, TensorInfo, WeightSource
+from hmc.checkpoint import TensorInfo, WeightSource
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
 from hmc.formats import Plane as FormatPlane
@@ -37,7 +37,6 @@ from hmc.plan import (
     Goals,
     LayerPlacement,
     Plan,
-    ShardInfo,
     StoredPlane,
     Weight,
 )
@@ -64,7 +63,11 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
     return Plan(
         hmc_version=VERSION,
         model=target.info,
-        checkpoint=_checkpoint(target.checkpoint),
+        checkpoint=CheckpointInfo(
+            path=str(target.checkpoint.directory),
+            config_sha256=target.checkpoint.config.sha256,
+            shards=target.checkpoint.shards,
+        ),
         machine=target.machine,
         isa=target.isa,
         threads=options.threads or target.machine.cores,
@@ -83,22 +86,6 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
         ledger=(),
         decisions=(*lowered.decisions, *capacity.decisions),
         goals=goals,
-    )
-
-
-def _checkpoint(found: Checkpoint) -> CheckpointInfo:
-    return CheckpointInfo(
-        path=str(found.directory),
-        config_sha256=found.config.sha256,
-        shards=tuple(
-            ShardInfo(
-                name=shard.name,
-                size=shard.size,
-                header_bytes=shard.header_bytes,
-                header_sha256=shard.header_sha256,
-            )
-            for shard in found.shards
-        ),
     )
 
 

@@ -14,7 +14,7 @@ from hmc.codegen.spec import KernelSpec
 from hmc.errors import PassFailedError
 from hmc.graph import PLAIN, NodeMeta, meta
 from hmc.ops import OPS, Use
-from hmc.passes.records import BLOCK, Target, stored_bytes
+from hmc.passes.records import BLOCK, Target
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.verify import EXTERNAL
 
@@ -196,7 +196,7 @@ class PhaseBuilder:
         for weight in found.weights:
             role = row.weight(weight.role)
             assert role is not None
-            size = stored_bytes(self.target.source(weight)[0])
+            size = self.target.source(weight)[0].nbytes
             times = found.attr("top_k") if role.expert else 1
             total += times * (size // weight.shape[0] if row.where == "host" else size)
             flops += times * 2 * prod(weight.shape) if role.matmul else 0

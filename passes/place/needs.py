@@ -5,7 +5,7 @@ from __future__ import annotations
 from hmc.errors import PassFailedError
 from hmc.graph import NodeMeta, meta
 from hmc.ops import OPS, State
-from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Lowered, Needs, stored_bytes
+from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Lowered, Needs
 from hmc.plan import DTYPE_BYTES, KVLayout, state_groups
 from hmc.plan.options import Options
 
@@ -20,7 +20,7 @@ def needs_of(lowered: Lowered, options: Options) -> Needs:
     for found in nodes:
         layer = 0
         for weight in found.weights:
-            size = sum(stored_bytes(source) for source in lowered.target.source(weight))
+            size = sum(source.nbytes for source in lowered.target.source(weight))
             if weight.experts:
                 layer += size
             else:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from hmc.formats import forms_of
 from hmc.plan import ExpertWeights, Weight
 from hmc.plan.memory import aligned
+from hmc.plan.stored import forms_of
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.weights.store import Role, WeightStore
 from hmc.runtime.weights.torch_view import TORCH, view

@@ -28,11 +28,12 @@ import numpy.typing as npt
 
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
-from hmc.formats import format_of, forms_of
+from hmc.formats import format_of
 from hmc.formats.decode import NUMPY, decode
 from hmc.machine.detect import available_bytes, free_huge_pages
 from hmc.plan import ExpertWeights, Plan, Weight
 from hmc.plan.file import canonical_json
+from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import HUGE_PAGE, Block, aligned
 from hmc.runtime.memory.shared import SharedBlock
 from hmc.runtime.weights import arena
@@ -238,10 +239,9 @@ def _open_mapped(
     progress: Progress | None,
 ) -> WeightStore:
     """The shards mapped, and what has to be widened read from them beside."""
-    sizes = [(shard.name, shard.size) for shard in plan.checkpoint.shards]
-    mapped = MappedShards(directory, sizes)
+    mapped = MappedShards(directory, plan.checkpoint.shards)
     with _closing_on_error(mapped):
-        bases = np.array([mapped.address(i, 0, size) for i, (_, size) in enumerate(sizes)])
+        bases = np.array(mapped.addresses)
         places = {group.key: bases[group.shards] + group.offsets for group in groups}
         copied = [group for group in groups if group.widen]
         block, widened = _room(copied, "scales")

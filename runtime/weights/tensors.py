@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from hmc.checkpoint.headers import read_fingerprint
 from hmc.errors import PlanMismatchError, UsageError
-from hmc.formats import Form, forms_of
+from hmc.formats import Form
 from hmc.plan import Plan
+from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import aligned
 
 Key = tuple[str | int, ...]

@@ -10,7 +10,7 @@ import torch
 from checkpoints import FAMILIES, VOCAB, write_checkpoint
 from tokenizers import Tokenizer
 
-from hmc.checkpoint.directory import Checkpoint
+from hmc.checkpoint import Checkpoint
 from hmc.models import load, weight_specs
 
 
