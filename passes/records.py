@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch.fx
 
+from hmc.blocks import Block
 from hmc.checkpoint import Checkpoint, WeightSource
 from hmc.graph import NodeMeta, WeightSpec
 from hmc.machine.model import Machine
@@ -169,20 +170,28 @@ def submodule(graph: torch.fx.GraphModule, node: torch.fx.Node) -> Any:
     return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def replace_with_module(
+def put_block(
     graph: torch.fx.GraphModule,
-    old: torch.fx.Node,
+    before: torch.fx.Node,
     name: str,
-    module: torch.nn.Module,
-    inputs: tuple[torch.fx.Node, ...],
-    meta: NodeMeta,
+    block: Block,
+    inputs: Sequence[Any],
+    like: NodeMeta,
+    weights: tuple[WeightSpec, ...] = (),
 ) -> torch.fx.Node:
-    """A call of `module`, added to the graph as `name`, right before `old` and instead of it for
-    its users.
+    """A call of a block, added to the graph as `name`, right before a node, and in the layer and
+    section of what it is made from.
     """
-    graph.add_submodule(name, module)
-    with graph.graph.inserting_before(old):
-        node = graph.graph.call_module(name, inputs)
-    node.meta["hmc"] = meta
-    old.replace_all_uses_with(node)
+    graph.add_submodule(name, block)
+    with graph.graph.inserting_before(before):
+        node = graph.graph.call_module(name, tuple(inputs))
+    node.meta["hmc"] = NodeMeta(
+        block.kind,
+        like.layer,
+        block.width,
+        block.dtype,
+        like.section,
+        weights,
+        block.attributes(),
+    )
     return node

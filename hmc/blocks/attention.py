@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.dense import RMSNorm
-from hmc.graph import Attr, WeightSpec, attrs
+from hmc.graph import WeightSpec
 
 
 class Rotary(Block):
@@ -35,34 +35,22 @@ class Rotary(Block):
         norm: RMSNorm | None = None,
     ) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.inv_freq = heads, head_dim, inv_freq
-        self.start, self.interleaved, self.factor = start, interleaved, factor
+        self.heads, self.head_dim, self.rope = heads, head_dim, inv_freq
+        self.start, self.interleaved, self.factor = start, int(interleaved), factor
         self.dim = 2 * len(inv_freq)
         self.width = heads * head_dim
-        self.norm = norm
+        self.norm, self.eps = norm, norm.eps if norm else 0.0
 
     def with_norm(self, norm: RMSNorm) -> Rotary:
         """The same rotation with a per-head norm before it: the fused form of the two nodes."""
         return Rotary(
             self.heads,
             self.head_dim,
-            self.inv_freq,
+            self.rope,
             start=self.start,
-            interleaved=self.interleaved,
+            interleaved=bool(self.interleaved),
             factor=self.factor,
             norm=norm,
-        )
-
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(
-            heads=self.heads,
-            head_dim=self.head_dim,
-            start=self.start,
-            dim=self.dim,
-            interleaved=int(self.interleaved),
-            rope=self.inv_freq,
-            factor=self.factor,
-            eps=0.0 if self.norm is None else self.norm.eps,
         )
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -70,7 +58,7 @@ class Rotary(Block):
             x = self.norm(x)
         heads = x.reshape(len(x), self.heads, self.head_dim)
         part = heads[..., self.start : self.start + self.dim]
-        inv_freq = torch.tensor(self.inv_freq, dtype=torch.float32)
+        inv_freq = torch.tensor(self.rope, dtype=torch.float32)
         angle = (positions.float()[:, None] * inv_freq)[:, None, :]  # [T, 1, dim / 2]
         cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
         if self.interleaved:
@@ -99,15 +87,6 @@ class Attention(Block):
         self.v_dim, self.scale = v_dim, scale
         self.width = heads * v_dim
 
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            v_dim=self.v_dim,
-            scale=self.scale,
-        )
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries = q.reshape(len(q), self.heads, self.head_dim)
         group = self.heads // self.kv_heads
@@ -130,13 +109,7 @@ class MLA(Block):
     dtype = "bf16"
 
     def __init__(
-        self,
-        heads: int,
-        nope: int,
-        rope: int,
-        v_dim: int,
-        rank: int,
-        scale: float,
+        self, heads: int, nope: int, rope: int, v_dim: int, rank: int, scale: float
     ) -> None:
         super().__init__()
         self.heads, self.nope, self.rope, self.v_dim = heads, nope, rope, v_dim
@@ -147,16 +120,6 @@ class MLA(Block):
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         shape = (self.heads * (self.nope + self.v_dim), self.rank)
         return (WeightSpec("kv_b", sibling(path, "kv_b_proj.weight"), shape, linear=True),)
-
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(
-            heads=self.heads,
-            nope=self.nope,
-            rope=self.rope,
-            v_dim=self.v_dim,
-            rank=self.rank,
-            scale=self.scale,
-        )
 
     def forward(self, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
         queries = q.reshape(len(q), self.heads, self.nope + self.rope)

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from hmc.graph import Attr, DType, Section, WeightSpec, attrs
+from hmc.ops import OPS
 
 
 class Block(nn.Module):
     """A leaf of the trace: one node, of kind `kind`, whose result has `width` elements a token.
 
     `dtype` is the format in which the result passes to its readers at run time; a reference
-    `forward` stays in float32. `kind` is an op of hmc/ops, and `attributes` are those of its row.
+    `forward` stays in float32. `kind` is an op of hmc/ops.
     """
 
     kind: ClassVar[str]
@@ -32,8 +33,11 @@ class Block(nn.Module):
         return ()
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        """Sizes and options of the node, as `NodeMeta.attrs` holds them."""
-        return ()
+        """Sizes and options of the node, as `NodeMeta.attrs` holds them: the block's own, by the
+        names of its row.
+        """
+        names = OPS[self.kind].attrs if self.kind in OPS else ()
+        return attrs(**{name: getattr(self, name) for name in names})
 
 
 def place(module: nn.Module, layer: int, section: Section = "") -> nn.Module:

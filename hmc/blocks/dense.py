@@ -27,9 +27,6 @@ class Embedding(Block):
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         return (WeightSpec("table", f"{path}.weight", (self.vocab, self.width)),)
 
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(vocab=self.vocab, width=self.width)
-
     def forward(self, ids: Tensor) -> Tensor:
         return functional.embedding(ids, self.table)
 
@@ -151,11 +148,8 @@ class AddNorm(Block):
 
     def __init__(self, norm: RMSNorm) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.eps = norm, norm.eps
         self.width = norm.width
-
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(width=self.width, eps=self.norm.eps)
 
     def forward(self, h: Tensor, d0: Tensor, d1: Tensor | None = None) -> tuple[Tensor, Tensor]:
         total = h + d0 if d1 is None else h + (d0 + d1)

@@ -54,8 +54,8 @@ class Route(Block):
         bias_name: str | None = None,
     ) -> None:
         super().__init__()
-        self.experts, self.top_k, self.scoring = experts, top_k, scoring
-        self.normalise, self.factor, self.bias_name = normalise, factor, bias_name
+        self.experts, self.top_k, self.scoring = experts, top_k, int(scoring)
+        self.normalise, self.factor, self.bias_name = int(normalise), factor, bias_name
         self.groups, self.top_groups = groups, top_groups
         self.width = top_k
         self.bias = parameter(experts) if bias_name else None
@@ -64,17 +64,6 @@ class Route(Block):
         if self.bias_name is None:
             return ()
         return (WeightSpec("bias", sibling(path, self.bias_name), (self.experts,)),)
-
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(
-            experts=self.experts,
-            top_k=self.top_k,
-            scoring=int(self.scoring),
-            normalise=int(self.normalise),
-            groups=self.groups,
-            top_groups=self.top_groups,
-            factor=self.factor,
-        )
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = self._scores(logits)
@@ -88,13 +77,9 @@ class Route(Block):
         return ids.to(torch.int32), weights * self.factor
 
     def _scores(self, logits: Tensor) -> Tensor:
-        match self.scoring:
-            case Scoring.SOFTMAX_ALL:
-                return logits.softmax(-1)
-            case Scoring.SIGMOID:
-                return logits.sigmoid()
-            case Scoring.SOFTMAX_CHOSEN:
-                return logits
+        if self.scoring == Scoring.SOFTMAX_ALL:
+            return logits.softmax(-1)
+        return logits.sigmoid() if self.scoring == Scoring.SIGMOID else logits
 
     def _within_groups(self, choice: Tensor) -> Tensor:
         if not self.groups:
@@ -151,13 +136,8 @@ class Experts(Block):
         return tuple(found)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(
-            k=self.width,
-            n=self.intermediate,
-            experts=self.experts,
-            top_k=self.top_k,
-            act=self.act,
-        )
+        sizes = {"experts": self.experts, "top_k": self.top_k}
+        return attrs(k=self.width, n=self.intermediate, act=self.act, **sizes)
 
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
         ids, weights = routing

@@ -104,7 +104,7 @@ class Pointwise(Block):
 
     def __init__(self, form: Rowwise, vectors: Sequence[Vector], dtype: DType) -> None:
         super().__init__()
-        self.form, self.out = form, dtype
+        self.form, self.dtype = form, dtype  # type: ignore[misc]
         self.vectors = nn.ModuleList(vectors)
         self.width = form.result
 
@@ -114,7 +114,7 @@ class Pointwise(Block):
         return self.form.tree
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(**attributes(self.form, self.out))
+        return attrs(**attributes(self.form, self.dtype))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         names = [name for name in INPUTS if name in self.tree.leaves]

@@ -18,7 +18,7 @@ import torch.fx
 
 from hmc.blocks import RMSNorm, Rotary
 from hmc.graph import meta
-from hmc.passes.records import Notes, Target, replace_with_module, submodule
+from hmc.passes.records import Notes, Target, put_block, submodule
 from hmc.plan import Decision
 from hmc.ranges import ranges
 
@@ -53,19 +53,13 @@ def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
         return False
     source, positions = node.args
     assert isinstance(source, torch.fx.Node) and isinstance(positions, torch.fx.Node)
-    norm, rotary = submodule(graph, source), meta(node)
+    norm = submodule(graph, source)
     if not isinstance(norm, RMSNorm) or len(source.users) != 1 or norm.groups != turning.heads:
         return False
-    fused = turning.with_norm(norm)
-    inputs = (source.args[0], positions)
-    replace_with_module(
-        graph,
-        node,
-        f"{node.name}_normed",
-        fused,
-        inputs,  # type: ignore[arg-type]
-        rotary.with_(weights=meta(source).weights, attrs=fused.attributes()),
-    )
+    inputs, weights = (source.args[0], positions), meta(source).weights
+    name = f"{node.name}_normed"
+    fused = put_block(graph, node, name, turning.with_norm(norm), inputs, meta(node), weights)
+    node.replace_all_uses_with(fused)
     graph.graph.erase_node(node)
     graph.graph.erase_node(source)
     return True

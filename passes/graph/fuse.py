@@ -27,10 +27,10 @@ import torch.fx
 from hmc.blocks import AddNorm, GateUp, Linear, Pointwise, RMSNorm
 from hmc.codegen.expr import REDUCTIONS, leaf, substitute
 from hmc.codegen.rowwise import Rowwise
-from hmc.graph import DType, NodeMeta, attrs, meta
+from hmc.graph import DType, attrs, meta
 from hmc.passes.graph.pieces import Piece, pieces
 from hmc.passes.graph.trace import ADD, dtype_wanted, reads_bf16
-from hmc.passes.records import Notes, Target, replace_with_module, submodule
+from hmc.passes.records import Notes, Target, put_block, submodule
 from hmc.plan import Decision
 from hmc.ranges import ranges
 
@@ -95,25 +95,12 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, target: Target, notes: Notes, pie
         )
         return False
     names = dict(zip(tree.leaves, (leaf("gate"), leaf("up")), strict=True))
-    fused = GateUp(two[0], two[1], str(substitute(tree, names)))
-    about = meta(gate)
+    block = GateUp(two[0], two[1], str(substitute(tree, names)))
     roles = zip(weights, ("gate", "up"), strict=True)
-    replace_with_module(
-        graph,
-        piece.result,
-        f"{gate.name}_up",
-        fused,
-        (gate.args[0],),  # type: ignore[arg-type]
-        NodeMeta(
-            fused.kind,
-            about.layer,
-            about.width,
-            fused.dtype,
-            about.section,
-            tuple(replace(weight, role=role) for weight, role in roles),
-            fused.attributes(),
-        ),
-    )
+    named = tuple(replace(weight, role=role) for weight, role in roles)
+    inputs = gate.args[:1]
+    fused = put_block(graph, piece.result, f"{gate.name}_up", block, inputs, meta(gate), named)
+    piece.result.replace_all_uses_with(fused)
     return True
 
 
@@ -126,23 +113,8 @@ def _put_pointwise(graph: torch.fx.GraphModule, piece: Piece) -> bool:
     block = Pointwise(piece.form, [submodule(graph, node) for node in piece.vectors], dtype)
     specs = (meta(node).weights[0] for node in piece.vectors)
     weights = tuple(replace(weight, role=f"v{n}") for n, weight in enumerate(specs))
-    about = meta(piece.result)
-    replace_with_module(
-        graph,
-        piece.result,
-        f"{piece.result.name}_fused",
-        block,
-        piece.inputs,
-        NodeMeta(
-            block.kind,
-            about.layer,
-            block.width,
-            dtype,
-            about.section,
-            weights,
-            block.attributes(),
-        ),
-    )
+    old, name = piece.result, f"{piece.result.name}_fused"
+    old.replace_all_uses_with(put_block(graph, old, name, block, piece.inputs, meta(old), weights))
     return True
 
 
@@ -157,17 +129,7 @@ def _round_for_matmuls(graph: torch.fx.GraphModule) -> None:
             form = Rowwise.given("x0", {"width": about.width, "groups": 1, "x0": about.width})
             block = Pointwise(form, (), "bf16")
             name = f"{source.name}_rounded"
-            graph.add_submodule(name, block)
-            with graph.graph.inserting_after(source):
-                rounded[source] = graph.graph.call_module(name, (source,))
-            rounded[source].meta["hmc"] = NodeMeta(
-                block.kind,
-                about.layer,
-                about.width,
-                "bf16",
-                about.section,
-                attrs=block.attributes(),
-            )
+            rounded[source] = put_block(graph, source.next, name, block, (source,), about)
         node.replace_input_with(source, rounded[source])
 
 
@@ -183,28 +145,16 @@ def _fuse_add_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     second = operands[1]
     if isinstance(second, torch.fx.Node) and meta(second).kind == ADD and len(second.users) == 1:
         operands[1:] = second.args
-    norm, layer = meta(node), meta(node).layer
-    module = AddNorm(block)
+    norm = meta(node)
     name = f"{node.name}_added"
-    graph.add_submodule(name, module)
-    with graph.graph.inserting_before(total):
-        pair = graph.graph.call_module(name, tuple(operands))
-        parts = [graph.graph.call_function(operator.getitem, (pair, index)) for index in (0, 1)]
-    pair.meta["hmc"] = NodeMeta(
-        "add_norm", layer, norm.width, "f32", norm.section, norm.weights, module.attributes()
-    )
+    pair = put_block(graph, total, name, AddNorm(block), operands, norm, norm.weights)
     dtypes: tuple[DType, ...] = ("f32", "bf16")
-    for index, (part, dtype) in enumerate(zip(parts, dtypes, strict=True)):
-        part.meta["hmc"] = NodeMeta(
-            "item",
-            layer,
-            norm.width,
-            dtype,
-            norm.section,
-            attrs=attrs(index=index, offset=0, width=norm.width),
-        )
-    total.replace_all_uses_with(parts[0])
-    node.replace_all_uses_with(parts[1])
+    for index, (old, dtype) in enumerate(zip((total, node), dtypes, strict=True)):
+        with graph.graph.inserting_before(total):
+            part = graph.graph.call_function(operator.getitem, (pair, index))
+        about = attrs(index=index, offset=0, width=norm.width)
+        part.meta["hmc"] = norm.with_(kind="item", dtype=dtype, weights=(), attrs=about)
+        old.replace_all_uses_with(part)
     graph.graph.erase_node(node)
     graph.graph.erase_node(total)
     return True
