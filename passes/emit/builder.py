@@ -13,9 +13,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from hmc.graph import Section
 from hmc.ops import OPS
 from hmc.passes.emit.values import Attrs, Part, Parts, Value
 from hmc.plan import Buffer, Operand, Phase, Slot, Step
@@ -70,37 +69,10 @@ class Schedule:
     _drafts: list[_Draft] = field(default_factory=list)
     _slots: dict[str, _SlotDraft] = field(default_factory=dict)
 
-    def add(
-        self,
-        op: str,
-        resource: str,
-        inputs: Parts,
-        outputs: Parts,
-        *,
-        layer: int = -1,
-        section: Section = "",
-        weights: Mapping[str, str] | None = None,
-        attrs: Attrs | None = None,
-        lane: int = 0,
-        weight_bytes: int = 0,
-        fills: tuple[str, ...] = (),
-    ) -> None:
-        """Append a step that PyTorch computes."""
-        step = Step(
-            id=0,
-            op=op,
-            layer=layer,
-            section=section,
-            resource=resource,
-            inputs={},
-            outputs={},
-            weights=dict(weights or {}),
-            attrs=dict(attrs or {}),
-            kernels=(OPS[op].torch_kernel,),
-            lane=lane,
-            weight_bytes=weight_bytes,
-            fills=fills,
-        )
+    def add(self, op: str, resource: str, inputs: Parts, outputs: Parts, **fields: Any) -> None:
+        """Append a step with more `fields`; PyTorch computes it unless `kernels` are given."""
+        given = {"layer": -1, "kernels": (OPS[op].torch_kernel,), **fields}
+        step = Step(id=0, op=op, resource=resource, inputs={}, outputs={}, **given)
         self._drafts.append(_Draft(step, inputs, outputs))
 
     def again(
@@ -142,13 +114,54 @@ class Schedule:
             if known is not None and (known.width, known.dtype) != (value.width, value.dtype):
                 name += f".{value.dtype}{value.width}"
             names[value] = name
-            buffers[name] = Buffer(
-                name=name,
-                dtype=value.dtype,
-                width=value.width,
-                offset=EXTERNAL if region is None else offsets[id(region)],
-                device=value.device,
-            )
+            buffers[name] = value.buffer(name, EXTERNAL if region is None else offsets[id(region)])
+        before = self._dependencies(hazards, slots, arena_at)
+        return Phase(
+            name=self.name,
+            max_tokens=max_tokens,
+            activation_bytes=totals.pop("host", 0),
+            buffers=tuple(buffers.values()),
+            steps=tuple(_with_events(self._steps(names), before)),
+            slots=tuple(slots.values()),
+            device_bytes=totals,
+            arena_at=arena_at,
+            ranks=ranks,
+            lanes=lanes,
+            ring=ring,
+        )
+
+    def finish_alone(self, max_tokens: int, first: Iterable[Value]) -> Phase:
+        """The phase of the CPU alone, in the order of the program: every value has a buffer of its
+        own, those of `first` before the others. The largest are placed first, each as low as its
+        life allows.
+        """
+        lives: dict[Value, tuple[int, int]] = {}
+        for position, draft in enumerate(self._drafts):
+            for part in draft.parts:
+                lives[part.value] = lives.get(part.value, (position, 0))[0], position
+        offsets = dict.fromkeys((*first, *lives), EXTERNAL)
+        alive: list[list[Value]] = [[] for _ in self._drafts]
+        inside = [value for value in lives if not value.external]
+        for value in sorted(inside, key=lambda each: (-each.bytes, lives[each][0], each.name)):
+            life, offset = slice(lives[value][0], lives[value][1] + 1), 0
+            for other in sorted(
+                {each for there in alive[life] for each in there}, key=offsets.__getitem__
+            ):
+                if offset < offsets[other] + other.bytes and offsets[other] < offset + value.bytes:
+                    offset = offsets[other] + other.bytes
+            offsets[value] = offset
+            for there in alive[life]:
+                there.append(value)
+        return Phase(
+            name=self.name,
+            max_tokens=max_tokens,
+            activation_bytes=max((offsets[each] + each.bytes for each in inside), default=0),
+            buffers=tuple(value.buffer(value.name, at) for value, at in offsets.items()),
+            steps=tuple(self._steps({value: value.name for value in offsets})),
+        )
+
+    def _steps(self, names: Mapping[Value, str]) -> list[Step]:
+        """The steps in order, on buffers of these names."""
         operands: dict[Part, Operand] = {}
 
         def operands_of(parts: Parts) -> dict[str, Operand]:
@@ -159,7 +172,7 @@ class Schedule:
                     )
             return {role: operands[part] for role, part in parts.items()}
 
-        steps = [
+        return [
             draft.step.model_copy(
                 update={
                     "id": position,
@@ -169,19 +182,6 @@ class Schedule:
             )
             for position, draft in enumerate(self._drafts)
         ]
-        return Phase(
-            name=self.name,
-            max_tokens=max_tokens,
-            activation_bytes=totals.pop("host", 0),
-            buffers=tuple(buffers.values()),
-            steps=tuple(_with_events(steps, self._dependencies(hazards, slots, arena_at))),
-            slots=tuple(slots.values()),
-            device_bytes=totals,
-            arena_at=arena_at,
-            ranks=ranks,
-            lanes=lanes,
-            ring=ring,
-        )
 
     def _placed_slots(self) -> tuple[dict[str, Slot], dict[str, int]]:
         """The slots by name, and where activations begin on devices that have slots."""

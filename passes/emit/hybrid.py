@@ -15,7 +15,7 @@ from itertools import groupby
 from hmc.graph import Section
 from hmc.ops import OPS
 from hmc.passes.emit.builder import Schedule
-from hmc.passes.emit.values import Attrs, Bound, Part, Parts, Value
+from hmc.passes.emit.values import Bound, Part, Parts, Value
 from hmc.plan import LayerPlacement, Phase, Step
 from hmc.ranges import expert_ranges, ranges
 
@@ -51,7 +51,7 @@ class Lane:
                 for lane in lanes
             ]
             outputs = {f"y{number}": Part.all(half) for number, half in enumerate(halves)}
-            self._rows("split", value.device, {"x": Part.all(value)}, outputs)
+            self._new("split", _resource(value.device), {"x": Part.all(value)}, outputs)
             for lane, half in zip(lanes, halves, strict=True):
                 lane._bound.values[name] = half
 
@@ -61,12 +61,8 @@ class Lane:
             halves = [lane._bound.values[name] for lane in lanes]
             value = Value(f"{name}.joined", first.dtype, first.width, first.device)
             inputs = {f"x{number}": Part.all(half) for number, half in enumerate(halves)}
-            self._rows("join", first.device, inputs, {"y": Part.all(value)})
+            self._new("join", _resource(first.device), inputs, {"y": Part.all(value)})
             self._bound.values[name] = value
-
-    def _rows(self, op: str, device: str, inputs: Parts, outputs: Parts) -> None:
-        resource = "cpu" if device == "host" else device
-        self.schedule.add(op, resource, inputs, outputs, attrs=self._attrs())
 
     @staticmethod
     def _read_by(steps: Iterable[Step], bound: Bound) -> dict[str, Value]:
@@ -74,9 +70,6 @@ class Lane:
         names = dict.fromkeys(o.buffer for step in steps for o in step.inputs.values())
         known = {name: bound.values[name] for name in names if name in bound.values}
         return {name: value for name, value in known.items() if not value.external}
-
-    def _attrs(self) -> dict[str, int | float | str]:
-        return {"whole": 1} if self.whole else {}
 
     def layers(self, steps: Iterable[Step]) -> Iterator[int]:
         """Append the steps, stopping after each layer, so that lanes can take turns."""
@@ -89,17 +82,37 @@ class Lane:
             yield layer
 
     def _dense(self, step: Step) -> None:
-        device, resource = ("gpu0", "gpu0") if OPS[step.op].where != "host" else ("host", "cpu")
+        device = "gpu0" if OPS[step.op].where != "host" else "host"
         inputs, outputs = self._inputs(step, device), self._bound.outputs(step, device)
-        self._add(step, resource, inputs, outputs, {})
+        self._again(step, device, inputs, outputs)
         for role, part in outputs.items():
             if part.value.external:
                 logits = replace(part.value, name=f"{self.prefix}logits", device="host")
-                self._copy({role: part}, {role: Part.all(logits)}, "d2h0", step, step.section)
+                results = {role: Part.all(logits)}
+                self._new("copy", "d2h0", {role: part}, results, step.layer, section=step.section)
 
-    def _add(self, step: Step, resource: str, inputs: Parts, outputs: Parts, attrs: Attrs) -> None:
-        attrs = {**attrs, **self._attrs()}
-        self.schedule.again(step, resource, inputs, outputs, attrs, lane=self.lane)
+    def _again(
+        self, step: Step, device: str, inputs: Parts, outputs: Parts, **attrs: int | str
+    ) -> None:
+        """What a step of the base phase does, on a device."""
+        attrs |= {"whole": 1} if self.whole else {}
+        self.schedule.again(step, _resource(device), inputs, outputs, attrs, lane=self.lane)
+
+    def _new(
+        self,
+        op: str,
+        resource: str,
+        inputs: Parts,
+        outputs: Parts,
+        layer: int = -1,
+        section: Section = "",
+        **attrs: int,
+    ) -> None:
+        """A step that the base phase has not."""
+        attrs |= {"whole": 1} if self.whole else {}
+        self.schedule.add(
+            op, resource, inputs, outputs, layer=layer, section=section, attrs=attrs, lane=self.lane
+        )
 
     def _experts(self, step: Step) -> None:
         """One step for each device that holds experts of the layer; partial sums meet on gpu0."""
@@ -107,17 +120,13 @@ class Lane:
         output = step.outputs["y"]
         sums = []
         for tier in sorted(tiers):
-            device = "host" if tier == "host" else tier
-            inputs = self._inputs(step, device)
+            inputs = self._inputs(step, tier)
             suffix = "" if len(tiers) == 1 else f".{tier}"
-            value = Value(f"{self.prefix}{output.buffer}{suffix}", "f32", output.width, device)
+            value = Value(f"{self.prefix}{output.buffer}{suffix}", "f32", output.width, tier)
             here = expert_ranges(tiers[tier])
-            attrs: dict[str, int | float | str] = (
-                {} if len(tiers) == 1 else {"range": ranges(here), "count": len(here)}
-            )
-            self._add(
-                step, "cpu" if device == "host" else device, inputs, {"y": Part.all(value)}, attrs
-            )
+            some: dict[str, int | str] = {"range": ranges(here), "count": len(here)}
+            some = some if len(tiers) > 1 else {}
+            self._again(step, tier, inputs, {"y": Part.all(value)}, **some)
             sums.append(value)
         # the GPU's own sum first: those of the others come back later
         sums.sort(key=lambda value: value.device != "gpu0")
@@ -128,15 +137,8 @@ class Lane:
                 "d0": self._on(Part.all(other), "gpu0", step),
             }
             summed = Value(f"{total.name}.plus", "f32", output.width, "gpu0")
-            self.schedule.add(
-                "add",
-                "gpu0",
-                inputs,
-                {"y": Part.all(summed)},
-                layer=step.layer,
-                attrs={"width": output.width, **self._attrs()},
-                lane=self.lane,
-            )
+            results = {"y": Part.all(summed)}
+            self._new("add", "gpu0", inputs, results, step.layer, width=output.width)
             total = summed
         self._bound.values[output.buffer] = total
 
@@ -169,11 +171,12 @@ class Lane:
             role: replace(value, name=f"{value.name}.{device}", device=device)
             for role, value in values.items()
         }
-        self._copy(
+        self._new(
+            "copy",
+            f"h2d{device[3:]}" if home == "host" else f"d2h{home[3:]}",
             {role: Part.all(value) for role, value in values.items()},
             {role: Part.all(value) for role, value in copies.items()},
-            f"h2d{device[3:]}" if home == "host" else f"d2h{home[3:]}",
-            step,
+            step.layer,
         )
         for role, value in values.items():
             self._copies[value, device] = copies[role]
@@ -181,19 +184,10 @@ class Lane:
                 if copy is value and place == "host":
                     self._copies[origin, device] = copies[role]
 
-    def _copy(
-        self, inputs: Parts, outputs: Parts, resource: str, step: Step, section: Section = ""
-    ) -> None:
-        self.schedule.add(
-            "copy",
-            resource,
-            inputs,
-            outputs,
-            layer=step.layer,
-            section=section,
-            attrs=self._attrs(),
-            lane=self.lane,
-        )
+
+def _resource(device: str) -> str:
+    """What computes on a device."""
+    return "cpu" if device == "host" else device
 
 
 def hybrid_phase(base: Phase, placement: Mapping[int, LayerPlacement]) -> Phase:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hmc.plan import DTYPE_BYTES, DType, Operand, Phase, Step
+from hmc.plan import DTYPE_BYTES, Buffer, DType, Operand, Phase, Step
 from hmc.plan.verify import EXTERNAL
 
 _ALIGN = 64
@@ -32,6 +32,12 @@ class Value:
     def bytes(self) -> int:
         """Arena bytes a token of the rank."""
         return -(-self.width * DTYPE_BYTES[self.dtype] * self.rows // _ALIGN) * _ALIGN
+
+    def buffer(self, name: str, offset: int) -> Buffer:
+        """The buffer of a phase that holds it."""
+        return Buffer(
+            name=name, dtype=self.dtype, width=self.width, offset=offset, device=self.device
+        )
 
 
 @dataclass(frozen=True)

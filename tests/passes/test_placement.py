@@ -30,17 +30,6 @@ from hmc.ranges import expert_ranges
 EXPERT = 3 * (7168 * 2048 + 4 * 56 * 16)
 """Bytes of a DeepSeek-V3 expert: three FP8 matrices with a float a block of 128 x 128."""
 
-items = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=7
-)
-
-
-def _items(values: list[tuple[int, int, int]], gpus: int) -> list[Item]:
-    return [
-        Item(index, 0, size, (float(one), float(two))[:gpus])
-        for index, (size, one, two) in enumerate(values)
-    ]
-
 
 def _brute_force(things: list[Item], budgets: tuple[int, ...]) -> float:
     best = 0.0
@@ -57,13 +46,21 @@ def _brute_force(things: list[Item], budgets: tuple[int, ...]) -> float:
 
 
 @settings(max_examples=120, deadline=None)
-@given(items, st.lists(st.integers(0, 25), min_size=1, max_size=2))
-def test_small_instances_equal_brute_force(
-    values: list[tuple[int, int, int]], budgets: list[int]
+@given(
+    st.integers(1, 9),
+    st.lists(st.integers(0, 20), min_size=1, max_size=7),
+    st.lists(st.tuples(st.integers(0, 25), st.integers(0, 20)), min_size=1, max_size=2),
+)
+def test_experts_of_one_size_are_placed_as_by_brute_force(
+    size: int, chances: list[int], gpus: list[tuple[int, int]]
 ) -> None:
-    things = _items(values, len(budgets))
+    budgets = tuple(budget for budget, _ in gpus)
+    things = [
+        Item(index, 0, size, tuple(float(chance * gain) for _, gain in gpus))
+        for index, chance in enumerate(chances)
+    ]
     result = solve(things, budgets)
-    assert result.gain == pytest.approx(_brute_force(things, tuple(budgets)))
+    assert result.gain == pytest.approx(_brute_force(things, budgets))
     assert result.gain <= result.bound + 1e-9
 
 
