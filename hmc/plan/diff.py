@@ -10,7 +10,7 @@ one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -39,24 +39,13 @@ _TABLES = {"name", "steps", "buffers", "slots"}
 _LONGEST = 60
 
 Key = tuple[Hashable, ...]
+Name = TypeVar("Name")
 Found = TypeVar("Found")
 
 
 def diff(a: Plan, b: Plan) -> PlanDiff:
     """What `b` has that `a` has not, and the other way round."""
-    found = _sections(a, b)
-    # A section that differs in nothing above differs in the order of its entries.
-    order = [
-        Change(f"{section}: order or numbering", "one", "another")
-        for section in SECTIONS
-        if getattr(a, section) != getattr(b, section)
-        and not getattr(found, "weights" if section == "experts" else section)
-    ]
-    return replace(found, facts=(*found.facts, *order))
-
-
-def _sections(a: Plan, b: Plan) -> PlanDiff:
-    return PlanDiff(
+    found = PlanDiff(
         facts=tuple(_facts(a, b)),
         placement=tuple(_placement(a, b)),
         ledger=tuple(_ledger(a, b)),
@@ -65,6 +54,14 @@ def _sections(a: Plan, b: Plan) -> PlanDiff:
         weights=tuple(_named(_weights(a), _weights(b))),
         decisions=tuple(_decisions(a, b)),
     )
+    # A section that differs in nothing above differs in the order of its entries.
+    order = [
+        Change(f"{section}: order or numbering", "one", "another")
+        for section in SECTIONS
+        if getattr(a, section) != getattr(b, section)
+        and not getattr(found, "weights" if section == "experts" else section)
+    ]
+    return replace(found, facts=(*found.facts, *order))
 
 
 # -- facts -----------------------------------------------------------------------------------------
@@ -79,10 +76,7 @@ def _facts(a: Plan, b: Plan) -> Iterator[Change]:
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
     """By path; a long list tells where it first differs."""
-    for path in _union(before, after):
-        one, two = before.get(path), after.get(path)
-        if one == two:
-            continue
+    for path, one, two in _differing(before, after):
         if isinstance(one, list) and isinstance(two, list) and _long(one, two):
             at = next(
                 (i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y),
@@ -138,16 +132,16 @@ def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
     """Moves of consecutive layers with the same moves are one entry."""
     before, after = _tiers(a), _tiers(b)
     sizes = stored_expert_bytes(a) | stored_expert_bytes(b)
-    open_runs: dict[tuple[str, str, str], list[int]] = {}
-    closed: list[tuple[tuple[str, str, str], list[int]]] = []
+    runs: list[tuple[tuple[str, str, str], list[int]]] = []
+    previous: dict[tuple[str, str, str], list[int]] = {}
     for layer in sorted(before.keys() | after.keys()):
         moves = _moves(before.get(layer, {}), after.get(layer, {}))
-        for move in [each for each in open_runs if each not in moves]:
-            closed.append((move, open_runs.pop(move)))
-        for move in moves:
-            open_runs.setdefault(move, []).append(layer)
-    closed += open_runs.items()
-    for (source, target, experts), layers in sorted(closed, key=lambda each: each[1][0]):
+        runs += ((move, []) for move in moves if move not in previous)
+        previous = {move: layers for move, layers in runs if move in moves}
+        for layers in previous.values():
+            layers.append(layer)
+    runs.sort(key=lambda run: (run[1][0], run[1][-1]))
+    for (source, target, experts), layers in runs:
         count = len(expert_ranges(experts))
         size = sum(count * sizes.get(layer, 0) for layer in layers)
         yield Moved(ranges(layers), source, target, experts, count * len(layers), size)
@@ -175,16 +169,12 @@ def _moves(before: Mapping[int, str], after: Mapping[int, str]) -> list[tuple[st
 
 def _ledger(a: Plan, b: Plan) -> Iterator[LedgerChange]:
     before, after = _by_device(a), _by_device(b)
-    for device in _union(before, after):
-        one, two = before.get(device, {}), after.get(device, {})
-        rows = [
-            LedgerChange(device, kind, *_sides(one.get(kind), two.get(kind)))
-            for kind in _union(one, two)
-            if one.get(kind) != two.get(kind)
-        ]
-        yield from rows
+    for device, *sides in _differing(before, after):
+        one, two = (side or {} for side in sides)
+        for kind, old, new in _differing(one, two):
+            yield LedgerChange(device, kind, *_sides(old, new))
         totals = [sum(size for size, _ in side.values()) for side in (one, two)]
-        if rows and totals[0] != totals[1]:
+        if totals[0] != totals[1]:
             yield LedgerChange(device, "total", totals[0], totals[1])
 
 
@@ -208,10 +198,7 @@ def _sides(one: tuple[int, str] | None, two: tuple[int, str] | None) -> tuple[in
 
 
 def _named(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[NamedChange]:
-    for name in _union(before, after):
-        one, two = before.get(name), after.get(name)
-        if one == two:
-            continue
+    for name, one, two in _differing(before, after):
         both = one is not None and two is not None
         found = _changes(dict(_flat("", one)), dict(_flat("", two))) if both else ()
         texts = [f"{each.what[1:]} {each.before} -> {each.after}" for each in found]
@@ -229,10 +216,7 @@ def _weights(plan: Plan) -> dict[str, Weight | ExpertWeights]:
 def _phases(a: Plan, b: Plan) -> Iterator[PhaseChange]:
     before = {phase.name: phase for phase in a.phases}
     after = {phase.name: phase for phase in b.phases}
-    for name in _union(before, after):
-        one, two = before.get(name), after.get(name)
-        if one == two:
-            continue
+    for name, one, two in _differing(before, after):
         facts = tuple(_phase_facts(one, two)) if one is not None and two is not None else ()
         steps = _keyed(one), _keyed(two)
         contents = _contents(one, steps[0]), _contents(two, steps[1])
@@ -310,10 +294,7 @@ def _contents(phase: Phase | None, steps: Mapping[Key, Step]) -> dict[Key, dict[
 
 def _decisions(a: Plan, b: Plan) -> Iterator[DecisionChange]:
     before, after = _numbered(a), _numbered(b)
-    for key in _union(before, after):
-        one, two = before.get(key), after.get(key)
-        if one == two:
-            continue
+    for key, one, two in _differing(before, after):
         choices = [ABSENT if each is None else each[0] for each in (one, two)]
         latest = two or one
         assert latest is not None
@@ -331,9 +312,14 @@ def _numbered(plan: Plan) -> dict[tuple[str, str, int], tuple[str, str]]:
     return found
 
 
-def _union(before: Iterable[Found], after: Iterable[Found]) -> list[Found]:
-    """Keys of both, in order: those of the first, then the others."""
-    return list(dict.fromkeys([*before, *after]))
+def _differing(
+    before: Mapping[Name, Found], after: Mapping[Name, Found]
+) -> Iterator[tuple[Name, Found | None, Found | None]]:
+    """The keys with other values before than after, and these; those of the first come first."""
+    for name in dict.fromkeys((*before, *after)):
+        one, two = before.get(name), after.get(name)
+        if one != two:
+            yield name, one, two
 
 
 def _status(one: object, two: object) -> Status:
