@@ -1,7 +1,7 @@
 """The compiler's passes, one a file, in two pipelines; a manager runs and checks them.
 
-`GRAPH` rewrites the traced graph of blocks, `emit` makes a plan of it, and `PLAN` rewrites that.
-records.py has what the stages hand each other.
+`GRAPH` rewrites the traced graph of blocks, `emit` makes a plan of it, `PLAN` rewrites that. Each
+pass takes what those before it made; records.py has what the stages hand each other.
 """
 
 from hmc.passes.emit.dual_batch import DualBatch

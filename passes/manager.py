@@ -1,9 +1,8 @@
 """Runs passes: verifies, times, dumps and diffs after each, lints and recompiles where one changed
 the graph; names the pass that failed.
 
-Passes themselves do none of this. The properties a pass requires are checked against what earlier
-ones established. Dumps are numbered through both pipelines: `00-trace.txt`, `01-canonicalise.txt`,
-..., `04-emit.txt`, `05-expert_placement.txt`, ...
+Passes themselves do none of this. Dumps are numbered through both pipelines: `00-trace.txt`,
+`01-canonicalise.txt`, ..., `04-emit.txt`, `05-expert_placement.txt`, ...
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch.fx
@@ -23,11 +21,11 @@ from hmc.errors import CompileError, PassFailedError, VerifyError
 from hmc.graph import PLAIN, NodeMeta, meta
 from hmc.graph.printer import graph_text
 from hmc.ops import op_of
-from hmc.passes.records import Base, GraphPass, Lowered, Pass, PlanPass, Target
+from hmc.passes.records import Base, GraphPass, Lowered, PlanPass, Target
 from hmc.plan import Decision, Phase, Plan, verify_plan
 from hmc.plan.options import Options
 
-AnyPass = TypeVar("AnyPass", bound=Pass)
+AnyPass = TypeVar("AnyPass", GraphPass, PlanPass)
 
 
 def configured(passes: Sequence[AnyPass], options: Options) -> tuple[AnyPass, ...]:
@@ -43,20 +41,19 @@ def configured(passes: Sequence[AnyPass], options: Options) -> tuple[AnyPass, ..
 def run_graph(passes: Sequence[GraphPass], graph: torch.fx.GraphModule, target: Target) -> Lowered:
     """Run the passes in order over a traced `graph`, which is changed in place."""
     verify_graph(graph)
-    watch = _Watch({"traced"}, 1, lambda: graph_text(graph.graph))
+    watch = _Watch(1, lambda: graph_text(graph.graph))
     decisions: list[Decision] = []
     for each in passes:
-        with watch.over(each):
+        with watch.over(each.name) as made:
             shape = _shape(graph)
             try:
-                made = each.run(graph, target)
+                made += each.run(graph, target)
                 if _shape(graph) != shape:
                     graph.graph.lint()
                     graph.recompile()
             except RuntimeError as error:
                 raise PassFailedError(f"it left a broken graph: {error}") from error
             verify_graph(graph)
-        watch.told(each, made, lambda: graph_text(graph.graph))
         decisions += made
     return Lowered(graph, target, tuple(decisions))
 
@@ -69,54 +66,45 @@ def run_plan(passes: Sequence[PlanPass], base: Base, number: int = 5) -> Plan:
     """Run the passes in order over an emitted plan; the dump of the first has `number`."""
     plan = base.plan
     verify_plan(plan)
-    watch = _Watch({"plan"}, number, partial(plan_text, plan))
+    watch = _Watch(number, lambda: plan_text(plan))
     env.dump(f"{number - 1:02d}-emit.txt", plan_text(plan) if env.dump_dir() else "")
     for each in passes:
-        with watch.over(each):
+        with watch.over(each.name) as made:
             before, plan = plan, each.run(plan, base)
             if any(getattr(plan, name) is not getattr(before, name) for name in _RULED):
                 verify_plan(plan)
-        watch.told(each, plan.decisions[len(before.decisions) :], partial(plan_text, plan))
+            made += plan.decisions[len(before.decisions) :]
     return plan
 
 
 class _Watch:
     """What is done around every pass; `text` gives what is worked on as text, when asked for."""
 
-    def __init__(self, established: set[str], number: int, text: Callable[[], str]) -> None:
-        self._established, self._number = established, number
+    def __init__(self, number: int, text: Callable[[], str]) -> None:
+        self._number, self._text = number, text
         self._before = text() if _wants_text() else ""
-        self._seconds = 0.0
 
     @contextmanager
-    def over(self, each: Pass) -> Iterator[None]:
-        """A pass runs in the `with` block: its requirements are met, its errors name it."""
-        if missing := each.requires - self._established:
-            raise PassFailedError(
-                f"pass {each.name} requires {', '.join(sorted(missing))}, which no earlier pass"
-                " establishes"
-            )
-        started = time.perf_counter()
+    def over(self, name: str) -> Iterator[list[Decision]]:
+        """A pass runs in the `with` block and adds its decisions to the list; its errors name it.
+        What it did is printed and dumped as far as `HMC_DEBUG` and `HMC_DUMP` ask for it.
+        """
+        started, made = time.perf_counter(), list[Decision]()
         try:
-            yield
+            yield made
         except VerifyError as error:
-            raise VerifyError(f"after pass {each.name}: {error}") from error
+            raise VerifyError(f"after pass {name}: {error}") from error
         except CompileError as error:
-            raise type(error)(f"pass {each.name}: {error}") from error
-        self._established |= each.establishes
-        self._seconds = time.perf_counter() - started
-
-    def told(self, each: Pass, made: Sequence[Decision], text: Callable[[], str]) -> None:
-        """Print and dump what the pass did, as far as `HMC_DEBUG` and `HMC_DUMP` ask for it."""
-        env.debug(1, f"{each.name}: {self._seconds * 1e3:.1f} ms")
+            raise type(error)(f"pass {name}: {error}") from error
+        env.debug(1, f"{name}: {(time.perf_counter() - started) * 1e3:.1f} ms")
         for decision in made:
             env.debug(1, f"  {decision.subject}: {decision.choice} ({decision.reason})")
         if _wants_text():
-            before, self._before = self._before.splitlines(), text()
+            before, self._before = self._before.splitlines(), self._text()
             diff = difflib.unified_diff(before, self._before.splitlines(), lineterm="", n=0)
             env.debug(2, "\n".join(line for line in diff if not line.startswith(("---", "+++"))))
             env.debug(3, self._before)
-            env.dump(f"{self._number:02d}-{each.name}.txt", self._before)
+            env.dump(f"{self._number:02d}-{name}.txt", self._before)
         self._number += 1
 
 

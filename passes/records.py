@@ -137,28 +137,22 @@ class Notes:
         return plan.model_copy(update={**changes, "decisions": decisions})
 
 
-class Pass(Protocol):
-    """A frozen dataclass whose fields are its options, named as in `hmc.plan.options.Options`.
-
-    `requires` and `establishes` name properties ("canonical", "fused", "kernels", ...): the manager
-    refuses a pipeline in which a requirement was not established before.
+class GraphPass(Protocol):
+    """One rewrite of the traced graph. Like every pass a frozen dataclass, whose fields are its
+    options, named as in `hmc.plan.options.Options`.
     """
 
     name: ClassVar[str]
-    requires: ClassVar[frozenset[str]]
-    establishes: ClassVar[frozenset[str]]
-
-
-class GraphPass(Pass, Protocol):
-    """One rewrite of the traced graph."""
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         """Rewrite `graph` in place; raise `PassFailedError` on a graph it cannot handle."""
         ...
 
 
-class PlanPass(Pass, Protocol):
+class PlanPass(Protocol):
     """One rewrite of the plan, which keeps the rules (hmc/plan/verify.py) after every pass."""
+
+    name: ClassVar[str]
 
     def run(self, plan: Plan, base: Base) -> Plan:
         """The plan changed; `plan` itself where there is nothing to do."""

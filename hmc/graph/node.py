@@ -83,10 +83,6 @@ class NodeMeta:
                 return value
         raise KeyError(f"a {self.kind} node has no attribute {name}")
 
-    def weight(self, role: str) -> WeightSpec | None:
-        """The weight in a role, or None."""
-        return next((weight for weight in self.weights if weight.role == role), None)
-
     def with_(self, **changes: Any) -> NodeMeta:
         """A copy with some fields replaced."""
         return replace(self, **changes)

@@ -1,8 +1,7 @@
 """Splits a decode batch in two lanes that swap GPU and CPU every layer: phase `decode.dual`.
 
 Contract
-    * requires "placed"; establishes "dual". Without experts on the host of a hybrid plan nothing
-      changes
+    * without experts on the host of a hybrid plan nothing changes
     * each lane's steps are those of `decode`; lanes share weights and nothing else, so tokens do
       not depend on the split
     * taken only where the cost model predicts a gain of `WORTHWHILE`; the decision holds the
@@ -43,8 +42,6 @@ class DualBatch:
     """Adds `decode.dual` where it is predicted to gain."""
 
     name: ClassVar[str] = "dual_batch"
-    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"dual"})
 
     def run(self, plan: Plan, base: Base) -> Plan:
         hosted = any("host" in placement.tiers for placement in plan.placement)

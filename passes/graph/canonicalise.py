@@ -2,7 +2,6 @@
 that reads them.
 
 Contract
-    * requires a traced graph; establishes "canonical"
     * a norm with one group a head whose only reader is a rotary of the same heads becomes part of
       it, since both walk a head at a time and the result is rotated in place
     * values are unchanged
@@ -28,8 +27,6 @@ class Canonicalise:
     """Removes dead nodes and folds per-head norms into their rotary."""
 
     name: ClassVar[str] = "canonicalise"
-    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"canonical"})
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         graph.graph.eliminate_dead_code()

@@ -2,7 +2,6 @@
 pieces of a model file's own arithmetic.
 
 Contract
-    * requires "canonical"; establishes "fused"
     * add whose sum a full-width norm reads becomes add_norm; a sum of two results added to the
       residual (routed and shared experts) is taken in as the third operand
     * the norm before the output layer stays alone: only the rows whose logits are wanted reach it
@@ -40,8 +39,6 @@ class Fuse:
     """Forms gate_up, add_norm and pointwise nodes."""
 
     name: ClassVar[str] = "fuse"
-    requires: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"fused"})
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         notes = Notes(self.name)

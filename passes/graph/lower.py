@@ -2,7 +2,6 @@
 in each phase.
 
 Contract
-    * requires "fused"; establishes "kernels"
     * intact weights: the format is the checkpoint's own, nothing is converted, so no choice here
       changes numerics
     * every kernel can be built, or compiling ends here
@@ -42,8 +41,6 @@ class Lower:
     """Fills `formats` and `kernels` of every node."""
 
     name: ClassVar[str] = "lower"
-    requires: ClassVar[frozenset[str]] = frozenset({"fused"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"kernels"})
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)

@@ -2,7 +2,7 @@
 room, and rewrites the phases for it.
 
 Contract
-    * requires "plan"; establishes "placed". Without a GPU budget the plan stays as it is
+    * without a GPU budget the plan stays as it is
     * every expert of every layer is in exactly one tier; no GPU holds more than its budget
     * with a GPU: attention, shared experts, norms and cache come first (`budget.py`), then experts
       by the time a token gains a byte, as the cost model has it; the dense part of every phase runs
@@ -47,8 +47,6 @@ class ExpertPlacement:
     """
 
     name: ClassVar[str] = "expert_placement"
-    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"placed"})
 
     profile: RoutingProfile | None = None
     given: tuple[LayerPlacement, ...] = ()

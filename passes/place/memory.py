@@ -2,7 +2,7 @@
 takes beside them.
 
 Contract
-    * requires "placed", "dual" and "streamed"; establishes "accounted": no phase is added later
+    * the last pass: no phase is added later
     * with a GPU budget, the dense part and the cache are on gpu0, the embedding table on the host,
       experts where placement has them
     * for every GPU the sum is what the runtime allocates when all phases are ready, and what
@@ -25,8 +25,6 @@ class Memory:
     """Fills `Plan.ledger`."""
 
     name: ClassVar[str] = "memory"
-    requires: ClassVar[frozenset[str]] = frozenset({"placed", "dual", "streamed"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"accounted"})
 
     def run(self, plan: Plan, base: Base) -> Plan:
         home = "host" if base.budget is None else HOME

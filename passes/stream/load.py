@@ -1,8 +1,7 @@
 """Streams every weight once through the GPUs while they compute: phase `prefill.stream`.
 
 Contract
-    * requires "placed"; establishes "streamed". Without a GPU budget, or with every expert
-      resident, nothing changes
+    * without a GPU budget, or with every expert resident, nothing changes
     * the whole prompt passes each layer once. Weights are read from the one host copy
     * ordinary tensors (attention, shared experts, routers) are loaded a sub-layer at a time into
       two alternating slots, one ahead; experts in groups into a ring of slots that crosses layers.
@@ -58,8 +57,6 @@ class StreamLoad:
     """
 
     name: ClassVar[str] = "stream_load"
-    requires: ClassVar[frozenset[str]] = frozenset({"placed"})
-    establishes: ClassVar[frozenset[str]] = frozenset({"streamed"})
 
     ring: int = 0
 

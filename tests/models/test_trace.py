@@ -46,8 +46,7 @@ def test_deepseek_v3_at_full_size() -> None:
     assert {about.layer for about in nodes.values()} == set(range(-1, 61))
     experts = nodes["layers_60_mlp_experts"]
     assert (experts.width, experts.layer, experts.attr("n")) == (7168, 60, 2048)
-    gate = experts.weight("gate")
-    assert gate is not None
+    gate, _, _ = experts.weights
     assert gate.name.format(e=255) == "model.layers.60.mlp.experts.255.gate_proj.weight"
     assert (gate.shape, gate.experts, gate.linear) == ((2048, 7168), 256, True)
     assert all(weight.device.type == "meta" for weight in graph.parameters())

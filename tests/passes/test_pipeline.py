@@ -122,8 +122,6 @@ def test_a_kernel_that_cannot_be_built_ends_compiling(
 @dataclass(frozen=True)
 class _DropsMeta:
     name: ClassVar[str] = "drops_meta"
-    requires: ClassVar[frozenset[str]] = frozenset({"traced"})
-    establishes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, graph: torch.fx.GraphModule, target: Target) -> Sequence[Decision]:
         del next(iter(graph.graph.nodes)).meta["hmc"]
@@ -157,8 +155,6 @@ def test_the_manager_names_the_pass_that_broke_the_graph(
 @dataclass(frozen=True)
 class _LosesAStep:
     name: ClassVar[str] = "loses_a_step"
-    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
-    establishes: ClassVar[frozenset[str]] = frozenset()
 
     def run(self, plan: Plan, base: Base) -> Plan:
         first, *rest = plan.phases
@@ -170,14 +166,6 @@ class _LosesAStep:
 def test_the_manager_names_the_pass_that_broke_the_plan(lowering: Lowering) -> None:
     with pytest.raises(VerifyError, match=r"after pass loses_a_step: phase prefill\.host, step"):
         run_plan((_LosesAStep(),), _base(lowering, "mixtral"))
-
-
-def test_a_pass_before_its_requirement_is_refused(lowering: Lowering) -> None:
-    graph, target = lowering("mixtral")
-    with pytest.raises(PassFailedError, match="fuse requires canonical"):
-        run_graph((Fuse(),), graph, target)
-    with pytest.raises(PassFailedError, match="memory requires dual, placed, streamed"):
-        run_plan(PLAN[3:], _base(lowering, "mixtral"))
 
 
 def test_rotary_input_with_another_reader_is_refused(lowering: Lowering) -> None:
