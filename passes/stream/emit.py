@@ -5,9 +5,10 @@ order. What is streamed, and how much, is decided in `load.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hmc.ops import OPS
-from hmc.passes.emit.builder import Schedule
+from hmc.passes.emit.builder import Lies, Schedule
 from hmc.passes.emit.values import Attrs, Bound, Part, Parts, Value
 from hmc.plan import DType, Phase, Plan, Step
 from hmc.plan.memory import (
@@ -117,10 +118,9 @@ class StreamEmitter:
         self._finish()
         return self.schedule.finish(self.plan.limits.max_context, ranks=self.ranks, ring=self.ring)
 
-    def _value(self, name: str, rank: int, dtype: DType, width: int, rows: int = 1) -> Value:
-        """A value of no buffer of the base phase."""
-        name = self._bound[rank].prefix + name
-        return Value(name, dtype, width, self._names[rank], rows=rows)
+    def _new(self, name: str, rank: int, dtype: DType, width: int, rows: int = 1) -> Part:
+        """All of a value that no step of the base phase writes, on a rank's GPU."""
+        return Part.all(Value(name, dtype, width, self._names[rank], rows=rows))
 
     # -- steps -------------------------------------------------------------------------------------
 
@@ -146,15 +146,9 @@ class StreamEmitter:
                 bound.values[operand.buffer] = moved
 
     def _copy(self, resource: str, source: Value, target: Value, attrs: Attrs, step: Step) -> None:
-        self.schedule.add(
-            "copy",
-            resource,
-            {"y": Part.all(source)},
-            {"y": Part.all(target)},
-            layer=step.layer,
-            section=step.section,
-            attrs=attrs,
-        )
+        operands = {"y": Part.all(source)}, {"y": Part.all(target)}
+        where: dict[str, Any] = {"layer": step.layer, "section": step.section}
+        self.schedule.add("copy", resource, *operands, attrs=attrs, **where)
 
     def _attention(self, step: Step, attrs: Attrs) -> None:
         """Attention of each rank's queries over the latents (or keys and values) of all, and the
@@ -187,15 +181,7 @@ class StreamEmitter:
             return mine
         if first not in self._gathered:
             self._gathered[first] = [
-                Part.all(
-                    Value(
-                        f"{part.value.name}.{role}.all",
-                        "bf16",
-                        part.width,
-                        self._names[rank],
-                        rows=self.ranks,
-                    )
-                )
+                self._new(f"{part.value.name}.{role}.all", rank, "bf16", part.width, self.ranks)
                 for rank, part in enumerate(mine)
             ]
             self._link("all_gather", step.layer, mine, self._gathered[first])
@@ -218,24 +204,20 @@ class StreamEmitter:
             self._plain(step, rank, inputs, {}, self.ranks)
 
     def _experts(self, step: Step) -> None:
-        buffer, width = step.outputs["y"].buffer, step.outputs["y"].width
+        layer, buffer, width = step.layer, step.outputs["y"].buffer, step.outputs["y"].width
         group, top_k = ring_turns(self.ring)[0], int(step.attrs["top_k"])
         parts: list[Part] = []  # of the ranks that have experts of this layer
         for rank, device in enumerate(self._names):
-            held = expert_ranges(self._tiers[step.layer].get(device, ""))
-            away = streamed_experts(self.plan, step.layer, rank, self.gpus)
+            held = expert_ranges(self._tiers[layer].get(device, ""))
+            away = streamed_experts(self.plan, layer, rank, self.gpus)
             if not held and not away:
                 continue
-            x = self._gather(step, "x")[rank]
-            inputs = self._bound[rank].inputs(step) | {"x": x}
-            order = Part.all(
-                self._value(f"layers_{step.layer}_order", rank, "i32", top_k, self.ranks)
-            )
-            self.schedule.add(
-                "sort", device, {"ids": inputs["ids"]}, {"order": order}, layer=step.layer
-            )
-            inputs["order"] = order
-            y = Part.all(self._value(buffer, rank, "f32", width, self.ranks))
+            x, mine = self._gather(step, "x")[rank], self._bound[rank].prefix
+            order = self._new(f"{mine}layers_{layer}_order", rank, "i32", top_k, self.ranks)
+            inputs = self._bound[rank].inputs(step) | {"x": x, "order": order}
+            ids = {"ids": inputs["ids"]}
+            self.schedule.add("sort", device, ids, {"order": order}, layer=layer)
+            y = self._new(mine + buffer, rank, "f32", width, self.ranks)
             if held:
                 self.schedule.again(step, device, inputs, {"y": y}, _some(held))
             for first in range(0, len(away), group):
@@ -245,10 +227,10 @@ class StreamEmitter:
             parts.append(y)
         if self.ranks > 1:
             sums = [
-                Part.all(self._value(f"{buffer}.own", rank, "f32", width))
-                for rank in range(self.ranks)
+                self._new(f"{bound.prefix}{buffer}.own", rank, "f32", width)
+                for rank, bound in enumerate(self._bound)
             ]
-            self._link("exchange", step.layer, parts, sums)
+            self._link("exchange", layer, parts, sums)
             parts = sums
         for bound, part in zip(self._bound, parts, strict=True):
             bound.values[buffer] = part.value
@@ -256,24 +238,34 @@ class StreamEmitter:
     # -- loads -------------------------------------------------------------------------------------
 
     def _load_experts(self, step: Step, rank: int, turn: list[int], order: Part) -> str:
-        size, held = self._stored[step.layer], self._held[step.layer]
         group, turns = ring_turns(self.ring)
-        slot = self.schedule.slot(
-            f"ring{rank}.{self._turns[rank] % turns}", self._names[rank], held * group
-        )
+        name = f"ring{rank}.{self._turns[rank] % turns}"
         self._turns[rank] += 1
         choice = {role: step.attrs[role] for role in ("experts", "top_k")} if self.chosen else {}
-        self.schedule.add(
-            "load",
-            f"h2d{self.gpus[rank]}",
-            {"order": order} if self.chosen else {},
-            {},
+        return self._load(
+            rank,
+            name,
+            self._held[step.layer] * group,
+            inputs={"order": order} if self.chosen else {},
             layer=step.layer,
             weights=step.weights,
             attrs={**_some(turn), **choice},
-            weight_bytes=size * len(turn),
-            fills=(slot,),
+            weight_bytes=self._stored[step.layer] * len(turn),
         )
+
+    def _load(
+        self,
+        rank: int,
+        name: str,
+        size: int,
+        lies: Lies = "beside",
+        inputs: Parts | None = None,
+        **fields: Any,
+    ) -> str:
+        """A load into a slot of a rank's GPU; the slot."""
+        slot = self.schedule.slot(name, self._names[rank], size, lies)
+        resource = f"h2d{self.gpus[rank]}"
+        self.schedule.add("load", resource, inputs or {}, {}, fills=(slot,), **fields)
         return slot
 
     def _slots(self, step: Step, rank: int) -> tuple[str, ...]:
@@ -286,24 +278,16 @@ class StreamEmitter:
             names = self._sections[section]
             weights = [self._weights[name] for name in names]
             side = f"{part}{rank}.{layer % 2}" if layer >= 0 else f"head{rank}"
-            # what follows the last layer needs no room of its own: the others are done by then
-            slot = self.schedule.slot(
+            self._loaded[rank][section] = self._load(
+                rank,
                 side,
-                self._names[rank],
                 packed_bytes(weights),
+                # what follows the last layer needs no room of its own: the others are done by then
                 "beside" if layer >= 0 else "over slots",
-            )
-            self.schedule.add(
-                "load",
-                f"h2d{self.gpus[rank]}",
-                {},
-                {},
                 layer=layer,
                 weights={str(number): name for number, name in enumerate(names)},
                 weight_bytes=sum(weight.bytes for weight in weights),
-                fills=(slot,),
             )
-            self._loaded[rank][section] = slot
         return (self._loaded[rank][section],)
 
     def _finish(self) -> None:
@@ -311,16 +295,9 @@ class StreamEmitter:
         if HOME not in self._names or not self.streams_dense[0]:
             return
         weights = [self._weights[name] for name in resident_names(self.plan.phases, HOME)]
-        whole = self.schedule.slot("dense0", HOME, packed_bytes(weights), "over all")
-        self.schedule.add(
-            "load",
-            "h2d0",
-            {},
-            {},
-            attrs={"what": "dense weights of decode, over slots and activations"},
-            weight_bytes=sum(weight.bytes for weight in weights),
-            fills=(whole,),
-        )
+        size = sum(weight.bytes for weight in weights)
+        what = {"what": "dense weights of decode, over slots and activations"}
+        self._load(0, "dense0", packed_bytes(weights), "over all", attrs=what, weight_bytes=size)
 
 
 def _some(experts: list[int]) -> Attrs:

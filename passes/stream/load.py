@@ -80,36 +80,48 @@ class StreamLoad:
             gpus = beside = (0,)
         memory = StreamMemory.of(plan, budget, gpus)
         emitter = StreamEmitter(base.plan.phase(PREFILL), plan, memory.streams_dense, gpus)
-        phase = self._fitted(notes, memory, emitter)
+        streams = _Streams(notes, memory, emitter, self.ring)
+        phase = streams.fitted()
         if phase is None:
             return notes.on(plan)
-        times = PrefillTimes(plan)
-        longer = self._longer_ring(notes, memory, emitter, phase, times)
-        streams = [phase] if longer is None else [longer, phase]
-        first = times.crossing(streams[0])
-        if first:
-            chosen = self._chosen_alone(notes, memory, emitter, streams[0], first, times)
-            if chosen is not None:
-                streams.insert(0, chosen)
-                first = times.crossing(chosen, _FEW)
-        switches = self._switches(notes, times, streams, first)
-        added = streams[::-1]
+        added, switches = streams.all_of(phase)
         if beside != (0,):
             alone = StreamMemory.of(plan, budget, beside)
-            second = self._fitted(
-                notes,
-                alone,
-                replace(emitter, streams_dense=alone.streams_dense, gpus=beside, name=BESIDE),
-            )
+            emitter = replace(emitter, streams_dense=alone.streams_dense, gpus=beside, name=BESIDE)
+            second = _Streams(notes, alone, emitter, self.ring).fitted()
             added += [] if second is None else [second]
         return notes.on(plan, phases=(*plan.phases, *added), switches=(*plan.switches, *switches))
 
-    def _fitted(self, notes: Notes, memory: StreamMemory, emitter: StreamEmitter) -> Phase | None:
+
+@dataclass
+class _Streams:
+    """The phases that stream through some GPUs, with a ring as asked for (0: not)."""
+
+    notes: Notes
+    memory: StreamMemory
+    emitter: StreamEmitter
+    asked: int
+
+    def all_of(self, phase: Phase) -> tuple[list[Phase], tuple[Switch, ...]]:
+        """The phase for the longest prompts and those for shorter ones, and where they begin."""
+        self.times = times = PrefillTimes(self.memory.plan)
+        longer = self._longer_ring(phase)
+        streams = [phase] if longer is None else [longer, phase]
+        first = times.crossing(streams[0])
+        if first:
+            chosen = self._chosen_alone(streams[0], first)
+            if chosen is not None:
+                streams.insert(0, chosen)
+                first = times.crossing(chosen, _FEW)
+        return streams[::-1], self._switches(streams, first)
+
+    def fitted(self) -> Phase | None:
         """The phase with the longest ring with which the longest prompt takes as few calls as with
         the shortest."""
+        notes, memory, emitter = self.notes, self.memory, self.emitter
         limits, name = memory.plan.limits, emitter.name
         streamed, wanted = memory.streamed, limits.max_context
-        asked = min(self.ring, streamed)
+        asked = min(self.asked, streamed)
         phase = replace(emitter, ring=asked or streamed).emit()
         calls = -(-wanted // max(1, memory.tokens(phase, 2)))
         ring = phase.ring
@@ -135,19 +147,12 @@ class StreamLoad:
         )
         return phase.model_copy(update={"max_tokens": tokens})
 
-    def _longer_ring(
-        self,
-        notes: Notes,
-        memory: StreamMemory,
-        emitter: StreamEmitter,
-        base: Phase,
-        times: PrefillTimes,
-    ) -> Phase | None:
+    def _longer_ring(self, base: Phase) -> Phase | None:
         """The phase for prompts short enough to leave room for a longer ring, where that is faster:
         with a short one loads wait for attention, whose layer they cannot be ahead of."""
-        rings = []
+        memory, times, rings = self.memory, self.times, []
         ring = base.ring
-        while ring < memory.streamed and not self.ring:
+        while ring < memory.streamed and not self.asked:
             ring = min(memory.streamed, 2 * ring)
             most = min(memory.tokens(base, ring), base.max_tokens)
             rings.append((ring, most // 1024 * 1024 or most))
@@ -156,7 +161,7 @@ class StreamLoad:
         for ring, most in rings:
             if not (lengths := [tokens for tokens in before if tokens <= most]):
                 continue
-            phase = replace(emitter, ring=ring, name=f"{STREAM}.{most}").emit()
+            phase = replace(self.emitter, ring=ring, name=f"{STREAM}.{most}").emit()
             after = {tokens: times.streamed(phase, tokens) for tokens in lengths}
             gains = {tokens: before[tokens] / after[tokens] for tokens in lengths}
             total = sum(gain - 1 for gain in gains.values())
@@ -167,27 +172,16 @@ class StreamLoad:
                     for tokens in lengths
                 )
         if found is not None:
-            notes.decide(
-                f"ring of {found.name}",
-                memory.ring_text(found.ring),
-                saved,
-            )
+            self.notes.decide(f"ring of {found.name}", memory.ring_text(found.ring), saved)
         return found
 
-    def _chosen_alone(
-        self,
-        notes: Notes,
-        memory: StreamMemory,
-        emitter: StreamEmitter,
-        every: Phase,
-        last: int,
-        times: PrefillTimes,
-    ) -> Phase | None:
+    def _chosen_alone(self, every: Phase, last: int) -> Phase | None:
         """The phase that loads only experts some token chose, where prompts are worth streaming
         that are too short to choose nearly all of them: of fewer than `last` tokens, from which on
         `every` expert may as well be loaded. Its loads wait for the router, so the link is idle
         meanwhile."""
-        model, link = memory.plan.model, times.link_seconds(every)
+        notes, times, model = self.notes, self.times, self.memory.plan.model
+        link = times.link_seconds(every)
         lengths = range(_FEW, last, _FEW)
         share = {
             tokens: distinct_experts(model.experts, model.top_k, tokens) / model.experts
@@ -203,7 +197,7 @@ class StreamLoad:
             )
             notes.decide(subject, choice, reason)
             return None
-        phase = replace(emitter, ring=every.ring, name=CHOSEN, chosen=True).emit()
+        phase = replace(self.emitter, ring=every.ring, name=CHOSEN, chosen=True).emit()
         phase = phase.model_copy(update={"max_tokens": every.max_tokens})
         first = times.crossing(phase, _FEW)
         end = times.overtaken(phase, every, first, _FEW) if first else 0
@@ -226,12 +220,10 @@ class StreamLoad:
         notes.decide(subject, f"from {first} to {end} tokens", reason)
         return phase.model_copy(update={"max_tokens": end})
 
-    def _switches(
-        self, notes: Notes, times: PrefillTimes, streams: list[Phase], first: int
-    ) -> tuple[Switch, ...]:
+    def _switches(self, streams: list[Phase], first: int) -> tuple[Switch, ...]:
         """From how many tokens on each phase is used: streamed ones, which take ever longer
         prompts, from `first` on; none where the host is always faster (0)."""
-        phase = streams[0]
+        notes, times, phase = self.notes, self.times, streams[0]
         if not first:
             most = phase.max_tokens // STEP * STEP
             notes.decide(
