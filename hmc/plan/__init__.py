@@ -3,8 +3,7 @@
 model.py    the records, as frozen pydantic models
 file.py     the .hmp container
 verify.py   the rules of meaning, checked on save and on load; each in the file of its matter:
-            stored, about, steps, operands, kernels, values, order, placement
-ranges.py   expert numbers as text
+            stored, about, steps, operands, values, order, placement
 memory.py   what a plan takes of each GPU
 phases.py   which phase serves a call
 diff.py     two plans compared

@@ -1,17 +1,23 @@
-"""Checks each step of a phase against the row of its op (hmc/ops): attributes (about.py) and
-weights, which are those of the row's roles, of their shape; routed experts are those of the step's
-layer.
+"""Checks each step of a phase against the row of its op (hmc/ops): attributes (about.py); weights,
+which are those of the row's roles, of their shape; routed experts are those of the step's layer;
+and kernels, exactly those that the row chooses for its attributes, the stored form of its weights
+and the size of its phase's calls, but for tile choices.
+
+A phase of prompts takes any number of tokens, one of decode `MAX_TOKENS` at most: its kernels are
+made for so many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 
-from hmc.errors import VerifyError
-from hmc.ops import SHARED_ATTRS
+from hmc.codegen.isa import TIERS
+from hmc.codegen.spec import MAX_TOKENS, tile_fault
+from hmc.errors import UnsupportedError, VerifyError
+from hmc.ops import SHARED_ATTRS, Stored, Use
 from hmc.plan.about import About, about_of
-from hmc.plan.model import ExpertWeights, Plan, Step, Weight
-from hmc.plan.stored import is_plain
+from hmc.plan.model import ExpertWeights, Phase, Plan, Step
+from hmc.plan.stored import is_plain, stored_form
 
 _SCHEDULED = {*SHARED_ATTRS, "range", "count"}
 """Attributes that say which part of a step's work is done."""
@@ -21,19 +27,26 @@ class StepChecker:
     """Checks steps of one plan."""
 
     def __init__(self, plan: Plan) -> None:
+        """`VerifyError` where the plan's tier or a kernel's tile is none."""
+        if plan.isa not in TIERS:
+            raise VerifyError(f"unknown kernel tier {plan.isa}: known are {', '.join(TIERS)}")
+        for key, kernel in plan.kernels.items():
+            if fault := tile_fault(kernel.op, dict(kernel.tile)):
+                raise VerifyError(f"kernel {key}: {fault}")
         self._plan = plan
         self._abouts: dict[tuple[object, ...], About] = {}
         self._models: dict[tuple[object, ...], int] = {}
         self._weights = {weight.name: weight for weight in plan.weights}
+        forms: dict[Stored, Stored] = {}  # one object for all that are equal
+        self._forms = {w.name: forms.setdefault(f := stored_form(w), f) for w in plan.weights}
         self._experts: dict[int, dict[str, ExpertWeights]] = {}
         for each in plan.experts:
             self._experts.setdefault(each.layer, {})[each.role] = each
-
-    def weights_of(self, step: Step, about: About) -> Mapping[str, Weight | ExpertWeights]:
-        """What a step's weight roles stand for."""
-        if about.row.routed:
-            return self._experts[step.layer]
-        return {role: self._weights[name] for role, name in step.weights.items()}
+        self._layers = {
+            layer: {r: forms.setdefault(f := stored_form(w), f) for r, w in experts.items()}
+            for layer, experts in self._experts.items()
+        }
+        self._known: set[tuple[object, ...]] = set()
 
     def about(self, step: Step) -> About:
         """What the row says of a step, whose attributes are known to be the row's."""
@@ -92,3 +105,39 @@ class StepChecker:
                 raise VerifyError(f"{role.name} {name} is stored in {weight.format}")
         if known != len(step.weights):
             raise VerifyError(f"it has weights beside {', '.join(r.name for r in row.weights)}")
+
+    def check_kernels(self, phase: Phase, step: Step, about: About) -> None:
+        """`VerifyError` where a step has other kernels than its row chooses."""
+        if not about.native:
+            only = about.row.torch_kernel
+            if step.kernels != (only,):
+                raise VerifyError(f"PyTorch computes it by {only} alone")
+            return
+        if about.row.routed:
+            stored = self._layers[step.layer]
+        else:
+            stored = {role: self._forms[name] for role, name in step.weights.items()}
+        key = (about.number, phase.name, *stored, *map(id, stored.values()))
+        if key not in self._known:
+            self._compare(phase, step, about, stored)
+            self._known.add(key)
+
+    def _compare(self, phase: Phase, step: Step, about: About, stored: dict[str, Stored]) -> None:
+        tokens = 0 if phase.name.startswith("prefill") else MAX_TOKENS
+        use = Use(self._plan.isa, tokens, self._plan.kv.block)
+        try:
+            chosen = about.row.kernels(step.attrs, stored, use)
+        except UnsupportedError as error:
+            raise VerifyError(str(error)) from error
+        if len(chosen) != len(step.kernels):
+            raise VerifyError(f"it has {len(step.kernels)} kernels, not {len(chosen)}")
+        for key, spec in zip(step.kernels, chosen, strict=True):
+            found = self._plan.kernels.get(key)
+            if found is None:
+                raise VerifyError(f"kernel {key} is not in the plan")
+            if replace(found, tile=()) != spec:
+                sizes = ", ".join(f"{name} {value}" for name, value in spec.params)
+                raise VerifyError(
+                    f"kernel {key} is not {spec.op} of {spec.weight or '-'}"
+                    f" in {spec.out} for {spec.isa} with {sizes} {spec.expr}"
+                )

@@ -5,9 +5,8 @@ breaks it.
 Rules follow from the rows of hmc/ops, each where its matter is:
 
     stored.py     weights: sizes and places
-    steps.py      steps: attributes (about.py) and weights by role
+    steps.py      steps: attributes (about.py), weights by role, kernels
     operands.py   steps: operands and the rows of a call that they hold
-    kernels.py    steps: kernels
     order.py      steps: events, buffers and slots in use
     values.py     steps: all phases compute the same
     placement.py  experts, cache, slots, resources, phases and limits
@@ -17,7 +16,6 @@ from __future__ import annotations
 
 from hmc.errors import VerifyError
 from hmc.plan.about import named
-from hmc.plan.kernels import KernelChecker
 from hmc.plan.model import EXTERNAL, SCHEMA_VERSION, Plan
 from hmc.plan.operands import LOGITS, Walk
 from hmc.plan.order import check_order, slots_sharing
@@ -42,7 +40,6 @@ def verify_plan(plan: Plan) -> None:
     check_limits(plan)
     check_weights(plan)
     steps = StepChecker(plan)
-    kernels = KernelChecker(plan, steps)
     placement = Placement(plan)
     values = Values()
     for phase in plan.phases:
@@ -56,7 +53,7 @@ def verify_plan(plan: Plan) -> None:
                 about = steps.about(step)
                 walk.check(step, about)
                 steps.check_weights(step, about)
-                kernels.check(phase, step, about)
+                steps.check_kernels(phase, step, about)
                 check_constants(plan, step, about)
                 values.step(step, about)
                 placement.step(step, about)
