@@ -179,13 +179,5 @@ def put_block(
     graph.add_submodule(name, block)
     with graph.graph.inserting_before(before):
         node = graph.graph.call_module(name, tuple(inputs))
-    node.meta["hmc"] = NodeMeta(
-        block.kind,
-        like.layer,
-        block.width,
-        block.dtype,
-        like.section,
-        weights,
-        block.attributes(),
-    )
+    node.meta["hmc"] = block.meta(like.layer, like.section, weights)
     return node

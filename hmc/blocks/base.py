@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hmc.graph import Attr, DType, Section, WeightSpec, attrs
+from hmc.graph import Attr, DType, NodeMeta, Section, WeightSpec, attrs
 from hmc.ops import OPS
 
 
@@ -31,6 +31,12 @@ class Block(nn.Module):
         block.
         """
         return ()
+
+    def meta(self, layer: int, section: Section, weights: tuple[WeightSpec, ...] = ()) -> NodeMeta:
+        """What hmc knows of a node that calls the block."""
+        return NodeMeta(
+            self.kind, layer, self.width, self.dtype, section, weights, self.attributes()
+        )
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         """Sizes and options of the node, as `NodeMeta.attrs` holds them: the block's own, by the
@@ -64,6 +70,12 @@ class Columns(Block):
     def __init__(self, index: int, offset: int, width: int) -> None:
         super().__init__()
         self.index, self.offset, self.width = index, offset, width
+
+    def meta(self, layer: int, section: Section, weights: tuple[WeightSpec, ...] = ()) -> NodeMeta:
+        """What hmc knows of a node that calls the block."""
+        return NodeMeta(
+            self.kind, layer, self.width, self.dtype, section, weights, self.attributes()
+        )
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(index=self.index, offset=self.offset, width=self.width)

@@ -18,7 +18,6 @@ from hmc.codegen.spec import KernelSpec
 Attrs = Mapping[str, Any]
 """Attributes of a node or step by name."""
 Size = Callable[[Attrs], int]
-Section = Literal["attention", "mlp", "head", "any"]
 Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and sums", "transfers"]
 Where = Literal["any", "host", "cpu", "gpu", "h2d", "d2h", "h2d d2h", "link"]
 
@@ -280,18 +279,15 @@ class Op:
         return tuple(role for role in self.graph_inputs if names is None or role.name in names)
 
     def weight(self, name: str) -> WeightRole | None:
-        """The weight role of a name, numbered ones by their stem; None when it has none."""
-        return _named(self.weights, name)
-
-    def operand(self, roles: tuple[Role, ...], name: str) -> Role | None:
-        """The role of a name among `roles`, numbered ones by their stem."""
-        return _named(roles, name)
+        """The weight role of a name, as `role_named`."""
+        return role_named(self.weights, name)
 
 
 _AnyRole = TypeVar("_AnyRole", Role, WeightRole)
 
 
-def _named(roles: tuple[_AnyRole, ...], name: str) -> _AnyRole | None:
+def role_named(roles: tuple[_AnyRole, ...], name: str) -> _AnyRole | None:
+    """The role of a name among `roles`, numbered ones by their stem; None when there is none."""
     stem = name.rstrip("0123456789")
     for role in roles:
         if role.name in (name, "*") or (role.many and role.name == stem and stem != name):

@@ -10,6 +10,7 @@ from math import isfinite
 from hmc.codegen.spec import ARGS
 from hmc.errors import VerifyError
 from hmc.ops import OPS, SHARED_ATTRS, Op, Role
+from hmc.ops.row import role_named
 from hmc.plan.model import Phase, Plan, Step
 
 _MOST = 1 << 31
@@ -46,7 +47,7 @@ class About:
         """What the operand of a name must be; numbered ones are as their stem."""
         known = self.outputs if output else self.inputs
         if name not in known:
-            role = self.row.operand(self.row.outputs if output else self.row.inputs, name)
+            role = role_named(self.row.outputs if output else self.row.inputs, name)
             if role is None:
                 raise VerifyError(f"{name} is no {'output' if output else 'input'} of it")
             known[name] = _expected(role, step, None)

@@ -7,13 +7,14 @@ wherever it is read, and computed there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.fx
 
-from hmc.codegen.expr import MAX_DEPTH, MAX_SIZE, REDUCTIONS, Expr, leaf, substitute
+from hmc.codegen.expr import REDUCTIONS, Expr, leaf, substitute
 from hmc.codegen.rowwise import F32_INPUTS, VECTORS, Rowwise
+from hmc.errors import KernelError
 from hmc.graph import meta
 from hmc.ops.pointwise import rowwise
 from hmc.passes.graph.arithmetic import expression
@@ -95,29 +96,33 @@ def _grown(result: Node) -> set[Node]:
     return members
 
 
-def _leaves(result: Node, members: set[Node]) -> list[Node]:
-    """The values that a piece reads, in the order in which its expression does."""
-    found: dict[Node, None] = {}
+def _joined(result: Node, members: set[Node]) -> tuple[Expr, list[Node]]:
+    """The expression of a piece, and what its leaves are, in the order in which it reads them;
+    `KernelError` where it is too large for one.
+    """
+    names: dict[Node, str] = {}
 
-    def visit(node: Node) -> None:
-        for each in _operands(node)[1]:
-            if _inlined(each, members):
-                visit(each)
-            else:
-                found[each] = None
+    def tree_of(node: Node) -> Expr:
+        tree, operands = _operands(node)
+        values = [
+            tree_of(each)
+            if _inlined(each, members)
+            else leaf(names.setdefault(each, f"x{len(names)}"))
+            for each in operands
+        ]
+        return substitute(tree, dict(zip(tree.leaves, values, strict=True)))
 
-    visit(result)
-    return list(found)
+    return tree_of(result), list(names)
 
 
 def _fits(result: Node, members: set[Node]) -> bool:
     """Whether one kernel can compute a piece."""
-    size, depth = _measured(result, members)
-    leaves = _leaves(result, members)
+    try:
+        _, leaves = _joined(result, members)
+    except KernelError:
+        return False
     rows = [each for each in leaves if not _of_weights(each)]
     if len(rows) > len(F32_INPUTS) or len(leaves) - len(rows) > len(VECTORS):
-        return False
-    if size > MAX_SIZE or depth > MAX_DEPTH:
         return False
     computing = [node for node in members if _computes(node)]
     forms = [_form(node) for node in computing]
@@ -149,17 +154,8 @@ def _inlined(node: Node, members: set[Node]) -> bool:
     return node in members or (_computes(node) and _of_weights(node))
 
 
-def _measured(node: Node, members: set[Node]) -> tuple[int, int]:
-    """Size and depth of the expression of a node within a piece."""
-    tree, operands = _operands(node)
-    inner = [_measured(each, members) if _inlined(each, members) else (1, 0) for each in operands]
-    names = dict(zip(tree.leaves, inner, strict=True))
-    size = sum(names[each.name][0] if each.name else 1 for each in tree)
-    return size, tree.depth + max(deep for _, deep in inner)
-
-
 def _piece(result: Node, members: set[Node]) -> Piece:
-    leaves = _leaves(result, members)
+    tree, leaves = _joined(result, members)
     named: dict[Node, str] = {}
     for stem, wanted in (
         ("x", [each for each in leaves if not _of_weights(each) and meta(each).dtype == "f32"]),
@@ -167,7 +163,7 @@ def _piece(result: Node, members: set[Node]) -> Piece:
         ("v", [each for each in leaves if _of_weights(each)]),
     ):
         named |= {each: f"{stem}{number}" for number, each in enumerate(wanted)}
-    tree = _tree(result, members, named)
+    tree = substitute(tree, {f"x{n}": leaf(named[each]) for n, each in enumerate(leaves)})
     forms = [_form(node) for node in members if _computes(node)]
     sizes = {name: meta(each).width for each, name in named.items()}
     sizes |= {
@@ -178,11 +174,3 @@ def _piece(result: Node, members: set[Node]) -> Piece:
     vectors = [each for each, name in named.items() if name in VECTORS]
     form = Rowwise.given(str(tree), sizes)
     return Piece(result, frozenset(members), form, tuple(inputs), tuple(vectors))
-
-
-def _tree(node: Node, members: set[Node], named: Mapping[Node, str]) -> Expr:
-    tree, operands = _operands(node)
-    values = [
-        leaf(named[each]) if each in named else _tree(each, members, named) for each in operands
-    ]
-    return substitute(tree, dict(zip(tree.leaves, values, strict=True)))

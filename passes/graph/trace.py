@@ -137,15 +137,7 @@ class _Reader:
                 )
         shape = (block.width,) if isinstance(block, Vector) else (TOKENS, block.width)
         self._values[node] = torch.empty(shape, device="meta")
-        return NodeMeta(
-            block.kind,
-            layer,
-            block.width,
-            block.dtype,
-            section,
-            weights=block.weights(str(node.target)),
-            attrs=block.attributes(),
-        )
+        return block.meta(layer, section, block.weights(str(node.target)))
 
     def _item(self, node: fx.Node) -> NodeMeta | None:
         """Columns of rows."""
