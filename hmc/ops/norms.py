@@ -4,51 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from hmc.codegen.spec import KernelSpec
-from hmc.ops.row import (
-    FLOATS,
-    Attrs,
-    Load,
-    Op,
-    Role,
-    Use,
-    WeightRole,
-    Weights,
-    Work,
-    attr,
-    picked,
-    product,
-    spec,
-)
+from hmc.ops.row import FLOATS, Attrs, Load, Op, Role, WeightRole, Work, attr, one_kernel, product
 
 
 def _width(attrs: Attrs) -> tuple[int, ...]:
     return (int(attrs["width"]),)
 
 
-def _embed(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    return (spec("embed", use, picked(attrs, "width"), weights["table"].format),)
-
-
 def _rows(attrs: Attrs, load: Load) -> Work:
     return Work(load.rows, 0.0)
-
-
-def _gather_rows(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    return (spec("gather_rows", use, picked(attrs, "width")),)
-
-
-def _norm(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    out = str(attrs["out"])
-    return (spec("norm", use, picked(attrs, "width"), weights["gamma"].format, out),)
-
-
-def _add(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    return (spec("add", use, picked(attrs, "width")),)
-
-
-def _add_norm(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    return (spec("add_norm", use, picked(attrs, "width"), weights["gamma"].format, "bf16"),)
 
 
 _TERMS = (
@@ -64,7 +28,7 @@ OPS: Final = (
         outputs=(Role("y", "f32", attr("width")),),
         weights=(WeightRole("table", lambda attrs: (int(attrs["vocab"]), int(attrs["width"]))),),
         attrs={"vocab": int, "width": int},
-        kernels=_embed,
+        kernels=one_kernel("embed", "width", weight="table"),
         work=_rows,  # a step holds one row's bytes
         where="host",  # a row a token is cheaper to copy than the table is to hold
         family="norms and sums",
@@ -77,7 +41,7 @@ OPS: Final = (
         ),
         outputs=(Role("y", "f32", attr("width"), rows="wanted"),),
         attrs={"width": int},
-        kernels=_gather_rows,
+        kernels=one_kernel("gather_rows", "width"),
         family="norms and sums",
     ),
     Op(
@@ -87,7 +51,7 @@ OPS: Final = (
         weights=(WeightRole("gamma", _width),),
         attrs={"width": int, "groups": int, "eps": float, "out": str},
         possible=lambda attrs: str(attrs["out"]) in FLOATS.split(),
-        kernels=_norm,
+        kernels=one_kernel("norm", "width", weight="gamma", out="out"),
         family="norms and sums",
     ),
     Op(
@@ -95,7 +59,7 @@ OPS: Final = (
         inputs=_TERMS,
         outputs=(Role("y", "f32", attr("width")),),
         attrs={"width": int},
-        kernels=_add,
+        kernels=one_kernel("add", "width"),
         family="norms and sums",
     ),
     Op(
@@ -104,7 +68,7 @@ OPS: Final = (
         outputs=(Role("h_out", "f32", attr("width")), Role("y", "bf16", attr("width"))),
         weights=(WeightRole("gamma", _width),),
         attrs={"width": int, "eps": float},
-        kernels=_add_norm,
+        kernels=one_kernel("add_norm", "width", weight="gamma", out="bf16"),
         family="norms and sums",
     ),
 )

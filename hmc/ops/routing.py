@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from hmc.codegen.spec import KernelSpec
-from hmc.ops.row import Attrs, Op, Role, Use, WeightRole, Weights, attr, picked, spec
-
-
-def _route(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    names = ("experts", "top_k", "scoring", "normalise", "groups", "top_groups")
-    return (spec("route", use, picked(attrs, *names)),)
+from hmc.ops.row import Attrs, Op, Role, WeightRole, attr, one_kernel, picked
 
 
 def _choosable(attrs: Attrs) -> bool:
@@ -41,7 +35,9 @@ OPS: Final = (
             "factor": float,
         },
         possible=_choosable,
-        kernels=_route,
+        kernels=one_kernel(
+            "route", "experts", "top_k", "scoring", "normalise", "groups", "top_groups"
+        ),
         launches=2,
         everywhere=True,  # so that nothing sorted has to travel
         family="routing",

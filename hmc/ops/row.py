@@ -324,6 +324,18 @@ def spec(
     return KernelSpec(op, use.isa, weight, out, tuple(sorted(sizes.items())), expr=expr)
 
 
+def one_kernel(op: str, *sizes: str, weight: str = "", out: str = "f32") -> Kernels:
+    """One kernel however many tokens a call has, of attributes `sizes` and the stored form of a
+    `weight`; `out` is its dtype, or the attribute that says it.
+    """
+
+    def kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+        stored = weights[weight].format if weight else ""
+        return (spec(op, use, picked(attrs, *sizes), stored, str(attrs.get(out, out))),)
+
+    return kernels
+
+
 def picked(attrs: Attrs, *names: str) -> dict[str, int]:
     """Some attributes as whole numbers."""
     return {name: int(attrs[name]) for name in names}

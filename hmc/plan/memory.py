@@ -16,12 +16,13 @@ Hides how tensors are padded, which phases share bytes, and how many rows a rank
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hmc.plan.base import DTYPE_BYTES
-from hmc.plan.model import EXTERNAL, ExpertWeights, Phase, Plan, Step, Weight
+from hmc.plan.model import EXTERNAL, ExpertWeights, LayerPlacement, Phase, Plan, Step, Weight
 from hmc.plan.states import KVLayout
 from hmc.plan.stored import forms_of
 from hmc.ranges import expert_ranges
@@ -62,17 +63,27 @@ def packed_bytes(weights: Iterable[Weight | ExpertWeights]) -> int:
 
 def expert_bytes(plan: Plan) -> dict[int, int]:
     """By layer, what one routed expert takes on a device."""
-    columns: dict[int, list[ExpertWeights]] = {}
-    for each in plan.experts:
-        columns.setdefault(each.layer, []).append(each)
-    return {layer: packed_bytes(found) for layer, found in columns.items()}
+    return _by_layer(plan, lambda each: packed_bytes((each,)))
 
 
 def stored_expert_bytes(plan: Plan) -> dict[int, int]:
     """Stored bytes of one routed expert, by layer."""
-    found: dict[int, int] = {}
+    return _by_layer(plan, lambda each: each.bytes)
+
+
+def _by_layer(plan: Plan, size: Callable[[ExpertWeights], int]) -> dict[int, int]:
+    found: Counter[int] = Counter()
     for each in plan.experts:
-        found[each.layer] = found.get(each.layer, 0) + each.bytes
+        found[each.layer] += size(each)
+    return found
+
+
+def placed_bytes(placement: Iterable[LayerPlacement], sizes: Mapping[int, int]) -> dict[str, int]:
+    """Bytes of routed experts by tier, one of a layer taking `sizes[layer]`."""
+    found: Counter[str] = Counter()
+    for each in placement:
+        for tier, text in each.tiers.items():
+            found[tier] += sizes[each.layer] * len(expert_ranges(text))
     return found
 
 
@@ -176,7 +187,7 @@ class DeviceMemory:
             mine = sum(size for _, size in result_bytes(phase, device, rows))
             results[kind] = max(results[kind], mine)
         return DeviceMemory(
-            experts=_experts(plan, device),
+            experts=placed_bytes(plan.placement, expert_bytes(plan)).get(device, 0),
             cache=_cache(plan) if device == HOME else 0,
             weights=weights,
             region=max(ends),
@@ -191,14 +202,6 @@ class DeviceMemory:
         """Bytes of everything but the region."""
         activations = sum(self.arenas.values()) + sum(self.results.values())
         return self.experts + self.cache + activations + self.scratch
-
-
-def _experts(plan: Plan, device: str) -> int:
-    size = expert_bytes(plan)
-    return sum(
-        len(expert_ranges(placement.tiers.get(device, ""))) * size[placement.layer]
-        for placement in plan.placement
-    )
 
 
 def _cache(plan: Plan) -> int:

@@ -18,7 +18,6 @@ Method
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -28,10 +27,10 @@ from hmc.passes.emit.hybrid import hybrid_phase
 from hmc.passes.place.solver import Item, solve
 from hmc.passes.records import Base, Budget, Notes
 from hmc.plan import LayerPlacement, Plan
-from hmc.plan.memory import stored_expert_bytes
+from hmc.plan.memory import placed_bytes, stored_expert_bytes
 from hmc.plan.routing_profile import RoutingCounts, RoutingProfile
 from hmc.predict.cost import cpu_expert_seconds, gpu_expert_seconds
-from hmc.ranges import expert_ranges, ranges
+from hmc.ranges import ranges
 
 WORTHWHILE = 1.1
 """Held-out choices that pins must catch, relative to as many experts taken evenly."""
@@ -155,12 +154,7 @@ def _counts(plan: Plan) -> dict[int, int]:
 
 def _check_room(plan: Plan, given: tuple[LayerPlacement, ...], budget: Budget | None) -> None:
     """Raise `CapacityError` where a GPU has no room for what is placed there."""
-    sizes = stored_expert_bytes(plan)
-    held: Counter[str] = Counter()
-    for placement in given:
-        for tier, text in placement.tiers.items():
-            held[tier] += sizes[placement.layer] * len(expert_ranges(text))
-    for tier, size in held.items():
+    for tier, size in placed_bytes(given, stored_expert_bytes(plan)).items():
         if tier == "host":
             continue
         if budget is None:

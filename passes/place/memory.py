@@ -16,8 +16,7 @@ from typing import ClassVar
 
 from hmc.passes.records import Base, Needs
 from hmc.plan import LedgerItem, Phase, Plan
-from hmc.plan.memory import HOME, DeviceMemory, device_of, stored_expert_bytes
-from hmc.ranges import expert_ranges
+from hmc.plan.memory import HOME, DeviceMemory, device_of, placed_bytes, stored_expert_bytes
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,8 @@ def _weights(plan: Plan, needs: Needs, home: str) -> dict[tuple[str, str], int]:
     tables = "embedding and output"
     found[home, tables] -= needs.table
     found["host", tables] = found.get(("host", tables), 0) + needs.table
-    sizes = stored_expert_bytes(plan)
-    for placement in plan.placement:
-        for tier, text in placement.tiers.items():
-            key = tier, "routed experts"
-            size = sizes[placement.layer] * len(expert_ranges(text))
-            found[key] = found.get(key, 0) + size
-    return found
+    placed = placed_bytes(plan.placement, stored_expert_bytes(plan))
+    return found | {(tier, "routed experts"): size for tier, size in placed.items()}
 
 
 _KINDS = frozenset({"activations", "streaming", "logits", "scratch", "padding"})
