@@ -31,27 +31,39 @@ class Expected:
 class About:
     """What is the same for all steps of an op with the same attributes and kernels; `model` is the
     same for those that differ in nothing but what a schedule adds; `named` are operands that the
-    attributes ask for although the row has them as optional."""
+    attributes ask for although the row has them as optional; `strides` those that native kernels
+    have, by name."""
 
     row: Op
     number: int
     model: int
-    native: bool
-    inputs: dict[str, Expected]
-    outputs: dict[str, Expected]
+    strides: frozenset[str] | None
     least: tuple[frozenset[str], frozenset[str]]
     named: frozenset[str]
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]]
+    known: dict[tuple[str, bool], Expected] = field(default_factory=dict)
+
+    @property
+    def native(self) -> bool:
+        """Whether native kernels compute it."""
+        return self.strides is not None
 
     def expected(self, step: Step, name: str, *, output: bool) -> Expected:
-        """What the operand of a name must be; numbered ones are as their stem."""
-        known = self.outputs if output else self.inputs
-        if name not in known:
+        """What the operand of a name must be; numbered ones are as their stem. Native kernels read
+        and write the first of a role's dtypes.
+        """
+        if (name, output) not in self.known:
             role = role_named(self.row.outputs if output else self.row.inputs, name)
             if role is None:
                 raise VerifyError(f"{name} is no {'output' if output else 'input'} of it")
-            known[name] = _expected(role, step, None)
-        return known[name]
+            dtypes = role.dtypes(step.attrs)
+            self.known[name, output] = Expected(
+                role,
+                dtypes if self.strides is None else dtypes[:1],
+                None if role.width is None else role.width(step.attrs),
+                self.strides is not None and f"{role.name}_stride" not in self.strides,
+            )
+        return self.known[name, output]
 
 
 def named(error: VerifyError, phase: Phase, step: Step) -> VerifyError:
@@ -80,17 +92,13 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
     if not row.possible(step.attrs):
         raise VerifyError("its attributes fit no kernel")
     named = frozenset(() if row.named is None else row.named(step.attrs))
-    native = step.resource == "cpu" and row.native
     specs = [plan.kernels[key] for key in step.kernels if key in plan.kernels]
-    names = frozenset(arg.name for spec in specs for arg in ARGS.get(spec.op, ()))
-    strides = names if native else None
+    strides = frozenset(arg.name for spec in specs for arg in ARGS.get(spec.op, ()))
     return About(
         row,
         number,
         -1,
-        native,
-        _expectations(row.inputs, step, strides),
-        _expectations(row.outputs, step, strides),
+        strides if step.resource == "cpu" and row.native else None,
         (_least(row.inputs) | (named & {role.name for role in row.inputs}), _least(row.outputs)),
         named,
         {role.name: role.shape(step.attrs) for role in row.weights},
@@ -100,22 +108,4 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
 def _least(roles: tuple[Role, ...]) -> frozenset[str]:
     return frozenset(
         role.name for role in roles if not (role.optional or role.many or role.name == "*")
-    )
-
-
-def _expectations(
-    roles: tuple[Role, ...], step: Step, strides: frozenset[str] | None
-) -> dict[str, Expected]:
-    return {role.name: _expected(role, step, strides) for role in roles if not role.many}
-
-
-def _expected(role: Role, step: Step, strides: frozenset[str] | None) -> Expected:
-    """What an operand must be; native kernels have `strides` by these names, and read the first of
-    a role's dtypes."""
-    dtypes = role.dtypes(step.attrs)
-    return Expected(
-        role,
-        dtypes if strides is None else dtypes[:1],
-        None if role.width is None else role.width(step.attrs),
-        strides is not None and f"{role.name}_stride" not in strides,
     )

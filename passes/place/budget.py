@@ -90,19 +90,14 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
     workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
     cache += needs.cache.slots * needs.cache.bytes_per_sequence
-    room = [
-        usable[0] - dense - cache - workspace,
-        *(each - SCRATCH - attention for each in usable[1:]),
-    ]
+    beside = [usable[0] - cache - workspace, *(each - SCRATCH - attention for each in usable[1:])]
+    room = [beside[0] - dense, *beside[1:]]
     ring = 0
     if needs.experts and sum(room) < needs.experts:
         ranks = len(usable)
         window = 2 * _section(needs, target.info.layers)
         activations = needs.stream_token * tokens // ranks
-        left = [
-            usable[0] - activations - window - cache - workspace,
-            *(each - activations - window - SCRATCH - attention for each in usable[1:]),
-        ]
+        left = [each - activations - window for each in beside]
         asked = options.ring * (needs.layer // target.info.experts)
         ring = max(0, min(needs.layer // ranks, asked or needs.layer, *left))
         head = needs.kinds.get("embedding and output", 0) - needs.table
