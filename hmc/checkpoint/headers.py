@@ -79,12 +79,12 @@ def _read_raw(path: Path) -> tuple[bytes, ShardInfo]:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open: that of a pipe would block
             raise ShardError(f"{path}: not a regular file")
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = _read_exactly(file.fileno(), min(size, len(_LFS_POINTER)))
+            start = file.read(len(_LFS_POINTER))
             length = _header_length(path, start, size)
-            header = start[: 8 + length]
-            header += _read_exactly(file.fileno(), 8 + length - len(header))
+            file.seek(0)
+            header = file.read(8 + length)
     except FileNotFoundError:
         raise ShardError(f"{path}: shard is missing") from None
     except OSError as problem:
@@ -92,15 +92,6 @@ def _read_raw(path: Path) -> tuple[bytes, ShardInfo]:
     if len(header) != 8 + length:
         raise ShardError(f"{path}: truncated while being read")
     return header, ShardInfo(path.name, size, len(header), hashlib.sha256(header).hexdigest())
-
-
-def _read_exactly(descriptor: int, count: int) -> bytes:
-    """`count` bytes, fewer only at the end of the file: one read may return less than asked."""
-    parts = []
-    while count > 0 and (part := os.read(descriptor, count)):
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
 
 
 def _header_length(path: Path, start: bytes, size: int) -> int:

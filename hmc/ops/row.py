@@ -162,11 +162,6 @@ def no_states(attrs: Attrs) -> tuple[State, ...]:
     return ()
 
 
-def anything(attrs: Attrs) -> bool:
-    """Attributes bound each other only by the widths and shapes that they make."""
-    return True
-
-
 def no_kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     """The host never computes it natively."""
     return ()
@@ -193,7 +188,7 @@ class Op:
     weights: tuple[WeightRole, ...] = ()
     attrs: Mapping[str, type] = field(default_factory=dict)
     extra: Mapping[str, type] = field(default_factory=dict)
-    possible: Callable[[Attrs], bool] = anything
+    possible: Callable[[Attrs], bool] = lambda attrs: True
     kernels: Kernels = no_kernels
     states: Callable[[Attrs], tuple[State, ...]] = no_states
     work: Callable[[Attrs, Load], Work] = once

@@ -36,13 +36,14 @@ class _Draft:
         return *self.inputs.values(), *self.outputs.values()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Region:
     """Bytes a token of one device's arena; `touched`: the tenant's last use on each resource."""
 
     device: str
     number: int
     bytes: int
+    offset: int = 0
     touched: dict[str, int] = field(default_factory=dict)
 
 
@@ -104,7 +105,10 @@ class Schedule:
         """The phase: buffers placed, events assigned."""
         homes, regions, hazards = self._place()
         slots, arena_at = self._placed_slots()
-        offsets, totals = _offsets(regions)
+        totals: dict[str, int] = {}
+        for each in regions:
+            each.offset = totals.get(each.device, 0)
+            totals[each.device] = each.offset + each.bytes
         buffers: dict[str, Buffer] = {}
         names: dict[Value, str] = {}
         for value, region in homes.items():
@@ -114,7 +118,7 @@ class Schedule:
             if known is not None and (known.width, known.dtype) != (value.width, value.dtype):
                 name += f".{value.dtype}{value.width}"
             names[value] = name
-            buffers[name] = value.buffer(name, EXTERNAL if region is None else offsets[id(region)])
+            buffers[name] = value.buffer(name, EXTERNAL if region is None else region.offset)
         before = self._dependencies(hazards, slots, arena_at)
         return Phase(
             name=self.name,
@@ -298,27 +302,16 @@ class Schedule:
 def _take(pool: list[_Region], size: int, usual: _Region | None) -> _Region | None:
     """Remove a region from the pool: the usual one, the smallest that holds `size`, or the
     largest."""
-    if usual is not None and any(each is usual for each in pool):
-        found = usual
-    else:
-        fitting = [each for each in pool if each.bytes >= size]
-        if fitting:
-            found = min(fitting, key=lambda each: each.bytes)
-        elif pool:
-            found = max(pool, key=lambda each: each.bytes)
-        else:
-            return None
-    pool[:] = [each for each in pool if each is not found]
+    if not pool:
+        return None
+    fitting = [each for each in pool if each.bytes >= size] or [max(pool, key=_bytes)]
+    found = usual if usual in pool else min(fitting, key=_bytes)
+    pool.remove(found)
     return found
 
 
-def _offsets(regions: Iterable[_Region]) -> tuple[dict[int, int], dict[str, int]]:
-    offsets: dict[int, int] = {}
-    totals: dict[str, int] = {}
-    for region in regions:
-        offsets[id(region)] = totals.get(region.device, 0)
-        totals[region.device] = offsets[id(region)] + region.bytes
-    return offsets, totals
+def _bytes(region: _Region) -> int:
+    return region.bytes
 
 
 def _with_events(steps: list[Step], before: list[set[int]]) -> list[Step]:
