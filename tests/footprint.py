@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from hmc.codegen.spec import ARGS, KernelSpec
 from hmc.plan import DTYPE_BYTES, Operand, Phase, Plan, Step
-from hmc.plan.verify import EXTERNAL
+from hmc.plan.model import EXTERNAL
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.schedule.crossing import is_native

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 from hmc.plan import DTYPE_BYTES, Operand, Phase, Step
-from hmc.plan.verify import EXTERNAL
+from hmc.plan.model import EXTERNAL
 
 
 class Stamps:

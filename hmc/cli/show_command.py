@@ -10,7 +10,7 @@ import click
 from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.errors import UsageError
 from hmc.plan import Operand, Phase, Plan, load_plan
-from hmc.plan.verify import expand_runs
+from hmc.plan.stored import expand_runs
 from hmc.ranges import expert_ranges, ranges
 from hmc.report.words import facts
 

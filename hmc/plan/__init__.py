@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 
 from hmc.plan import file
-from hmc.plan.base import DTYPE_BYTES, Count, DType, Frozen
+from hmc.plan.base import DTYPE_BYTES, DType, Frozen
 from hmc.plan.model import (
-    SCHEMA_VERSION,
     Buffer,
     CheckpointInfo,
     Decision,
@@ -36,15 +35,13 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
-from hmc.plan.states import KVLayout, StateGroup, state_groups
+from hmc.plan.states import KVLayout, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
     "DTYPE_BYTES",
-    "SCHEMA_VERSION",
     "Buffer",
     "CheckpointInfo",
-    "Count",
     "DType",
     "Decision",
     "ExpertPlane",
@@ -60,7 +57,6 @@ __all__ = [
     "Phase",
     "Plan",
     "Slot",
-    "StateGroup",
     "Step",
     "StoredPlane",
     "Switch",

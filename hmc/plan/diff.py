@@ -130,7 +130,7 @@ def _text(value: Any) -> str:
 
 def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
     """Moves of consecutive layers with the same moves are one entry."""
-    before, after = _tiers(a), _tiers(b)
+    before, after = ({each.layer: each.homes for each in plan.placement} for plan in (a, b))
     sizes = stored_expert_bytes(a) | stored_expert_bytes(b)
     runs: list[tuple[tuple[str, str, str], list[int]]] = []
     previous: dict[tuple[str, str, str], list[int]] = {}
@@ -145,16 +145,6 @@ def _placement(a: Plan, b: Plan) -> Iterator[Moved]:
         count = len(expert_ranges(experts))
         size = sum(count * sizes.get(layer, 0) for layer in layers)
         yield Moved(ranges(layers), source, target, experts, count * len(layers), size)
-
-
-def _tiers(plan: Plan) -> dict[int, dict[int, str]]:
-    """Layer -> expert -> tier."""
-    return {
-        placement.layer: {
-            expert: tier for tier, text in placement.tiers.items() for expert in expert_ranges(text)
-        }
-        for placement in plan.placement
-    }
 
 
 def _moves(before: Mapping[int, str], after: Mapping[int, str]) -> list[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ from hmc.machine.model import Machine
 from hmc.plan.base import Count, DType, Frozen
 from hmc.plan.options import Options
 from hmc.plan.states import KVLayout
+from hmc.ranges import expert_ranges
 
 SCHEMA_VERSION = 3
 EXTERNAL = -1
@@ -131,6 +132,11 @@ class LayerPlacement(Frozen):
 
     layer: Count
     tiers: dict[str, str]
+
+    @property
+    def homes(self) -> dict[int, str]:
+        """The tier of every expert."""
+        return {e: tier for tier, text in self.tiers.items() for e in expert_ranges(text)}
 
 
 class Buffer(Frozen):

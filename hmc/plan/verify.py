@@ -16,21 +16,13 @@ from __future__ import annotations
 
 from hmc.errors import VerifyError
 from hmc.plan.about import named
-from hmc.plan.model import EXTERNAL, SCHEMA_VERSION, Plan
+from hmc.plan.model import SCHEMA_VERSION, Plan
 from hmc.plan.operands import LOGITS, Walk
-from hmc.plan.order import check_order, slots_sharing
+from hmc.plan.order import check_order
 from hmc.plan.placement import Placement, check_constants, check_limits
 from hmc.plan.steps import StepChecker
-from hmc.plan.stored import check_weights, expand_runs
+from hmc.plan.stored import check_weights
 from hmc.plan.values import Values
-
-__all__ = [
-    "EXTERNAL",
-    "check_order",
-    "expand_runs",
-    "slots_sharing",
-    "verify_plan",
-]
 
 
 def verify_plan(plan: Plan) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hmc.errors import UsageError
 from hmc.plan import LayerPlacement, Plan
-from hmc.ranges import expert_ranges, parse, ranges
+from hmc.ranges import parse, ranges
 from hmc.tune.replan import replan
 
 _FORM = re.compile(r"layers\.(?P<layers>[\d,-]+)\.experts\.(?P<experts>\*|[\d,-]+)=(?P<tier>\w+)")
@@ -47,12 +47,7 @@ def place(plan: Plan, pins: Sequence[Pin], checkpoint: str = "") -> Plan:
 def pinned(plan: Plan, pins: Sequence[Pin]) -> tuple[LayerPlacement, ...]:
     """The plan's placement with the pins applied."""
     tiers = ("host", *(f"gpu{number}" for number in range(len(plan.machine.gpus))))
-    homes = {
-        placement.layer: {
-            expert: tier for tier, text in placement.tiers.items() for expert in expert_ranges(text)
-        }
-        for placement in plan.placement
-    }
+    homes = {placement.layer: placement.homes for placement in plan.placement}
     for pin in pins:
         if pin.tier not in tiers:
             raise UsageError(

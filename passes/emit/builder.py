@@ -19,7 +19,8 @@ from hmc.ops import OPS
 from hmc.passes.emit.values import Attrs, Part, Parts, Value
 from hmc.plan import Buffer, Operand, Phase, Slot, Step
 from hmc.plan.memory import slot_offsets
-from hmc.plan.verify import EXTERNAL, slots_sharing
+from hmc.plan.model import EXTERNAL
+from hmc.plan.order import slots_sharing
 
 _LAYER = re.compile(r"layers_\d+_")
 

@@ -17,15 +17,13 @@ Method
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import groupby, pairwise
+from typing import Any
 
 import torch.fx
 
-from hmc.checkpoint import TensorInfo, WeightSource
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
-from hmc.formats import Plane as FormatPlane
 from hmc.formats import format_of
 from hmc.graph import meta
 from hmc.passes.emit.steps import PhaseBuilder
@@ -59,7 +57,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
         PhaseBuilder(name, target, constants, kernels).build(graph, calls)
         for name, calls in ((PREFILL, limits.max_chunk), (DECODE, most))
     )
-    experts = _experts(graph, target)
+    weights, experts = _weights(graph, target)
     return Plan(
         hmc_version=VERSION,
         model=target.info,
@@ -73,7 +71,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
         threads=options.threads or target.machine.cores,
         options=options,
         limits=limits,
-        weights=_weights(graph, target),
+        weights=weights,
         experts=experts,
         constants=constants,
         placement=tuple(
@@ -89,19 +87,26 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
     )
 
 
-def _weights(graph: torch.fx.GraphModule, target: Target) -> tuple[Weight, ...]:
-    found: dict[str, Weight] = {}
-    for node in graph.graph.nodes:
-        for weight in meta(node).weights:
-            if weight.experts or weight.key in found:
+def _weights(
+    graph: torch.fx.GraphModule, target: Target
+) -> tuple[tuple[Weight, ...], tuple[ExpertWeights, ...]]:
+    """Every weight that a node reads once, and the columns of routed experts."""
+    weights: dict[str, Weight] = {}
+    experts: list[ExpertWeights] = []
+    for found in map(meta, graph.graph.nodes):
+        for spec in found.weights:
+            if spec.key in weights:
                 continue
-            (source,) = target.source(weight)
-            found[weight.key] = Weight(
-                name=weight.key,
-                format=source.format,
-                shape=source.shape,
-                group=source.group,
-                planes=tuple(
+            sources = target.source(spec)
+            first = sources[0]
+            stored: dict[str, Any] = {
+                "format": first.format,
+                "shape": first.shape,
+                "group": first.group,
+            }
+            planes = list(zip(format_of(first.format).planes, first.tensors, strict=True))
+            if not spec.experts:
+                places = tuple(
                     StoredPlane(
                         name=plane.name,
                         dtype=tensor.dtype,
@@ -109,50 +114,33 @@ def _weights(graph: torch.fx.GraphModule, target: Target) -> tuple[Weight, ...]:
                         offset=tensor.offset,
                         bytes=tensor.nbytes,
                     )
-                    for plane, tensor in _planes(source)
-                ),
-            )
-    return tuple(found.values())
-
-
-def _experts(graph: torch.fx.GraphModule, target: Target) -> tuple[ExpertWeights, ...]:
-    result = []
-    for node in graph.graph.nodes:
-        found = meta(node)
-        for weight in found.weights:
-            if not weight.experts:
+                    for plane, tensor in planes
+                )
+                weights[spec.key] = Weight(name=spec.key, planes=places, **stored)
                 continue
-            sources = target.source(weight)
-            first = sources[0]
             if len({(s.format, s.group, s.dtypes) for s in sources}) != 1:
-                raise PassFailedError(f"{weight.name}: the experts of one layer differ in format")
-            result.append(
+                raise PassFailedError(f"{spec.name}: the experts of one layer differ in format")
+            columns = tuple(
+                ExpertPlane(
+                    name=plane.name,
+                    dtype=tensor.dtype,
+                    bytes=tensor.nbytes,
+                    shards=_runs([source.tensors[at].shard for source in sources]),
+                    offsets=_differences([source.tensors[at].offset for source in sources]),
+                )
+                for at, (plane, tensor) in enumerate(planes)
+            )
+            experts.append(
                 ExpertWeights(
                     layer=found.layer,
-                    role=weight.role,  # type: ignore[arg-type]
-                    pattern=weight.key,
-                    format=first.format,
-                    shape=first.shape,
+                    role=spec.role,  # type: ignore[arg-type]
+                    pattern=spec.key,
                     count=len(sources),
-                    group=first.group,
-                    planes=tuple(
-                        ExpertPlane(
-                            name=plane.name,
-                            dtype=tensor.dtype,
-                            bytes=tensor.nbytes,
-                            shards=_runs([source.tensors[at].shard for source in sources]),
-                            offsets=_differences([source.tensors[at].offset for source in sources]),
-                        )
-                        for at, (plane, tensor) in enumerate(_planes(first))
-                    ),
+                    planes=columns,
+                    **stored,
                 )
             )
-    return tuple(result)
-
-
-def _planes(source: WeightSource) -> Iterator[tuple[FormatPlane, TensorInfo]]:
-    """Every plane of a weight and the tensor that it is."""
-    return zip(format_of(source.format).planes, source.tensors, strict=True)
+    return tuple(weights.values()), tuple(experts)
 
 
 def _runs(values: list[int]) -> tuple[tuple[int, int], ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from hmc.plan import DTYPE_BYTES, Buffer, DType, Operand, Phase, Step
-from hmc.plan.verify import EXTERNAL
+from hmc.plan.model import EXTERNAL
 
 _ALIGN = 64
 

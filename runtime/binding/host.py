@@ -13,7 +13,7 @@ import torch
 
 from hmc.ops import OPS
 from hmc.plan import Buffer, Operand, Phase, Step
-from hmc.plan.verify import EXTERNAL
+from hmc.plan.model import EXTERNAL
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.shares import Call, Share
 from hmc.runtime.devices.flags import Flags

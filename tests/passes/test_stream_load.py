@@ -23,7 +23,8 @@ from hybrid_plans import (
 from hmc.compiler import compile as compile_plan
 from hmc.errors import VerifyError
 from hmc.plan import Phase, Plan, Step
-from hmc.plan.verify import check_order, verify_plan
+from hmc.plan.order import check_order
+from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, Cost, CostModel
 from hmc.predict.run import run_prefill
 from hmc.predict.timeline import run, scheduled

@@ -15,7 +15,8 @@ from version_stamps import Stamps
 
 from hmc.errors import CapacityError, ExecutionError, VerifyError, WorkerError
 from hmc.plan import Phase, Plan
-from hmc.plan.verify import check_order, verify_plan
+from hmc.plan.order import check_order
+from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import run
 from hmc.runtime.devices.host import HostBackend
