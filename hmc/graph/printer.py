@@ -29,8 +29,6 @@ def _line(node: Any, about: NodeMeta) -> str:
         parts.append("{" + " ".join(f"{key}={_value(value)}" for key, value in about.attrs) + "}")
     formats = dict(about.formats)
     parts += [_weight(weight, formats.get(weight.role, "")) for weight in about.weights]
-    roles = {weight.role for weight in about.weights}
-    parts += [f"{key}:{value}" for key, value in about.formats if key not in roles]
     parts += [f"{phase}->{OPS[about.kind].key(spec)}" for phase, spec in about.kernels]
     return " ".join(parts)
 

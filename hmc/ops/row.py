@@ -8,12 +8,13 @@ the cache's layout, what streams and what stays, which kernels run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from hmc.codegen.spec import KernelSpec
+from hmc.formats import format_of, kernel_params
 
 Attrs = Mapping[str, Any]
 """Attributes of a node or step by name."""
@@ -93,6 +94,11 @@ class Stored:
 
     format: str
     params: tuple[tuple[str, int], ...] = ()
+
+    @staticmethod
+    def of(form: str, group: int, dtypes: Iterable[str]) -> Stored:
+        """The stored form of a weight with planes of these dtypes."""
+        return Stored(form, tuple(kernel_params(format_of(form), group, dtypes).items()))
 
     @property
     def sizes(self) -> dict[str, int]:

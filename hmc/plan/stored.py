@@ -16,7 +16,7 @@ from math import prod
 from operator import gt
 
 from hmc.errors import UnsupportedError, VerifyError
-from hmc.formats import Form, format_of, forms, kernel_params
+from hmc.formats import Form, format_of, forms
 from hmc.ops import Stored
 from hmc.plan.model import ExpertWeights, Plan, Weight
 
@@ -58,9 +58,7 @@ def expected_bytes(weight: Weight | ExpertWeights) -> dict[str, int]:
 
 def stored_form(weight: Weight | ExpertWeights) -> Stored:
     """What kernels must know of how a weight is stored."""
-    dtypes = [plane.dtype for plane in weight.planes]
-    params = kernel_params(format_of(weight.format), weight.group, dtypes)
-    return Stored(weight.format, tuple(params.items()))
+    return Stored.of(weight.format, weight.group, [plane.dtype for plane in weight.planes])
 
 
 def is_plain(weight: Weight) -> bool:

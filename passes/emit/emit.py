@@ -50,7 +50,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
     Raises `PassFailedError` on a graph that cannot be emitted.
     """
     graph, target, limits = lowered.graph, lowered.target, capacity.limits
-    constants: dict[str, tuple[float, ...]] = {}
+    constants: dict[tuple[float, ...], str] = {}
     kernels: dict[str, KernelSpec] = {}
     most = min(limits.max_batch, MAX_TOKENS)  # more sequences take several steps
     phases = tuple(
@@ -73,7 +73,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
         limits=limits,
         weights=weights,
         experts=experts,
-        constants=constants,
+        constants={name: values for values, name in constants.items()},
         placement=tuple(
             LayerPlacement(layer=layer, tiers={"host": ranges(range(count))})
             for layer, count in {each.layer: each.count for each in experts}.items()

@@ -22,15 +22,15 @@ _GATHER = "gather_rows"
 
 
 class PhaseBuilder:
-    """One use: `build` walks the graph and returns the phase. `constants` and `kernels` (by key)
-    are shared by all phases of the plan, and filled.
+    """One use: `build` walks the graph and returns the phase. `constants` (by value) and `kernels`
+    (by key) are shared by all phases of the plan, and filled.
     """
 
     def __init__(
         self,
         name: str,
         target: Target,
-        constants: dict[str, tuple[float, ...]],
+        constants: dict[tuple[float, ...], str],
         kernels: dict[str, KernelSpec],
     ) -> None:
         self._target, self._constants, self._kernels = target, constants, kernels
@@ -139,17 +139,11 @@ class PhaseBuilder:
 
     def _attrs(self, found: NodeMeta) -> dict[str, Attribute]:
         return {
-            name: self._constant(value) if isinstance(value, tuple) else value
+            name: self._constants.setdefault(value, f"rope{len(self._constants)}")
+            if isinstance(value, tuple)
+            else value
             for name, value in found.attrs
         }
-
-    def _constant(self, values: tuple[float, ...]) -> str:
-        for name, known in self._constants.items():
-            if known == values:
-                return name
-        name = f"rope{len(self._constants)}"
-        self._constants[name] = values
-        return name
 
     def _cost(self, found: NodeMeta) -> tuple[int, int]:
         """(weight bytes, FLOPs) of one token; a multiply-add counts 2. A table is read a row."""

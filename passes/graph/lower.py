@@ -20,11 +20,9 @@ from typing import ClassVar
 
 import torch.fx
 
-from hmc.checkpoint import WeightSource
 from hmc.codegen.checks import check_spec
 from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import PassFailedError
-from hmc.formats import format_of, kernel_params
 from hmc.graph import WeightSpec, meta
 from hmc.ops import OPS, Stored, Use
 from hmc.passes.records import BLOCK, Notes, Target
@@ -50,7 +48,7 @@ class Lower:
             if row is None:
                 continue
             sources = {weight.role: target.source(weight)[0] for weight in found.weights}
-            stored = {role: _stored(source) for role, source in sources.items()}
+            stored = {role: Stored.of(s.format, s.group, s.dtypes) for role, s in sources.items()}
             kernels = tuple(
                 (phase, spec)
                 for phase, tokens in TOKENS.items()
@@ -76,9 +74,3 @@ class Lower:
 def _family_of(weight: WeightSpec) -> str:
     """A weight's name without layer numbers, so that equal decisions of many layers are one."""
     return re.sub(r"\.\d+\.", ".*.", weight.name)
-
-
-def _stored(source: WeightSource) -> Stored:
-    """What kernels must know of how a weight is stored."""
-    sizes = kernel_params(format_of(source.format), source.group, source.dtypes)
-    return Stored(source.format, tuple(sizes.items()))
