@@ -28,17 +28,13 @@ class Memory:
     def run(self, plan: Plan, base: Base) -> Plan:
         home = "host" if base.budget is None else HOME
         weights = [
-            LedgerItem(device=device, kind=kind, bytes=size, detail="weights")
+            _item(device, kind, size, "weights")
             for (device, kind), size in sorted(_weights(plan, base.needs, home).items())
             if size
         ]
         capacity, token = plan.kv.capacity_tokens, plan.kv.bytes_per_token
-        cache = LedgerItem(
-            device=home,
-            kind="KV cache",
-            bytes=capacity * token,
-            detail=f"{capacity} tokens x {token} B",
-        )
+        held = f"{capacity} tokens x {token} B"
+        cache = _item(home, "KV cache", capacity * token, held)
         items = (*weights, cache, *_sequence_states(plan, home))
         return accounted(plan.model_copy(update={"ledger": items}))
 
@@ -49,14 +45,8 @@ def _sequence_states(plan: Plan, home: str) -> list[LedgerItem]:
     if not each:
         return []
     kept = f"{kv.snapshots} snapshots" if kv.snapshots else "no prompt reused"
-    return [
-        LedgerItem(
-            device=home,
-            kind="sequence states",
-            bytes=kv.slots * each,
-            detail=f"{kv.sequences} sequences, {kept}, {each} B each",
-        )
-    ]
+    detail = f"{kv.sequences} sequences, {kept}, {each} B each"
+    return [_item(home, "sequence states", kv.slots * each, detail)]
 
 
 def _weights(plan: Plan, needs: Needs, home: str) -> dict[tuple[str, str], int]:
@@ -76,11 +66,11 @@ def accounted(plan: Plan) -> Plan:
     """The plan with this part of its ledger made (again)."""
     kept = [item for item in plan.ledger if item.kind not in _KINDS]
     items = [
-        LedgerItem(
-            device="host",
-            kind="activations",
-            bytes=phase.activation_bytes * phase.max_tokens,
-            detail=f"{phase.name}: {phase.max_tokens} tokens x {phase.activation_bytes} B",
+        _item(
+            "host",
+            "activations",
+            phase.activation_bytes * phase.max_tokens,
+            f"{phase.name}: {phase.max_tokens} tokens x {phase.activation_bytes} B",
         )
         for phase in plan.phases
     ]
@@ -110,8 +100,8 @@ def _device_items(plan: Plan, device: str, stored: int) -> list[LedgerItem]:
         ("logits", sum(found.results.values()), "of the rows wanted"),
         ("scratch", found.scratch, "temporaries of operations, in blocks of rows"),
     ]
-    return [
-        LedgerItem(device=device, kind=kind, bytes=size, detail=about)
-        for kind, size, about in rows
-        if size
-    ]
+    return [_item(device, kind, size, about) for kind, size, about in rows if size]
+
+
+def _item(device: str, kind: str, size: int, detail: str) -> LedgerItem:
+    return LedgerItem(device=device, kind=kind, bytes=size, detail=detail)
