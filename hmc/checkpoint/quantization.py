@@ -9,7 +9,7 @@ read under a guess.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from hmc.checkpoint.config import ModelConfig
@@ -120,9 +120,7 @@ def _prefix_matcher(
     A pattern is a regex that matches from the start of a module's name to a boundary of it
     ("layers.1" is not "layers.11"), or a plain suffix of the name ("gate").
     """
-    if not patterns:
-        return _nothing
-    joined = "|".join(f"(?:{_checked(section, key, pattern)})" for pattern in patterns)
+    joined = _either(section, key, patterns)
     matches = re.compile(rf"(?:{joined})(?:(?<=\.)|(?=\.|$))").match
     return lambda module: module.endswith(patterns) or matches(module) is not None
 
@@ -133,21 +131,19 @@ def _exact_matcher(section: ModelConfig, patterns: tuple[str, ...]) -> Callable[
     if "Linear" in patterns:
         raise section.unsupported("ignore", "module names, not the class Linear")
     names = frozenset(pattern for pattern in patterns if not pattern.startswith("re:"))
-    regexes = [
-        _checked(section, "ignore", pattern[3:]) for pattern in patterns if pattern not in names
-    ]
-    if not regexes:
-        return names.__contains__
-    matches = re.compile("|".join(f"(?:{regex})" for regex in regexes)).match
+    regexes = [pattern[3:] for pattern in patterns if pattern not in names]
+    matches = re.compile(_either(section, "ignore", regexes)).match
     return lambda module: module in names or matches(module) is not None
 
 
-def _checked(section: ModelConfig, key: str, pattern: str) -> str:
-    try:
-        re.compile(pattern)
-        re.compile(f"(?:{pattern})")  # as it will stand beside others: no global flags
-    except re.error as problem:
-        raise ConfigError(
-            f"{section.path}: {section.prefix}{key}: {quote(pattern)} is no regex: {problem}"
-        ) from None
-    return pattern
+def _either(section: ModelConfig, key: str, patterns: Sequence[str]) -> str:
+    """A regex for what one of several matches; for nothing, where there are none."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+            re.compile(f"(?:{pattern})")  # as it will stand beside others: no global flags
+        except re.error as problem:
+            raise ConfigError(
+                f"{section.path}: {section.prefix}{key}: {quote(pattern)} is no regex: {problem}"
+            ) from None
+    return "|".join(f"(?:{pattern})" for pattern in patterns) or "(?!)"

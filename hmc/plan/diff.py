@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 from pydantic_core import to_jsonable_python
@@ -77,14 +78,12 @@ def _facts(a: Plan, b: Plan) -> Iterator[Change]:
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
     """By path; a long list tells where it first differs."""
     for path, one, two in _differing(before, after):
-        if isinstance(one, list) and isinstance(two, list) and _long(one, two):
-            at = next(
-                (i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y),
-                min(len(one), len(two)),
-            )
-            yield Change(f"{path}[{at}]", _element(one, at), _element(two, at))
-        else:
-            yield Change(path, _text(one), _text(two))
+        texts = _text(one), _text(two)
+        if isinstance(one, list) and isinstance(two, list) and max(map(len, texts)) > _LONGEST:
+            pairs = enumerate(zip_longest(one, two, fillvalue=ABSENT))
+            at, texts = next((at, (_text(x), _text(y))) for at, (x, y) in pairs if x != y)
+            path += f"[{at}]"
+        yield Change(path, *texts)
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -107,14 +106,6 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
             yield path, value
     else:
         yield path, value
-
-
-def _long(one: list[Any], two: list[Any]) -> bool:
-    return max(len(_text(one)), len(_text(two))) > _LONGEST
-
-
-def _element(values: list[Any], at: int) -> str:
-    return _text(values[at]) if at < len(values) else ABSENT
 
 
 def _text(value: Any) -> str:

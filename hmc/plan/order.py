@@ -104,7 +104,8 @@ class _Order:
         """A buffer begins to live, and ends the life of those whose bytes it takes."""
         if buffer.offset != EXTERNAL:
             for other in self._bytes_of[buffer.device].take(buffer):
-                if not _done(self._live[other][1], clock) or _reads(step, other):
+                read = any(operand.buffer == other for operand in step.inputs.values())
+                if read or not _done(self._live[other][1], clock):
                     raise VerifyError(f"{buffer.name} reuses bytes of {other} while it is in use")
                 del self._live[other]
             self._slots.cover(buffer, clock)
@@ -117,10 +118,6 @@ def _done(earlier: _Last, clock: _Clock) -> bool:
         if clock[resource] < position:
             return False
     return True
-
-
-def _reads(step: Step, name: str) -> bool:
-    return any(operand.buffer == name for operand in step.inputs.values())
 
 
 class _Bytes:

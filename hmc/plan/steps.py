@@ -14,10 +14,11 @@ from dataclasses import replace
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import MAX_TOKENS, tile_fault
 from hmc.errors import UnsupportedError, VerifyError
+from hmc.formats import format_of
 from hmc.ops import SHARED_ATTRS, Stored, Use
 from hmc.plan.about import About, about_of
 from hmc.plan.model import ExpertWeights, Phase, Plan, Step
-from hmc.plan.stored import is_plain, stored_form
+from hmc.plan.stored import stored_form
 
 _SCHEDULED = {*SHARED_ATTRS, "range", "count"}
 """Attributes that say which part of a step's work is done."""
@@ -101,7 +102,7 @@ class StepChecker:
                     f"{role.name} {name} is {list(weight.shape)}, not"
                     f" {list(about.shapes[role.name])}"
                 )
-            if not role.matmul and not is_plain(weight):
+            if not role.matmul and format_of(weight.format).scales:
                 raise VerifyError(f"{role.name} {name} is stored in {weight.format}")
         if known != len(step.weights):
             raise VerifyError(f"it has weights beside {', '.join(r.name for r in row.weights)}")

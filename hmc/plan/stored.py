@@ -61,11 +61,6 @@ def stored_form(weight: Weight | ExpertWeights) -> Stored:
     return Stored.of(weight.format, weight.group, [plane.dtype for plane in weight.planes])
 
 
-def is_plain(weight: Weight) -> bool:
-    """Whether elements are numbers as they are, without scales."""
-    return not format_of(weight.format).scales
-
-
 def check_weights(plan: Plan) -> None:
     """Raise `VerifyError` on the first weight that is not stored as its shape and format say."""
     names: set[str] = set()

@@ -37,15 +37,10 @@ def dense_sections(phase: Phase) -> dict[tuple[int, str], list[str]]:
     experts are not among them."""
     found: dict[tuple[int, str], list[str]] = {}
     for step in phase.steps:
-        if leaves_host(step.op):
+        if not (OPS[step.op].routed or OPS[step.op].where == "host"):
             names = found.setdefault((step.layer, step.section), [])
             names.extend(name for name in step.weights.values() if name not in names)
     return found
-
-
-def leaves_host(op: str) -> bool:
-    """Whether a step of the op goes to a GPU as a whole, where there is one."""
-    return not (OPS[op].routed or OPS[op].where == "host")
 
 
 def streamed_experts(plan: Plan, layer: int, rank: int, gpus: tuple[int, ...]) -> list[int]:
