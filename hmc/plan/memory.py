@@ -75,7 +75,7 @@ def _by_layer(plan: Plan, size: Callable[[ExpertWeights], int]) -> dict[int, int
     found: Counter[int] = Counter()
     for each in plan.experts:
         found[each.layer] += size(each)
-    return found
+    return dict(found)
 
 
 def placed_bytes(placement: Iterable[LayerPlacement], sizes: Mapping[int, int]) -> dict[str, int]:
@@ -84,7 +84,7 @@ def placed_bytes(placement: Iterable[LayerPlacement], sizes: Mapping[int, int]) 
     for each in placement:
         for tier, text in each.tiers.items():
             found[tier] += sizes[each.layer] * len(expert_ranges(text))
-    return found
+    return dict(found)
 
 
 def resident_names(phases: Iterable[Phase], device: str) -> list[str]:
