@@ -25,6 +25,8 @@ from hmc.checkpoint.views import Stack, View, rows_of
 from hmc.errors import TensorError, UnsupportedError
 from hmc.formats import DTYPE_BITS, FORMATS, Format, Storage, format_of, matrix_of
 
+Shape = tuple[int, ...]
+
 _TORCH_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -38,7 +40,7 @@ class WeightSource:
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     format: str
     group: int
     tensors: tuple[TensorInfo, ...]
@@ -104,7 +106,7 @@ class Checkpoint:
         return not self.shards
 
     def resolve_experts(
-        self, pattern: str, count: int, shape: tuple[int, ...], view: View | None = None
+        self, pattern: str, count: int, shape: Shape, view: View | None = None
     ) -> list[WeightSource]:
         """One linear weight of each of `count` experts; `{e}` in `pattern` is the expert, unless
         the `view` is one of a stack.
@@ -113,9 +115,7 @@ class Checkpoint:
             raise TensorError(f"{pattern}: {view.shape[0]} experts are stacked, not {count}")
         return self._each([pattern.replace("{e}", str(e)) for e in range(count)], shape, view)
 
-    def _each(
-        self, names: list[str], shape: tuple[int, ...], view: View | None
-    ) -> list[WeightSource]:
+    def _each(self, names: list[str], shape: Shape, view: View | None) -> list[WeightSource]:
         self.require_present(names)
         return [
             self.resolve(name, shape, linear=True, view=view, expert=expert)
@@ -150,13 +150,7 @@ class Checkpoint:
             )
 
     def resolve(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        *,
-        linear: bool,
-        view: View | None = None,
-        expert: int = 0,
+        self, name: str, shape: Shape, *, linear: bool, view: View | None = None, expert: int = 0
     ) -> WeightSource:
         """Where the parameter `name` of logical `shape` lies, and in which format.
 
@@ -194,7 +188,7 @@ class Checkpoint:
         self._check_shape(data, shape)
         return self._plain(data, shape, linear)
 
-    def _plain(self, data: TensorInfo, shape: tuple[int, ...], linear: bool) -> WeightSource:
+    def _plain(self, data: TensorInfo, shape: Shape, linear: bool) -> WeightSource:
         plain = {dtype: row for row in FORMATS.values() if not row.scales
                  for dtype in row.codes.dtypes}  # fmt: skip
         if data.dtype not in plain:
@@ -210,7 +204,7 @@ class Checkpoint:
         return WeightSource(data.name, shape, plain[data.dtype].name, 0, (data,), (), note)
 
     def _quantised(
-        self, row: Format, codes: TensorInfo, name: str, shape: tuple[int, ...], linear: bool
+        self, row: Format, codes: TensorInfo, name: str, shape: Shape, linear: bool
     ) -> WeightSource:
         quantization, storage = self.quantization, self.quantization.storage
         what = codes.dtype if codes.name == name else "packed"
@@ -244,7 +238,7 @@ class Checkpoint:
             raise self._error(codes, f"is {what}, but {name} is missing")
         return tensor
 
-    def _check_shape(self, tensor: TensorInfo, wanted: tuple[int, ...]) -> None:
+    def _check_shape(self, tensor: TensorInfo, wanted: Shape) -> None:
         if tensor.shape != wanted:
             raise self._error(
                 tensor, f"has shape {list(tensor.shape)}, config.json implies {list(wanted)}"
@@ -268,20 +262,12 @@ class InventedCheckpoint(Checkpoint):
 
     dtype: str = "BF16"
 
-    def _each(
-        self, names: list[str], shape: tuple[int, ...], view: View | None
-    ) -> list[WeightSource]:
+    def _each(self, names: list[str], shape: Shape, view: View | None) -> list[WeightSource]:
         """Thousands of experts are alike but for their names: the first stands for all."""
         return [self.resolve(names[0], shape, linear=True, view=view)] * len(names)
 
     def resolve(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        *,
-        linear: bool,
-        view: View | None = None,
-        expert: int = 0,
+        self, name: str, shape: Shape, *, linear: bool, view: View | None = None, expert: int = 0
     ) -> WeightSource:
         """A weight of the shape asked for."""
         name = view.of(name, shape[0]) if view else name
@@ -303,14 +289,14 @@ class InventedCheckpoint(Checkpoint):
 
 
 def _source(
-    row: Format, storage: Storage, name: str, shape: tuple[int, ...], tensors: list[TensorInfo]
+    row: Format, storage: Storage, name: str, shape: Shape, tensors: list[TensorInfo]
 ) -> WeightSource:
     note = row.note(storage.group, [tensor.dtype for tensor in tensors])
     beside = tuple(name + suffix for suffix, _, _ in storage.beside)
     return WeightSource(name, shape, row.name, storage.group, tuple(tensors), beside, note)
 
 
-def _cut_groups(row: Format, storage: Storage, shape: tuple[int, ...]) -> str:
+def _cut_groups(row: Format, storage: Storage, shape: Shape) -> str:
     """What is wrong where rows are not whole groups and must be, else ""."""
     if len(shape) != 2:
         raise ValueError(f"a linear weight has two dimensions, one was asked for as {shape}")
@@ -336,7 +322,7 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _invented(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
+def _invented(name: str, dtype: str, shape: Shape) -> TensorInfo:
     return TensorInfo(name, -1, dtype, shape, 0, prod(shape) * DTYPE_BITS[dtype] // 8)
 
 
