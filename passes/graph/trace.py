@@ -6,7 +6,6 @@ Hides how torch.fx names and scopes nodes. Names come from the place in the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -56,20 +55,6 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.places: dict[fx.Node, tuple[str, tuple[int, Section]]] = {}
-        self._inside: list[nn.Module] = []
-
-    def call_module(
-        self,
-        m: nn.Module,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        self._inside.append(m)
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        finally:
-            self._inside.pop()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, Block)
@@ -89,8 +74,7 @@ class _Tracer(fx.Tracer):
         if kind in ("call_module", "call_function", "call_method"):
             name = path.removeprefix("model.").replace(".", "_")
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        inside = self._inside[-1] if self._inside else self.root
-        self.places[node] = path, place_of(inside)
+        self.places[node] = path, place_of(self.root.get_submodule(self.scope.module_path))
         return node
 
 
