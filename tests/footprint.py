@@ -143,14 +143,13 @@ class _Recorder:
         *,
         reads: Iterable[Any],
         writes: Iterable[Any],
-        weight_bytes: int = 0,
-        weight_rows: int = 0,
+        shared: tuple[int, int] = (0, 0),
         **args: int | float,
     ) -> None:
         kinds = {arg.name: arg.kind for arg in ARGS[spec.op]}
         plain = tuple(sorted((k, int(v)) for k, v in args.items() if kinds[k] != "f32"))
         fields = spec.op, spec.isa, spec.weight, spec.out, spec.params
-        self.records.append((step.id, fields, weight_rows, plain))
+        self.records.append((step.id, fields, shared[1], plain))
 
     def rows_begin(self) -> None:
         self.records.append(("rows",))
