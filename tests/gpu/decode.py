@@ -59,8 +59,8 @@ def measure_steps(executor: Executor, phase: str, batch: int, steps: int) -> Dec
                 call = found.last
                 assert call is not None
                 for name, each in busy.items():
-                    spans = zip(call.positions, call.start, call.finish, strict=True)
-                    each.append(sum(b - a for at, a, b in spans if places[at].resource == name))
+                    spans = zip(places, call.start, call.finish, strict=True)
+                    each.append(sum(b - a for step, a, b in spans if step.resource == name))
     finally:
         found.graphs = graphs
         for sequence in sequences:

@@ -83,8 +83,8 @@ def measure_prompt(executor: Executor, tokens: int, repetitions: int) -> Streame
     transfer = compute = loading = 0.0
     loaded = 0
     for call in calls:
-        for at, start, finish in zip(call.positions, call.start, call.finish, strict=True):
-            step, took = steps[at], finish - start
+        for step, start, finish in zip(steps, call.start, call.finish, strict=True):
+            took = finish - start
             if step.resource == "gpu0":
                 compute += took
             elif step.resource == "h2d0":
@@ -92,7 +92,7 @@ def measure_prompt(executor: Executor, tokens: int, repetitions: int) -> Streame
                 if step.op == "load":
                     loaded += step.weight_bytes
                     loading += took
-    whole = sum(call.seconds for call in calls)
+    whole = sum(max(call.finish) for call in calls)
     return Streamed(tuple(seconds[1:]), len(calls), whole, transfer, compute, loaded, loading)
 
 
