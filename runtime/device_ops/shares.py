@@ -154,7 +154,7 @@ class Fixed:
         kept = self._kept.get(key)
         if kept is None:
             kept = self._kept[key] = torch.empty_like(values, device=place)
-        return kept.copy_(values)
+        return kept.copy_(values, non_blocking=True)
 
 
 def make_call(
@@ -193,7 +193,7 @@ def make_call(
     def sent(values: npt.NDArray[np.int64], device: str, *key: Hashable) -> torch.Tensor:
         found = torch.from_numpy(np.ascontiguousarray(values))
         if fixed is None:
-            return found.to(places[device])
+            return found.to(places[device], non_blocking=True)
         return fixed.sent((device, *key), found, places[device])
 
     def rows(share: Share, device: str) -> Rows:
@@ -242,7 +242,8 @@ def make_call(
         },
     )
     for device in {place for place in places.values() if place.type == "cuda"}:
-        torch.cuda.current_stream(device).synchronize()  # the streams of steps do not wait for it
+        # one wait for all tensors: the streams of steps do not wait for them
+        torch.cuda.current_stream(device).synchronize()
     return call
 
 
