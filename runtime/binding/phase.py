@@ -104,11 +104,16 @@ class Binding(Closing):
                 for address, size in phase.pinnable if pin else ():
                     pinned.pin(address, size)
                     stack.callback(pinned.unpin, address)
-            if pin:  # before anything is copied: pinned memory comes at the full rate of the bus
+            # CUDA copies what is pinned, at the full rate of the bus, or what is not, but no memory
+            # that is so in part: an arena is pinned whole, and first; of other homes pages are
+            early = pin and parts.store.arena is not None
+            if not early:
+                self._fill()
+            if pin:
                 pieces = [piece for each in self._memory.values() for piece in each.streamed]
                 self.pinned = pin_weights(parts.store, pieces, stack)
-            for each in self._memory.values():
-                each.fill()
+            if early:
+                self._fill()
             self._stack = stack.pop_all()
 
     def lend(self) -> dict[int, LentMemory]:
@@ -122,6 +127,10 @@ class Binding(Closing):
     def close(self) -> None:
         """Free everything; a second call does nothing."""
         self._stack.close()
+
+    def _fill(self) -> None:
+        for each in self._memory.values():
+            each.fill()
 
 
 class BoundPhase:

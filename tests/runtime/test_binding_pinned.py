@@ -27,6 +27,7 @@ from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.weights.store import WeightStore
+from hmc.runtime.weights.torch_view import view
 
 PORTABLE, READ_ONLY = 1, 8
 
@@ -122,6 +123,32 @@ def test_the_weights_that_gpus_stream_are_pinned_where_they_are(
             binding.pinned
         )
     assert not runtime.ranges
+    store.close()
+
+
+@pytest.mark.parametrize("home", ["mapped", "arena", "shared"])
+def test_no_copy_is_of_memory_that_is_pinned_in_part(
+    home: Any,
+    plan: Plan,
+    directory: Path,
+    runtime: Runtime,
+    bound: Callable[..., Binding],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    copied = []
+
+    def seen(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        (end,) = (address + size for size in shape)
+        spans = [(at, at + size) for at, (size, _) in runtime.ranges.items()]
+        pinned = sum(max(0, min(end, last) - max(address, first)) for first, last in spans)
+        copied.append((pinned, end - address))
+        return view(address, dtype, shape)
+
+    monkeypatch.setattr("hmc.runtime.binding.weights.view", seen)
+    store = WeightStore.open(plan, directory, home=home)
+    with bound(store):
+        assert copied
+        assert all(pinned in (0, size) for pinned, size in copied)
     store.close()
 
 
