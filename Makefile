@@ -7,15 +7,19 @@
 # make gpu-check  on a machine with a GPU: parity, speed and predictions in under 10 minutes, one
 #             table; GPU_PYTHON=python3 takes the machine's own packages, GPU_ARGS="--devices host"
 #             lets the CPU play the GPU
+# make gpu-fake  without a GPU: the CUDA path on libraries that play CUDA's, under a real CUDA build
+#             of PyTorch (5 GB in .venv-cuda; gcc): what holds of it, one table;
+#             FAKE_ARGS="--only order --sm 120" does a part
 # make clean  remove what the others made
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 GPU_PYTHON ?= $(BIN)/python
+CUDA := .venv-cuda
 DEMO := build/demo
 
-.PHONY: demo test test-all test-eval check gpu-check clean
+.PHONY: demo test test-all test-eval check gpu-check gpu-fake clean
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +33,12 @@ $(VENV)/test: $(VENV)/base
 
 $(VENV)/eval: $(VENV)/test
 	$(BIN)/pip install --quiet --editable ".[test,eval]"
+	touch $@
+
+$(CUDA)/base: pyproject.toml
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install --quiet "torch==2.11.*" pytest
+	$(CUDA)/bin/pip install --quiet --editable .
 	touch $@
 
 demo: $(VENV)/base
@@ -55,5 +65,8 @@ test-eval: $(VENV)/eval
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/base)
 	PYTHONPATH=tests $(GPU_PYTHON) -m gpu.check $(GPU_ARGS)
 
+gpu-fake: $(CUDA)/base
+	PYTHONPATH=tests:tests/runtime $(CUDA)/bin/python -m gpu.fake $(FAKE_ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CUDA) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
