@@ -54,6 +54,7 @@ def runs() -> Iterator[Run]:
         yield Run("memory", machine)
     yield Run("small model", Played(120, 32, sanitized=True))
     yield Run("default streams", Played(120, 32, gpus=2))
+    yield Run("beside", Played(120, 32, gpus=2))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

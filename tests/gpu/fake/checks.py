@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from gpu.fake.opened import ids, prompt, shaped, tiny, without_cpu
 from gpu.models import DEEPSEEK
 from gpu.rows import Clock, Row
 from hmc.plan import Phase, Step
-from hmc.plan.phases import DECODE, DUAL, PREFILL, STREAM
+from hmc.plan.phases import BESIDE, DECODE, DUAL, PREFILL, STREAM
 from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.executor import Executor
@@ -216,17 +217,42 @@ def default_streams() -> Iterator[Statement]:
             yield _allowed(f"tiny-kjv, {phase}: no call is refused")
 
 
+_BESIDE, _PATIENCE_SECONDS = 200, 120.0
+
+
+def beside() -> Iterator[Statement]:
+    """A prompt on the last GPU while the first decodes, each handed over by a thread of its own."""
+    with tiny("shared") as executor:
+        long, short = executor.open(), executor.open()
+        assert executor.beside is not None
+        _append(executor, [short], _SHORT, PREFILL)
+        executor.kv.reserve(long, _BESIDE)
+        log.reset()
+        job, steps = executor.beside.start(long, ids(_BESIDE)), 0
+        until = time.monotonic() + _PATIENCE_SECONDS
+        while not job.over and time.monotonic() < until:
+            executor.decode([short], ids(1), DECODE)
+            steps += 1
+        text = f"tiny-kjv, {BESIDE} and {steps} steps of {DECODE}: both end"
+        yield Statement(text, job.poll() is not None, str(log.counts()))
+        yield _off_the_default(BESIDE)
+        yield _allowed(f"tiny-kjv, {BESIDE}: no call is refused")
+
+
 def _off_the_default(phase: str) -> Statement:
-    step, astray, every = "", Counter[str](), 0
-    for line in log.lines(threading.get_native_id()):
+    """That no step of any thread since `reset` launched anything on a default stream."""
+    steps: dict[str, str] = {}
+    astray, every = Counter[str](), 0
+    for whole in log.lines():
+        thread, _, line = whole.partition(" ")
         if line.startswith("step"):
-            step = line.removeprefix("step").strip()
+            steps[thread] = line.removeprefix("step").strip()
             continue
         found = re.match(r"(launch|copy|fill|graph)\b.* gpu(\d+) stream (\d+)\b", line)
-        if found and step:
+        if found and steps.get(thread):
             every += 1
             if found[3] == "0":
-                astray[f"{found[1]} on gpu{found[2]} in {_op(step)}"] += 1
+                astray[f"{found[1]} on gpu{found[2]} in {_op(steps[thread])}"] += 1
     why = tuple(f"{n} x {what}" for what, n in astray.most_common())
     text = f"tiny-kjv, {phase}: nothing on a default stream ({sum(astray.values())} of {every})"
     return Statement(text, not astray, str(log.counts()), why)
@@ -319,6 +345,7 @@ CHECKS: dict[str, Check] = {
     "products": products,
     "small model": small_model,
     "default streams": default_streams,
+    "beside": beside,
     "order": order,
     "memory": memory,
 }

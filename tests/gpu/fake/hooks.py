@@ -8,6 +8,7 @@ at every replay.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -33,7 +34,15 @@ _NUMBERS: dict[torch.dtype, type[np.generic]] = {
     torch.float32: np.float32,
 }
 
-_captured: list[Callable[[], None]] = []
+
+class _Written(threading.local):
+    """What a thread wrote since it last began a capture or ended a step."""
+
+    def __init__(self) -> None:
+        self.all: list[Callable[[], None]] = []
+
+
+_written = _Written()
 
 
 def install() -> None:
@@ -59,7 +68,7 @@ def _write(tensor: torch.Tensor, values: Any) -> None:
     """Write values into a tensor wherever it lies, now and at replays of what is captured now."""
     write = partial(_poke, tensor, values)
     write()
-    _captured.append(write)
+    _written.all.append(write)
 
 
 def _poke(tensor: torch.Tensor, values: Any) -> None:
@@ -123,9 +132,9 @@ def _sorted(real: Any) -> Any:
 
 def _graph(real: Any) -> Any:
     def graph(self: CudaStream, works: Sequence[Work], label: str) -> Callable[[], None]:
-        _captured.clear()
+        _written.all = []
         replay = real(self, works, label)
-        written = list(_captured)
+        written = _written.all
 
         def both() -> None:
             replay()
@@ -149,7 +158,7 @@ def _marked(real: Any) -> Any:
             real(self, step, *given)
         finally:
             log.begin_step("")
-            _captured.clear()
+            _written.all = []
 
     return hand_over
 
