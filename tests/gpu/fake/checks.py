@@ -234,7 +234,9 @@ def beside() -> Iterator[Statement]:
             executor.decode([short], ids(1), DECODE)
             steps += 1
         text = f"tiny-kjv, {BESIDE} and {steps} steps of {DECODE}: both end"
-        yield Statement(text, job.poll() is not None, str(log.counts()))
+        why = "it takes too long" if job.error is None else told(job.error)
+        ended = job.logits is not None
+        yield Statement(text, ended, str(log.counts()), () if ended else (why,))
         yield _off_the_default(BESIDE)
         yield _allowed(f"tiny-kjv, {BESIDE}: no call is refused")
 

@@ -8,22 +8,20 @@
 
 #include "cuda.h"
 
-#undef cuCtxGetDevice
-#undef cuDeviceGetDefaultMemPool
-
 enum {
     PATIENCE_SECONDS = 20
 };
 
 CUresult cuInit(unsigned flags) { return 0; }
-CUresult cuDriverGetVersion(int* version) { return cudaDriverGetVersion(version); }
+CUresult cuDriverGetVersion(int* version) { return (CUresult)cudaDriverGetVersion(version); }
 CUresult cuDeviceGet(CUdevice* gpu, int number) {
     *gpu = number;
     return 0;
 }
-CUresult cuDeviceGetCount(int* count) { return cudaGetDeviceCount(count); }
+CUresult cuDeviceGetCount(int* count) { return (CUresult)cudaGetDeviceCount(count); }
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute asked, CUdevice gpu) {
-    return cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)asked, gpu);  // the same numbers
+    return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)asked,
+                                            gpu);  // the same numbers
 }
 CUresult cuDevicePrimaryCtxGetState(CUdevice gpu, unsigned* flags, int* active) {
     *flags = 0;
@@ -36,7 +34,7 @@ CUresult cuDevicePrimaryCtxRetain(CUcontext* made, CUdevice gpu) {
 }
 CUresult cuCtxGetCurrent(CUcontext* found) { return cuDevicePrimaryCtxRetain(found, fake_gpu); }
 CUresult cuCtxSetCurrent(CUcontext context) { return 0; }
-CUresult cuCtxGetDevice(CUdevice* gpu) { return cudaGetDevice(gpu); }
+CUresult cuCtxGetDevice(CUdevice* gpu) { return (CUresult)cudaGetDevice(gpu); }
 // Statically linked runtimes (NVRTC has one) ask for tables of private functions.
 CUresult cuGetExportTable(const void** table, const CUuuid* which) { return CUDA_ERROR_NOT_FOUND; }
 CUresult cuGetErrorString(CUresult error, const char** text) {

@@ -1,5 +1,6 @@
 // What was called, how often and with how many bytes, line by line where somebody asked; and who is
 // told when a thread has to wait.
+#define _GNU_SOURCE
 #include "fake.h"
 
 #include <pthread.h>
