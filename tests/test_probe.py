@@ -154,17 +154,15 @@ def test_drift_of_the_machine_cancels() -> None:
 def test_gpu_measurements_make_rates() -> None:
     found = gpu.Device(torch.device("cpu"), TINY).measure()
     names = [each.what for each in found]
-    assert len(names) == len(set(names)) == 9
+    assert len(names) == len(set(names)) == 10
     for each in found:
         assert len(each.values) == TINY.passes
         assert all(math.isfinite(value) and value > 0 for value in each.values)
-    rates = gpu.gpu_rates(found, fp8=False)
-    assert rates.fp8.value == rates.bf16.value
-    assert rates.fp8.kind == "derived"
-    assert "no FP8 matmul" in rates.fp8.source
+    rates = gpu.gpu_rates(found)
+    assert rates.fp8 is None
     assert rates.h2d_both is not None and rates.d2h_both is not None
     with_fp8 = [*found, Measurement("gpu fp8", "FLOP/s", (5.0,), "x")]
-    assert gpu.gpu_rates(with_fp8, fp8=True).fp8.value == 5.0
+    assert gpu.gpu_rates(with_fp8).fp8.value == 5.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also: the prompt streams through the last GPU while the batch decodes (two GPUs).",
 )
+@option(
+    "--data-sheet",
+    is_flag=True,
+    help="With GPUs that reach the numbers of their data sheets, not those expected of them.",
+)
 @option("--paper", is_flag=True, help="Print the published test bed's figures beside ours.")
 @JSON
 def command(
@@ -61,6 +66,7 @@ def command(
     vram: float,
     slo: str,
     with_beside: bool,
+    data_sheet: bool,
     paper: bool,
     as_json: bool,
 ) -> None:
@@ -72,7 +78,7 @@ def command(
     if paper:
         if target is not None:
             raise UsageError("--paper takes no TARGET: it plans for the published test bed")
-        _print_paper(as_json)
+        _print_paper(as_json, data_sheet)
         return
     if target is None:
         raise UsageError("give a plan or a model directory (or --paper)")
@@ -100,6 +106,8 @@ def command(
     else:
         plan = load_plan(target)
         other = load_machine(machine) if machine else None
+    if data_sheet:
+        other = (other or plan.machine).at_peak()
     if slo:
         plan = plan.model_copy(update={"goals": parse_goals(slo, sequences)})
     found = simulate(plan, machine=other, prompt=prompt, context=context, batch=sequences)
@@ -177,10 +185,10 @@ def _share(run: Run, name: str) -> str:
     return f"{run.utilisation[name]:.0%}" if name in run.utilisation else "-"
 
 
-def _print_paper(as_json: bool) -> None:
+def _print_paper(as_json: bool, data_sheet: bool) -> None:
     from hmc.bench.paper import rows
 
-    found = rows()
+    found = rows(data_sheet)
     if as_json:
         print_json({"rows": [vars(row) for row in found]})
         return

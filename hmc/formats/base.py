@@ -154,6 +154,11 @@ class Format:
         return self.codes.bits or DTYPE_BITS[self.codes.dtypes[0]]
 
     @property
+    def terms(self) -> int:
+        """Numbers in bf16 whose sum a code is: what a GPU multiplies by, one after the other."""
+        return 1 if self.values else {"F32": 3, "F16": 2}.get(self.codes.dtypes[0], 1)
+
+    @property
     def nan_codes(self) -> tuple[int, ...]:
         """Codes that are no number."""
         return tuple(code for code, value in enumerate(self.values) if value != value)

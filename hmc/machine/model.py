@@ -14,10 +14,11 @@ JSON:
                "overlap": RATE, "link": RATE, "link_latency": RATE, "prefill": RATE},
      "gpus": [{"name", "memory_bytes",
                "rates": {"memory": RATE, "bf16": RATE, "fp8": RATE, "attention": RATE,
-                         "launch": RATE, "sync": RATE, "h2d": RATE, "d2h": RATE, "h2d_both": RATE,
-                         "d2h_both": RATE, "overlap": RATE, "preempt": RATE}}]}
+                         "launch": RATE, "sync": RATE, "hand_over": RATE, "h2d": RATE,
+                         "d2h": RATE, "h2d_both": RATE, "d2h_both": RATE, "overlap": RATE,
+                         "preempt": RATE}}]}
 
-with RATE = {"value": float, "kind": .., "source": "..", "spread": 0.03}.
+with RATE = {"value": float, "kind": .., "source": "..", "spread": 0.03, "peak": float}.
 """
 
 from __future__ import annotations
@@ -41,15 +42,16 @@ class Rate(Frozen):
     """One number a machine was found to reach, in SI units (bytes/s, FLOP/s, seconds, ratios).
 
     `source` says where from ("measured 2026-03-01", a data sheet, a publication), `spread` is the
-    relative spread of the measurement (0: unknown). A fitted value was chosen so that the
-    simulator meets the figures named in `fitted_to`; whatever is compared with those is a
-    calibration, no evidence.
+    relative spread of the measurement (0: unknown), `peak` the data sheet's number. A fitted value
+    was chosen so that the simulator meets the figures named in `fitted_to`; whatever is compared
+    with those is a calibration, no evidence.
     """
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     kind: RateKind
     source: str
     spread: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    peak: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     fitted_to: tuple[str, ...] = ()
 
     def times(self, factor: float) -> Rate:
@@ -112,9 +114,12 @@ class GpuRates(Frozen):
     """What one GPU reaches.
 
     memory              device memory, bytes/s
-    bf16, fp8           matmuls, FLOP/s (weights of other formats are expanded to bf16)
+    bf16, fp8           matmuls, FLOP/s (weights of other formats are expanded to bf16; no fp8: the
+                        card has no such units)
     attention           attention, FLOP/s
     launch              seconds a kernel takes beyond its work
+    hand_over           seconds the thread that hands work over takes for a kernel (for a graph: as
+                        for one)
     sync                seconds of a copy between host and device beyond its bytes
     h2d, d2h            pinned copies, bytes/s, one way at a time
     h2d_both, d2h_both  the same while the other way is busy
@@ -124,16 +129,27 @@ class GpuRates(Frozen):
 
     memory: Rate
     bf16: Rate
-    fp8: Rate
+    fp8: Rate | None = None
     attention: Rate
     launch: Rate
     sync: Rate
+    hand_over: Rate | None = None
     h2d: Rate
     d2h: Rate
     h2d_both: Rate | None = None
     d2h_both: Rate | None = None
     overlap: Rate | None = None
     preempt: Rate | None = None
+
+    def at_peak(self) -> GpuRates:
+        """The data sheet's numbers, where they are known."""
+        named = {name: getattr(self, name) for name in type(self).model_fields}
+        peaks = {
+            name: Rate(value=rate.peak, kind="data sheet", source=rate.source)
+            for name, rate in named.items()
+            if rate is not None and rate.peak is not None
+        }
+        return self.model_copy(update=peaks)
 
 
 class NumaNode(Frozen):
@@ -176,6 +192,17 @@ class Machine(Frozen):
                 " measure them (`hmc probe`) or name a machine with --machine"
             )
         return self.rates
+
+    def at_peak(self) -> Machine:
+        """The machine with GPUs that reach what their data sheets say."""
+        return self.model_copy(
+            update={
+                "gpus": tuple(
+                    gpu.model_copy(update={"rates": gpu.rates and gpu.rates.at_peak()})
+                    for gpu in self.gpus
+                )
+            }
+        )
 
     @property
     def hybrid(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from hmc.codegen.spec import KernelSpec
@@ -21,6 +22,9 @@ from hmc.ops.row import (
     product,
     spec,
 )
+
+LIFTED_BYTES = 1 << 26
+"""Bytes of keys and values of some heads that a GPU holds at once."""
 
 _POSITIONS = Role("positions", "i32", lambda attrs: 1, given="positions")
 
@@ -141,7 +145,24 @@ def mla_flops(attrs: Attrs, pairs: float, tokens: float, keys: float) -> float:
 def _mla_work(attrs: Attrs, load: Load) -> Work:
     pairs, keys = _pairs_and_keys(load)
     flops = mla_lifted_flops if load.lifted else mla_flops
-    return Work(1.0, load.rows, scores=flops(attrs, pairs, load.tokens, keys), keys=keys)
+    scores = flops(attrs, pairs, load.tokens, keys)
+    made = 0.0 if load.few else 2.0 * _lifted_bytes(attrs, keys)
+    return Work(1.0, load.rows, scores=scores, keys=keys, made=made)
+
+
+def _lifted_bytes(attrs: Attrs, keys: float) -> float:
+    """Keys and values of every head, in bf16."""
+    heads, nope, rope, v_dim = picked(attrs, "heads", "nope", "rope", "v_dim").values()
+    return 2.0 * keys * heads * (nope + rope + v_dim)
+
+
+def _mla_launches(attrs: Attrs, load: Load) -> int:
+    """Appends, absorbs, attends and lifts for few queries; for many it appends and gathers, and
+    lifts keys and values of some heads at a time, to which it attends."""
+    if load.few:
+        return 4
+    some = _lifted_bytes(attrs, _pairs_and_keys(load)[1]) / LIFTED_BYTES
+    return 2 + 4 * max(1, math.ceil(some))
 
 
 def _mla_shape(attrs: Attrs) -> tuple[int, ...]:
@@ -182,7 +203,7 @@ OPS: Final = (
         kernels=_attention,
         states=_attention_states,
         work=_attention_work,
-        launches=3,
+        launches=lambda attrs, load: 2 if load.few else 4,  # appends; gathers keys, values; attends
         family="attention",
     ),
     Op(
@@ -202,7 +223,7 @@ OPS: Final = (
         kernels=_mla,
         states=lambda attrs: (State("latent", int(attrs["rank"]) + int(attrs["rope"])),),
         work=_mla_work,
-        launches=5,  # absorbs, appends, scores, joins and lifts
+        launches=_mla_launches,
         family="attention",
     ),
 )

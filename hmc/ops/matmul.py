@@ -6,6 +6,7 @@ tiles.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from hmc.codegen.expr import activation
@@ -73,14 +74,26 @@ def chosen_experts(attrs: Attrs, tokens: float) -> float:
 
 
 def _experts_work(attrs: Attrs, load: Load) -> Work:
-    """A step holds the weights of `top_k` experts. Rows are gathered (bf16 in), gate x up goes out
-    and in, down out in f32, and is summed.
+    """A step holds the weights of `top_k` experts. Rows are read in bf16, gate x up goes out and
+    in, and down is added to f32 sums.
     """
     distinct, experts = chosen_experts(attrs, load.tokens), int(attrs["experts"])
     top_k, hidden, inner = int(attrs["top_k"]), int(attrs["k"]), int(attrs["n"])
     routed = load.tokens * top_k * int(attrs.get("count", experts)) / experts
-    moved = routed * (4 * hidden + 4 * inner + 8 * hidden)
+    moved = routed * (2 * hidden + 4 * inner + 8 * hidden)
     return Work(distinct / top_k, routed / top_k, moved=moved, pieces=distinct)
+
+
+ACTIVATED_BYTES = 1 << 28
+"""Bytes of activations between the experts' matmuls that a GPU holds at once."""
+
+
+def _experts_launches(attrs: Attrs, load: Load) -> int:
+    """Two matmuls; of many tokens for some at a time, which are found first."""
+    if load.few:
+        return 2
+    held = 2.0 * load.tokens * int(attrs["top_k"]) * int(attrs["n"])
+    return 2 + 2 * max(1, math.ceil(held / ACTIVATED_BYTES))
 
 
 def _matrix(attrs: Attrs) -> tuple[int, ...]:
@@ -137,7 +150,7 @@ OPS: Final = (
         possible=lambda attrs: int(attrs["top_k"]) <= int(attrs["experts"]) and _activated(attrs),
         kernels=_experts,
         work=_experts_work,
-        launches=4,  # gather, two matmuls, scatter
+        launches=_experts_launches,
         captured=False,  # the host asks how many rows each expert has
         family="experts",
     ),

@@ -23,6 +23,8 @@ Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and 
 Where = Literal["any", "host", "cpu", "gpu", "h2d", "d2h", "h2d d2h", "link"]
 
 FLOATS = "f32 bf16"
+FEW = 16
+"""Most tokens of a call for which GPUs read weights as fast as memory gives them."""
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,18 @@ class Load:
     ranks: int = 1
     lifted: bool = False
 
+    @property
+    def few(self) -> bool:
+        """Whether kernels of a few tokens, one or so of a sequence, do it."""
+        return self.tokens <= FEW
+
 
 @dataclass(frozen=True)
 class Work:
     """What a step does, in multiples of what one token's step holds: its weights are read `reads`
     times and multiplied by `products` rows. Beside that `scores` FLOPs of attention over `keys`
     cache rows, and `moved` bytes of activations (None: its operands, once each). `pieces` separate
-    matrices are begun and ended.
+    matrices are begun and ended. `made` bytes of temporaries are written and read on a GPU.
     """
 
     reads: float
@@ -156,11 +163,17 @@ class Work:
     keys: float = 0.0
     moved: float | None = None
     pieces: float = 0.0
+    made: float = 0.0
 
 
 def once(attrs: Attrs, load: Load) -> Work:
     """Weights are read once whatever the rows: every dense op."""
     return Work(1.0, load.rows)
+
+
+def one_launch(attrs: Attrs, load: Load) -> int:
+    """One kernel, whatever the rows."""
+    return 1
 
 
 def no_states(attrs: Attrs) -> tuple[State, ...]:
@@ -180,10 +193,10 @@ class Op:
     granted and no width or shape says. `kernels` chooses native kernels in launch order.
 
     `where` it may run: a table that stays with the host's memory ("host"), the CPU alone ("cpu"), a
-    transfer ("h2d", "d2h", "link"), or any device. `launches` of kernels a GPU needs, `captured`
-    whether they depend on the host by numbers of rows alone, so that a graph may hold them;
-    `everywhere`: on several ranks each computes it for all tokens; `always`: it does something even
-    for no rows.
+    transfer ("h2d", "d2h", "link"), or any device. `launches` of kernels a GPU needs for a call,
+    `captured` whether they depend on the host by numbers of rows alone, so that a graph may hold
+    them; `everywhere`: on several ranks each computes it for all tokens; `always`: it does
+    something even for no rows.
     Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 
@@ -199,7 +212,7 @@ class Op:
     states: Callable[[Attrs], tuple[State, ...]] = no_states
     work: Callable[[Attrs, Load], Work] = once
     where: Where = "any"
-    launches: int = 1
+    launches: Callable[[Attrs, Load], int] = one_launch
     captured: bool = True
     named: Callable[[Attrs], Collection[str]] | None = None
     everywhere: bool = False
@@ -219,10 +232,15 @@ class Op:
         """Whether its weights are one an expert."""
         return any(weight.expert for weight in self.weights)
 
+    @cached_property
+    def has_matmul(self) -> bool:
+        """Whether it multiplies matrices of its own with its rows."""
+        return any(weight.matmul for weight in self.weights)
+
     @property
     def matmul(self) -> bool:
-        """Whether it multiplies dense matrices of its own with its rows."""
-        return any(weight.matmul for weight in self.weights) and not self.routed
+        """Whether these are dense."""
+        return self.has_matmul and not self.routed
 
     @cached_property
     def moves(self) -> bool:

@@ -17,6 +17,7 @@ from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
+from hmc.plan.memory import kind_of
 
 TRANSFERS = ("h2d", "d2h")
 
@@ -40,7 +41,8 @@ class Call:
 @dataclass(frozen=True)
 class Cost:
     """What one step takes: `bytes` by tier ("host", "gpu", "link", "pcie"), `flops` by format,
-    `launches` of kernels (records on the CPU), `seconds`, and which of them binds.
+    `launches` of kernels (records on the CPU), `seconds`, and which of them binds; `handed_over`
+    seconds of the thread that gives the step to its device.
     """
 
     seconds: float
@@ -48,15 +50,18 @@ class Cost:
     bytes: Mapping[str, float] = field(default_factory=dict)
     flops: Mapping[str, float] = field(default_factory=dict)
     launches: int = 0
+    handed_over: float = 0.0
 
 
 def _rate(rate: Rate | None, default: float) -> float:
     return default if rate is None else rate.value
 
 
-def _in_fp8(form: str) -> bool:
-    """Whether a GPU multiplies weights of a format as FP8 (none: a step without weights)."""
-    return bool(form) and "fp8" in format_of(form).exact_in
+_TERMS = 2
+"""FP8 numbers whose sum a bf16 operand is, where a GPU multiplies in FP8."""
+_TERM_BYTES = 2 + 2 * _TERMS * (1 + 4 / 128)
+"""Bytes of an element of such an operand: read in bf16, its terms with a scale for every 128 of
+them written and read."""
 
 
 def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
@@ -105,7 +110,8 @@ def gpu_expert_seconds(rates: GpuRates, size: float) -> float:
 @dataclass(frozen=True)
 class _Asked:
     """What a step does in a call: bytes of weights, activations and cache, FLOPs on weights and of
-    attention, matrices begun, format of the weights.
+    attention, matrices begun, format of the weights. Of a GPU: elements of the operands that are
+    multiplied, bytes of temporaries, launches, whether a few tokens.
     """
 
     weight: float
@@ -115,9 +121,13 @@ class _Asked:
     scores: float
     pieces: float
     form: str
+    operands: float
+    made: float
+    launches: int
+    few: bool
 
-    def cost(self, seconds: float, bound: str, tier: str, launches: int) -> Cost:
-        moved = {tier: self.weight + self.moved + self.cache}
+    def cost(self, seconds: float, bound: str, tier: str, launches: int, made: float = 0.0) -> Cost:
+        moved = {tier: self.weight + self.moved + self.cache + made}
         return Cost(seconds, bound, moved, {self.form or "f32": self.flops + self.scores}, launches)
 
 
@@ -163,7 +173,19 @@ class CostModel:
             return self._exchange(step, phase, call)
         else:
             raise MachineError(f"step {step.id}: no machine has a resource {step.resource}")
-        return replace(cost, seconds=cost.seconds * factor)
+        return replace(
+            cost, seconds=cost.seconds * factor, handed_over=self._thread(step, phase, cost)
+        )
+
+    def _thread(self, step: Step, phase: Phase, cost: Cost) -> float:
+        """Seconds of the thread that hands a step over: a kernel after the other, but of decode a
+        graph, which begins where a step waits, as one."""
+        if not step.resource.startswith("gpu"):
+            return 0.0
+        launches = cost.launches
+        if kind_of(phase) == "decode" and OPS[step.op].captured:
+            launches = 1 if step.waits else 0
+        return launches * _rate(self._gpu(step.resource).hand_over, 0.0)
 
     def _gpu(self, resource: str) -> GpuRates:
         number = int(resource[3:])  # gpu0, h2d0, d2h0
@@ -202,7 +224,23 @@ class CostModel:
         cache = float(sum(times[s.per] * s.bytes for s in row.states(step.attrs)))
         form = next((self._format[name] for name in step.weights.values()), "")
         weight, flops = step.weight_bytes * work.reads, step.flops * work.products
-        return _Asked(weight, flops, moved, cache, work.scores, work.pieces, form)
+        operands = load.rows * sum(operand.width for operand in step.inputs.values())
+        if row.routed:
+            inner = work.products * int(step.attrs["top_k"]) * int(step.attrs["n"])
+            operands = load.rows * int(step.attrs["k"]) + inner
+        return _Asked(
+            weight,
+            flops,
+            moved,
+            cache,
+            work.scores,
+            work.pieces,
+            form,
+            operands,
+            work.made,
+            row.launches(step.attrs, load),
+            load.few,
+        )
 
     def _rows(self, step: Step, call: Call) -> float:
         """Rows a step works on: those whose logits are wanted in the head, else all."""
@@ -255,22 +293,30 @@ class CostModel:
         return asked.cost(seconds, bound, "host", launches)
 
     def _on_gpu(self, step: Step, phase: Phase, call: Call, rates: GpuRates) -> Cost:
+        """Matmuls and what attention makes for itself overlap with nothing else of the step."""
         row, asked = OPS[step.op], self._work(step, phase, call)
-        peak = rates.fp8.value if _in_fp8(asked.form) else rates.bf16.value
-        memory = rates.memory.value
-        times = {"weights": asked.weight / memory, "compute": asked.flops / peak}
-        seconds = 0.0
-        if row.routed:
-            seconds = asked.moved / memory  # gather and scatter are kernels of their own
-        else:
-            times["activations"] = asked.moved / memory
+        memory, peak, launches = rates.memory.value, rates.bf16.value, asked.launches
+        made = asked.made
+        if asked.form and row.has_matmul:
+            form = format_of(asked.form)
+            peak /= form.terms
+            if rates.fp8 is not None and "fp8" in form.exact_in and not asked.few:
+                peak = rates.fp8.value / _TERMS
+                made += asked.operands * _TERM_BYTES
+                launches += 2 if row.routed else 1
+        times = {
+            "weights": asked.weight / memory,
+            "compute": asked.flops / peak,
+            "activations": asked.moved / memory,
+        }
+        seconds = made / memory
         if row.attends:
             scores = max(asked.cache / memory, asked.scores / rates.attention.value)
             times = {"weights": max(times.values()), "attention": scores}
             seconds += min(times.values())
         bound = max(times, key=lambda name: times[name])
-        seconds += times[bound] + row.launches * rates.launch.value
-        return asked.cost(seconds, bound, "gpu", row.launches)
+        seconds += times[bound] + launches * rates.launch.value
+        return asked.cost(seconds, bound, "gpu", launches, made)
 
     def _transfer(self, step: Step, phase: Phase, call: Call, kind: str) -> Cost:
         """Pinned copies: bytes at the rate of the way (of both ways at once where two lanes keep

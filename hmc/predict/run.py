@@ -221,9 +221,13 @@ def _run(
     return Run(phase.name, calls, total, busy, path)
 
 
+_THREAD = -1
+"""In a graph of steps, the thread that hands them over."""
+
+
 def longest_chain(timeline: Timeline) -> list[int]:
     """Positions of the steps of the longest chain up to the result, in which none can start before
-    the one before it ends.
+    the one before it ends. The first starts when it is handed over.
     """
     graph: networkx.DiGraph[int] = networkx.DiGraph()
     steps, end = timeline.phase.steps, len(timeline.phase.steps)
@@ -238,14 +242,17 @@ def longest_chain(timeline: Timeline) -> list[int]:
         if timeline.finish[position] <= timeline.result:  # and so did all that it waited for
             for each in before:
                 graph.add_edge(each, position, weight=timeline.costs[each].seconds)
+            graph.add_edge(_THREAD, position, weight=timeline.given[position])
             graph.add_edge(position, end, weight=timeline.costs[position].seconds)
-    return list(networkx.dag_longest_path(graph))[:-1]
+    return list(networkx.dag_longest_path(graph))[1:-1]
 
 
 def critical_path(timeline: Timeline) -> list[tuple[str, float]]:
     """The longest chain of steps up to the result, summed by resource, op and what binds it."""
-    sums: dict[str, float] = {}
-    for position in longest_chain(timeline):
+    chain, sums = longest_chain(timeline), {}
+    if chain and (given := timeline.given[chain[0]]):
+        sums["handing over"] = given
+    for position in chain:
         step, cost = timeline.phase.steps[position], timeline.costs[position]
         what = f"{step.resource} {step.op} ({cost.bound})"
         sums[what] = sums.get(what, 0.0) + cost.seconds

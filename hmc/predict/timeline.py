@@ -1,9 +1,9 @@
 """Runs a phase's steps over its resources with the cost model's durations: when each starts and
 ends.
 
-Every resource works through its steps in the plan's order; a step starts when its resource is free
-and every event it waits for has been signalled. This is what an executor does, with a clock in
-place of the work.
+Every resource works through its steps in the plan's order; a step starts when its resource is free,
+every event it waits for has been signalled, and the thread that hands steps over has come to it.
+This is what an executor does, with a clock in place of the work.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hmc.plan import Phase, Step
+from hmc.plan.ahead import handed_over
 from hmc.plan.phases import prompt_calls
 from hmc.predict.cost import Call, Cost, CostModel
 
@@ -26,6 +27,8 @@ class Timeline:
     finish: tuple[float, ...]
     costs: tuple[Cost, ...]
     busy: dict[str, float]
+    given: tuple[float, ...]
+    """When each step was handed over."""
 
     @property
     def seconds(self) -> float:
@@ -94,12 +97,17 @@ def _key(step: Step) -> tuple[object, ...]:
 
 def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
     """The timeline with given costs, by position."""
+    given, thread = [0.0] * len(costs), 0.0
+    if any(cost.handed_over for cost in costs):
+        for position in handed_over(phase):
+            thread += costs[position].handed_over
+            given[position] = thread
     free: dict[str, float] = {}
     signalled: dict[int, float] = {}
     start, finish = [], []
     busy: dict[str, float] = {}
-    for step, cost in zip(phase.steps, costs, strict=True):
-        ready = free.get(step.resource, 0.0)
+    for step, cost, handed in zip(phase.steps, costs, given, strict=True):
+        ready = max(free.get(step.resource, 0.0), handed)
         for event in step.waits:
             ready = max(ready, signalled[event])
         end = ready + cost.seconds
@@ -109,7 +117,7 @@ def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
         busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
         start.append(ready)
         finish.append(end)
-    return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy)
+    return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy, tuple(given))
 
 
 def host_prefill(phase: Phase, tokens: int) -> list[Call]:

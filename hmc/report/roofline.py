@@ -182,7 +182,7 @@ def _limits(plan: Plan, model: CostModel) -> Iterator[tuple[str, float, float]]:
     for index, gpu in enumerate(model.machine.gpus):
         if gpu.rates is not None and f"gpu{index}" in used:
             yield f"GPU {index}, BF16", gpu.rates.memory.value, gpu.rates.bf16.value
-            if gpu.rates.fp8.value != gpu.rates.bf16.value:
+            if gpu.rates.fp8 is not None:
                 yield f"GPU {index}, FP8", gpu.rates.memory.value, gpu.rates.fp8.value
             return  # further GPUs of a machine are alike
 

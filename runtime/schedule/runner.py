@@ -18,9 +18,9 @@ from typing import Any
 
 from hmc.errors import ExecutionError, VerifyError
 from hmc.plan import Operand, Phase, Step
+from hmc.plan.ahead import handed_over
 from hmc.plan.order import check_order
 from hmc.runtime.devices.base import Backend, Event, Span, Stream, Work
-from hmc.runtime.schedule.ahead import handed_over
 from hmc.runtime.schedule.host_program import HostProgram
 from hmc.runtime.schedule.segments import segments
 

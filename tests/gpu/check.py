@@ -55,7 +55,7 @@ def measured_machine(sizes: Sizes, devices: Choice, rates: str | None) -> Machin
             Gpu(
                 name="played by the CPU",
                 memory_bytes=sizes.played,
-                rates=gpu_rates(found, fp8=False),
+                rates=gpu_rates(found),
             ),
         )
     return machine.model_copy(update={"gpus": gpus[:1]})

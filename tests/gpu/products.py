@@ -65,8 +65,8 @@ def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> It
         f"speed of {route}",
         2 * tokens * shape[0] * shape[1] / seconds,
         "FLOP/s",
-        "plain FP8 products, probed",
-        rates.fp8.value,
+        "plain products, probed",
+        (rates.fp8 or rates.bf16).value,
     )
 
 

@@ -10,8 +10,8 @@ from hybrid_plans import ONE, TWO, plan_for
 from split_plans import split_plan
 
 from hmc.plan import Phase
+from hmc.plan.ahead import handed_over
 from hmc.plan.phases import CHOSEN, STREAM
-from hmc.runtime.schedule.ahead import handed_over
 
 
 @pytest.fixture(scope="module", params=[ONE, TWO])

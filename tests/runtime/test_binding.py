@@ -26,6 +26,7 @@ from hmc.machine.model import Machine
 from hmc.passes.place.budget import divide
 from hmc.passes.records import Budget, Needs
 from hmc.plan import Plan
+from hmc.plan.ahead import handed_over
 from hmc.runtime.binding.phase import Binding, BoundPhase
 from hmc.runtime.device_ops import exchange
 from hmc.runtime.devices.gpu import Gpu
@@ -33,7 +34,6 @@ from hmc.runtime.executor import Executor
 from hmc.runtime.host.lowering import Parts
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.memory.kv import KVCache, Sequence
-from hmc.runtime.schedule.ahead import handed_over
 from hmc.runtime.tokens.text import Text
 from hmc.runtime.weights.store import WeightStore
 

@@ -17,8 +17,8 @@ from hmc.errors import CapacityError, ExecutionError, VerifyError, WorkerError
 from hmc.plan import Phase, Plan
 from hmc.plan.order import check_order
 from hmc.plan.verify import verify_plan
-from hmc.predict.cost import Call, CostModel
-from hmc.predict.timeline import run
+from hmc.predict.cost import Call, Cost, CostModel
+from hmc.predict.timeline import run, scheduled
 from hmc.runtime.devices.host import HostBackend
 from hmc.runtime.schedule.runner import ScheduleRunner, part_of_rank
 
@@ -79,8 +79,9 @@ def test_the_null_backend_takes_the_time_of_the_timeline(
 ) -> None:
     model = CostModel(plan())
     phase = plan().phase(name)
-    expected = run(phase, call, model)
-    start, finish, runner = _null_times(phase, [cost.seconds for cost in expected.costs])
+    seconds = [cost.seconds for cost in run(phase, call, model).costs]
+    expected = scheduled(phase, [Cost(each, "at once") for each in seconds])  # no thread in between
+    start, finish, runner = _null_times(phase, seconds)
     assert start == expected.start
     assert finish == expected.finish
     assert runner.run(None).finish == finish  # a second call starts at zero again

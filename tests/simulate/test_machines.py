@@ -12,7 +12,7 @@ from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import load_machine, named_machines
 from hmc.machine.model import Machine
 
-NAMES = ("desktop-rtx4090", ONE, TWO, "laptop", "server-h200")
+NAMES = ("desktop-rtx3090", "desktop-rtx4090", ONE, TWO, "laptop", "server-h200")
 
 
 def test_the_named_machines_are_there() -> None:
@@ -44,6 +44,15 @@ def test_every_fitted_rate_says_to_what() -> None:
             assert getattr(value, "source", "x")
 
 
+def test_at_their_peak_gpus_reach_what_their_data_sheets_say() -> None:
+    machine = load_machine(ONE)
+    (gpu,), (best,) = machine.gpus, machine.at_peak().gpus
+    assert gpu.rates.memory.value < best.rates.memory.value == gpu.rates.memory.peak
+    assert best.rates.memory.kind == "data sheet"
+    assert best.rates.launch == gpu.rates.launch
+    assert machine.at_peak().rates == machine.rates
+
+
 def test_a_machine_file_and_its_faults(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(load_machine("laptop").model_dump_json())
@@ -54,7 +63,9 @@ def test_a_machine_file_and_its_faults(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=f"desktop-rtx4090, {ONE}, {TWO}, laptop, server-h200"):
+    with pytest.raises(
+        UsageError, match=f"desktop-rtx3090, desktop-rtx4090, {ONE}, {TWO}, laptop, server-h200"
+    ):
         load_machine("nonesuch")
 
 

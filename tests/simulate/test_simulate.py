@@ -66,8 +66,17 @@ def test_the_critical_path_is_the_time_to_the_result(machine: str, phase: str) -
     plan = plan_for("deepseek-v3", machine, 10 if machine == ONE else 8, vram=18)
     found = plan.phase(phase)
     timeline = run(found, Call(2, 100, 2), CostModel(plan))
-    length = sum(timeline.costs[each].seconds for each in longest_chain(timeline))
-    assert length == pytest.approx(timeline.result)
+    chain = longest_chain(timeline)
+    length = sum(timeline.costs[each].seconds for each in chain)
+    assert timeline.given[chain[0]] + length == pytest.approx(timeline.result)
+
+
+def test_a_thread_that_is_late_holds_its_steps_up() -> None:
+    phase = _phase(_step(0, "gpu0"), _step(1, "gpu0"), _step(2, "cpu"))
+    costs = [Cost(1.0, "test", handed_over=3.0), Cost(1.0, "test", handed_over=3.0)]
+    timeline = scheduled(phase, [*costs, Cost(1.0, "test")])
+    assert timeline.given == (3.0, 6.0, 6.0)
+    assert timeline.start == (3.0, 6.0, 6.0)
 
 
 def test_chunks_are_those_of_the_runtime() -> None:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hmc.bench.probe.result import Effort, Measurement
-from hmc.machine.model import Gpu, GpuRates, Rate
+from hmc.machine.model import Gpu, GpuRates
 
 _LAUNCHES = 500
 _HEADS, _WIDTH = 32, 128
@@ -35,7 +35,7 @@ def probe_gpus(effort: Effort) -> tuple[tuple[Gpu, ...], list[Measurement]]:
         properties = torch.cuda.get_device_properties(number)
         measured = Device(torch.device("cuda", number), effort).measure()
         found += measured
-        rates = gpu_rates(measured, fp8=_has_fp8(number))
+        rates = gpu_rates(measured)
         gpus.append(
             Gpu(name=properties.name, memory_bytes=int(properties.total_memory), rates=rates)
         )
@@ -44,14 +44,9 @@ def probe_gpus(effort: Effort) -> tuple[tuple[Gpu, ...], list[Measurement]]:
     return tuple(gpus), found
 
 
-def gpu_rates(found: Sequence[Measurement], *, fp8: bool) -> GpuRates:
-    """Measurements of one GPU as rates; without FP8 matmuls, weights are expanded to BF16."""
-    by_name = {each.what.removeprefix("gpu "): each.rate() for each in found}
-    if not fp8:
-        bf16 = by_name["bf16"]
-        source = f"no FP8 matmul on this GPU: BF16's, {bf16.source}"
-        by_name["fp8"] = Rate(value=bf16.value, kind="derived", source=source, spread=bf16.spread)
-    return GpuRates.model_validate(by_name)
+def gpu_rates(found: Sequence[Measurement]) -> GpuRates:
+    """Measurements of one GPU as rates."""
+    return GpuRates.model_validate({each.what.removeprefix("gpu "): each.rate() for each in found})
 
 
 class Device:
@@ -69,7 +64,7 @@ class Device:
         found = [*self._copies(), self._memory(), self._matmul(torch.bfloat16)]
         if self._cuda and _has_fp8(self.device.index):
             found.append(self._matmul(torch.float8_e4m3fn))
-        return [*found, self._attention(), self._launch(), self._sync()]
+        return [*found, self._attention(), *self._launches(), self._sync()]
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -139,16 +134,27 @@ class Device:
 
     # -- latencies ---------------------------------------------------------------------------------
 
-    def _launch(self) -> Measurement:
-        """Seconds a small kernel takes in a row of many: what launching costs beyond the work."""
+    def _launches(self) -> list[Measurement]:
+        """Seconds a small kernel takes in a row of many, handed over one by one, and as a graph:
+        what the thread takes, and what the device does beyond the work."""
         x = torch.zeros(1024, device=self.device)
 
         def many() -> None:
             for _ in range(_LAUNCHES):
                 x.add_(1.0)
 
-        values = tuple(seconds / _LAUNCHES for seconds in self.wall(many))
-        return Measurement("gpu launch", "s", values, f"{_LAUNCHES} small kernels, {self.device}")
+        replay = many
+        if self._cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                many()
+            replay = graph.replay
+        detail = f"{_LAUNCHES} small kernels, {self.device}"
+        ways = {"launch": (replay, f"{detail}, in a graph"), "hand_over": (many, detail)}
+        return [
+            Measurement(f"gpu {name}", "s", tuple(s / _LAUNCHES for s in self.wall(way)), told)
+            for name, (way, told) in ways.items()
+        ]
 
     def _sync(self) -> Measurement:
         """Seconds until a small pinned copy to the device is known to be done."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 
 from hmc.ops import OPS
-from hmc.plan import Phase
+from hmc.plan.model import Phase
 
 
 def handed_over(phase: Phase) -> tuple[int, ...]:
