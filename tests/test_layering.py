@@ -21,14 +21,15 @@ hmc.__main__
 hmc/cli/bench hmc/cli
 hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
-runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops runtime/host
+runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops
+runtime/device_ops/triton runtime/host
 hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
 passes/graph passes/records hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
 hmc/plan hmc/ops hmc/machine hmc/checkpoint
 codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
-codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes
+codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes codegen/triton
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
 codegen/checks codegen/native codegen/rowwise codegen/spec codegen/isa codegen/expr

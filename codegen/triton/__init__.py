@@ -1,0 +1,16 @@
+"""Matrix products on GPUs, as Triton kernels over stored weights; nothing here knows models, plans
+or torch, and Triton is loaded only where a kernel is asked for.
+
+layout.py      what of a format's row is compiled into kernels
+planes.py      device functions: a tile of a stored matrix from its planes, and its rows' scales
+sums.py        device functions: sums over columns, and parts of sums joined in a fixed order
+linear.py      kernels: y = x W^T, and the activation of two such products
+experts.py     kernels: the same for the experts of a step, all in one launch
+activation.py  an activation's expression as the source of a device function
+build.py       kernels made of all this for one layout, by any compiler
+table.py       every kernel by name: arguments, tiles by architecture, compilation ahead of time
+
+In the names of sizes, a matrix [rows, columns] is a stored weight, and `tokens` are rows of x.
+Kernels compute transposed tiles [rows, tokens]: the weight is the left operand of a product, which
+tensor cores take from registers, where codes are decoded.
+"""

@@ -1,0 +1,90 @@
+"""Kernels for one weight layout and one activation, made of plain functions by any compiler:
+Triton's `jit`, or its interpreter in tests.
+
+Device functions and kernels call each other by name and read constants. Here they are copied into a
+namespace of their own, where the names are those of one layout: so there is one kernel for any
+format, and no kernel carries what all of its functions would only hand on. Triton's disk cache sees
+these constants and the sources of all functions called.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, ModuleType
+from typing import Any
+
+from hmc.codegen.expr import SWIGLU
+from hmc.codegen.triton import activation, experts, linear, planes, sums
+from hmc.codegen.triton.layout import Layout
+
+Wrap = Callable[[FunctionType], Any]
+
+_WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_UNITS = {8: "uint8", 16: "uint16", 32: "uint32"}
+
+
+def kernels(layout: Layout, act: str = SWIGLU) -> Any:
+    """The namespace of a layout's kernels, compiled when they are launched: `.linear[grid](...)`.
+
+    Raises ImportError where there is no Triton.
+    """
+    return _kernels(layout, act)
+
+
+@cache
+def _kernels(layout: Layout, act: str) -> Any:
+    triton = importlib.import_module("triton")
+    return made(layout, act, triton.jit, triton.language.constexpr)
+
+
+def made(layout: Layout, act: str, wrap: Wrap, constant: Callable[[Any], Any]) -> ModuleType:
+    """A module of the functions, each wrapped; constants too."""
+    tl = importlib.import_module("triton.language")
+    home = ModuleType(f"hmc_triton_{layout.kind}")
+    names = home.__dict__
+    names.update(__builtins__=builtins, tl=tl)
+    names.update({name: constant(value) for name, value in _constants(layout, tl).items()})
+    for function in (*_functions(), activation.function(act)):
+        copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
+        copy.__annotations__ = function.__annotations__
+        copy.__module__ = function.__module__
+        names[function.__name__] = wrap(copy)
+    return home
+
+
+@cache
+def _functions() -> tuple[FunctionType, ...]:
+    """All device functions and kernels."""
+    return tuple(
+        each
+        for module in (planes, sums, activation, linear, experts)
+        for each in vars(module).values()
+        if isinstance(each, FunctionType) and each.__module__ == module.__name__
+    )
+
+
+def _constants(layout: Layout, tl: Any) -> dict[str, Any]:
+    scales = [_WORDS.get(scale.kind, "uint8") for scale in layout.scales]
+    words = (_WORDS.get(layout.kind, _UNITS[layout.unit]), *scales)
+    width, halves = layout.unit, []
+    while width > layout.bits:
+        width //= 2
+        halves.append(width)
+    return {
+        "BITS": layout.bits,
+        "PACKED": layout.packed,
+        "HALVES": tuple(halves),
+        "KIND": layout.kind,
+        "FIRST": layout.values[0] if layout.kind == "line" else 0.0,
+        "TERMS": layout.terms,
+        "POWER": layout.power,
+        "SCALES": tuple(scale.kind for scale in layout.scales),
+        "HIGH": tuple(scale.rows for scale in layout.scales),
+        "WIDE": tuple(scale.columns for scale in layout.scales),
+        "SCALED": bool(layout.scales) or layout.power != 1.0,
+        "TYPES": tuple(tl.pointer_type(getattr(tl, word)) for word in words),
+        "BAND": linear.BAND,
+    }

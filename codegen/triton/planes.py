@@ -1,0 +1,115 @@
+"""Device functions that read stored matrices. Capital names are constants that build.py binds, most
+of them fields of a `Layout`.
+
+`planes` is a tuple of pointers: codes, scales in the order of the format's row, and the f32 values
+of codes (read for kind "table" alone). Everything is masked: rows and columns may be any number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+tl: Any = None
+BITS: Any = None
+PACKED: Any = None
+HALVES: Any = None
+"""Bits of what is left after each halving of a unit, down to a code's."""
+KIND: Any = None
+FIRST: Any = None
+"""`values[0]` of kind "line"."""
+TERMS: Any = None
+POWER: Any = None
+SCALES: Any = None
+"""What the elements of each plane of scales are; HIGH and WIDE: the rows and columns that one
+covers."""
+HIGH: Any = None
+WIDE: Any = None
+TYPES: Any = None
+"""Pointer types of codes and scales, and of the values of codes."""
+
+
+def planes_at(table, values):
+    """The planes whose addresses are at `table` i64, codes first; multiples of 16 bytes."""
+    planes = (tl.multiple_of(tl.load(table).to(TYPES[0]), 16),)
+    for i in tl.static_range(len(SCALES)):
+        address = tl.load(table + (1 + i))
+        planes = planes + (tl.multiple_of(address.to(TYPES[1 + i]), 16),)  # noqa: RUF005
+    return planes + (values,)  # noqa: RUF005
+
+
+def half_of(code):
+    """fp16 of E4M3 codes, times 1/256: the fields are the same, with one bit more of exponent.
+    Adding 1 carries out of the magnitude of NaN alone, and makes its exponent fp16's largest."""
+    code = code.to(tl.uint16)
+    size = code & 0x7F
+    bits = ((code & 0x80) << 8) | (size << 7) | (((size + 1) & 0x80) << 7)
+    return bits.to(tl.float16, bitcast=True)
+
+
+def number(word, WHAT: tl.constexpr):
+    """f32 of a word that is a float."""
+    if WHAT == "e4m3":
+        found = half_of(word).to(tl.float32) * 256.0
+    elif WHAT == "e5m2":
+        found = (word.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif WHAT == "e8m0":
+        bits = tl.where(word == 0, 1 << 22, word.to(tl.uint32) << 23)
+        found = tl.where(word == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
+    else:
+        found = word.to(tl.float32)
+    return found
+
+
+def codes(planes, first, rows, column, stride, ROWS: tl.constexpr, DEPTH: tl.constexpr):
+    """Codes [ROWS, DEPTH] from row `first` and `column` on, unpacked."""
+    row = tl.arange(0, ROWS)
+    unit = tl.arange(0, DEPTH // PACKED)
+    base = planes[0] + (first.to(tl.int64) * stride + column // PACKED)
+    # whole units of a row are read: what is behind its last column is multiplied by 0
+    inside = (first + row < rows)[:, None] & (column // PACKED + unit < stride)[None, :]
+    found = tl.load(base + (row[:, None] * stride + unit[None, :]), inside, 0)
+    for i in tl.static_range(len(HALVES)):
+        low = found & ((1 << HALVES[i]) - 1)
+        found = tl.join(low, found >> HALVES[i])
+        found = tl.reshape(found, (ROWS, (DEPTH // PACKED) << (i + 1)))
+    return found
+
+
+def exact(code, planes):
+    """What codes are, times 1 / POWER, as a float that holds it: bf16, or fp16, or f32."""
+    if KIND == "e4m3":
+        found = half_of(code)
+    elif KIND == "e5m2":
+        found = (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    elif KIND == "line":
+        found = code.to(tl.float32) + FIRST
+    elif KIND == "table":
+        found = tl.load(planes[len(SCALES) + 1] + code.to(tl.int32))
+    elif KIND == "e8m0":
+        found = number(code, KIND)
+    else:
+        found = code
+    return found
+
+
+def factor(planes, first, rows, column, columns, ROWS: tl.constexpr):
+    """The scale of each row for the columns from `column` on, times POWER: f32 [ROWS, 1], or one
+    for all of them."""
+    found = POWER
+    for i in tl.static_range(len(SCALES)):
+        high: tl.constexpr = HIGH[i]
+        wide: tl.constexpr = WIDE[i]
+        across, block = 1, 0
+        if wide > 0:
+            across, block = (columns + wide - 1) // wide, column // wide
+        if high % ROWS == 0:
+            line = 0
+            if high > 0:
+                line = first // high
+            word = tl.load(planes[1 + i] + (line * across + block), column < columns, 0)
+        else:
+            row = first + tl.arange(0, ROWS)
+            word = tl.load(planes[1 + i] + (row // high * across + block)[:, None],
+                           ((row < rows) & (column < columns))[:, None], 0)  # fmt: skip
+        found = number(word, SCALES[i]) * found
+    return found

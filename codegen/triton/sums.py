@@ -1,0 +1,94 @@
+"""Device functions that sum products over columns, and join parts of sums in a fixed order.
+
+Tiles are [rows, tokens]. A step of columns is multiplied by the rows' scales before it is added up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+tl: Any = None
+exact: Any = None
+codes: Any = None
+factor: Any = None
+TERMS: Any = None
+KIND: Any = None
+SCALED: Any = None
+"""Whether sums of a step are multiplied before they are added up."""
+
+
+def multiplied(value, x, total):
+    """`total` plus the product of exact values [ROWS, DEPTH] and x bf16 [DEPTH, TOKENS]."""
+    term = value.to(tl.bfloat16)
+    total = tl.dot(term, x, total)
+    for _ in tl.static_range(TERMS - 1):
+        value = value.to(tl.float32) - term.to(tl.float32)
+        term = value.to(tl.bfloat16)
+        total = tl.dot(term, x, total)
+    return total
+
+
+def added(total, x, planes, first, rows, column, columns, stride, ROWS: tl.constexpr,
+          TOKENS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """`total` plus the product of the DEPTH columns from `column` on."""
+    value = exact(codes(planes, first, rows, column, stride, ROWS, DEPTH), planes)
+    if SCALED:
+        product = multiplied(value, x, tl.full((ROWS, TOKENS), 0.0, tl.float32))
+        total += product * factor(planes, first, rows, column, columns, ROWS)
+    else:
+        total = multiplied(value, x, total)
+    return total
+
+
+def sums(x, at, live, planes, others, first, rows, begin, end, columns, stride,
+         ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
+         PAIR: tl.constexpr):  # fmt: skip
+    """f32 [ROWS, TOKENS] of the matrix `planes` from row `first` on, times rows of x, summed over
+    the columns [begin, end), REPEAT steps at a time; with PAIR the same of `others` besides, else
+    zeros.
+
+    `at` i64 [TOKENS] are the elements of x where its rows begin; those not `live` are not read.
+    """
+    one = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    two = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+    depth = tl.arange(0, DEPTH)
+    for start in range(begin, end, DEPTH * REPEAT):
+        for i in tl.static_range(REPEAT):
+            column = start + i * DEPTH
+            inside = live[None, :] & (column + depth < columns)[:, None]
+            part = tl.load(x + at[None, :] + (column + depth)[:, None], inside, 0.0)
+            one = added(one, part, planes, first, rows, column, columns, stride, ROWS, TOKENS,
+                        DEPTH)  # fmt: skip
+            if PAIR:
+                two = added(two, part, others, first, rows, column, columns, stride, ROWS, TOKENS,
+                            DEPTH)  # fmt: skip
+    return one, two
+
+
+def joined(one, two, partials, counters, tile, part, parts, ROWS: tl.constexpr,
+           TOKENS: tl.constexpr, PAIR: tl.constexpr):  # fmt: skip
+    """(whether this program is the last of a tile's `parts`, and then the sums of all their `one`
+    and, with PAIR, `two`, in the order of parts; else anything).
+
+    `partials` f32 [tiles, parts, 1 or 2, ROWS, TOKENS]; `counters` i32 [tiles] are 0 before and
+    after.
+    """
+    place = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    size: tl.constexpr = ROWS * TOKENS * (1 + PAIR)
+    own = partials + tile.to(tl.int64) * parts * size
+    tl.store(own + part * size + place, one)
+    if PAIR:
+        tl.store(own + part * size + ROWS * TOKENS + place, two)
+    tl.debug_barrier()  # the one thread that counts speaks for all that have stored
+    last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == parts - 1
+    tl.debug_barrier()
+    if last:
+        one = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+        two = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+        for each in range(parts):
+            at = own + each * size + place
+            one += tl.load(at, cache_modifier=".cg")
+            if PAIR:
+                two += tl.load(at + ROWS * TOKENS, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+    return last, one, two

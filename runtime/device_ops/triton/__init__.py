@@ -1,0 +1,1 @@
+"""Launches of the kernels of codegen/triton on PyTorch's tensors."""

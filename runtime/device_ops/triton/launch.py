@@ -1,0 +1,271 @@
+"""Matrix products of stored weights by hmc's Triton kernels: tensors in, tensors out; hides tiles,
+grids and what is bound in Triton. No policy: whoever calls knows that there is a GPU and Triton.
+
+Everything is handed to the current stream of x's device; nothing waits and no value is read. x is
+bf16 [T, K] of contiguous rows, sums are f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+
+from hmc.codegen.expr import SWIGLU
+from hmc.codegen.triton import build, table
+from hmc.codegen.triton.layout import Layout
+from hmc.formats import format_of
+from hmc.runtime.weights.torch_view import TORCH
+
+_NAMES = {dtype: name for name, dtype in TORCH.items()}
+_UNITS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_TILES = 1 << 12
+
+
+class Workspace:
+    """What split sums need of a device: 8 MiB for parts of sums, and counters, 0 between launches.
+    Launches that share one follow each other: one a stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.partials = torch.empty(table.PARTIALS, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(_TILES, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A stored matrix [rows, columns] as kernels take it: its planes as words, and the f32 values
+    of its codes after them.
+    """
+
+    planes: tuple[torch.Tensor, ...]
+    layout: Layout
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(
+        planes: Sequence[torch.Tensor], form: str, shape: tuple[int, int], group: int = 0
+    ) -> Weight:
+        """Of planes as a format's row orders them (contiguous, in any shape). `UnsupportedError`
+        for a format that kernels cannot read.
+        """
+        layout = Layout.of(format_of(form), [_NAMES[plane.dtype] for plane in planes], group)
+        words = [planes[0].view(-1)]
+        if words[0].dtype not in _FLOATS:
+            words[0] = words[0].view(_UNITS[layout.unit])
+        words += [_words(plane.view(-1)) for plane in planes[1:]]
+        return Weight((*words, _values(layout, planes[0].device)), layout, *shape)
+
+    @property
+    def stride(self) -> int:
+        """Units from row to row."""
+        return self.layout.stride(self.columns)
+
+
+def _words(plane: torch.Tensor) -> torch.Tensor:
+    return plane if plane.dtype in _FLOATS else plane.view(torch.uint8)
+
+
+@cache
+def _values(layout: Layout, device: torch.device) -> torch.Tensor:
+    return torch.tensor(layout.values or (0.0,), dtype=torch.float32, device=device)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a step on one device: `ids` i32 [n], ascending, `table` i64 [n, planes of
+    gate, up and down] with their planes' addresses; gate and down of one say what all are like.
+    """
+
+    ids: torch.Tensor
+    table: torch.Tensor
+    gate: Weight
+    down: Weight
+
+    @cached_property
+    def downs(self) -> torch.Tensor:
+        """`table` from the planes of down on."""
+        return self.table.view(-1)[2 * self.gate.layout.planes :]
+
+    @staticmethod
+    def of(experts: Iterable[tuple[int, tuple[Weight, Weight, Weight]]]) -> Experts:
+        """Of (id, (gate, up, down)), at least one. Planes lie at multiples of 16 bytes, and are
+        kept alive by the caller.
+        """
+        every = sorted(experts, key=lambda each: each[0])
+        gate, _, down = every[0][1]
+        device = gate.planes[0].device
+        rows = [[plane.data_ptr() for w in three for plane in w.planes[:-1]] for _, three in every]
+        ids = [number for number, _ in every]
+        return Experts(
+            torch.tensor(ids, dtype=torch.int32, device=device),
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            gate,
+            down,
+        )
+
+
+def matmul(
+    x: torch.Tensor,
+    w: Weight,
+    work: Workspace,
+    *,
+    out: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`out` [T, rows], f32 or bf16, contiguous (default: a new f32 one), = x w^T + bias [rows]."""
+    y = x.new_empty((len(x), w.rows), dtype=torch.float32) if out is None else out
+    _linear(x, w, w, work, y, bias, SWIGLU, pair=False)
+    return y
+
+
+def gate_up(
+    x: torch.Tensor,
+    gate: Weight,
+    up: Weight,
+    work: Workspace,
+    *,
+    out: torch.Tensor | None = None,
+    act: str = SWIGLU,
+) -> torch.Tensor:
+    """`out` [T, rows], f32 or bf16 (default: a new bf16 one), = the activation of x gate^T and
+    x up^T, which are alike."""
+    y = x.new_empty((len(x), gate.rows)) if out is None else out
+    _linear(x, gate, up, work, y, None, act, pair=True)
+    return y
+
+
+def _linear(
+    x: torch.Tensor, w: Weight, other: Weight, work: Workspace, y: torch.Tensor,
+    bias: torch.Tensor | None, act: str, *, pair: bool,
+) -> None:  # fmt: skip
+    tokens = len(x)
+    tile = table.tile("pair" if pair else "linear", _arch(x.device), tokens).of(w.layout)
+    tiles = -(-tokens // tile.tokens) * -(-w.rows // tile.rows)
+    parts = table.parts(tile, tiles, w.columns, _processors(x.device), pair)
+    build.kernels(w.layout, act).linear[tiles, parts](
+        x, w.planes, other.planes, w.planes[-1] if bias is None else bias, y,
+        work.partials, work.counters, tokens, w.rows, w.columns, w.stride, parts,
+        **tile.constants, **tile.options, PAIR=pair, SPLIT=parts > 1, BIAS=bias is not None,
+    )  # fmt: skip
+
+
+def experts(
+    x: torch.Tensor,
+    slots: torch.Tensor,
+    edges: torch.Tensor,
+    routing: torch.Tensor,
+    held: Experts,
+    work: Workspace,
+    y: torch.Tensor,
+    *,
+    top_k: int,
+    adds: bool,
+    act: str = SWIGLU,
+    budget: int = 1 << 28,
+) -> None:
+    """y f32 [T, hidden], plus what it is where it `adds`, = the sum over a token's experts among
+    `held` of routing times down(activation(gate x, up x)).
+
+    `slots` [T * top_k] i32 or i64 are sorted by expert, ascending within each; `edges` [experts of
+    the model + 1] i32 or i64 say where those of each begin; `routing` f32 is by slot. The
+    activations of as many tokens as keep to `budget` bytes (at least of some hundred) are held at
+    once.
+    """
+    tokens, inner = len(x), held.gate.rows
+    mean = tokens * top_k // (len(edges) - 1)
+    if tokens <= table.FEW:
+        hidden = x.new_empty((tokens * top_k, inner))
+        _act(x, hidden, slots, edges[:-1], edges[1:], held, 0, top_k, act, mean)
+        _down_few(hidden, slots, edges, routing, held, work, y, tokens, top_k, adds)
+        return
+    if not adds:
+        y.zero_()
+    span, spans = _spans(tokens, top_k, held, budget, _processors(x.device))
+    counts = slots.new_empty((-(-tokens // span) + 1, len(edges) - 1), dtype=torch.int32)
+    kernels = build.kernels(held.down.layout, act)
+    kernels.bounds[len(counts), -(-(len(edges) - 1) // table.BOUNDS)](
+        slots, edges, counts, len(edges) - 1, span, top_k, tokens.bit_length(),
+        BLOCK=table.BOUNDS,
+    )  # fmt: skip
+    hidden = x.new_empty((min(tokens, span * spans) * top_k, inner))
+    for first in range(0, len(counts) - 1, spans):
+        last = min(first + spans, len(counts) - 1)
+        _act(x, hidden, slots, counts[first], counts[last], held, first * span * top_k, top_k, act,
+             mean)  # fmt: skip
+        _down(hidden, slots, counts[first:], routing, held, y, first * span * top_k, last - first,
+              top_k, mean)  # fmt: skip
+
+
+def _spans(tokens: int, top_k: int, held: Experts, budget: int, processors: int) -> tuple[int, int]:
+    """Tokens whose sums one program owns, and how many times as many have activations at once."""
+    fitting = max(table.LEAST_SPAN, budget // (2 * top_k * held.gate.rows))
+    batch = -(-tokens // -(-tokens // fitting))
+    spans = table.spans(held.down.rows, batch, processors)
+    return -(-batch // spans), spans
+
+
+def _act(
+    x: torch.Tensor, hidden: torch.Tensor, slots: torch.Tensor, begins: torch.Tensor,
+    ends: torch.Tensor, held: Experts, first: int, top_k: int, act: str, mean: int,
+) -> None:  # fmt: skip
+    w, count = held.gate, len(held.ids)
+    tile = table.tile("experts_act", _arch(x.device), mean).of(w.layout)
+    most = min(len(hidden), len(hidden) // tile.tokens + count)
+    build.kernels(w.layout, act).experts_act[most, -(-w.rows // tile.rows)](
+        x, slots, held.ids, begins, ends, held.table, w.planes[-1], hidden, first, count, top_k,
+        w.rows, w.columns, w.stride, **tile.constants, **tile.options, **_sizes(held),
+    )  # fmt: skip
+
+
+def _down(
+    hidden: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor, routing: torch.Tensor,
+    held: Experts, y: torch.Tensor, first: int, ranges: int, top_k: int, mean: int,
+) -> None:  # fmt: skip
+    w = held.down
+    tile = table.tile("experts_down", _arch(y.device), mean).of(w.layout)
+    build.kernels(w.layout).experts_down[-(-w.rows // tile.rows), ranges](
+        hidden, slots, routing, held.ids, counts, counts[1:], held.downs, w.planes[-1], y, first,
+        counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
+        **tile.constants, **tile.options, **_sizes(held),
+    )  # fmt: skip
+
+
+def _down_few(
+    hidden: torch.Tensor, slots: torch.Tensor, edges: torch.Tensor, routing: torch.Tensor,
+    held: Experts, work: Workspace, y: torch.Tensor, tokens: int, top_k: int, adds: bool,
+) -> None:  # fmt: skip
+    w, count = held.down, len(held.ids)
+    tile = table.tile("experts_down_few", _arch(y.device), tokens).of(w.layout)
+    tiles = -(-w.rows // tile.rows)
+    parts = min(count, len(hidden), table.most_parts(tile, tiles, _processors(y.device)))
+    build.kernels(w.layout).experts_down_few[tiles, parts](
+        hidden, slots, routing, held.ids, edges[:-1], edges[1:], held.downs, w.planes[-1], y,
+        work.partials, work.counters, tokens, count, top_k, w.rows, w.columns, w.stride, parts,
+        **tile.constants, **tile.options, **_sizes(held), ADDS=adds,
+    )  # fmt: skip
+
+
+def _sizes(held: Experts) -> dict[str, int]:
+    count, width = held.table.shape
+    return {"EXPERTS": 1 << (count - 1).bit_length(), "WIDTH": width}
+
+
+@cache
+def _arch(device: torch.device) -> int:
+    """Compute capability; where there is no GPU, of the first one that kernels are for."""
+    if device.type != "cuda":
+        return min(table.SHARED)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

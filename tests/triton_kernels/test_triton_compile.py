@@ -1,0 +1,69 @@
+"""Kernels compiled ahead of time: no spills, shared memory fits, products are tensor cores'."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from hmc.codegen.triton import table
+from hmc.codegen.triton.layout import Layout
+from hmc.formats import FORMATS, format_of
+
+LAYOUTS = {
+    "fp8": Layout.of(format_of("fp8"), ("F8_E4M3", "F32")),
+    "bf16": Layout.of(format_of("bf16"), ("BF16",)),
+    "fp16": Layout.of(format_of("fp16"), ("F16",)),
+    "f32": Layout.of(format_of("f32"), ("F32",)),
+    "int4": Layout.of(format_of("int4"), ("I32", "BF16"), 32),
+    "int4 of 128": Layout.of(format_of("int4"), ("I32", "F32"), 128),
+}
+DENSE = {"rows": 4096, "columns": 7168}
+UP = {"rows": 2048, "columns": 7168, "experts": 256, "top_k": 8}
+DOWN = {"rows": 7168, "columns": 2048, "experts": 256, "top_k": 8, "all_experts": 256}
+
+
+def check(name: str, form: str, arch: int, tokens: int) -> None:
+    """Of the kernel that a launch on `arch` takes for `tokens`."""
+    pair, layout = name == "pair", LAYOUTS[form]
+    kernel, sizes, more = name, DENSE, dict[str, Any]()
+    if name in ("linear", "pair"):
+        kernel, more = "linear", {"PAIR": pair, "SPLIT": tokens <= table.FEW, "BIAS": not pair}
+    else:
+        sizes = UP if name == "experts_act" else DOWN
+        more = {"EXPERTS": 256, "WIDTH": 3 * layout.planes}
+        more |= {"ADDS": True} if name == "experts_down_few" else {}
+    made = table.compile(kernel, layout, sizes, arch, table.tile(name, arch, tokens), **more)
+    assert made.spilled == 0
+    assert made.shared <= table.SHARED[arch] * 1024
+    assert made.instruction
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "arch", "tokens"),
+    [
+        ("linear", "fp8", 80, 4096),
+        ("linear", "int4", 80, 1),
+        ("experts_act", "fp8", 120, 64),
+        ("experts_down_few", "int4", 120, 1),
+    ],
+)
+def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
+    check(name, form, arch, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", table.SHARED)
+@pytest.mark.parametrize("form", LAYOUTS)
+@pytest.mark.parametrize("tokens", [1, 128, 4096])
+@pytest.mark.parametrize(
+    "name", ["linear", "pair", "experts_act", "experts_down", "experts_down_few"]
+)
+def test_every_kernel_everywhere(name: str, form: str, arch: int, tokens: int) -> None:
+    check(name, form, arch, tokens)
+
+
+def test_every_format_has_a_layout() -> None:
+    assert {form.split()[0] for form in LAYOUTS} == set(FORMATS)
