@@ -6,6 +6,7 @@ planes.py      device functions: a tile of a stored matrix from its planes, and 
 sums.py        device functions: sums over columns, and parts of sums joined in a fixed order
 linear.py      kernels: y = x W^T, and the activation of two such products
 experts.py     kernels: the same for the experts of a step, all in one launch
+terms.py       kernel: x as the sum of two FP8 numbers
 activation.py  an activation's expression as the source of a device function
 build.py       kernels made of all this for one layout, by any compiler
 table.py       every kernel by name: arguments, tiles by architecture, compilation ahead of time

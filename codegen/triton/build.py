@@ -12,41 +12,50 @@ from __future__ import annotations
 import builtins
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType, ModuleType
 from typing import Any
 
 from hmc.codegen.expr import SWIGLU
-from hmc.codegen.triton import activation, experts, linear, planes, sums
-from hmc.codegen.triton.layout import Layout
+from hmc.codegen.triton import activation, experts, linear, planes, sums, terms
+from hmc.codegen.triton.layout import STEP, Layout
+from hmc.errors import UnsupportedError
 
 Wrap = Callable[[FunctionType], Any]
+
+ANY_NUMBER = ("tokens", "height", "parts", "first_slot", "experts", "all_experts", "steps")
+"""Arguments that kernels are not compiled anew for: those that vary from call to call."""
+ANY_ADDRESS = ("slots", "edges", "begins", "ends", "ids", "table")
+"""Pointers that may be at any address, and are not read in haste."""
 
 _WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _UNITS = {8: "uint8", 16: "uint16", 32: "uint32"}
 
 
-def kernels(layout: Layout, act: str = SWIGLU) -> Any:
-    """The namespace of a layout's kernels, compiled when they are launched: `.linear[grid](...)`.
+@cache
+def kernels(layout: Layout, act: str = SWIGLU, eights: bool = False) -> Any:
+    """The namespace of a layout's kernels, compiled when they are launched: `.linear[grid](...)`;
+    with `eights` those that take x as two E4M3 numbers.
 
     Raises ImportError where there is no Triton.
     """
-    return _kernels(layout, act)
-
-
-@cache
-def _kernels(layout: Layout, act: str) -> Any:
     triton = importlib.import_module("triton")
-    return made(layout, act, triton.jit, triton.language.constexpr)
+    free = {"do_not_specialize": ANY_NUMBER, "do_not_specialize_on_alignment": ANY_ADDRESS}
+    return made(layout, act, eights, partial(triton.jit, **free), triton.language.constexpr)
 
 
-def made(layout: Layout, act: str, wrap: Wrap, constant: Callable[[Any], Any]) -> ModuleType:
-    """A module of the functions, each wrapped; constants too."""
+def made(
+    layout: Layout, act: str, eights: bool, wrap: Wrap, constant: Callable[[Any], Any]
+) -> ModuleType:
+    """A module of the functions, each wrapped; constants too. `UnsupportedError` for `eights` of
+    codes that tensor cores cannot multiply as they are."""
+    if eights and layout.kind != "e4m3":
+        raise UnsupportedError("products of x as two FP8 numbers are with FP8 E4M3")
     tl = importlib.import_module("triton.language")
     home = ModuleType(f"hmc_triton_{layout.kind}")
     names = home.__dict__
     names.update(__builtins__=builtins, tl=tl)
-    names.update({name: constant(value) for name, value in _constants(layout, tl).items()})
+    names.update({name: constant(value) for name, value in _constants(layout, eights, tl).items()})
     for function in (*_functions(), activation.function(act)):
         copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
         copy.__annotations__ = function.__annotations__
@@ -60,13 +69,13 @@ def _functions() -> tuple[FunctionType, ...]:
     """All device functions and kernels."""
     return tuple(
         each
-        for module in (planes, sums, activation, linear, experts)
+        for module in (planes, sums, activation, linear, experts, terms)
         for each in vars(module).values()
         if isinstance(each, FunctionType) and each.__module__ == module.__name__
     )
 
 
-def _constants(layout: Layout, tl: Any) -> dict[str, Any]:
+def _constants(layout: Layout, eights: bool, tl: Any) -> dict[str, Any]:
     scales = [_WORDS.get(scale.kind, "uint8") for scale in layout.scales]
     words = (_WORDS.get(layout.kind, _UNITS[layout.unit]), *scales)
     width, halves = layout.unit, []
@@ -80,7 +89,9 @@ def _constants(layout: Layout, tl: Any) -> dict[str, Any]:
         "KIND": layout.kind,
         "FIRST": layout.values[0] if layout.kind == "line" else 0.0,
         "TERMS": layout.terms,
-        "POWER": layout.power,
+        "POWER": 1.0 if eights else layout.power,
+        "EIGHTS": eights,
+        "BLOCK": STEP,
         "SCALES": tuple(scale.kind for scale in layout.scales),
         "HIGH": tuple(scale.rows for scale in layout.scales),
         "WIDE": tuple(scale.columns for scale in layout.scales),

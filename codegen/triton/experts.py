@@ -60,14 +60,16 @@ def tile_at(tile, low, high, last, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     return expert, begin + (tile - before) * TOKENS, end
 
 
-def experts_act(x, slots, ids, begins, ends, table, values, act, first_slot, experts, top_k, rows,
-                columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-                REPEAT: tl.constexpr, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+def experts_act(x, height, slots, ids, begins, ends, table, values, act, first_slot, experts,
+                top_k, rows, columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+                DEPTH: tl.constexpr, REPEAT: tl.constexpr, EXPERTS: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
     """act bf16 [slots of the range, rows] = the activation of x gate^T and x up^T of the slots'
     experts, for those of the step.
 
-    Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. `WIDTH` i64 of
-    `table` are an expert's, from gate on (below: from down on); `values` f32 are those of codes.
+    Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. x has `height`
+    rows. `WIDTH` i64 of `table` are an expert's, from gate on (below: from down on); `values` f32
+    are those of codes.
     """
     low, high, last = tiles(ids, begins, ends, experts, TOKENS, EXPERTS)
     tile = tl.program_id(0)
@@ -81,7 +83,7 @@ def experts_act(x, slots, ids, begins, ends, table, values, act, first_slot, exp
     gate = planes_at(own, values)
     up = planes_at(own + (1 + len(SCALES)), values)
     first = tl.program_id(1) * ROWS
-    one, two = sums(x, slot // top_k * columns, live, gate, up, first, rows, 0, columns, columns,
+    one, two = sums(x, height, slot // top_k, live, gate, up, first, rows, 0, columns, columns,
                     stride, ROWS, TOKENS, DEPTH, REPEAT, True)  # fmt: skip
     row = first + tl.arange(0, ROWS)
     found = activation(one, two).to(tl.bfloat16)
@@ -89,10 +91,10 @@ def experts_act(x, slots, ids, begins, ends, table, values, act, first_slot, exp
     tl.store(to, found, live[None, :] & (row < rows)[:, None])
 
 
-def experts_down(act, slots, routing, ids, begins, ends, table, values, y, first_slot, all_experts,
-                 experts, top_k, rows, columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-                 DEPTH: tl.constexpr, REPEAT: tl.constexpr, EXPERTS: tl.constexpr,
-                 WIDTH: tl.constexpr):  # fmt: skip
+def experts_down(act, height, slots, routing, ids, begins, ends, table, values, y, first_slot,
+                 all_experts, experts, top_k, rows, columns, stride, ROWS: tl.constexpr,
+                 TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
+                 EXPERTS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """y f32 [tokens, rows] += routing[slot] * act[slot] down^T, for the experts of the step in
     their order.
 
@@ -108,7 +110,7 @@ def experts_down(act, slots, routing, ids, begins, ends, table, values, y, first
         live = place < end
         slot = tl.load(slots + place, live, 0).to(tl.int64)
         down = planes_at(table + expert * WIDTH, values)
-        found, _ = sums(act, (slot - first_slot) * columns, live, down, down, first, rows, 0,
+        found, _ = sums(act, height, slot - first_slot, live, down, down, first, rows, 0,
                         columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
         found *= tl.load(routing + slot, live, 0.0)[None, :]
         to = y + (slot // top_k)[None, :] * rows + row[:, None]
@@ -139,7 +141,7 @@ def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, p
         slot = tl.max(tl.where(own, slots_of[:, None], -1), 0)
         live = slot >= 0
         down = planes_at(table + expert * WIDTH, values)
-        found, _ = sums(act, slot.to(tl.int64) * columns, live, down, down, first, rows, 0, columns,
+        found, _ = sums(act, 0, slot.to(tl.int64), live, down, down, first, rows, 0, columns,
                         columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
         one += found * tl.load(routing + slot, live, 0.0)[None, :]
     mine, one, _ = joined(one, one, partials, counters, tl.program_id(0), tl.program_id(1), parts,

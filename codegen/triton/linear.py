@@ -31,13 +31,13 @@ def linear(x, planes, others, bias, y, partials, counters, tokens, rows, columns
     first = inner // size * ROWS
     token = (band + inner % size) * TOKENS + tl.arange(0, TOKENS)
     live = token < tokens
-    at = token.to(tl.int64) * columns
     begin, end = 0, columns
     if SPLIT:
         steps = ((columns + DEPTH * REPEAT - 1) // (DEPTH * REPEAT) + parts - 1) // parts
         begin = tl.program_id(1) * steps * (DEPTH * REPEAT)
         end = min(begin + steps * (DEPTH * REPEAT), columns)
-    one, two = sums(x, at, live, planes, others, first, rows, begin, end, columns, stride,
+    row = token.to(tl.int64)
+    one, two = sums(x, tokens, row, live, planes, others, first, rows, begin, end, columns, stride,
                     ROWS, TOKENS, DEPTH, REPEAT, PAIR)  # fmt: skip
     if SPLIT:
         last, one, two = joined(one, two, partials, counters, tile, tl.program_id(1), parts, ROWS,

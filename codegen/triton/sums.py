@@ -13,6 +13,10 @@ codes: Any = None
 factor: Any = None
 TERMS: Any = None
 KIND: Any = None
+BLOCK: Any = None
+EIGHTS: Any = None
+"""Whether x is two E4M3 numbers (terms.py), and weights are multiplied as they are; x is then a
+tuple: codes of both, scales."""
 SCALED: Any = None
 """Whether sums of a step are multiplied before they are added up."""
 
@@ -30,33 +34,53 @@ def multiplied(value, x, total):
 
 def added(total, x, planes, first, rows, column, columns, stride, ROWS: tl.constexpr,
           TOKENS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
-    """`total` plus the product of the DEPTH columns from `column` on."""
-    value = exact(codes(planes, first, rows, column, stride, ROWS, DEPTH), planes)
-    if SCALED:
-        product = multiplied(value, x, tl.full((ROWS, TOKENS), 0.0, tl.float32))
+    """`total` plus the product of the DEPTH columns from `column` on, with `activations` of x, or
+    with EIGHTS `eights`."""
+    code = codes(planes, first, rows, column, stride, ROWS, DEPTH)
+    if EIGHTS:
+        code = code.to(tl.float8e4nv, bitcast=True)
+        product = tl.dot(code, x[0], tl.dot(code, x[1]) * 0.0625) * x[2][None, :]
+        total += product * factor(planes, first, rows, column, columns, ROWS)
+    elif SCALED:
+        product = tl.full((ROWS, TOKENS), 0.0, tl.float32)
+        product = multiplied(exact(code, planes), x, product)
         total += product * factor(planes, first, rows, column, columns, ROWS)
     else:
-        total = multiplied(value, x, total)
+        total = multiplied(exact(code, planes), x, total)
     return total
 
 
-def sums(x, at, live, planes, others, first, rows, begin, end, columns, stride,
+def activations(x, row, live, column, columns, DEPTH: tl.constexpr):
+    """Columns of the rows i64 [TOKENS] of x that are `live`, else 0: bf16 [DEPTH, TOKENS]."""
+    depth = column + tl.arange(0, DEPTH)
+    inside = live[None, :] & (depth < columns)[:, None]
+    return tl.load(x + (row * columns)[None, :] + depth[:, None], inside, 0.0)
+
+
+def eights(x, height, row, live, column, columns, DEPTH: tl.constexpr):
+    """The same of both E4M3 numbers, and the scales [TOKENS] of the rows for these columns."""
+    blocks = (columns + BLOCK - 1) // BLOCK
+    return (activations(x[0], row, live, column, columns, DEPTH),
+            activations(x[0], row + height, live, column, columns, DEPTH),
+            tl.load(x[1] + row * blocks + column // BLOCK, live, 0.0))  # fmt: skip
+
+
+def sums(x, height, row, live, planes, others, first, rows, begin, end, columns, stride,
          ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
          PAIR: tl.constexpr):  # fmt: skip
     """f32 [ROWS, TOKENS] of the matrix `planes` from row `first` on, times rows of x, summed over
     the columns [begin, end), REPEAT steps at a time; with PAIR the same of `others` besides, else
-    zeros.
-
-    `at` i64 [TOKENS] are the elements of x where its rows begin; those not `live` are not read.
+    zeros. `height` are all rows of x.
     """
     one = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     two = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-    depth = tl.arange(0, DEPTH)
     for start in range(begin, end, DEPTH * REPEAT):
         for i in tl.static_range(REPEAT):
             column = start + i * DEPTH
-            inside = live[None, :] & (column + depth < columns)[:, None]
-            part = tl.load(x + at[None, :] + (column + depth)[:, None], inside, 0.0)
+            if EIGHTS:
+                part = eights(x, height, row, live, column, columns, DEPTH)
+            else:
+                part = activations(x, row, live, column, columns, DEPTH)
             one = added(one, part, planes, first, rows, column, columns, stride, ROWS, TOKENS,
                         DEPTH)  # fmt: skip
             if PAIR:

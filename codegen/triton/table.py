@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from hmc.codegen.expr import SWIGLU
-from hmc.codegen.triton.build import kernels
+from hmc.codegen.triton.build import ANY_ADDRESS, ANY_NUMBER, kernels
 from hmc.codegen.triton.layout import Layout
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have, by compute capability."""
+
+LINE = 128
+"""Bytes of a row of codes that are loaded at once at most."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Tile:
     repeat: int = 1
 
     def of(self, layout: Layout) -> Tile:
-        """As many columns in the steps that a layout's scales allow."""
-        depth = min(self.depth, layout.step)
-        return replace(self, depth=depth, repeat=self.repeat * self.depth // depth)
+        """As many columns in the steps that a layout's scales allow, but of wide codes no more than
+        LINE bytes of a row."""
+        columns = min(self.depth, 8 * LINE // layout.unit)
+        depth = min(columns, layout.step)
+        return replace(self, depth=depth, repeat=columns // depth)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -55,16 +60,33 @@ class Tile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-_TILES = {
-    "linear": ((16, Tile(64, 16, 128, 4, 4)), (512, Tile(128, 64, 128, 8, 3)),
-               (0, Tile(128, 128, 64, 8, 3))),
-    "pair": ((16, Tile(64, 16, 128, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
-    "experts_act": ((24, Tile(64, 16, 128, 4, 3)), (0, Tile(128, 64, 64, 8, 3))),
-    "experts_down": ((24, Tile(64, 16, 128, 4, 4)), (0, Tile(128, 64, 64, 8, 3))),
-    "experts_down_few": ((0, Tile(64, 16, 128, 4, 4)),),
+_ANY = 0
+_FEW, _MANY = Tile(64, 16, 128, 4, 3), Tile(128, 64, 64, 8, 3)
+_LONG, _NARROW = Tile(64, 16, 128, 4, 4), Tile(128, 32, 128, 8, 3)
+_TILES: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
+    "linear": {_ANY: ((16, _LONG), (512, Tile(128, 64, 128, 8, 3)),
+                      (_ANY, Tile(128, 128, 64, 8, 3)))},
+    "pair": {_ANY: ((16, _FEW), (_ANY, _MANY))},
+    "experts_act": {_ANY: ((24, _FEW), (_ANY, _MANY)),
+                    100: ((24, Tile(64, 16, 128, 8, 3)), (_ANY, _MANY))},
+    "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY))},
+    "experts_down_few": {_ANY: ((_ANY, _LONG),)},
 }  # fmt: skip
-"""Of every kernel, up to how many tokens (an expert's on average; 0: any number) a tile is for."""
+"""Of a kernel, by architecture: up to how many tokens (an expert's on average) a tile is for."""
+_EIGHTS: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
+    "linear": {_ANY: ((_ANY, Tile(128, 64, 128, 8, 3)),)},
+    "pair": {_ANY: ((_ANY, _NARROW),), 90: ((_ANY, Tile(128, 64, 128, 8, 3)),),
+             100: ((_ANY, Tile(64, 64, 128, 8, 3)),)},
+    "experts_act": {_ANY: ((24, _FEW), (_ANY, _NARROW)),
+                    90: ((24, _FEW), (_ANY, Tile(128, 64, 128, 8, 3))),
+                    100: ((24, Tile(64, 16, 128, 8, 3)), (_ANY, Tile(64, 64, 128, 8, 3)))},
+    "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY)),
+                     100: ((24, _LONG), (_ANY, _NARROW)), 120: ((24, _LONG), (_ANY, _NARROW))},
+}  # fmt: skip
+"""The same of x as two FP8 numbers."""
 
+TERMS = 16
+"""Tokens of a program of `terms`."""
 FEW = 16
 """Most tokens of `experts_down_few`: those of its tile."""
 PARTIALS = 1 << 21
@@ -77,9 +99,13 @@ _WAVES = 4
 """Programs a processor takes at once in sums that wait for memory."""
 
 
-def tile(name: str, arch: int, tokens: int) -> Tile:
-    """The tile of a kernel on `arch` for `tokens`."""
-    return next(each for most, each in _TILES[name] if not most or tokens <= most)
+def tile(name: str, arch: int, tokens: int, eights: bool = False) -> Tile:
+    """The tile of a kernel on `arch` (or the one that it follows) for `tokens`; `eights`: of x as
+    two FP8 numbers."""
+    known = max((each for each in SHARED if each <= arch), default=min(SHARED))
+    tiles = (_EIGHTS if eights else _TILES)[name]
+    found = tiles.get(known, tiles[_ANY])
+    return next(each for most, each in found if not most or tokens <= most)
 
 
 def parts(tile: Tile, tiles: int, columns: int, processors: int, pair: bool) -> int:
@@ -93,7 +119,8 @@ def parts(tile: Tile, tiles: int, columns: int, processors: int, pair: bool) -> 
 def most_parts(tile: Tile, tiles: int, processors: int) -> int:
     """How many programs may share a tile, so that together they fill a GPU and their sums their
     memory."""
-    return max(1, min(-(-_WAVES * processors // tiles),
+    waves = _WAVES if tile.tokens <= FEW else 1
+    return max(1, min(-(-waves * processors // tiles),
                       PARTIALS // (tiles * tile.rows * tile.tokens)))  # fmt: skip
 
 
@@ -101,7 +128,7 @@ def spans(rows: int, tokens: int, processors: int) -> int:
     """Into how many ranges tokens are divided for `experts_down`, each with a program for every
     tile of rows: the fewer, the more tokens of an expert are multiplied at once.
     """
-    wide = _TILES["experts_down"][0][1].rows
+    wide = _LONG.rows
     return max(1, min(-(-processors // -(-rows // wide)), tokens // LEAST_SPAN))
 
 
@@ -121,6 +148,7 @@ _POINTERS = {
     "x": "*bf16", "act": "*bf16", "bias": "*bf16", "y": "*fp32", "partials": "*fp32",
     "routing": "*fp32", "values": "*fp32", "counters": "*i32", "slots": "*i64", "edges": "*i64",
     "begins": "*i64", "ends": "*i64", "ids": "*i32", "table": "*i64", "found": "*i32",
+    "codes": "*fp8e4nv", "scales": "*fp32",
 }  # fmt: skip
 _WORDS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
 _TARGET = re.compile(r"\.target (\w+)")
@@ -135,6 +163,7 @@ def compile(
     tile: Tile,
     *,
     act: str = SWIGLU,
+    eights: bool = False,
     types: Mapping[str, str] | None = None,
     **constants: Any,
 ) -> Compiled:
@@ -146,7 +175,7 @@ def compile(
     """
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
-    kernel = getattr(kernels(layout, act), name)
+    kernel = getattr(kernels(layout, act, eights), name)
     given = {**tile.of(layout).constants, **constants}
     if "columns" in sizes:
         sizes = {"stride": layout.stride(sizes["columns"]), **sizes}
@@ -154,19 +183,22 @@ def compile(
     fixed: dict[tuple[int, ...], Any] = {}
     whole: dict[tuple[int, ...], list[list[Any]]] = {}
     for at, argument in enumerate(inspect.signature(kernel.fn).parameters):
-        if argument in given or sizes.get(argument) == 1:
+        if argument in given or (sizes.get(argument) == 1 and argument not in ANY_NUMBER):
             signature[argument] = "constexpr"
             fixed[at,] = given.get(argument, 1)
+        elif at == 0 and eights and name != "terms":
+            signature[argument] = ("*fp8e4nv", "*fp32")
+            whole.update({(at, i): _SIXTEENS for i in range(2)})
         elif argument in ("planes", "others"):
             signature[argument] = _planes(layout)
             whole.update({(at, i): _SIXTEENS for i in range(layout.planes + 1)})
         elif argument in _POINTERS:
             signature[argument] = {**_POINTERS, **(types or {})}[argument]
-            if argument != "ends":
+            if argument not in ANY_ADDRESS:
                 whole[at,] = _SIXTEENS
         else:
             signature[argument] = "i32"
-            if sizes.get(argument, 1) % 16 == 0:
+            if sizes.get(argument, 1) % 16 == 0 and argument not in ANY_NUMBER:
                 whole[at,] = _SIXTEENS
     source = compiler.ASTSource(kernel, signature, fixed, whole)
     target = backend.GPUTarget("cuda", arch, 32)

@@ -46,11 +46,14 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, *more: Any) -> Any:
 
 
 def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
-    """To bf16 the interpreter cuts, and carries of its own rounding are lost."""
+    """The interpreter cuts, and carries of its own rounding are lost."""
     if target == tl.bfloat16 and source in (tl.float32, tl.float16):
         bits = data.astype(np.float32).view(np.uint32)
         near = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return np.where(np.isnan(data), 0x7FC0, near).astype(np.uint16)
+    if target == tl.float8e4nv and source == tl.float32:
+        eights = torch.from_numpy(data.copy()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return eights.view(torch.uint8).numpy()
     return _convert(data, source, target, rounding)
 
 
@@ -84,9 +87,9 @@ class _Kernel:
 
 
 @cache
-def kernels(layout: Layout, act: str = SWIGLU) -> Any:
+def kernels(layout: Layout, act: str = SWIGLU, eights: bool = False) -> Any:
     """As `build.kernels`."""
-    return build.made(layout, act, _Kernel, lambda value: value)
+    return build.made(layout, act, eights, _Kernel, lambda value: value)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -25,7 +25,7 @@ UP = {"rows": 2048, "columns": 7168, "experts": 256, "top_k": 8}
 DOWN = {"rows": 7168, "columns": 2048, "experts": 256, "top_k": 8, "all_experts": 256}
 
 
-def check(name: str, form: str, arch: int, tokens: int) -> None:
+def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) -> None:
     """Of the kernel that a launch on `arch` takes for `tokens`."""
     pair, layout = name == "pair", LAYOUTS[form]
     kernel, sizes, more = name, DENSE, dict[str, Any]()
@@ -35,7 +35,8 @@ def check(name: str, form: str, arch: int, tokens: int) -> None:
         sizes = UP if name == "experts_act" else DOWN
         more = {"EXPERTS": 256, "WIDTH": 3 * layout.planes}
         more |= {"ADDS": True} if name == "experts_down_few" else {}
-    made = table.compile(kernel, layout, sizes, arch, table.tile(name, arch, tokens), **more)
+    tile = table.tile(name, arch, tokens, eights)
+    made = table.compile(kernel, layout, sizes, arch, tile, eights=eights, **more)
     assert made.spilled == 0
     assert made.shared <= table.SHARED[arch] * 1024
     assert made.instruction
@@ -63,6 +64,14 @@ def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
 )
 def test_every_kernel_everywhere(name: str, form: str, arch: int, tokens: int) -> None:
     check(name, form, arch, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [arch for arch in table.SHARED if arch >= 89])
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("name", ["linear", "pair", "experts_act", "experts_down"])
+def test_products_of_two_fp8_numbers(name: str, tokens: int, arch: int) -> None:
+    check(name, "fp8", arch, tokens, eights=True)
 
 
 def test_every_format_has_a_layout() -> None:

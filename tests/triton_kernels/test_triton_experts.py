@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -75,11 +76,11 @@ class Routed:
         return total
 
     def run(self, layer: Layer, work: Workspace, y: torch.Tensor, adds: bool,
-            whole: type = torch.int64, budget: int = 1 << 28) -> torch.Tensor:  # fmt: skip
+            whole: torch.dtype = torch.int64, **options: Any) -> torch.Tensor:  # fmt: skip
         """y after the launches."""
         experts(
             self.x, self.slots.to(whole), self.edges.to(whole), self.routing, layer.held, work, y,
-            top_k=TOP_K, adds=adds, budget=budget,
+            top_k=TOP_K, adds=adds, **options,
         )  # fmt: skip
         return y
 
@@ -118,3 +119,11 @@ def test_tiles_of_one_expert_follow_each_other(
     call.edges.copy_(torch.searchsorted(ids, torch.arange(ALL + 1)))
     found = call.run(layer, work, torch.zeros(40, HIDDEN), adds=False)
     assert error(found, call.added(torch.zeros(40, HIDDEN), layer)) < BOUND
+
+
+def test_x_and_activations_as_two_fp8_numbers(work: Workspace) -> None:
+    layer, call = Layer.of("fp8", "fp8", [0, 4]), Routed.of(19)
+    exact = call.added(torch.zeros(19, HIDDEN), layer)
+    found = call.run(layer, work, torch.zeros(19, HIDDEN), adds=False, eights=True)
+    # what is far below a block's largest loses bits
+    assert error(found, exact) < 1e-4

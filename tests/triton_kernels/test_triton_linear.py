@@ -15,7 +15,7 @@ from hmc.blocks.pointwise import activated
 from hmc.codegen.expr import OPERATIONS, REDUCTIONS
 from hmc.codegen.triton import table
 from hmc.formats import Format, format_of, registered
-from hmc.runtime.device_ops.triton.launch import Workspace, gate_up, matmul
+from hmc.runtime.device_ops.triton.launch import Terms, Workspace, gate_up, matmul
 
 BOUND = 3e-7
 """Relative error of sums in f32."""
@@ -78,6 +78,27 @@ def test_the_activation_of_two_products(tokens: int, work: Workspace) -> None:
     assert found.dtype == torch.bfloat16
     assert error(found, exact) < ROUNDED
     assert not work.counters.any()
+
+
+def test_x_as_two_fp8_numbers(work: Workspace) -> None:
+    weight, values = random_weight(format_of("fp8"), 70, 320)
+    x = random_x(18, 320)
+    x[3], x[4] = x[3] * 1e-3, 0
+    x[5, 0] = 1e4  # what is far below it in its block loses bits
+    terms = Terms.of(x, weight.layout)
+    scales = terms.scales.repeat_interleave(128, 1)[:, :320]
+    lost = (terms.codes[0].float() + terms.codes[1].float() / 16) * scales - x.float()
+    assert lost[5, :128].abs().max() < 1e4 * 2**-20
+    lost[5, :128] = 0
+    assert not lost.any()
+    assert torch.equal(terms.scales, torch.exp2(terms.scales.log2().round()))
+    found, exact = matmul(terms, weight, work), x.double() @ values.t()
+    assert error(found[5:6], exact[5:6]) < 1e-5
+    found[5], exact[5] = 0, 0
+    assert error(found, exact) < BOUND
+    products = x.double() * 0.01 @ values.t()
+    found = gate_up(Terms.of(x * 0.01, weight.layout), weight, weight, work)
+    assert error(found, torch.nn.functional.silu(products) * products) < 2 * ROUNDED
 
 
 _TEXTS = [

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.triton import build, table
-from hmc.codegen.triton.layout import Layout
+from hmc.codegen.triton.layout import STEP, Layout
 from hmc.formats import format_of
 from hmc.runtime.weights.torch_view import TORCH
 
@@ -66,6 +67,45 @@ class Weight:
         return self.layout.stride(self.columns)
 
 
+@dataclass(frozen=True)
+class Terms:
+    """x [T, K] as the sum of two E4M3 numbers: codes [2, T, K], the second in sixteenths, and f32
+    scales [T, blocks of 128 columns]; for FP8 weights on compute capability 8.9 and later.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+
+    @staticmethod
+    def of(x: torch.Tensor, layout: Layout) -> Terms:
+        """Of x bf16; `layout` is any that it will be multiplied with."""
+        tokens, columns = x.shape
+        blocks = -(-columns // STEP)
+        codes = x.new_empty((2, tokens, columns), dtype=torch.float8_e4m3fn)
+        scales = x.new_empty((tokens, blocks), dtype=torch.float32)
+        build.kernels(layout, eights=True).terms[-(-tokens // table.TERMS), blocks](
+            x, codes, scales, tokens, columns, TOKENS=table.TERMS
+        )
+        return Terms(codes, scales)
+
+    def __len__(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+
+X = torch.Tensor | Terms
+"""Rows to be multiplied: bf16 [T, K], or the same as `Terms`."""
+
+
+def _taken(x: X) -> Any:
+    """As kernels take it."""
+    return (x.codes, x.scales) if isinstance(x, Terms) else x
+
+
 def _words(plane: torch.Tensor) -> torch.Tensor:
     return plane if plane.dtype in _FLOATS else plane.view(torch.uint8)
 
@@ -110,7 +150,7 @@ class Experts:
 
 
 def matmul(
-    x: torch.Tensor,
+    x: X,
     w: Weight,
     work: Workspace,
     *,
@@ -118,13 +158,13 @@ def matmul(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`out` [T, rows], f32 or bf16, contiguous (default: a new f32 one), = x w^T + bias [rows]."""
-    y = x.new_empty((len(x), w.rows), dtype=torch.float32) if out is None else out
+    y = torch.empty((len(x), w.rows), dtype=torch.float32, device=x.device) if out is None else out
     _linear(x, w, w, work, y, bias, SWIGLU, pair=False)
     return y
 
 
 def gate_up(
-    x: torch.Tensor,
+    x: X,
     gate: Weight,
     up: Weight,
     work: Workspace,
@@ -134,21 +174,27 @@ def gate_up(
 ) -> torch.Tensor:
     """`out` [T, rows], f32 or bf16 (default: a new bf16 one), = the activation of x gate^T and
     x up^T, which are alike."""
-    y = x.new_empty((len(x), gate.rows)) if out is None else out
+    y = (
+        torch.empty((len(x), gate.rows), dtype=torch.bfloat16, device=x.device)
+        if out is None
+        else out
+    )
     _linear(x, gate, up, work, y, None, act, pair=True)
     return y
 
 
 def _linear(
-    x: torch.Tensor, w: Weight, other: Weight, work: Workspace, y: torch.Tensor,
+    x: X, w: Weight, other: Weight, work: Workspace, y: torch.Tensor,
     bias: torch.Tensor | None, act: str, *, pair: bool,
 ) -> None:  # fmt: skip
     tokens = len(x)
-    tile = table.tile("pair" if pair else "linear", _arch(x.device), tokens).of(w.layout)
+    eights = isinstance(x, Terms)
+    name = "pair" if pair else "linear"
+    tile = table.tile(name, _arch(x.device), tokens, eights).of(w.layout)
     tiles = -(-tokens // tile.tokens) * -(-w.rows // tile.rows)
     parts = table.parts(tile, tiles, w.columns, _processors(x.device), pair)
-    build.kernels(w.layout, act).linear[tiles, parts](
-        x, w.planes, other.planes, w.planes[-1] if bias is None else bias, y,
+    build.kernels(w.layout, act, eights).linear[tiles, parts](
+        _taken(x), w.planes, other.planes, w.planes[-1] if bias is None else bias, y,
         work.partials, work.counters, tokens, w.rows, w.columns, w.stride, parts,
         **tile.constants, **tile.options, PAIR=pair, SPLIT=parts > 1, BIAS=bias is not None,
     )  # fmt: skip
@@ -167,6 +213,7 @@ def experts(
     adds: bool,
     act: str = SWIGLU,
     budget: int = 1 << 28,
+    eights: bool = False,
 ) -> None:
     """y f32 [T, hidden], plus what it is where it `adds`, = the sum over a token's experts among
     `held` of routing times down(activation(gate x, up x)).
@@ -174,7 +221,7 @@ def experts(
     `slots` [T * top_k] i32 or i64 are sorted by expert, ascending within each; `edges` [experts of
     the model + 1] i32 or i64 say where those of each begin; `routing` f32 is by slot. The
     activations of as many tokens as keep to `budget` bytes (at least of some hundred) are held at
-    once.
+    once. `eights`: of more than a few tokens, x and activations are multiplied as `Terms`.
     """
     tokens, inner = len(x), held.gate.rows
     mean = tokens * top_k // (len(edges) - 1)
@@ -192,12 +239,14 @@ def experts(
         slots, edges, counts, len(edges) - 1, span, top_k, tokens.bit_length(),
         BLOCK=table.BOUNDS,
     )  # fmt: skip
+    rows: X = Terms.of(x, held.gate.layout) if eights else x
     hidden = x.new_empty((min(tokens, span * spans) * top_k, inner))
     for first in range(0, len(counts) - 1, spans):
         last = min(first + spans, len(counts) - 1)
-        _act(x, hidden, slots, counts[first], counts[last], held, first * span * top_k, top_k, act,
-             mean)  # fmt: skip
-        _down(hidden, slots, counts[first:], routing, held, y, first * span * top_k, last - first,
+        _act(rows, hidden, slots, counts[first], counts[last], held, first * span * top_k, top_k,
+             act, mean)  # fmt: skip
+        acts: X = Terms.of(hidden, held.down.layout) if eights else hidden
+        _down(acts, slots, counts[first:], routing, held, y, first * span * top_k, last - first,
               top_k, mean)  # fmt: skip
 
 
@@ -210,27 +259,29 @@ def _spans(tokens: int, top_k: int, held: Experts, budget: int, processors: int)
 
 
 def _act(
-    x: torch.Tensor, hidden: torch.Tensor, slots: torch.Tensor, begins: torch.Tensor,
+    x: X, hidden: torch.Tensor, slots: torch.Tensor, begins: torch.Tensor,
     ends: torch.Tensor, held: Experts, first: int, top_k: int, act: str, mean: int,
 ) -> None:  # fmt: skip
     w, count = held.gate, len(held.ids)
-    tile = table.tile("experts_act", _arch(x.device), mean).of(w.layout)
+    eights = isinstance(x, Terms)
+    tile = table.tile("experts_act", _arch(x.device), mean, eights).of(w.layout)
     most = min(len(hidden), len(hidden) // tile.tokens + count)
-    build.kernels(w.layout, act).experts_act[most, -(-w.rows // tile.rows)](
-        x, slots, held.ids, begins, ends, held.table, w.planes[-1], hidden, first, count, top_k,
-        w.rows, w.columns, w.stride, **tile.constants, **tile.options, **_sizes(held),
+    build.kernels(w.layout, act, eights).experts_act[most, -(-w.rows // tile.rows)](
+        _taken(x), len(x), slots, held.ids, begins, ends, held.table, w.planes[-1], hidden, first,
+        count, top_k, w.rows, w.columns, w.stride, **tile.constants, **tile.options, **_sizes(held),
     )  # fmt: skip
 
 
 def _down(
-    hidden: torch.Tensor, slots: torch.Tensor, counts: torch.Tensor, routing: torch.Tensor,
+    hidden: X, slots: torch.Tensor, counts: torch.Tensor, routing: torch.Tensor,
     held: Experts, y: torch.Tensor, first: int, ranges: int, top_k: int, mean: int,
 ) -> None:  # fmt: skip
     w = held.down
-    tile = table.tile("experts_down", _arch(y.device), mean).of(w.layout)
-    build.kernels(w.layout).experts_down[-(-w.rows // tile.rows), ranges](
-        hidden, slots, routing, held.ids, counts, counts[1:], held.downs, w.planes[-1], y, first,
-        counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
+    eights = isinstance(hidden, Terms)
+    tile = table.tile("experts_down", _arch(y.device), mean, eights).of(w.layout)
+    build.kernels(w.layout, eights=eights).experts_down[-(-w.rows // tile.rows), ranges](
+        _taken(hidden), len(hidden), slots, routing, held.ids, counts, counts[1:], held.downs,
+        w.planes[-1], y, first, counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
         **tile.constants, **tile.options, **_sizes(held),
     )  # fmt: skip
 
