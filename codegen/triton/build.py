@@ -29,6 +29,7 @@ ANY_ADDRESS = ("slots", "edges", "begins", "ends", "ids", "table")
 """Pointers that may be at any address, and are not read in haste."""
 
 _WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+_EIGHT_BITS = {"E4M3": 1, "E5M2": 2, "E8M0": 3}
 _UNITS = {8: "uint8", 16: "uint16", 32: "uint32"}
 
 
@@ -92,7 +93,8 @@ def _constants(layout: Layout, eights: bool, tl: Any) -> dict[str, Any]:
         "POWER": 1.0 if eights else layout.power,
         "EIGHTS": eights,
         "BLOCK": STEP,
-        "SCALES": tuple(scale.kind for scale in layout.scales),
+        **_EIGHT_BITS,
+        "SCALES": tuple(_EIGHT_BITS.get(scale.kind.upper(), 0) for scale in layout.scales),
         "HIGH": tuple(scale.rows for scale in layout.scales),
         "WIDE": tuple(scale.columns for scale in layout.scales),
         "SCALED": bool(layout.scales) or layout.power != 1.0,

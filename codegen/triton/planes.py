@@ -19,9 +19,12 @@ FIRST: Any = None
 """`values[0]` of kind "line"."""
 TERMS: Any = None
 POWER: Any = None
+E4M3: Any = None
+E5M2: Any = None
+E8M0: Any = None
 SCALES: Any = None
-"""What the elements of each plane of scales are; HIGH and WIDE: the rows and columns that one
-covers."""
+"""What the elements of each plane of scales are: one of these, or 0; HIGH and WIDE: how many rows
+and columns one covers."""
 HIGH: Any = None
 WIDE: Any = None
 TYPES: Any = None
@@ -47,12 +50,12 @@ def half_of(code):
 
 
 def number(word, WHAT: tl.constexpr):
-    """f32 of a word that is a float."""
-    if WHAT == "e4m3":
+    """f32 of a word that is a float: of 8 bits as WHAT says, or as its pointer does."""
+    if WHAT == E4M3:
         found = half_of(word).to(tl.float32) * 256.0
-    elif WHAT == "e5m2":
+    elif WHAT == E5M2:
         found = (word.to(tl.uint16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    elif WHAT == "e8m0":
+    elif WHAT == E8M0:
         bits = tl.where(word == 0, 1 << 22, word.to(tl.uint32) << 23)
         found = tl.where(word == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
     else:
@@ -86,7 +89,7 @@ def exact(code, planes):
     elif KIND == "table":
         found = tl.load(planes[len(SCALES) + 1] + code.to(tl.int32))
     elif KIND == "e8m0":
-        found = number(code, KIND)
+        found = number(code, E8M0)
     else:
         found = code
     return found
