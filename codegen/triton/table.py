@@ -61,14 +61,15 @@ class Tile:
 
 
 _ANY = 0
-_FEW, _MANY = Tile(64, 16, 128, 4, 3), Tile(128, 64, 64, 8, 3)
+_FEW, _WIDE = Tile(64, 16, 128, 4, 3), Tile(64, 16, 128, 8, 3)
+_MANY = Tile(128, 64, 64, 8, 3)
 _LONG, _NARROW = Tile(64, 16, 128, 4, 4), Tile(128, 32, 128, 8, 3)
 _TILES: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     "linear": {_ANY: ((16, _LONG), (512, Tile(128, 64, 128, 8, 3)),
                       (_ANY, Tile(128, 128, 64, 8, 3)))},
-    "pair": {_ANY: ((16, _FEW), (_ANY, _MANY))},
-    "experts_act": {_ANY: ((24, _FEW), (_ANY, _MANY)),
-                    100: ((24, Tile(64, 16, 128, 8, 3)), (_ANY, _MANY))},
+    "pair": {_ANY: ((16, _FEW), (_ANY, _MANY)), 120: ((16, _WIDE), (_ANY, _MANY))},
+    "experts_act": {_ANY: ((24, _FEW), (_ANY, _MANY)), 100: ((24, _WIDE), (_ANY, _MANY)),
+                    120: ((24, _WIDE), (_ANY, _MANY))},
     "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY))},
     "experts_down_few": {_ANY: ((_ANY, _LONG),)},
 }  # fmt: skip
@@ -79,7 +80,7 @@ _EIGHTS: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
              100: ((_ANY, Tile(64, 64, 128, 8, 3)),)},
     "experts_act": {_ANY: ((24, _FEW), (_ANY, _NARROW)),
                     90: ((24, _FEW), (_ANY, Tile(128, 64, 128, 8, 3))),
-                    100: ((24, Tile(64, 16, 128, 8, 3)), (_ANY, Tile(64, 64, 128, 8, 3)))},
+                    100: ((24, _WIDE), (_ANY, Tile(64, 64, 128, 8, 3)))},
     "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY)),
                      100: ((24, _LONG), (_ANY, _NARROW)), 120: ((24, _LONG), (_ANY, _NARROW))},
 }  # fmt: skip

@@ -8,6 +8,7 @@ and so are bf16 products and roundings, which the interpreter gets wrong: the fo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -64,7 +65,9 @@ def _interpreting() -> Iterator[None]:
             patch.setattr(tl, name, function)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)
         patch.setattr(interpreter, "_convert_float", _convert_float)
-        with np.errstate(over="ignore", invalid="ignore"):  # exp of a large number; NaN
+        # exp of a large number, NaN; and older interpreters take elements of arrays for numbers
+        with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
             yield
 
 
