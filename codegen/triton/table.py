@@ -146,7 +146,7 @@ class Compiled:
 
 
 _POINTERS = {
-    "x": "*bf16", "act": "*bf16", "bias": "*bf16", "y": "*fp32", "partials": "*fp32",
+    "x": "*bf16", "act": "*bf16", "bias": "*fp32", "y": "*fp32", "partials": "*fp32",
     "routing": "*fp32", "values": "*fp32", "counters": "*i32", "slots": "*i64", "edges": "*i64",
     "begins": "*i64", "ends": "*i64", "ids": "*i32", "table": "*i64", "found": "*i32",
     "codes": "*fp8e4nv", "scales": "*fp32",
@@ -169,7 +169,8 @@ def compile(
     **constants: Any,
 ) -> Compiled:
     """Compile kernel `name` for compute capability `arch` (90 for 9.0), as it is when launched with
-    those `sizes` (arguments that are not among them may be any number).
+    those `sizes` (arguments that are not among them may be any number): a launch then finds it in
+    Triton's cache on disk.
 
     `types` of pointers other than the usual ones, `constants` besides the tile's. Raises what
     Triton raises, and ImportError where there is none.

@@ -55,15 +55,30 @@ def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
     check(name, form, arch, tokens)
 
 
+TILES = [("linear", 1), ("linear", 128), ("linear", 4096), ("pair", 1), ("pair", 128),
+         ("experts_act", 1), ("experts_act", 128), ("experts_down", 1), ("experts_down", 128),
+         ("experts_down_few", 1)]  # fmt: skip
+"""Kernels, and tokens for each of their tiles."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", table.SHARED)
 @pytest.mark.parametrize("form", LAYOUTS)
-@pytest.mark.parametrize("tokens", [1, 128, 4096])
-@pytest.mark.parametrize(
-    "name", ["linear", "pair", "experts_act", "experts_down", "experts_down_few"]
-)
-def test_every_kernel_everywhere(name: str, form: str, arch: int, tokens: int) -> None:
+@pytest.mark.parametrize(("name", "tokens"), TILES)
+def test_every_kernel_everywhere(name: str, tokens: int, form: str, arch: int) -> None:
+    if form in ("fp16", "f32", "int4 of 128") and arch not in (80, 100):
+        pytest.skip("compiled for the first and the oddest alone")
     check(name, form, arch, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arch"), [("terms", 89), ("terms", 120), ("bounds", 80)])
+def test_kernels_that_multiply_nothing(name: str, arch: int) -> None:
+    tile = table.Tile(64, table.TERMS, 128, 4, 3)
+    constants = {"BLOCK": table.BOUNDS} if name == "bounds" else {}
+    layout = LAYOUTS["fp8"]
+    made = table.compile(name, layout, DENSE, arch, tile, eights=name == "terms", **constants)
+    assert made.spilled == 0
 
 
 @pytest.mark.slow
