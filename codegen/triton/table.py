@@ -43,10 +43,12 @@ class Tile:
 
     def of(self, layout: Layout) -> Tile:
         """As many columns in the steps that a layout's scales allow, but of wide codes no more than
-        LINE bytes of a row."""
+        LINE bytes of a row; and more threads where the terms of a code fill registers.
+        """
         columns = min(self.depth, 8 * LINE // layout.unit)
         depth = min(columns, layout.step)
-        return replace(self, depth=depth, repeat=columns // depth)
+        warps = max(self.warps, 8) if layout.terms > 2 else self.warps
+        return replace(self, depth=depth, repeat=columns // depth, warps=warps)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -178,7 +180,8 @@ def compile(
     compiler = importlib.import_module("triton.compiler")
     backend = importlib.import_module("triton.backends.compiler")
     kernel = getattr(kernels(layout, act, eights), name)
-    given = {**tile.of(layout).constants, **constants}
+    tile = tile.of(layout)
+    given = {**tile.constants, **constants}
     if "columns" in sizes:
         sizes = {"stride": layout.stride(sizes["columns"]), **sizes}
     signature: dict[str, Any] = {}
