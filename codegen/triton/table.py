@@ -43,9 +43,10 @@ class Tile:
 
     def of(self, layout: Layout) -> Tile:
         """As many columns in the steps that a layout's scales allow, but of wide codes no more than
-        LINE bytes of a row; and more threads where the terms of a code fill registers.
+        LINE bytes of a row, and of those of several terms as of f32; and more threads where the
+        terms of a code fill registers.
         """
-        columns = min(self.depth, 8 * LINE // layout.unit)
+        columns = min(self.depth, 8 * LINE // (layout.unit if layout.terms == 1 else 32))
         depth = min(columns, layout.step)
         warps = max(self.warps, 8) if layout.terms > 2 else self.warps
         return replace(self, depth=depth, repeat=columns // depth, warps=warps)
