@@ -43,13 +43,16 @@ class Tile:
 
     def of(self, layout: Layout) -> Tile:
         """As many columns in the steps that a layout's scales allow, but of wide codes no more than
-        LINE bytes of a row, and of those of several terms as of f32; and more threads where the
-        terms of a code fill registers.
+        LINE bytes of a row; of codes of several terms, which fill registers, as of f32, for fewer
+        tokens, and by more threads.
         """
-        columns = min(self.depth, 8 * LINE // (layout.unit if layout.terms == 1 else 32))
+        several = layout.terms > 1
+        columns = min(self.depth, 8 * LINE // (32 if several else layout.unit))
         depth = min(columns, layout.step)
-        warps = max(self.warps, 8) if layout.terms > 2 else self.warps
-        return replace(self, depth=depth, repeat=columns // depth, warps=warps)
+        found = replace(self, depth=depth, repeat=columns // depth)
+        if several:
+            return replace(found, tokens=min(self.tokens, 64), warps=8, stages=3)
+        return found
 
     @property
     def constants(self) -> dict[str, int]:
