@@ -1,0 +1,145 @@
+"""Attention on a GPU by hmc's Triton kernels: tensors in, tensors out; hides tiles, grids and
+splits.
+
+Everything is handed to the current stream; nothing waits and no value is read. Tensors of rows may
+be views of some columns: their last dimension is dense. What q is rounded to is bf16, sums are f32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hmc.codegen.triton import attend_tiles, library
+from hmc.codegen.triton.attend_tiles import Head
+from hmc.runtime.device_ops.triton.launch import Weight, Workspace, _arch, _processors
+
+
+def attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor | None,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    y: torch.Tensor,
+    work: Workspace,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    v_dim: int,
+    scale: float,
+    block: int = 1,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """y bf16 [T, heads * v_dim] of q [T, heads * head_dim], one query a sequence, over keys and
+    values bf16 [cache rows, kv_heads * head_dim or v_dim].
+
+    `tables` i32 or i64 [T, blocks] are the cache's blocks of each sequence in order (with blocks of
+    one row: its rows), padded with any; `lengths` i64 [T] the positions it sees. `values` None: the
+    first v_dim columns of keys. With `sinks` f32 [heads] one more key of this score, whose value is
+    0. A launch replayed with other tables and lengths is right as long as tables have room.
+    """
+    tokens, heads = len(q), q.shape[1] // head_dim
+    head, group = Head(head_dim, v_dim, values is None), heads // kv_heads
+    tile = attend_tiles.few(head, group, _arch(q.device))
+    tiles = kv_heads * -(-group // tile.rows)
+    longest, part = tables.shape[1] * block, tile.rows * (head.wide + 2)
+    splits = attend_tiles.splits(
+        tokens * tiles, longest, _processors(q.device), part, len(work.partials)
+    )
+    assert tokens * tiles <= len(work.counters)
+    values = keys if values is None else values
+    library.kernels().attend[tiles, tokens, splits](
+        q, keys, values, tables, lengths, lengths if sinks is None else sinks, y, work.partials,
+        work.counters, scale, q.stride(0), keys.stride(0), values.stride(0), y.stride(0),
+        tables.stride(0), splits, GROUP=group, WINDOW=window, SOFTCAP=softcap,
+        SINKS=sinks is not None, SHARED=head.shared, BLOCK=block, HEADS=tile.rows, KEYS=tile.keys,
+        SPLITS=attend_tiles.power(splits), UNROLL=attend_tiles.unrolled(tile, head),
+        **head.constants, **tile.options,
+    )  # fmt: skip
+
+
+def prompt(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    v_dim: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """y bf16 [T, heads * v_dim] of q [T, heads * head_dim], the last T positions of keys and values
+    bf16 [S, kv_heads * head_dim or v_dim], none seeing later ones."""
+    tokens, heads = len(q), q.shape[1] // head_dim
+    head = Head(head_dim, v_dim)
+    tile = attend_tiles.many(head, _arch(q.device), not window and not softcap)
+    library.kernels().attend_prompt[-(-tokens // tile.rows), heads](
+        q, keys, values, q if sinks is None else sinks, y, scale, tokens, len(keys) - tokens,
+        q.stride(0), keys.stride(0), values.stride(0), y.stride(0), GROUP=heads // kv_heads,
+        WINDOW=window, SOFTCAP=softcap, SINKS=sinks is not None, QUERIES=tile.rows,
+        KEYS=tile.keys, **head.constants, **tile.options,
+    )  # fmt: skip
+
+
+def latent(
+    q: torch.Tensor,
+    kv_b: Weight,
+    cache: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    y: torch.Tensor,
+    work: Workspace,
+    *,
+    heads: int,
+    nope: int,
+    rope: int,
+    v_dim: int,
+    scale: float,
+    block: int = 1,
+) -> None:
+    """y bf16 [T, heads * v_dim] of q [T, heads * (nope + rope)], one query a sequence, over rows
+    bf16 [cache rows, rank + rope]; kv_b [heads * (nope + v_dim), rank] multiplies query and result.
+
+    `tables` and `lengths` as in `attend`. Between the launches lie bf16 tensors of T * heads * (2
+    rank + rope).
+    """
+    tokens, rank = len(q), kv_b.columns
+    wide = torch.empty((tokens, heads * (rank + rope)), dtype=torch.bfloat16, device=q.device)
+    mixed = torch.empty((tokens, heads * rank), dtype=torch.bfloat16, device=q.device)
+    kernels = library.latent_kernels(kv_b.layout)
+    sizes: dict[str, Any] = {"NOPE": nope, "V_DIM": v_dim, "RANK": rank, "HEADS": heads}
+    tile = attend_tiles.absorbed(kv_b.layout.step, nope)
+    grid = -(-rank // tile.depth), heads, -(-tokens // tile.tokens)
+    kernels.absorb[grid](
+        q, kv_b.planes, wide, tokens, q.stride(0), kv_b.stride, ROPE=rope,
+        TURNED=attend_tiles.power(rope), **sizes, **tile.constants, **tile.options,
+    )  # fmt: skip
+    attend(wide, cache, None, tables, lengths, mixed, work, kv_heads=1, head_dim=rank + rope,
+           v_dim=rank, scale=scale, block=block)  # fmt: skip
+    tile = attend_tiles.lifted(kv_b.layout.step, v_dim)
+    grid = -(-v_dim // tile.rows), heads, -(-tokens // tile.tokens)
+    kernels.lift[grid](
+        mixed, kv_b.planes, y, tokens, y.stride(0), kv_b.stride, **sizes, **tile.constants,
+        **tile.options,
+    )  # fmt: skip
+
+
+def append(
+    news: tuple[torch.Tensor, ...], caches: tuple[torch.Tensor, ...], slots: torch.Tensor
+) -> None:
+    """Rows `slots` i64 [T] of each of `caches` bf16 become those of `news`, f32 or bf16 [T, width];
+    of a cache side by side, `caches` are its columns."""
+    widths = tuple(each.shape[1] for each in news)
+    columns = min(1024, attend_tiles.power(max(widths)))
+    library.kernels().append[len(slots), -(-max(widths) // columns)](
+        news, caches, slots, tuple(each.stride(0) for each in news),
+        tuple(each.stride(0) for each in caches), WIDTHS=widths, COLUMNS=columns,
+    )  # fmt: skip
