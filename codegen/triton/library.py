@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import importlib
-import inspect
 from collections.abc import Mapping
 from functools import cache
 from types import FunctionType, ModuleType
@@ -19,8 +18,8 @@ from hmc.codegen.triton.layout import Layout
 
 MODULES = (attend, attend_prompt, rows, route, sort)
 """Of kernels that read no stored matrix."""
-OF_CALLS = ("tokens", "past", "splits", "table_stride", "slots", "chunks")
-"""Arguments that change from call to call: kernels are not compiled anew for their values."""
+ANY_NUMBER = (*build.ANY_NUMBER, "past", "splits", "table_stride", "slots", "chunks")
+"""Arguments that kernels are not compiled anew for: those that vary from call to call."""
 
 
 def kernels() -> Any:
@@ -63,5 +62,4 @@ def made(modules: tuple[ModuleType, ...], known: Mapping[str, Any], wrap: Wrap) 
 
 
 def _jit(function: FunctionType) -> Any:
-    loose = [name for name in inspect.signature(function).parameters if name in OF_CALLS]
-    return importlib.import_module("triton").jit(function, do_not_specialize=loose)
+    return importlib.import_module("triton").jit(function, do_not_specialize=ANY_NUMBER)
