@@ -32,16 +32,18 @@ def test_kv_b_multiplies_query_and_result(
     into, out = values.view(heads, nope + v_dim, rank).split((nope, v_dim), 1)
     paged = Paged.of([37, 1], 3, 16)
     cache = paged.state(rank + rope, 1)
-    q = random(2, heads * (nope + rope))
+    q, size = random(2, heads * (nope + rope)), float(values.std()) * nope**0.5
+    q.view(2, heads, -1)[..., nope:] *= size  # what is turned counts as much
+    scale = 1 / (size * (rank + rope) ** 0.5)
     y = torch.full((2, heads * v_dim), float("nan"), dtype=torch.bfloat16)
     latent(q, kv_b, cache, paged.tables, paged.lengths, y, work, heads=heads, nope=nope, rope=rope,
-           v_dim=v_dim, scale=0.002, block=16)  # fmt: skip
+           v_dim=v_dim, scale=scale, block=16)  # fmt: skip
     queries = q.double().view(2, heads, nope + rope)
     wide = torch.einsum("thn,hnr->thr", queries[..., :nope], into)
     wide = torch.cat((wide, queries[..., nope:]), -1)
     exact = torch.empty(2, heads, v_dim, dtype=torch.float64)
     for i in range(2):
         seen = cache[paged.rows(i)][:, None]
-        mixed = attended(wide[i : i + 1], seen, seen[..., :rank], 0.002)
+        mixed = attended(wide[i : i + 1], seen, seen[..., :rank], scale)
         exact[i] = torch.einsum("hr,hvr->hv", mixed.view(heads, rank), out)
     assert error(y, exact.flatten(1)) < ROUNDED
