@@ -21,8 +21,8 @@ hmc.__main__
 hmc/cli/bench hmc/cli
 hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
-runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops
-runtime/device_ops/triton runtime/host
+runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops/gpu
+runtime/device_ops runtime/device_ops/triton runtime/host
 hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
 passes/graph passes/records hmc/blocks hmc/graph
 hmc/predict

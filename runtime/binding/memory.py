@@ -24,6 +24,7 @@ from hmc.plan.memory import (
 )
 from hmc.ranges import expert_ranges
 from hmc.runtime.binding.weights import Packed, Piece
+from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.devices.gpu import Gpu
 from hmc.runtime.devices.lending import Lent
 from hmc.runtime.host.lowering import Parts
@@ -60,6 +61,7 @@ class GpuMemory:
         self._taken: list[torch.Tensor] = []
         self._kv = parts.kv
         self._kept: list[torch.Tensor] = []
+        self._spaces: dict[str, Workspace] = {}
         calls = {phase.name: phase.max_tokens for phase in phases}
         self._layout = DeviceMemory.of(plan, name, calls)
         self._evicts = any(evicts(phase, name) for phase in phases)
@@ -131,6 +133,13 @@ class GpuMemory:
                 return self._results[kind_of(phase)][start : start + size]
             start += size
         raise KeyError(f"phase {phase.name} has no buffer {name} on {self.device.name}")
+
+    def workspace(self, phase: Phase) -> Workspace:
+        """What split sums need; phases of a kind do not run at the same time."""
+        kind = kind_of(phase)
+        if kind not in self._spaces:
+            self._spaces[kind] = Workspace(self.device.torch_device)
+        return self._spaces[kind]
 
     def slot(self, phase: str, load: int, name: str) -> tuple[Packed, torch.Tensor]:
         """What load step `load` brings into a slot of a phase, and its bytes there."""

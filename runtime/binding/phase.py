@@ -35,11 +35,13 @@ from hmc.runtime.binding.memory import TORCH_TYPES, GpuMemory, LentMemory
 from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
-from hmc.runtime.device_ops import Work, device_op
+from hmc.runtime.device_ops import Work
 from hmc.runtime.device_ops.base import Routed
+from hmc.runtime.device_ops.gpu.table import device_op
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
+from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.devices import pinned
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.gpu import Gpu
@@ -51,6 +53,7 @@ from hmc.runtime.schedule.runner import part_of_rank
 from hmc.runtime.weights.torch_view import view
 
 _LOGITS = "logits"
+_CPU = torch.device("cpu")
 
 
 class Binding(Closing):
@@ -261,6 +264,10 @@ class BoundPhase:
             packed, raw = self._memory[self.device(step)].experts[step.layer]
         return packed.experts(raw)
 
+    def workspace(self, step: Step) -> Workspace:
+        """What split sums of the step's stream share."""
+        return self._memory[self.device(step)].workspace(self.phase)
+
     def adds(self, step: Step) -> bool:
         """Whether an experts step adds to what earlier ones left in y."""
         return step.id in self._adding
@@ -318,7 +325,9 @@ class BoundPhase:
     def _bound(self, step: Step) -> Work:
         if step.resource == "cpu" and is_native(step):
             return self._host.work(step, self.share(step))
-        work, share = device_op(step.op)(self, step), self.share(step)
+        place = self.device(step)
+        device = self._memory[place].device.torch_device if place in self._memory else _CPU
+        work, share = device_op(step.op, device)(self, step), self.share(step)
         if OPS[step.op].always:
             return work
         return lambda call: work(call) if call.count(share) else None

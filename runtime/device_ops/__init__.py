@@ -37,11 +37,4 @@ DEVICE_OPS: dict[str, OpFunction] = {
 }
 
 
-def device_op(name: str) -> OpFunction:
-    """What computes an op on a device: a function of its own where PyTorch has something faster,
-    else its reference.
-    """
-    return DEVICE_OPS.get(name, by_reference)
-
-
-__all__ = ["DEVICE_OPS", "Bound", "OpFunction", "Work", "device_op"]
+__all__ = ["DEVICE_OPS", "Bound", "OpFunction", "Work", "by_reference"]

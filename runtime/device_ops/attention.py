@@ -5,7 +5,8 @@ New rows are put into the home GPU's cache first, in bf16, and read from there; 
 call from the buffers, rounded likewise, so that later calls see what this one saw. A call of many
 sequences, one token each, reads the cache padded to the longest, or to what its graph has room for.
 
-Products are bf16 with f32 sums on CUDA (PyTorch's fused kernels), f32 on the CPU.
+This is what the CPU does where it plays a GPU: products are f32. (On GPUs they are hmc's Triton
+kernels: runtime/device_ops/triton.)
 
 What some heads read of the whole context takes a quarter of `scratch.BYTES`, what some rows or
 sequences make of it another; but one head, one row and one sequence is the least. Latent attention
@@ -29,7 +30,8 @@ from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call, Rows
 
-_CACHED = torch.bfloat16
+_CACHED, _KIND = torch.bfloat16, torch.float32
+"""What caches hold, and the operands of products."""
 _SCORE = 4 + 4 + 4
 """Bytes of a score in `_over_latents`: in f32, as a weight in f32, and as one of the operands."""
 _HIDDEN = 4 + 1 + 1
@@ -46,7 +48,7 @@ def attention(bound: Bound, step: Step) -> Work:
     queries = q.view(len(q), kv_heads, group, head_dim)
     scale, home = float(step.attrs["scale"]), bound.home(device)
     caches = [bound.cache(step.layer, name) for name in ("k", "v")] if home else []
-    kind = _kind(q.device)
+    kind = _KIND
     of_row = group * kind.itemsize * (head_dim + 2 * max(head_dim, v_dim))  # q and y, y in order
     padded = head_dim if v_dim < head_dim else 0  # by _attend
     of_place = (head_dim + v_dim + padded) * kind.itemsize
@@ -64,13 +66,11 @@ def attention(bound: Bound, step: Step) -> Work:
     def one(call: Call, rows: Rows, mine: Tensor, parts: list[slice], result: Tensor) -> None:
         number = mine.shape[1]
         keys, values = (
-            _seen(bound, step, call, name, columns, (new[:, columns],), kind)
+            seen_rows(bound, step, call, name, columns, (new[:, columns],), kind)
             for name, columns, new in zip(("k", "v"), parts, (k, v), strict=True)
         )
         keys, values = (each.view(len(each), number, -1) for each in (keys, values))
-        # fused kernels on CUDA know where later positions are; only a window is told by a mask
-        of_score = _HIDDEN if window or kind == torch.float32 else 0
-        for part, high, low in _chunks(rows, window, number * of_row, of_score):
+        for part, high, low in _chunks(rows, window, number * of_row, _HIDDEN):
             result[part] = _attend(
                 mine[part].flatten(1, 2).to(kind), keys[low:high], values[low:high], scale, window
             )
@@ -90,7 +90,7 @@ def attention(bound: Bound, step: Step) -> Work:
             )
             result[part] = found.flatten(1).to(result.dtype)
 
-        of_key = number * (of_place if kind == _CACHED else 2 * of_place) + _HIDDEN
+        of_key = 2 * number * of_place + _HIDDEN
         for part in _batches(rows, number * of_row, of_key):
             some(part)
 
@@ -125,7 +125,7 @@ def mla(bound: Bound, step: Step) -> Work:
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
     sizes = Latent(float(step.attrs["scale"]), *widths)
-    kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _kind(q.device)
+    kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), _KIND
     caches = [bound.cache(step.layer, "latent")] if home else []
 
     def work(call: Call) -> None:
@@ -135,7 +135,7 @@ def mla(bound: Bound, step: Step) -> Work:
         result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:
             columns = slice(0, sizes.rank + sizes.rope)
-            seen = _seen(bound, step, call, "latent", columns, (latent, k_rope), kind)
+            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), kind)
             _latent(rows, queries, seen, kv_b, result, sizes)
         else:
             _latent_batch(rows, queries, caches[0], kv_b, result, sizes, kind)
@@ -196,7 +196,7 @@ def _expanded(
     keys[..., s.nope :] = seen[:, None, s.rank :]
     values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
     of_row = number * kind.itemsize * (wide + 2 * values.shape[2])
-    for part, high, _ in _chunks(rows, 0, of_row, _HIDDEN if kind == torch.float32 else 0):
+    for part, high, _ in _chunks(rows, 0, of_row, _HIDDEN):
         found = _attend(queries[part].to(kind), keys[:high], values[:high], s.scale, 0)
         result[part] = found.view(-1, number, values.shape[2])[..., : s.v_dim]
         del found
@@ -222,7 +222,7 @@ def _latent_batch(
     """Many sequences, one query each, absorbed."""
     assert rows.reach is not None
     size, longest = kind.itemsize, rows.reach.shape[1]
-    of_latent = cache.shape[1] * (size if kind == _CACHED else 2 + size)
+    of_latent = cache.shape[1] * (2 + size)
     wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
     found = torch.empty_like(wide[..., : s.rank])
     of_head = s.kv_b(size) + rows.count * s.absorbed(size)
@@ -258,11 +258,6 @@ def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> Tenso
     return found.view(-1, per_head, s.rank)
 
 
-def _kind(device: torch.device) -> torch.dtype:
-    """Of the operands of products."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
 def _append(
     call: Call, rows: Rows, new: tuple[tuple[Tensor, ...], ...], caches: list[Tensor]
 ) -> None:
@@ -277,7 +272,7 @@ def _append(
             cache.index_copy_(0, slots[some], together.to(_CACHED))
 
 
-def _seen(
+def seen_rows(
     bound: Bound,
     step: Step,
     call: Call,

@@ -13,6 +13,7 @@ from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call, Share
+from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.memory.kv import KVCache
 
 Work = Callable[[Call], None]
@@ -69,6 +70,10 @@ class Bound(Protocol):
 
     def experts(self, step: Step) -> dict[int, tuple[Matrix, Matrix, Matrix]]:
         """gate, up and down of the experts the step computes, resident or in its slot."""
+        ...
+
+    def workspace(self, step: Step) -> Workspace:
+        """What split sums of Triton kernels share, of the step's device."""
         ...
 
     def adds(self, step: Step) -> bool:

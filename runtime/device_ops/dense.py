@@ -92,7 +92,7 @@ def linear(bound: Bound, step: Step) -> Work:
     """x W^T, plus a bias where there is one."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
     w, bias, share = bound.matrix(step, "weight"), bound.vector(step, "bias"), bound.share(step)
-    row = row_bytes(w, x.device)
+    row = row_bytes(w)
 
     def block(part: slice) -> None:
         found = matmul(x[part], w)
@@ -107,7 +107,7 @@ def gate_up(bound: Bound, step: Step) -> Work:
     gate, up, share = bound.matrix(step, "gate"), bound.matrix(step, "up"), bound.share(step)
     act = str(step.attrs["act"])
     row = max(
-        4 * gate.shape[0] + row_bytes(up, x.device),
+        4 * gate.shape[0] + row_bytes(up),
         4 * gate.shape[0] * (2 + temporaries(parse(act))),
     )
 

@@ -1,18 +1,6 @@
-"""y = x W^T on a device, one function for every stored format; hides how formats become products.
-
-Operands are bf16, sums f32, and stored weights stay intact:
-
-    bf16        the device's own product with f32 result
-    f32         f32 product (routers, which are small)
-    fp16, fp8,  each weight, times its scale, as the sum of two bf16 numbers: 16 significant bits,
-    int4        exact for fp16 and int4, within 2^-17 of fp8's code times f32 scale. Two products
-                instead of one; a single bf16 rounding of code times scale would lose 2^-9, as much
-                as rounding x, and the kernels on the CPU do not lose it. A part of the rows is
-                expanded at a time.
-    fp8 on      on devices with block-scaled products (SM90) `torch._scaled_mm`, with x as the sum
-    CUDA        of two E4M3 numbers, each with a scale a row and 128 columns: together they keep the
-                8 significant bits of bf16 but for values far below their block's largest. On others
-                Triton's kernel, where Triton is there, scales each 128 columns' sum (triton_fp8.py)
+"""y = x W^T on a device that the CPU plays, one function for every stored format: weights are
+expanded to f32, a part of the rows at a time, and products and sums are f32. (On GPUs it is hmc's
+Triton kernels: runtime/device_ops/triton.)
 
 Callers bound the temporaries by the rows of x they give; `row_bytes` says what one takes.
 """
@@ -24,12 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from hmc.formats import GROUP, Format, format_of
-from hmc.runtime.device_ops import scratch, triton_fp8
+from hmc.runtime.device_ops import scratch
 
-_BLOCK, _TILE = 128, 64
-_E4M3_LARGEST = 448.0
-_BLOCK_SCALED = {(9, 0)}
-"""Compute capabilities whose `_scaled_mm` takes a scale for every 128 columns."""
+_TILE = 64
 
 
 @dataclass(frozen=True)
@@ -82,107 +67,25 @@ class Matrix:
 
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
     """f32 [T, N] = x bf16 [T, K] times the transpose of `w`."""
-    if w.format == "bf16":
-        return product(x, w.data)
-    if w.format == "f32":
-        return x.to(torch.float32) @ w.data.t()
-    form = fp8_form(w, x.device) if w.format == "fp8" else "split"
-    if form == "triton":
-        return triton_fp8.matmul(x.contiguous(), *w.planes)
-    if form == "scaled_mm":
-        return _scaled(x, w)
-    return _split(x, w)
+    rows, columns = w.shape
+    result = x.new_empty((len(x), rows), dtype=torch.float32)
+    left, step = x.to(torch.float32), _expanded(columns)
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        result[:, first:last] = left @ w.rows(first, last).t()
+    return result
 
 
-def row_bytes(w: Matrix, device: torch.device) -> int:
-    """Bytes that `matmul` makes on a device for a row of x, its result among them. What it makes of
-    `w` keeps to half of `scratch.BYTES`; but on the CPU, bf16 is summed as an f32 copy.
+def row_bytes(w: Matrix) -> int:
+    """Bytes that `matmul` makes for a row of x: its result and the row in f32. What it makes of `w`
+    keeps to half of `scratch.BYTES`, and so does a part of the result.
     """
     rows, columns = w.shape
-    if w.format == "f32":
-        return 4 * rows + 4 * columns
-    form = fp8_form(w, device) if w.format == "fp8" else "split"
-    if form == "triton":
-        return 4 * rows + 2 * columns
-    if form == "scaled_mm":
-        return max(2 * 4 * rows + 2 * columns, _TERMS * columns)
-    own = 4 * rows + (4 * columns if device.type == "cpu" else 0)
-    return own if w.format == "bf16" else own + 2 * 4 * min(rows, _expanded(columns))
+    return 4 * rows + 4 * columns + 4 * min(rows, _expanded(columns))
 
 
 def _expanded(columns: int) -> int:
-    """Rows of a weight that `_split` expands at a time: in f32 with scales, or as f32 with two bf16
-    terms (and on the CPU one of them in f32). Products like whole tiles."""
-    rows = max(1, scratch.quarter() // ((4 + 2 + 2 + 4) * columns))
+    """Rows of a weight that are expanded at a time: in f32, with codes and scales before they are
+    one. Products like whole tiles."""
+    rows = max(1, scratch.quarter() // ((4 + 4 + 4) * columns))
     return rows - rows % _TILE if rows > _TILE else rows
-
-
-def fp8_form(w: Matrix, device: torch.device) -> str:
-    """How an fp8 matrix is multiplied on a device: "triton", "scaled_mm" or "split"."""
-    if device.type != "cuda":
-        return "split"
-    whole = w.shape[0] % _BLOCK == 0 and w.shape[1] % _BLOCK == 0
-    if whole and torch.cuda.get_device_capability(device) in _BLOCK_SCALED:
-        return "scaled_mm"
-    return "triton" if triton_fp8.available() else "split"
-
-
-def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """f32 [T, N] = x bf16 [T, K] times the transpose of bf16 [N, K], summed in f32."""
-    if x.device.type == "cuda":
-        return torch.mm(x, w.t(), out_dtype=torch.float32)
-    return x.to(torch.float32) @ w.to(torch.float32).t()
-
-
-def _split(x: torch.Tensor, w: Matrix) -> torch.Tensor:
-    rows, columns = w.shape
-    result = x.new_empty((len(x), rows), dtype=torch.float32)
-    step = _expanded(columns)
-    for first in range(0, rows, step):
-        last = min(rows, first + step)
-        result[:, first:last] = _exactly(x, w.rows(first, last))
-    return result
-
-
-def _exactly(x: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """f32 [T, n] = x bf16 [T, K] times the transpose of `exact` f32 [n, K], which is used up."""
-    high = exact.to(torch.bfloat16)
-    low = exact.sub_(high).to(torch.bfloat16)
-    return product(x, high).add_(product(x, low))
-
-
-_TERMS = 4 + 4 + 2 + 1
-"""Bytes of an element in `two_terms`: what is left of it, that scaled or as the code has it, two
-codes, and scales."""
-
-
-def two_terms(x: torch.Tensor) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
-    """x bf16 [T, K] as two E4M3 tensors [T, K], each with f32 scales [T, K / 128]: their scaled sum
-    is x.
-    """
-    left = x.to(torch.float32, copy=True).view(len(x), -1, _BLOCK)
-    terms = []
-    for _ in range(2):
-        # powers of two: scaling back and forth is exact
-        largest = left.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
-        scale = torch.exp2((largest / _E4M3_LARGEST).log2().ceil())
-        codes = (left / scale).to(torch.float8_e4m3fn)
-        left.sub_(codes.to(torch.float32).mul_(scale))
-        terms.append((codes.view(x.shape), scale[..., 0]))
-    return tuple(terms)
-
-
-def _scaled(x: torch.Tensor, w: Matrix) -> torch.Tensor:
-    data, scales = w.planes
-    result = None
-    for codes, scale in two_terms(x):
-        part = torch._scaled_mm(
-            codes,
-            data.t(),
-            scale_a=scale.t().contiguous().t(),  # rows of blocks side by side, as cuBLAS asks
-            scale_b=scales.t(),
-            out_dtype=torch.float32,
-        )
-        result = part if result is None else result.add_(part)
-    assert result is not None
-    return result

@@ -135,7 +135,7 @@ def experts(bound: Bound, step: Step) -> Work:
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
     adds, act = bound.adds(step), str(step.attrs["act"])
     held = 2 + temporaries(parse(act))
-    row = max((_expert_row(expert, x.device, held) for expert in weights.values()), default=1)
+    row = max((_expert_row(expert, held) for expert in weights.values()), default=1)
 
     def block(
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
@@ -162,11 +162,11 @@ def experts(bound: Bound, step: Step) -> Work:
     return work
 
 
-def _expert_row(expert: Expert, device: torch.device, held: int) -> int:
+def _expert_row(expert: Expert, held: int) -> int:
     """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
     product with what the second makes, or `held` products and what is made of them, or the
     activations in bf16 with what the last makes."""
     gate, up, down = expert
     hidden, width = gate.shape
-    inner = 4 * hidden + max(row_bytes(up, device), 4 * hidden * (held - 1))
-    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down, device))
+    inner = 4 * hidden + max(row_bytes(up), 4 * hidden * (held - 1))
+    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down))

@@ -5,7 +5,7 @@ are, and what a launch and a wait cost.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
 
 import torch
@@ -13,8 +13,11 @@ import torch
 from gpu.models import quantised
 from gpu.rows import Clock, Row
 from gpu.sizes import Bench
-from hmc.runtime.device_ops.matmul import Matrix, fp8_form, matmul
+from hmc.runtime.device_ops.gpu import dense
+from hmc.runtime.device_ops.matmul import Matrix, matmul
+from hmc.runtime.device_ops.triton import launch
 
+Product = Callable[[torch.Tensor], torch.Tensor]
 _PASSES = 5
 _BOUND = 2.0**-8
 """Error over the sum of the products' magnitudes: what one rounding of x to bf16 may cost."""
@@ -41,12 +44,12 @@ def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> It
     device = bench.device
     w = Matrix((codes.to(device), scale.to(device)), "fp8", shape)
     x = torch.randn((tokens, shape[1]), generator=generator).to(torch.bfloat16).to(device)
-    found = matmul(x, w).to("cpu", torch.float64)
+    product, route = _product_of(w)
+    found = product(x).to("cpu", torch.float64)
     exact = w.rows(0, shape[0]).to("cpu", torch.float64)
     left = x.to("cpu", torch.float64)
     off = (found - left @ exact.t()).abs() / (left.abs() @ exact.abs().t())
     worst = float(off.max())
-    route = fp8_form(w, device)
     yield Row(
         "products",
         case,
@@ -56,7 +59,7 @@ def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> It
         reference=_BOUND,
         verdict="ok" if worst <= _BOUND else "FAILED",
     )
-    seconds = median(_seconds(x, w) for _ in range(_PASSES))
+    seconds = median(_seconds(x, product) for _ in range(_PASSES))
     rates = bench.machine.gpus[0].rates
     assert rates is not None
     yield Row(
@@ -70,11 +73,22 @@ def _product(bench: Bench, case: str, shape: tuple[int, int], tokens: int) -> It
     )
 
 
-def _seconds(x: torch.Tensor, w: Matrix) -> float:
+def _product_of(w: Matrix) -> tuple[Product, str]:
+    """What multiplies rows by a matrix where it is, and what it is called."""
+    if w.data.device.type != "cuda":
+        return lambda x: matmul(x, w), "f32 products"
+    stored, space = dense.weight_of(w), launch.Workspace(w.data.device)
+    if not dense.in_eights(stored, w.data.device):
+        return lambda x: launch.matmul(x, stored, space), "bf16 products"
+    terms = launch.Terms.of
+    return lambda x: launch.matmul(terms(x, stored.layout), stored, space), "two FP8 products"
+
+
+def _seconds(x: torch.Tensor, product: Product) -> float:
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     start = time.perf_counter()
-    matmul(x, w)
+    product(x)
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
     return time.perf_counter() - start

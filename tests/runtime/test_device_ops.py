@@ -18,10 +18,11 @@ from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.rowwise import Rowwise
-from hmc.errors import ExecutionError, UnsupportedError
+from hmc.errors import ExecutionError, MachineError, UnsupportedError
 from hmc.ops.pointwise import attributes
-from hmc.runtime.device_ops import DEVICE_OPS, default, device_op, matmul, moe, scratch, triton_fp8
+from hmc.runtime.device_ops import DEVICE_OPS, default, matmul, moe, scratch
 from hmc.runtime.device_ops.exchange import gathered
+from hmc.runtime.device_ops.gpu import table
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Share, of_share
 from hmc.runtime.memory.kv import KVCache
@@ -102,29 +103,20 @@ def test_int4_rows_are_codes_less_eight_times_scale() -> None:
     assert w.rows(1, 2)[0, 35] == (nibble - 8) * w.planes[1][1, 1].float()
 
 
-def test_two_e4m3_terms_are_a_bf16_value() -> None:
-    x = (random(9, 256) * torch.tensor(2.0) ** random(9, 256, seed=5).round()).to(torch.bfloat16)
-    total = torch.zeros(9, 256)
-    for codes, scale in matmul.two_terms(x):
-        assert codes.dtype == torch.float8_e4m3fn and scale.shape == (9, 2)
-        total += codes.float() * scale.repeat_interleave(128, 1)
-    largest = x.float().abs().view(9, 2, 128).amax(-1).repeat_interleave(128, 1)
-    assert ((total - x.float()).abs() <= largest * 2.0**-15).all()
-    assert torch.equal(total, x.float()) or (total == x.float()).float().mean() > 0.9
-
-
-def test_the_form_of_an_fp8_product_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, ragged = stored("fp8", 128, 256), stored("fp8", 100, 256)
-    cuda, there = torch.device("cuda"), {"triton": True}
-    monkeypatch.setattr(triton_fp8, "available", lambda: there["triton"])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert matmul.fp8_form(whole, torch.device("cpu")) == "split"
-    assert matmul.fp8_form(whole, cuda) == "scaled_mm"
-    assert matmul.fp8_form(ragged, cuda) == "triton"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert matmul.fp8_form(whole, cuda) == "triton"
-    there["triton"] = False
-    assert matmul.fp8_form(whole, cuda) == "split"
+def test_gpus_take_the_kernels_or_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, found = torch.device("cuda", 0), {"spec": object(), "capability": (8, 6)}
+    monkeypatch.setattr(table.importlib.util, "find_spec", lambda name: found["spec"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "an old card")
+    computes = table.computes.__wrapped__
+    assert not computes(torch.device("cpu"))
+    assert computes(device)
+    found["capability"] = (7, 5)
+    with pytest.raises(MachineError, match=r"an old card has compute capability 7\.5"):
+        computes(device)
+    found["spec"] = None
+    with pytest.raises(MachineError, match=r"Triton, which is not installed: pip install"):
+        computes(device)
 
 
 # -- routing ---------------------------------------------------------------------------------------
@@ -299,7 +291,7 @@ def test_an_op_without_a_function_is_computed_by_its_reference(kv: KVCache) -> N
     buffers = Buffers(values, {"v0": vector})
     step = step_of("pointwise", buffers, "y", **attributes(form, "bf16"))
     step = step.model_copy(update={"weights": {"v0": "v"}})
-    device_op("pointwise")(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
+    table.device_op("pointwise", torch.device("cpu"))(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
     exact = {name: each.double().numpy() for name, each in {**rows, "v0": vector}.items()}
     expected = pointwise(form, exact)
     assert np.abs(values["y"].double().numpy() - expected).max() <= 2.0**-8 * np.abs(expected).max()

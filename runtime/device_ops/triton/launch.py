@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from math import lcm
 from typing import Any
 
 import torch
@@ -65,6 +66,19 @@ class Weight:
     def stride(self) -> int:
         """Units from row to row."""
         return self.layout.stride(self.columns)
+
+    @property
+    def whole_rows(self) -> int:
+        """Rows that share scales: a part begins with one of them."""
+        return lcm(*(scale.rows or self.rows for scale in self.layout.scales))
+
+    def part(self, first: int, last: int) -> Weight:
+        """Rows [first, last), where `first` is a multiple of `whole_rows`; a view."""
+        planes = [self.planes[0][first * self.stride :]]
+        for scale, plane in zip(self.layout.scales, self.planes[1:-1], strict=True):
+            across = -(-self.columns // scale.columns) if scale.columns else 1
+            planes.append(plane[first // (scale.rows or self.rows) * across :])
+        return Weight((*planes, self.planes[-1]), self.layout, last - first, self.columns)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,159 @@
+"""Steps of attention on a GPU, by Triton kernels: over this call's tokens and the cached past.
+
+New rows are put into the home GPU's cache first, in bf16, and read from there; by other GPUs of a
+call from the buffers, rounded likewise. What some heads of latent attention lift from the whole
+context keeps to `scratch.BYTES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+from torch import Tensor
+
+from hmc.ops.row import FEW
+from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
+from hmc.runtime.device_ops.attention import seen_rows
+from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.gpu.dense import in_eights, weight_of
+from hmc.runtime.device_ops.shares import Call, Rows
+from hmc.runtime.device_ops.triton import attention as kernels
+from hmc.runtime.device_ops.triton import launch
+from hmc.runtime.device_ops.triton.launch import Terms, Weight, Workspace, X
+
+
+def attention(bound: Bound, step: Step) -> Work:
+    """Grouped-query attention: query head h reads key head h // (heads / kv_heads)."""
+    q, k, v = (bound.tensor(step.inputs[role]) for role in ("q", "k", "v"))
+    y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
+    kv_heads, head_dim = ints(step, "kv_heads", "head_dim")
+    home, space = bound.home(device), bound.workspace(step)
+    caches = tuple(bound.cache(step.layer, name) for name in ("k", "v")) if home else ()
+    v_dim = v.shape[1] // kv_heads
+    scale, window = float(step.attrs["scale"]), int(step.attrs.get("window", 0))
+
+    def work(call: Call) -> None:
+        rows = call.rows[share, device]
+        _append(call, rows, (k, v), caches)
+        table = _table(call, rows)
+        if table is not None and caches:
+            (keys, values), (reach, lengths) = caches, table
+            kernels.attend(
+                q[: rows.count], keys, values, reach, lengths, y[: rows.count], space,
+                kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale, window=window,
+            )  # fmt: skip
+            return
+        keys, values = (
+            seen_rows(bound, step, call, name, slice(0, new.shape[1]), (new,), torch.bfloat16)
+            for name, new in (("k", k), ("v", v))
+        )
+        for span in rows.spans:
+            part, high = slice(span.first, span.last), span.position + span.last - span.first
+            kernels.prompt(
+                q[part], keys[:high], values[:high], y[part],
+                kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale, window=window,
+            )  # fmt: skip
+
+    return work
+
+
+def mla(bound: Bound, step: Step) -> Work:
+    """Latent attention: kv_b absorbed into query and result for one query a sequence, keys and
+    values lifted from the latents for more.
+    """
+    q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
+    y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
+    heads, nope, rope, v_dim, rank = ints(step, "heads", "nope", "rope", "v_dim", "rank")
+    kv_b, scale = weight_of(bound.matrix(step, "kv_b")), float(step.attrs["scale"])
+    home, space = bound.home(device), bound.workspace(step)
+    cache = bound.cache(step.layer, "latent") if home else None
+    caches = () if cache is None else (cache[:, :rank], cache[:, rank:])
+    lifted = _Lifted(kv_b, heads, nope, rope, v_dim, in_eights(kv_b, q.device))
+
+    def work(call: Call) -> None:
+        rows = call.rows[share, device]
+        _append(call, rows, (latent, k_rope), caches)
+        table = _table(call, rows)
+        if table is not None and cache is not None:
+            reach, lengths = table
+            kernels.latent(
+                q[: rows.count], kv_b, cache, reach, lengths, y[: rows.count], space,
+                heads=heads, nope=nope, rope=rope, v_dim=v_dim, scale=scale,
+            )  # fmt: skip
+            return
+        columns = slice(0, rank + rope)
+        every = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), torch.bfloat16)
+        latents, turned = lifted.taken(every[:, :rank].contiguous()), every[:, rank:]
+        for some in lifted.blocks(len(every)):
+            keys, values = lifted.of(some, latents, turned, space)
+            mine = q[:, some.start * (nope + rope) : some.stop * (nope + rope)]
+            result = y[:, some.start * v_dim : some.stop * v_dim]
+            for span in rows.spans:
+                part, high = slice(span.first, span.last), span.position + span.last - span.first
+                kernels.prompt(
+                    mine[part], keys[:high], values[:high], result[part],
+                    kv_heads=some.stop - some.start, head_dim=nope + rope, v_dim=v_dim, scale=scale,
+                )  # fmt: skip
+
+    return work
+
+
+@dataclass(frozen=True)
+class _Lifted:
+    """Keys [S, h * (nope + rope)] and values [S, h * v_dim] of some heads, in bf16, of latents
+    [S, rank] and what all heads turn alike [S, rope]."""
+
+    kv_b: Weight
+    heads: int
+    nope: int
+    rope: int
+    v_dim: int
+    eights: bool
+
+    def blocks(self, total: int) -> Iterator[slice]:
+        """Some heads: as many as bytes allow, those whose rows share scales together."""
+        per_head = self.nope + self.v_dim
+        least = lcm(per_head, self.kv_b.whole_rows) // per_head
+        of_least = 2 * total * least * (2 * per_head + self.rope)
+        for some in scratch.blocks(0, -(-self.heads // least), of_least, scratch.BYTES // 2):
+            yield slice(some.start * least, min(some.stop * least, self.heads))
+
+    def taken(self, latents: Tensor) -> X:
+        """Latents as they are multiplied, for all heads."""
+        several = self.eights and len(latents) > FEW
+        return Terms.of(latents, self.kv_b.layout) if several else latents
+
+    def of(
+        self, some: slice, latents: X, turned: Tensor, space: Workspace
+    ) -> tuple[Tensor, Tensor]:
+        """Of heads `some`."""
+        total, number, per_head = len(turned), some.stop - some.start, self.nope + self.v_dim
+        part = self.kv_b.part(some.start * per_head, some.stop * per_head)
+        both = turned.new_empty((total, number, per_head))
+        launch.matmul(latents, part, space, out=both.view(total, -1))
+        keys = turned.new_empty((total, number, self.nope + self.rope))
+        keys[..., : self.nope] = both[..., : self.nope]
+        keys[..., self.nope :] = turned[:, None]
+        return keys.flatten(1), both[..., self.nope :].flatten(1)
+
+
+def _append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> None:
+    """Put new rows into the home GPU's caches (none elsewhere): those of the whole call where it is
+    one sequence's, else those of the share."""
+    if caches:
+        single = rows.reach is None
+        count, slots = (call.tokens, call.slots) if single else (rows.count, rows.slots)
+        kernels.append(tuple(each[:count] for each in new), caches, slots)
+
+
+def _table(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """The cache rows that each query sees, and how many, where each is a sequence's only one."""
+    if rows.reach is not None and rows.lengths is not None:
+        return rows.reach, rows.lengths
+    if call.tokens > 1:
+        return None
+    return torch.cat((call.past_slots, call.slots))[None], rows.positions + 1
