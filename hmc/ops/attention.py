@@ -183,6 +183,7 @@ OPS: Final = (
         },
         possible=_slice,
         kernels=_rotary,
+        triton=True,
         family="attention",
     ),
     Op(
@@ -204,6 +205,7 @@ OPS: Final = (
         states=_attention_states,
         work=_attention_work,
         launches=lambda attrs, load: 2 if load.few else 4,  # appends; gathers keys, values; attends
+        triton=True,
         family="attention",
     ),
     Op(
@@ -224,6 +226,7 @@ OPS: Final = (
         states=lambda attrs: (State("latent", int(attrs["rank"]) + int(attrs["rope"])),),
         work=_mla_work,
         launches=_mla_launches,
+        triton=True,
         family="attention",
     ),
 )

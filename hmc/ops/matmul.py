@@ -116,6 +116,7 @@ OPS: Final = (
         attrs={"k": int, "n": int},
         extra={"router": int},
         kernels=_linear,
+        triton=True,
         family="dense matmuls",
     ),
     Op(
@@ -129,6 +130,7 @@ OPS: Final = (
         attrs={"k": int, "n": int, "act": str},
         possible=_activated,
         kernels=_gate_up,
+        triton=True,
         family="dense matmuls",
     ),
     Op(
@@ -151,7 +153,7 @@ OPS: Final = (
         kernels=_experts,
         work=_experts_work,
         launches=_experts_launches,
-        captured=False,  # the host asks how many rows each expert has
+        triton=True,
         family="experts",
     ),
 )

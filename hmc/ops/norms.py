@@ -52,6 +52,7 @@ OPS: Final = (
         attrs={"width": int, "groups": int, "eps": float, "out": str},
         possible=lambda attrs: str(attrs["out"]) in FLOATS.split(),
         kernels=one_kernel("norm", "width", weight="gamma", out="out"),
+        triton=True,
         family="norms and sums",
     ),
     Op(
@@ -60,6 +61,7 @@ OPS: Final = (
         outputs=(Role("y", "f32", attr("width")),),
         attrs={"width": int},
         kernels=one_kernel("add", "width"),
+        triton=True,
         family="norms and sums",
     ),
     Op(
@@ -69,6 +71,7 @@ OPS: Final = (
         weights=(WeightRole("gamma", _width),),
         attrs={"width": int, "eps": float},
         kernels=one_kernel("add_norm", "width", weight="gamma", out="bf16"),
+        triton=True,
         family="norms and sums",
     ),
 )

@@ -39,6 +39,7 @@ OPS: Final = (
             "route", "experts", "top_k", "scoring", "normalise", "groups", "top_groups"
         ),
         everywhere=True,  # so that nothing sorted has to travel
+        triton=True,
         family="routing",
     ),
     Op(
@@ -47,7 +48,7 @@ OPS: Final = (
         outputs=(Role("order", "i32"),),
         where="gpu",
         launches=lambda attrs, load: 1 if load.few else 3,  # counts, scans, places
-        captured=False,  # the host asks how many rows each expert has
+        triton=True,
         family="routing",
     ),
 )

@@ -193,10 +193,10 @@ class Op:
     granted and no width or shape says. `kernels` chooses native kernels in launch order.
 
     `where` it may run: a table that stays with the host's memory ("host"), the CPU alone ("cpu"), a
-    transfer ("h2d", "d2h", "link"), or any device. `launches` of kernels a GPU needs for a call,
-    `captured` whether they depend on the host by numbers of rows alone, so that a graph may hold
-    them; `everywhere`: on several ranks each computes it for all tokens; `always`: it does
-    something even for no rows.
+    transfer ("h2d", "d2h", "link"), or any device. `triton`: GPUs have a kernel of hmc's for it
+    (codegen/triton). `launches` of kernels a GPU needs for a call, `captured` whether they depend
+    on the host by numbers of rows alone, so that a graph may hold them; `everywhere`: on several
+    ranks each computes it for all tokens; `always`: it does something even for no rows.
     Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 
@@ -213,6 +213,7 @@ class Op:
     work: Callable[[Attrs, Load], Work] = once
     where: Where = "any"
     launches: Callable[[Attrs, Load], int] = one_launch
+    triton: bool = False
     captured: bool = True
     named: Callable[[Attrs], Collection[str]] | None = None
     everywhere: bool = False
@@ -252,10 +253,14 @@ class Op:
         """Whether the host computes it by native kernels."""
         return self.kernels is not no_kernels
 
-    @cached_property
-    def torch_kernel(self) -> str:
-        """What a step names as its kernel where PyTorch computes it."""
-        return "torch:copy" if self.where in ("h2d", "d2h") else f"torch:{self.name}"
+    def device_kernel(self, attrs: Attrs) -> str:
+        """What a step names as its kernel where the host's own do not compute it: hmc's Triton
+        kernel with its sizes, else what PyTorch does.
+        """
+        if not self.triton:
+            return "torch:copy" if self.where in ("h2d", "d2h") else f"torch:{self.name}"
+        sizes = (f"{name}{attrs[name]}" for name, kind in self.attrs.items() if kind is int)
+        return "-".join(("triton:" + self.name, *sizes))
 
     @cached_property
     def loads(self) -> bool:

@@ -178,8 +178,9 @@ class Step(Frozen):
     """One step: what it computes, on which resource, after which events, by which kernels.
 
     `weights` maps a role to a weight's name (for `experts`: "layer:<n>", the layer's
-    ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or "torch:<function>"
-    where PyTorch computes the step. A step starts when every event in `waits` has been signalled.
+    ExpertWeights). `kernels` are keys of `Plan.kernels` in launch order, or what a device
+    computes the step by: hmc's kernel "triton:<op>-<sizes>", or "torch:<function>". A step starts
+    when every event in `waits` has been signalled.
     `weight_bytes` and `flops` are per call of one token (experts: its top_k; a load: what it
     moves). `section` is the half of its layer, or the head behind all layers.
     `fills` names the slots a load writes, `uses` those a step reads: the signal of a load

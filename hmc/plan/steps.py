@@ -110,9 +110,9 @@ class StepChecker:
     def check_kernels(self, phase: Phase, step: Step, about: About) -> None:
         """`VerifyError` where a step has other kernels than its row chooses."""
         if not about.native:
-            only = about.row.torch_kernel
+            only = about.row.device_kernel(step.attrs)
             if step.kernels != (only,):
-                raise VerifyError(f"PyTorch computes it by {only} alone")
+                raise VerifyError(f"a device computes it by {only} alone")
             return
         if about.row.routed:
             stored = self._layers[step.layer]

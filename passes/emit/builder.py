@@ -72,8 +72,9 @@ class Schedule:
     _slots: dict[str, _SlotDraft] = field(default_factory=dict)
 
     def add(self, op: str, resource: str, inputs: Parts, outputs: Parts, **fields: Any) -> None:
-        """Append a step with more `fields`; PyTorch computes it unless `kernels` are given."""
-        given = {"layer": -1, "kernels": (OPS[op].torch_kernel,), **fields}
+        """Append a step with more `fields`; a device computes it unless `kernels` are given."""
+        kernel = OPS[op].device_kernel(fields.get("attrs", {}))
+        given = {"layer": -1, "kernels": (kernel,), **fields}
         step = Step(id=0, op=op, resource=resource, inputs={}, outputs={}, **given)
         self._drafts.append(_Draft(step, inputs, outputs))
 
@@ -91,7 +92,7 @@ class Schedule:
         """Append what a step of the CPU's phase does, with more `attrs`, on a resource."""
         changes = {"resource": resource, "attrs": {**step.attrs, **attrs}, "lane": lane}
         if resource != "cpu":
-            changes["kernels"] = (OPS[step.op].torch_kernel,)
+            changes["kernels"] = (OPS[step.op].device_kernel({**step.attrs, **attrs}),)
         step = step.model_copy(update={**changes, "uses": uses})
         self._drafts.append(_Draft(step, inputs, outputs))
 

@@ -73,7 +73,7 @@ def test_run_streams_the_prompt_and_decodes_on_both(
     found = answer(run, plans[name], "--devices", "host")
     assert found["token_ids"] == wanted["token_ids"]
     assert found["phases"] == {STREAM: 1, "decode": 11}
-    assert "torch:experts" in found["kernels"]
+    assert any(kernel.startswith("triton:experts-k") for kernel in found["kernels"])
     assert any(kernel.startswith("experts_") for kernel in found["kernels"])
 
 

@@ -19,6 +19,7 @@ from hmc.blocks.dense import RMSNorm
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.rowwise import Rowwise
 from hmc.errors import ExecutionError, MachineError, UnsupportedError
+from hmc.ops import OPS
 from hmc.ops.pointwise import attributes
 from hmc.runtime.device_ops import DEVICE_OPS, default, matmul, moe, scratch
 from hmc.runtime.device_ops.exchange import gathered
@@ -101,6 +102,10 @@ def test_int4_rows_are_codes_less_eight_times_scale() -> None:
     w = stored("int4", 3, 64)
     nibble = int(w.data[1, 4]) >> 12 & 15  # column 35
     assert w.rows(1, 2)[0, 35] == (nibble - 8) * w.planes[1][1, 1].float()
+
+
+def test_the_rows_know_which_ops_have_kernels_on_gpus() -> None:
+    assert {op.name for op in OPS.values() if op.triton} == set(table.TRITON_OPS)
 
 
 def test_gpus_take_the_kernels_or_say_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:

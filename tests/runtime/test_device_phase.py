@@ -320,7 +320,7 @@ def test_a_trace_has_a_row_for_every_stream(checkpoint: Checkpoint) -> None:
             assert measured is not None
             assert max(measured.finish) > 0
         used = found.kernels_used
-        assert "torch:experts" in used
+        assert any(name.startswith("triton:experts-k") for name in used)
         assert any(name.startswith("embed_bf16") for name in used)
 
 
