@@ -84,7 +84,7 @@ def _experts_work(attrs: Attrs, load: Load) -> Work:
     return Work(distinct / top_k, routed / top_k, moved=moved, pieces=distinct)
 
 
-ACTIVATED_BYTES = 1 << 28
+ACTIVATED_BYTES = 1 << 27
 """Bytes of activations between the experts' matmuls that a GPU holds at once."""
 
 

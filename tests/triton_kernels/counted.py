@@ -16,10 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hmc.codegen.triton import build, library
-from hmc.formats import forms_of
-from hmc.ops import Load as OpLoad
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import Operand, Phase, Plan, Step
+from hmc.plan.stored import forms_of
 from hmc.predict.cost import Call as Load
 from hmc.predict.cost import CostModel
 from hmc.ranges import expert_ranges
@@ -87,16 +86,20 @@ def _size(tensor: torch.Tensor) -> int:
 
 class _Kernels:
     """In place of compiled kernels: `[grid](...)` is counted, with the bytes of its tensors but the
-    partial sums, which stay in caches."""
+    partial sums, which stay in caches. Several launches of a step that are given the same tensor
+    work on parts of it each."""
 
     def __init__(self, counted: Counted, space: Workspace) -> None:
         self._counted, self._space = counted, space
+        self.known: dict[int, torch.Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
         def launched(*args: Any, **options: Any) -> None:
             mine = {id(each): each for each in _tensors(args)}
             mine.pop(id(self._space.partials), None)
-            self._counted.add(name, sum(map(_size, mine.values())))
+            new = [each for key, each in mine.items() if key not in self.known]
+            self.known.update(mine)
+            self._counted.add(name, sum(map(_size, new)))
 
         return _Grid(launched)
 
@@ -180,7 +183,7 @@ class MetaBound:
 
 
 @contextmanager
-def _counting(counted: Counted, space: Workspace, eights: bool) -> Iterator[None]:
+def _counting(counted: Counted, space: Workspace, eights: bool) -> Iterator[_Kernels]:
     with pytest.MonkeyPatch.context() as patch:
         fake = _Kernels(counted, space)
         for module, name in ((build, "kernels"), (library, "kernels"), (library, "latent_kernels")):
@@ -189,7 +192,7 @@ def _counting(counted: Counted, space: Workspace, eights: bool) -> Iterator[None
             patch.setattr(module, "in_eights", lambda w, device: eights and w.layout.kind == "e4m3")
         patch.setattr(launch, "_arch", lambda device: 120)
         patch.setattr(launch, "_processors", lambda device: 170)
-        yield
+        yield fake
 
 
 def layer(plan: Plan, name: str, number: int, tokens: int, context: int) -> tuple[Any, Any]:
@@ -200,16 +203,17 @@ def layer(plan: Plan, name: str, number: int, tokens: int, context: int) -> tupl
     eights = plan.machine.gpus[0].rates.fp8 is not None
     counted, launches, moved = Counted(), 0, 0.0
     call = bound.call()
-    with _counting(counted, bound.space, eights):
+    with _counting(counted, bound.space, eights) as fake:
         for step in phase.steps:
             if step.layer != number or step.resource != "gpu0":
                 continue
             make = TRITON_OPS.get(step.op) or DEVICE_OPS[step.op]
             work = make(bound, step)
+            fake.known.clear()
             with _Mode(counted):
                 work(call)
             if step.op == "experts":  # their addresses are in a table
-                distinct, _ = chosen_experts(step.attrs, OpLoad(tokens, tokens))
+                distinct = chosen_experts(step.attrs, tokens)
                 counted.bytes += step.weight_bytes * distinct / int(step.attrs["top_k"])
             cost = model.step(phase, step, load)
             launches, moved = launches + cost.launches, moved + cost.bytes["gpu"]

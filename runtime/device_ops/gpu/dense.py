@@ -8,7 +8,7 @@ import torch
 
 from hmc.ops.row import FEW
 from hmc.plan import Step
-from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.device_ops.triton import launch, rows
@@ -129,10 +129,9 @@ def _product(bound: Bound, step: Step, w: Weight, product: Product) -> Work:
     x, y, share = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"]), bound.share(step)
     eights = in_eights(w, x.device)
 
-    def work(call: Call) -> None:
-        count = call.count(share)
-        given, out = x[:count].contiguous(), y[:count]
-        taken = Terms.of(given, w.layout) if eights and count > FEW else given
+    def block(part: slice) -> None:
+        given, out = x[part].contiguous(), y[part]
+        taken = Terms.of(given, w.layout) if eights and len(given) > FEW else given
         if out.is_contiguous():
             product(taken, out)
         else:
@@ -140,4 +139,7 @@ def _product(bound: Bound, step: Step, w: Weight, product: Product) -> Work:
             product(taken, found)
             out.copy_(found)
 
-    return work
+    made = 0 if x.is_contiguous() else 2 * x.shape[1]
+    made += (2 * x.shape[1] + x.shape[1] // 32) * eights
+    made += 0 if y.is_contiguous() else y.shape[1] * y.element_size()
+    return in_blocks(share, made, block)

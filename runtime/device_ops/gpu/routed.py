@@ -90,7 +90,7 @@ def experts(bound: Bound, step: Step) -> Work:
             top_k=top_k,
             adds=adds,
             act=act,
-            budget=scratch.BYTES,
+            budget=scratch.BYTES // 2,
             eights=eights,
         )
 
