@@ -95,6 +95,7 @@ def test_the_table_and_the_default_place(
     small: None, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HMC_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setitem(probe.__kwdefaults__, "formats", ("fp8",))
     code, out, _ = run()
     assert code == 0
     for part in ("hmc probe", "gemv", "fp8 96x256", "GB/s", "GFLOP/s", "us", "0 GPU"):

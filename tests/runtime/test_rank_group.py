@@ -91,6 +91,7 @@ def test_a_rank_that_is_stopped_between_calls(checkpoint: Callable[..., Path]) -
         assert "does not answer" in str(error)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_the_middle_of_a_prefill(checkpoint: Callable[..., Path]) -> None:
     sizes = {"num_experts_per_tok": 4}
     directory = checkpoint("mixtral", "bf16", layers=2, **sizes)

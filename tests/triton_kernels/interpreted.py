@@ -58,9 +58,28 @@ def _convert_float(data: Any, source: Any, target: Any, rounding: Any) -> Any:
     return _convert(data, source, target, rounding)
 
 
+_LANGUAGE = (tl, tl.core, tl.math, tl.core.tensor, tl.core.dtype, tl.core.tensor_descriptor_base)
+"""What the interpreter puts its own functions into. Where kernels call others it leaves them there,
+and nothing could be compiled afterwards."""
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    before = [dict(vars(owner)) for owner in _LANGUAGE]
+    try:
+        yield
+    finally:
+        for owner, names in zip(_LANGUAGE, before, strict=True):
+            for name, value in vars(owner).copy().items():
+                if name not in names:
+                    delattr(owner, name)
+                elif value is not names[name]:
+                    setattr(owner, name, names[name])
+
+
 @contextmanager
 def _interpreting() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with _as_it_was(), pytest.MonkeyPatch.context() as patch:
         for name, function in _LIBRARY.items():
             patch.setattr(tl, name, function)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", _create_dot)

@@ -30,6 +30,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [("deepseek_v3", "fp8"), ("mixtral", "bf16"), ("qwen3_moe", "int4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "quant"), CASES)
 def test_decode_and_a_streamed_prompt(
     family: str, quant: str, interpreted: None, checkpoint: Callable[..., Path],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from interpreted import error
-from paged import Paged, attended, random
+from triton_paged import Paged, attended, random
 
 from hmc.codegen.triton import attend_tiles
 from hmc.codegen.triton.attend_tiles import Head

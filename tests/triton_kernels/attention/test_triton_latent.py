@@ -6,7 +6,7 @@ import pytest
 import torch
 from format_rows import BLOCKS, FOUR_BITS
 from interpreted import error
-from paged import Paged, attended, random
+from triton_paged import Paged, attended, random
 from triton_weights import random_weight
 
 from hmc.formats import Format, format_of, registered

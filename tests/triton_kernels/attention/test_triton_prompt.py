@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import error
-from paged import attended, random
+from triton_paged import attended, random
 
 from hmc.runtime.device_ops.triton.attention import prompt
 from hmc.runtime.device_ops.triton.launch import Workspace

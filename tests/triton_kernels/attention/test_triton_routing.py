@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from paged import random
+from triton_paged import random
 
 from hmc.runtime.device_ops.moe import SIGMOID, SOFTMAX, SOFTMAX_CHOSEN, routed
 from hmc.runtime.device_ops.triton import routing

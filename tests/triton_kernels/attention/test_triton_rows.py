@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from interpreted import error
-from paged import random
+from triton_paged import random
 
 from hmc.runtime.device_ops.triton.attention import append
 from hmc.runtime.device_ops.triton.launch import Workspace
