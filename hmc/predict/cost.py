@@ -17,7 +17,6 @@ from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
-from hmc.plan.memory import kind_of
 
 TRANSFERS = ("h2d", "d2h")
 
@@ -183,7 +182,7 @@ class CostModel:
         if not step.resource.startswith("gpu"):
             return 0.0
         launches = cost.launches
-        if kind_of(phase) == "decode" and OPS[step.op].captured:
+        if phase.name.startswith("decode") and OPS[step.op].captured:
             launches = 1 if step.waits else 0
         return launches * _rate(self._gpu(step.resource).hand_over, 0.0)
 

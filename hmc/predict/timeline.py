@@ -29,6 +29,8 @@ class Timeline:
     busy: dict[str, float]
     given: tuple[float, ...]
     """When each step was handed over."""
+    results: Sequence[int] | None = None
+    """Positions of the steps that give logits, if known."""
 
     @property
     def seconds(self) -> float:
@@ -39,12 +41,8 @@ class Timeline:
     def result(self) -> float:
         """When the last logits are there: what follows (memory given back, weights put back) delays
         nobody's token."""
-        ends = (
-            end
-            for step, end in zip(self.phase.steps, self.finish, strict=True)
-            if any(operand.buffer.endswith("logits") for operand in step.outputs.values())
-        )
-        return max(ends, default=self.seconds)
+        results = _results(self.phase) if self.results is None else self.results
+        return max((self.finish[position] for position in results), default=self.seconds)
 
     @property
     def busy_till_result(self) -> dict[str, float]:
@@ -66,6 +64,7 @@ class PhaseTimer:
 
     def __init__(self, phase: Phase, model: CostModel) -> None:
         self._phase, self._model = phase, model
+        self._order, self._results = handed_over(phase), _results(phase)
         seen: dict[tuple[object, ...], int] = {}
         # by position, the first step that costs the same in every call
         self._alike = [seen.setdefault(_key(s), at) for at, s in enumerate(phase.steps)]
@@ -78,7 +77,7 @@ class PhaseTimer:
             if first not in known:
                 known[first] = self._model.step(self._phase, step, call)
             costs.append(known[first])
-        return scheduled(self._phase, costs)
+        return scheduled(self._phase, costs, self._order, self._results)
 
 
 def _key(step: Step) -> tuple[object, ...]:
@@ -95,13 +94,27 @@ def _key(step: Step) -> tuple[object, ...]:
     )
 
 
-def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
-    """The timeline with given costs, by position."""
+def _results(phase: Phase) -> list[int]:
+    return [
+        position
+        for position, step in enumerate(phase.steps)
+        if any(operand.buffer.endswith("logits") for operand in step.outputs.values())
+    ]
+
+
+def scheduled(
+    phase: Phase,
+    costs: Sequence[Cost],
+    order: Sequence[int] | None = None,
+    results: Sequence[int] | None = None,
+) -> Timeline:
+    """The timeline with given costs, by position; the `order` of `handed_over` and the positions of
+    `results`, if they are known.
+    """
     given, thread = [0.0] * len(costs), 0.0
-    if any(cost.handed_over for cost in costs):
-        for position in handed_over(phase):
-            thread += costs[position].handed_over
-            given[position] = thread
+    for position in handed_over(phase) if order is None else order:
+        thread += costs[position].handed_over
+        given[position] = thread
     free: dict[str, float] = {}
     signalled: dict[int, float] = {}
     start, finish = [], []
@@ -117,7 +130,7 @@ def scheduled(phase: Phase, costs: Sequence[Cost]) -> Timeline:
         busy[step.resource] = busy.get(step.resource, 0.0) + cost.seconds
         start.append(ready)
         finish.append(end)
-    return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy, tuple(given))
+    return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy, tuple(given), results)
 
 
 def host_prefill(phase: Phase, tokens: int) -> list[Call]:
