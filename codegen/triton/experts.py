@@ -67,9 +67,9 @@ def experts_act(x, height, slots, ids, begins, ends, table, values, act, first_s
     """act bf16 [slots of the range, rows] = the activation of x gate^T and x up^T of the slots'
     experts, for those of the step.
 
-    Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. x has `height`
-    rows. `WIDTH` i64 of `table` are an expert's, from gate on (below: from down on); `values` f32
-    are those of codes.
+    Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. x are the
+    `height` tokens of the range. `WIDTH` i64 of `table` are an expert's, from gate on (below: from
+    down on); `values` f32 are those of codes.
     """
     low, high, last = tiles(ids, begins, ends, experts, TOKENS, EXPERTS)
     tile = tl.program_id(0)
@@ -83,8 +83,8 @@ def experts_act(x, height, slots, ids, begins, ends, table, values, act, first_s
     gate = planes_at(own, values)
     up = planes_at(own + (1 + len(SCALES)), values)
     first = tl.program_id(1) * ROWS
-    one, two = sums(x, height, slot // top_k, live, gate, up, first, rows, 0, columns, columns,
-                    stride, ROWS, TOKENS, DEPTH, REPEAT, True)  # fmt: skip
+    one, two = sums(x, height, (slot - first_slot) // top_k, live, gate, up, first, rows, 0,
+                    columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, True)  # fmt: skip
     row = first + tl.arange(0, ROWS)
     found = activation(one, two).to(tl.bfloat16)
     to = act + (slot - first_slot)[None, :] * rows + row[:, None]

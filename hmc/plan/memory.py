@@ -131,12 +131,11 @@ def result_bytes(phase: Phase, device: str, rows: int) -> list[tuple[str, int]]:
     ]
 
 
-def context_scratch(kv: KVLayout, hidden: int, context: int) -> int:
-    """Bytes that operations on `context` tokens take whatever the size of their blocks: latents of
+def context_scratch(kv: KVLayout, context: int) -> int:
+    """Bytes that attention over `context` tokens takes whatever the size of its blocks: latents of
     the past and of the call side by side, and keys and values of one head lifted from them, which
-    are no wider; the experts' rows of `hidden` elements as two FP8 numbers with their scales.
-    """
-    return (4 * kv.widest("latent") + 2 * hidden + hidden // 32) * context
+    are no wider."""
+    return 4 * kv.widest("latent") * context
 
 
 def slot_offsets(sizes: Sequence[tuple[int, bool]]) -> tuple[list[int], int]:
@@ -193,7 +192,7 @@ class DeviceMemory:
             weights=weights,
             region=max(ends),
             arenas=arenas,
-            scratch=SCRATCH + context_scratch(plan.kv, plan.model.hidden, plan.limits.max_context),
+            scratch=SCRATCH + context_scratch(plan.kv, plan.limits.max_context),
             results=results,
             begins=begins,
         )

@@ -86,7 +86,7 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
     tokens = _gpu_tokens(needs, target, options, usable[0], workspace, notes)
     if tokens == 0:
         return None
-    attention = context_scratch(needs.cache, target.info.hidden, tokens)
+    attention = context_scratch(needs.cache, tokens)
     workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
     cache += needs.cache.slots * needs.cache.bytes_per_sequence
@@ -138,7 +138,7 @@ def _gpu_tokens(
     """Context length that fits gpu0, or what was asked for; 0: the dense part is too large."""
     model, dense = target.info.context, needs.dense
     per_token = needs.cache.bytes_per_token
-    attention = context_scratch(needs.cache, target.info.hidden, 1)
+    attention = context_scratch(needs.cache, 1)
     free = usable - dense - workspace - per_token * _partial_blocks(needs, options)
     free -= needs.cache.slots * needs.cache.bytes_per_sequence
     fits = max(0, free) // max(1, per_token * options.concurrency + attention)

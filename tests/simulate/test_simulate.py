@@ -109,7 +109,7 @@ def test_more_context_and_more_sequences_take_longer() -> None:
 
 
 def test_phases_are_chosen_by_the_plans_switches() -> None:
-    plan = plan_for("deepseek-v3", ONE, 10, vram=18.5)
+    plan = plan_for("deepseek-v3", ONE, 10, vram=18)
     point = next(s.tokens for s in plan.switches if s.phase == "prefill.stream")
     assert prefill_phase(plan, point - 1) == "prefill.host"
     assert prefill_phase(plan, point) == "prefill.stream"

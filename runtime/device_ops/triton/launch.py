@@ -253,10 +253,11 @@ def experts(
         slots, edges, counts, len(edges) - 1, span, top_k, tokens.bit_length(),
         BLOCK=table.BOUNDS,
     )  # fmt: skip
-    rows: X = Terms.of(x, held.gate.layout) if eights else x
     hidden = x.new_empty((min(tokens, span * spans) * top_k, inner))
     for first in range(0, len(counts) - 1, spans):
         last = min(first + spans, len(counts) - 1)
+        part = x[first * span : last * span]
+        rows: X = Terms.of(part, held.gate.layout) if eights else part
         _act(rows, hidden, slots, counts[first], counts[last], held, first * span * top_k, top_k,
              act, mean)  # fmt: skip
         acts: X = Terms.of(hidden, held.down.layout) if eights else hidden

@@ -20,8 +20,10 @@ from gpu.fake import log
 from gpu.fake.machine import here
 from hmc.errors import MachineError
 from hmc.plan import Step
-from hmc.runtime.device_ops import DEVICE_OPS, attention, exchange, moe
+from hmc.runtime.device_ops import DEVICE_OPS, attention, exchange
 from hmc.runtime.device_ops.base import Bound, Sorted, Work
+from hmc.runtime.device_ops.gpu import routed
+from hmc.runtime.device_ops.gpu.table import TRITON_OPS
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.devices.cuda import CudaBackend, CudaStream
 from hmc.runtime.devices.cuda_flags import StreamMemory
@@ -48,7 +50,7 @@ _written = _Written()
 def install() -> None:
     """Put everything in its place; once."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN would launch by ways that nobody plays
-    DEVICE_OPS["route"], DEVICE_OPS["copy"] = _route, _copy
+    TRITON_OPS["route"], DEVICE_OPS["copy"] = _route, _copy
     _set(Sorted, "__init__", _sorted(Sorted.__init__))
     _set(CudaStream, "graph", _graph(CudaStream.graph))
     _set(ScheduleRunner, "_hand_over", _marked(ScheduleRunner._hand_over))
@@ -89,7 +91,7 @@ def _chosen(rows: int, width: int, experts: int) -> Any:
 
 def _route(bound: Bound, step: Step) -> Work:
     """Each token chooses other experts, and weighs them alike."""
-    work, share = moe.route(bound, step), bound.share(step)
+    work, share = routed.route(bound, step), bound.share(step)
     ids, weights = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
     experts = int(step.attrs["experts"])
 
