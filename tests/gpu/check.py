@@ -98,6 +98,8 @@ def check(
         assert gpu.rates is not None
         for name in ("h2d", "d2h", "memory", "bf16", "fp8", "attention"):
             rate = getattr(gpu.rates, name)
+            if rate is None:  # a card without FP8 units
+                continue
             unit = "B/s" if name in ("h2d", "d2h", "memory") else "FLOP/s"
             yield Row("probe", gpu.name, name, rate.value, unit, note=f"± {rate.spread:.1%}")
 
