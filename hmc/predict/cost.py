@@ -302,7 +302,7 @@ class CostModel:
             if rates.fp8 is not None and "fp8" in form.exact_in and not asked.few:
                 peak = rates.fp8.value / _TERMS
                 made += asked.operands * _TERM_BYTES
-                launches += 2 if row.routed else 1
+                launches += asked.launches - 2 if row.routed else 1  # one more for each product
         times = {
             "weights": asked.weight / memory,
             "compute": asked.flops / peak,
