@@ -73,10 +73,12 @@ def run_plan(passes: Sequence[PlanPass], base: Base, number: int = 5) -> Plan:
                 made += plan.decisions[len(before.decisions) :]
             plans.append((each.name, plan))
         verify_plan(plan)
-    except Exception:
+    except Exception:  # raised again: a pass may have stumbled over what another one broke
         for name, each_plan in plans:
-            with watch.over(name):
+            try:
                 verify_plan(each_plan)
+            except VerifyError as error:
+                raise VerifyError(f"after pass {name}: {error}") from error
         raise
     return plan
 

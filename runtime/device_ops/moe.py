@@ -1,8 +1,8 @@
-"""The mixture of experts on a device: routing, sorting, and the experts that are there.
+"""The mixture of experts on a device that the CPU plays: routing, sorting, and the experts that are
+there.
 
 Experts are computed one after the other over the rows routed to them, so an expert's weights are
-read once a step. How many rows each has is needed on the host: this waits for the device once a
-sort (once an experts step where no sort precedes it).
+read once a step. (On GPUs: runtime/device_ops/gpu/routed.py.)
 """
 
 from __future__ import annotations
