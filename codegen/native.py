@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
-from hmc.formats import DTYPE_BITS, GROUP, WHOLE, Format, format_of
+from hmc.formats import GROUP, WHOLE, Format, format_of
 from hmc.formats.base import Arithmetic
 
 NATIVE: dict[Arithmetic, frozenset[str]] = {
@@ -58,14 +58,12 @@ def problem_of(spec: KernelSpec) -> str:
     row = format_of(spec.weight)
     for plane in row.scales:
         columns = spec.get("group") if plane.columns == GROUP else plane.columns
-        bits = spec.get(f"{plane.name}_bits", DTYPE_BITS[plane.in_memory(plane.dtypes[0])])
-        groups = _GROUPS.get(row.name, ())
-        if (groups and columns not in groups) or columns < 0 or bits not in (16, 32):
+        groups, kept = _GROUPS.get(row.name, ()), spec.get(f"{plane.name}_dtype")
+        if (groups and columns not in groups) or columns < 0:
             known = f" of {', '.join(map(str, groups))}" if groups else ""
-            return (
-                f"reads {row.name} in groups{known} with scales of 16 or 32 bits, not"
-                f" {columns} and {bits}"
-            )
+            return f"reads {row.name} in groups{known}, not of {columns}"
+        if not 0 <= kept < max(1, len(plane.kept)):
+            return f"reads {row.name} with {plane.name} in {' or '.join(plane.kept)}, not {kept}"
     return "" if is_native(spec.isa, row.name) else _made(row, spec)
 
 
@@ -73,6 +71,8 @@ def _made(row: Format, spec: KernelSpec) -> str:
     """Why no decoder can be made from the planes of a format."""
     if len(row.planes) > 2:
         return f"cannot read {row.name}: decoders are made for one plane of scales"
+    if row.codes.block[1]:
+        return f"cannot read {row.name}: no decoder is made of blocks"
     if row.values and row.code_bits not in _CODES:
         return f"cannot read {row.name}: decoders are made for codes of 2, 4 and 8 bits"
     for plane in row.scales:

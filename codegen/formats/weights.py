@@ -19,7 +19,7 @@ from llvmlite import ir
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import fsplat, splat_int
-from hmc.formats import DTYPE_BITS, GROUP, Format, format_of
+from hmc.formats import DTYPE_BITS, GROUP, Format, Plane, format_of
 
 ALL = 1 << 40
 """Rows or columns of a scale that covers as many as there are."""
@@ -43,13 +43,18 @@ class Scales:
 
 
 def scales_of(spec: KernelSpec) -> Scales:
-    """The scales of the weights that `spec` reads (grouped formats: params group, scale_bits)."""
+    """The scales of the weights that `spec` reads (grouped formats: params group, scale_dtype)."""
     for plane in format_of(spec.weight).scales:
         columns = spec["group"] if plane.columns == GROUP else plane.columns
-        bits = DTYPE_BITS[plane.in_memory(plane.dtypes[0])]
-        size = spec.get(f"{plane.name}_bits", bits) // 8
-        return Scales(plane.rows or ALL, columns or ALL, size)
+        return Scales(plane.rows or ALL, columns or ALL, DTYPE_BITS[scale_dtype(spec, plane)] // 8)
     return Scales(1, 0, 4)
+
+
+def scale_dtype(spec: KernelSpec, plane: Plane) -> str:
+    """What the elements of a plane of the weights that `spec` reads are in memory."""
+    if len(plane.kept) > 1:
+        return plane.kept[spec.get(f"{plane.name}_dtype")]
+    return plane.in_memory(plane.dtypes[0])
 
 
 def row_bytes(weight_format: WeightFormat, k: int) -> int:

@@ -35,7 +35,7 @@ class Form:
 
     @staticmethod
     def of(spec: KernelSpec) -> Form:
-        """The form of `spec` (params: k; int4 also group, scale_bits)."""
+        """The form of `spec` (params: k; int4 also group, scale_dtype)."""
         tile = spec.tiled("tokens", spec.tier.token_tile)
         return Form(spec, spec["k"], micro_of(spec), tile, scales_of(spec))
 

@@ -1,9 +1,11 @@
 """Weight formats: one row a format, from which everything else about it follows.
 
 base.py        what a format and its planes are
-plain.py, fp8_block.py, int4_group.py    the rows
+plain.py, fp8.py, micro.py, whole.py, gguf.py    the rows
 table.py       all of them
-decode.py      what stored planes mean, in numpy (imported by itself: nothing else here needs it)
+layouts.py, arrange.py     planes that checkpoints lay out otherwise than kernels read them
+decode.py, blocks.py       what stored planes mean
+arrange.py, decode.py and blocks.py are in numpy and imported by themselves: nothing else needs it.
 """
 
 from hmc.formats.base import (
@@ -19,6 +21,7 @@ from hmc.formats.base import (
     kernel_params,
     matrix_of,
     minifloats,
+    named,
 )
 from hmc.formats.table import FORMATS, format_of, register, registered
 
@@ -37,6 +40,7 @@ __all__ = [
     "kernel_params",
     "matrix_of",
     "minifloats",
+    "named",
     "register",
     "registered",
 ]

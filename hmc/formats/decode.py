@@ -1,8 +1,8 @@
 """What stored planes mean: rows of a weight as f32, in numpy. The reference that kernels are tested
 against, and what is used where nothing has to be fast.
 
-A weight is `values[code]`, or the code itself where it is a float, times the element of every other
-plane that covers it, from the first plane to the last, each product rounded to f32.
+A weight is `values[code]`, or the code itself where it is a float, less the zero that covers it,
+times every scale that covers it, from the first plane to the last, each product rounded to f32.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.formats.base import DTYPE_BITS, GROUP, Format, Plane, matrix_of, minifloats
+from hmc.formats.blocks import BLOCKS
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 NUMPY: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16),
-    "I32": np.dtype(np.uint32), "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(np.uint8),
+    "I32": np.dtype(np.uint32), "U8": np.dtype(np.uint8), "I8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(np.uint8),
     "F8_E5M2": np.dtype(np.uint8), "F8_E8M0": np.dtype(np.uint8),
 }  # fmt: skip
 """How numpy holds a dtype: floats that it has not as their bits."""
@@ -43,9 +45,16 @@ def decode(
     """
     rows, columns = matrix_of(shape)
     stop = rows if last is None else last
+    if row.codes.block[1]:
+        return BLOCKS[row.name](planes[0].reshape(rows, -1)[first:stop], columns)
     total = _codes(row, planes[0], dtypes[0], rows, columns, first, stop)
-    for plane, array, dtype in zip(row.scales, planes[1:], dtypes[1:], strict=True):
-        total = total * _spread(plane, array, dtype, shape, group, first, stop)
+    by_kind = {plane.kind: array for plane, array in zip(row.scales, planes[1:], strict=True)}
+    order = by_kind.get("order")
+    for kind in ("zero", "scale"):
+        for plane, array, dtype in zip(row.scales, planes[1:], dtypes[1:], strict=True):
+            if plane.kind == kind:
+                spread = _spread(plane, array, dtype, shape, group, first, stop, order)
+                total = total - spread if kind == "zero" else total * spread
     return total
 
 
@@ -74,11 +83,11 @@ def _codes(
 
 def _spread(
     plane: Plane, array: Array, dtype: str, shape: tuple[int, ...], group: int, first: int,
-    last: int,
+    last: int, order: Array | None,
 ) -> Floats:  # fmt: skip
     rows, columns = matrix_of(shape)
     down, across = plane.elements(shape, group)
     numbers = floats(array.reshape(down, across), dtype)
     wide = (group if plane.columns == GROUP else plane.columns) or columns
     picked = numbers[np.arange(first, last) // (plane.rows or rows)]
-    return picked[:, np.arange(columns) // wide]
+    return picked[:, np.arange(columns) // wide if order is None else order.reshape(-1)]

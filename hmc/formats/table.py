@@ -12,11 +12,35 @@ from types import MappingProxyType
 
 from hmc.errors import UnsupportedError
 from hmc.formats.base import Format
-from hmc.formats.fp8_block import FP8
-from hmc.formats.int4_group import INT4
+from hmc.formats.fp8 import FP8, FP8_32, FP8_CHANNEL, FP8_TENSOR, MXFP8
+from hmc.formats.gguf import GGUF
+from hmc.formats.micro import MXFP4, MXFP4_I8, NVFP4, NVFP4_TIMES
 from hmc.formats.plain import BF16, F32, FP16
+from hmc.formats.whole import (
+    AWQ,
+    GPTQ,
+    GPTQ2,
+    GPTQ2_ORDER,
+    GPTQ8,
+    GPTQ8_ORDER,
+    GPTQ_ORDER,
+    INT4,
+    INT4_ZERO,
+    INT8,
+    INT8_PACKED,
+)
 
-_ROWS: dict[str, Format] = {row.name: row for row in (FP8, BF16, FP16, F32, INT4)}
+_ROWS: dict[str, Format] = {
+    row.name: row
+    for row in (
+        *(FP8, BF16, FP16, F32, INT4),
+        *(FP8_32, FP8_CHANNEL, FP8_TENSOR, MXFP8),
+        *(MXFP4, MXFP4_I8, NVFP4, NVFP4_TIMES),
+        *(INT4_ZERO, INT8, INT8_PACKED, AWQ),
+        *(GPTQ, GPTQ2, GPTQ_ORDER, GPTQ2_ORDER, GPTQ8, GPTQ8_ORDER),
+        *GGUF,
+    )
+}
 
 FORMATS: Mapping[str, Format] = MappingProxyType(_ROWS)
 """Every format by its name."""

@@ -90,8 +90,8 @@ class State:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a weight is stored, as far as kernels must know: its format, and the `params` of it that
-    are compiled into a kernel (`hmc.formats.kernel_params`).
+    """How a weight lies in memory, as far as kernels must know: its format there, and the `params`
+    of it that are compiled into a kernel (`hmc.formats.kernel_params`).
     """
 
     format: str
@@ -100,7 +100,8 @@ class Stored:
     @staticmethod
     def of(form: str, group: int, dtypes: Iterable[str]) -> Stored:
         """The stored form of a weight with planes of these dtypes."""
-        return Stored(form, tuple(kernel_params(format_of(form), group, dtypes).items()))
+        row = format_of(form)
+        return Stored(row.kernels, tuple(kernel_params(row, group, dtypes).items()))
 
     @property
     def sizes(self) -> dict[str, int]:

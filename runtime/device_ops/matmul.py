@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hmc.formats import GROUP, Format, format_of
+from hmc.formats import format_of
+from hmc.formats.decode import NUMPY, decode
 from hmc.runtime.device_ops import scratch
+from hmc.runtime.weights.torch_view import NAMES
 
 _TILE = 64
 
@@ -35,34 +37,11 @@ class Matrix:
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Rows [first, last) as f32 [n, K]."""
+        kept = [NAMES[plane.dtype] for plane in self.planes]
+        planes = [plane.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
+                  for plane, dtype in zip(self.planes, kept, strict=True)]  # fmt: skip
         row = format_of(self.format)
-        found = self._codes(row, first, last)
-        for plane, scale in zip(row.scales, self.planes[1:], strict=True):
-            down, across = plane.elements(self.shape, self.group)
-            high = plane.rows or self.shape[0]
-            wide = (self.group if plane.columns == GROUP else plane.columns) or self.shape[1]
-            start = first // high
-            spread = scale.view(down, across)[start : -(-last // high)]
-            if high > 1:
-                spread = spread.repeat_interleave(high, 0)[first - start * high :]
-                spread = spread[: last - first]
-            spread = spread.to(torch.float32).repeat_interleave(wide, 1)
-            found = found.mul_(spread[:, : self.shape[1]])
-        return found
-
-    def _codes(self, row: Format, first: int, last: int) -> torch.Tensor:
-        """Values of codes: those of PyTorch's own dtype, or of packed ones by their table."""
-        data = self.data[first:last]
-        if not row.codes.bits:
-            return data.to(torch.float32)
-        shifts = torch.arange(0, 8 * data.element_size(), row.codes.bits,
-                              device=data.device, dtype=data.dtype)  # fmt: skip
-        codes = (data[..., None] >> shifts).bitwise_and_(2**row.codes.bits - 1).flatten(1)
-        steps = range(len(row.values))
-        if row.values == tuple(row.values[0] + step for step in steps):  # no table: less memory
-            return codes.add_(int(row.values[0]))[:, : self.shape[1]].to(torch.float32)
-        values = torch.tensor(row.values, dtype=torch.float32, device=data.device)
-        return values[codes[:, : self.shape[1]]]
+        return torch.from_numpy(decode(row, planes, kept, self.shape, self.group, first, last))
 
 
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:

@@ -4,7 +4,7 @@ Tensors are slices of one pattern per plane at varied places, copied at memory s
 for a benchmark is that values are spread as in a real model (no zeros, NaN or subnormals to be fast
 or slow on), that no two experts are equal, and that the same plan gives the same weights. Codes of
 many bits are those of a Gaussian scaled to a block's largest; those of few are drawn evenly. The
-first scale brings a weight's std to 1/sqrt(fan_in), further ones are 1.
+last scale brings a weight's std to 1/sqrt(fan_in), others are 1.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.formats import DTYPE_BITS, Form, Format, format_of
+from hmc.formats.blocks import BLOCKS, HALVES_AT
 from hmc.formats.decode import floats
 from hmc.runtime.weights.tensors import TensorGroup
 
@@ -41,9 +42,10 @@ class Patterns:
 
     def _make(self, row: Format, form: Form, fan_in: int) -> Array:
         std = (fan_in or 1) ** -0.5
+        if form.plane.block[1]:
+            return self._blocks(row, std)
         if form.plane is not row.codes:
-            value = std / self._code_std(row) if form.plane is row.scales[0] else 1.0
-            return _bits(np.full(4096, value, np.float32), form.kept)
+            return self._beside(row, form, std)
         if not row.values:
             # Vectors are gains of norms or biases: near 1 is harmless for both.
             return _bits(
@@ -52,6 +54,32 @@ class Patterns:
         if row.code_bits < _FEW:
             return self._gauss.view(np.uint8)[0::4]  # the lowest mantissa bits: uniform
         return _nearest_codes(row, self._gauss)
+
+    def _beside(self, row: Format, form: Form, std: float) -> Array:
+        """Scales, zeros, the order of columns."""
+        if form.plane.kind == "order":
+            return np.arange(form.shape[1], dtype=np.uint32) // np.uint32(form.group)
+        if form.plane.kind == "zero":
+            return _bits(np.full(4096, 2 ** (row.code_bits - 1), np.float32), form.kept)
+        last = [plane for plane in row.scales if plane.kind == "scale"][-1]
+        value = std / self._code_std(row) if form.plane is last else 1.0
+        return _bits(np.full(4096, value, np.float32), form.kept)
+
+    def _blocks(self, row: Format, std: float) -> Array:
+        """Whole blocks: random bytes, but for the floats, which bring the values' std to `std`."""
+        columns, size = row.codes.block
+        blocks = self._gauss.view(np.uint8)[0::4][: _PATTERN // size * size].reshape(-1, size)
+        blocks = np.ascontiguousarray(blocks)
+        places = [slice(at, at + 2) for at in HALVES_AT[row.name]]
+
+        def put(value: float) -> None:
+            for place in places:
+                blocks[:, place] = np.array([value], np.float16).view(np.uint8)
+
+        put(1.0)
+        spread = float(BLOCKS[row.name](blocks[:64], columns).std())
+        put(std / spread)
+        return blocks.reshape(-1).view(np.dtype((np.void, size)))
 
     def _code_std(self, row: Format) -> float:
         finite = _finite(row)[1]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from hmc.errors import ShardError
 from hmc.formats import Form
+from hmc.formats.arrange import arranged
 from hmc.formats.decode import NUMPY, floats
 from hmc.runtime.weights.dummy import Patterns
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup, array_at
@@ -35,8 +36,8 @@ def read_spans(
     places: Mapping[Key, Addresses],
     progress: Progress | None,
 ) -> None:
-    """Read each tensor from its shard to its address in `places`; widened groups become f32 on the
-    way. `ShardError` when a shard cannot be read or ends too early.
+    """Read each tensor from its shard to its address in `places`; those that memory holds otherwise
+    are brought there on the way. `ShardError` when a shard cannot be read or ends too early.
 
     A failing disk is an error here instead of the signal that copying from mapped pages ends in.
     Neither is always the faster one: into private memory reading was up to half as fast again (no
@@ -51,8 +52,8 @@ def read_spans(
                 spans = zip(group.shards, group.offsets, places[group.key], strict=True)
                 for shard, start, target in spans:
                     file, offset, to = files[int(shard)], int(start), int(target)
-                    if group.widen:
-                        yield partial(_read_wide, group.form, file, offset, to), size
+                    if group.copied:
+                        yield partial(_read_anew, group.form, file, offset, to), size
                         continue
                     for at in range(0, size, _CHUNK):
                         part = min(_CHUNK, size - at)
@@ -137,15 +138,13 @@ def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
     return array_at(address, np.dtype(np.uint8), (size,))
 
 
-def _read_wide(form: Form, file: FileIO, offset: int, target: int) -> None:
-    narrow = np.empty(form.stored_bytes, np.uint8)
-    _read(file, offset, narrow)
-    _widen(form, narrow.ctypes.data, target)
-
-
-def _widen(form: Form, start: int, target: int) -> None:
-    narrow = _bytes(start, form.stored_bytes).view(NUMPY[form.dtype])
-    _bytes(target, form.bytes).view(np.float32)[:] = floats(narrow, form.dtype)
+def _read_anew(form: Form, file: FileIO, offset: int, target: int) -> None:
+    raw = np.empty(form.stored_bytes, np.uint8)
+    _read(file, offset, raw)
+    found = arranged(form, raw.view(NUMPY[form.plane.means(form.dtype)]))
+    if form.widened:
+        found = floats(found, form.plane.means(form.dtype))
+    _bytes(target, form.bytes)[:] = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
 
 
 def _tile(pattern: npt.NDArray[Any], start: int, target: int, size: int) -> None:

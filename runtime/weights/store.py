@@ -11,8 +11,9 @@ mapping, copying, faking.
     dummy    no shard data: random weights of the real shapes, for benchmarks; in a memory file when
              made with the home "shared", else private
 
-Checkpoint layout is kernel layout. One thing alone is converted: scales in dtypes that kernels do
-not read (`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) are widened to f32.
+Checkpoint layout is kernel layout, but for two things: scales in dtypes that kernels do not read
+(`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) are widened to f32, and
+planes that a format lays out by inputs (`Plane.layout`: AWQ, GPTQ) are laid out anew, bit for bit.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class WeightStore:
         self._weights = {weight.name: weight for weight in plan.weights}
         self._experts = {(e.layer, e.role): e for e in plan.experts}
         self._groups = tensor_groups(plan)
+        self._several: dict[Key, Addresses] = {}
         self._places = places
         self._owners = owners
         self.home = home
@@ -133,8 +135,11 @@ class WeightStore:
         return self.addresses(name)[0]
 
     def scale_address(self, name: str) -> int:
-        """Address of a weight's scales, 0 when it has none."""
-        return next(iter(self.addresses(name)[1:]), 0)
+        """Address of a weight's scales, 0 when it has none; where there are several planes beside
+        the codes, of the addresses (i64) of all of them.
+        """
+        planes = [np.array([address]) for address in self.addresses(name)[1:]]
+        return int(self._beside(("weight", name), 1, planes)[0])
 
     def weight(self, name: str) -> Weight:
         """What the plan says of a weight."""
@@ -150,14 +155,24 @@ class WeightStore:
         return [self._places["expert", layer, role, plane.name] for plane in planes]
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
-        """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale (0 where
-        there is no scale).
+        """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale; scales as
+        `scale_address` has them.
         """
-        table = np.zeros((self._experts[layer, "gate"].count, 6), np.int64)
-        for column, role in enumerate(_ROLES):
-            for offset, places in enumerate(self.expert_planes(layer, role)[:2]):
-                table[:, 2 * column + offset] = places
-        return table
+        count = self._experts[layer, "gate"].count
+        columns: list[Addresses] = []
+        for role in _ROLES:
+            codes, *planes = self.expert_planes(layer, role)
+            columns += [codes, self._beside((layer, role), count, planes)]
+        return np.stack(columns, axis=1)
+
+    def _beside(self, key: Key, count: int, planes: list[Addresses]) -> Addresses:
+        """Of `count` matrices the address of what lies beside their codes, see `scale_address`."""
+        if len(planes) < 2:
+            return planes[0] if planes else np.zeros(count, np.int64)
+        if key not in self._several:
+            self._several[key] = np.ascontiguousarray(np.stack(planes, axis=1), np.int64)
+        table = self._several[key]
+        return table.ctypes.data + table.strides[0] * np.arange(count, dtype=np.int64)
 
     def codes(self) -> Iterator[tuple[TensorGroup, Addresses]]:
         """The codes of every weight and where they are."""
@@ -243,7 +258,7 @@ def _open_mapped(
     with _closing_on_error(mapped):
         bases = np.array(mapped.addresses)
         places = {group.key: bases[group.shards] + group.offsets for group in groups}
-        copied = [group for group in groups if group.widen]
+        copied = [group for group in groups if group.copied]
         block, widened = _room(copied, "scales")
         read_spans(copied, shards, widened, progress)
     return WeightStore(plan, places | widened, [mapped, block], "mapped")

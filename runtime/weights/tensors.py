@@ -44,9 +44,9 @@ class TensorGroup:
     fan_in: int = 0
 
     @property
-    def widen(self) -> bool:
-        """Whether its numbers become f32 on the way to memory."""
-        return self.form.kept != self.form.dtype
+    def copied(self) -> bool:
+        """Whether memory holds it otherwise than the checkpoint: wider, or laid out anew."""
+        return not self.form.as_stored
 
 
 def tensor_groups(plan: Plan) -> list[TensorGroup]:

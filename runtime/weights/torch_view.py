@@ -9,10 +9,11 @@ import torch
 
 TORCH = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32,
-    "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-"""Dtypes of safetensors, as far as planes of formats have them."""
+"""Dtypes of safetensors, as far as planes of formats have them in memory."""
+NAMES = {kind: name for name, kind in TORCH.items()}
 
 
 def view(address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

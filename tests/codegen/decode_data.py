@@ -20,21 +20,21 @@ def weights(
     n: int,
     k: int,
     group: int = 128,
-    scale_bits: int = 16,
+    scale_dtype: int = 0,
 ) -> Stored:
     """A random matrix whose weights and scales end where an unreadable page begins."""
     found = stored(rng, weight, n, k, group)
     scale = found.scale
-    if weight == "int4" and scale_bits == 32:
+    if weight == "int4" and scale_dtype == 1:
         scale = from_bf16(scale).astype(np.float32)
     return replace(found, data=guarded(found.data), scale=guarded(scale))
 
 
-def stored_as(spec: KernelSpec, group: int = 128, scale_bits: int = 16) -> KernelSpec:
+def stored_as(spec: KernelSpec, group: int = 128, scale_dtype: int = 0) -> KernelSpec:
     """`spec` with the parameters that only int4 has."""
     if spec.weight != "int4":
         return spec
-    params = {**dict(spec.params), "group": group, "scale_bits": scale_bits}
+    params = {**dict(spec.params), "group": group, "scale_dtype": scale_dtype}
     return replace(spec, params=tuple(sorted(params.items())))
 
 

@@ -77,9 +77,9 @@ class Stored:
     group: int = 0
 
 
-def groups(weight: str, group: int, scale_bits: int = 16) -> dict[str, int]:
+def groups(weight: str, group: int, scale_dtype: int = 0) -> dict[str, int]:
     """What a spec says of the scales of a format that leaves them open."""
-    return {"group": group, "scale_bits": scale_bits} if format_of(weight).grouped else {}
+    return {"group": group, "scale_dtype": scale_dtype} if format_of(weight).grouped else {}
 
 
 def stored(
@@ -88,7 +88,7 @@ def stored(
     n: int,
     k: int,
     group: int = 128,
-    scale_bits: int = 16,
+    scale_dtype: int = 0,
 ) -> Stored:
     """A random matrix; its last byte ends the buffer."""
     scale: np.ndarray
@@ -105,7 +105,7 @@ def stored(
         words = np.bitwise_or.reduce(nibbles.reshape(n, -1, 8) << shifts, axis=2)
         scale = bf16(rng.uniform(0.5, 2.0, (n, -(-k // group))))
         spread = np.repeat(from_bf16(scale), group, 1)[:, :k]
-        if scale_bits == 32:
+        if scale_dtype == 1:
             scale = from_bf16(scale).astype(np.float32)
         return Stored(words, scale, (nibbles[:, :k].astype(np.float64) - 8) * spread, group)
     values = rng.standard_normal((n, k)).astype(np.float32)

@@ -26,8 +26,8 @@ EXPERTS = {"k": 64, "n": 64, "top_k": 2, "experts": 4}
         ("add", "bf16", {"width": 8}, "operand format 'bf16': choose none"),
         ("linear", "bf16", {"tokens": 1}, "size k"),
         ("linear", "bf16", {"k": 8, "tokens": 17}, "up to 16 tokens, not 17"),
-        ("gemm", "int4", {"k": 64, "group": 48, "scale_bits": 16}, "groups of 32, 64, 128"),
-        ("gemm", "int4", {"k": 64, "group": 64, "scale_bits": 8}, "scales of 16 or 32 bits"),
+        ("gemm", "int4", {"k": 64, "group": 48, "scale_dtype": 0}, "groups of 32, 64, 128"),
+        ("gemm", "int4", {"k": 64, "group": 64, "scale_dtype": 7}, "scale in BF16 or F32, not 7"),
         ("grouped_gate_up", "fp8", EXPERTS, "expression '': its end at character 1"),
         ("pointwise", "", {"width": 8}, "size groups"),
         ("attention", "", ATTENTION | {"kv_heads": 3}, "3 key heads by 8 heads"),
@@ -68,7 +68,7 @@ def some_spec(rng: random.Random) -> KernelSpec:
     params = {name: rng.randint(1, 50) for name in names}
     params |= {"kv_heads": rng.randint(1, 4), "heads": rng.choice([4, 6, 12]), "top_k": 2}
     params |= {"scoring": rng.randint(0, 2), "start": rng.randint(0, 8), "interleaved": 0}
-    params |= {"group": rng.choice([32, 64, 128]), "scale_bits": rng.choice([16, 32])}
+    params |= {"group": rng.choice([32, 64, 128]), "scale_dtype": rng.choice([0, 1])}
     weight = rng.choice(["", "fp8", "bf16", "fp16", "f32", "int4"])
     tile = {"tokens": 1} if op in ("gemm", "mla_prefill", "grouped_gate_up") else {}
     out = rng.choice(["bf16", "f32"])

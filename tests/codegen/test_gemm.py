@@ -132,15 +132,15 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "scale_bits", "isa"),
-    dealt([(32, 32), (64, 16), (128, 16), (128, 32)], ["avx512_bf16", "avx2"]),
+    ("group", "scale_dtype", "isa"),
+    dealt([(32, 1), (64, 0), (128, 0), (128, 1)], ["avx512_bf16", "avx2"]),
 )
-def test_int4_groups_and_scales(jit: Jit, group: int, scale_bits: int, isa: str) -> None:
+def test_int4_groups_and_scales(jit: Jit, group: int, scale_dtype: int, isa: str) -> None:
     need(isa)
     rng = np.random.default_rng(group)
-    w = stored(rng, "int4", 40, 256, group, scale_bits)
+    w = stored(rng, "int4", 40, 256, group, scale_dtype)
     x = activations(rng, 14, 256, 256)
-    spec = KernelSpec.of("gemm", isa, weight="int4", k=256, group=group, scale_bits=scale_bits)
+    spec = KernelSpec.of("gemm", isa, weight="int4", k=256, group=group, scale_dtype=scale_dtype)
     exact = linear(as_packed(spec, from_bf16(x)), w.values)
     assert np.allclose(call(jit, spec, x, w, 40, 14), exact, rtol=1e-5, atol=1e-3)
 
@@ -177,7 +177,7 @@ def test_assembly_of_the_fma_form(jit: Jit, isa: str, register: str) -> None:
 
 @pytest.mark.parametrize(("isa", "register", "spills"), [("avx512", "zmm", 24), ("avx2", "ymm", 0)])
 def test_assembly_of_the_whole_form(jit: Jit, isa: str, register: str, spills: int) -> None:
-    spec = KernelSpec.of("gemm", isa, weight="int4", k=2048, group=128, scale_bits=16)
+    spec = KernelSpec.of("gemm", isa, weight="int4", k=2048, group=128, scale_dtype=0)
     text = jit.assembly(spec)
     most = Form.of(spec).tile
     tile = text[text.index(f"\ntile{most}:") : text.index("\nmultiply:")]

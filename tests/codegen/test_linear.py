@@ -22,18 +22,18 @@ SIZES: list[tuple[WeightFormat, int, int, int]] = [
     ("bf16", 129, 0, 0),
     ("fp16", 100, 0, 0),
     ("f32", 33, 0, 0),
-    ("int4", 200, 64, 16),
+    ("int4", 200, 64, 0),
 ]
-"""Format, K, group, bits of a scale."""
+"""Format, K, group, dtype of a scale (its place in `Plane.kept`)."""
 MORE: list[tuple[WeightFormat, int, int, int]] = [
     ("fp8", 31, 0, 0),
     ("fp8", 384, 0, 0),
     ("bf16", 7, 0, 0),
     ("bf16", 256, 0, 0),
-    ("int4", 64, 128, 32),
-    ("int4", 100, 32, 16),
-    ("int4", 256, 128, 16),
-    ("int4", 384, 32, 32),
+    ("int4", 64, 128, 1),
+    ("int4", 100, 32, 0),
+    ("int4", 256, 128, 0),
+    ("int4", 384, 32, 1),
 ]
 
 
@@ -42,12 +42,12 @@ def spec_of(
     weight: WeightFormat,
     k: int,
     group: int = 128,
-    scale_bits: int = 16,
+    scale_dtype: int = 0,
     out: str = "f32",
     tokens: int = MAX_TOKENS,
 ) -> KernelSpec:
     plain = KernelSpec.of("linear", isa, weight=weight, out=out, k=k, tokens=tokens)
-    return stored_as(plain, group, scale_bits)
+    return stored_as(plain, group, scale_dtype)
 
 
 def run_linear(

@@ -39,7 +39,7 @@ class Case:
         need(isa)
         rng = np.random.default_rng(past + tokens)
         self.params, self.past = params, past
-        extra = {"group": 64, "scale_bits": 16} if weight == "int4" else {}
+        extra = {"group": 64, "scale_dtype": 0} if weight == "int4" else {}
         self.spec: KernelSpec = spec_of("mla_prefill", isa, params | extra, weight)
         heads, nope, rope, v_dim, rank = (
             params[name] for name in ("heads", "nope", "rope", "v_dim", "rank")

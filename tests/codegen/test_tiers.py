@@ -83,7 +83,7 @@ def kernels(isa: str) -> list[KernelSpec]:
 
     def spec(op: str, weight: str = "", expr: str = "", **params: int) -> KernelSpec:
         tile = {"tokens": 2} if op in ("gemm", "mla_prefill") or "grouped" in op else {}
-        groups = {"group": 32, "scale_bits": 16} if weight == "int4" else {}
+        groups = {"group": 32, "scale_dtype": 0} if weight == "int4" else {}
         return KernelSpec.of(op, isa, weight=weight, tile=tile, expr=expr, **(params | groups))
 
     latent = {"heads": 2, "nope": 24, "rope": 8, "v_dim": 16, "rank": 64, "block": 8}

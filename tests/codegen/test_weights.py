@@ -16,7 +16,7 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
 
-_GROUPS = {"group": 128, "scale_bits": 16}
+_GROUPS = {"group": 128, "scale_dtype": 0}
 """Of int4, for whose scales nobody asks here."""
 
 

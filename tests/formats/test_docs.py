@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import arithmetic, is_native
-from hmc.formats import FORMATS, GROUP, WHOLE, Format, Plane
+from hmc.formats import FORMATS, GROUP, WHOLE, Format, Plane, named
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
 
@@ -31,7 +31,7 @@ def _tiers(row: Format) -> str:
 
 def _names(row: Format) -> str:
     ends = dict.fromkeys(end for plane in row.planes for end in plane.suffixes)
-    return ", ".join(f"`weight{end}`" for end in ends)
+    return ", ".join(f"`{named('m.weight', end).removeprefix('m.')}`" for end in ends)
 
 
 def table() -> str:

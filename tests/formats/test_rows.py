@@ -87,8 +87,8 @@ def test_a_registered_format_goes_again() -> None:
 
 def test_kernel_params() -> None:
     assert kernel_params(FORMATS["fp8"], 0, ("F8_E4M3", "BF16")) == {}
-    assert kernel_params(FORMATS["int4"], 32, ("I32", "BF16")) == {"group": 32, "scale_bits": 16}
-    assert kernel_params(FORMATS["int4"], 32, ("I32", "F16")) == {"group": 32, "scale_bits": 32}
+    assert kernel_params(FORMATS["int4"], 32, ("I32", "BF16")) == {"group": 32, "scale_dtype": 0}
+    assert kernel_params(FORMATS["int4"], 32, ("I32", "F16")) == {"group": 32, "scale_dtype": 1}
     assert kernel_params(FOUR_BITS, 32, ("U8", "F8_E8M0")) == {"group": 32}
 
 

@@ -144,7 +144,7 @@ def emit_attention_prefill(e: Emitter) -> None:
 
 
 def emit_mla_prefill(e: Emitter) -> None:
-    """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_bits).
+    """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_dtype).
 
     Scratch: what the panels of every worker take, then what its unit takes.
     """

@@ -36,7 +36,7 @@ def scratch_bytes(spec: KernelSpec) -> int:
 
 def emit_experts_gate_up(e: Emitter) -> None:
     """IR of `experts_gate_up`; expr of gate and up; params k, n, top_k, experts, tokens (, group,
-    scale_bits for int4).
+    scale_dtype for int4).
     """
     b, spec = e.b, e.spec
     n = spec["n"]
@@ -65,7 +65,7 @@ def emit_experts_gate_up(e: Emitter) -> None:
 
 
 def emit_experts_down(e: Emitter) -> None:
-    """IR of `experts_down`; params k, n, top_k, experts, tokens (, group, scale_bits for int4)."""
+    """IR of `experts_down`; params k, n, top_k, experts, tokens (, group, scale_dtype for int4)."""
     b, spec = e.b, e.spec
     n, top_k = spec["n"], spec["top_k"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])

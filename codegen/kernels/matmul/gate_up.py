@@ -12,7 +12,7 @@ from hmc.codegen.ir import F32, Emitter, Value, const
 
 
 def emit_gate_up(e: Emitter) -> None:
-    """IR of `gate_up`; expr; params k, tokens (, group, scale_bits for int4)."""
+    """IR of `gate_up`; expr; params k, tokens (, group, scale_dtype for int4)."""
     b, spec, tokens = e.b, e.spec, e.arg["tokens"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     xs = tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])

@@ -22,7 +22,7 @@ _ITEMS = 4
 
 
 def emit_gemm(e: Emitter) -> None:
-    """IR of `gemm`: params k (int4: group, scale_bits); out f32 or bf16."""
+    """IR of `gemm`: params k (int4: group, scale_dtype); out f32 or bf16."""
     b = e.b
     form = Form.of(e.spec)
     panels = Panels(e, form)

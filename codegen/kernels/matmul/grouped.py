@@ -27,7 +27,7 @@ _DECODE_TOKENS = 6
 def emit_grouped_gate_up(e: Emitter) -> None:
     """IR of `grouped_gate_up`: expr of gate and up; params k, n (intermediate), top_k, experts.
 
-    int4 also takes group and scale_bits.
+    int4 also takes group and scale_dtype.
     """
     spec = e.spec
     b, tree = e.b, parse(spec.expr)

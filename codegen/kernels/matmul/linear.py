@@ -10,7 +10,7 @@ from hmc.codegen.ir import F32, I64, Emitter, Value, const
 
 
 def emit_linear(e: Emitter) -> None:
-    """IR of `linear`; params k, tokens (, group, scale_bits for int4); `out` f32 or bf16."""
+    """IR of `linear`; params k, tokens (, group, scale_dtype for int4); `out` f32 or bf16."""
     b, spec = e.b, e.spec
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     w, tokens = e.arg["w"], e.arg["tokens"]

@@ -1,13 +1,21 @@
 """FP8 E4M3 codes with a scale for every 128 x 128 of them (DeepSeek-V3's technical report, arXiv
-2412.19437, section 3.3.2); in two dialects: `fp8` of DeepSeek and transformers, and the block form
-of compressed-tensors.
+2412.19437, section 3.3.2), for other blocks, a row, a tensor, or 32 of a row (MXFP8).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from hmc.formats.base import Described, Format, Plane, Storage, minifloats
+from hmc.formats.base import (
+    WHOLE,
+    Described,
+    Format,
+    Plane,
+    Storage,
+    minifloats,
+    nothing,
+)
 
 if TYPE_CHECKING:
     from hmc.checkpoint.config import ModelConfig
@@ -53,15 +61,30 @@ def _check_fp8(section: ModelConfig) -> None:
         raise section.unsupported("modules_to_convert", "none")
 
 
-FP8 = Format(
-    name="fp8",
-    title="FP8",
-    planes=(
-        Plane("codes", ("F8_E4M3",)),
-        Plane("scale", ("F32", "BF16"), ("_scale_inv", "_scale"), BLOCK, BLOCK, kept=("F32",)),
-    ),
-    exact_in=("fp8", "bf16", "f32"),
-    about=f"FP8 E4M3, {BLOCK}x{BLOCK} scales in {{scale}}",
-    values=minifloats(4, 3, infinities=False),
-    find=_find,
-)
+def _fp8(
+    name: str, rows: int, columns: int, scale: tuple[str, ...], kept: str, what: str,
+    find: Callable[[Described], Storage | None],
+) -> Format:  # fmt: skip
+    suffixes = ("_scale_inv", "_scale", ".scale")
+    return Format(
+        name=name,
+        title="FP8",
+        planes=(
+            Plane("codes", ("F8_E4M3",)),
+            Plane("scale", scale, suffixes, rows, columns, kept=(kept,)),
+        ),
+        exact_in=("fp8", "bf16", "f32"),
+        about=f"FP8 E4M3, {what} in {{scale}}",
+        values=minifloats(4, 3, infinities=False),
+        find=find,
+    )
+
+
+_SCALES = ("F32", "BF16", "F8_E8M0", "U8", "F16")
+
+FP8 = _fp8("fp8", BLOCK, BLOCK, _SCALES, "F32", f"{BLOCK}x{BLOCK} scales", _find)
+FP8_32 = _fp8("fp8-32", 32, 32, _SCALES, "F32", "32x32 scales", nothing)
+FP8_CHANNEL = _fp8("fp8-channel", 1, WHOLE, _SCALES, "F32", "a scale a row", nothing)
+FP8_TENSOR = _fp8("fp8-tensor", WHOLE, WHOLE, _SCALES, "F32", "one scale", nothing)
+MXFP8 = _fp8("mxfp8", 1, 32, ("U8", "F8_E8M0"), "F8_E8M0", "a scale for 32", nothing)
+"""OCP Microscaling Formats (MX) v1.0, section 5: an exponent for 32 of a row."""

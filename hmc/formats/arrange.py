@@ -1,0 +1,115 @@
+"""Planes as checkpoints lay them out -> as kernels read them: bits move, values stay. In numpy; by
+the names of `layouts.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hmc.formats.base import Form
+from hmc.formats.layouts import (
+    AWQ,
+    AWQ_ZEROS,
+    BY_INPUT,
+    GPTQ2_ZEROS,
+    GPTQ_ZEROS,
+    PACKED_ZEROS,
+    RECIPROCAL,
+    TRANSPOSED,
+)
+
+Array = npt.NDArray[Any]
+Words = npt.NDArray[np.uint32]
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which of eight outputs nibble i of AWQ's words holds."""
+
+
+def arranged(form: Form, stored: Array) -> Array:
+    """A plane of `form` as kernels read it, still in its stored dtype where that is widened
+    afterwards; `stored` has the elements of `form.stored`, as numpy holds them (`decode.NUMPY`).
+    """
+    name = form.plane.layout.name
+    if not name:
+        return stored.reshape(form.shape)
+    found = ARRANGE[name](stored.reshape(form.stored), form.shape)
+    return np.ascontiguousarray(found).reshape(form.shape)
+
+
+def _unpacked(words: Words, bits: int, order: tuple[int, ...] = ()) -> Words:
+    """[k, n] of [k, n * bits / 32]: the codes in words, the lowest first, or that of place
+    `order[i]`.
+    """
+    each = 32 // bits
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    codes = words[..., None] >> shifts & np.uint32(2**bits - 1)
+    if order:
+        codes = codes[..., np.argsort(order)]
+    return codes.reshape(len(words), words.shape[1] * each)
+
+
+def _packed(codes: Words, bits: int) -> Words:
+    """[n, k * bits / 32] of [n, k], the first in the lowest bits; the last word is filled up."""
+    each = 32 // bits
+    rows, columns = codes.shape
+    padded = np.zeros((rows, -(-columns // each) * each), np.uint32)
+    padded[:, :columns] = codes
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    found: Words = np.bitwise_or.reduce(padded.reshape(rows, -1, each) << shifts, axis=2)
+    return found
+
+
+def _bf16(codes: Words) -> Array:
+    """Whole numbers up to 256 as bf16."""
+    found: Array = (codes.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    return found
+
+
+def _awq(stored: Words, shape: tuple[int, ...]) -> Array:
+    """In blocks of inputs, so that codes apart take little room."""
+    rows = shape[0]
+    found = np.empty(shape, np.uint32)
+    step = 1024
+    for first in range(0, len(stored), step):
+        codes = _unpacked(stored[first : first + step], 4, AWQ_ORDER)[:, :rows]
+        part = _packed(codes.T, 4)
+        found[:, first // 8 : first // 8 + part.shape[1]] = part
+    return found
+
+
+def _zeros(bits: int, order: tuple[int, ...] = (), less: int = 0) -> Arrange:
+    def arrange(stored: Words, shape: tuple[int, ...]) -> Array:
+        return _bf16(_unpacked(stored, bits, order)[:, : shape[0]].T + np.uint32(less))
+
+    return arrange
+
+
+def _packed_zeros(stored: Words, shape: tuple[int, ...]) -> Array:
+    return _bf16(_unpacked(np.ascontiguousarray(stored.T), 4)[:, : shape[0]].T)
+
+
+def _transposed(stored: Array, shape: tuple[int, ...]) -> Array:
+    return stored.T
+
+
+def _reciprocal(stored: Array, shape: tuple[int, ...]) -> Array:
+    return np.float32(1.0) / stored.view(np.float32)
+
+
+Arrange = Callable[[Any, tuple[int, ...]], Array]
+
+ARRANGE: Mapping[str, Arrange] = {
+    TRANSPOSED.name: _transposed,
+    AWQ.name: _awq,
+    AWQ_ZEROS.name: _zeros(4, AWQ_ORDER),
+    PACKED_ZEROS.name: _packed_zeros,
+    RECIPROCAL.name: _reciprocal,
+    **{layout.name: _transposed for layout in BY_INPUT.values()},
+    **{layout.name: _zeros(bits, less=1) for bits, layout in GPTQ_ZEROS.items()},
+    **{layout.name: _zeros(bits) for bits, layout in GPTQ2_ZEROS.items()},
+}
+"""By the name of a layout: what makes an array of the memory's shape of a stored one."""
