@@ -23,8 +23,9 @@ hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
 runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops/gpu
 runtime/device_ops runtime/device_ops/triton runtime/host
-hmc hmc/compiler hmc/models passes passes/manager passes/place passes/stream passes/emit
-passes/graph passes/records hmc/blocks hmc/graph
+hmc hmc/compiler hmc/quantize hmc/models
+passes passes/manager passes/place passes/stream passes/emit passes/graph passes/records
+hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
 hmc/plan hmc/ops hmc/machine hmc/checkpoint

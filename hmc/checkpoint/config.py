@@ -16,6 +16,8 @@ from hmc.checkpoint.jsonfile import parse_object, quote, read_bytes
 from hmc.errors import ConfigError, UnsupportedError
 
 CONFIG_NAME = "config.json"
+LOSSY_KEY = "hmc_lossy"
+"""The key by which `hmc quantize` says what a checkpoint of its own has lost."""
 
 
 @dataclass(frozen=True, slots=True)

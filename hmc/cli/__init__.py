@@ -30,6 +30,7 @@ _COMMANDS = {
     "diff": "Show what two plans differ in.",
     "report": "Write one HTML page about a plan.",
     "probe": "Measure this machine and write it as a machine file.",
+    "quantize": "Write a lossy copy of a model in few bits.",
     "tune": "Change a plan by hand, or by search on this machine.",
 }
 

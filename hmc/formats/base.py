@@ -51,12 +51,12 @@ class Plane:
     The first plane of a weight are its codes; the `kind` of others: scales, which codes are
     multiplied by; zeros, the code that stands for 0; or the order, the number of the group that
     each column is of (i32), where scales and zeros are not of neighbouring columns. `dtypes` are
-    those it may be stored in, the first one that of invented weights; `suffixes` what may follow the weight's name in the tensor's (`named`). An element
-    covers `rows` x `columns` of the weight (`WHOLE`, `GROUP`); the last block of a row may be cut,
-    unless it is not `ragged`. `bits` of an element are packed into words of the dtype, the first in
-    the lowest ones, rows padded to whole words; 0: an element is a word. `block` of (columns,
-    bytes): codes, scales and all of so many columns are a struct of so many bytes, and elements are
-    bytes.
+    those it may be stored in, the first one that of invented weights; `suffixes` what may follow
+    the weight's name in the tensor's (`named`). An element covers `rows` x `columns` of the weight
+    (`WHOLE`, `GROUP`); the last block of a row may be cut, unless it is not `ragged`. `bits` of an
+    element are packed into words of the dtype, the first in the lowest ones, rows padded to whole
+    words; 0: an element is a word. `block` of (columns, bytes): codes, scales and all of so many
+    columns are a struct of so many bytes, and elements are bytes.
 
     Kernels read the dtypes `kept` as stored (none named: all), others are widened to f32 when
     weights are opened. `layout` says how a checkpoint lays the plane out; where that is not as

@@ -50,12 +50,13 @@ class ModelInfo(Frozen):
 
 class CheckpointInfo(Frozen):
     """The checkpoint the plan was made from; `path` is a hint, the hashes decide. No shards: made
-    from a config alone.
+    from a config alone. `lossy` says what `hmc quantize` lost, where it made the checkpoint.
     """
 
     path: str
     config_sha256: str
     shards: tuple[ShardInfo, ...]
+    lossy: str = ""
 
     @property
     def dummy(self) -> bool:

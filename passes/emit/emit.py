@@ -22,6 +22,7 @@ from typing import Any
 
 import torch.fx
 
+from hmc.checkpoint import LOSSY_KEY
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
 from hmc.formats import format_of
@@ -65,6 +66,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
             path=str(target.checkpoint.directory),
             config_sha256=target.checkpoint.config.sha256,
             shards=target.checkpoint.shards,
+            lossy=target.checkpoint.config.get_str(LOSSY_KEY, ""),
         ),
         machine=target.machine,
         isa=target.isa,
