@@ -179,9 +179,8 @@ class Walk:
                     continue
                 # of sums, only the ranks that have a part bring one
                 wanted = len(operands) if role.rows == "all" and roles is row.inputs else count
-                if not 0 < wanted <= count or set(operands) != {
-                    f"{role.name}{number}" for number in range(wanted)
-                }:
+                known = 0 < wanted == len(operands) <= count
+                if not known or any(f"{role.name}{n}" not in operands for n in range(wanted)):
                     raise VerifyError(f"{role.name} are not one for each of {count}")
                 kind = "rank" if row.where == "link" else "lane"
                 for name, operand in operands.items():

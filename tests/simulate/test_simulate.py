@@ -215,14 +215,18 @@ def test_text_output_names_what_binds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_published_figures_are_within_five_per_cent() -> None:
-    found = {row.metric: row for row in rows()}
-    assert {row.kind for row in found.values()} == {"calibrated", "independent"}
-    wrong = {name: row.error for name, row in found.items() if abs(row.error) > 0.05}
-    assert not wrong
-    for name in ("prefill.45k.2gpu", "decode.kimi-k2", "ring.kimi-k2", "decode.int4.128k"):
+def test_published_figures_are_reached_by_data_sheets() -> None:
+    """What docs/benchmarks.md claims: rates of data sheets meet the published figures, and what a
+    constant of the CPU was fitted to is met without them.
+    """
+    found = {row.metric: row for row in rows(peak=True)}
+    for name in ("prefill.20k.1gpu", "prefill.32k.2gpu", "decode.fp8", "decode.fp8.32k"):
+        assert found[name].simulated >= found[name].published, name
         assert found[name].kind == "independent"
-    assert found["prefill.20k.1gpu"].kind == "calibrated"
+    assert found["prefill.32k.1gpu"].simulated <= 30
+    fitted = {row.metric: row.error for row in rows() if row.kind == "calibrated"}
+    assert set(fitted) == {"gemv.7168x2048", "decode.cpu_stage"}
+    assert max(map(abs, fitted.values())) < 0.05
 
 
 def test_the_models_of_the_figures_are_the_bundled_ones() -> None:
