@@ -114,7 +114,9 @@ class Finder:
 
     def _unread(self, name: str) -> TensorError:
         """Why no format of the configuration reads a weight that is not stored plainly."""
-        for row, codes in self._of_others(name):
+        if others := list(self._of_others(name)):
+            fit = (each for each in others if each[1].dtype in each[0].codes.dtypes)
+            row, codes = next(fit, others[0])
             if codes.dtype not in row.codes.dtypes:
                 return self.error(codes, f"is {codes.dtype}, must be {_either(row.codes.dtypes)}")
             is_what = f"is {_what(codes, name)}, but"
