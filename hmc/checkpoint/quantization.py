@@ -174,10 +174,8 @@ def _read_fp8(config: ModelConfig, section: ModelConfig, method: str) -> Quantiz
         common = _merged(section, {"weight_block_size": [128, 128]})
         storages = _joined((storages, _storages(Described(method, common, common))))
     # DeepSeek-V4 says it beside the section, its successor in it.
-    kind = section.get_str("expert_dtype", config.get_str("expert_dtype", "fp8"))
-    routed = storages
-    if kind != "fp8":
-        routed = (*_storages(Described(method, section, section, kind)), *storages)
+    kind = section.get_str("expert_dtype", config.get_str("expert_dtype", ""))
+    routed = _joined((_storages(Described(method, section, section, kind)), storages))
     scheme = section.get_str("activation_scheme", "dynamic")
     return replace(
         found,
