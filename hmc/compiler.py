@@ -26,10 +26,13 @@ from hmc.passes.manager import configured, run_graph, run_plan
 from hmc.passes.place.budget import capacity
 from hmc.passes.place.needs import needs_of
 from hmc.passes.records import Base, Target
-from hmc.plan import Plan
+from hmc.plan import Decision, Plan
 from hmc.plan.options import Options
 from hmc.plan.routing_profile import load_profile
 from hmc.predict.goals import parse_goals, require_goals
+
+NOT_RUN = "of a part of the model that hmc does not run"
+"""Why tensors are left aside that a family names."""
 
 
 def compile(
@@ -107,7 +110,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
         machine=machine,
         isa=best_isa(frozenset(machine.flags)).name,
     )
-    _check_tensors(target, graph, model.tolerated)
+    noted = _noted(target, graph, model.tolerated)
     if options.profile is not None:
         options.profile.check(
             {
@@ -118,6 +121,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
             }
         )
     lowered = run_graph(configured(GRAPH, options), graph, target)
+    lowered = replace(lowered, decisions=(*noted, *lowered.decisions))
     needs = needs_of(lowered, options)
     room = capacity(needs, target, options)
     plan = emit(lowered, room, options, parse_goals(options.slo, options.concurrency))
@@ -133,17 +137,21 @@ def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     return replace(checkpoint, config=replace(checkpoint.config, values=values))
 
 
-def _check_tensors(target: Target, graph: torch.fx.GraphModule, tolerated: tuple[str, ...]) -> None:
-    """Every weight of the model is in the checkpoint, and nothing else is, but what the family
-    tolerates.
+def _noted(
+    target: Target, graph: torch.fx.GraphModule, tolerated: tuple[str, ...]
+) -> tuple[Decision, ...]:
+    """What the checkpoint asks for and holds beside weights, and what became of it. Every weight of
+    the model is in it, and nothing else that the family or the quantisation does not explain.
     """
     checkpoint = target.checkpoint
-    if checkpoint.dummy:
-        return
-    specs = [weight for node in graph.graph.nodes for weight in meta(node).weights]
-    checkpoint.require_present(name for weight in specs for name in _names(weight))
-    sources = (source for weight in specs for source in target.source(weight))
-    checkpoint.check_unused((name for each in sources for name in each.tensor_names), tolerated)
+    notes = checkpoint.quantization.notes
+    if not checkpoint.dummy:
+        specs = [weight for node in graph.graph.nodes for weight in meta(node).weights]
+        checkpoint.require_present(name for weight in specs for name in _names(weight))
+        sources = (source for weight in specs for source in target.source(weight))
+        used = (name for each in sources for name in each.tensor_names)
+        notes += checkpoint.check_unused(used, dict.fromkeys(tolerated, NOT_RUN))
+    return tuple(Decision(by="checkpoint", **note._asdict()) for note in notes)
 
 
 def _names(weight: WeightSpec) -> Iterator[str]:

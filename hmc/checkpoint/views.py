@@ -13,6 +13,7 @@ from math import prod
 from hmc.checkpoint.headers import TensorInfo
 from hmc.errors import TensorError
 from hmc.formats import DTYPE_BITS, format_of
+from hmc.formats.layouts import AS_READ
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def rows_of(
     tensors: tuple[TensorInfo, ...], form: str, group: int, first: int, shape: tuple[int, ...]
 ) -> tuple[TensorInfo, ...]:
     """The planes of `tensors`, of format `form`, cut to a weight of `shape` from row `first` on;
-    `TensorError` where a block of scales covers rows of two weights.
+    `TensorError` where a block of scales covers rows of two weights, or rows lie scattered.
     """
     cut = []
     for plane, tensor in zip(format_of(form).planes, tensors, strict=True):
@@ -74,6 +75,8 @@ def rows_of(
         bits = DTYPE_BITS[tensor.dtype]
         before = plane.stored_shape((first, shape[1]), group, tensor.dtype) if first else (0,)
         own = plane.stored_shape(shape, group, tensor.dtype)
+        if plane.layout is not AS_READ and own != tensor.shape:
+            raise TensorError(f"tensor {tensor.name}: rows of {form} do not lie together in it")
         place = tensor.offset + prod(before) * bits // 8
         cut.append(replace(tensor, shape=own, offset=place, nbytes=prod(own) * bits // 8))
     return tuple(cut)

@@ -2,6 +2,7 @@
 
 base.py        what a format and its planes are
 plain.py, fp8.py, micro.py, whole.py, gguf.py    the rows
+dialects.py                what configurations say of rows
 table.py       all of them
 layouts.py, arrange.py     planes that checkpoints lay out otherwise than kernels read them
 decode.py, blocks.py       what stored planes mean

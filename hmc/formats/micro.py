@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hmc.formats.base import WHOLE, Format, Plane
+from hmc.formats.dialects import any_of, by_method, compressed_tensors, fine_grained, modelopt
 from hmc.formats.layouts import RECIPROCAL
 
 _HALF = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -18,17 +19,24 @@ MXFP4 = Format(
     title="MXFP4",
     planes=(
         Plane("codes", ("U8",), ("_packed", "_blocks", ""), bits=4),
-        Plane("scale", ("U8", "F8_E8M0"), ("_scale", "_scales", ".scale"), columns=32,
-              kept=("F8_E8M0",)),
+        Plane("scale", ("U8", "F8_E8M0"), ("_scale", "_scales", ".scale", "_scale_inv"),
+              columns=32, kept=("F8_E8M0",)),
     ),
     exact_in=("bf16", "f32"),
     about="MXFP4, an exponent for 32 columns",
     values=E2M1,
+    find=any_of(
+        by_method("mxfp4", ("_blocks", "_scales"), "mxfp4"),
+        compressed_tensors("mxfp4", ("_packed", "_scale"), ("mxfp4-pack-quantized",), ("float", 4),
+                           strategies=("group",), group=32),
+        modelopt("mxfp4", ("", "_scale"), ("MXFP4", "W4A8_MXFP4_FP8"), 32),
+    ),
 )  # fmt: skip
 MXFP4_I8 = replace(
     MXFP4,
     name="mxfp4-i8",
     planes=(replace(MXFP4.codes, dtypes=("I8",), suffixes=("",)), *MXFP4.scales),
+    find=fine_grained("mxfp4-i8", ("", ".scale"), experts="fp4"),
     read_as="mxfp4",
 )
 """As DeepSeek-V4 stores experts."""
@@ -45,7 +53,11 @@ NVFP4 = Format(
     exact_in=("bf16", "f32"),
     about="NVFP4, a scale for 16 columns, all divided by one number",
     values=E2M1,
-)
+    find=compressed_tensors(
+        "nvfp4", ("_packed", "_scale", "_global_scale"), ("nvfp4-pack-quantized",), ("float", 4),
+        strategies=("tensor_group", "group"), group=16,
+    ),
+)  # fmt: skip
 NVFP4_TIMES = replace(
     NVFP4,
     name="nvfp4-times",
@@ -55,6 +67,8 @@ NVFP4_TIMES = replace(
         Plane("global", ("F32",), ("_scale_2",), WHOLE, WHOLE),
     ),
     about="NVFP4, a scale for 16 columns, all multiplied by one number",
+    find=modelopt("nvfp4-times", ("", "_scale", "_scale_2"),
+                  ("NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8"), 16),
     read_as="nvfp4",
-)
+)  # fmt: skip
 """As NVIDIA's Model Optimizer stores it."""

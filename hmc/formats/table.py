@@ -34,7 +34,7 @@ _ROWS: dict[str, Format] = {
     row.name: row
     for row in (
         *(FP8, BF16, FP16, F32, INT4),
-        *(FP8_32, FP8_CHANNEL, FP8_TENSOR, MXFP8),
+        *(FP8_32, FP8_TENSOR, FP8_CHANNEL, MXFP8),
         *(MXFP4, MXFP4_I8, NVFP4, NVFP4_TIMES),
         *(INT4_ZERO, INT8, INT8_PACKED, AWQ),
         *(GPTQ, GPTQ2, GPTQ_ORDER, GPTQ2_ORDER, GPTQ8, GPTQ8_ORDER),

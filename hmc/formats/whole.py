@@ -8,37 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from hmc.formats import layouts
-from hmc.formats.base import GROUP, WHOLE, Described, Format, Plane, Storage
-from hmc.formats.fp8 import is_float8
+from hmc.formats.base import GROUP, WHOLE, Format, Plane
+from hmc.formats.dialects import Find, awq, compressed_tensors, gptq
 from hmc.formats.layouts import PACKED_ZEROS, TRANSPOSED, Layout
 
-GROUP_SIZES = (32, 128)
-"""Columns that share one scale in checkpoints that are read."""
 
-
-def _find(described: Described) -> Storage | None:
-    weights = described.weights
-    if described.method != "compressed-tensors" or is_float8(weights):
-        return None
-    if described.packing != "pack-quantized":
-        raise described.whole.unsupported("format", "pack-quantized and float-quantized")
-    if weights.get_int("num_bits", 8) != 4:
-        raise weights.unsupported("num_bits", "4")
-    if weights.get_str("type", "int") != "int":
-        raise weights.unsupported("type", "int")
-    if not weights.get_bool("symmetric", True):
-        raise weights.unsupported("symmetric", "true (no zero points)")
-    if weights.get_str("strategy", "tensor") != "group":
-        raise weights.unsupported("strategy", "group")
-    group = weights.get_int("group_size", 0, minimum=-1)
-    if group not in GROUP_SIZES:
-        raise weights.unsupported("group_size", " and ".join(map(str, GROUP_SIZES)))
-    order = weights.values.get("actorder")
-    # "static" ("weight" of old) only changed how scales were found; columns stay in order.
-    if order not in (None, False, "static", "weight"):
-        raise weights.unsupported("actorder", "null, static and weight")
-    beside = (("_shape", ("I64", "I32"), (2,)),)
-    return Storage("int4", ("_packed", "_scale"), group, beside)
+def _packed(name: str, bits: int, *ends: str, symmetric: bool = True) -> Find:
+    """Packed whole numbers of compressed-tensors."""
+    return compressed_tensors(
+        name, ("_packed", "_scale", *ends), ("pack-quantized",), ("int", bits),
+        strategies=("group", "channel"), group=-1, symmetric=symmetric,
+    )  # fmt: skip
 
 
 _WHOLE_FLOATS = ("BF16", "F32", "F16")
@@ -55,7 +35,7 @@ INT4 = Format(
     exact_in=("bf16", "whole", "f32"),
     about="INT4 symmetric, one {scale} scale per {group} columns",
     values=tuple(float(code - 8) for code in range(16)),
-    find=_find,
+    find=_packed("int4", 4),
 )
 INT4_ZERO = Format(
     name="int4-zero",
@@ -64,6 +44,7 @@ INT4_ZERO = Format(
     exact_in=("bf16", "whole", "f32"),
     about="INT4 with zero points, one {scale} scale per {group} columns",
     values=tuple(float(code) for code in range(16)),
+    find=_packed("int4-zero", 4, "_zero_point", symmetric=False),
 )
 INT8 = Format(
     name="int8",
@@ -75,7 +56,9 @@ INT8 = Format(
     exact_in=("bf16", "whole", "f32"),
     about="INT8, a scale a row",
     values=tuple(float(code - 256 * (code > 127)) for code in range(256)),
-)
+    find=compressed_tensors("int8", ("", "_scale"), ("int-quantized", "naive-quantized"),
+                            ("int", 8), strategies=("channel",)),
+)  # fmt: skip
 INT8_PACKED = Format(
     name="int8-packed",
     title="INT8",
@@ -83,10 +66,13 @@ INT8_PACKED = Format(
     exact_in=("bf16", "whole", "f32"),
     about="INT8 symmetric, one {scale} scale per {group} columns",
     values=tuple(float(code - 128) for code in range(256)),
+    find=_packed("int8-packed", 8),
 )
 
 
-def _apart(name: str, bits: int, codes: Layout, zeros: Layout, ordered: bool = False) -> Format:
+def _apart(
+    name: str, bits: int, codes: Layout, zeros: Layout, find: Find, ordered: bool = False
+) -> Format:
     """Weights of AWQ and GPTQ, whose planes lie by inputs in files and by outputs in memory."""
     columns = replace(_BY_GROUP, dtypes=("F16", "BF16", "F32"), suffixes=(".scales",),
                       layout=TRANSPOSED)  # fmt: skip
@@ -104,16 +90,26 @@ def _apart(name: str, bits: int, codes: Layout, zeros: Layout, ordered: bool = F
         about=f"INT{bits} with zero points, one {{scale}} scale per {{group}} columns"
         + (" in an order of their own" if ordered else ""),
         values=tuple(float(code) for code in range(2**bits)),
+        find=find,
         read_as="" if bits == 8 or ordered else INT4_ZERO.name,
     )
 
 
-AWQ = _apart("awq", 4, layouts.AWQ, layouts.AWQ_ZEROS)
+def _gptq(name: str, bits: int, version: str = "gptq", ordered: bool = False) -> Format:
+    zeros = layouts.GPTQ2_ZEROS if version == "gptq_v2" else layouts.GPTQ_ZEROS
+    ends = (*_APART, ".g_idx") if ordered else _APART
+    find = gptq(name, ends, bits, version, ordered=ordered)
+    return _apart(name, bits, layouts.BY_INPUT[bits], zeros[bits], find, ordered)
+
+
+_APART = (".qweight", ".scales", ".qzeros")
+
+AWQ = _apart("awq", 4, layouts.AWQ, layouts.AWQ_ZEROS, awq("awq", _APART, 4))
 """arXiv 2306.00978, as AutoAWQ's version "gemm" stores it."""
-GPTQ = _apart("gptq", 4, layouts.BY_INPUT[4], layouts.GPTQ_ZEROS[4])
+GPTQ = _gptq("gptq", 4)
 """arXiv 2210.17323, as AutoGPTQ stores it."""
-GPTQ2 = _apart("gptq2", 4, layouts.BY_INPUT[4], layouts.GPTQ2_ZEROS[4])
-GPTQ_ORDER = _apart("gptq-order", 4, layouts.BY_INPUT[4], layouts.GPTQ_ZEROS[4], ordered=True)
-GPTQ2_ORDER = _apart("gptq2-order", 4, layouts.BY_INPUT[4], layouts.GPTQ2_ZEROS[4], ordered=True)
-GPTQ8 = _apart("gptq8", 8, layouts.BY_INPUT[8], layouts.GPTQ_ZEROS[8])
-GPTQ8_ORDER = _apart("gptq8-order", 8, layouts.BY_INPUT[8], layouts.GPTQ_ZEROS[8], ordered=True)
+GPTQ2 = _gptq("gptq2", 4, "gptq_v2")
+GPTQ_ORDER = _gptq("gptq-order", 4, ordered=True)
+GPTQ2_ORDER = _gptq("gptq2-order", 4, "gptq_v2", ordered=True)
+GPTQ8 = _gptq("gptq8", 8)
+GPTQ8_ORDER = _gptq("gptq8-order", 8, ordered=True)

@@ -8,7 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-BYTES = {"F8_E4M3": 1, "F8_E5M2": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+BYTES = {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "U8", "I8"), 1),
+    **{"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8},
+}
 
 FP8_CONFIG = {
     "quant_method": "fp8",

@@ -162,10 +162,13 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 def test_unused_tensors(tmp_path: Path) -> None:
     write_two(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
-    checkpoint.check_unused(["a", "b", "c"])
-    checkpoint.check_unused(["a"], ["b", "c*"])
+    assert checkpoint.check_unused(["a", "b", "c"]) == ()
+    assert checkpoint.check_unused(["a"], {"b": "spare", "[bc]*": "more", "x": "none"}) == (
+        ("b", "1 left aside", "spare"),
+        ("[bc]*", "1 left aside", "more"),
+    )
     with pytest.raises(TensorError, match=r"1 tensor belongs to no part of the model: c$"):
-        checkpoint.check_unused(["b"], ["a"])
+        checkpoint.check_unused(["b"], {"a": ""})
     with pytest.raises(TensorError, match=r"3 tensors belong to no part of the model: a, b, c$"):
         checkpoint.check_unused([])
 
@@ -219,7 +222,6 @@ def test_deepseek_v3_of_the_real_shapes(tmp_path: Path) -> None:
     assert ragged.tensors[1].shape == (5, 56)
     with pytest.raises(TensorError, match="1339 tensors belong to no part of the model: lm_head"):
         checkpoint.check_unused(used)
-    checkpoint.check_unused(
-        used, ["*.self_attn.*", "*norm*", "*.mlp.[!e]*", "lm_head.*", "*.embed_*"]
-    )
+    rest = ["*.self_attn.*", "*norm*", "*.mlp.[!e]*", "lm_head.*", "*.embed_*"]
+    checkpoint.check_unused(used, dict.fromkeys(rest, ""))
     assert FP8_CONFIG.items() >= dict(checkpoint.config.values["quantization_config"]).items()
