@@ -93,7 +93,7 @@ def unrolled(tile: Tile, head: Head) -> int:
 
 
 def many(head: Head, arch: int, plain: bool) -> Tile:
-    """Of `attend_prompt`, `plain` where there is neither window nor cap. Where tensor cores take
+    """Of `attend_prompt`, `plain` where there are neither bounds nor a cap. Where tensor cores take
     operands from shared memory, there is more of that, and registers are for sums alone."""
     columns = head.main + head.wide + (head.rest if head.cut < head.head_dim else 0)
     if arch in (90, 100):
