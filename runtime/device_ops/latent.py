@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hmc.ops.attention import NO_BOUNDS, grows
+from hmc.ops.attention import NO_BOUNDS, Growth, grows
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.attention import attend
@@ -22,7 +22,6 @@ from hmc.runtime.device_ops.context import (
     HIDDEN,
     KIND,
     SCORE,
-    Growth,
     append,
     batches,
     chunks,
@@ -40,12 +39,12 @@ class Latent:
     """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]."""
 
     scale: float
+    growth: Growth
     heads: int
     nope: int
     rope: int
     v_dim: int
     rank: int
-    growth: Growth = None
 
     def kv_b(self, size: int) -> int:
         """Bytes of one head's part of kv_b."""
@@ -63,7 +62,7 @@ def mla(bound: Bound, step: Step) -> Work:
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
-    sizes = Latent(float(step.attrs["scale"]), *widths, grows(step.attrs))
+    sizes = Latent(float(step.attrs["scale"]), grows(step.attrs), *widths)
     kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), KIND
     caches = [bound.cache(step.layer, "latent")] if home else []
 

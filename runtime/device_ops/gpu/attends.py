@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def attention(bound: Bound, step: Step) -> Work:
     caches = tuple(bound.cache(step.layer, name) for name in ("k", "v")) if home else ()
     v_dim = v.shape[1] // kv_heads
     bounds, sinks = Bounds.of(step.attrs), bound.vector(step, "sinks")
-    how = {
+    how: dict[str, Any] = {
         "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim,
         "scale": float(step.attrs["scale"]), "bounds": bounds, "sinks": sinks,
         "softcap": float(step.attrs.get("softcap", 0.0)), "growth": grows(step.attrs),
