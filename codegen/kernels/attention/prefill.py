@@ -6,7 +6,8 @@ Workers share units: a block of tokens, all heads of one cache row. A unit packs
 every panel of queries through it (prefill_tiles.py). Units are dealt largest first, back and forth
 over the workers, which balances causal cost. Key tiles start at multiples of their size counted
 from position 0 and what a query must not see changes nothing, so a result depends on its query and
-the cache alone: never on chunk, block or workers.
+the cache alone: never on chunk, block or workers. With bounds a unit begins at the tile of the
+first position that it sees.
 
 Grouped queries. Zen 4, 32 heads of 128 over 4 cache rows, causal FLOPs, shares of the dot-product
 peak at 512 and 2048 tokens: 0.52 and 0.57 with queries in two terms, 0.72 and 0.80 in one. They
