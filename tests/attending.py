@@ -1,6 +1,7 @@
 """A family of tests alone, whose layers attend in all the ways that attention can be asked for:
 windows, chunks, sinks, soft caps, queries that grow with their position; keys that are the values,
-norms before and after rotary embedding, or none of it; other heads of other sizes in every layer.
+norms before and after rotary embedding, or none of it; keys and values of another layer; other
+heads of other sizes in every layer.
 """
 
 from __future__ import annotations
@@ -103,22 +104,38 @@ class Plain(_Attending):
         super().__init__(3, 1, 20, 32, growth=Growth(0.4, 5, 1))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        mixed = self.attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        self.kept = self.k_proj(x), self.v_proj(x)
+        return self.o_proj(self.attention(self.q_proj(x), *self.kept))  # type: ignore[no-any-return]
+
+
+class Sharing(_Attending):
+    """Keys and values are those of the layer before."""
+
+    def __init__(self, before: Plain) -> None:
+        super().__init__(3, 1, 20, 32)
+        del self.k_proj, self.v_proj
+        self._before = (before,)  # a tuple, so that its weights are not this layer's
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        mixed = self.attention(self.q_proj(x), *self._before[0].kept)
         return self.o_proj(mixed)  # type: ignore[no-any-return]
 
 
-KINDS = (Sliding, KeysAreValues, Chunked, Plain)
+def kinds() -> tuple[_Attending, ...]:
+    """The attention of each layer."""
+    plain = Plain()
+    return Sliding(), KeysAreValues(), Chunked(), plain, Sharing(plain)
 
 
 class Layer(nn.Module):
     """A pre-norm layer."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = (
             RMSNorm(HIDDEN, 1e-6) for _ in range(2)
         )
-        self.self_attn, self.mlp = KINDS[index](), quirky.SparseMoe()
+        self.self_attn, self.mlp = attention, quirky.SparseMoe()
 
     @property
     def attention_half(self) -> tuple[nn.Module, ...]:
@@ -132,7 +149,7 @@ class Layer(nn.Module):
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a config.json."""
-    return CausalLM(config, Layer)
+    return CausalLM(config, [Layer(each) for each in kinds()].__getitem__)
 
 
 FAMILY = Family(build)

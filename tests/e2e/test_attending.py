@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, "attending", attending.FAMILY)
         directory = tmp_path_factory.mktemp("attending")
-        yield quirky.write(directory, "attending", len(attending.KINDS))
+        yield quirky.write(directory, "attending", len(attending.kinds()))
 
 
 @pytest.fixture(scope="module")
