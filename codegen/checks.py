@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.expr import activation
+from hmc.codegen.expr import activation, elementwise
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
@@ -94,8 +94,13 @@ def _check_attention(spec: KernelSpec) -> None:
     if spec["heads"] % spec["kv_heads"]:
         raise _error(spec, f"cannot share {spec['kv_heads']} key heads by {spec['heads']} heads")
     _check_even(spec)
-    if spec.op == "attention_prefill" and spec.get("window"):
-        raise _error(spec, f"has no window, as of {spec['window']} tokens")
+    if spec.get("window") and spec.get("chunk"):
+        raise _error(spec, "has either a window or chunks")
+    for name in ("window", "chunk", "growth_every", "growth_from"):
+        if spec.get(name) < 0:
+            raise _error(spec, f"has no {name} of {spec[name]}")
+    if spec.expr:
+        elementwise(spec.expr, "score")
 
 
 def _check_even(spec: KernelSpec) -> None:
@@ -129,7 +134,7 @@ def _check_route(spec: KernelSpec) -> None:
 
 
 _GATED = ("gate_up", "experts_gate_up", "grouped_gate_up")
-_EXPRESSIONS = frozenset({"pointwise", *_GATED})
+_EXPRESSIONS = frozenset({"pointwise", "attention", "attention_prefill", *_GATED})
 _RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),

@@ -136,10 +136,16 @@ def activation(text: str) -> Expr:
     """The expression between the matmuls of a gated MLP; `KernelError` where it is no value of
     `gate` and `up`, element by element.
     """
+    return elementwise(text, "gate", "up")
+
+
+def elementwise(text: str, *names: str) -> Expr:
+    """An expression; `KernelError` where it is no value of operands `names`, element by element."""
     tree = parse(text)
     sums = tree.op in MASKS or any(node.op in REDUCTIONS for node in tree)
-    if sums or not set(tree.leaves) <= {"gate", "up"}:
-        raise KernelError(f"expression {text!r} is no value of gate and up, element by element")
+    if sums or not set(tree.leaves) <= set(names):
+        every = " and ".join(names)
+        raise KernelError(f"expression {text!r} is no value of {every}, element by element")
     return tree
 
 

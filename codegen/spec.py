@@ -162,24 +162,28 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # Grouped-query attention of `tokens` queries over the paged cache, new k and v appended first.
     # q, k, v f32 rows; k_cache, v_cache bf16 [blocks, kv_heads, block, dim]; tables i32 [sequences,
     # table_stride]; sequence i32 [tokens] = row of `tables`; positions i32 [tokens]; y bf16
-    # [tokens, heads * v_dim]. params: heads, kv_heads, head_dim, v_dim, block, window (0: none;
-    # else how many positions a token sees, its own included). Three records: kv_append, (barrier),
-    # attention, (barrier), attention_join. scratch: `attention_scratch_bytes(spec, tokens,
-    # max_context)` of kernels/attention/attend.py. Position -1: y = 0.
+    # [tokens, heads * v_dim]. params: heads, kv_heads, head_dim, v_dim, block. Three records:
+    # kv_append, (barrier), attention, (barrier), attention_join. scratch:
+    # `attention_scratch_bytes(spec, tokens, max_context)` of kernels/attention/attend.py.
+    # Position -1: y = 0. Options, as params that are 0 or absent without them: window, how many
+    # positions a token sees, its own included; or chunk, positions of a chunk, of which a token
+    # sees its own; sinks (1), f32 [heads], more scores whose value is 0; growth_every and
+    # growth_from, queries at position p times 1 + growth * log(1 + (p + growth_from) //
+    # growth_every). expr: what becomes of a scaled `score`.
     "kv_append": _args(
         "k* k_stride v* v_stride k_cache* v_cache* tables* table_stride sequence* positions* tokens"
     ),
     "attention": _args(
         "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
-        " scale~ scratch*"
+        " scale~ scratch* growth~"
     ),
-    "attention_join": _args("positions* y* y_stride tokens scratch*"),
+    "attention_join": _args("positions* y* y_stride tokens scratch* sinks*"),
     # The same for many tokens of one sequence (prefill), at positions[0], positions[0] + 1, ...,
-    # after kv_append; sequence[0] is its row of `tables`; no window. scratch:
-    # `prefill_scratch_bytes(spec)` of kernels/attention/prefill_form.py for every worker.
+    # after kv_append; sequence[0] is its row of `tables`. scratch: `prefill_scratch_bytes(spec)` of
+    # kernels/attention/prefill_form.py for every worker.
     "attention_prefill": _args(
         "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
-        " scale~ scratch*"
+        " scale~ scratch* sinks* growth~"
     ),
     # Multi-head latent attention, absorbed: q f32 [tokens, heads, nope + rope] (rope part rotated
     # already), latent f32 rows [rank] (normed), k_rope f32 rows [rope] (rotated), cache bf16
@@ -187,7 +191,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # mla_absorb: q_latent f32 [tokens, heads, rank] = q_nope . W_UK. mla_append: cache rows.
     # mla_attention: y_latent bf16 [tokens, heads, rank] from q_latent and the rope part of q.
     # mla_up: y bf16 [tokens, heads * v_dim] = W_UV. params: heads, nope, rope, v_dim, rank, block,
-    # tokens.
+    # tokens; growth_every and growth_from as of `attention`.
     "mla_absorb": _args("q* q_stride w* scale* q_latent* tokens"),
     "mla_append": _args(
         "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence*"
@@ -195,7 +199,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     ),
     "mla_attention": _args(
         "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent*"
-        " tokens scale~ scratch*"
+        " tokens scale~ scratch* growth~"
     ),
     "mla_attention_join": _args("positions* y_latent* tokens scratch*"),
     "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
@@ -205,7 +209,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # `prefill_scratch_bytes(spec)` of kernels/attention/prefill_form.py for every worker.
     "mla_prefill": _args(
         "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* y* y_stride"
-        " tokens scale~ scratch*"
+        " tokens scale~ scratch* growth~"
     ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,35 @@ def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
     return result
 
 
+@dataclass(frozen=True)
+class Options:
+    """What some models ask of attention besides: codegen/spec.py says what each means."""
+
+    window: int = 0
+    chunk: int = 0
+    softcap: float = 0.0
+    sinks: Array | None = None
+    growth: float = 0.0
+    growth_every: int = 0
+    growth_from: int = 0
+
+    def first(self, position: int) -> int:
+        """The first position that a token at `position` sees."""
+        if self.chunk:
+            return position // self.chunk * self.chunk
+        return max(0, position + 1 - self.window) if self.window else 0
+
+    def factor(self, position: int) -> float:
+        """What its query is multiplied by."""
+        if not self.growth_every:
+            return 1.0
+        steps = (position + self.growth_from) // self.growth_every
+        return 1.0 + self.growth * math.log(1 + steps)
+
+
+NO_OPTIONS = Options()
+
+
 def attention(
     q: Array,
     k_cache: Array,
@@ -128,24 +158,28 @@ def attention(
     sequence: Array,
     positions: Array,
     scale: float,
-    window: int = 0,
+    options: Options = NO_OPTIONS,
 ) -> Array:
     """Attention of q [tokens, heads, head_dim] in float64: [tokens, heads, v_dim]."""
     tokens, heads, _ = q.shape
     _, kv_heads, block, v_dim = v_cache.shape
     y = np.zeros((tokens, heads, v_dim))
     for t in range(tokens):
-        end = int(positions[t]) + 1
-        first = max(0, end - window) if window else 0
-        where = np.arange(first, end)
+        position = int(positions[t])
+        if position < 0:
+            continue
+        where = np.arange(options.first(position), position + 1)
         numbers = tables[sequence[t]][where // block]
         for h in range(heads):
             g = h // (heads // kv_heads)
             keys = k_cache[numbers, g, where % block].astype(np.float64)
             values = v_cache[numbers, g, where % block].astype(np.float64)
-            score = keys @ q[t, h].astype(np.float64) * scale
-            weight = np.exp(score - score.max(initial=-np.inf))
-            y[t, h] = weight @ values / weight.sum() if len(where) else 0.0
+            score = keys @ q[t, h].astype(np.float64) * scale * options.factor(position)
+            if options.softcap:
+                score = options.softcap * np.tanh(score / options.softcap)
+            others = [] if options.sinks is None else [float(options.sinks[h])]
+            every = np.exp(np.array([*score, *others]) - max([*score, *others]))
+            y[t, h] = every[: len(where)] @ values / every.sum()
     return y
 
 
@@ -157,12 +191,13 @@ def mla_attention(
     sequence: Array,
     positions: Array,
     scale: float,
+    options: Options = NO_OPTIONS,
 ) -> Array:
     """Weighted latents [tokens, heads, rank] in float64; q [tokens, heads, nope + rope]."""
     rank = q_latent.shape[2]
     query = np.concatenate([q_latent, q[..., q.shape[2] + rank - cache.shape[2] :]], axis=2)
     rows = cache[:, None]
-    return attention(query, rows, rows[..., :rank], tables, sequence, positions, scale)
+    return attention(query, rows, rows[..., :rank], tables, sequence, positions, scale, options)
 
 
 def mla_up(y_latent: Array, w: Array, nope: int) -> Array:
@@ -180,18 +215,31 @@ def mla_absorb(q: Array, w: Array, nope: int) -> Array:
 
 
 def attention_prefill(
-    q: Array, k_cache: Array, v_cache: Array, table: Array, past: int, scale: float
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    table: Array,
+    past: int,
+    scale: float,
+    options: Options = NO_OPTIONS,
 ) -> Array:
     """Reference in f64: q [tokens, heads, head_dim] at positions past, past + 1, ...; caches
     [blocks, kv_heads, block, dim]; table [n] the sequence's blocks. Result [tokens, heads, v_dim].
     """
     tokens = len(q)
     sequence, positions = np.zeros(tokens, np.int32), np.arange(past, past + tokens)
-    return attention(q, k_cache, v_cache, table[None], sequence, positions, scale)
+    return attention(q, k_cache, v_cache, table[None], sequence, positions, scale, options)
 
 
 def mla_prefill(
-    q: Array, cache: Array, w: Array, table: Array, past: int, scale: float, rope: int
+    q: Array,
+    cache: Array,
+    w: Array,
+    table: Array,
+    past: int,
+    scale: float,
+    rope: int,
+    options: Options = NO_OPTIONS,
 ) -> Array:
     """Reference in f64: q [tokens, heads, nope + rope] at positions past, past + 1, ...; cache
     [blocks, block, rank + rope]; w [heads, nope + v_dim, rank] (scales applied); table [n] the
@@ -202,7 +250,7 @@ def mla_prefill(
     lifted = np.einsum("nbr,hdr->nhbd", rows[..., : w.shape[2]], w)
     shared = np.repeat(rows[:, None, :, w.shape[2] :], heads, 1)
     keys = np.concatenate([lifted[..., :nope], shared], -1)
-    return attention_prefill(q, keys, lifted[..., nope:], table, past, scale)
+    return attention_prefill(q, keys, lifted[..., nope:], table, past, scale, options)
 
 
 def rows(table: Array, picks: Array) -> Array:

@@ -110,14 +110,14 @@ def build(config: ModelConfig) -> nn.Module:
 FAMILY = Family(build)
 
 
-def write(directory: Path) -> Path:
+def write(directory: Path, family: str = "quirky", layers: int = 2) -> Path:
     """A random checkpoint in bf16, with the family known to hmc.models as "quirky"."""
     config = {
-        "model_type": "quirky",
+        "model_type": family,
         "architectures": ["Quirky"],
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": HEADS,
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,

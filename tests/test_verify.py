@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import hmc
-from hmc.errors import UnsupportedError, VerifyError
-from hmc.ops import OPS, Use
+from hmc.errors import VerifyError
+from hmc.ops import OPS
 from hmc.ops.__main__ import lines
 from hmc.plan import KVLayout, Operand, Phase, Plan, Step, StoredPlane, Weight
 from hmc.plan.order import check_order
@@ -380,12 +380,3 @@ def test_every_row_is_whole() -> None:
         names = {role.name for role in row.inputs}
         assert all(role.in_place in names for role in row.outputs if role.in_place), row.name
         assert not row.native or row.outputs, row.name
-
-
-def test_a_window_without_a_kernel_is_refused_when_kernels_are_chosen() -> None:
-    sizes = {"heads": 4, "kv_heads": 2, "head_dim": 16, "v_dim": 16, "scale": 0.25}
-    for tokens in (0, 16):
-        use = Use("avx2", tokens, 64)
-        assert OPS["attention"].kernels(sizes, {}, use)
-        with pytest.raises(UnsupportedError, match="window of 128 tokens"):
-            OPS["attention"].kernels({**sizes, "window": 128}, {}, use)

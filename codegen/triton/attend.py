@@ -62,16 +62,26 @@ def started(sinks, head, live, first, SINKS: tl.constexpr):
     return top, total
 
 
-def attend(q, keys, values, tables, lengths, sinks, y, partials, counters, scale, q_stride,
+def longer(query, growth, position, EVERY: tl.constexpr, AHEAD: tl.constexpr):
+    """Queries [n, columns] times 1 + growth * log(1 + (position + AHEAD) // EVERY), of one position
+    or n."""
+    if EVERY:
+        steps = (position + (AHEAD + EVERY)) // EVERY
+        query = query * (1.0 + growth * tl.log(steps.to(tl.float32)))
+    return query.to(tl.bfloat16)
+
+
+def attend(q, keys, values, tables, lengths, sinks, y, partials, counters, scale, growth, q_stride,
            k_stride, v_stride, y_stride, table_stride, splits, GROUP: tl.constexpr,
-           HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, WINDOW: tl.constexpr,
-           SOFTCAP: tl.constexpr, SINKS: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
-           HEADS: tl.constexpr, CUT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-           WIDE: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
-           UNROLL: tl.constexpr):  # fmt: skip
+           HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+           SOFTCAP: tl.constexpr, SINKS: tl.constexpr, EVERY: tl.constexpr, AHEAD: tl.constexpr,
+           SHARED: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, CUT: tl.constexpr,
+           MAIN: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr,
+           SPLITS: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """y bf16 [sequences, heads * V_DIM] of q [sequences, heads * HEAD_DIM] over keys and values
     bf16 [cache rows, key heads * HEAD_DIM or V_DIM], the first `lengths` of each sequence (with
-    WINDOW the last WINDOW of these); zeros where a sequence has none.
+    WINDOW the last WINDOW of these, with CHUNK those of the last one's chunk); zeros where a
+    sequence has none. With EVERY, queries are `longer`.
 
     Programs: (tiles of HEADS of the GROUP heads of each key head, sequences, splits <= SPLITS).
     `partials` f32 [tiles, splits, HEADS * (WIDE + 2)]; `counters` i32 [sequences * tiles] are 0
@@ -87,6 +97,8 @@ def attend(q, keys, values, tables, lengths, sinks, y, partials, counters, scale
     low = 0
     if WINDOW:
         low = tl.maximum(seen - WINDOW, 0)
+    if CHUNK:
+        low = tl.maximum(seen - 1, 0) // CHUNK * CHUNK
     steps = (seen - low + (KEYS - 1)) // KEYS
     each = tl.maximum((steps + splits - 1) // splits, 1)
     used = tl.maximum((steps + each - 1) // each, 1)
@@ -99,10 +111,12 @@ def attend(q, keys, values, tables, lengths, sinks, y, partials, counters, scale
     main, late, wide = tl.arange(0, MAIN), tl.arange(0, REST), tl.arange(0, WIDE)
     at = q + (token.to(tl.int64) * q_stride + head * HEAD_DIM)[:, None]
     of_main, of_rest = (main < CUT)[None, :], (CUT + late < HEAD_DIM)[None, :]
-    query = tl.load(at + main[None, :], live[:, None] & of_main, 0.0).to(tl.bfloat16)
+    query = tl.load(at + main[None, :], live[:, None] & of_main, 0.0)
+    query = longer(query, growth, seen - 1, EVERY, AHEAD)
     rest = query
     if PIECES:
-        rest = tl.load(at + (CUT + late)[None, :], live[:, None] & of_rest, 0.0).to(tl.bfloat16)
+        rest = tl.load(at + (CUT + late)[None, :], live[:, None] & of_rest, 0.0)
+        rest = longer(rest, growth, seen - 1, EVERY, AHEAD)
     top, total = started(sinks, head, live, split == 0, SINKS)
     mixed = tl.full((HEADS, WIDE), 0.0, tl.float32)
     table = tables + token.to(tl.int64) * table_stride

@@ -14,15 +14,18 @@ tl: Any = None
 score_of: Any = None
 weighed: Any = None
 started: Any = None
+longer: Any = None
 
 
-def attend_prompt(q, keys, values, sinks, y, scale, tokens, past, q_stride, k_stride, v_stride,
-                  y_stride, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-                  WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
-                  QUERIES: tl.constexpr, CUT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
-                  WIDE: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """y bf16 [tokens, heads * V_DIM] of q [tokens, heads * HEAD_DIM] at positions from `past` on,
-    over keys and values bf16 [past + tokens, key heads * HEAD_DIM or V_DIM].
+def attend_prompt(q, keys, values, sinks, y, scale, growth, tokens, past, before, q_stride,
+                  k_stride, v_stride, y_stride, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+                  V_DIM: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
+                  SOFTCAP: tl.constexpr, SINKS: tl.constexpr, EVERY: tl.constexpr,
+                  AHEAD: tl.constexpr, QUERIES: tl.constexpr, CUT: tl.constexpr, MAIN: tl.constexpr,
+                  REST: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+    """y bf16 [tokens, heads * V_DIM] of q [tokens, heads * HEAD_DIM] at places from `past` on,
+    over keys and values bf16 [past + tokens, key heads * HEAD_DIM or V_DIM]; options as of
+    `attend`. Positions are places behind `before` others, which with CHUNK are whole ones.
 
     Programs: (tiles of QUERIES tokens, heads).
     """
@@ -34,11 +37,14 @@ def attend_prompt(q, keys, values, sinks, y, scale, tokens, past, q_stride, k_st
     PIECES: tl.constexpr = CUT < HEAD_DIM
     main, late, wide = tl.arange(0, MAIN), tl.arange(0, REST), tl.arange(0, WIDE)
     at = q + (token.to(tl.int64) * q_stride + head * HEAD_DIM)[:, None]
-    query = tl.load(at + main[None, :], live[:, None] & (main < CUT)[None, :], 0.0).to(tl.bfloat16)
+    own = (before + past + token)[:, None]
+    query = tl.load(at + main[None, :], live[:, None] & (main < CUT)[None, :], 0.0)
+    query = longer(query, growth, own, EVERY, AHEAD)
     rest = query
     if PIECES:
         of_rest = live[:, None] & (CUT + late < HEAD_DIM)[None, :]
-        rest = tl.load(at + (CUT + late)[None, :], of_rest, 0.0).to(tl.bfloat16)
+        rest = tl.load(at + (CUT + late)[None, :], of_rest, 0.0)
+        rest = longer(rest, growth, own, EVERY, AHEAD)
     top, total = started(sinks, head + token * 0, live, live, SINKS)
     mixed = tl.full((QUERIES, WIDE), 0.0, tl.float32)
 
@@ -48,18 +54,20 @@ def attend_prompt(q, keys, values, sinks, y, scale, tokens, past, q_stride, k_st
     low = 0
     if WINDOW:
         low = tl.maximum(past + first - (WINDOW - 1), 0) // KEYS * KEYS
+    if CHUNK:
+        low = (past + first) // CHUNK * CHUNK // KEYS * KEYS
     middle = tl.maximum((past + first + 1) // KEYS * KEYS, low)
     high = past + tl.minimum(first + QUERIES, tokens)
     for begin in range(low, middle, KEYS):
         top, total, mixed = tile_weighed(
             query, rest, own_keys, own_values, position, begin, high, scale, k_stride, v_stride,
-            top, total, mixed, False, HEAD_DIM, V_DIM, WINDOW, SOFTCAP, CUT, MAIN, REST, WIDE,
-            KEYS)  # fmt: skip
+            top, total, mixed, False, HEAD_DIM, V_DIM, WINDOW, CHUNK, SOFTCAP, CUT, MAIN, REST,
+            WIDE, KEYS)  # fmt: skip
     for begin in range(middle, high, KEYS):
         top, total, mixed = tile_weighed(
             query, rest, own_keys, own_values, position, begin, high, scale, k_stride, v_stride,
-            top, total, mixed, True, HEAD_DIM, V_DIM, WINDOW, SOFTCAP, CUT, MAIN, REST, WIDE,
-            KEYS)  # fmt: skip
+            top, total, mixed, True, HEAD_DIM, V_DIM, WINDOW, CHUNK, SOFTCAP, CUT, MAIN, REST,
+            WIDE, KEYS)  # fmt: skip
     to = y + (token.to(tl.int64) * y_stride + head * V_DIM)[:, None] + wide[None, :]
     found = mixed / total[:, None]
     tl.store(to, found.to(y.dtype.element_ty), live[:, None] & (wide < V_DIM)[None, :])
@@ -67,8 +75,9 @@ def attend_prompt(q, keys, values, sinks, y, scale, tokens, past, q_stride, k_st
 
 def tile_weighed(query, rest, keys, values, position, begin, high, scale, k_stride, v_stride, top,
                  total, mixed, LATEST: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-                 WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CUT: tl.constexpr, MAIN: tl.constexpr,
-                 REST: tl.constexpr, WIDE: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
+                 WINDOW: tl.constexpr, CHUNK: tl.constexpr, SOFTCAP: tl.constexpr,
+                 CUT: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, WIDE: tl.constexpr,
+                 KEYS: tl.constexpr):  # fmt: skip
     """(top, total, mixed) with the KEYS keys from `begin` on; where they are the LATEST, some may
     be later than a query, or behind the last one."""
     PIECES: tl.constexpr = CUT < HEAD_DIM
@@ -91,5 +100,8 @@ def tile_weighed(query, rest, keys, values, position, begin, high, scale, k_stri
         score = tl.where(place[None, :] <= position[:, None], score, -float("inf"))
     if WINDOW:
         near = place[None, :] > position[:, None] - WINDOW
+        score = tl.where(near, score, -float("inf"))
+    if CHUNK:
+        near = place[None, :] >= position[:, None] // CHUNK * CHUNK
         score = tl.where(near, score, -float("inf"))
     return weighed(score, value, top, total, mixed)

@@ -93,9 +93,11 @@ def unrolled(tile: Tile, head: Head) -> int:
 
 
 def many(head: Head, arch: int, plain: bool) -> Tile:
-    """Of `attend_prompt`, `plain` where there is neither window nor cap. Where tensor cores take
+    """Of `attend_prompt`, `plain` where there are neither bounds nor a cap. Where tensor cores take
     operands from shared memory, there is more of that, and registers are for sums alone."""
     columns = head.main + head.wide + (head.rest if head.cut < head.head_dim else 0)
+    if columns > 512:  # sums of heads of 512 leave no registers for more
+        return Tile(64, 32, 8, 2) if arch == 100 else Tile(32, 32 if arch == 90 else 16, 8, 2)
     if arch in (90, 100):
         return Tile(128, 64, 8, 3) if columns <= 384 else Tile(64, 64, 8, 2)
     if columns <= (256 if plain else 192):

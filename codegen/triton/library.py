@@ -18,7 +18,7 @@ from hmc.codegen.triton.layout import Layout
 
 MODULES = (attend, attend_prompt, rows, route, sort)
 """Of kernels that read no stored matrix."""
-ANY_NUMBER = (*build.ANY_NUMBER, "past", "splits", "table_stride", "slots", "chunks")
+ANY_NUMBER = (*build.ANY_NUMBER, "past", "before", "splits", "table_stride", "slots", "chunks")
 """Arguments that kernels are not compiled anew for: those that vary from call to call."""
 
 

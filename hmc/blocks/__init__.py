@@ -7,7 +7,7 @@ reference; and each says of itself what passes need to know (`Block`). Roles of 
 names of the block's parameters, so a reference loader needs no table: `getattr(block, spec.role)`.
 """
 
-from hmc.blocks.attention import MLA, Attention, Rotary
+from hmc.blocks.attention import MLA, Attention, Growth, Rotary
 from hmc.blocks.base import Block, Columns, place, place_of
 from hmc.blocks.dense import (
     AddNorm,
@@ -30,6 +30,7 @@ __all__ = [
     "Experts",
     "GateUp",
     "GatedMLP",
+    "Growth",
     "Linear",
     "Pointwise",
     "RMSNorm",

@@ -4,12 +4,15 @@ once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.dense import RMSNorm
-from hmc.graph import WeightSpec
+from hmc.graph import Attr, WeightSpec, attrs
+from hmc.ops.attention import NO_BOUNDS, Bounds
 
 
 class Rotary(Block):
@@ -71,28 +74,71 @@ class Rotary(Block):
         return torch.cat((before, turned, after), -1).flatten(-2)
 
 
+@dataclass(frozen=True)
+class Growth:
+    """Queries that grow with their position p, by a factor 1 + by * log(1 + (p + start) // every)
+    (Llama 4's attention temperature; `start` 1 there, 0 in Mistral 4).
+    """
+
+    by: float
+    every: int
+    start: int = 0
+
+
 class Attention(Block):
     """Causal grouped-query attention: q [T, heads * head_dim], k [T, kv_heads * head_dim], v [T,
     kv_heads * v_dim].
 
-    Query head h reads key head h // (heads / kv_heads).
+    Query head h reads key head h // (heads / kv_heads). With a `window` a token sees so many
+    positions, its own included; with a `chunk`, those of its own chunk of so many. `softcap` c
+    makes c tanh(s / c) of a scaled score s. `sinks` is what the checkpoint calls a vector [heads]
+    beside the block: one more score a head, whose value is 0. `growth` as in `Growth`.
     """
 
     kind = "attention"
     dtype = "bf16"
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, v_dim: int, scale: float) -> None:
+    def __init__(
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        v_dim: int,
+        scale: float,
+        *,
+        window: int = 0,
+        chunk: int = 0,
+        softcap: float = 0.0,
+        sinks: str | None = None,
+        growth: Growth | None = None,
+    ) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
-        self.v_dim, self.scale = v_dim, scale
+        self.v_dim, self.scale, self.bounds = v_dim, scale, Bounds(window, chunk)
+        self.softcap, self.sinks_name, self.growth = softcap, sinks, growth
         self.width = heads * v_dim
+        self.sinks = parameter(heads) if sinks else None
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        if self.sinks_name is None:
+            return ()
+        return (WeightSpec("sinks", sibling(path, self.sinks_name), (self.heads,)),)
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        options = {
+            "window": self.bounds.window,
+            "chunk": self.bounds.chunk,
+            "softcap": self.softcap,
+        }
+        given = {name: value for name, value in options.items() if value}
+        return attrs(**dict(super().attributes()), **given, **_attributes(self.growth))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        queries = q.reshape(len(q), self.heads, self.head_dim)
+        queries = _grown(q, self.growth).reshape(len(q), self.heads, self.head_dim)
         group = self.heads // self.kv_heads
         keys = k.reshape(len(k), self.kv_heads, self.head_dim).repeat_interleave(group, 1)
         values = v.reshape(len(v), self.kv_heads, self.v_dim).repeat_interleave(group, 1)
-        return _attend(queries, keys, values, self.scale)
+        return _attend(queries, keys, values, self.scale, self.bounds, self.softcap, self.sinks)
 
 
 class MLA(Block):
@@ -102,16 +148,25 @@ class MLA(Block):
     q [T, heads * (nope + rope)], its rope part rotated; latent [T, rank], normed; k_rope [T, rope],
     rotated, shared by all heads. `kv_b` [heads * (nope + v_dim), rank] expands a latent to each
     head's key and value; a kernel absorbs it into the query and the result instead. Its checkpoint
-    name is `kv_b_proj.weight` beside the block.
+    name is `kv_b_proj.weight` beside the block. `growth` as in `Growth`.
     """
 
     kind = "mla"
     dtype = "bf16"
 
     def __init__(
-        self, heads: int, nope: int, rope: int, v_dim: int, rank: int, scale: float
+        self,
+        heads: int,
+        nope: int,
+        rope: int,
+        v_dim: int,
+        rank: int,
+        scale: float,
+        *,
+        growth: Growth | None = None,
     ) -> None:
         super().__init__()
+        self.growth = growth
         self.heads, self.nope, self.rope, self.v_dim = heads, nope, rope, v_dim
         self.rank, self.scale = rank, scale
         self.width = heads * v_dim
@@ -121,19 +176,54 @@ class MLA(Block):
         shape = (self.heads * (self.nope + self.v_dim), self.rank)
         return (WeightSpec("kv_b", sibling(path, "kv_b_proj.weight"), shape, linear=True),)
 
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(**dict(super().attributes()), **_attributes(self.growth))
+
     def forward(self, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
-        queries = q.reshape(len(q), self.heads, self.nope + self.rope)
+        queries = _grown(q, self.growth).reshape(len(q), self.heads, self.nope + self.rope)
         expanded = (latent @ self.kv_b.T).reshape(len(q), self.heads, self.nope + self.v_dim)
         shared = k_rope[:, None, :].expand(-1, self.heads, -1)
         keys = torch.cat((expanded[..., : self.nope], shared), -1)
         return _attend(queries, keys, expanded[..., self.nope :], self.scale)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bounds: Bounds = NO_BOUNDS,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal softmax attention of q, k [T, heads, head_dim] and v [T, heads, v_dim] -> [T, heads *
     v_dim].
     """
     scores = torch.einsum("thd,shd->hts", q, k) * scale
-    hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(len(q))
+    hidden = (place > place[:, None]) | (place < bounds.first(place)[:, None])
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), -1)
+    weights = scores.softmax(-1)[..., : len(q)]
     return torch.einsum("hts,shd->thd", weights, v).flatten(-2)
+
+
+def _grown(q: Tensor, growth: Growth | None) -> Tensor:
+    """Queries [T, width] from position 0 on."""
+    if growth is None:
+        return q
+    steps = (torch.arange(len(q)) + growth.start) // growth.every
+    return q * (1 + growth.by * torch.log1p(steps.float()))[:, None]
+
+
+def _attributes(growth: Growth | None) -> dict[str, Attr]:
+    if growth is None:
+        return {}
+    return {
+        "growth": growth.by,
+        "growth_every": growth.every,
+        "growth_from": growth.start,
+    }

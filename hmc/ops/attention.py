@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from dataclasses import dataclass
+from typing import Any, Final
 
 from hmc.codegen.spec import KernelSpec
-from hmc.errors import UnsupportedError
 from hmc.ops.row import (
     Attrs,
     Load,
@@ -47,46 +47,129 @@ def _slice(attrs: Attrs) -> bool:
 # -- grouped-query attention -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """Which positions a token sees: all up to its own; with a `window` the last so many of these;
+    with a `chunk`, into which positions are divided, those of its own.
+    """
+
+    window: int = 0
+    chunk: int = 0
+
+    @staticmethod
+    def of(attrs: Attrs) -> Bounds:
+        """Those of a step of attention."""
+        return Bounds(int(attrs.get("window", 0)), int(attrs.get("chunk", 0)))
+
+    @property
+    def reach(self) -> int:
+        """The most positions that a token sees; 0: all."""
+        return self.window or self.chunk
+
+    def first(self, position: Any) -> Any:
+        """The first position that a token sees, of a number or of an array of them; negative where
+        a window reaches back further than there are any.
+        """
+        if self.chunk:
+            return position // self.chunk * self.chunk
+        return position - (self.window - 1) if self.window else position * 0
+
+
+_GROWTH = {"growth": float, "growth_every": int, "growth_from": int}
+"""Attributes of queries that grow with their position, all or none: a `Growth`."""
+
+
+Growth = tuple[float, int, int] | None
+"""(g, n, a): a query at position p is multiplied by 1 + g log(1 + (p + a) // n)."""
+
+
+def grows(attrs: Attrs) -> Growth:
+    """How queries of a step grow."""
+    if "growth" not in attrs:
+        return None
+    return float(attrs["growth"]), int(attrs["growth_every"]), int(attrs["growth_from"])
+
+
+def _grown(attrs: Attrs) -> dict[str, int]:
+    """What kernels are made for."""
+    return picked(attrs, *(name for name in ("growth_every", "growth_from") if name in attrs))
+
+
+def _grows_or_not(attrs: Attrs) -> bool:
+    given = [name in attrs for name in _GROWTH]
+    return not any(given) or (all(given) and int(attrs["growth_every"]) > 0)
+
+
+def _attention_possible(attrs: Attrs) -> bool:
+    options = [attrs[name] for name in ("window", "chunk", "softcap") if name in attrs]
+    return (
+        int(attrs["heads"]) % max(1, int(attrs["kv_heads"])) == 0
+        and all(options)
+        and not ("window" in attrs and "chunk" in attrs)
+        and _grows_or_not(attrs)
+    )
+
+
 def _attention(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    if attrs.get("window"):
-        raise UnsupportedError(
-            f"attention with a window of {attrs['window']} tokens: the CPU's kernels of prefill"
-            " have none yet"
-        )
     sizes = picked(attrs, "heads", "kv_heads", "head_dim", "v_dim") | {"block": use.block}
-    append = spec("kv_append", use, sizes)
+    append, grown = spec("kv_append", use, sizes), _grown(attrs)
+    sizes |= picked(attrs, *(name for name in ("window", "chunk") if name in attrs))
+    sinks = {"sinks": 1} if "sinks" in weights else {}
+    cap = attrs.get("softcap")
+    expr = f"{cap!r} * tanh(score / {cap!r})" if cap else ""
     if use.many:
-        return append, spec("attention_prefill", use, sizes, out="bf16")
+        made = spec("attention_prefill", use, sizes | sinks | grown, out="bf16", expr=expr)
+        return append, made
     return (
         append,
-        spec("attention", use, sizes, out="bf16"),
-        spec("attention_join", use, sizes, out="bf16"),
+        spec("attention", use, sizes | grown, out="bf16", expr=expr),
+        spec("attention_join", use, sizes | sinks, out="bf16"),
     )
 
 
 def _attention_states(attrs: Attrs) -> tuple[State, ...]:
-    heads, window = int(attrs["kv_heads"]), int(attrs.get("window", 0))
+    heads, reach = int(attrs["kv_heads"]), Bounds.of(attrs).reach
     return (
-        State("k", heads * int(attrs["head_dim"]), window=window),
-        State("v", heads * int(attrs["v_dim"]), window=window),
+        State("k", heads * int(attrs["head_dim"]), window=reach),
+        State("v", heads * int(attrs["v_dim"]), window=reach),
     )
 
 
-def attended(tokens: float, context: float, sequences: float = 1) -> float:
+NO_BOUNDS = Bounds()
+
+
+def attended(
+    tokens: float, context: float, sequences: float = 1, bounds: Bounds = NO_BOUNDS
+) -> float:
     """(query, key) pairs of causal attention: the t-th of a sequence's n = T/S new tokens sees
-    context + t keys, so S * (n * context + n (n + 1) / 2).
+    context + t keys, so S * (n * context + n (n + 1) / 2); or as many of them as `bounds` allow.
     """
     own = tokens / sequences
+    if bounds.reach:
+        return sequences * (_seen(context + own, bounds) - _seen(context, bounds))
     return sequences * (own * context + own * (own + 1) / 2)
 
 
-def _pairs_and_keys(load: Load) -> tuple[float, float]:
+def _seen(positions: float, bounds: Bounds) -> float:
+    """Pairs of a sequence's first tokens."""
+    most = bounds.reach
+    times, rest = divmod(positions, most)
+    first = rest * (rest + 1) / 2
+    if bounds.chunk:
+        return times * most * (most + 1) / 2 + first
+    return most * (most + 1) / 2 + (positions - most) * most if times else first
+
+
+def _pairs_and_keys(load: Load, bounds: Bounds = NO_BOUNDS) -> tuple[float, float]:
     """Pairs that a step scores, and cache rows it reads. Of R ranks each has 1/R of the pairs,
     since zig-zag pieces are balanced, but reads the cache of all tokens.
     """
     every = load.tokens * load.ranks
-    pairs = attended(every, load.context, load.sequences) / load.ranks
-    return pairs, load.sequences * load.context + every
+    pairs = attended(every, load.context, load.sequences, bounds) / load.ranks
+    context = load.context
+    if bounds.reach:
+        context -= max(0.0, bounds.first(context))
+    return pairs, load.sequences * context + every
 
 
 def gqa_flops(heads: int, head_dim: int, v_dim: int, pairs: float) -> float:
@@ -95,7 +178,7 @@ def gqa_flops(heads: int, head_dim: int, v_dim: int, pairs: float) -> float:
 
 
 def _attention_work(attrs: Attrs, load: Load) -> Work:
-    pairs, keys = _pairs_and_keys(load)
+    pairs, keys = _pairs_and_keys(load, Bounds.of(attrs))
     heads, head_dim, v_dim = picked(attrs, "heads", "head_dim", "v_dim").values()
     return Work(1.0, load.rows, scores=gqa_flops(heads, head_dim, v_dim, pairs), keys=keys)
 
@@ -107,14 +190,14 @@ def _mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
     append, stored = spec("mla_append", use, sizes), weights["kv_b"]
     if use.many:
-        lifted = sizes | stored.sizes
+        lifted = sizes | stored.sizes | _grown(attrs)
         return append, spec("mla_prefill", use, lifted, stored.format, "bf16")
     sizes["tokens"] = use.tokens
-    expand = sizes | stored.sizes
+    expand, grown = sizes | stored.sizes, _grown(attrs)
     return (
         spec("mla_absorb", use, expand, stored.format),
         append,
-        spec("mla_attention", use, sizes, out="bf16"),
+        spec("mla_attention", use, sizes | grown, out="bf16"),
         spec("mla_attention_join", use, sizes, out="bf16"),
         spec("mla_up", use, expand, stored.format, "bf16"),
     )
@@ -199,8 +282,12 @@ OPS: Final = (
             **dict.fromkeys(("heads", "kv_heads", "head_dim", "v_dim"), int),
             "scale": float,
         },
-        extra={"window": int},
-        possible=lambda attrs: int(attrs["heads"]) % max(1, int(attrs["kv_heads"])) == 0,
+        weights=(
+            # scores of one more key a head, whose value is 0 (gpt-oss)
+            WeightRole("sinks", lambda attrs: (int(attrs["heads"]),), optional=True, vector=True),
+        ),
+        extra={"window": int, "chunk": int, "softcap": float, **_GROWTH},
+        possible=_attention_possible,
         kernels=_attention,
         states=_attention_states,
         work=_attention_work,
@@ -222,6 +309,8 @@ OPS: Final = (
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank"), int),
             "scale": float,
         },
+        extra=_GROWTH,
+        possible=_grows_or_not,
         kernels=_mla,
         states=lambda attrs: (State("latent", int(attrs["rank"]) + int(attrs["rope"])),),
         work=_mla_work,

@@ -3,7 +3,7 @@ that reads them.
 
 Contract
     * a norm with one group a head whose only reader is a rotary of the same heads becomes part of
-      it, since both walk a head at a time and the result is rotated in place
+      it, since both walk a head at a time, where nothing else reads what is then rotated in place
     * values are unchanged
 """
 
@@ -52,6 +52,8 @@ def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
     assert isinstance(source, torch.fx.Node) and isinstance(positions, torch.fx.Node)
     norm = submodule(graph, source)
     if not isinstance(norm, RMSNorm) or len(source.users) != 1 or norm.groups != turning.heads:
+        return False
+    if len(source.all_input_nodes[0].users) != 1:  # keys that are values too
         return False
     inputs, weights = (source.args[0], positions), meta(source).weights
     name = f"{node.name}_normed"

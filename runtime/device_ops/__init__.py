@@ -8,7 +8,7 @@ launched on to the caller. Operands and roles are those of the table in hmc/plan
 
 from __future__ import annotations
 
-from hmc.runtime.device_ops import attention, dense, exchange, moe
+from hmc.runtime.device_ops import attention, dense, exchange, latent, moe
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
 from hmc.runtime.device_ops.default import by_reference
 
@@ -22,7 +22,7 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "gate_up": dense.gate_up,
     "rotary": dense.rotary,
     "attention": attention.attention,
-    "mla": attention.mla,
+    "mla": latent.mla,
     "route": moe.route,
     "sort": moe.sort,
     "experts": moe.experts,

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from attention_options import HEADS, OPTIONS, of_heads, option_args, option_spec
+from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
-from kernel_meanings import attention, kv_append
+from kernel_meanings import NO_OPTIONS, Options, attention, kv_append
 from paged import Paged
 from prefill_data import need
 
@@ -22,9 +24,9 @@ Params = dict[str, int]
 SHAPES: list[Params] = [
     {"heads": 16, "kv_heads": 2, "head_dim": 128, "v_dim": 128, "block": 32},
     {"heads": 6, "kv_heads": 2, "head_dim": 74, "v_dim": 40, "block": 24},
-    {"heads": 5, "kv_heads": 1, "head_dim": 20, "v_dim": 33, "block": 6, "window": 100},
+    {"heads": 5, "kv_heads": 1, "head_dim": 20, "v_dim": 33, "block": 6},
     {"heads": 2, "kv_heads": 2, "head_dim": 64, "v_dim": 96, "block": 16},
-    {"heads": 24, "kv_heads": 1, "head_dim": 16, "v_dim": 16, "block": 512, "window": 300},
+    {"heads": 24, "kv_heads": 1, "head_dim": 16, "v_dim": 16, "block": 512},
 ]
 
 
@@ -36,12 +38,14 @@ def run(
     q: np.ndarray,
     cache: tuple[np.ndarray, np.ndarray],
     workers: int,
+    options: Options = NO_OPTIONS,
 ) -> np.ndarray:
     """y bits [tokens, heads, v_dim]."""
     tokens, heads, v_dim = len(q), params["heads"], params["v_dim"]
     columns = heads * v_dim
     y = filled((tokens, columns + 1), np.uint16)
-    spec = spec_of("attention", isa, params)
+    spec = option_spec("attention", isa, params, options)
+    join = option_spec("attention_join", isa, params, options)
     size = attention_scratch_bytes(spec, tokens, paged.max_context)
     scratch = guarded(np.full(size, 0xFF, np.uint8))
     common = {
@@ -52,9 +56,9 @@ def run(
         jit, spec, workers, **common, q=address(q), q_stride=q.shape[1], k_cache=address(cache[0]),
         v_cache=address(cache[1]), tables=address(paged.tables),
         table_stride=paged.tables.shape[1], sequence=address(paged.sequence),
-        scale=params["head_dim"] ** -0.5,
+        scale=params["head_dim"] ** -0.5, **option_args("attention", options),
     )  # fmt: skip
-    in_turn(jit, spec_of("attention_join", isa, params), workers, **common)
+    in_turn(jit, join, workers, **common, **option_args("attention_join", options))
     assert (y[:, columns:] == 77).all()
     return y[:, :columns].reshape(tokens, heads, v_dim)
 
@@ -77,13 +81,14 @@ def exact(
     values: tuple[np.ndarray, np.ndarray],
     *,
     magnitude: bool = False,
+    options: Options = NO_OPTIONS,
 ) -> np.ndarray:
     """The float64 result, or sum p |v|."""
     k, v = values
     rows = q[:, : params["heads"] * params["head_dim"]].reshape(len(q), params["heads"], -1)
     return attention(
         rows, k, np.abs(v) if magnitude else v, paged.tables, paged.sequence, paged.positions,
-        params["head_dim"] ** -0.5, params.get("window", 0),
+        params["head_dim"] ** -0.5, options,
     )  # fmt: skip
 
 
@@ -92,28 +97,44 @@ def query(rng: np.random.Generator, params: Params, tokens: int) -> np.ndarray:
     return guarded(2 * floats(rng, tokens, params["heads"] * params["head_dim"] + 3))
 
 
-@pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("params", SHAPES, ids=str)
-def test_attention(jit: Jit, isa: str, params: Params) -> None:
+def check(jit: Jit, isa: str, params: Params, options: Options = NO_OPTIONS) -> None:
+    """Within the bounds of rounding, whatever the workers and who else is in the batch."""
     need(isa)
-    rng = np.random.default_rng(params["heads"])
+    rng, options = np.random.default_rng(params["heads"]), of_heads(options, params["heads"])
     # Empty, one position, around partition and block borders, and two tokens of one sequence.
     places = [(0, 598), (1, 0), (2, 255), (0, 599), (3, 256), (4, -1), (5, 31), (6, 511)]
     paged = Paged.of(rng, params["block"], places)
     bits, values = caches(rng, paged, params)
     q = query(rng, params, len(places))
-    y = run(jit, isa, params, paged, q, bits, 1)
+    y = run(jit, isa, params, paged, q, bits, 1, options)
     result = from_bf16(y)
     rounding = 2.0**-8 if isa == "avx512_bf16" else 1e-5
-    bound = exact(params, paged, q, values, magnitude=True) * rounding
-    reference = exact(params, paged, q, values)
+    bound = exact(params, paged, q, values, magnitude=True, options=options) * rounding
+    reference = exact(params, paged, q, values, options=options)
     assert (np.abs(result - reference) <= 2.0**-8 * np.abs(reference) + bound).all()
     assert (result[5] == 0).all()
     for workers in (2, 4):
-        assert (run(jit, isa, params, paged, q, bits, workers) == y).all()
+        assert (run(jit, isa, params, paged, q, bits, workers, options) == y).all()
     for token in (0, 3, 4):
-        alone = run(jit, isa, params, paged.only(token), guarded(q[token : token + 1]), bits, 2)
-        assert (alone[0] == y[token]).all()
+        one, mine = paged.only(token), guarded(q[token : token + 1])
+        assert (run(jit, isa, params, one, mine, bits, 2, options)[0] == y[token]).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("params", SHAPES, ids=str)
+def test_attention(jit: Jit, isa: str, params: Params) -> None:
+    check(jit, isa, params)
+
+
+@pytest.mark.parametrize(("isa", "options", "params"), dealt(TIERS, OPTIONS, SHAPES))
+def test_options(jit: Jit, isa: str, params: Params, options: Options) -> None:
+    check(jit, isa, params, options)
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("params", HEADS, ids=str)
+def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:
+    check(jit, isa, params, Options(window=90))
 
 
 @pytest.mark.parametrize("isa", TIERS)

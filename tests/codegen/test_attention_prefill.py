@@ -6,14 +6,16 @@ sum p |v| each) and, unless they enter in two terms, of the queries, which moves
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from attention_options import HEADS, OPTIONS, of_heads, option_args, option_spec
 from dealt import dealt
 from kernel_calls import address, filled, floats, from_bf16, guarded, in_turn
-from kernel_meanings import attention_prefill
-from paged import Paged
+from kernel_meanings import NO_OPTIONS, Options, attention_prefill
+from paged import NAN, Paged
 from prefill_data import need, run
 
 from hmc.codegen.isa import TIERS
@@ -35,16 +37,22 @@ SHAPES: list[Params] = [
 class Case:
     """`tokens` queries after `past` positions: the third of three sequences, the rest unseen."""
 
-    def __init__(self, isa: str, params: Params, past: int, tokens: int) -> None:
+    def __init__(
+        self, isa: str, params: Params, past: int, tokens: int, options: Options = NO_OPTIONS
+    ) -> None:
         need(isa)
         rng = np.random.default_rng(past + tokens)
-        self.spec = KernelSpec.of("attention_prefill", isa, out="bf16", **params)
-        self.params, self.past = params, past
+        self.spec = replace(option_spec("attention_prefill", isa, params, options), out="bf16")
+        self.params, self.past, self.options = params, past, options
         places = [(s, past + t) for s in (0, 1, 2) for t in range(tokens)]
         paged = Paged.of(rng, params["block"], places)
         paged.positions[: 2 * tokens] = -1  # so that `rows` makes all of them NaN
         self.tables = paged.tables
         found = [paged.rows(rng, params["kv_heads"], params[d]) for d in ("head_dim", "v_dim")]
+        for bits, values in found:
+            for position in range(options.first(past) & -2):  # nor what lies before all they see
+                place = paged.tables[2, position // paged.block], position % paged.block
+                bits[place], values[place] = NAN, np.nan
         self.bits, self.values = (
             tuple(guarded(pair[i].swapaxes(1, 2)) for pair in found) for i in range(2)
         )
@@ -68,6 +76,7 @@ class Case:
             tables=address(self.tables), table_stride=self.tables.shape[1],
             sequence=address(sequence), positions=address(positions), y=address(y),
             y_stride=width + 1, tokens=tokens, scale=self.scale, scratch=address(scratch),
+            **option_args(self.spec.op, self.options),
         )  # fmt: skip
         assert (y[:, width:] == 77).all()
         return y[:, :width].reshape(tokens, self.params["heads"], -1)
@@ -76,7 +85,7 @@ class Case:
         """The float64 result over `values`."""
         rows = self.q[:, :-3].reshape(len(self.q), self.params["heads"], -1)
         return attention_prefill(
-            rows, self.values[0], values, self.tables[2], self.past, self.scale
+            rows, self.values[0], values, self.tables[2], self.past, self.scale, self.options
         )
 
     def check(self, y: np.ndarray) -> None:
@@ -105,10 +114,32 @@ def test_against_float64(jit: Jit, isa: str, params: Params, past: int, tokens: 
         assert (case.run(jit, workers) == y).all()
 
 
+@pytest.mark.parametrize(
+    ("isa", "options", "params", "past", "tokens"),
+    dealt(TIERS, OPTIONS, [(s, *c) for s in SHAPES for c in ((191, 70), (45, 19), (0, 97))]),
+)
+def test_options(
+    jit: Jit, isa: str, options: Options, params: Params, past: int, tokens: int
+) -> None:
+    case = Case(isa, params, past, tokens, of_heads(options, params["heads"]))
+    y = case.run(jit, 1)
+    case.check(y)
+    for workers in (2, 5):
+        assert (case.run(jit, workers) == y).all()
+
+
 @pytest.mark.parametrize("isa", TIERS)
-def test_chunks_give_the_bits_of_the_whole(jit: Jit, isa: str) -> None:
+@pytest.mark.parametrize("params", HEADS, ids=str)
+def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:
+    case = Case(isa, params, 150, 40, Options(window=90))
+    case.check(case.run(jit, 2))
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("options", [NO_OPTIONS, Options(window=50), Options(chunk=64)], ids=str)
+def test_chunks_give_the_bits_of_the_whole(jit: Jit, isa: str, options: Options) -> None:
     """Long enough for several tiles of keys, units and panels."""
-    case = Case(isa, SHAPES[0], 100, 230)
+    case = Case(isa, SHAPES[0], 100, 230, options)
     whole = case.run(jit, 2)
     case.check(whole)
     cuts = (0, 1, 64, 163, 230)
@@ -139,7 +170,7 @@ def test_workers_at_once(jit: Jit) -> None:
         k_cache=address(case.bits[0]), v_cache=address(case.bits[1]),
         tables=address(case.tables), table_stride=case.tables.shape[1],
         sequence=address(sequence), positions=address(positions), y=address(y), y_stride=width,
-        tokens=tokens, scale=case.scale, scratch=address(scratch),
+        tokens=tokens, scale=case.scale, scratch=address(scratch), sinks=0, growth=0.0,
     )  # fmt: skip
     assert (y.reshape(alone.shape) == alone).all()
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from attention_options import GROWTH, option_spec
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
-from kernel_meanings import kv_append, mla_absorb, mla_attention, mla_up
+from kernel_meanings import NO_OPTIONS, Options, kv_append, mla_absorb, mla_attention, mla_up
 from paged import Paged
 from prefill_data import Stored, need, stored
 
@@ -125,10 +126,11 @@ def attend(
     cache: np.ndarray,
     scale: float,
     workers: int,
+    options: Options = NO_OPTIONS,
 ) -> np.ndarray:
     """y_latent bits [tokens, heads, rank]."""
     y = filled(latent.shape, np.uint16)
-    spec = spec_of("mla_attention", isa, params)
+    spec = option_spec("mla_attention", isa, params, options)
     size = attention_scratch_bytes(spec, len(q), paged.max_context)
     scratch = guarded(np.full(size, 0xFF, np.uint8))
     common = {
@@ -138,15 +140,19 @@ def attend(
     in_turn(
         jit, spec, workers, **common, q=address(q), q_stride=q.shape[1], q_latent=address(latent),
         cache=address(cache), tables=address(paged.tables), table_stride=paged.tables.shape[1],
-        sequence=address(paged.sequence), scale=scale,
+        sequence=address(paged.sequence), scale=scale, growth=options.growth,
     )  # fmt: skip
     in_turn(jit, spec_of("mla_attention_join", isa, params), workers, **common)
     return y
 
 
 @pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize("params", SHAPES, ids=["deepseek", "ragged"])
-def test_attention(jit: Jit, isa: str, params: Params) -> None:
+@pytest.mark.parametrize(
+    ("params", "options"),
+    [(SHAPES[0], NO_OPTIONS), (SHAPES[1], NO_OPTIONS), (SHAPES[1], GROWTH)],
+    ids=["deepseek", "ragged", "growing"],
+)
+def test_attention(jit: Jit, isa: str, params: Params, options: Options) -> None:
     need(isa)
     rng = np.random.default_rng(3)
     places = [(0, 298), (1, 0), (2, 255), (0, 299), (3, 256), (4, -1)]
@@ -156,21 +162,22 @@ def test_attention(jit: Jit, isa: str, params: Params) -> None:
     q = query(rng, params, len(places))
     latent = floats(rng, len(places), params["heads"], params["rank"])
     scale = 2 * (params["rank"] + params["rope"]) ** -0.5
-    y = attend(jit, isa, params, paged, q, latent, cache, scale, 1)
+    y = attend(jit, isa, params, paged, q, latent, cache, scale, 1, options)
     where = (paged.tables, paged.sequence, paged.positions)
-    reference = mla_attention(heads_of(q, params), latent, values, *where, scale)
+    reference = mla_attention(heads_of(q, params), latent, values, *where, scale, options)
     error = np.abs(from_bf16(y) - reference)
     # sum p |c| is about 0.8 here: the mean magnitude of a normal number.
     rounding = 0.01 if isa == "avx512_bf16" else 1e-5
     assert (error <= 2.0**-8 * np.abs(reference) + rounding * 0.8).all()
     assert (y[5] == 0).all()
     for workers in (2, 4, 17):
-        assert (attend(jit, isa, params, paged, q, latent, cache, scale, workers) == y).all()
+        again = attend(jit, isa, params, paged, q, latent, cache, scale, workers, options)
+        assert (again == y).all()
     for token in (0, 3, 4):
         one = slice(token, token + 1)
         alone = attend(
             jit, isa, params, paged.only(token), guarded(q[one]), guarded(latent[one]), cache,
-            scale, 2,
+            scale, 2, options,
         )  # fmt: skip
         assert (alone[0] == y[token]).all()
 

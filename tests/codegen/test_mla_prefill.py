@@ -11,16 +11,17 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from attention_options import GROWTH, option_spec
 from dealt import dealt
-from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
-from kernel_meanings import attention_prefill, mla_prefill
+from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn
+from kernel_meanings import NO_OPTIONS, Options, attention_prefill, mla_prefill
 from paged import Paged
 from prefill_data import FORMATS, Stored, as_packed, need, run, stored
 
 from hmc.codegen.isa import TIERS, best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.prefill_form import lift_form, prefill_scratch_bytes
-from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.spec import WeightFormat
 
 Params = dict[str, int]
 DEEPSEEK: Params = {
@@ -34,13 +35,19 @@ class Case:
     """`tokens` queries after `past` positions: the third of three sequences, the rest unseen."""
 
     def __init__(
-        self, isa: str, weight: WeightFormat, params: Params, past: int, tokens: int
+        self,
+        isa: str,
+        weight: WeightFormat,
+        params: Params,
+        past: int,
+        tokens: int,
+        options: Options = NO_OPTIONS,
     ) -> None:
         need(isa)
         rng = np.random.default_rng(past + tokens)
-        self.params, self.past = params, past
+        self.params, self.past, self.options = params, past, options
         extra = {"group": 64, "scale_dtype": 0} if weight == "int4" else {}
-        self.spec: KernelSpec = spec_of("mla_prefill", isa, params | extra, weight)
+        self.spec = option_spec("mla_prefill", isa, params | extra, options, weight)
         heads, nope, rope, v_dim, rank = (
             params[name] for name in ("heads", "nope", "rope", "v_dim", "rank")
         )
@@ -85,7 +92,7 @@ class Case:
             "tables": address(self.tables), "table_stride": self.tables.shape[1],
             "sequence": address(sequence), "positions": address(positions), "y": address(y),
             "y_stride": y.shape[1], "tokens": len(q), "scale": self.scale,
-            "scratch": address(scratch),
+            "scratch": address(scratch), "growth": self.options.growth,
         }  # fmt: skip
 
     @property
@@ -110,7 +117,7 @@ class Case:
         """The float64 result."""
         return mla_prefill(
             self.queries, self.seen, self.weights, self.tables[2], self.past,
-            self.scale, self.params["rope"],
+            self.scale, self.params["rope"], self.options,
         )  # fmt: skip
 
     def rounded(self) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +130,9 @@ class Case:
         shared = np.repeat(rows[:, None, :, rank:], heads, 1)
         keys, values = np.concatenate([lifted[..., :nope], shared], -1), lifted[..., nope:]
         factor = np.float32(self.scale) * np.float32(np.log2(np.e))
-        queries = from_bf16(bf16(self.queries * factor))  # scores are exponents of 2
+        grown = [self.options.factor(self.past + t) for t in range(len(self.q))]
+        queries = self.queries * (factor * np.float32(grown))[:, None, None]
+        queries = from_bf16(bf16(queries))  # scores are exponents of 2
         where = (self.tables[2], self.past, np.log(2))
         return (
             attention_prefill(queries, keys, values, *where),
@@ -163,6 +172,12 @@ def test_ragged(jit: Jit, isa: str, weight: WeightFormat) -> None:
         y = case.run(jit, 1)
         case.check(y)
         assert (case.run(jit, 4) == y).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+def test_queries_that_grow(jit: Jit, isa: str) -> None:
+    case = Case(isa, "bf16", TINY, 45, 60, GROWTH)
+    case.check(case.run(jit, 2))
 
 
 @pytest.mark.parametrize("isa", TIERS)

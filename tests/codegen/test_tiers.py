@@ -93,6 +93,18 @@ def kernels(isa: str) -> list[KernelSpec]:
         *(spec(op, **shared) for op in ("kv_append", "attention", "attention_join")),
         *(spec(op, **latent, tokens=2) for op in ("mla_append", "mla_attention")),
         spec("attention_prefill", **shared),
+        *(
+            spec(
+                op,
+                expr="5.0 * tanh(score / 5.0)",
+                **shared,
+                window=9,
+                growth_every=4,
+                growth_from=1,
+            )
+            for op in ("attention", "attention_prefill")
+        ),
+        *(spec(op, **shared, chunk=9, sinks=1) for op in ("attention_join", "attention_prefill")),
         spec("mla_attention_join", **latent, tokens=2),
         spec("route", experts=64, top_k=6, scoring=1, normalise=1, groups=8, top_groups=4),
         spec("route", experts=60, top_k=4, scoring=0),

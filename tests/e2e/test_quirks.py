@@ -51,7 +51,7 @@ def assert_close(found: Floats, expected: Floats) -> None:
     """
     off = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert np.median(off) < 0.01, off
-    assert np.mean(off > 0.05) <= 0.1, off
+    assert np.sum(off > 0.05) <= max(1, len(off) // 10), off
 
 
 def logits_of(found: Executor, prefill: str, decode: str) -> tuple[Floats, Floats]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from kernel_meanings import Options, attention_prefill
 from torch import Tensor
 from torch.nn import functional
 
@@ -17,12 +21,14 @@ from hmc.blocks import (
     Columns,
     Experts,
     GateUp,
+    Growth,
     Linear,
     RMSNorm,
     Rotary,
     Route,
     Scoring,
 )
+from hmc.ops import OPS
 
 
 def _filled(block: Block, seed: int = 0) -> Block:
@@ -92,6 +98,46 @@ def test_attention_is_causal_softmax() -> None:
             weights = (keys @ q[token, mine].double() * 0.4).softmax(-1)
             expected = weights @ v[: token + 1, 3 * shared : 3 * shared + 3].double()
             _close(result[token, 3 * head : 3 * head + 3], expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (Options(window=3), {"window": 3}),
+        (Options(chunk=4), {"chunk": 4}),
+        (Options(softcap=0.7), {"softcap": 0.7}),
+        (Options(sinks=np.linspace(-2, 3, 6)), {"sinks": "sinks"}),
+        (
+            Options(growth=0.3, growth_every=2, growth_from=1),
+            {"growth": Growth(0.3, 2, 1)},
+        ),
+    ],
+    ids=str,
+)
+def test_attention_may_be_asked_more(options: Options, given: dict[str, Any]) -> None:
+    attention = Attention(6, 2, 5, 3, 0.4, **given)
+    if options.sinks is not None:
+        attention.get_parameter("sinks").copy_(torch.from_numpy(options.sinks))
+        assert attention.weights("a.self_attn.attention")[0].name == "a.self_attn.sinks"
+    q, k, v = _random(7, 30), _random(7, 10, seed=2), _random(7, 6, seed=3)
+    pages = (part.numpy().reshape(7, 2, -1).swapaxes(0, 1)[None] for part in (k, v))
+    where = np.zeros(1, np.int32), 0, 0.4
+    expected = attention_prefill(q.numpy().reshape(7, 6, 5), *pages, *where, options)
+    _close(attention(q, k, v), torch.from_numpy(expected).flatten(1))
+    about = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "sinks"}
+    told = dict(attention.attributes())
+    assert {name: told.get(name, 0) for name in about} == about
+    assert OPS["attention"].possible(told)
+
+
+def test_latent_attention_with_queries_that_grow() -> None:
+    plain, growing = MLA(3, 5, 4, 6, 7, 0.3), MLA(3, 5, 4, 6, 7, 0.3, growth=Growth(0.3, 2))
+    for each in (plain, growing):
+        _filled(each)
+    q, latent, k_rope = _random(5, 27), _random(5, 7, seed=2), _random(5, 4, seed=3)
+    factor = torch.tensor([1 + 0.3 * math.log(1 + p // 2) for p in range(5)])[:, None]
+    _close(growing(q, latent, k_rope), plain(q * factor, latent, k_rope).double())
+    assert dict(growing.attributes())["growth_every"] == 2
 
 
 def test_mla_absorbed_is_mla() -> None:

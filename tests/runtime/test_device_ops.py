@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from device_ops_fake import Buffers, call_of, random, step_of, stored
 from hypothesis import given
 from hypothesis import strategies as some
-from kernel_meanings import pointwise
+from kernel_meanings import NO_OPTIONS, Options, attention_prefill, pointwise
 from kernel_meanings import route as route_reference
 from layouts import keys_and_values, layout
 
@@ -187,25 +188,48 @@ def test_rotary_rotates_in_place(kv: KVCache, interleaved: int, gamma: bool) -> 
 
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, past: int, scale: float, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    past: int,
+    scale: float,
+    options: Options = NO_OPTIONS,
 ) -> torch.Tensor:
     """Attention in float64 of q [T, h, d] at positions past.. over k, v [past + T, kv, .]."""
-    group = q.shape[1] // k.shape[1]
-    keys, values = (part.double().repeat_interleave(group, 1) for part in (k, v))
-    scores = torch.einsum("thd,shd->hts", q.double(), keys) * scale
-    at, key = torch.arange(past, past + len(q))[:, None], torch.arange(len(k))[None]
-    hidden = key > at
-    if window:
-        hidden = hidden | (key <= at - window)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("hts,shd->thd", weights, values).flatten(1)
+    pages = (part.double().numpy().swapaxes(0, 1)[None] for part in (k, v))
+    table = np.zeros(1, np.int32)
+    found = attention_prefill(q.double().numpy(), *pages, table, past, scale, options)
+    return torch.from_numpy(found).flatten(1)
+
+
+GROWTH = Options(growth=0.4, growth_every=3, growth_from=1)
+SINKS = np.array([1.5, -2.0, 0.25, 4.0])
+OPTIONS = {
+    "none": NO_OPTIONS,
+    "window": Options(window=5),
+    "chunk": Options(chunk=6),
+    "softcap": Options(softcap=0.7),
+    "sinks": Options(sinks=SINKS),
+    "growth": GROWTH,
+    "all": Options(chunk=6, softcap=0.9, sinks=SINKS, growth=0.4, growth_every=3),
+}
+
+
+def asked(options: Options) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Attributes and weights of a step."""
+    attrs = {f.name: getattr(options, f.name) for f in fields(options) if f.name != "sinks"}
+    given = {name: value for name, value in attrs.items() if value}
+    if options.growth:
+        given["growth_from"] = options.growth_from
+    sinks = {} if options.sinks is None else {"sinks": torch.from_numpy(options.sinks).bfloat16()}
+    return given, sinks
 
 
 @pytest.mark.parametrize("small", [False, True])
-@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("past", [0, 13])
 def test_attention_sees_the_past_and_this_call(
-    kv: KVCache, past: int, window: int, small: bool, monkeypatch: pytest.MonkeyPatch
+    kv: KVCache, past: int, name: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
         monkeypatch.setattr(scratch, "BYTES", 4000)  # a query or so at a time
@@ -216,19 +240,23 @@ def test_attention_sees_the_past_and_this_call(
     for cache, values in zip(caches, (k, v), strict=True):
         cache[call.past_slots] = values[:past]
     values = {"q": random(T, 32), "k": k[past:].float(), "v": v[past:].float()}
-    buffers = Buffers({**values, "y": torch.zeros(T, 32, dtype=torch.bfloat16)}, caches=caches)
-    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "window": window}
+    more, sinks = asked(OPTIONS[name])
+    values["y"] = torch.zeros(T, 32, dtype=torch.bfloat16)
+    buffers = Buffers(values, sinks, caches=caches)
+    numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, **more}
     step = step_of("attention", buffers, "y", scale=0.3, **numbers)
     DEVICE_OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
     q = values["q"].view(T, heads, dim)
-    expected = reference(q, k.view(-1, kv_heads, dim), v.view(-1, kv_heads, dim), past, 0.3, window)
+    cached = (part.view(-1, kv_heads, dim) for part in (k, v))
+    expected = reference(q, *cached, past, 0.3, OPTIONS[name])
     assert (buffers.values["y"].double() - expected).norm() / expected.norm() < 4e-3
     assert torch.equal(caches[0][call.slots], k[past:])  # appended where the tables say
 
 
 @pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_attention_of_a_batch_reads_each_ones_past(
-    kv: KVCache, small: bool, monkeypatch: pytest.MonkeyPatch
+    kv: KVCache, name: str, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
         monkeypatch.setattr(scratch, "BYTES", 1)  # one sequence at a time
@@ -247,20 +275,22 @@ def test_attention_of_a_batch_reads_each_ones_past(
             mine.append(torch.cat((old, new[part][row : row + 1])).view(-1, 2, 8))
         kept.append(mine)
     values = {"q": random(3, 32), "k": new[0].float(), "v": new[1].float()}
-    buffers = Buffers({**values, "y": torch.zeros(3, 32)}, caches=caches)
-    numbers = {"heads": 4, "kv_heads": 2, "head_dim": 8, "window": 0}
+    more, sinks = asked(OPTIONS[name])
+    buffers = Buffers({**values, "y": torch.zeros(3, 32)}, sinks, caches=caches)
+    numbers = {"heads": 4, "kv_heads": 2, "head_dim": 8, **more}
     step = step_of("attention", buffers, "y", scale=0.3, **numbers)
     DEVICE_OPS["attention"](buffers, step)(call)  # type: ignore[arg-type]
     for row, (k, v) in enumerate(kept):
         q = values["q"][row].view(1, 4, 8)
-        expected = reference(q, k, v, pasts[row], 0.3, 0)[0]
+        expected = reference(q, k, v, pasts[row], 0.3, OPTIONS[name])[0]
         assert torch.allclose(buffers.values["y"][row].double(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("past", "tokens"), [(0, T), (40, 2), (5, T)])
 @pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("grows", [False, True])
 def test_latent_attention_in_both_forms(
-    kv: KVCache, past: int, tokens: int, small: bool, monkeypatch: pytest.MonkeyPatch
+    kv: KVCache, past: int, tokens: int, small: bool, grows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:
         monkeypatch.setattr(scratch, "BYTES", 40_000)  # a head, and some queries
@@ -275,13 +305,14 @@ def test_latent_attention_in_both_forms(
     values |= {"k_rope": new[:, rank:].float(), "y": torch.zeros(tokens, heads * v_dim)}
     buffers = Buffers(values, {"kv_b": w}, caches=[cache])
     numbers = {"heads": heads, "nope": nope, "rope": rope, "v_dim": v_dim, "rank": rank}
+    numbers |= asked(GROWTH)[0] if grows else {}
     step = step_of("mla", buffers, "y", scale=0.2, **numbers)
     DEVICE_OPS["mla"](buffers, step)(call)  # type: ignore[arg-type]
     parts = (rows[:, :rank].double() @ w.data.double().T).view(-1, heads, nope + v_dim)
     shared = rows[:, None, rank:].double().expand(-1, heads, -1)
     keys = torch.cat((parts[..., :nope], shared), -1)
     q = values["q"].view(tokens, heads, -1)
-    expected = reference(q, keys, parts[..., nope:], past, 0.2, 0)
+    expected = reference(q, keys, parts[..., nope:], past, 0.2, GROWTH if grows else NO_OPTIONS)
     assert torch.allclose(values["y"].double(), expected, atol=1e-4)
     assert torch.equal(cache[call.slots], new)
 

@@ -129,6 +129,6 @@ def test_a_layers_states_have_names_of_their_own():
 
 def test_attention_says_how_far_back_it_reads():
     sizes = {"kv_heads": 2, "head_dim": 8, "v_dim": 4}
-    for extra, window in (({}, 0), ({"window": 32}, 32)):
+    for extra, window in (({}, 0), ({"window": 32}, 32), ({"chunk": 16}, 16)):
         key, value = OPS["attention"].states(sizes | extra)
         assert (key.width, value.width, key.window, value.window) == (16, 8, window, window)

@@ -185,7 +185,7 @@ def experts() -> Case:
     )
 
 
-def attention(past: int, tokens: int, window: int, batch: int = 0) -> Case:
+def attention(past: int, tokens: int, window: int, batch: int = 0, softcap: float = 0.0) -> Case:
     heads, kv_heads, dim = 8, 4, 32
     width = kv_heads * dim
     kv = paged((past + tokens + 16) * max(1, batch), width, width)
@@ -197,7 +197,7 @@ def attention(past: int, tokens: int, window: int, batch: int = 0) -> Case:
     values |= {"v": random(rows, width, seed=4), "y": torch.zeros(rows, heads * dim)}
     buffers = Buffers(values, caches=caches)
     numbers = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim, "window": window}
-    step = step_of("attention", buffers, "y", scale=0.2, **numbers)
+    step = step_of("attention", buffers, "y", scale=0.2, softcap=softcap, **numbers)
     # one head's keys and values
     return Case(step, buffers, call, 4 * 2 * dim * (past + tokens))
 
@@ -262,6 +262,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention": lambda: attention(0, 1501, 0),
     "attention with a past": lambda: attention(300, 1201, 0),
     "attention in a window": lambda: attention(300, 1201, 200),
+    "attention with a cap": lambda: attention(300, 1201, 0, softcap=2.0),
+    "attention of a batch with a cap": lambda: attention(1500, 1, 0, batch=6, softcap=2.0),
     "attention of a batch": lambda: attention(1500, 1, 0, batch=6),
     "mla": lambda: mla(300, 1201),
     "mla absorbed": lambda: mla(2001, 20),
@@ -275,7 +277,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 # Products of other shapes may take other kernels of the library, whose sums have another order.
 ROUNDED = {"experts", "attention", "attention with a past", "attention in a window"}
-ROUNDED |= {"mla", "mla absorbed"}
+ROUNDED |= {"mla", "mla absorbed", "attention with a cap", "attention of a batch with a cap"}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hmc.errors import MachineError
 from hmc.machine.model import CpuRates, GemvRate, Rate
 from hmc.ops import OPS, Load
-from hmc.ops.attention import attended, gqa_flops, mla_flops
+from hmc.ops.attention import Bounds, attended, gqa_flops, mla_flops
 from hmc.ops.matmul import distinct_experts
 from hmc.plan import Plan, Step
 from hmc.predict.cost import (
@@ -46,6 +46,23 @@ def test_distinct_experts_of_deepseek() -> None:
 def test_attended_counts_query_key_pairs(own: int, context: int, sequences: int) -> None:
     pairs = sequences * sum(context + position + 1 for position in range(own))
     assert attended(own * sequences, context, sequences) == pairs
+
+
+@given(
+    st.integers(1, 30),
+    st.integers(0, 50),
+    st.integers(1, 4),
+    st.sampled_from((Bounds(window=1), Bounds(window=13), Bounds(chunk=1), Bounds(chunk=9))),
+)
+def test_bounds_count_too(own: int, context: int, sequences: int, bounds: Bounds) -> None:
+    places = range(context, context + own)
+    firsts = [max(0, bounds.first(place)) for place in places]
+    pairs = sum(place + 1 - first for place, first in zip(places, firsts, strict=True))
+    assert attended(own * sequences, context, sequences, bounds) == sequences * pairs
+    attrs = {"heads": 1, "kv_heads": 1, "head_dim": 1, "v_dim": 1, "window": bounds.window}
+    attrs |= {"chunk": bounds.chunk}
+    work = OPS["attention"].work(attrs, Load(1, own * sequences, sequences, context))
+    assert work.keys == sequences * (context + own - firsts[0])
 
 
 def test_prefill_attention_of_deepseek_is_2_5e6_n_squared() -> None:

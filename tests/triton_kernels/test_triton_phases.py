@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hmc.codegen.triton import build, library
+from hmc.models import FAMILIES
 from hmc.runtime.device_ops.gpu import table
 
 LAUNCHED: list[str] = []
@@ -36,8 +37,24 @@ def test_decode_and_a_streamed_prompt(
     family: str, quant: str, interpreted: None, checkpoint: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    prompt_and_decode(checkpoint(family, quant), monkeypatch)
+
+
+@pytest.mark.slow
+def test_attention_in_every_way(
+    interpreted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attending = importlib.import_module("attending")
+    monkeypatch.setitem(FAMILIES, "attending", attending.FAMILY)
+    directory = importlib.import_module("quirky").write(
+        tmp_path, "attending", len(attending.kinds())
+    )
+    prompt_and_decode(directory, monkeypatch)
+
+
+def prompt_and_decode(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A streamed prompt, and some tokens after it."""
     t = importlib.import_module("test_binding")
-    directory = checkpoint(family, quant)
     plan = t.compiled.__wrapped__(monkeypatch)(directory, 1)
     with t.bench(directory, plan) as found:
         phases, ids = found.binding.phases, t.ids_of(40)

@@ -17,6 +17,7 @@ from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst
 from hmc.codegen.kernels.attention.attend_rows import NEVER, PARTITION, Rows, Shape, Source
 from hmc.codegen.kernels.attention.attend_scores import Scores
 from hmc.codegen.kernels.attention.attend_values import Results
+from hmc.codegen.kernels.attention.options import first_seen, reach
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import exp, for_blocks, load_part, store_f32
 
@@ -25,8 +26,8 @@ def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> 
     """Bytes of `scratch` of decode attention and its join, for `tokens` of at most `max_context`
     positions.
     """
-    shape = Shape.of(spec)
-    return tokens * (-(-max_context // PARTITION) + 1) * shape.groups * shape.record_bytes
+    shape, longest = Shape.of(spec), min(max_context, reach(spec) or max_context)
+    return tokens * (-(-longest // PARTITION) + 1) * shape.groups * shape.record_bytes
 
 
 class Walk:
@@ -42,11 +43,9 @@ class Walk:
         position.
         """
         e, b = self.e, self.e.b
-        end = b.add(e.load_int(e.arg["positions"], token), const(1))
-        end = e.positive(end)
-        if not self.shape.window:
-            return const(0), end
-        return e.positive(b.sub(end, const(self.shape.window))), end
+        position = e.load_int(e.arg["positions"], token)
+        end = e.positive(b.add(position, const(1)))
+        return first_seen(e, e.positive(position)) if reach(e.spec) else const(0), end
 
     def partitions(self, token: Value) -> tuple[Value, Value]:
         """First partition of `token` and the one after its last."""
@@ -178,6 +177,10 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> None:
         with e.for_range(0, count) as index:
             value, old = field(index, tail), b.load(maximum)
             b.store(b.select(b.fcmp_ordered(">", value, old), value, old), maximum)
+        sink = e.load(e.arg["sinks"], head, F32) if e.spec.get("sinks") else None
+        if sink is not None:
+            old = b.load(maximum)
+            b.store(b.select(b.fcmp_ordered(">", sink, old), sink, old), maximum)
         top = b.load(maximum)
 
         def share(index: Value) -> Value:
@@ -189,6 +192,9 @@ def emit_join(e: Emitter, y: Value, stride: Value) -> None:
             part = field(index, b.add(tail, const(s.width)))
             b.store(e.fma(weight, part, b.load(total)), total)
         divisor = b.load(total)
+        if sink is not None:
+            rest = exp(e, e.splat(b.fsub(sink, top), lanes))
+            divisor = b.fadd(divisor, b.extract_element(rest, I32(0)))
         divisor = b.select(b.icmp_signed("==", count, const(0)), fconst(1.0), divisor)
         target_index = b.add(b.mul(token, stride), b.mul(head, const(s.value)))
         target = e.at(y, target_index, I16)

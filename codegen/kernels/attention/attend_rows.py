@@ -69,7 +69,6 @@ class Shape(Multiplies):
     value: int
     value_row: int
     block: int
-    window: int
     terms: int
 
     @staticmethod
@@ -77,13 +76,12 @@ class Shape(Multiplies):
         """The shape of `attention` or, where one latent row is the key and the value of all heads,
         of `mla_attention`; and of their joins.
         """
-        sizes = spec.isa, spec["heads"]
-        paged = spec["block"], spec.get("window")
+        sizes, block = (spec.isa, spec["heads"]), spec["block"]
         if spec.op in LATENT:
             rank, row = spec["rank"], spec["rank"] + spec["rope"]
-            return Shape(*sizes, 1, row, rank, row, *paged, terms=1)
+            return Shape(*sizes, 1, row, rank, row, block, terms=1)
         value = spec["v_dim"]
-        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, *paged, terms=2)
+        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, block, terms=2)
 
     @property
     def sums(self) -> int:

@@ -24,6 +24,7 @@ from hmc.codegen.kernels.attention.attend_rows import (
     Source,
     pair_words,
 )
+from hmc.codegen.kernels.attention.options import capped, grown
 from hmc.codegen.vector import copy_row, exp, fmax, for_blocks, fsplat, load_part
 
 
@@ -46,7 +47,7 @@ class Scores:
         lane.
         """
         self._pack_queries(token, head)
-        maximum = self._score(skip, count)
+        maximum = self._score(token, skip, count)
         return maximum, self._exponentials(skip, count, maximum)
 
     # -- queries -----------------------------------------------------------------------------------
@@ -84,14 +85,15 @@ class Scores:
 
     # -- scores ------------------------------------------------------------------------------------
 
-    def _score(self, skip: Value, count: Value) -> Value:
-        """scores[position][lane] = scale * (query . key), -inf where not attended; returns the
-        maxima.
+    def _score(self, token: Value, skip: Value, count: Value) -> Value:
+        """scores[position][lane] = scale * (query . key), or what the spec's expression makes of
+        it; -inf where not attended; returns the maxima.
         """
         e, b, s = self.e, self.e.b, self.shape
         kind = vec(F32, s.width)
         never = fsplat(NEVER, s.width)
-        scale = e.splat(e.arg["scale"], s.width)
+        factor = grown(e, e.arg["scale"], e.load_int(e.arg["positions"], token))
+        scale = e.splat(factor, s.width)
         maximum = e.local(kind, never)
         start = b.mul(b.udiv(skip, const(s.tile)), const(s.tile))
         steps = s.key // s.step
@@ -124,7 +126,9 @@ class Scores:
             for row in range(s.tile):
                 where = b.add(position, const(row))
                 valid = b.and_(b.icmp_signed("<", where, count), b.icmp_signed(">=", where, skip))
-                score = b.select(valid, b.fmul(b.load(sums[row]), scale), never)
+                score = b.fmul(b.load(sums[row]), scale)
+                score = capped(e, score) if e.spec.expr else score
+                score = b.select(valid, score, never)
                 e.store(score, self.scores, b.mul(where, const(s.width)), align=4 * s.width)
                 b.store(fmax(e, score, b.load(maximum)), maximum)
         return b.load(maximum)

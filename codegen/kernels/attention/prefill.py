@@ -6,7 +6,8 @@ Workers share units: a block of tokens, all heads of one cache row. A unit packs
 every panel of queries through it (prefill_tiles.py). Units are dealt largest first, back and forth
 over the workers, which balances causal cost. Key tiles start at multiples of their size counted
 from position 0 and what a query must not see changes nothing, so a result depends on its query and
-the cache alone: never on chunk, block or workers.
+the cache alone: never on chunk, block or workers. With bounds a unit begins at the tile of the
+first position that it sees.
 
 Grouped queries. Zen 4, 32 heads of 128 over 4 cache rows, causal FLOPs, shares of the dot-product
 peak at 512 and 2048 tokens: 0.52 and 0.57 with queries in two terms, 0.72 and 0.80 in one. They
@@ -40,6 +41,7 @@ from collections.abc import Callable
 from math import gcd
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
+from hmc.codegen.kernels.attention.options import first_seen
 from hmc.codegen.kernels.attention.prefill_form import Form, lift_form, prefill_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_keys import CachedKeys, LatentKeys
 from hmc.codegen.kernels.attention.prefill_rows import Unit
@@ -99,14 +101,21 @@ def _attend(e: Emitter, form: Form, unit: Unit, pack_keys: Pack) -> None:
     """One unit: pack queries, go through all key tiles it sees, write its results."""
     b = e.b
     unit.pack_queries()
-    with e.for_range(0, unit.end, form.keys) as start:
+    tile = b.mul(b.udiv(unit.begin, const(form.keys)), const(form.keys))
+    with e.for_range(tile, unit.end, form.keys) as start:
         pack_keys(unit, start)
         with e.for_range(0, unit.panels) as panel:
-            end = b.add(unit.last_position(panel), const(1))
-            count = e.minimum(b.sub(end, start), const(form.keys))
-            with b.if_then(b.icmp_signed(">", count, const(0))):
-                whole = b.sub(b.add(start, const(form.keys)), const(1))
-                hidden = b.icmp_signed(">", whole, unit.first_position(panel))
+            earliest, latest = unit.first_position(panel), unit.last_position(panel)
+            count = e.minimum(b.sub(b.add(latest, const(1)), start), const(form.keys))
+            whole = b.sub(b.add(start, const(form.keys)), const(1))
+            some = b.icmp_signed(">", count, const(0))
+            if form.bounded:
+                some = b.and_(some, b.icmp_signed(">=", whole, first_seen(e, earliest)))
+            with b.if_then(some):
+                hidden = b.icmp_signed(">", whole, earliest)
+                if form.bounded:
+                    behind = b.icmp_signed("<", start, first_seen(e, latest))
+                    hidden = b.or_(hidden, behind)
                 _step(e, unit, panel, start, count, hidden)
     unit.write_results()
 
@@ -132,7 +141,7 @@ def _step(e: Emitter, unit: Unit, panel: Value, start: Value, count: Value, hidd
 
 
 def emit_attention_prefill(e: Emitter) -> None:
-    """IR of `attention_prefill`: params heads, kv_heads, head_dim, v_dim, block."""
+    """IR of `attention_prefill`: params heads, kv_heads, head_dim, v_dim, block, and options."""
     b, form = e.b, Form.of(e.spec)
     scratch = e.offset(e.arg["scratch"], b.mul(e.worker, const(prefill_scratch_bytes(e.spec))))
 

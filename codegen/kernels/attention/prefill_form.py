@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hmc.codegen.kernels.attention.attend_rows import LATENT, Multiplies
+from hmc.codegen.kernels.attention.options import reach
 from hmc.codegen.panel import tiling
 from hmc.codegen.spec import KernelSpec
 
@@ -24,7 +25,8 @@ class Form(Multiplies):
     """Sizes of one prefill attention kernel, and where its scratch holds what.
 
     A panel is `vectors` vectors of query rows, a row being one (token, head); `high` keys or value
-    dimensions are multiplied at once; `keys` positions make a tile; a unit has `rows` query rows.
+    dimensions are multiplied at once; `keys` positions make a tile; a unit has `rows` query rows,
+    `bounded` where they do not see all positions before them.
     """
 
     heads: int
@@ -36,6 +38,7 @@ class Form(Multiplies):
     high: int
     keys: int
     rows: int
+    bounded: bool = False
     vectors: int = 2
 
     @staticmethod
@@ -53,7 +56,7 @@ class Form(Multiplies):
             kv_heads, key = spec["kv_heads"], spec["head_dim"]
             terms, keys, rows = 2 if tier.pair_dot else 1, 96, 256
         sizes = spec["heads"], kv_heads, key, spec["v_dim"], spec["block"]
-        return Form(spec.isa, *sizes, terms, high, keys, rows)
+        return Form(spec.isa, *sizes, terms, high, keys, rows, reach(spec) > 0)
 
     @property
     def panel(self) -> int:
@@ -100,9 +103,9 @@ class Form(Multiplies):
     @property
     def state_words(self) -> int:
         """Words of a panel's state: positions i32, m, l, and the tile's largest score and rescaling
-        factor, [row] each.
+        factor, [row] each; where rows are bounded the first position that they see, i32.
         """
-        return 5 * self.panel
+        return (5 + self.bounded) * self.panel
 
     @property
     def offsets(self) -> dict[str, int]:

@@ -32,16 +32,23 @@ class CachedKeys:
         """Keys and values of the positions from `start` on that the unit sees, up to a tile.
 
         keys[position][key step]; values[position][dimension], in the dot form pairs of positions,
-        0 for a second one that the unit does not see.
+        0 for a second one that the unit does not see. Of pairs before the first position that it
+        sees values are 0 and keys anything, since scores hide them.
         """
         e, b, form = self.e, self.e.b, self.form
-        stop = e.minimum(unit.end, b.add(start, const(form.keys)))
-        with e.for_range(start, stop) as position:
+        stop, first = e.minimum(unit.end, b.add(start, const(form.keys))), start
+        if form.bounded:
+            first = b.and_(unit.begin, const(-2))
+            first = b.select(b.icmp_signed(">", first, start), first, start)
+            words = b.mul(b.udiv(b.sub(first, start), const(form.step)), const(form.value))
+            with e.for_range(0, words) as index:
+                e.store(I32(0), unit.part("values", const(0), 0), index, align=4)
+        with e.for_range(first, stop) as position:
             row = self._pages.row(position, unit.kv_head)
             source = e.at(e.arg["k_cache"], b.mul(row, const(form.key)), I16)
             key = unit.part("keys", b.sub(position, start), form.key_words)
             _copy(e, form, source, form.key, key, 0, ways=2)
-        with e.for_range(start, stop, form.step) as position:
+        with e.for_range(first, stop, form.step) as position:
             self._pack_values(unit, start, position, stop)
 
     def _pack_values(self, unit: Unit, start: Value, position: Value, stop: Value) -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 from hmc.codegen.formats.interleave import transpose
-from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const
+from hmc.codegen.ir import F32, I8, I16, Emitter, Value, const
 from hmc.codegen.kernels.attention.attend_scores import round_bf16
+from hmc.codegen.kernels.attention.options import first_seen, grown
 from hmc.codegen.kernels.attention.prefill_form import Form
-from hmc.codegen.kernels.attention.prefill_tiles import LOWEST, MAXIMUM, SUM
+from hmc.codegen.kernels.attention.prefill_tiles import FIRST, LOWEST, MAXIMUM, SUM
 from hmc.codegen.vector import for_blocks, fsplat, load_part, store_f32, store_part
 
 _BYTES = I8.as_pointer()
@@ -20,7 +21,7 @@ _BYTES = I8.as_pointer()
 
 class Unit:
     """`count` tokens from `first` on against the keys of `kv_head`; `past` positions lie before
-    token 0. `end` is the first position that none of them sees.
+    token 0. `begin` is the first position that some of them see, `end` the one behind the last.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Unit:
         self.e, self.form = e, form
         self.scratch, self.kv_head, self._first = scratch, kv_head, first
         self._position = b.add(past, first)
+        self.begin = first_seen(e, self._position)
         self.end = b.add(self._position, count)
         self._rows = b.mul(count, const(form.group))
         self.panels = b.udiv(b.add(self._rows, const(form.panel - 1)), const(form.panel))
@@ -85,7 +87,8 @@ class Unit:
             with e.for_range(0, form.vectors) as vector:
                 at = b.mul(vector, const(lanes))
                 self._split_queries(panel, vector, e.offset(state, b.mul(at, const(4))))
-                for field, value in ((MAXIMUM, LOWEST), (SUM, 0.0)):
+                sinks = e.spec.get("sinks")
+                for field, value in ((SUM, 1.0),) if sinks else ((MAXIMUM, LOWEST), (SUM, 0.0)):
                     where = b.add(at, const(field * form.panel))
                     e.store(fsplat(value, lanes), state, where, align=4)
                 source = self.part("keys", const(0), 0)
@@ -105,18 +108,27 @@ class Unit:
         """Address of a row's query."""
         return self.e.row("q", token, head, self.form.key)
 
-    def _split_queries(self, panel: Value, vector: Value, positions: Value) -> None:
-        """Rows of one vector, scaled, as [row][term][key step] where keys will be; and `positions`.
+    def _split_queries(self, panel: Value, vector: Value, state: Value) -> None:
+        """Rows of one vector, scaled, as [row][term][key step] where keys will be; and of their
+        `state` positions, the first that they see, and a sink as the largest score.
 
         They go through memory because sixteen rows in all their terms exceed the registers.
         """
         e, b, form = self.e, self.e.b, self.form
         square = form.step * form.lanes
-        factor = e.splat(b.fmul(e.arg["scale"], F32(math.log2(math.e))), square)
+        scale = e.arg["scale"]
+        scale = scale if e.spec.expr else b.fmul(scale, F32(math.log2(math.e)))
         with e.for_range(0, form.lanes) as lane:
             token, head = self._row_index(panel, vector, lane)
             position = b.add(self._position, b.sub(token, self._first))
-            e.store(b.trunc(position, I32), positions, lane, align=4)
+            e.store_int(position, state, lane, align=4)
+            if form.bounded:
+                at = b.add(lane, const(FIRST * form.panel))
+                e.store_int(first_seen(e, position), state, at, align=4)
+            if e.spec.get("sinks"):
+                sink = b.fmul(e.load(e.arg["sinks"], head, F32), F32(math.log2(math.e)))
+                e.store(sink, state, b.add(lane, const(MAXIMUM * form.panel)), align=4)
+            factor = e.splat(grown(e, scale, position), square)
             source = self._query(token, head)
             after = self._query(*self._row_index(panel, vector, b.add(lane, const(form.lanes))))
             target = self.part("keys", lane, form.terms * form.query_steps)

@@ -10,7 +10,8 @@ S[key][query] and results O[dimension][query] are products of the same form, reg
     fma form   f32 multiply-add
 
 Softmax is online: m the largest score so far, l the sum of weights 2**(score - m); queries carry
-the factor scale * log2(e), so that scores are exponents of 2.
+the factor scale * log2(e), so that scores are exponents of 2 (where an expression makes something
+of scores, the scale alone). A sink is the first m, with a weight of 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from llvmlite import ir
 
 from hmc.codegen.ir import BF16, F32, I8, I32, I64, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.kernels.attention.options import capped
 from hmc.codegen.kernels.attention.prefill_form import Form
 from hmc.codegen.vector import dot_pairs, fmax, for_blocks, fsplat, isplat, polynomial
 
@@ -30,7 +32,7 @@ LOWEST = -1e30
 _PTR = I8.as_pointer()
 
 
-POSITION, MAXIMUM, SUM, TILE_MAXIMUM, FACTOR = range(5)
+POSITION, MAXIMUM, SUM, TILE_MAXIMUM, FACTOR, FIRST = range(6)
 """Fields of a panel's state."""
 
 
@@ -58,7 +60,7 @@ class Tiles:
 
     def _emit_scores(self, hidden: bool) -> None:
         """scores(queries, keys, scores, state, start, count): S of the tile and its maxima; with
-        `hidden` keys, those behind a row's position get -inf.
+        `hidden` keys, those behind a row's position, or before the first it sees, get -inf.
         """
         e, form = self.e, self.form
         name = "scores_hidden" if hidden else "scores"
@@ -68,6 +70,8 @@ class Tiles:
             kind = vec(F32, lanes)
             best = [e.local(kind, fsplat(LOWEST, lanes)) for _ in range(form.vectors)]
             seen = [self._field(state, POSITION, v, I32) for v in range(form.vectors)]
+            if form.bounded:
+                low = [self._field(state, FIRST, v, I32) for v in range(form.vectors)]
             with e.for_range(0, count, form.high) as key:
                 base = e.offset(keys, b.mul(key, const(4 * form.key_words)))
 
@@ -87,8 +91,13 @@ class Tiles:
                     position = b.trunc(b.add(b.add(start, key), const(h)), I32)
                     for v in range(form.vectors):
                         score = b.load(sums[h][v])
+                        if e.spec.expr:
+                            score = b.fmul(capped(e, score), fsplat(math.log2(math.e), lanes))
                         if hidden:
                             is_seen = b.icmp_signed(">=", seen[v], e.splat(position, lanes))
+                            if form.bounded:
+                                near = b.icmp_signed("<=", low[v], e.splat(position, lanes))
+                                is_seen = b.and_(is_seen, near)
                             score = b.select(is_seen, score, fsplat(-math.inf, lanes))
                         e.store(score, target, const(h * form.panel + v * lanes), align=4)
                         b.store(fmax(e, score, b.load(best[v])), best[v])

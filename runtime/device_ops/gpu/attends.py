@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import lcm
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hmc.ops.attention import Bounds, grows
 from hmc.ops.row import FEW
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
-from hmc.runtime.device_ops.attention import seen_rows
 from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.context import first_of, seen_rows
 from hmc.runtime.device_ops.gpu.dense import in_eights, weight_of
 from hmc.runtime.device_ops.shares import Call, Rows
 from hmc.runtime.device_ops.triton import attention as kernels
@@ -34,7 +36,12 @@ def attention(bound: Bound, step: Step) -> Work:
     home, space = bound.home(device), bound.workspace(step)
     caches = tuple(bound.cache(step.layer, name) for name in ("k", "v")) if home else ()
     v_dim = v.shape[1] // kv_heads
-    scale, window = float(step.attrs["scale"]), int(step.attrs.get("window", 0))
+    bounds, sinks = Bounds.of(step.attrs), bound.vector(step, "sinks")
+    how: dict[str, Any] = {
+        "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim,
+        "scale": float(step.attrs["scale"]), "bounds": bounds, "sinks": sinks,
+        "softcap": float(step.attrs.get("softcap", 0.0)), "growth": grows(step.attrs),
+    }  # fmt: skip
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
@@ -42,21 +49,21 @@ def attention(bound: Bound, step: Step) -> Work:
         table = _table(call, rows)
         if table is not None and caches:
             (keys, values), (reach, lengths) = caches, table
-            kernels.attend(
-                q[: rows.count], keys, values, reach, lengths, y[: rows.count], space,
-                kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale, window=window,
-            )  # fmt: skip
+            part = slice(0, rows.count)
+            kernels.attend(q[part], keys, values, reach, lengths, y[part], space, **how)
             return
+        start = first_of(rows, bounds)
         keys, values = (
-            seen_rows(bound, step, call, name, slice(0, new.shape[1]), (new,), torch.bfloat16)
+            seen_rows(
+                bound, step, call, name, slice(0, new.shape[1]), (new,), torch.bfloat16, start
+            )
             for name, new in (("k", k), ("v", v))
         )
         for span in rows.spans:
             part, high = slice(span.first, span.last), span.position + span.last - span.first
-            kernels.prompt(
-                q[part], keys[:high], values[:high], y[part],
-                kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale, window=window,
-            )  # fmt: skip
+            low = max(0, bounds.first(span.position))
+            seen = slice(low - start, high - start)
+            kernels.prompt(q[part], keys[seen], values[seen], y[part], before=low, **how)
 
     return work
 
@@ -69,6 +76,7 @@ def mla(bound: Bound, step: Step) -> Work:
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     heads, nope, rope, v_dim, rank = ints(step, "heads", "nope", "rope", "v_dim", "rank")
     kv_b, scale = weight_of(bound.matrix(step, "kv_b")), float(step.attrs["scale"])
+    growth = grows(step.attrs)
     home, space = bound.home(device), bound.workspace(step)
     cache = bound.cache(step.layer, "latent") if home else None
     caches = () if cache is None else (cache[:, :rank], cache[:, rank:])
@@ -82,7 +90,7 @@ def mla(bound: Bound, step: Step) -> Work:
             reach, lengths = table
             kernels.latent(
                 q[: rows.count], kv_b, cache, reach, lengths, y[: rows.count], space,
-                heads=heads, nope=nope, rope=rope, v_dim=v_dim, scale=scale,
+                heads=heads, nope=nope, rope=rope, v_dim=v_dim, scale=scale, growth=growth,
             )  # fmt: skip
             return
         columns = slice(0, rank + rope)
@@ -97,6 +105,7 @@ def mla(bound: Bound, step: Step) -> Work:
                 kernels.prompt(
                     mine[part], keys[:high], values[:high], result[part],
                     kv_heads=some.stop - some.start, head_dim=nope + rope, v_dim=v_dim, scale=scale,
+                    growth=growth,
                 )  # fmt: skip
 
     return work

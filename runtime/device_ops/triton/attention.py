@@ -13,6 +13,7 @@ import torch
 
 from hmc.codegen.triton import attend_tiles, library
 from hmc.codegen.triton.attend_tiles import Head
+from hmc.ops.attention import NO_BOUNDS, Bounds, Growth
 from hmc.runtime.device_ops.triton.launch import Weight, Workspace, _arch, _processors
 
 
@@ -30,17 +31,19 @@ def attend(
     v_dim: int,
     scale: float,
     block: int = 1,
-    window: int = 0,
+    bounds: Bounds = NO_BOUNDS,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    growth: Growth = None,
 ) -> None:
     """y bf16 [T, heads * v_dim] of q [T, heads * head_dim], one query a sequence, over keys and
     values bf16 [cache rows, kv_heads * head_dim or v_dim].
 
     `tables` i32 or i64 [T, blocks] are the cache's blocks of each sequence in order (with blocks of
     one row: its rows), padded with any; `lengths` i64 [T] the positions it sees. `values` None: the
-    first v_dim columns of keys. With `sinks` f32 [heads] one more key of this score, whose value is
-    0. A launch replayed with other tables and lengths is right as long as tables have room.
+    first v_dim columns of keys. With `sinks` [heads] one more key of this score, whose value is 0.
+    `bounds` and `growth` as of hmc/ops/attention.py. A launch replayed with other tables and
+    lengths is right as long as tables have room.
     """
     tokens, heads = len(q), q.shape[1] // head_dim
     head, group = Head(head_dim, v_dim, values is None), heads // kv_heads
@@ -54,11 +57,11 @@ def attend(
     values = keys if values is None else values
     library.kernels().attend[tiles, tokens, splits](
         q, keys, values, tables, lengths, lengths if sinks is None else sinks, y, work.partials,
-        work.counters, scale, q.stride(0), keys.stride(0), values.stride(0), y.stride(0),
-        tables.stride(0), splits, GROUP=group, WINDOW=window, SOFTCAP=softcap,
+        work.counters, scale, growth[0] if growth else 0.0, q.stride(0), keys.stride(0),
+        values.stride(0), y.stride(0), tables.stride(0), splits, GROUP=group, SOFTCAP=softcap,
         SINKS=sinks is not None, SHARED=head.shared, BLOCK=block, HEADS=tile.rows, KEYS=tile.keys,
         SPLITS=attend_tiles.power(splits), UNROLL=attend_tiles.unrolled(tile, head),
-        **head.constants, **tile.options,
+        **_constants(bounds, growth), **head.constants, **tile.options,
     )  # fmt: skip
 
 
@@ -72,21 +75,31 @@ def prompt(
     head_dim: int,
     v_dim: int,
     scale: float,
-    window: int = 0,
+    bounds: Bounds = NO_BOUNDS,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    growth: Growth = None,
+    before: int = 0,
 ) -> None:
     """y bf16 [T, heads * v_dim] of q [T, heads * head_dim], the last T positions of keys and values
-    bf16 [S, kv_heads * head_dim or v_dim], none seeing later ones."""
+    bf16 [S, kv_heads * head_dim or v_dim], none seeing later ones. Of these the first is at
+    position `before`, where with chunks one begins. Options as of `attend`."""
     tokens, heads = len(q), q.shape[1] // head_dim
     head = Head(head_dim, v_dim)
-    tile = attend_tiles.many(head, _arch(q.device), not window and not softcap)
+    tile = attend_tiles.many(head, _arch(q.device), not bounds.reach and not softcap)
     library.kernels().attend_prompt[-(-tokens // tile.rows), heads](
-        q, keys, values, q if sinks is None else sinks, y, scale, tokens, len(keys) - tokens,
-        q.stride(0), keys.stride(0), values.stride(0), y.stride(0), GROUP=heads // kv_heads,
-        WINDOW=window, SOFTCAP=softcap, SINKS=sinks is not None, QUERIES=tile.rows,
-        KEYS=tile.keys, **head.constants, **tile.options,
+        q, keys, values, q if sinks is None else sinks, y, scale, growth[0] if growth else 0.0,
+        tokens, len(keys) - tokens, before, q.stride(0), keys.stride(0), values.stride(0),
+        y.stride(0), GROUP=heads // kv_heads, SOFTCAP=softcap, SINKS=sinks is not None,
+        QUERIES=tile.rows, KEYS=tile.keys, **_constants(bounds, growth), **head.constants,
+        **tile.options,
     )  # fmt: skip
+
+
+def _constants(bounds: Bounds, growth: Growth) -> dict[str, int]:
+    """As kernels take them."""
+    _, every, ahead = growth or (0.0, 0, 0)
+    return {"WINDOW": bounds.window, "CHUNK": bounds.chunk, "EVERY": every, "AHEAD": ahead}
 
 
 def latent(
@@ -104,12 +117,13 @@ def latent(
     v_dim: int,
     scale: float,
     block: int = 1,
+    growth: Growth = None,
 ) -> None:
     """y bf16 [T, heads * v_dim] of q [T, heads * (nope + rope)], one query a sequence, over rows
     bf16 [cache rows, rank + rope]; kv_b [heads * (nope + v_dim), rank] multiplies query and result.
 
-    `tables` and `lengths` as in `attend`. Between the launches lie bf16 tensors of T * heads * (2
-    rank + rope).
+    `tables`, `lengths` and `growth` as in `attend`. Between the launches lie bf16 tensors of T *
+    heads * (2 rank + rope).
     """
     tokens, rank = len(q), kv_b.columns
     wide = torch.empty((tokens, heads * (rank + rope)), dtype=torch.bfloat16, device=q.device)
@@ -123,7 +137,7 @@ def latent(
         TURNED=attend_tiles.power(rope), **sizes, **tile.constants, **tile.options,
     )  # fmt: skip
     attend(wide, cache, None, tables, lengths, mixed, work, kv_heads=1, head_dim=rank + rope,
-           v_dim=rank, scale=scale, block=block)  # fmt: skip
+           v_dim=rank, scale=scale, block=block, growth=growth)  # fmt: skip
     tile = attend_tiles.lifted(kv_b.layout.step, v_dim)
     grid = -(-v_dim // tile.rows), heads, -(-tokens // tile.tokens)
     kernels.lift[grid](

@@ -12,6 +12,7 @@ from triton_weights import random_weight
 
 from hmc.codegen.triton import table
 from hmc.formats import format_of
+from hmc.ops.attention import Bounds, Growth
 from hmc.runtime.device_ops.triton import attention, routing, rows
 from hmc.runtime.device_ops.triton.launch import Workspace
 
@@ -24,24 +25,26 @@ def halves(*shape: int) -> torch.Tensor:
 
 
 def few(kv_heads: int, group: int, head_dim: int, v_dim: int, window: int = 0, softcap: float = 0.0,
-        sinks: bool = False) -> None:  # fmt: skip
+        sinks: bool = False, chunk: int = 0, growth: Growth = None) -> None:  # fmt: skip
     heads = kv_heads * group
     attention.attend(
         torch.zeros(1, heads * head_dim), halves(1, kv_heads * head_dim),
         halves(1, kv_heads * v_dim), TABLES, LENGTHS, halves(1, heads * v_dim), WORK,
-        kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=0.1, block=16, window=window,
-        softcap=softcap, sinks=torch.zeros(heads) if sinks else None,
+        kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=0.1, block=16,
+        bounds=Bounds(window, chunk), softcap=softcap, growth=growth,
+        sinks=torch.zeros(heads) if sinks else None,
     )  # fmt: skip
 
 
 def many(kv_heads: int, group: int, head_dim: int, v_dim: int, window: int = 0,
-         softcap: float = 0.0, sinks: bool = False) -> None:  # fmt: skip
+         softcap: float = 0.0, sinks: bool = False, chunk: int = 0,
+         growth: Growth = None) -> None:  # fmt: skip
     heads = kv_heads * group
     attention.prompt(
         torch.zeros(3, heads * head_dim), halves(7, kv_heads * head_dim),
         halves(7, kv_heads * v_dim), halves(3, heads * v_dim), kv_heads=kv_heads,
-        head_dim=head_dim, v_dim=v_dim, scale=0.1, window=window, softcap=softcap,
-        sinks=torch.zeros(heads) if sinks else None,
+        head_dim=head_dim, v_dim=v_dim, scale=0.1, bounds=Bounds(window, chunk), softcap=softcap,
+        sinks=torch.zeros(heads) if sinks else None, growth=growth,
     )  # fmt: skip
 
 
@@ -83,12 +86,19 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "attend 40": partial(few, 2, 3, 40, 40),
     "attend 64 sinks": partial(few, 8, 8, 64, 64, 128, 0.0, True),
     "attend 192": partial(few, 4, 16, 192, 128),
+    "attend 512": partial(few, 2, 8, 512, 512),
+    "attend 128 chunks": partial(few, 8, 5, 128, 128, chunk=8192),
+    "attend 128 longer": partial(few, 8, 5, 128, 128, growth=(0.1, 8192, 1)),
     "attend 256 capped": partial(few, 4, 2, 256, 256, 1024, 50.0),
     "prompt 40": partial(many, 2, 3, 40, 40),
     "prompt 64 sinks": partial(many, 8, 8, 64, 64, 128, 0.0, True),
     "prompt 80": partial(many, 8, 4, 80, 80),
     "prompt 128 window": partial(many, 8, 4, 128, 128, 1024, 50.0, True),
     "prompt 192": partial(many, 128, 1, 192, 128),
+    "prompt 192 sinks": partial(many, 8, 8, 192, 128, 128, 0.0, True),
+    "prompt 512": partial(many, 2, 8, 512, 512),
+    "prompt 128 chunks": partial(many, 8, 5, 128, 128, chunk=8192),
+    "prompt 128 longer": partial(many, 8, 5, 128, 128, growth=(0.1, 8192, 1)),
     "prompt 256": partial(many, 4, 2, 256, 256),
     "prompt 256 capped": partial(many, 4, 2, 256, 256, 1024, 50.0),
     "latent fp8": partial(latent, "fp8", 128, 128, 64, 128, 512),

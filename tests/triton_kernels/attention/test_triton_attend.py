@@ -11,6 +11,8 @@ from triton_paged import Paged, attended, random
 
 from hmc.codegen.triton import attend_tiles
 from hmc.codegen.triton.attend_tiles import Head
+from hmc.ops.attention import NO_BOUNDS, Bounds, Growth
+from hmc.runtime.device_ops.context import grown
 from hmc.runtime.device_ops.triton.attention import attend
 from hmc.runtime.device_ops.triton.launch import Workspace
 
@@ -19,13 +21,15 @@ ROUNDED = 3e-3
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "v_dim", "window", "softcap", "sinks"),
+    ("kv_heads", "group", "head_dim", "v_dim", "bounds", "softcap", "sinks", "growth"),
     [
-        (2, 3, 40, 40, 0, 0.0, False),
-        (1, 17, 80, 80, 0, 5.0, False),
-        (2, 4, 192, 128, 0, 0.0, True),
-        (1, 1, 256, 256, 33, 0.0, False),
-        (2, 8, 64, 64, 200, 20.0, True),
+        (2, 3, 40, 40, NO_BOUNDS, 0.0, False, None),
+        (1, 17, 80, 80, NO_BOUNDS, 5.0, False, None),
+        (2, 4, 192, 128, NO_BOUNDS, 0.0, True, (0.3, 50, 1)),
+        (1, 1, 256, 256, Bounds(window=33), 0.0, False, (0.1, 64, 0)),
+        (2, 8, 64, 64, Bounds(window=200), 20.0, True, None),
+        (2, 5, 112, 96, Bounds(chunk=70), 0.0, True, None),
+        (1, 12, 512, 512, Bounds(chunk=100), 0.0, False, None),
     ],
 )
 def test_heads_of_any_size(
@@ -33,9 +37,10 @@ def test_heads_of_any_size(
     group: int,
     head_dim: int,
     v_dim: int,
-    window: int,
+    bounds: Bounds,
     softcap: float,
     sinks: bool,
+    growth: Growth,
     work: Workspace,
 ) -> None:
     heads, scale = kv_heads * group, head_dim**-0.5
@@ -46,13 +51,14 @@ def test_heads_of_any_size(
     sink = random(heads, seed=3) if sinks else None
     attend(
         q, keys, values, paged.tables, paged.lengths, y, work, kv_heads=kv_heads,
-        head_dim=head_dim, v_dim=v_dim, scale=scale, block=16, window=window, softcap=softcap,
-        sinks=sink,
+        head_dim=head_dim, v_dim=v_dim, scale=scale, block=16, bounds=bounds, softcap=softcap,
+        sinks=sink, growth=growth,
     )  # fmt: skip
     assert not work.counters.any()
     for i in range(3):
-        rows = paged.rows(i)[-window:]
-        mine = q[i].view(1, heads, head_dim)
+        last = int(paged.lengths[i]) - 1
+        rows = paged.rows(i)[max(0, bounds.first(last)) :]
+        mine = grown(q[i : i + 1], torch.tensor([last]), growth).view(1, heads, head_dim)
         parts = (each[rows].view(len(rows), kv_heads, -1) for each in (keys, values))
         assert error(y[i], attended(mine, *parts, scale, softcap, sink)) < ROUNDED
 

@@ -7,6 +7,8 @@ import torch
 from interpreted import error
 from triton_paged import attended, random
 
+from hmc.ops.attention import NO_BOUNDS, Bounds, Growth
+from hmc.runtime.device_ops.context import grown
 from hmc.runtime.device_ops.triton.attention import prompt
 from hmc.runtime.device_ops.triton.launch import Workspace
 
@@ -14,15 +16,17 @@ ROUNDED = 3e-3
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "head_dim", "v_dim", "tokens", "past", "window", "softcap", "sinks"),
+    ("kv_heads", "group", "head_dim", "v_dim", "tokens", "past", "bounds", "softcap", "sinks"),
     [
-        (2, 3, 40, 40, 133, 0, 0, 0.0, False),
-        (2, 1, 192, 128, 70, 161, 0, 0.0, True),
-        (1, 2, 64, 64, 1, 200, 0, 3.0, False),
-        (1, 2, 80, 80, 140, 90, 50, 0.0, True),
-        (1, 1, 256, 256, 67, 70, 1, 10.0, False),
+        (2, 3, 40, 40, 133, 0, NO_BOUNDS, 0.0, False),
+        (2, 1, 192, 128, 70, 161, NO_BOUNDS, 0.0, True),
+        (1, 2, 64, 64, 1, 200, NO_BOUNDS, 3.0, False),
+        (1, 2, 80, 80, 140, 90, Bounds(window=50), 0.0, True),
+        (1, 1, 256, 256, 67, 70, Bounds(window=1), 10.0, False),
+        (1, 5, 112, 96, 140, 90, Bounds(chunk=70), 0.0, True),
     ],
 )
+@pytest.mark.parametrize("growth", [None, (0.3, 50, 1)])
 def test_queries_see_no_later_keys(
     kv_heads: int,
     group: int,
@@ -30,9 +34,10 @@ def test_queries_see_no_later_keys(
     v_dim: int,
     tokens: int,
     past: int,
-    window: int,
+    bounds: Bounds,
     softcap: float,
     sinks: bool,
+    growth: Growth,
     work: Workspace,
 ) -> None:
     heads, total, scale = kv_heads * group, past + tokens, head_dim**-0.5
@@ -43,14 +48,13 @@ def test_queries_see_no_later_keys(
     values = values[:, : kv_heads * v_dim]
     y = torch.full((tokens, heads * v_dim), float("nan"), dtype=torch.bfloat16)
     sink = random(heads, seed=3) if sinks else None
+    low = max(0, bounds.first(past))  # keys before it need not be there
     prompt(
-        q, keys, values, y, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, scale=scale,
-        window=window, softcap=softcap, sinks=sink,
+        q, keys[low:], values[low:], y, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim,
+        scale=scale, bounds=bounds, softcap=softcap, sinks=sink, growth=growth, before=low,
     )  # fmt: skip
     query, key = torch.arange(past, total)[:, None], torch.arange(total)[None]
-    hidden = key > query
-    if window:
-        hidden |= key <= query - window
+    hidden = (key > query) | (key < bounds.first(query))
     parts = (each.reshape(total, kv_heads, -1) for each in (keys, values))
-    exact = attended(q.reshape(tokens, heads, -1), *parts, scale, softcap, sink, hidden)
-    assert error(y, exact) < ROUNDED
+    wide = grown(q, query[:, 0], growth).reshape(tokens, heads, -1)
+    assert error(y, attended(wide, *parts, scale, softcap, sink, hidden)) < ROUNDED

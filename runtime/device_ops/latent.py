@@ -1,0 +1,199 @@
+"""Latent attention on a device, by PyTorch, in bounded memory; hides its two forms.
+
+What some heads make of the context takes a quarter of `scratch.BYTES`, what some rows or sequences
+make of it another; but one head, one row and one sequence is the least. The context's latents are
+besides, 2 (rank + rope) bytes a position, on the CPU thrice as much; and for a batch the absorbed
+queries and results, 2 heads (2 rank + rope) bytes a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hmc.ops.attention import NO_BOUNDS, Growth, grows
+from hmc.plan import Step
+from hmc.runtime.device_ops import scratch
+from hmc.runtime.device_ops.attention import attend
+from hmc.runtime.device_ops.base import Bound, Work, ints
+from hmc.runtime.device_ops.context import (
+    HIDDEN,
+    KIND,
+    SCORE,
+    append,
+    batches,
+    chunks,
+    grown,
+    later,
+    reached,
+    seen_rows,
+)
+from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.shares import Call, Rows
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]."""
+
+    scale: float
+    growth: Growth
+    heads: int
+    nope: int
+    rope: int
+    v_dim: int
+    rank: int
+
+    def kv_b(self, size: int) -> int:
+        """Bytes of one head's part of kv_b."""
+        return (self.nope + self.v_dim) * self.rank * size
+
+    def absorbed(self, size: int) -> int:
+        """Bytes of one head of one query: itself, absorbed, wide, its latents and its result."""
+        return (2 * (self.nope + self.rope) + 3 * self.rank + self.v_dim) * size
+
+
+def mla(bound: Bound, step: Step) -> Work:
+    """Latent attention: keys and values expanded from the latents for many queries, or kv_b
+    absorbed into query and result for few; whichever multiplies less.
+    """
+    q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
+    y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
+    widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
+    sizes = Latent(float(step.attrs["scale"]), grows(step.attrs), *widths)
+    kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), KIND
+    caches = [bound.cache(step.layer, "latent")] if home else []
+
+    def work(call: Call) -> None:
+        rows = call.rows[share, device]
+        append(call, rows, ((latent, k_rope),), caches)
+        queries = q[: rows.count].view(rows.count, sizes.heads, -1)
+        result = y[: rows.count].view(rows.count, sizes.heads, -1)
+        if rows.reach is None:
+            columns = slice(0, sizes.rank + sizes.rope)
+            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), kind)
+            _latent(rows, queries, seen, kv_b, result, sizes)
+        else:
+            _latent_batch(rows, queries, caches[0], kv_b, result, sizes, kind)
+
+    return work
+
+
+def _latent(
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Matrix, result: Tensor, s: Latent
+) -> None:
+    """One sequence: result [T, heads, v_dim] of queries [T, heads, nope + rope] over rows [S, rank
+    + rope]."""
+    tokens, total, size, wide = rows.count, len(seen), seen.element_size(), s.nope + s.rope
+    expand = total * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * wide
+    absorb = tokens * s.rank * (s.nope + s.v_dim) + 2 * tokens * total * (s.rank + s.rope)
+    if absorb < expand:
+        some, of_head = _absorbed, s.kv_b(size) + s.absorbed(size) + SCORE * total
+    else:
+        # kv_b also in another order; keys, values as wide (fused kernels want one width), and one
+        # of them before it has its place
+        some = _expanded
+        of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
+    kind = seen.dtype
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        some(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s, kind), result[:, heads], s)
+
+
+def _absorbed(
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
+) -> None:
+    """As `_latent` for some heads, their keys and values never made."""
+    kind, number = seen.dtype, queries.shape[1]
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
+
+    def some(part: slice, high: int) -> None:
+        mine = grown(queries[part].to(kind), rows.positions[part], s.growth)
+        inner = torch.einsum("thn,hnr->thr", mine[..., : s.nope], into)
+        mine = torch.cat((inner, mine[..., s.nope :]), -1)
+        hidden = later(high - len(mine), len(mine), high, seen.device)
+        mixed = _over_latents(mine, seen[:high], hidden, s)
+        result[part] = torch.einsum("thr,hvr->thv", mixed, out).to(result.dtype)
+
+    of_row, of_score = number * s.absorbed(kind.itemsize), number * SCORE + HIDDEN
+    for part, high, _ in chunks(rows, NO_BOUNDS, of_row, of_score):
+        some(part, high)
+
+
+def _expanded(
+    rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
+) -> None:
+    """As `_latent` for some heads, their keys and values made of all rows."""
+    kind, number, total = seen.dtype, queries.shape[1], len(seen)
+    into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
+    wide = s.nope + s.rope
+    keys = seen.new_empty(total, number, wide)
+    values = seen.new_zeros(total, number, max(wide, s.v_dim))
+    keys[..., : s.nope] = torch.einsum("sr,hnr->shn", seen[:, : s.rank], into)
+    keys[..., s.nope :] = seen[:, None, s.rank :]
+    values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
+    of_row = number * kind.itemsize * (wide + 2 * values.shape[2])
+    for part, high, _ in chunks(rows, NO_BOUNDS, of_row, HIDDEN):
+        mine = grown(queries[part].to(kind), rows.positions[part], s.growth)
+        found = attend(mine, keys[:high], values[:high], s.scale, NO_BOUNDS)
+        result[part] = found.view(-1, number, values.shape[2])[..., : s.v_dim]
+        del mine, found
+
+
+def _over_latents(wide: Tensor, seen: Tensor, hidden: Tensor, s: Latent) -> Tensor:
+    """Weighted latents [T, h, rank] of queries [.., T, h, rank + rope] over rows [.., S, rank +
+    rope]; `hidden` [T, S] (or [S] a sequence) is added to scores."""
+    scores = (wide @ seen.transpose(-1, -2)).to(torch.float32).mul_(s.scale)
+    weights = scores.add_(hidden[..., None, :]).softmax(-1).to(seen.dtype)
+    return weights @ seen[..., : s.rank]
+
+
+def _latent_batch(
+    rows: Rows,
+    queries: Tensor,
+    cache: Tensor,
+    kv_b: Matrix,
+    result: Tensor,
+    s: Latent,
+    kind: torch.dtype,
+) -> None:
+    """Many sequences, one query each, absorbed."""
+    assert rows.reach is not None
+    size, longest = kind.itemsize, rows.reach.shape[1]
+    of_latent = cache.shape[1] * (2 + size)
+    wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
+    found = torch.empty_like(wide[..., : s.rank])
+    of_head = s.kv_b(size) + rows.count * s.absorbed(size)
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        into = _of_heads(kv_b, heads, s, kind)[:, : s.nope]
+        mine = queries[:, heads, : s.nope].to(kind)
+        wide[:, heads, : s.rank] = torch.einsum("thn,hnr->thr", mine, into)
+        del mine, into
+    wide[..., s.rank :] = queries[..., s.nope :]
+    if s.growth is not None:
+        wide.copy_(grown(wide, rows.positions, s.growth))
+
+    def some(part: slice) -> None:
+        reach, hidden = reached(rows, part, NO_BOUNDS)
+        seen = cache[reach].to(kind)
+        of_scores = len(seen) * longest * SCORE
+        for heads in scratch.blocks(0, s.heads, of_scores, scratch.quarter()):
+            found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s)
+
+    for part in batches(rows, 0, of_latent + s.heads * SCORE + HIDDEN):
+        some(part)
+    for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
+        out = _of_heads(kv_b, heads, s, kind)[:, s.nope :]
+        result[:, heads] = torch.einsum("thr,hvr->thv", found[:, heads], out).to(result.dtype)
+        del out
+
+
+def _of_heads(kv_b: Matrix, heads: slice, s: Latent, kind: torch.dtype) -> Tensor:
+    """The rows of some heads [h, nope + v_dim, rank]: those of keys, then of values."""
+    per_head = s.nope + s.v_dim
+    first, last = heads.start * per_head, heads.stop * per_head
+    found = kv_b.data.new_empty((last - first, s.rank), dtype=kind)
+    for part in scratch.blocks(first, last, (4 + 4) * s.rank, 2 * scratch.quarter()):
+        found[part.start - first : part.stop - first] = kv_b.rows(part.start, part.stop)
+    return found.view(-1, per_head, s.rank)
