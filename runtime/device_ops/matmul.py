@@ -36,7 +36,9 @@ class Matrix:
         return self.planes[0]
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) as f32 [n, K]."""
+        """Rows [first, last) as f32 [n, K]; of planes without memory, without values."""
+        if self.data.is_meta:
+            return self.data.new_empty((last - first, self.shape[1]), dtype=torch.float32)
         kept = [NAMES[plane.dtype] for plane in self.planes]
         planes = [plane.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
                   for plane, dtype in zip(self.planes, kept, strict=True)]  # fmt: skip
