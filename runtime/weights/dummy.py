@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.formats import DTYPE_BITS, Form, Format, format_of
-from hmc.formats.blocks import BLOCKS, HALVES_AT
+from hmc.formats.blocks import BLOCKS, put_scale
 from hmc.formats.decode import floats
 from hmc.runtime.weights.tensors import TensorGroup
 
@@ -70,15 +70,9 @@ class Patterns:
         columns, size = row.codes.block
         blocks = self._gauss.view(np.uint8)[0::4][: _PATTERN // size * size].reshape(-1, size)
         blocks = np.ascontiguousarray(blocks)
-        places = [slice(at, at + 2) for at in HALVES_AT[row.name]]
-
-        def put(value: float) -> None:
-            for place in places:
-                blocks[:, place] = np.array([value], np.float16).view(np.uint8)
-
-        put(1.0)
+        put_scale(row.name, blocks, 1.0)
         spread = float(BLOCKS[row.name](blocks[:64], columns).std())
-        put(std / spread)
+        put_scale(row.name, blocks, std / spread)
         return blocks.reshape(-1).view(np.dtype((np.void, size)))
 
     def _code_std(self, row: Format) -> float:
