@@ -1,4 +1,4 @@
-"""From a checkpoint directory to a plan: config and headers -> model on meta tensors -> torch.fx
+"""From a checkpoint to a plan: config and headers -> model on meta tensors -> torch.fx
 graph -> graph passes -> plan for the CPU -> plan passes -> plan.
 
 Reads no weight and needs neither the machine the plan is for nor its GPU.
@@ -14,6 +14,8 @@ import torch.fx
 
 from hmc import env, models
 from hmc.checkpoint import Checkpoint
+from hmc.checkpoint.gguf import open_gguf
+from hmc.checkpoint.location import is_gguf
 from hmc.codegen.isa import best_isa
 from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
@@ -50,7 +52,7 @@ def compile(
     routing_profile: str | Path = "",
     ring: int = 0,
 ) -> Plan:
-    """Compile the model directory `path` into a plan.
+    """Compile the model directory or GGUF file `path` into a plan.
 
     `machine` is "auto", a named machine, a machine file or a `Machine`; `max_context` tokens of one
     sequence (0: what fits); `dummy_weights` needs config.json alone and makes a plan to be run with
@@ -93,9 +95,11 @@ def compile(
 
 
 def open_checkpoint(path: str | Path, options: Options) -> Checkpoint:
-    """The model directory `path`, or its config alone, as far as the options want of it."""
+    """The checkpoint at `path`, or its config alone, as far as the options want of it."""
     if not options.dummy_weights:
-        return Checkpoint.open(path)
+        return open_gguf(Path(path)) if is_gguf(Path(path)) else Checkpoint.open(path)
+    if is_gguf(Path(path)):
+        raise UsageError(f"{path}: dummy weights are made from a config.json: pass one")
     checkpoint = Checkpoint.from_config(path)
     return _cut(checkpoint, options.layers) if options.layers else checkpoint
 

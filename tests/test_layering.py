@@ -28,7 +28,7 @@ passes passes/manager passes/place passes/stream passes/emit passes/graph passes
 hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
-hmc/plan hmc/ops hmc/machine hmc/checkpoint
+hmc/plan hmc/ops hmc/machine hmc/checkpoint/gguf hmc/checkpoint
 codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
 codegen/kernels/pointwise codegen/kernels/routing codegen/kernels/probes codegen/triton
 codegen/pool codegen/panel codegen/decode codegen/formats

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hmc.checkpoint.headers import ShardInfo, TensorInfo, read_header
 from hmc.checkpoint.jsonfile import first_few, quote, read_object
+from hmc.checkpoint.location import is_gguf
 from hmc.errors import CheckpointError, ConfigError, ShardError, TensorError, UsageError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -28,7 +29,9 @@ def local_directory(argument: str) -> Path:
     except OSError as problem:
         raise UsageError(f"{quote(argument)}: cannot be looked up: {problem.strerror}") from None
     if exists:
-        raise UsageError(f"{argument}: a file; pass the model directory that holds config.json")
+        raise UsageError(
+            f"{argument}: a file; pass the model directory that holds config.json, or a .gguf file"
+        )
     if _HUB_ID.fullmatch(argument):
         raise UsageError(
             f"{argument}: no such directory; if it is a Hugging Face hub id, download the model and"
@@ -89,8 +92,10 @@ def _list_shards(directory: Path) -> list[str]:
         raise CheckpointError(f"{directory}: cannot be listed: {problem.strerror}") from None
     names = [name for name in files if name.endswith(".safetensors")]
     if not names:
-        others = [name for name in files if name.endswith((".bin", ".gguf", ".pt", ".pth"))]
+        others = [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
         hint = f" ({first_few(others, 1)} is of a format hmc does not read)" if others else ""
+        if ggufs := [name for name in files if is_gguf(Path(name))]:
+            hint = f" (pass the GGUF file itself: {directory / ggufs[0]})"
         raise ShardError(f"{directory}: no .safetensors shard in it{hint}")
     expected: dict[str, None] = {}
     for name in names:

@@ -69,27 +69,32 @@ def read_header(path: Path | str, index: int = 0) -> tuple[ShardInfo, dict[str, 
     return shard, {tensor.name: tensor for tensor in tensors}
 
 
-def read_fingerprint(path: Path | str) -> ShardInfo:
-    """Size and header digest of a shard, unparsed: enough to see that it is still the same one."""
-    return _read_raw(Path(path))[1]
+def read_fingerprint(path: Path | str, header_bytes: int = 0) -> ShardInfo:
+    """Size and header digest of a shard, unparsed: enough to see that it is still the same one. Of
+    a file whose header is not safetensors' it has to be said how long that was, `header_bytes`.
+    """
+    return _read_raw(Path(path), header_bytes)[1]
 
 
-def _read_raw(path: Path) -> tuple[bytes, ShardInfo]:
-    """Length field and JSON text as one byte string, the length checked against the file."""
+def _read_raw(path: Path, header_bytes: int = 0) -> tuple[bytes, ShardInfo]:
+    """Length field and JSON text as one byte string, the length checked against the file; or just
+    so many bytes.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open: that of a pipe would block
             raise ShardError(f"{path}: not a regular file")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            start = file.read(len(_LFS_POINTER))
-            length = _header_length(path, start, size)
-            file.seek(0)
-            header = file.read(8 + length)
+            wanted = min(header_bytes, size)
+            if not header_bytes:
+                wanted = 8 + _header_length(path, file.read(len(_LFS_POINTER)), size)
+                file.seek(0)
+            header = file.read(wanted)
     except FileNotFoundError:
         raise ShardError(f"{path}: shard is missing") from None
     except OSError as problem:
         raise ShardError(f"{path}: cannot be read: {problem.strerror}") from None
-    if len(header) != 8 + length:
+    if len(header) != wanted:
         raise ShardError(f"{path}: truncated while being read")
     return header, ShardInfo(path.name, size, len(header), hashlib.sha256(header).hexdigest())
 

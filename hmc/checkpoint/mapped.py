@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc.checkpoint.headers import ShardInfo
+from hmc.checkpoint.location import shard_paths
 from hmc.closing import Closing
 from hmc.errors import ShardError
 
 
 class MappedShards(Closing):
-    """Shards of a directory, mapped read-only: `addresses` of their first bytes, in order.
+    """Shards of a checkpoint, mapped read-only: `addresses` of their first bytes, in order.
 
     Raises `ShardError` for a shard that is absent, cannot be mapped or has another size than when
     its header was read. After `close`, or the end of a `with`, no address may be used any more.
     """
 
-    def __init__(self, directory: Path | str, shards: Iterable[ShardInfo]) -> None:
-        self._bytes = [_mapped(Path(directory) / shard.name, shard.size) for shard in shards]
+    def __init__(self, location: Path | str, shards: Sequence[ShardInfo]) -> None:
+        paths = shard_paths(Path(location), [shard.name for shard in shards])
+        pairs = zip(paths, shards, strict=True)
+        self._bytes = [_mapped(path, shard.size) for path, shard in pairs]
         self.addresses = [int(each.ctypes.data) for each in self._bytes]
 
     def close(self) -> None:

@@ -79,6 +79,11 @@ class Checkpoint:
         return InventedCheckpoint(path.parent, config, quantization, dtype=_config_dtype(config))
 
     @property
+    def location(self) -> Path:
+        """What to open to have it again."""
+        return self.directory
+
+    @property
     def dummy(self) -> bool:
         """Whether there are no shards, and weights are invented."""
         return not self.shards

@@ -20,7 +20,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.version import VERSION
 
 _COMMANDS = {
-    "compile": "Compile a model directory into a plan.",
+    "compile": "Compile a model directory or a GGUF file into a plan.",
     "run": "Write tokens from a plan.",
     "show": "Show what a plan holds, and why.",
     "serve": "Serve a plan over HTTP to OpenAI's clients.",

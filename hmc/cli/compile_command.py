@@ -38,11 +38,11 @@ from hmc.plan import save_plan
 @option("--routing-profile", default="", metavar="FILE", help="Recorded routing, for hot experts.")
 @JSON
 def command(model: str, output: str, as_json: bool, **options: Any) -> None:
-    """Compile the model directory MODEL into a plan.
+    """Compile MODEL, a directory or a .gguf file (the first of a split one), into a plan.
 
-    Reads config.json and the headers of the safetensors shards: no weight is loaded. The plan says
-    which kernel computes what in which format, where every expert lives, what memory is needed, and
-    why; see `hmc show`.
+    Reads config.json and the headers of the safetensors shards, or of the GGUF file: no weight is
+    loaded. The plan says which kernel computes what in which format, where every expert lives, what
+    memory is needed, and why; see `hmc show`.
     """
     from hmc.compiler import compile as compile_plan
 

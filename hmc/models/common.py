@@ -5,6 +5,7 @@ checks of common options.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -100,8 +101,8 @@ class DecoderLayer(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention with rotary embedding over the whole head; with per-head norms of q and k where
-    `qk_norm`.
+    """Attention with rotary embedding over the whole head, of neighbours where the config says
+    `rope_interleave`; with per-head norms of q and k where `qk_norm`.
     """
 
     def __init__(
@@ -116,8 +117,9 @@ class GroupedQueryAttention(nn.Module):
         self.o_proj = Linear(heads * dim, hidden, bias=bias)
         self.q_norm = RMSNorm(dim, norm_eps(config), heads) if qk_norm else None
         self.k_norm = RMSNorm(dim, norm_eps(config), kv_heads) if qk_norm else None
-        self.q_rotary = Rotary(heads, dim, rope.inv_freq, factor=rope.factor)
-        self.k_rotary = Rotary(kv_heads, dim, rope.inv_freq, factor=rope.factor)
+        pairs = config.get_bool("rope_interleave", False)
+        turned = partial(Rotary, inv_freq=rope.inv_freq, interleaved=pairs, factor=rope.factor)
+        self.q_rotary, self.k_rotary = turned(heads, dim), turned(kv_heads, dim)
         self.attention = Attention(heads, kv_heads, dim, dim, dim**-0.5)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

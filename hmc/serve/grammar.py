@@ -35,7 +35,7 @@ class Grammars:
             raise UsageError("a constrained answer needs a model with an end-of-text token")
         self._vocab, self._eos = vocab, tuple(eos)
         self._tokenizer = llguidance.LLTokenizer(
-            str(vocabulary.path.resolve()), n_vocab=vocab, eos_token=list(eos)
+            vocabulary.described, n_vocab=vocab, eos_token=list(eos)
         )
 
     def json(self, schema: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.engine import Engine
 from hmc.runtime.phases.choice import Devices
 from hmc.runtime.prefill.disaggregation import Decision, Disaggregated
+from hmc.runtime.tokens.files import TokenizerFiles
 from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.grammar import Grammars
@@ -224,7 +225,8 @@ class Service:
                 pass
         if opened.engine.text is not None:
             path = self.settings.checkpoint or self.plan.checkpoint.path
-            self.vocabulary = Vocabulary(Path(path))
+            files = TokenizerFiles.read(Path(path))
+            self.vocabulary = Vocabulary(files) if files else None
         scheduler = Scheduler(
             opened.engine.executor,
             max_queue=self.settings.max_queue,

@@ -5,26 +5,19 @@ them.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-import tokenizers
-
-from hmc.errors import TokenizerError
+from hmc.runtime.tokens.files import TokenizerFiles
 
 
 class Vocabulary:
     """The tokens of a checkpoint's tokenizer, one by one."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises `TokenizerError` naming tokenizer.json when it cannot be read."""
-        self.path = directory / "tokenizer.json"
-        try:
-            source = self.path.read_text(encoding="utf-8")
-            self._tokenizer = tokenizers.Tokenizer.from_str(source)
-            described: dict[str, Any] = json.loads(source)
-        except Exception as error:  # the library raises bare Exception for everything
-            raise TokenizerError(f"{self.path}: not a readable tokenizer: {error}") from error
+    def __init__(self, files: TokenizerFiles) -> None:
+        """Raises `TokenizerError` when the tokenizer cannot be read."""
+        self.described = files.described
+        self._tokenizer = files.tokenizer()
+        described: dict[str, Any] = json.loads(files.described)
         added = described.get("added_tokens") or ()
         self._added = {token["id"] for token in added}
         self._special = {token["id"] for token in added if token.get("special")}

@@ -63,7 +63,7 @@ def emit(lowered: Lowered, capacity: Capacity, options: Options, goals: Goals) -
         hmc_version=VERSION,
         model=target.info,
         checkpoint=CheckpointInfo(
-            path=str(target.checkpoint.directory),
+            path=str(target.checkpoint.location),
             config_sha256=target.checkpoint.config.sha256,
             shards=target.checkpoint.shards,
             lossy=target.checkpoint.config.get_str(LOSSY_KEY, ""),

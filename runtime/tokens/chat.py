@@ -1,5 +1,4 @@
-"""A checkpoint's chat template: messages in, prompt text out; hides where templates live and the
-sandbox they run in.
+"""A checkpoint's chat template: messages in, prompt text out; hides the sandbox it runs in.
 
 Templates come with a checkpoint and are not trusted: jinja2's immutable sandbox runs them. The
 names they may use (raise_exception, strftime_now, tojson, loop controls, generation blocks) are
@@ -11,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -51,31 +49,6 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TokenizerError(f"{origin}: the chat template is broken: {error}") from error
         self._tokens = tokens
-
-    @staticmethod
-    def find(
-        directory: Path, config: dict[str, Any], tokens: dict[str, str]
-    ) -> ChatTemplate | None:
-        """The template of chat_template.jinja, else of tokenizer_config.json (its "default" if it
-        has several).
-        """
-        path = directory / "chat_template.jinja"
-        if path.is_file():
-            try:
-                source = path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise TokenizerError(f"{path}: cannot be read: {error}") from error
-            return ChatTemplate(source, tokens, str(path))
-        value = config.get("chat_template")
-        origin = str(directory / "tokenizer_config.json")
-        if isinstance(value, list):
-            named = {entry.get("name"): entry.get("template") for entry in value}
-            value = named.get("default", next(iter(named.values()), None))
-        if value is None:
-            return None
-        if not isinstance(value, str):
-            raise TokenizerError(f"{origin}: chat_template is neither a text nor a list of them")
-        return ChatTemplate(value, tokens, origin)
 
     def render(
         self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None

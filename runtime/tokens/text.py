@@ -1,5 +1,4 @@
-"""Text to token ids and back: the checkpoint's tokenizer and its special tokens; hides
-tokenizer.json and its oddities.
+"""Text to token ids and back: the checkpoint's tokenizer and its special tokens.
 
 `Detokenizer` gives text out as tokens arrive and never half a character; `StopStrings` finds stop
 strings wherever token boundaries fall. The chat template lives in runtime/tokens/chat.py.
@@ -7,15 +6,15 @@ strings wherever token boundaries fall. The chat template lives in runtime/token
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from hmc.errors import TokenizerError, UsageError
+from hmc.errors import UsageError
 from hmc.runtime.tokens.chat import ChatTemplate
+from hmc.runtime.tokens.files import TokenizerFiles
 
 _CONTEXT_TOKENS = 5  # prompt tokens a detokeniser starts from, so that a leading space is kept
 _LONGEST_HOLD = 16  # tokens that no character needs: beyond it the bytes held back are not UTF-8
@@ -42,24 +41,17 @@ class Text:
         self.generation_config = generation_config
 
     @staticmethod
-    def open(directory: Path) -> Text | None:
-        """Read tokenizer.json and its siblings; None when the checkpoint has no tokenizer.
+    def open(location: Path) -> Text | None:
+        """Of a model directory or a GGUF file; None when the checkpoint has no tokenizer.
 
         Raises `TokenizerError` naming the file that cannot be read.
         """
-        path = directory / "tokenizer.json"
-        if not path.is_file():
+        files = TokenizerFiles.read(location)
+        if files is None:
             return None
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for everything
-            raise TokenizerError(f"{path}: not a readable tokenizer: {error}") from error
-        config = read_json(directory / "tokenizer_config.json")
-        special = read_json(directory / "special_tokens_map.json")
-        config = {**special, **config}
-        generation = read_json(directory / "generation_config.json")
-        chat = ChatTemplate.find(directory, config, special_tokens(config))
-        return Text(tokenizer, config, chat, eos_ids(directory, generation), generation)
+        tokens, origin = special_tokens(files.config), str(files.template_path)
+        chat = ChatTemplate(files.template, tokens, origin) if files.template else None
+        return Text(files.tokenizer(), files.config, chat, files.eos_token_ids, files.generation)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
@@ -195,25 +187,3 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
             if isinstance(content, str):
                 tokens[name] = content
     return tokens
-
-
-def eos_ids(directory: Path, generation_config: dict[str, Any]) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, else of config.json; () when neither names one."""
-    for source in (generation_config, read_json(directory / "config.json")):
-        value = source.get("eos_token_id")
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (value,)
-    return ()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, {} when the file is absent; `TokenizerError` when it is not one."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: not a JSON object")
-    return value

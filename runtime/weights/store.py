@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from hmc.checkpoint.location import shard_paths
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
 from hmc.formats import format_of
@@ -98,7 +99,7 @@ class WeightStore:
             if directory is None:
                 raise UsageError("no checkpoint directory is given")
             check_checkpoint(plan, directory)
-            shards = [directory / shard.name for shard in plan.checkpoint.shards]
+            shards = shard_paths(directory, [shard.name for shard in plan.checkpoint.shards])
             if home == "mapped":
                 return _open_mapped(plan, groups, directory, shards, progress)
         kind = "dummy" if dummy else home

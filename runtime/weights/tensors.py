@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.checkpoint.headers import read_fingerprint
+from hmc.checkpoint.location import is_gguf, shard_paths
 from hmc.errors import PlanMismatchError, UsageError
 from hmc.formats import Form
 from hmc.plan import Plan
@@ -100,7 +101,7 @@ def weights_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(dumped, sort_keys=True).encode()).hexdigest()
 
 
-def check_checkpoint(plan: Plan, directory: Path) -> None:
+def check_checkpoint(plan: Plan, location: Path) -> None:
     """Raise `PlanMismatchError` naming the first file that is not as it was when the plan was made.
 
     Sizes and header hashes pin every offset; the data itself is not read. Absent shards are a
@@ -111,18 +112,13 @@ def check_checkpoint(plan: Plan, directory: Path) -> None:
             "this plan was made from a config.json without weights: run it with dummy weights,"
             " or compile the checkpoint"
         )
-    config = directory / "config.json"
-    try:
-        digest = hashlib.sha256(config.read_bytes()).hexdigest()
-    except OSError as error:
-        raise PlanMismatchError(
-            f"{config}: {error.strerror}: this is not the checkpoint the plan was made from"
-        ) from error
-    if digest != plan.checkpoint.config_sha256:
-        raise PlanMismatchError(f"{config}: changed since the plan was made: compile it again")
-    for shard in plan.checkpoint.shards:
-        path = directory / shard.name
-        found = read_fingerprint(path)
+    if not is_gguf(location):  # whose header has the configuration, and a hash of it is below
+        _check_config(plan, location / "config.json")
+    shards = plan.checkpoint.shards
+    for shard, path in zip(
+        shards, shard_paths(location, [shard.name for shard in shards]), strict=True
+    ):
+        found = read_fingerprint(path, shard.header_bytes if is_gguf(location) else 0)
         if found.size != shard.size:
             raise PlanMismatchError(
                 f"{path}: has {found.size} bytes, had {shard.size} when the plan was made:"
@@ -133,3 +129,14 @@ def check_checkpoint(plan: Plan, directory: Path) -> None:
                 f"{path}: its header differs from the one the plan was made for: the checkpoint"
                 " changed, compile it again"
             )
+
+
+def _check_config(plan: Plan, config: Path) -> None:
+    try:
+        digest = hashlib.sha256(config.read_bytes()).hexdigest()
+    except OSError as error:
+        raise PlanMismatchError(
+            f"{config}: {error.strerror}: this is not the checkpoint the plan was made from"
+        ) from error
+    if digest != plan.checkpoint.config_sha256:
+        raise PlanMismatchError(f"{config}: changed since the plan was made: compile it again")

@@ -1,0 +1,78 @@
+"""DeepSeek V2 and V3 and Kimi K2 as GGUF files name them, all of one architecture."""
+
+from __future__ import annotations
+
+from hmc.checkpoint.gguf.families import (
+    COMMON,
+    LAYER,
+    Facts,
+    GgufFamily,
+    Values,
+    common_config,
+    experts,
+    gating,
+)
+
+
+def _config(facts: Facts) -> Values:
+    scoring = gating(facts, default=1)
+    rotated = facts.whole("rope.dimension_count")
+    values = {
+        "model_type": "deepseek_v3" if scoring == "sigmoid" else "deepseek_v2",
+        **common_config(facts),
+        "scoring_func": scoring,
+        "num_key_value_heads": facts.whole("attention.head_count"),
+        "kv_lora_rank": facts.whole("attention.kv_lora_rank"),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": _head(facts, "key") - rotated,
+        "v_head_dim": _head(facts, "value"),
+        "intermediate_size": facts.whole("feed_forward_length"),
+        "moe_intermediate_size": facts.whole("expert_feed_forward_length"),
+        "first_k_dense_replace": facts.whole("leading_dense_block_count", 0),
+        "n_routed_experts": facts.whole("expert_count"),
+        "num_experts_per_tok": facts.whole("expert_used_count"),
+        "n_shared_experts": facts.whole("expert_shared_count", 0),
+        "n_group": facts.whole("expert_group_count", 1),
+        "topk_group": facts.whole("expert_group_used_count", 1),
+        "norm_topk_prob": facts.flag("expert_weights_norm", False),
+        "routed_scaling_factor": facts.number("expert_weights_scale", 1.0),
+        "rope_interleave": True,
+    }
+    values["architectures"] = [f"DeepseekV{values['model_type'][-1]}ForCausalLM"]
+    if facts.has("attention.q_lora_rank"):
+        values["q_lora_rank"] = facts.whole("attention.q_lora_rank")
+    if values["model_type"] == "deepseek_v3":
+        values["topk_method"] = "noaux_tc"
+    else:
+        grouped = values["n_group"] > 1
+        values["topk_method"] = "group_limited_greedy" if grouped else "greedy"
+    if "rope_scaling" in values and facts.has("rope.scaling.yarn_log_multiplier"):
+        # The file has a tenth of what DeepSeek calls mscale_all_dim; mscale is the same for all.
+        mscale = facts.number("rope.scaling.yarn_log_multiplier") * 10
+        values["rope_scaling"] |= {"mscale": mscale, "mscale_all_dim": mscale}
+    return values
+
+
+def _head(facts: Facts, what: str) -> int:
+    """Elements a head of keys or values; files of 2025 on have those of the latent beside them."""
+    own = f"attention.{what}_length_mla"
+    return facts.whole(own if facts.has(own) else f"attention.{what}_length")
+
+
+DEEPSEEK2 = GgufFamily(
+    _config,
+    {
+        **COMMON,
+        "blk.{n}.attn_q_a": LAYER + "self_attn.q_a_proj",
+        "blk.{n}.attn_q_a_norm": LAYER + "self_attn.q_a_layernorm",
+        "blk.{n}.attn_q_b": LAYER + "self_attn.q_b_proj",
+        "blk.{n}.attn_kv_a_mqa": LAYER + "self_attn.kv_a_proj_with_mqa",
+        "blk.{n}.attn_kv_a_norm": LAYER + "self_attn.kv_a_layernorm",
+        "blk.{n}.attn_kv_b": LAYER + "self_attn.kv_b_proj",
+        "blk.{n}.ffn_gate_shexp": LAYER + "mlp.shared_experts.gate_proj",
+        "blk.{n}.ffn_up_shexp": LAYER + "mlp.shared_experts.up_proj",
+        "blk.{n}.ffn_down_shexp": LAYER + "mlp.shared_experts.down_proj",
+        "blk.{n}.exp_probs_b.bias": LAYER + "mlp.gate.e_score_correction_bias",
+        **experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+    },
+)

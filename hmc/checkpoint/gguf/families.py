@@ -1,0 +1,202 @@
+"""What a family is to GGUF files: the names of its tensors, and its configuration as metadata.
+
+A row translates both to what Hugging Face calls them, so that hmc/models builds from a GGUF file
+what it builds from a directory. Names and keys are those of llama.cpp's converters (gguf-py,
+constants.py and tensor_mapping.py; conversion/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hmc.checkpoint.config import ModelConfig
+from hmc.checkpoint.jsonfile import quote
+from hmc.errors import ConfigError
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The metadata of one architecture, and the names of the tensors that there are."""
+
+    settings: ModelConfig
+    architecture: str
+    tensors: frozenset[str]
+
+    def has(self, key: str) -> bool:
+        """Whether there is a key."""
+        return self._full(key) in self.settings
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number; without a default it must be there."""
+        full = self._full(key)
+        if default is None:
+            return self.settings.require_int(full)
+        return self.settings.get_int(full, default)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number; without a default it must be there."""
+        full = self._full(key)
+        if default is None:
+            return self.settings.require_float(full)
+        return self.settings.get_float(full, default)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        return self.settings.get_bool(self._full(key), default)
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        return self.settings.get_str(self._full(key), default)
+
+    @property
+    def layers(self) -> int:
+        """Layers without those that predict further tokens."""
+        extra = self.whole("nextn_predict_layers", 0)
+        count = self.whole("block_count")
+        if not extra < count:
+            raise self.settings.error(self._full("block_count"), f"is {count}: no layers")
+        return count - extra
+
+    def layers_without(self, tensor: str) -> list[int]:
+        """Layers that have no tensor "blk.<n>.<tensor>"."""
+        if self.layers > len(self.tensors):
+            raise ConfigError(
+                f"{self.settings.path}: {self.layers} layers, but {len(self.tensors)} tensors"
+            )
+        return [n for n in range(self.layers) if f"blk.{n}.{tensor}" not in self.tensors]
+
+    def _full(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+
+@dataclass(frozen=True)
+class GgufFamily:
+    """One architecture.
+
+    `tensors` maps a name, or one without its ".weight" or ".bias", to the published one; `{n}` is
+    the layer, `{e}` the expert. Of a target with an expert that the name lacks the tensor holds
+    all, and of several targets it holds their rows, as many of each, one after the other. `config`
+    gives the values of config.json.
+    """
+
+    config: Callable[[Facts], Values]
+    tensors: Mapping[str, str | tuple[str, ...]]
+
+
+LAYER = "model.layers.{n}."
+
+COMMON: Mapping[str, str] = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "blk.{n}.attn_norm": LAYER + "input_layernorm",
+    "blk.{n}.ffn_norm": LAYER + "post_attention_layernorm",
+    "blk.{n}.attn_q": LAYER + "self_attn.q_proj",
+    "blk.{n}.attn_k": LAYER + "self_attn.k_proj",
+    "blk.{n}.attn_v": LAYER + "self_attn.v_proj",
+    "blk.{n}.attn_output": LAYER + "self_attn.o_proj",
+    "blk.{n}.ffn_gate": LAYER + "mlp.gate_proj",
+    "blk.{n}.ffn_up": LAYER + "mlp.up_proj",
+    "blk.{n}.ffn_down": LAYER + "mlp.down_proj",
+}
+"""Tensors that most families have."""
+
+
+def experts(prefix: str, gate: str, up: str, down: str) -> dict[str, str | tuple[str, ...]]:
+    """Router and routed experts below `prefix` of a layer: all of a projection in one tensor, of
+    gate and up too, or (files of early 2024) each in its own.
+    """
+    each = LAYER + prefix + "experts.{e}."
+    return {
+        "blk.{n}.ffn_gate_inp": LAYER + prefix + "gate",
+        "blk.{n}.ffn_gate_exps": each + gate,
+        "blk.{n}.ffn_up_exps": each + up,
+        "blk.{n}.ffn_down_exps": each + down,
+        "blk.{n}.ffn_gate_up_exps": (each + gate, each + up),
+        "blk.{n}.ffn_gate.{e}": each + gate,
+        "blk.{n}.ffn_up.{e}": each + up,
+        "blk.{n}.ffn_down.{e}": each + down,
+    }
+
+
+def common_config(facts: Facts) -> Values:
+    """What every family's config.json says."""
+    heads = facts.whole("attention.head_count")
+    return {
+        "hidden_size": facts.whole("embedding_length"),
+        "num_hidden_layers": facts.layers,
+        "num_nextn_predict_layers": facts.whole("nextn_predict_layers", 0),
+        "num_attention_heads": heads,
+        "num_key_value_heads": facts.whole("attention.head_count_kv", heads),
+        "max_position_embeddings": facts.whole("context_length"),
+        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": facts.number("rope.freq_base", 10000.0),
+        "attention_bias": "blk.0.attn_q.bias" in facts.tensors,
+        "tie_word_embeddings": "output.weight" not in facts.tensors,
+        **_rope_scaling(facts),
+    }
+
+
+def head_dim(facts: Facts) -> Values:
+    """The size of a head, where all of it is rotated."""
+    heads = facts.whole("attention.head_count") or 1
+    size = facts.whole("attention.key_length", facts.whole("embedding_length") // heads)
+    if facts.whole("attention.value_length", size) != size:
+        raise facts.settings.unsupported(
+            f"{facts.architecture}.attention.value_length", f"{size}, as keys have"
+        )
+    if facts.whole("rope.dimension_count", size) != size:
+        raise facts.settings.unsupported(
+            f"{facts.architecture}.rope.dimension_count", f"{size}, all of a head"
+        )
+    return {"head_dim": size}
+
+
+def experts_config(facts: Facts, count_key: str) -> Values:
+    """Sizes of routed experts; the config calls their number `count_key`."""
+    return {
+        count_key: facts.whole("expert_count"),
+        "num_experts_per_tok": facts.whole("expert_used_count"),
+    }
+
+
+def _rope_scaling(facts: Facts) -> Values:
+    kind = facts.text("rope.scaling.type", "none")
+    own = {"none": (), "linear": (), "yarn": _YARN}.get(kind)
+    if own is None:
+        raise facts.settings.unsupported(
+            f"{facts.architecture}.rope.scaling.type", "none, linear and yarn"
+        )
+    if kind == "none":
+        return {}
+    # What files mean by this factor differs from what config.json does: 1 means the same in both.
+    if facts.number("rope.scaling.yarn_attn_factor", 1.0) != 1.0:
+        raise facts.settings.unsupported(f"{facts.architecture}.rope.scaling.yarn_attn_factor", "1")
+    scaling: Values = {"rope_type": kind, "factor": facts.number("rope.scaling.factor")}
+    scaling |= {name: facts.number(key) for key, name in own if facts.has(key)}
+    if facts.has("rope.scaling.original_context_length"):
+        original = facts.whole("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = original
+    return {"rope_scaling": scaling}
+
+
+_YARN = (
+    ("rope.scaling.yarn_beta_fast", "beta_fast"),
+    ("rope.scaling.yarn_beta_slow", "beta_slow"),
+)
+
+
+def gating(facts: Facts, default: int) -> str:
+    """How router logits become scores, as `scoring_func` says it."""
+    names = {1: "softmax", 2: "sigmoid"}
+    number = facts.whole("expert_gating_func", default)
+    if number not in names:
+        raise ConfigError(
+            f"{facts.settings.path}: {facts.architecture}.expert_gating_func is {quote(number)};"
+            " hmc reads 1 (softmax) and 2 (sigmoid)"
+        )
+    return names[number]

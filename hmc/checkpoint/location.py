@@ -1,0 +1,22 @@
+"""Where a checkpoint is: a model directory, or a GGUF file (of a split one the first part)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+GGUF_SUFFIX = ".gguf"
+
+
+def is_gguf(location: Path) -> bool:
+    """Whether a checkpoint is a GGUF file, as its name says."""
+    return location.suffix.lower() == GGUF_SUFFIX
+
+
+def shard_paths(location: Path, names: Sequence[str]) -> list[Path]:
+    """The shards of a checkpoint: in its directory, or a GGUF file (under whatever name) and its
+    other parts beside it.
+    """
+    if not is_gguf(location):
+        return [location / name for name in names]
+    return [location] if len(names) == 1 else [location.with_name(name) for name in names]

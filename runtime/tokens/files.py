@@ -1,0 +1,110 @@
+"""A checkpoint's tokenizer as it is stored: tokenizer.json and its siblings in a model directory,
+or what the metadata of a GGUF file say instead.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from hmc.checkpoint.gguf import read_tokenizer
+from hmc.checkpoint.location import is_gguf
+from hmc.errors import TokenizerError
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """`described` is tokenizer.json as text, `config` what tokenizer_config.json says, `generation`
+    generation_config.json, `template` that of chats ("" without one), each beside the file that
+    an error about it names.
+    """
+
+    path: Path
+    described: str
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    template: str
+    template_path: Path
+    eos_token_ids: tuple[int, ...]
+
+    @staticmethod
+    def read(location: Path) -> TokenizerFiles | None:
+        """Of a model directory or a GGUF file; None where the checkpoint has no tokenizer.
+
+        Raises `TokenizerError` naming the file that cannot be read.
+        """
+        if is_gguf(location):
+            return _of_gguf(location)
+        path = location / "tokenizer.json"
+        if not path.is_file():
+            return None
+        special = read_json(location / "special_tokens_map.json")
+        config = {**special, **read_json(location / "tokenizer_config.json")}
+        generation = read_json(location / "generation_config.json")
+        template, template_path = _template(location, config)
+        ends = _eos_ids(generation) or _eos_ids(read_json(location / "config.json"))
+        return TokenizerFiles(path, _text(path), config, generation, template, template_path, ends)
+
+    def tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer itself."""
+        try:
+            return tokenizers.Tokenizer.from_str(self.described)
+        except Exception as error:  # the library raises bare Exception for everything
+            raise TokenizerError(f"{self.path}: not a readable tokenizer: {error}") from error
+
+
+def _of_gguf(path: Path) -> TokenizerFiles | None:
+    found = read_tokenizer(path)
+    if found.tokenizer is None:
+        return None
+    described = json.dumps(found.tokenizer)
+    template, ends = found.config.get("chat_template", ""), _eos_ids(found.generation)
+    return TokenizerFiles(path, described, found.config, found.generation, template, path, ends)
+
+
+def _template(directory: Path, config: dict[str, Any]) -> tuple[str, Path]:
+    """The template of chat_template.jinja, else of tokenizer_config.json (its "default" if it has
+    several).
+    """
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return _text(path), path
+    value, path = config.get("chat_template"), directory / "tokenizer_config.json"
+    if isinstance(value, list):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+        value = named.get("default", next(iter(named.values()), None))
+    if value is not None and not isinstance(value, str):
+        raise TokenizerError(f"{path}: chat_template is neither a text nor a list of them")
+    return value or "", path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
+
+
+def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
+    """What ends an answer; () where nothing is named."""
+    value = config.get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, {} when the file is absent; `TokenizerError` when it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path}: not a JSON object")
+    return value

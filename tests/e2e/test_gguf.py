@@ -1,0 +1,117 @@
+"""A GGUF file and its safetensors twin give the same greedy tokens, for every family, plain type
+and layout of tensors that converters have used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_files import write_gguf
+
+import hmc
+from hmc.cli import main
+from hmc.errors import ShardError, TensorError, UsageError
+from hmc.runtime.engine import Engine
+
+IDS = [3, 77, 410, 12, 255, 9, 100, 31, 499, 5, 64]
+MADE: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"mlp_only_layers": []},
+    "mixtral": {},
+    # The file has one number for both.
+    "deepseek_v3": {"rope_scaling": {"type": "yarn", "factor": 8.0, "mscale": 0.8,
+                                     "mscale_all_dim": 0.8,
+                                     "original_max_position_embeddings": 128}},
+}  # fmt: skip
+
+
+def answer(location: Path) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens, and the prompt's logits."""
+    plan = hmc.compile(location, max_context=64, threads=1)
+    with Engine(plan, threads=1) as engine:
+        tokens = engine.generate(IDS, max_new_tokens=8).token_ids
+        return list(tokens), engine.logits(IDS)
+
+
+@pytest.fixture(scope="module")
+def twin(checkpoint, tmp_path_factory):
+    """`twin(family, stored, type, **options)`: a directory and a GGUF file of the same weights."""
+
+    def get(family: str, stored: str, kind: str, **options: Any) -> tuple[Path, Path]:
+        directory = checkpoint(family, stored, **MADE[family])
+        folder = tmp_path_factory.mktemp("gguf")
+        return directory, write_gguf(folder / "model.gguf", directory, kind, **options)
+
+    return get
+
+
+KINDS = [("f32", "F32"), ("bf16", "BF16"), ("fp16", "F16")]
+QUICK = {("qwen3_moe", "F32"), ("qwen3_moe", "F16"), ("mixtral", "BF16"), ("deepseek_v3", "BF16")}
+"""Those whose kernels other tests build too; the rest in `make test-all`."""
+CASES = [
+    pytest.param(family, *each, marks=() if (family, each[1]) in QUICK else pytest.mark.slow)
+    for family in MADE
+    for each in KINDS
+]
+
+
+@pytest.mark.parametrize(("family", "stored", "kind"), CASES)
+def test_a_file_and_its_twin_give_the_same_tokens(twin, family, stored, kind) -> None:
+    directory, path = twin(family, stored, kind)
+    expected, logits = answer(directory)
+    tokens, found = answer(path)
+    assert tokens == expected
+    if family != "mixtral":  # whose heads are summed in another order
+        assert np.array_equal(found, logits)
+    assert np.abs(found - logits).max() < 2e-2 * np.abs(logits).max()
+
+
+def test_parts_of_a_file_and_a_tensor_an_expert(twin, tmp_path, capsys) -> None:
+    """By the command line; then one part changes."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(each) for each in arguments])
+        found = capsys.readouterr()
+        return int(ended.value.code or 0), found.out + found.err
+
+    directory, path = twin("mixtral", "bf16", "BF16", old_experts=True, split=20)
+    parts = sorted(path.parent.glob("*.gguf"))
+    assert len(parts) > 2 and parts[0].name.startswith("model-00001-of-")
+    plan = tmp_path / "plan.hmp"
+    assert run("compile", parts[0], "-o", plan, "--max-context", 64, "--threads", 1)[0] == 0
+    code, text = run("show", plan)
+    assert code == 0 and str(parts[0]) in text
+    asked = ("run", plan, "--ids", ",".join(map(str, IDS)), "--threads", 1)
+    code, text = run(*asked, "-n", 8, "--json")
+    assert code == 0 and json.loads(text)["token_ids"] == answer(directory)[0]
+    with parts[1].open("r+b") as file:
+        file.seek(60)
+        file.write(b"x")
+    code, text = run(*asked)
+    assert code != 0 and f"{parts[1]}: its header differs" in text
+    parts[1].unlink()
+    code, text = run(*asked)
+    assert code != 0 and f"{parts[1]}: shard is missing" in text
+
+
+def test_a_file_under_another_name(twin, tmp_path) -> None:
+    _, path = twin("mixtral", "bf16", "BF16")
+    plan = hmc.compile(path, max_context=64, threads=1)
+    moved = path.rename(tmp_path / "moved.gguf")
+    with pytest.raises(ShardError, match="no such file"):
+        Engine(plan, threads=1)
+    with Engine(plan, moved, threads=1) as engine:
+        assert engine.text is None and len(engine.generate(IDS, max_new_tokens=2).token_ids) == 2
+
+
+def test_what_is_refused(twin, tmp_path) -> None:
+    _, path = twin("mixtral", "bf16", "BF16")
+    with pytest.raises(UsageError, match=r"dummy weights are made from a config\.json"):
+        hmc.compile(path, dummy_weights=True)
+    _, extra = twin("qwen3_moe", "bf16", "BF16", **{"expert_count": 4})
+    with pytest.raises(TensorError, match="4 experts are stacked"):
+        hmc.compile(extra)
