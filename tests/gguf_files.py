@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ def write_gguf(
     split_kv_b: bool = False,
     old_experts: bool = False,
     split: int = 0,
+    kinds: Mapping[str, str] | None = None,
     **keys: Any,
 ) -> Path:
-    """A GGUF file at `path` of the checkpoint in `directory`, its matrices of type `kind`.
+    """A GGUF file at `path` of the checkpoint in `directory`, its matrices of type `kind`; those
+    whose published name has a word of `kinds` in it of that one.
 
     `split_kv_b` has keys and values of the latent apart, as files of 2025 on have them;
     `old_experts` a tensor an expert, as those of early 2024; `split` tensors a file; `keys` are
@@ -61,7 +64,8 @@ def write_gguf(
             theirs = _of_mixtral(theirs)
         known = theirs.replace("e_score_correction_bias", "e_score_correction.bias")
         ours = _named(names, known, old_experts)
-        used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else kind
+        others = [each for word, each in (kinds or {}).items() if word in theirs]
+        used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
         data, raw = _encoded(tensor, used)
         writer.add_tensor(ours, data, raw_dtype=raw)
     writer.write_header_to_file()

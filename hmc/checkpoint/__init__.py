@@ -7,7 +7,7 @@ the data and is imported by itself, since only it needs numpy.
 from hmc.checkpoint.config import LOSSY_KEY, ModelConfig, load_config
 from hmc.checkpoint.headers import ShardInfo, TensorInfo, read_fingerprint, read_header
 from hmc.checkpoint.quantization import Note, Quantization, read_quantization
-from hmc.checkpoint.source import WeightSource
+from hmc.checkpoint.source import Part, WeightSource
 from hmc.checkpoint.weights import Checkpoint
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Checkpoint",
     "ModelConfig",
     "Note",
+    "Part",
     "Quantization",
     "ShardInfo",
     "TensorInfo",

@@ -23,7 +23,7 @@ from hmc.checkpoint.source import (
     plain_note,
 )
 from hmc.errors import TensorError
-from hmc.formats import FORMATS, Format, Storage, format_of, named
+from hmc.formats import FORMATS, Format, Storage, format_of, named, told_by_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Finder:
         meant = self.quantization.storages_of(module_of(name))
         if not any(self._codes(name, storage) for storage in meant):
             data = self.tensors.get(name)
-            if data is not None and data.dtype in (rows := _plain_rows()):
+            if data is not None and data.dtype in (rows := told_by_dtype()):
                 return self._plain(rows[data.dtype], data, shape, linear)
         return self._coded(name, shape, linear, meant)
 
@@ -129,7 +129,7 @@ class Finder:
         data = self.tensors.get(name)
         if data is None:
             return TensorError(f"{self.where}: tensor {name} is missing")
-        plain = (dtype for dtype, row in _plain_rows().items() if not row.codes.block[1])
+        plain = (dtype for dtype, row in told_by_dtype().items() if not row.codes.block[1])
         read = [*plain, *(dtype for row in FORMATS.values() for dtype in row.codes.dtypes
                                   if row.scales and "" in row.codes.suffixes)]  # fmt: skip
         return self.error(data, f"is {data.dtype}; hmc reads {', '.join(dict.fromkeys(read))}")
@@ -162,11 +162,6 @@ class Finder:
     def _check_dtype(self, tensor: TensorInfo, wanted: Iterable[str]) -> None:
         if tensor.dtype not in wanted:
             raise self.error(tensor, f"is {tensor.dtype}, must be {_either(wanted)}")
-
-
-def _plain_rows() -> dict[str, Format]:
-    """Formats of one plane, by the dtype that tells them."""
-    return {dtype: row for row in FORMATS.values() if not row.scales for dtype in row.codes.dtypes}
 
 
 def _same(stored: Shape, wanted: Shape) -> bool:

@@ -13,12 +13,25 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Some of the rows of a weight [N, K], `rows` of every head: a tensor [heads, rows, K], or,
+    `transposed`, [heads, K, rows].
+    """
+
+    tensor: TensorInfo
+    rows: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class WeightSource:
     """A parameter found: the `tensors` of its planes, in the order of its format's row.
 
     `group` is the number of columns that share a scale, where the format leaves that open, else 0;
     `beside` names tensors that belong to it and hold nothing that is needed; `note` is the reason
-    for the format, in a few words for a plan.
+    for the format, in a few words for a plan. Where the only plane does not lie in one tensor,
+    `parts` are those that it is put together from when weights are opened, and its own place is
+    that of the first.
     """
 
     name: str
@@ -28,6 +41,7 @@ class WeightSource:
     tensors: tuple[TensorInfo, ...]
     beside: tuple[str, ...]
     note: str
+    parts: tuple[Part, ...] = ()
 
     @property
     def dtypes(self) -> tuple[str, ...]:

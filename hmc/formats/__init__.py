@@ -13,6 +13,7 @@ from hmc.formats.base import (
     DTYPE_BITS,
     GROUP,
     WHOLE,
+    WIDE,
     Described,
     Form,
     Format,
@@ -24,13 +25,14 @@ from hmc.formats.base import (
     minifloats,
     named,
 )
-from hmc.formats.table import FORMATS, format_of, register, registered
+from hmc.formats.table import FORMATS, format_of, register, registered, told_by_dtype
 
 __all__ = [
     "DTYPE_BITS",
     "FORMATS",
     "GROUP",
     "WHOLE",
+    "WIDE",
     "Described",
     "Form",
     "Format",
@@ -44,4 +46,5 @@ __all__ = [
     "named",
     "register",
     "registered",
+    "told_by_dtype",
 ]

@@ -46,6 +46,11 @@ FORMATS: Mapping[str, Format] = MappingProxyType(_ROWS)
 """Every format by its name."""
 
 
+def told_by_dtype() -> dict[str, Format]:
+    """The formats of one plane, which the dtype of a tensor tells, by that."""
+    return {dtype: row for row in _ROWS.values() if not row.scales for dtype in row.codes.dtypes}
+
+
 _BUILT_IN = frozenset(_ROWS) | {""}
 
 

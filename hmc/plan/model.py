@@ -64,10 +64,24 @@ class CheckpointInfo(Frozen):
         return not self.shards
 
 
+class StoredPart(Frozen):
+    """A tensor with some rows of a matrix [N, K], `rows` of every head: [heads, rows, K], or,
+    `transposed`, [heads, K, rows].
+    """
+
+    dtype: str
+    shard: int
+    offset: Count
+    bytes: Count
+    rows: Annotated[int, Field(ge=1)]
+    transposed: bool = False
+
+
 class StoredPlane(Frozen):
     """One plane of a weight, as its format's row names it (hmc/formats): a tensor of the
     checkpoint. `shard` indexes the checkpoint's shards (-1: a dummy), `offset` counts from the
-    beginning of the file, in bytes.
+    beginning of the file, in bytes. One with `parts` is put together from them when weights are
+    opened, those of a head one after the other, and is so large in memory alone.
     """
 
     name: str
@@ -75,6 +89,7 @@ class StoredPlane(Frozen):
     shard: int
     offset: Count
     bytes: Count
+    parts: tuple[StoredPart, ...] = ()
 
 
 class Weight(Frozen):

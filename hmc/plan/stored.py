@@ -16,9 +16,9 @@ from math import prod
 from operator import gt
 
 from hmc.errors import UnsupportedError, VerifyError
-from hmc.formats import Form, format_of, forms
+from hmc.formats import WIDE, Form, format_of, forms, matrix_of, told_by_dtype
 from hmc.ops import Stored
-from hmc.plan.model import ExpertWeights, Plan, Weight
+from hmc.plan.model import ExpertWeights, Plan, StoredPart, StoredPlane, Weight
 
 _MOST = 1 << 40
 """Elements of a weight that any machine could hold: beyond it, sizes are nonsense."""
@@ -72,7 +72,8 @@ def check_weights(plan: Plan) -> None:
         names.add(weight.name)
         _check_sizes(weight)
         for plane in weight.planes:
-            places.add(weight.name, ((1, plane.shard),), (plane.offset,), plane.bytes)
+            for part in _parts(weight, plane) or (plane,):
+                places.add(weight.name, ((1, part.shard),), (part.offset,), part.bytes)
     for experts in plan.experts:
         _check_sizes(experts)
         if experts.role in layers.setdefault(experts.layer, {}):
@@ -87,6 +88,40 @@ def check_weights(plan: Plan) -> None:
         if len(roles) != 3 or len({each.count for each in roles.values()}) != 1:
             raise VerifyError(f"layer {layer}: its experts are not as many of gate, up and down")
     places.check()
+
+
+def _parts(weight: Weight, plane: StoredPlane) -> tuple[StoredPart, ...]:
+    """The parts of a plane, which are all of it and as large as their types say."""
+    parts = plane.parts
+    if not parts:
+        return ()
+    rows, columns = matrix_of(weight.shape)
+    heads, left = divmod(rows, sum(part.rows for part in parts))
+    if left or len(weight.planes) != 1:
+        raise VerifyError(f"weight {weight.name}: its parts are no whole heads")
+    for part in parts:
+        if plane.dtype not in (part.dtype, WIDE):
+            raise VerifyError(f"weight {weight.name}: {part.dtype} does not become {plane.dtype}")
+        shape = part_shape(part, heads, columns)
+        if (row := told_by_dtype().get(part.dtype)) is None:
+            raise VerifyError(f"weight {weight.name}: no format has parts in {part.dtype}")
+        try:
+            (form,) = forms(row, shape, 0, (part.dtype,))
+        except UnsupportedError as error:
+            raise VerifyError(f"weight {weight.name}: a part: {error}") from error
+        if form.stored_bytes != part.bytes:
+            raise VerifyError(
+                f"weight {weight.name}: a part of {list(shape)} in {part.dtype} takes"
+                f" {form.stored_bytes} bytes, not {part.bytes}"
+            )
+    return parts
+
+
+def part_shape(part: StoredPart, heads: int, columns: int) -> tuple[int, int]:
+    """The matrix that a part is stored as, all heads one below the other."""
+    if part.transposed:
+        return heads * columns, part.rows
+    return heads * part.rows, columns
 
 
 def expand_runs(runs: tuple[tuple[int, int], ...]) -> Iterator[int]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch.fx
 
-from hmc.checkpoint import LOSSY_KEY
+from hmc.checkpoint import LOSSY_KEY, Part
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
 from hmc.formats import format_of
@@ -36,6 +36,7 @@ from hmc.plan import (
     Goals,
     LayerPlacement,
     Plan,
+    StoredPart,
     StoredPlane,
     Weight,
 )
@@ -115,6 +116,7 @@ def _weights(
                         shard=tensor.shard,
                         offset=tensor.offset,
                         bytes=tensor.nbytes,
+                        parts=tuple(map(_part, first.parts)),
                     )
                     for plane, tensor in planes
                 )
@@ -143,6 +145,18 @@ def _weights(
                 )
             )
     return tuple(weights.values()), tuple(experts)
+
+
+def _part(part: Part) -> StoredPart:
+    tensor = part.tensor
+    return StoredPart(
+        dtype=tensor.dtype,
+        shard=tensor.shard,
+        offset=tensor.offset,
+        bytes=tensor.nbytes,
+        rows=part.rows,
+        transposed=part.transposed,
+    )
 
 
 def _runs(values: list[int]) -> tuple[tuple[int, int], ...]:

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ShardError
-from hmc.formats import Form
+from hmc.formats import Form, matrix_of, told_by_dtype
 from hmc.formats.arrange import arranged
-from hmc.formats.decode import NUMPY, floats
+from hmc.formats.decode import NUMPY, decode, floats
+from hmc.plan.stored import part_shape
 from hmc.runtime.weights.dummy import Patterns
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup, array_at
 
@@ -52,6 +53,9 @@ def read_spans(
                 spans = zip(group.shards, group.offsets, places[group.key], strict=True)
                 for shard, start, target in spans:
                     file, offset, to = files[int(shard)], int(start), int(target)
+                    if group.parts:
+                        yield partial(_put_together, group, files, to), size
+                        continue
                     if group.copied:
                         yield partial(_read_anew, group.form, file, offset, to), size
                         continue
@@ -145,6 +149,28 @@ def _read_anew(form: Form, file: FileIO, offset: int, target: int) -> None:
     if form.widened:
         found = floats(found, form.plane.means(form.dtype))
     _bytes(target, form.bytes)[:] = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
+
+
+def _put_together(group: TensorGroup, files: Sequence[FileIO], target: int) -> None:
+    """A plane from its parts: as they are stored where it has their dtype, else as what they mean
+    in f32, which is exact.
+    """
+    rows, columns = matrix_of(group.form.shape)
+    heads = rows // sum(part.rows for part in group.parts)
+    kind = NUMPY[group.form.kept]
+    whole = _bytes(target, group.form.bytes).view(kind).reshape(heads, -1, columns)
+    first = 0
+    for part in group.parts:
+        raw = np.empty(part.bytes, np.uint8)
+        _read(files[part.shard], part.offset, raw)
+        row, shape = told_by_dtype()[part.dtype], part_shape(part, heads, columns)
+        found: npt.NDArray[Any] = raw.view(NUMPY[row.codes.means(part.dtype)])
+        if part.dtype != group.form.kept:
+            found = decode(row, [found], [part.dtype], shape)
+        by_head = found.reshape(heads, shape[0] // heads, shape[1])
+        last = first + part.rows
+        whole[:, first:last] = by_head.swapaxes(1, 2) if part.transposed else by_head
+        first = last
 
 
 def _tile(pattern: npt.NDArray[Any], start: int, target: int, size: int) -> None:

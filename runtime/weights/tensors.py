@@ -19,7 +19,7 @@ from hmc.checkpoint.headers import read_fingerprint
 from hmc.checkpoint.location import is_gguf, shard_paths
 from hmc.errors import PlanMismatchError, UsageError
 from hmc.formats import Form
-from hmc.plan import Plan
+from hmc.plan import Plan, StoredPart
 from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import aligned
 
@@ -43,11 +43,14 @@ class TensorGroup:
     shards: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
     fan_in: int = 0
+    parts: tuple[StoredPart, ...] = ()
 
     @property
     def copied(self) -> bool:
-        """Whether memory holds it otherwise than the checkpoint: wider, or laid out anew."""
-        return not self.form.as_stored
+        """Whether memory holds it otherwise than the checkpoint: wider, laid out anew, or put
+        together from parts.
+        """
+        return bool(self.parts) or not self.form.as_stored
 
 
 def tensor_groups(plan: Plan) -> list[TensorGroup]:
@@ -59,7 +62,7 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
             key: Key = "weight", w.name, place.name
             shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
-            groups.append(TensorGroup(key, w.format, form, *one, fan_in))
+            groups.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts))
     for e in plan.experts:
         for column, form in zip(e.planes, forms_of(e), strict=True):
             key = ("expert", e.layer, e.role, column.name)

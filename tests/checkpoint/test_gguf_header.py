@@ -253,16 +253,14 @@ def test_parts_of_a_file(tmp_path) -> None:
         read_files(tmp_path / "m.gguf")
 
 
-def model(path: Path, tensors: Sequence[bytes], **keys: Any) -> Path:
-    """A file of architecture qwen3moe with one layer, and what else is given."""
+def model(path: Path, tensors: Sequence[bytes], *, name: str = "qwen3moe", **keys: Any) -> Path:
+    """A file of an architecture with one layer, and what else is given."""
     values = {"block_count": 1, "embedding_length": 32, "context_length": 64, "expert_count": 2,
               "attention.head_count": 2, "attention.head_count_kv": 1, "expert_used_count": 1,
               "expert_feed_forward_length": 32, **keys}  # fmt: skip
-    made = [key("general.architecture", STRING, text("qwen3moe"))]
-    made += [
-        number(f"qwen3moe.{name}", value) for name, value in values.items() if value is not None
-    ]
-    made.append(key("qwen3moe.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-6)))
+    made = [key("general.architecture", STRING, text(name))]
+    made += [number(f"{name}.{each}", value) for each, value in values.items() if value is not None]
+    made.append(key(f"{name}.attention.layer_norm_rms_epsilon", F32, struct.pack("<f", 1e-6)))
     return raw(path, made, tensors, 1 << 14)
 
 
@@ -273,6 +271,8 @@ TABLE = tensor("token_embd.weight", (32, 8))
     ("tensors", "keys", "error", "said"),
     [
         ([GOOD], {}, ConfigError, r"no token_embd\.weight of two dimensions"),
+        ([TABLE, tensor("b", (256, 2), 11, 1024), tensor("c", (32,), 6, 2048)], {},
+         UnsupportedError, r"2 tensors of type Q3_K, Q5_0 \(b and 1 more\); of GGUF's types hmc"),
         ([TABLE], {"block_count": None}, ConfigError, r"qwen3moe\.block_count is missing"),
         ([TABLE], {"block_count": 0}, ConfigError, r"block_count is 0: no layers"),
         ([TABLE], {"block_count": 2**31}, ConfigError, "2147483648 layers, but 1 tensors"),
@@ -309,6 +309,41 @@ def test_experts_and_joined_projections_are_tensors_of_their_own(tmp_path) -> No
     }  # fmt: skip
     assert "else" in found.tensors  # which `check_unused` will name
     assert found.config.values["vocab_size"] == 8 and found.location == tmp_path / "a.gguf"
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.integers(0, 800), st.binary(min_size=1, max_size=8))
+def test_any_changed_model_is_opened_or_refused(tmp_path, at, new) -> None:
+    stack = tensor("blk.0.ffn_up_exps.weight", (4, 2, 2), 0, 1024)
+    content = bytearray(model(tmp_path / "a.gguf", [TABLE, stack]).read_bytes())
+    content[at : at + len(new)] = new
+    (tmp_path / "a.gguf").write_bytes(content)
+    said = ""
+    try:
+        open_gguf(tmp_path / "a.gguf")
+    except HmcError as error:
+        said = str(error)
+    assert "\n" not in said
+
+
+def test_keys_and_values_of_other_heads(tmp_path) -> None:
+    ours = [
+        tensor("token_embd.weight", (32, 8)),
+        tensor("blk.0.attn_k_b.weight", (4, 6, 2), 0, 1024),
+    ]
+    values = {"attention.kv_lora_rank": 6, "attention.key_length": 6, "attention.value_length": 4,
+              "rope.dimension_count": 2, "feed_forward_length": 32}  # fmt: skip
+    for dims, said in (((6, 5, 3), "are not of one matrix"), ((6, 5), "it is one matrix a head")):
+        tensors = [*ours, tensor("blk.0.attn_v_b.weight", dims, 0, 2048)]
+        with pytest.raises(TensorError, match=said):
+            open_gguf(model(tmp_path / "a.gguf", tensors, name="deepseek2", **values))
+    whole = [*ours, tensor("blk.0.attn_v_b.weight", (6, 5, 2), 0, 2048)]
+    found = open_gguf(model(tmp_path / "a.gguf", whole, name="deepseek2", **values))
+    joined = found.resolve("model.layers.0.self_attn.kv_b_proj.weight", (18, 6), linear=True)
+    assert [(part.rows, part.transposed) for part in joined.parts] == [(4, True), (5, False)]
+    assert joined.beside == ("blk.0.attn_k_b.weight", "blk.0.attn_v_b.weight")
 
 
 def test_architectures_that_are_not_read(tmp_path) -> None:

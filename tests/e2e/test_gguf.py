@@ -8,13 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from gguf_files import write_gguf
 
 import hmc
 from hmc.cli import main
-from hmc.errors import ShardError, TensorError, UsageError
+from hmc.errors import ShardError, TensorError, UsageError, VerifyError
+from hmc.plan.stored import check_weights
 from hmc.runtime.engine import Engine
 
 IDS = [3, 77, 410, 12, 255, 9, 100, 31, 499, 5, 64]
@@ -26,6 +28,14 @@ MADE: dict[str, dict[str, Any]] = {
                                      "mscale_all_dim": 0.8,
                                      "original_max_position_embeddings": 128}},
 }  # fmt: skip
+
+
+def gguf_tensors(path: Path) -> dict[str, np.ndarray]:
+    """What gguf reads of a file, in f32."""
+    return {
+        each.name: gguf.dequantize(each.data, each.tensor_type)
+        for each in gguf.GGUFReader(path).tensors
+    }
 
 
 def answer(location: Path) -> tuple[list[int], np.ndarray]:
@@ -67,6 +77,59 @@ def test_a_file_and_its_twin_give_the_same_tokens(twin, family, stored, kind) ->
     if family != "mixtral":  # whose heads are summed in another order
         assert np.array_equal(found, logits)
     assert np.abs(found - logits).max() < 2e-2 * np.abs(logits).max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("BF16", "BF16"), pytest.param("Q8_0", "F32", marks=pytest.mark.slow)]
+)
+def test_keys_and_values_of_the_latent_apart(checkpoint, tmp_path, kind, kept) -> None:
+    """As files of 2025 on have them: joined again when weights are opened, exactly."""
+    directory = checkpoint("deepseek_v3", "bf16", **MADE["deepseek_v3"])
+    path = write_gguf(
+        tmp_path / "a.gguf",
+        directory,
+        "BF16",
+        split_kv_b=True,
+        kinds={"k_b_proj": kind, "v_b_proj": kind},
+    )
+    plan = hmc.compile(path, max_context=64, threads=1)
+    joined = [weight for weight in plan.weights if weight.planes[0].parts]
+    assert len(joined) == plan.model.layers
+    assert {weight.planes[0].dtype for weight in joined} == {kept}
+    tensors = gguf_tensors(path)
+    with Engine(plan, threads=1) as engine:
+        for layer, weight in enumerate(joined):
+            keys, values = (tensors[f"blk.{layer}.attn_{each}_b.weight"] for each in "kv")
+            expected = np.concatenate((keys.swapaxes(1, 2), values), axis=1)
+            found = engine.executor.store.rows(weight.name, 0, weight.shape[0])
+            assert np.array_equal(found, expected.reshape(found.shape))
+        tokens = engine.generate(IDS, max_new_tokens=8).token_ids
+    if kind == "BF16":
+        assert list(tokens) == answer(directory)[0]
+
+
+def test_parts_that_are_none_are_refused(checkpoint, tmp_path) -> None:
+    directory = checkpoint("deepseek_v3", "bf16", **MADE["deepseek_v3"])
+    path = write_gguf(tmp_path / "a.gguf", directory, "BF16", split_kv_b=True)
+    plan = hmc.compile(path, max_context=64, threads=1)
+    check_weights(plan)
+    at, weight = next((at, w) for at, w in enumerate(plan.weights) if w.planes[0].parts)
+    plane = weight.planes[0]
+    keys = plane.parts[0]
+    for change, said in (
+        ({"rows": keys.rows + 1}, "no whole heads"),
+        ({"rows": 2 * keys.rows + plane.parts[1].rows}, "takes"),
+        ({"bytes": keys.bytes - 2}, "takes"),
+        ({"dtype": "F16"}, "F16 does not become BF16"),
+        ({"dtype": "Q4_K"}, "Q4_K does not become BF16"),
+        ({"offset": 10**12}, "outside its shard"),
+        ({"offset": plane.parts[1].offset}, "share bytes"),
+    ):
+        parts = (keys.model_copy(update=change), *plane.parts[1:])
+        changed = weight.model_copy(update={"planes": (plane.model_copy(update={"parts": parts}),)})
+        weights = (*plan.weights[:at], changed, *plan.weights[at + 1 :])
+        with pytest.raises(VerifyError, match=said):
+            check_weights(plan.model_copy(update={"weights": weights}))
 
 
 def test_parts_of_a_file_and_a_tensor_an_expert(twin, tmp_path, capsys) -> None:

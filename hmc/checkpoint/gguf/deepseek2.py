@@ -7,6 +7,7 @@ from hmc.checkpoint.gguf.families import (
     LAYER,
     Facts,
     GgufFamily,
+    Piece,
     Values,
     common_config,
     experts,
@@ -69,6 +70,9 @@ DEEPSEEK2 = GgufFamily(
         "blk.{n}.attn_kv_a_mqa": LAYER + "self_attn.kv_a_proj_with_mqa",
         "blk.{n}.attn_kv_a_norm": LAYER + "self_attn.kv_a_layernorm",
         "blk.{n}.attn_kv_b": LAYER + "self_attn.kv_b_proj",
+        # Files of 2025 on: each head's keys, by the latent's columns, and its values.
+        "blk.{n}.attn_k_b.weight": Piece(LAYER + "self_attn.kv_b_proj.weight", transposed=True),
+        "blk.{n}.attn_v_b.weight": Piece(LAYER + "self_attn.kv_b_proj.weight"),
         "blk.{n}.ffn_gate_shexp": LAYER + "mlp.shared_experts.gate_proj",
         "blk.{n}.ffn_up_shexp": LAYER + "mlp.shared_experts.up_proj",
         "blk.{n}.ffn_down_shexp": LAYER + "mlp.shared_experts.down_proj",

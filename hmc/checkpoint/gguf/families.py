@@ -74,17 +74,25 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Some rows of each head of the tensor `target`; `transposed`, each head's lie by columns."""
+
+    target: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class GgufFamily:
     """One architecture.
 
     `tensors` maps a name, or one without its ".weight" or ".bias", to the published one; `{n}` is
     the layer, `{e}` the expert. Of a target with an expert that the name lacks the tensor holds
-    all, and of several targets it holds their rows, as many of each, one after the other. `config`
-    gives the values of config.json.
+    all, and of several targets it holds their rows, as many of each, one after the other. Pieces of
+    a target are in the order of rows. `config` gives the values of config.json.
     """
 
     config: Callable[[Facts], Values]
-    tensors: Mapping[str, str | tuple[str, ...]]
+    tensors: Mapping[str, str | tuple[str, ...] | Piece]
 
 
 LAYER = "model.layers.{n}."
