@@ -2,8 +2,8 @@
 
 A format takes the best arithmetic that the tier has, in which its products are exact (the format's
 row says so) and for which somebody wrote a decoder. Where there is none, it is multiplied as f32 by
-the decoder that is made from its planes (formats/weights.py): any table of codes of 2, 4 or 8 bits,
-or any plain float, times one plane of scales.
+the decoder that is made from its planes (formats/made.py): any table of codes of 2, 4 or 8 bits or
+any plain float, less zeros and times scales of any blocks; and blocks of GGUF.
 
     arithmetic   tiers                decode: a few tokens        many tokens
     bf16         those with pairs     byte and word tables        the same, after a transpose
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
-from hmc.formats import GROUP, WHOLE, Format, format_of
+from hmc.formats import format_of
 from hmc.formats.base import Arithmetic
 
 NATIVE: dict[Arithmetic, frozenset[str]] = {
@@ -30,9 +30,12 @@ _UNCHECKED = frozenset({("fp8", "f32")})
 """Decoders that take NaN codes for numbers (formats/unpack.py)."""
 
 _GROUPS = {"int4": (32, 64, 128)}
-"""Columns that share a scale, as far as native decoders know them."""
+"""Columns that share a scale, as far as native decoders know them; others have made ones."""
 
 _CODES = (2, 4, 8)
+
+NUMBERS = frozenset({"F32", "F16", "BF16", "F8_E8M0", "F8_E4M3", "F8_E5M2"})
+"""Dtypes of scales and zeros that kernels read."""
 
 
 def arithmetic(isa: str, weight: str) -> Arithmetic:
@@ -41,9 +44,16 @@ def arithmetic(isa: str, weight: str) -> Arithmetic:
     return best if best in format_of(weight).exact_in and weight in NATIVE[best] else "f32"
 
 
-def is_native(isa: str, weight: str) -> bool:
+def has_native(isa: str, weight: str) -> bool:
     """Whether the tier has a decoder of the format's own."""
     return weight in NATIVE[arithmetic(isa, weight)]
+
+
+def is_native(spec: KernelSpec) -> bool:
+    """Whether the weights of `spec` are read by a decoder of the format's own."""
+    groups = _GROUPS.get(spec.weight)
+    known = groups is None or spec.get("group") in groups
+    return known and has_native(spec.isa, spec.weight)
 
 
 def takes_nan(isa: str, weight: str) -> bool:
@@ -56,31 +66,15 @@ def takes_nan(isa: str, weight: str) -> bool:
 def problem_of(spec: KernelSpec) -> str:
     """Why no kernel can read the weights of `spec`, "" where one can."""
     row = format_of(spec.weight)
-    for plane in row.scales:
-        columns = spec.get("group") if plane.columns == GROUP else plane.columns
-        groups, kept = _GROUPS.get(row.name, ()), spec.get(f"{plane.name}_dtype")
-        if (groups and columns not in groups) or columns < 0:
-            known = f" of {', '.join(map(str, groups))}" if groups else ""
-            return f"reads {row.name} in groups{known}, not of {columns}"
-        if not 0 <= kept < max(1, len(plane.kept)):
-            return f"reads {row.name} with {plane.name} in {' or '.join(plane.kept)}, not {kept}"
-    return "" if is_native(spec.isa, row.name) else _made(row, spec)
-
-
-def _made(row: Format, spec: KernelSpec) -> str:
-    """Why no decoder can be made from the planes of a format."""
-    if len(row.planes) > 2:
-        return f"cannot read {row.name}: decoders are made for one plane of scales"
-    if row.codes.block[1]:
-        return f"cannot read {row.name}: no decoder is made of blocks"
-    if row.values and row.code_bits not in _CODES:
+    if row.grouped and spec.get("group") < 1:
+        return f"reads {row.name} in groups, not of {spec.get('group')}"
+    if row.values and not row.codes.block[1] and row.code_bits not in _CODES:
         return f"cannot read {row.name}: decoders are made for codes of 2, 4 and 8 bits"
     for plane in row.scales:
-        columns = spec.get("group") if plane.columns == GROUP else plane.columns
-        if columns != WHOLE and columns % spec.tier.lanes:
-            return f"cannot read {row.name}: {columns} columns of a scale are no whole vectors"
-        if plane.rows & (plane.rows - 1):
-            return f"cannot read {row.name}: scales of {plane.rows} rows, no power of two"
-        if any(plane.in_memory(dtype) not in ("F32", "BF16") for dtype in plane.dtypes):
-            return f"cannot read {row.name}: its scales are neither F32 nor BF16 in memory"
+        kept = spec.get(f"{plane.name}_dtype")
+        if not 0 <= kept < max(1, len(plane.kept)):
+            return f"reads {row.name} with {plane.name} in {' or '.join(plane.kept)}, not {kept}"
+        odd = {plane.in_memory(dtype) for dtype in plane.dtypes} - NUMBERS
+        if odd and plane.kind != "order":
+            return f"cannot read {row.name}: {plane.name} in {' or '.join(sorted(odd))}"
     return ""

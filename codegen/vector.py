@@ -9,11 +9,24 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from llvmlite import ir
 
-from hmc.codegen.ir import BF16, F16, F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
+from hmc.codegen.ir import (
+    BF16,
+    F16,
+    F32,
+    I1,
+    I16,
+    I32,
+    Emitter,
+    Value,
+    const,
+    fconst,
+    lanes_mask,
+    vec,
+)
 
 ELEMENTS = {"bf16": I16, "fp16": F16, "f32": F32}
 """How a storage format is loaded; bf16 travels as its bits."""
@@ -59,6 +72,38 @@ def resize(e: Emitter, vector: Value, count: int) -> Value:
         return vector
     mask = [lane if lane < have else have for lane in range(count)]
     return e.b.shuffle_vector(vector, ir.Constant(vector.type, None), lanes_mask(mask))
+
+
+def masked_vec(
+    e: Emitter, base: Value, index: Value, element: ir.Type, count: int, valid: int
+) -> Value:
+    """`<count x element>` from element `index` on, of which only the first `valid` are read; the
+    rest are zero.
+    """
+    if valid >= count:
+        return e.load_vec(base, index, element, count)
+    kind = vec(element, count)
+    pointer = e.b.bitcast(e.at(base, index, element), kind.as_pointer())
+    mask = ir.Constant(vec(I1, count), [int(lane < valid) for lane in range(count)])
+    name = f"llvm.masked.load.v{count}{_SUFFIX[str(element)]}.p0"
+    align = ir.Constant(I32, 1)
+    return e.call(name, kind, pointer, align, mask, ir.Constant(kind, None))
+
+
+_SUFFIX = {"i8": "i8", "i16": "i16", "i32": "i32", "float": "f32", "half": "f16"}
+
+
+def bf16_bits(
+    e: Emitter, x: Value, k: Value, count: int, valid: int, width: int
+) -> Iterator[Value]:
+    """`count` elements of the bf16 row at `x` from `k` on, in vectors of `width`; zeros past
+    `valid`.
+    """
+    for at in range(0, count, width):
+        if at < valid:
+            yield masked_vec(e, x, e.b.add(k, const(at)), I16, width, valid - at)
+        else:
+            yield e.zeros(I16, width)
 
 
 def load_part(

@@ -11,22 +11,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import Emitter, Value, const
 from hmc.codegen.vector import for_blocks
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows at `bases` (i8*), their scales at `scales` (i8*, as `Dot.scale_row` gives them), times
-    the prepared tokens `x` (i8*).
+    """Some `rows` (as `Dot.row` gives them), times the prepared tokens `x` (i8*).
 
     `totals[row][token]` are slots of `<lanes x float>`.
     """
 
     e: Emitter
     dot: Dot
-    bases: list[Value]
-    scales: list[Value]
+    rows: list[Row]
     x: list[Value]
     totals: list[list[Value]]
 
@@ -50,11 +49,11 @@ class Rows:
         if not dot.scaled:
             self._units(chunk, self.totals, valid)
             return
-        zeros = [[dot.start(e, token, chunk) for token in self.x] for _ in self.bases]
+        zeros = [[dot.start(e, token, chunk) for token in self.x] for _ in self.rows]
         sums = [[e.local(zero.type, zero) for zero in line] for line in zeros]
         self._units(chunk, sums, valid)
-        for scales, line, totals in zip(self.scales, sums, self.totals, strict=True):
-            factor = dot.scale(e, scales, chunk, valid)
+        for row, line, totals in zip(self.rows, sums, self.totals, strict=True):
+            factor = dot.scale(e, row, chunk, valid)
             for token, slot, total in zip(self.x, line, totals, strict=True):
                 value = dot.value(e, b.load(slot), token, chunk)
                 b.store(e.fma(value, factor, b.load(total)), total)
@@ -75,7 +74,7 @@ class Rows:
     def _unit(self, chunk: Value, sums: list[list[Value]], start: Value, valid: int) -> None:
         """Add the unit at `start` of the chunk."""
         e, b, dot = self.e, self.e.b, self.dot
-        rows = list(range(len(self.bases)))
+        rows = list(range(len(self.rows)))
         # Rows side by side share the loads of activations where there are registers for it.
         shared = dot.registers >= 32 or len(self.x) == 1
         for group in [rows] if shared else [[row] for row in rows]:
@@ -83,7 +82,7 @@ class Rows:
                 start = e.another(start)
             place = b.add(chunk, start)
             weights = [
-                dot.decode(e, dot.load(e, self.bases[row], place, valid), len(self.x))
+                dot.decode(e, dot.load(e, self.rows[row], place, valid), len(self.x))
                 for row in group
             ]
             for t, prepared in enumerate(self.x):

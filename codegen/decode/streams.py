@@ -44,11 +44,10 @@ class Tile:
     def rows(self, numbers: list[Value]) -> Rows:
         """Sums, still zero, of the rows `numbers`."""
         e, dot = self.e, self.dot
-        bases = [e.offset(self.w, e.b.mul(row, const(dot.row_bytes))) for row in numbers]
-        scales = [dot.scale_row(e, self.scale, row) for row in numbers] if dot.scaled else []
+        rows = [dot.row(e, (self.w, self.scale), number) for number in numbers]
         zero = e.zeros(F32, dot.lanes)
         totals = [[e.local(zero.type, zero) for _ in self.x] for _ in numbers]
-        return Rows(e, dot, bases, scales, self.x, totals)
+        return Rows(e, dot, rows, self.x, totals)
 
     def finish(self, row: Value, lanes: list[list[Value]]) -> None:
         """Store the results of rows `row`, `row` + 1, ... from the lanes of their sums,
@@ -119,7 +118,7 @@ def _batch(
     with e.for_range(0, batch) as r:
         numbers = [b.add(first, r) for first in firsts]
         rows = tile.rows(numbers)
-        rows.add(partial(fetch, rows.bases, numbers[0]))
+        rows.add(partial(fetch, [row.codes for row in rows.rows], numbers[0]))
         for line, sums in zip(held, rows.sums(), strict=True):
             for slot, value in zip(line, sums, strict=True):
                 b.store(value, b.gep(slot, [r]))

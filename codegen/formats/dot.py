@@ -13,7 +13,7 @@ never move between lanes).
     without          to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
                      (unpack.py)                         (whole.py)
 
-Any other format is decoded by a table of its codes and multiplied as f32 (weights.py, native.py).
+Any other format is decoded with its scales and multiplied as f32 (made.py, native.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import cached_property
 from llvmlite import ir
 
 from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
+from hmc.codegen.formats.planes import Beside, Row, addresses, planes_of
 from hmc.codegen.formats.unpack import (
     FP8_ACTIVATIONS,
     FP8_RESULT,
@@ -32,18 +33,19 @@ from hmc.codegen.formats.unpack import (
     order,
     unit_of,
 )
-from hmc.codegen.formats.weights import (
-    Scales,
-    bf16_bits,
-    masked_vec,
-    row_bytes,
-    scales_of,
-    weights_f32,
-)
+from hmc.codegen.formats.weights import Scales, row_bytes, scales_of, span_bytes, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
-from hmc.codegen.native import arithmetic
+from hmc.codegen.native import arithmetic, is_native
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
-from hmc.codegen.vector import concat, dot_pairs, fsplat, splat_int, unpack_order
+from hmc.codegen.vector import (
+    bf16_bits,
+    concat,
+    dot_pairs,
+    fsplat,
+    masked_vec,
+    splat_int,
+    unpack_order,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Dot:
     @property
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
-        return arithmetic(self.spec.isa, self.spec.weight) == "bf16"
+        return is_native(self.spec) and arithmetic(self.spec.isa, self.spec.weight) == "bf16"
 
     @property
     def width(self) -> int:
@@ -82,8 +84,13 @@ class Dot:
 
     @cached_property
     def scales(self) -> Scales:
-        """How its scales lie."""
+        """The scales of sums of codes."""
         return scales_of(self.spec)
+
+    @cached_property
+    def planes(self) -> tuple[Beside, ...]:
+        """What lies beside the codes."""
+        return planes_of(self.spec)
 
     @property
     def row_bytes(self) -> int:
@@ -93,7 +100,7 @@ class Dot:
     @property
     def chunk_bytes(self) -> int:
         """Bytes of the weights of one step."""
-        return row_bytes(self.spec.weight, self.chunk)
+        return span_bytes(self.spec.weight, self.chunk)
 
     @property
     def prepared_bytes(self) -> int:
@@ -159,18 +166,28 @@ class Dot:
             return {"fp8": 64, "bf16": 32, "int4": 128}[self.spec.weight]
         return unit_of(self.spec.weight, self.lanes)
 
-    def load(self, e: Emitter, row: Value, k: Value, valid: int) -> Value:
-        """The unit at element `k` of the row at `row` as it is stored, of which `valid` weights are
-        read; behind them are zeros.
+    def row(self, e: Emitter, matrix: tuple[Value, Value], number: Value) -> Row:
+        """Row `number` of a matrix (weights, what lies beside them)."""
+        codes = e.offset(matrix[0], e.b.mul(number, const(self.row_bytes)))
+        bases = addresses(e, self.planes, matrix[1])
+        planes = (
+            plane.row(e, base, number, self.k)
+            for plane, base in zip(self.planes, bases, strict=True)
+        )
+        return Row(codes, tuple(planes))
+
+    def load(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
+        """The unit at element `k` of a row as it is stored, of which `valid` weights are read;
+        behind them are zeros. Where there is no native decoder, it is decoded already.
         """
-        weight, b = self.spec.weight, e.b
+        weight, b = self.spec.weight if is_native(self.spec) else "", e.b
         if weight == "fp8":
-            return masked_vec(e, row, k, I8, self.unit, valid)
+            return masked_vec(e, row.codes, k, I8, self.unit, valid)
         if weight == "bf16":
-            return masked_vec(e, row, k, I16, self.unit, valid)
+            return masked_vec(e, row.codes, k, I16, self.unit, valid)
         if weight == "int4":
-            return masked_vec(e, row, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
-        return weights_f32(e, weight, row, k, min(valid, self.lanes))[0]
+            return masked_vec(e, row.codes, b.lshr(k, const(2)), I16, 32, -(-valid // 4))
+        return weights_f32(e, self.spec, row, k, min(valid, self.lanes))[0]
 
     def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
         """The vectors of weights of what `load` loaded, to be multiplied by `tokens` rows."""
@@ -209,16 +226,9 @@ class Dot:
         """Whether chunks have scales."""
         return self.scales.columns > 0
 
-    def scale_row(self, e: Emitter, scale: Value, row: Value) -> Value:
-        """Address of the scales of row `row`."""
-        stride = const(self.scales.row_bytes(self.k))
-        return e.offset(scale, e.b.mul(self.scales.row_of(e, row), stride))
-
-    def scale(self, e: Emitter, scales: Value, k: Value, valid: int) -> Value:
-        """Factor of each accumulator lane for the chunk at element `k`; `scales` as from
-        `scale_row`.
-        """
-        b = e.b
+    def scale(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
+        """Factor of each accumulator lane for the chunk at element `k` of `row`."""
+        b, (scales,) = e.b, row.planes
         per = self.scales.columns
         count = max(1, self.chunk // per)
         valid_groups = -(-min(valid, self.chunk) // per)

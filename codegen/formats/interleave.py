@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
+from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.unpack import fp8_vectors
-from hmc.codegen.formats.weights import masked_vec, weights_f32
+from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.spec import WeightFormat
-from hmc.codegen.vector import for_blocks, isplat, splat_int, unpack_masks
+from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.vector import for_blocks, isplat, masked_vec, splat_int, unpack_masks
 
 _NIBBLE_PAIRS = 4
 """Pairs of int4 weights in a stored word."""
@@ -27,8 +28,8 @@ _NIBBLE_PAIRS = 4
 
 @dataclass(frozen=True)
 class Chunk:
-    """`length` weights of each of `rows` (i8*, a lane each) on their way to `panel` (i8*), `stride`
-    words between steps.
+    """`length` weights of each of `rows` (a lane each) from column `k` on, on their way to `panel`
+    (i8*), `stride` words between steps; `codes` (i8*) are those of each row at that column.
 
     What is decoded past `length`, up to a whole vector of each row, is stored too, as finite
     numbers; nothing past it is read.
@@ -36,7 +37,9 @@ class Chunk:
 
     panel: Value
     stride: int
-    rows: list[Value]
+    rows: list[Row]
+    codes: list[Value]
+    k: Value
     length: int
 
     def store(
@@ -54,7 +57,7 @@ class Chunk:
         """
 
         def block(start: Value, valid: int) -> None:
-            loaded = [load(row, start, valid) for row in self.rows]
+            loaded = [load(row, start, valid) for row in self.codes]
             first = e.b.mul(start, const(words))
             for step, vector in enumerate(decode(loaded, valid)):
                 place = e.b.add(first, const(step * self.stride))
@@ -72,7 +75,7 @@ def decode_pairs(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
 
     def block(start: Value, valid: int) -> None:
         index, valid = e.b.udiv(start, const(each)), -(-valid // each)
-        loaded = [masked_vec(e, row, index, element, count, valid) for row in chunk.rows]
+        loaded = [masked_vec(e, row, index, element, count, valid) for row in chunk.codes]
         panel = e.offset(chunk.panel, e.b.mul(start, const(2 * chunk.stride)))
         for quads in _lane_columns(e, [e.b.bitcast(row, words) for row in loaded]):
             pairs = [pair for four in _unpack_four(e, quads, quad) for pair in decode(e, four)]
@@ -83,23 +86,24 @@ def decode_pairs(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
     for_blocks(e, chunk.length, count * each, block)
 
 
-def decode_columns(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
-    """Weights as f32, without their scales."""
+def decode_columns(e: Emitter, spec: KernelSpec, chunk: Chunk) -> None:
+    """Weights as f32, as `weights_f32` has them."""
     lanes = len(chunk.rows)
 
-    def load(row: Value, start: Value, valid: int) -> Value:
-        return weights_f32(e, weight, row, start, valid)[0]
+    def block(start: Value, valid: int) -> None:
+        index = e.b.add(chunk.k, start)
+        loaded = [weights_f32(e, spec, row, index, valid)[0] for row in chunk.rows]
+        for step, column in enumerate(transpose(e, loaded)):
+            value = column if step < valid else e.zeros(F32, lanes)
+            place = e.b.mul(e.b.add(start, const(step)), const(chunk.stride))
+            e.store(value, chunk.panel, place, align=4)
 
-    def decode(loaded: list[Value], valid: int) -> Iterator[Value]:
-        for k, column in enumerate(transpose(e, loaded)):
-            yield column if k < valid else e.zeros(F32, lanes)
-
-    chunk.store(e, chunk.length, lanes, chunk.stride, load, decode)
+    for_blocks(e, chunk.length, lanes, block)
 
 
 def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
     """fp8 weights as f32, x 2^-120 times `factor` (`unpack.py` says why)."""
-    lanes = len(chunk.rows)
+    lanes = len(chunk.codes)
 
     def load(row: Value, start: Value, valid: int) -> Value:
         return masked_vec(e, row, start, I8, 4 * lanes, valid)
@@ -115,7 +119,7 @@ def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
 
 def decode_words(e: Emitter, chunk: Chunk) -> None:
     """int4 weights as pairs of i16: nibble - 8."""
-    b, lanes = e.b, len(chunk.rows)
+    b, lanes = e.b, len(chunk.codes)
     eight = splat_int(I16, 2 * lanes, 8)
 
     def load(row: Value, word: Value, valid: int) -> Value:

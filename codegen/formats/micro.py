@@ -9,7 +9,8 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
                    factor and the scales into f32 totals
     Fp8InPlace     fp8 on the other tiers: to f32 by shifts and masks in place (unpack.py) after the
                    rows are interleaved; its scales go in with that, so there is one sum a chunk
-    Floats         f32 multiply-add; formats without scales, and all that have no other
+    Floats         f32 multiply-add; formats without scales, and all that have no other, whose
+                   weights come with their scales
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ from hmc.codegen.formats.interleave import (
     decode_words,
 )
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
-from hmc.codegen.formats.weights import bf16_bits
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, vec
-from hmc.codegen.native import arithmetic
-from hmc.codegen.spec import KernelSpec, WeightFormat
-from hmc.codegen.vector import dot_pairs, fsplat
+from hmc.codegen.native import arithmetic, is_native
+from hmc.codegen.spec import KernelSpec
+from hmc.codegen.vector import bf16_bits, dot_pairs, fsplat
 
 Vectors = Iterator[tuple[Value, int]]
 """Vectors of a token's share of a chunk, each with the byte of the share that it starts at."""
@@ -43,11 +43,15 @@ class MicroKernel:
     are scaled, not the weights; `token_factors`: so are the chunks of tokens, by `finish`.
     """
 
-    weight: WeightFormat
-    lanes: int
+    spec: KernelSpec
     step: ClassVar[int] = 1
     scales_sums: ClassVar[bool] = False
     token_factors: ClassVar[bool] = False
+
+    @property
+    def lanes(self) -> int:
+        """Rows of a vector."""
+        return self.spec.tier.lanes
 
     def pack(
         self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
@@ -63,7 +67,7 @@ class MicroKernel:
 
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Weights to the panel; `scale()` is each row's scale of them."""
-        decode_columns(e, self.weight, chunk)
+        decode_columns(e, self.spec, chunk)
 
     def zero(self, e: Emitter) -> Value:
         """What a sum starts from."""
@@ -79,9 +83,7 @@ class MicroKernel:
 
 
 class Floats(MicroKernel):
-    """f32 by f32; sums of a scale group go, scaled, into totals, where there are scales."""
-
-    scales_sums = True
+    """f32 by f32."""
 
 
 class Fp8InPlace(MicroKernel):
@@ -107,7 +109,7 @@ class Pairs(MicroKernel):
 
     def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
         """Pairs of bf16, a word each."""
-        decode_pairs(e, self.weight, chunk)
+        decode_pairs(e, self.spec.weight, chunk)
 
     def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
         """Two products a lane."""
@@ -152,6 +154,8 @@ class WholeNumbers(MicroKernel):
 
 def micro_of(spec: KernelSpec) -> MicroKernel:
     """The micro-kernel for the format and the tier of `spec`."""
+    if not is_native(spec):
+        return Floats(spec)
     kind, weight = arithmetic(spec.isa, spec.weight), spec.weight
     native = {("bf16", weight): Pairs, ("whole", weight): WholeNumbers, ("f32", "fp8"): Fp8InPlace}
-    return native.get((kind, weight), Floats)(weight, spec.tier.lanes)
+    return native.get((kind, weight), Floats)(spec)

@@ -20,11 +20,20 @@ from dataclasses import dataclass
 from functools import partial
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.weights import bf16_bits, masked_vec
+from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
-from hmc.codegen.native import arithmetic
+from hmc.codegen.native import arithmetic, is_native
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import concat, fmax, for_blocks, fsplat, isplat, splat_int
+from hmc.codegen.vector import (
+    bf16_bits,
+    concat,
+    fmax,
+    for_blocks,
+    fsplat,
+    isplat,
+    masked_vec,
+    splat_int,
+)
 
 NIBBLES = 4
 """Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""
@@ -107,11 +116,12 @@ class WholeDot(Dot):
 
     # -- weights -----------------------------------------------------------------------------------
 
-    def load(self, e: Emitter, row: Value, k: Value, valid: int) -> Value:
+    def load(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
         """The unit at element `k` as words `<width x i16>`, of which those of `valid` weights are
         read; zeros behind them.
         """
-        return masked_vec(e, row, e.b.lshr(k, const(2)), I16, self.width, -(-valid // NIBBLES))
+        word = e.b.lshr(k, const(2))
+        return masked_vec(e, row.codes, word, I16, self.width, -(-valid // NIBBLES))
 
     def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
         """Vectors `<width x i16>`: nibble 0 of every word, nibble 1, 2, 3."""
@@ -171,4 +181,5 @@ def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
-    return (WholeDot if arithmetic(spec.isa, spec.weight) == "whole" else Dot)(spec, k)
+    whole = is_native(spec) and arithmetic(spec.isa, spec.weight) == "whole"
+    return (WholeDot if whole else Dot)(spec, k)

@@ -25,8 +25,9 @@ from functools import partial
 from llvmlite import ir
 
 from hmc.codegen.formats.interleave import Chunk
-from hmc.codegen.formats.weights import row_bytes
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.formats.planes import Row, addresses
+from hmc.codegen.formats.weights import row_bytes, span_bytes
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
 
@@ -36,22 +37,25 @@ _PTR = I8.as_pointer()
 
 @dataclass(frozen=True)
 class Rows:
-    """One vector of weight rows: address of its first row and of its scales, and the rows after it.
+    """One vector of weight rows: address and number of its first row, the rows after it, and what
+    lies beside the codes of the matrix.
 
-    Lanes past `last` repeat that row: their results are computed and never stored. Where vectors
-    straddle blocks of scales, lanes from `edge` on have the next block's.
+    Lanes past `last` repeat that row: their results are computed and never stored.
     """
 
     weights: Value
-    scales: Value
+    beside: Value
+    first: Value
     last: Value
-    edge: Value | None = None
 
     @property
     def words(self) -> list[Value]:
         """What routines are told of them."""
-        found = [self.weights, self.scales, self.last]
-        return found if self.edge is None else [*found, self.edge]
+        return [self.weights, self.beside, self.first, self.last]
+
+
+_WORDS = [_PTR, _PTR, I64, I64]
+"""Types of `Rows.words`."""
 
 
 class Panels:
@@ -68,22 +72,13 @@ class Panels:
         self._sources = e.local(I64, count=form.block)
         self.scratch = e.offset(e.arg["scratch"], e.b.mul(e.worker, const(form.scratch_bytes)))
 
-    def rows(self, weights: Value, scales: Value, row: Value, rows: Value) -> Rows:
+    def rows(self, weights: Value, beside: Value, row: Value, rows: Value) -> Rows:
         """The vector of rows from `row` on, of a matrix of `rows`; past the end, its last row."""
         e, b, form = self.e, self.e.b, self.form
         end = b.sub(rows, const(1))
         row = e.minimum(row, end)
-        shared = form.scales.rows
-        index = form.scales.row_of(e, row)
-        edge = None
-        if form.straddles:
-            edge = b.sub(const(shared), b.and_(row, const(shared - 1)))
-        return Rows(
-            e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k)))),
-            e.offset(scales, b.mul(index, const(form.scale_stride))),
-            b.sub(end, row),
-            edge,
-        )
+        codes = e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k))))
+        return Rows(codes, beside, row, b.sub(end, row))
 
     def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
         """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
@@ -104,17 +99,12 @@ class Panels:
         index = e.b.add(e.b.mul(token, const(form.rows)), const(vector * form.lanes))
         return e.load_vec(totals, index, F32, form.lanes, align=4)
 
-    @property
-    def _row_kinds(self) -> list[ir.Type]:
-        """Types of `Rows.words`."""
-        return [_PTR, _PTR, I64, *[I64] * self.form.straddles]
-
     # -- routines ----------------------------------------------------------------------------------
 
     def _emit_multiply(self) -> None:
         """multiply(scratch, tokens, 2 x the words of rows, 2 x ahead)."""
         e, form = self.e, self.form
-        kinds = [_PTR, I64, *self._row_kinds * VECTORS, *[_PTR] * VECTORS]
+        kinds = [_PTR, I64, *_WORDS * VECTORS, *[_PTR] * VECTORS]
         with e.subroutine("multiply", *kinds) as (scratch, tokens, *words):
             b = e.b
             totals = e.offset(scratch, const(form.totals_offset))
@@ -131,24 +121,14 @@ class Panels:
     ) -> None:
         """Decode one chunk of K and multiply all tokens by it."""
         e, b, form = self.e, self.e.b, self.form
-        moved = b.mul(chunk, const(row_bytes(form.spec.weight, CHUNK)))
-        scales_moved = const(0)
-        if form.scales.columns:
-            groups = CHUNK // form.scales.columns
-            scales_moved = b.mul(chunk, const(groups * form.scales.bytes))
+        moved = b.mul(chunk, const(form.chunk_bytes))
         scales = e.offset(scratch, const(form.scales_offset))
-        each = len(self._row_kinds)
+        each = len(_WORDS)
         for v in range(VECTORS):
-            weights, stored, *rest = words[each * v : each * (v + 1)]
+            rows = words[each * v : each * (v + 1)]
             lane = const(v * form.lanes * 4)
-            e.run(
-                f"decode{length}",
-                e.offset(scratch, lane),
-                e.offset(scales, lane),
-                e.offset(weights, moved),
-                e.offset(stored, scales_moved),
-                *rest,
-            )
+            panel, factors = e.offset(scratch, lane), e.offset(scales, lane)
+            e.run(f"decode{length}", panel, factors, chunk, *rows)
         step, group = form.micro.step, form.scales.columns
         groups, steps = 1, -(-length // (step * _UNROLL)) * _UNROLL
         if form.scaled and group < CHUNK:
@@ -243,46 +223,56 @@ class Panels:
     def _prefetch(self, pointer: Value, step: Value) -> None:
         """The lines that `_UNROLL` steps of one vector of rows take: all steps fetch a chunk."""
         e, form = self.e, self.form
-        size = form.lanes * row_bytes(form.spec.weight, _UNROLL * form.micro.step * 8) // 8
+        size = form.lanes * span_bytes(form.spec.weight, _UNROLL * form.micro.step * 8) // 8
         lines = -(-size // 64)
         moved = e.offset(pointer, e.b.mul(step, const(size // _UNROLL)))
         for line in range(lines):
             e.prefetch(e.offset(moved, const(line * 64)), 2)
 
     def _emit_decode(self, length: int) -> None:
-        """decode(panel, scales, the words of rows): `length` weights of `lanes` rows."""
+        """decode(panel, scales, chunk, the words of rows): `length` weights of `lanes` rows."""
         e, form = self.e, self.form
-        with e.subroutine(f"decode{length}", _PTR, _PTR, *self._row_kinds) as values:
-            panel, scales, *words = values
-            rows_here = Rows(*words)
-            order = [e.minimum(const(r), rows_here.last) for r in range(form.lanes)]
-            stride = const(row_bytes(form.spec.weight, form.k))
-            rows = [e.offset(rows_here.weights, e.b.mul(r, stride)) for r in order]
-            chunk = Chunk(panel, form.rows, rows, length)
-            form.micro.decode(e, chunk, lambda: self._factor(rows_here, order, 0))
-            for index in range(-(-length // form.scales.columns) if form.scaled else 0):
-                factor = self._factor(rows_here, order, index)
-                e.store(factor, scales, const(index * form.rows), align=4)
+        with e.subroutine(f"decode{length}", _PTR, _PTR, I64, *_WORDS) as values:
+            panel, scales, chunk, *words = values
+            b, vector = e.b, Rows(*words)
+            order = [e.minimum(const(r), vector.last) for r in range(form.lanes)]
+            rows = self._rows_of(vector, order)
+            moved = b.mul(chunk, const(form.chunk_bytes))
+            codes = [e.offset(row.codes, moved) for row in rows]
+            k = b.mul(chunk, const(CHUNK))
+            groups = -(-length // form.scales.columns) if form.scales.columns else 0
 
-    def _factor(self, rows: Rows, order: list[Value], group: int) -> Value:
-        """`<lanes x float>`: scale number `group` of the chunk for each row."""
+            def factor(group: int) -> Value:
+                return self._factor(rows, k, group)
+
+            work = Chunk(panel, form.rows, rows, codes, k, length)
+            form.micro.decode(e, work, lambda: factor(0))
+            for index in range(groups if form.scaled else 0):
+                e.store(factor(index), scales, const(index * form.rows), align=4)
+
+    def _rows_of(self, vector: Rows, order: list[Value]) -> list[Row]:
+        """The rows `order` after the first of `vector`."""
         e, b, form = self.e, self.e.b, self.form
-        if form.scales.rows > 1:
-            one = e.splat(e.load(rows.scales, const(group), F32), form.lanes)
-            if rows.edge is None:
-                return one
-            # The next block's scales are there where a row is.
-            crosses = b.icmp_signed("<=", rows.edge, rows.last)
-            moved = b.select(crosses, const(form.scale_stride), const(0))
-            other = e.load(e.offset(rows.scales, moved), const(group), F32)
-            edge = e.splat(b.trunc(rows.edge, I32), form.lanes)
-            is_first = b.icmp_signed("<", lanes_mask(list(range(form.lanes))), edge)
-            return b.select(is_first, one, e.splat(other, form.lanes))
+        stride = const(row_bytes(form.spec.weight, form.k))
+        bases = addresses(e, form.planes, vector.beside)
+        planes = list(zip(form.planes, bases, strict=True))
+        return [
+            Row(
+                e.offset(vector.weights, b.mul(r, stride)),
+                tuple(plane.row(e, base, b.add(vector.first, r), form.k) for plane, base in planes),
+            )
+            for r in order
+        ]
+
+    def _factor(self, rows: list[Row], k: Value, group: int) -> Value:
+        """`<lanes x float>`: scale number `group` from column `k` on of each row."""
+        e, b, form = self.e, self.e.b, self.form
+        index = b.add(b.udiv(k, const(form.scales.columns)), const(group))
+        if form.scales.rows > 1 and not form.straddles:
+            return e.splat(e.load(rows[0].planes[0], index, F32), form.lanes)
         kind = I16 if form.scales.bytes == 2 else F32
         factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
-        for r, row in enumerate(order):
-            base = e.offset(rows.scales, b.mul(row, const(form.scale_stride)))
-            factors = b.insert_element(
-                factors, e.load(base, const(group), kind), ir.Constant(I32, r)
-            )
+        for r, row in enumerate(rows):
+            one = e.load(row.planes[0], index, kind)
+            factors = b.insert_element(factors, one, ir.Constant(I32, r))
         return e.bf16_to_f32(factors) if kind is I16 else factors

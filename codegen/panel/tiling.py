@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hmc.codegen.formats.micro import MicroKernel, micro_of
-from hmc.codegen.formats.weights import Scales, scales_of
+from hmc.codegen.formats.planes import Beside, planes_of
+from hmc.codegen.formats.weights import Scales, scales_of, span_bytes
 from hmc.codegen.spec import KernelSpec
 
 VECTORS = 2
@@ -22,8 +23,8 @@ CHUNK = 128
 class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
 
-    `tile` tokens are multiplied at once; `scales` says which weights share a scale. `straddles`:
-    the rows of one vector may lie in two blocks of scales.
+    `tile` tokens are multiplied at once; `scales` are those of sums. `straddles`: the rows of one
+    vector may lie in two blocks of scales.
     """
 
     spec: KernelSpec
@@ -66,9 +67,14 @@ class Form:
         return [(length, n) for length, n in ((CHUNK, full), (tail, 1)) if length and n]
 
     @property
-    def scale_stride(self) -> int:
-        """Bytes from one row of stored scales to the next."""
-        return self.scales.row_bytes(self.k)
+    def planes(self) -> tuple[Beside, ...]:
+        """What lies beside the codes."""
+        return planes_of(self.spec)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk of a row's codes."""
+        return span_bytes(self.spec.weight, CHUNK)
 
     @property
     def groups(self) -> int:

@@ -46,8 +46,9 @@ class Matrices(Closing):
     """`count` sets of matrices of the given `shapes`, random, laid out as the arena lays them, one
     set after the other in huge pages; many enough that a pass over all of them comes from memory.
 
-    `weights` and `scales` are addresses i64 [count, shapes]; scales are 0 where the format has
-    none. `address` and `size` span them all.
+    `weights` and `scales` are addresses i64 [count, shapes], of what lies beside the codes as
+    kernels are told it: 0 where the format has nothing, of the addresses of several planes.
+    `address` and `size` span them all.
     """
 
     def __init__(
@@ -68,16 +69,26 @@ class Matrices(Closing):
         self.weights = np.zeros((count, len(shapes)), np.int64)
         self.scales = np.zeros((count, len(shapes)), np.int64)
         starts = self.address + stride * np.arange(count, dtype=np.int64)
+        self._tables: list[npt.NDArray[np.int64]] = []
         groups: list[TensorGroup] = []
         places: dict[tuple[str | int, ...], npt.NDArray[np.int64]] = {}
         nowhere = np.zeros(count, np.int64)
         for index, shape in enumerate(shapes):
-            for form, column in zip(shape.forms, (self.weights, self.scales), strict=False):
-                column[:, index] = starts
+            planes = []
+            for form in shape.forms:
+                planes.append(starts)
                 key = (form.plane.name, index)
                 groups.append(TensorGroup(key, shape.format, form, nowhere, nowhere, shape.k))
                 places[key] = starts
                 starts = starts + aligned(form.bytes)
+            self.weights[:, index], *beside = planes
+            if len(beside) > 1:
+                table = np.ascontiguousarray(np.stack(beside, axis=1))
+                each = table.strides[0] * np.arange(count, dtype=np.int64)
+                self.scales[:, index] = table.ctypes.data + each
+                self._tables.append(table)
+            elif beside:
+                self.scales[:, index] = beside[0]
         fill_dummy(groups, places, report)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
 from hmc.codegen.formats.pairs import bf16_table
+from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
@@ -23,7 +24,8 @@ _GROUPS = {"group": 128, "scale_dtype": 0}
 def emit_decode(spec: KernelSpec) -> str:
     """y = the first k weights of w, in f32."""
     e = Emitter(spec)
-    for number, vector in enumerate(weights_f32(e, spec.weight, e.arg["w"], const(0), spec["k"])):
+    row = Row(e.arg["w"], ())
+    for number, vector in enumerate(weights_f32(e, spec, row, const(0), spec["k"])):
         e.store(vector, e.arg["y"], const(number * vector.type.count))
     return e.finish()
 

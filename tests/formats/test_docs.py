@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hmc.codegen.isa import TIERS
-from hmc.codegen.native import arithmetic, is_native
+from hmc.codegen.native import arithmetic, has_native
 from hmc.formats import FORMATS, GROUP, WHOLE, Format, Plane, named
 
 DOCS = Path(__file__).parents[2] / "docs" / "formats.md"
@@ -25,7 +25,7 @@ def _plane(plane: Plane) -> str:
 
 
 def _tiers(row: Format) -> str:
-    native = [isa for isa in TIERS if is_native(isa, row.name)]
+    native = [isa for isa in TIERS if has_native(isa, row.name)]
     return ", ".join(f"{isa} ({arithmetic(isa, row.name)})" for isa in native) or "made (f32)"
 
 

@@ -17,7 +17,7 @@ def lift_form(spec: KernelSpec) -> tiling.Form:
     params = dict(spec.params) | {"k": spec["rank"]}
     form = tiling.Form.of(replace(spec, params=tuple(sorted(params.items())), tile=()))
     odd = any(spec[name] % form.lanes for name in ("nope", "v_dim"))
-    return replace(form, straddles=odd and form.scales.rows > 1)
+    return replace(form, straddles=odd)
 
 
 @dataclass(frozen=True)

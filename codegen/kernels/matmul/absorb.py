@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.ir import F32, I16, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.vector import concat, for_blocks, resize, unpack_masks
@@ -72,14 +73,14 @@ class _Nest:
         """
         e, b, spec = self.e, self.e.b, self.e.spec
         row, row_bytes = b.add(first_row, d), self._dot.row_bytes
-        base = e.offset(e.arg["w"], b.mul(row, const(row_bytes)))
-        lines = [e.offset(base, const(j * row_bytes)) for j in range(rows)]
+        matrix = e.arg["w"], e.arg["scale"]
+        lines = [self._dot.row(e, matrix, b.add(row, const(j))) for j in range(rows)]
         ahead = spec.tiled("prefetch", 32)
         # Past the last row of this head the next head's follow, behind the rows of W_UV.
         over = b.icmp_signed(">=", b.add(d, const(ahead)), const(spec["nope"]))
         skip = b.select(over, const(ahead + spec["v_dim"]), const(ahead))
-        fetch = e.offset(base, b.mul(skip, const(row_bytes)))
-        add = partial(self._block, head, d, row, lines, fetch)
+        fetch = e.offset(lines[0].codes, b.mul(skip, const(row_bytes)))
+        add = partial(self._block, head, d, lines, fetch)
         whole = self.rank // _BLOCK
         with e.for_range(low, e.minimum(high, const(whole))) as block:
             add(block, _BLOCK)
@@ -91,14 +92,13 @@ class _Nest:
         self,
         head: Value,
         d: Value,
-        row: Value,
-        lines: list[Value],
+        lines: list[Row],
         fetch: Value,
         block: Value,
         width: int,
     ) -> None:
         e, b, row_bytes = self.e, self.e.b, self._dot.row_bytes
-        self._scale_queries(head, d, row, len(lines), block)
+        self._scale_queries(head, d, lines, block)
         column = b.mul(block, const(_BLOCK))
         size = row_bytes * _BLOCK // self.rank
         for j in range(len(lines)):
@@ -111,8 +111,8 @@ class _Nest:
             weights = [self._load(line, index, valid) for line in lines]
             if self._scales.columns and not self._in_queries:
                 weights = [
-                    self._scaled(vectors, b.add(row, const(j)), index)
-                    for j, vectors in enumerate(weights)
+                    self._scaled(vectors, line, index)
+                    for line, vectors in zip(lines, weights, strict=True)
                 ]
             with e.for_range(0, e.arg["tokens"]) as token:
                 at = b.add(b.mul(token, const(self.padded)), index)
@@ -130,11 +130,11 @@ class _Nest:
 
         for_blocks(e, width, self._size, unit)
 
-    def _load(self, row: Value, index: Value, valid: int) -> list[Value]:
+    def _load(self, row: Row, index: Value, valid: int) -> list[Value]:
         """A unit of `row`: weights [index, index + valid); zeros behind them."""
         e = self.e
         if not self._tables:
-            found = weights_f32(e, e.spec.weight, row, index, valid)
+            found = weights_f32(e, e.spec, row, index, valid)
             return found + [e.zeros(F32, e.lanes)] * (self._size // e.lanes - len(found))
         zero = e.zeros(I16, 32)  # the lower half of an f32
         return [
@@ -143,7 +143,7 @@ class _Nest:
             for mask in unpack_masks(32)
         ]
 
-    def _scaled(self, vectors: list[Value], row: Value, index: Value) -> list[Value]:
+    def _scaled(self, vectors: list[Value], row: Row, index: Value) -> list[Value]:
         """Weights times their scales: one for the unit, or one for each vector of it."""
         e, b, columns = self.e, self.e.b, self._scales.columns
         each = len(vectors) if columns % self._size == 0 else 1
@@ -154,26 +154,21 @@ class _Nest:
             found += [b.fmul(vector, spread) for vector in vectors[at : at + each]]
         return found
 
-    def _scale(self, row: Value, group: Value) -> Value:
+    def _scale(self, row: Row, group: Value) -> Value:
         """Scale number `group` of a row, f32."""
-        e, b = self.e, self.e.b
-        across = const(-(-self.rank // self._scales.columns))
-        at = b.add(b.mul(self._scales.row_of(e, row), across), group)
-        if self._scales.bytes == 2:
-            return e.bf16_to_f32(e.load(e.arg["scale"], at, I16))
-        return e.load(e.arg["scale"], at, F32)
+        (plane,), (base,) = self._dot.planes, row.planes
+        return plane.load(self.e, base, group)
 
-    def _scale_queries(self, head: Value, d: Value, row: Value, rows: int, block: Value) -> None:
+    def _scale_queries(self, head: Value, d: Value, lines: list[Row], block: Value) -> None:
         """factors[t][j] = q[t, head, d + j], times the scale of that row in `block` where one
         covers it.
         """
-        e, b, spec = self.e, self.e.b, self.e.spec
+        e, b, spec, rows = self.e, self.e.b, self.e.spec, len(lines)
         scales = e.zeros(F32, rows)
         wide = self._scales.columns // _BLOCK
         group = b.udiv(block, const(wide)) if wide > 1 else block
-        for j in range(rows if self._in_queries else 0):
-            scale = self._scale(b.add(row, const(j)), group)
-            scales = b.insert_element(scales, scale, const(j))
+        for j, line in enumerate(lines if self._in_queries else ()):
+            scales = b.insert_element(scales, self._scale(line, group), const(j))
         column = b.add(b.mul(head, const(spec["nope"] + spec["rope"])), d)
         with e.for_range(0, e.arg["tokens"]) as token:
             at = b.add(b.mul(token, e.arg["q_stride"]), column)
