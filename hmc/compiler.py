@@ -21,6 +21,7 @@ from hmc.errors import UsageError
 from hmc.graph import WeightSpec, meta
 from hmc.machine.detect import load_machine
 from hmc.machine.model import Machine
+from hmc.models import Aside
 from hmc.passes import GRAPH, PLAN
 from hmc.passes.emit.emit import emit
 from hmc.passes.graph.trace import trace
@@ -32,9 +33,6 @@ from hmc.plan import Decision, Plan
 from hmc.plan.options import Options
 from hmc.plan.routing_profile import load_profile
 from hmc.predict.goals import parse_goals, require_goals
-
-NOT_RUN = "of a part of the model that hmc does not run"
-"""Why tensors are left aside that a family names."""
 
 
 def compile(
@@ -51,12 +49,14 @@ def compile(
     slo: str = "",
     routing_profile: str | Path = "",
     ring: int = 0,
+    family: str = "",
 ) -> Plan:
     """Compile the model directory or GGUF file `path` into a plan.
 
     `machine` is "auto", a named machine, a machine file or a `Machine`; `max_context` tokens of one
     sequence (0: what fits); `dummy_weights` needs config.json alone and makes a plan to be run with
-    random weights; `layers` cuts the depth of such a plan (0: all); `threads` native workers (0:
+    random weights; `layers` cuts the depth of such a plan (0: all); `family` reads the model as one
+    of that family (see `hmc models`), whatever config.json calls it; `threads` native workers (0:
     one a core). With GPUs, `vram` GB of each may be used (0: all), the cache holds `concurrency`
     sequences, `routing_profile` names recorded routing, and `ring` experts (at least 2; 0: as many
     as pay) fit into the slots of a streamed prefill. `slo` are goals such as
@@ -84,6 +84,7 @@ def compile(
         concurrency=concurrency,
         ring=ring,
         slo=slo,
+        family=family,
         profile=load_profile(routing_profile) if str(routing_profile) else None,
     )
     target = machine if isinstance(machine, Machine) else load_machine(machine)
@@ -106,7 +107,7 @@ def open_checkpoint(path: str | Path, options: Options) -> Checkpoint:
 
 def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
     """The plan for the CPU alone, from which the plan passes start."""
-    model = models.load(checkpoint.config)
+    model = models.load(checkpoint.config, options.family)
     graph = trace(model.module)
     target = Target(
         checkpoint=checkpoint,
@@ -114,7 +115,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
         machine=machine,
         isa=best_isa(frozenset(machine.flags)).name,
     )
-    noted = _noted(target, graph, model.tolerated)
+    noted = _noted(target, graph, model.aside)
     if options.profile is not None:
         options.profile.check(
             {
@@ -134,15 +135,15 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
 
 def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     """The same model with its first `layers` layers alone."""
-    depth = checkpoint.config.require_int("num_hidden_layers")
+    config = checkpoint.config
+    depth = config.text.require_int("num_hidden_layers")
     if layers > depth:
         raise UsageError(f"--layers {layers}: the model has {depth}")
-    values = {**checkpoint.config.values, "num_hidden_layers": layers}
-    return replace(checkpoint, config=replace(checkpoint.config, values=values))
+    return replace(checkpoint, config=config.with_text(num_hidden_layers=layers))
 
 
 def _noted(
-    target: Target, graph: torch.fx.GraphModule, tolerated: tuple[str, ...]
+    target: Target, graph: torch.fx.GraphModule, aside: tuple[Aside, ...]
 ) -> tuple[Decision, ...]:
     """What the checkpoint asks for and holds beside weights, and what became of it. Every weight of
     the model is in it, and nothing else that the family or the quantisation does not explain.
@@ -154,7 +155,7 @@ def _noted(
         checkpoint.require_present(name for weight in specs for name in _names(weight))
         sources = (source for weight in specs for source in target.source(weight))
         used = (name for each in sources for name in each.tensor_names)
-        notes += checkpoint.check_unused(used, dict.fromkeys(tolerated, NOT_RUN))
+        notes += checkpoint.check_unused(used, {each.pattern: each.reason for each in aside})
     return tuple(Decision(by="checkpoint", **note._asdict()) for note in notes)
 
 

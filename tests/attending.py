@@ -152,4 +152,4 @@ def build(config: ModelConfig) -> nn.Module:
     return CausalLM(config, [Layer(each) for each in kinds()].__getitem__)
 
 
-FAMILY = Family(build)
+FAMILY = Family("attending", build)

@@ -92,6 +92,8 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 _LINEAR = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
+_WIDE = re.compile(r"(\.gate|\.wg|\.router|\.router\.proj|\.router\.layer|lm_head)\.weight$")
+"""Routers and the output layer."""
 _TEXT = """In the beginning was the word, and the word was written down by the people of the
 valley; and they said to one another: let us count the stones of the river, the birds of the air
 and the days of the year. Naïve café — 你好, мир! — 1234567890
@@ -134,7 +136,7 @@ def write_checkpoint(
 
     generator = torch.Generator().manual_seed(seed)
     tied = bool(config.tie_word_embeddings)
-    weights = {name: _draw(name, shapes[name], tied, generator) for name in sorted(shapes)}
+    weights = {name: draw(name, shapes[name], tied, generator) for name in sorted(shapes)}
     tensors, quantization = _FORMATS[quant](weights, scale_dtype)
     _save(directory, tensors, shards)
 
@@ -204,19 +206,19 @@ def _model(config: Any, dtype: torch.dtype) -> Any:
     return factory.from_config(config, dtype=dtype).eval()
 
 
-def _draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Tensor:
+def draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Tensor:
     """A random weight: activations stay near 1, router logits spread over about +-2, every part has
     a say.
     """
     noise = torch.randn(like.shape, generator=generator)
-    if name.endswith(("e_score_correction_bias", ".bias")):
+    if name.endswith("bias"):
         return noise * 0.1
     if like.ndim == 1:
         return 1 + 0.1 * noise
     if name.endswith("embed_tokens.weight"):
         return noise * (0.5 if tied else 1.0)
-    gain = 2.0 if name.endswith((".gate.weight", "lm_head.weight")) else 1.0
-    return noise * (gain / math.sqrt(like.shape[1]))
+    gain = 2.0 if _WIDE.search(name) else 1.0
+    return noise * (gain / math.sqrt(like.shape[-1]))
 
 
 def _plain(dtype: torch.dtype) -> Callable[..., tuple[dict[str, Tensor], dict[str, Any]]]:

@@ -49,25 +49,39 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`checkpoint(family, quant, **options)`: a directory of `checkpoints.write_checkpoint`, not to
-    be changed; the session's processes share them.
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`written(name, write)`: the directory `name`, filled by `write(directory)` once a session and
+    not to be changed; the session's processes share it.
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def get(family: str, quant: str, **options: Any) -> Path:
-        key = sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
-        directory = shared / f"{family}-{quant}-{key}"
+    def get(name: str, write: Callable[[Path], object]) -> Path:
+        directory = shared / name
         if not directory.exists():
-            checkpoints = importlib.import_module("checkpoints")  # only now: it loads transformers
-            beside = tmp_path_factory.mktemp(directory.name)
-            checkpoints.write_checkpoint(beside, family, quant, **options)
+            beside = tmp_path_factory.mktemp(name)
+            write(beside)
             try:
                 beside.rename(directory)
             except OSError:
                 if not directory.exists():  # by another process, which was faster
                     raise
         return directory
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoint(written: Callable[..., Path]) -> Callable[..., Path]:
+    """`checkpoint(family, quant, **options)`: a directory of `checkpoints.write_checkpoint`."""
+
+    def get(family: str, quant: str, **options: Any) -> Path:
+        key = sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
+
+        def write(directory: Path) -> None:
+            checkpoints = importlib.import_module("checkpoints")  # only now: it loads transformers
+            checkpoints.write_checkpoint(directory, family, quant, **options)
+
+        return written(f"{family}-{quant}-{key}", write)
 
     return get

@@ -107,7 +107,7 @@ def build(config: ModelConfig) -> nn.Module:
     return Quirky(config, lambda index: Layer(config))
 
 
-FAMILY = Family(build)
+FAMILY = Family("quirky", build)
 
 
 def write(directory: Path, family: str = "quirky", layers: int = 2) -> Path:
@@ -146,7 +146,7 @@ def reference(directory: Path) -> nn.Module:
     module = load(load_config(directory)).module.to_empty(device="cpu")
     tensors = load_file(directory / "model.safetensors")
     for path, block in module.named_modules():
-        for spec in block.weights(path) if isinstance(block, Block) else ():
+        for spec in block.stored(path) if isinstance(block, Block) else ():
             names = [spec.name.format(e=e) for e in range(spec.experts)] or [spec.name]
             parts = [tensors[name].float() for name in names]
             getattr(block, spec.role).copy_(torch.stack(parts) if spec.experts else parts[0])

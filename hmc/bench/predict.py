@@ -96,26 +96,26 @@ def cut_to_fit(
 ) -> Plan:
     """The plan of a model in a format, cut to `memory` bytes of weights."""
     found = read_object(config / "config.json" if config.is_dir() else config, UsageError)
-    every = int(found.get("num_hidden_layers", 1))
+    every = int(_text(found).get("num_hidden_layers", 1))
     while True:
         cut = _cut(found, form, experts)
         one = _compile(cut, context, min(layers, every)) if layers else None
         plan = one or _deepest(cut, context, every, memory)
         if total_bytes(plan) <= memory:
             return plan
-        count = next((int(cut[name]) for name in _EXPERTS if name in cut), 0)
+        count = next((int(_text(cut)[name]) for name in _EXPERTS if name in _text(cut)), 0)
         if layers or experts or count <= 16:
             raise CapacityError(
                 f"{config}, {form}: {plan.model.layers} layers take"
                 f" {total_bytes(plan) / 1e9:.1f} GB of {memory / 1e9:.1f}: cut it with --layers and"
                 " --experts, or raise --memory"
             )
-        found = {**cut, **{name: count // 2 for name in _EXPERTS if name in cut}}
+        found = _cut(cut, form, count // 2)
 
 
 def _deepest(cut: dict[str, Any], context: int, every: int, memory: int) -> Plan:
     """As many layers as fit, but one with experts at least (if the model has any)."""
-    first = int(cut.get("first_k_dense_replace", 0)) + 1
+    first = int(_text(cut).get("first_k_dense_replace", 0)) + 1
     least = _compile(cut, context, min(first, every))
     if first >= every or total_bytes(least) > memory:
         return least
@@ -134,9 +134,17 @@ def _compile(cut: dict[str, Any], context: int, layers: int) -> Plan:
 
 def _cut(config: dict[str, Any], form: str, experts: int) -> dict[str, Any]:
     """The configuration in a weight format, with so many experts (0: its own)."""
-    found = {key: value for key, value in config.items() if key != "quantization_config"}
+    text = _text(config)
+    if experts:
+        text |= {name: experts for name in _EXPERTS if name in text}
+    found = {**config, "text_config": text} if "text_config" in config else text
+    for each in (found, text):
+        each.pop("quantization_config", None)
     if form in _QUANTIZED:
         found["quantization_config"] = _QUANTIZED[form]
-    if experts:
-        found |= {name: experts for name in _EXPERTS if name in found}
     return found
+
+
+def _text(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration says of its language model."""
+    return dict(config.get("text_config", config))

@@ -8,7 +8,7 @@ names of the block's parameters, so a reference loader needs no table: `getattr(
 """
 
 from hmc.blocks.attention import MLA, Attention, Growth, Rotary
-from hmc.blocks.base import Block, Columns, place, place_of
+from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
 from hmc.blocks.dense import (
     AddNorm,
     Embedding,
@@ -32,6 +32,7 @@ __all__ = [
     "GatedMLP",
     "Growth",
     "Linear",
+    "Names",
     "Pointwise",
     "RMSNorm",
     "Rotary",
@@ -41,4 +42,5 @@ __all__ = [
     "activated",
     "place",
     "place_of",
+    "publish",
 ]

@@ -6,6 +6,8 @@ Hides how checkpoint names come from the place of a block in its model.
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +15,10 @@ from torch import Tensor, nn
 
 from hmc.graph import Attr, DType, NodeMeta, Section, WeightSpec, attrs
 from hmc.ops import OPS
+
+Names = tuple[tuple[str, str], ...]
+"""(regular expression, replacement) pairs that turn a weight's name, as it follows from the place
+of its block, into that of checkpoints; applied in order."""
 
 
 class Block(nn.Module):
@@ -25,12 +31,19 @@ class Block(nn.Module):
     kind: ClassVar[str]
     dtype: ClassVar[DType] = "f32"
     width: int
+    published: Names = ()
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         """The weights the block reads when it sits at `path`; each role names a parameter of the
         block.
         """
         return ()
+
+    def stored(self, path: str) -> tuple[WeightSpec, ...]:
+        """`weights`, by their names in the checkpoint (`publish`)."""
+        return tuple(
+            replace(spec, name=_renamed(spec.name, self.published)) for spec in self.weights(path)
+        )
 
     def meta(self, layer: int, section: Section, weights: tuple[WeightSpec, ...] = ()) -> NodeMeta:
         """What hmc knows of a node that calls the block."""
@@ -58,6 +71,19 @@ def place(module: nn.Module, layer: int, section: Section = "") -> nn.Module:
 def place_of(module: nn.Module) -> tuple[int, Section]:
     """What `place` said of a module: (layer, section)."""
     return getattr(module, "place", (-1, ""))
+
+
+def publish(module: nn.Module, names: Names) -> None:
+    """Say of all blocks of a model how checkpoints call their weights."""
+    for each in module.modules():
+        if isinstance(each, Block):
+            each.published = names
+
+
+def _renamed(name: str, names: Names) -> str:
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 class Columns(Block):

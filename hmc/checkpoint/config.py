@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from hmc.errors import ConfigError, UnsupportedError
 CONFIG_NAME = "config.json"
 LOSSY_KEY = "hmc_lossy"
 """The key by which `hmc quantize` says what a checkpoint of its own has lost."""
+
+_OF_BOTH = ("architectures", "tie_word_embeddings", "eos_token_id", "dtype", "torch_dtype")
+"""Keys of a model with several parts that count for its language model too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,24 @@ class ModelConfig:
             return type(value) is list and all(type(item) is str for item in value)
 
         return tuple(self._get(key, (), right, "a list of strings"))
+
+    @property
+    def text(self) -> ModelConfig:
+        """What describes the language model: `text_config` where one is nested, and what the whole
+        says for it (`_OF_BOTH`); else all of it.
+        """
+        inner = self.section("text_config")
+        if inner is None:
+            return self
+        shared = {key: self.values[key] for key in _OF_BOTH if key in self}
+        own = {key: value for key, value in inner.values.items() if value is not None}
+        return replace(inner, values=shared | own)
+
+    def with_text(self, **changes: Any) -> ModelConfig:
+        """The same with keys of its language model changed."""
+        if (inner := self.section("text_config")) is not None:
+            changes = {"text_config": {**inner.values, **changes}}
+        return replace(self, values={**self.values, **changes})
 
     def section(self, key: str) -> ModelConfig | None:
         """The object nested under `key`, with getters of its own; None if absent."""

@@ -76,7 +76,9 @@ class Checkpoint:
             path = local_directory(str(path)) / CONFIG_NAME
         config = load_config(path)
         quantization = read_quantization(config)
-        return InventedCheckpoint(path.parent, config, quantization, dtype=_config_dtype(config))
+        return InventedCheckpoint(
+            path.parent, config, quantization, dtype=_config_dtype(config.text)
+        )
 
     @property
     def location(self) -> Path:

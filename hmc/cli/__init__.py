@@ -22,6 +22,7 @@ from hmc.version import VERSION
 _COMMANDS = {
     "compile": "Compile a model directory or a GGUF file into a plan.",
     "run": "Write tokens from a plan.",
+    "models": "List the model families hmc reads.",
     "show": "Show what a plan holds, and why.",
     "serve": "Serve a plan over HTTP to OpenAI's clients.",
     "bench": "Measure a plan, a model shape, or single kernels.",

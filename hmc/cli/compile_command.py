@@ -32,6 +32,9 @@ from hmc.plan import save_plan
 @option("--threads", default=0, metavar="N", help="Native workers [default: one a core].")
 @option("--dummy-weights", is_flag=True, help="Need config.json alone; run with random weights.")
 @option("--layers", default=0, metavar="N", help="With --dummy-weights: cut the depth to N layers.")
+@option(
+    "--family", default="", metavar="NAME", help="Read MODEL as one of this family; see hmc models."
+)
 @option("--vram", default=0.0, metavar="GB", help="Use so much of each GPU [default: all].")
 @option("--concurrency", default=1, metavar="C", help="Sequences the cache must hold.")
 @option("--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20.")

@@ -1,72 +1,66 @@
 """Model families: `load(config)` builds the module a checkpoint describes, on the meta device.
 
-A family is one file with `build(config)`, and one line in `FAMILIES`.
-Nothing after tracing knows families: all a family decides is which blocks stand where, under the
-checkpoint's own names.
+A family is one file with a `build(config)` and a row that says how checkpoints of it are called and
+what they hold (`Family`), and one line in `table.py`. Nothing after tracing knows families: all a
+family decides is which blocks stand where.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from hmc.blocks import Block, Experts
+from hmc.blocks import Block, Experts, publish
 from hmc.checkpoint.config import ModelConfig
-from hmc.errors import UnsupportedError
+from hmc.errors import UsageError
 from hmc.graph import WeightSpec
-from hmc.models import deepseek_v3, mixtral, qwen3_moe
+from hmc.models.family import Aside, Family, Limit
+from hmc.models.table import FAMILIES, GROUP, all_families
+from hmc.models.unknown import unknown_family
 from hmc.plan import ModelInfo
 
-
-@dataclass(frozen=True)
-class Family:
-    """How to build a family, and which tensors beyond its own its checkpoints hold (shell patterns
-    of names); none, as most.
-    """
-
-    build: Callable[[ModelConfig], nn.Module]
-    tolerated: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
-
-
-FAMILIES: dict[str, Family] = {
-    "deepseek_v3": Family(deepseek_v3.build, deepseek_v3.tolerated),
-    "kimi_k2": Family(deepseek_v3.build, deepseek_v3.tolerated),
-    "mixtral": Family(mixtral.build),
-    "qwen3_moe": Family(qwen3_moe.build),
-}
+__all__ = [
+    "FAMILIES",
+    "GROUP",
+    "Aside",
+    "Family",
+    "Limit",
+    "Model",
+    "all_families",
+    "load",
+    "weight_specs",
+]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on the meta device, its summary, and patterns of tensors that may stand unused in its
-    checkpoint.
-    """
+    """A model on the meta device, its summary, and what its checkpoint may hold beside it."""
 
     module: nn.Module
     info: ModelInfo
-    tolerated: tuple[str, ...]
+    aside: tuple[Aside, ...]
 
 
-def load(config: ModelConfig) -> Model:
-    """Build the model of a config.json; no weight is read and none is allocated.
+def load(config: ModelConfig, family: str = "") -> Model:
+    """Build the model of a config.json; no weight is read and none is allocated. `family` reads it
+    as one of that family, whatever its model_type.
 
     Raises `UnsupportedError` for a family or an option hmc does not know, `ConfigError` for values
-    that contradict each other or are of the wrong type.
+    that contradict each other or are of the wrong type, `UsageError` for a `family` that is none.
     """
-    name = config.require_str("model_type")
-    family = FAMILIES.get(name)
-    if family is None:
-        raise UnsupportedError(
-            f"{config.path}: model_type {name!r} is not a family hmc knows"
-            f" ({', '.join(sorted(FAMILIES))});"
-            " a new one is a file in hmc/models and a line in FAMILIES"
-        )
+    name = family or config.require_str("model_type")
+    row = FAMILIES.get(name) or all_families().get(name)
+    if row is None and family:
+        raise UsageError(f"--family {family}: not one of {', '.join(sorted(all_families()))}")
+    if row is None:
+        raise unknown_family(config, all_families())
+    text = config.text
     with torch.device("meta"):
-        module = family.build(config)
-    return Model(module, _info(name, config, module), family.tolerated(config))
+        module = row.build(text)
+    publish(module, row.names)
+    return Model(module, _info(row, text, module), row.aside(text))
 
 
 def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
@@ -74,12 +68,12 @@ def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
     specs: dict[str, WeightSpec] = {}
     for path, block in module.named_modules():
         if isinstance(block, Block):
-            for spec in block.weights(path):
+            for spec in block.stored(path):
                 specs.setdefault(spec.key, spec)
     return specs
 
 
-def _info(name: str, config: ModelConfig, module: nn.Module) -> ModelInfo:
+def _info(row: Family, config: ModelConfig, module: nn.Module) -> ModelInfo:
     names = config.get_strs("architectures")
     routed = next((block for block in module.modules() if isinstance(block, Experts)), None)
     top_k = routed.top_k if routed else 0
@@ -92,15 +86,20 @@ def _info(name: str, config: ModelConfig, module: nn.Module) -> ModelInfo:
             active += spec.shape[1]
         else:
             active += size * (top_k if spec.experts else 1)
+    context = Limit(config.require_int("max_position_embeddings", minimum=1), "")
+    limit = row.limit(config)
+    if limit is not None and limit.tokens < context.tokens:
+        context = limit
     return ModelInfo(
-        family=name,
-        architecture=names[0] if names else name,
+        family=row.model_type,
+        architecture=names[0] if names else row.model_type,
         hidden=config.require_int("hidden_size"),
         layers=config.require_int("num_hidden_layers"),
         vocab=config.require_int("vocab_size"),
         experts=routed.experts if routed else 0,
         top_k=top_k,
-        context=config.require_int("max_position_embeddings", minimum=1),
+        context=context.tokens,
+        context_reason=context.reason,
         parameters=parameters,
         active_parameters=active,
         eos_token_ids=config.get_ints("eos_token_id"),

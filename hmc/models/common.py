@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from hmc.blocks import (
     Attention,
     Embedding,
     Experts,
-    GatedMLP,
     Linear,
     RMSNorm,
     Rotary,
@@ -21,44 +22,64 @@ from hmc.blocks import (
     place,
 )
 from hmc.checkpoint.config import ModelConfig
+from hmc.checkpoint.views import View
 from hmc.errors import UnsupportedError
 from hmc.models.rope import Rope
 
 
 class CausalLM(nn.Module):
     """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
-    float32.
+    float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`; `norm` makes the
+    last norm.
     """
 
-    def __init__(self, config: ModelConfig, layer: Callable[[int], nn.Module]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: Callable[[int], nn.Module],
+        *,
+        embed_scale: float = 1.0,
+        logit_scale: float = 1.0,
+        norm: Callable[[ModelConfig], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         check_activation(config)
         hidden = config.require_int("hidden_size", minimum=1)
         vocab = config.require_int("vocab_size", minimum=1)
         tied = config.get_bool("tie_word_embeddings", False)
-        self.model = Backbone(config, vocab, hidden, layer)
+        self.logit_scale = logit_scale
+        last = (norm or hidden_norm)(config)
+        self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale)
         self.lm_head = Linear(hidden, vocab, tied="model.embed_tokens.weight" if tied else None)
         place(self.lm_head, -1, "head")
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        return self.lm_head(self.model(ids, positions))  # type: ignore[no-any-return]
+        logits = self.lm_head(self.model(ids, positions))
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # type: ignore[no-any-return]
 
 
 class Backbone(nn.Module):
     """`CausalLM` without its output layer."""
 
     def __init__(
-        self, config: ModelConfig, vocab: int, hidden: int, layer: Callable[[int], nn.Module]
+        self,
+        config: ModelConfig,
+        embed_tokens: Embedding,
+        layer: Callable[[int], nn.Module],
+        norm: nn.Module,
+        embed_scale: float,
     ) -> None:
         super().__init__()
+        self.embed_scale = embed_scale
         depth = config.require_int("num_hidden_layers", minimum=1)
-        self.embed_tokens = Embedding(vocab, hidden)
+        self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(_placed(layer(index), index) for index in range(depth))
-        self.norm = RMSNorm(hidden, norm_eps(config))
-        place(self.norm, -1, "head")
+        self.norm = place(norm, -1, "head")
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         h = self.embed_tokens(ids)
+        if self.embed_scale != 1.0:
+            h = h * self.embed_scale
         for layer in self.layers:
             h = layer(h, positions)
         return self.norm(h)  # type: ignore[no-any-return]
@@ -72,67 +93,149 @@ def _placed(layer: nn.Module, index: int) -> nn.Module:
     return layer
 
 
-class DecoderLayer(nn.Module):
-    """Pre-norm residual layer: h + attention(norm(h)), then + mlp(norm(h)).
+class Norms(NamedTuple):
+    """What the norms of a layer are called, in the order of the layer; "" where there is none."""
 
-    `mlp_name` is what the checkpoint calls the second half.
+    attention_in: str = "input_layernorm"
+    attention_out: str = ""
+    mlp_in: str = "post_attention_layernorm"
+    mlp_out: str = ""
+
+
+PRE_NORM = Norms()
+Norm = Callable[[ModelConfig], nn.Module]
+
+
+class DecoderLayer(nn.Module):
+    """Residual layer: h + attention(h), then + mlp(h), with norms of what goes into each half and
+    of what comes out, as `norms` says; `norm` makes one. Without a norm of what goes into the MLP,
+    a `parallel` layer gives it what attention gets.
     """
 
     def __init__(
-        self, config: ModelConfig, attention: nn.Module, mlp: nn.Module, mlp_name: str = "mlp"
+        self,
+        config: ModelConfig,
+        attention: nn.Module,
+        mlp: nn.Module,
+        norms: Norms = PRE_NORM,
+        norm: Norm | None = None,
+        *,
+        parallel: bool = False,
     ) -> None:
         super().__init__()
-        hidden, eps = config.require_int("hidden_size"), norm_eps(config)
-        self.input_layernorm = RMSNorm(hidden, eps)
         self.self_attn = attention
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.add_module(mlp_name, mlp)
-        self.mlp_name = mlp_name
+        self.mlp = mlp
+        self.norms, self.parallel = norms, parallel
+        for name in filter(None, norms):
+            self.add_module(name, (norm or hidden_norm)(config))
 
     @property
     def attention_half(self) -> tuple[nn.Module, ...]:
         """The modules of the layer's first half."""
-        return self.input_layernorm, self.self_attn
+        norms = filter(None, (self.norms.attention_in, self.norms.attention_out))
+        return self.self_attn, *map(self.get_submodule, norms)
 
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
-        h = h + self.self_attn(self.input_layernorm(h), positions)
-        mlp = self.get_submodule(self.mlp_name)
-        return h + mlp(self.post_attention_layernorm(h))  # type: ignore[no-any-return]
+        x = self._norm(self.norms.attention_in, h)
+        h = h + self._norm(self.norms.attention_out, self.self_attn(x, positions))
+        if not self.parallel:
+            x = self._norm(self.norms.mlp_in, h)
+        return h + self._norm(self.norms.mlp_out, self.mlp(x))
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x) if name else x
 
 
 class GroupedQueryAttention(nn.Module):
-    """Attention with rotary embedding over the whole head, of neighbours where the config says
-    `rope_interleave`; with per-head norms of q and k where `qk_norm`.
+    """Attention with rotary embedding over the first elements of each head, as many as `rope` has
+    (None: without).
+
+    q and k are normed by head or over the whole projection, before rotary embedding or after it, as
+    `qk_norm` says; `clip` bounds the magnitude of q, k and v. `bias` is that of q, k and v,
+    `out_bias` that of the output projection, `heads` (query heads, key heads, elements a head)
+    where they are not what the configuration says for all layers. `fused` names the one tensor
+    beside the block that holds the rows of q, k and v (then without biases). Heads of values have
+    `v_dim` elements (0: as many as keys), times `v_scale`; rotary embedding pairs neighbours where
+    the configuration says `rope_interleave`, or else `interleaved`. `options` are those of the
+    block `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out
+    overrides `gated`.
     """
 
     def __init__(
-        self, config: ModelConfig, rope: Rope, *, bias: bool = False, qk_norm: bool = False
+        self,
+        config: ModelConfig,
+        rope: Rope | None,
+        *,
+        bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: Literal["", "head", "width"] = "",
+        norm_last: bool = False,
+        clip: float = 0.0,
+        heads: tuple[int, int, int] | None = None,
+        fused: str = "",
+        v_dim: int = 0,
+        v_scale: float = 1.0,
+        interleaved: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size")
-        heads, kv_heads, dim = attention_heads(config)
-        self.q_proj = Linear(hidden, heads * dim, bias=bias)
-        self.k_proj = Linear(hidden, kv_heads * dim, bias=bias)
-        self.v_proj = Linear(hidden, kv_heads * dim, bias=bias)
-        self.o_proj = Linear(heads * dim, hidden, bias=bias)
-        self.q_norm = RMSNorm(dim, norm_eps(config), heads) if qk_norm else None
-        self.k_norm = RMSNorm(dim, norm_eps(config), kv_heads) if qk_norm else None
-        pairs = config.get_bool("rope_interleave", False)
-        turned = partial(Rotary, inv_freq=rope.inv_freq, interleaved=pairs, factor=rope.factor)
-        self.q_rotary, self.k_rotary = turned(heads, dim), turned(kv_heads, dim)
-        self.attention = Attention(heads, kv_heads, dim, dim, dim**-0.5)
+        count, kv_count, dim = heads or attention_heads(config)
+        widths = (count * dim, kv_count * dim, kv_count * (v_dim or dim))
+
+        def linear(part: int) -> Linear:
+            view = View((sum(widths), hidden), sum(widths[:part]))
+            within = (fused, view) if fused else None
+            return Linear(hidden, widths[part], bias=bias, within=within)
+
+        self.q_proj, self.k_proj, self.v_proj = map(linear, range(3))
+        self.o_proj = Linear(count * (v_dim or dim), hidden, bias=out_bias)
+        self.q_norm = _qk_norm(config, qk_norm, count, dim)
+        self.k_norm = _qk_norm(config, qk_norm, kv_count, dim)
+        self.norm_last, self.clip, self.v_scale = norm_last, clip, v_scale
+        self.q_rotary = self.k_rotary = None
+        if rope is not None:
+            pairs = config.get_bool("rope_interleave", interleaved)
+            turn = partial(Rotary, factor=rope.factor, interleaved=pairs)
+            self.q_rotary = turn(count, dim, rope.inv_freq)
+            self.k_rotary = turn(kv_count, dim, rope.inv_freq)
+        self.attention = Attention(count, kv_count, dim, v_dim or dim, dim**-0.5, **options)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.q_rotary(q, positions), self.k_rotary(k, positions)
-        return self.o_proj(self.attention(q, k, v))  # type: ignore[no-any-return]
+        if not self.norm_last:
+            q, k = self._normed(q, k)
+        if self.clip:
+            q, k, v = (each.clamp(-self.clip, self.clip) for each in (q, k, v))
+        if self.v_scale != 1.0:
+            v = v * self.v_scale
+        if self.q_rotary is not None and self.k_rotary is not None:
+            q, k = self.q_rotary(q, positions), self.k_rotary(k, positions)
+        if self.norm_last:
+            q, k = self._normed(q, k)
+        return self.o_proj(self.gated(x, self.attention(q, k, v)))  # type: ignore[no-any-return]
+
+    def gated(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What goes into the output projection, of the block's input and of what heads mixed."""
+        return mixed
+
+    def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.q_norm is None or self.k_norm is None:
+            return q, k
+        return self.q_norm(q), self.k_norm(k)
+
+
+def _qk_norm(config: ModelConfig, kind: str, heads: int, dim: int) -> RMSNorm | None:
+    if not kind:
+        return None
+    size, groups = (dim, heads) if kind == "head" else (heads * dim, 1)
+    return RMSNorm(size, norm_eps(config), groups)
 
 
 class MoE(nn.Module):
     """The routed MLP of a layer: the experts, `intermediate` wide, that `route` chooses by the
-    gate's logits, and beside them `shared` ones that every token goes through.
+    gate's logits, and beside them `shared`, which every token goes through; `weighed`, that one's
+    result is multiplied by the sigmoid of a gate of its own.
     """
 
     def __init__(
@@ -140,20 +243,25 @@ class MoE(nn.Module):
         hidden: int,
         intermediate: int,
         route: Route,
-        names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-        shared: int = 0,
+        shared: nn.Module | None = None,
+        *,
+        weighed: bool = False,
     ) -> None:
         super().__init__()
         self.gate = Linear(hidden, route.experts)
         self.route = route
-        self.experts = Experts(route.experts, hidden, intermediate, route.top_k, names)
-        self.shared_experts = GatedMLP(hidden, intermediate * shared) if shared else None
+        self.experts = Experts(route.experts, hidden, intermediate, route.top_k)
+        self.shared_experts = shared
+        self.shared_gate = Linear(hidden, 1) if weighed else None
 
     def forward(self, x: Tensor) -> Tensor:
         routed = self.experts(x, self.route(self.gate(x)))
         if self.shared_experts is None:
             return routed  # type: ignore[no-any-return]
-        return routed + self.shared_experts(x)  # type: ignore[no-any-return]
+        shared = self.shared_experts(x)
+        if self.shared_gate is not None:
+            shared = torch.sigmoid(self.shared_gate(x)) * shared
+        return routed + shared  # type: ignore[no-any-return]
 
 
 def attention_heads(config: ModelConfig) -> tuple[int, int, int]:
@@ -168,19 +276,15 @@ def attention_heads(config: ModelConfig) -> tuple[int, int, int]:
     return heads, kv_heads, dim
 
 
-def routed_experts(config: ModelConfig, *keys: str) -> tuple[int, int]:
-    """(routed experts, experts a token), the first from whichever of `keys` the config has."""
-    key = next((key for key in keys if key in config), keys[0])
-    experts = config.require_int(key, minimum=1)
-    top_k = config.require_int("num_experts_per_tok", minimum=1)
-    if top_k > experts:
-        raise config.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
-    return experts, top_k
+def hidden_norm(config: ModelConfig) -> RMSNorm:
+    """A norm of hidden states."""
+    return RMSNorm(config.require_int("hidden_size"), norm_eps(config))
 
 
 def norm_eps(config: ModelConfig) -> float:
     """Epsilon of the hidden-state norms."""
-    return config.require_float("rms_norm_eps")
+    keys = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon")
+    return config.require_float(next((key for key in keys if key in config), keys[0]))
 
 
 def check_activation(config: ModelConfig) -> None:
@@ -199,3 +303,10 @@ def check_window(config: ModelConfig) -> None:
             f"{config.path}: sliding_window {window} is shorter than the context of {context}"
             " tokens; hmc attends to every earlier token"
         )
+
+
+def check_values(config: ModelConfig, **known: str | int) -> None:
+    """Refuse a key whose value, where it has one, is not the one hmc knows."""
+    for key, value in known.items():
+        if config.values.get(key) not in (None, value):
+            raise config.unsupported(key, repr(value))

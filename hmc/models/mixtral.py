@@ -13,9 +13,10 @@ from hmc.models.common import (
     MoE,
     attention_heads,
     check_window,
-    routed_experts,
 )
+from hmc.models.family import W123, Family
 from hmc.models.rope import rope
+from hmc.models.routing import routed_experts
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -24,8 +25,7 @@ def build(config: ModelConfig) -> nn.Module:
     angles = rope(config, attention_heads(config)[2], default_theta=1e6)
 
     def layer(index: int) -> nn.Module:
-        attention = GroupedQueryAttention(config, angles)
-        return DecoderLayer(config, attention, _routed(config), "block_sparse_moe")
+        return DecoderLayer(config, GroupedQueryAttention(config, angles), _routed(config))
 
     return CausalLM(config, layer)
 
@@ -37,5 +37,14 @@ def _routed(config: ModelConfig) -> MoE:
         config.require_int("hidden_size"),
         config.require_int("intermediate_size", minimum=1),
         Route(experts, top_k, Scoring.SOFTMAX_CHOSEN, normalise=False),
-        ("w1", "w3", "w2"),
     )
+
+
+FAMILIES = (
+    Family(
+        "mixtral",
+        build,
+        published=("mistralai/Mixtral-8x7B-Instruct-v0.1", "mistralai/Mixtral-8x22B-Instruct-v0.1"),
+        names=((r"\.mlp\.", ".block_sparse_moe."), *W123),
+    ),
+)

@@ -1,27 +1,41 @@
 """Qwen3-MoE: grouped-query attention with per-head norms of q and k; routed layers among optional
-dense ones.
+dense ones. Qwen2-MoE: biases instead of the norms, and a shared expert with a gate of its own.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from hmc.blocks import GatedMLP, Route, Scoring
+from hmc.blocks import GatedMLP
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import (
     CausalLM,
     DecoderLayer,
     GroupedQueryAttention,
-    MoE,
     attention_heads,
     check_window,
-    routed_experts,
 )
+from hmc.models.family import Family
 from hmc.models.rope import rope
+from hmc.models.routing import dense_mlp, softmax_moe
 
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Qwen3-MoE config.json."""
+    bias = config.get_bool("attention_bias", False)
+    return _model(config, bias=bias, out_bias=bias, qk_norm="head")
+
+
+def build_qwen2(config: ModelConfig) -> nn.Module:
+    """The model of a Qwen2-MoE config.json."""
+    width = config.require_int("shared_expert_intermediate_size", minimum=1)
+    return _model(config, shared=width, bias=config.get_bool("qkv_bias", True))
+
+
+def _model(config: ModelConfig, shared: int = 0, **attention: Any) -> nn.Module:
+    """`shared` is the width of the shared expert, `attention` are options of the attention."""
     if config.get_bool("use_sliding_window", False):
         check_window(config)
     hidden = config.require_int("hidden_size")
@@ -30,26 +44,31 @@ def build(config: ModelConfig) -> nn.Module:
     step = config.get_int("decoder_sparse_step", 1, minimum=1)
 
     def layer(index: int) -> nn.Module:
-        routed = index not in dense and (index + 1) % step == 0
-        attention = GroupedQueryAttention(
-            config, angles, bias=config.get_bool("attention_bias", False), qk_norm=True
-        )
-        mlp = (
-            routed_mlp(config)
-            if routed
-            else GatedMLP(hidden, config.require_int("intermediate_size", minimum=1))
-        )
-        return DecoderLayer(config, attention, mlp)
+        if index not in dense and (index + 1) % step == 0:
+            beside = GatedMLP(hidden, shared) if shared else None
+            mlp: nn.Module = softmax_moe(config, shared=beside)
+        else:
+            mlp = dense_mlp(config)
+        return DecoderLayer(config, GroupedQueryAttention(config, angles, **attention), mlp)
 
     return CausalLM(config, layer)
 
 
-def routed_mlp(config: ModelConfig) -> MoE:
-    """Softmax over all experts, the chosen renormalised where the config says so."""
-    experts, top_k = routed_experts(config, "num_experts", "num_local_experts")
-    normalise = config.get_bool("norm_topk_prob", False)
-    return MoE(
-        config.require_int("hidden_size"),
-        config.require_int("moe_intermediate_size", minimum=1),
-        Route(experts, top_k, Scoring.SOFTMAX_ALL, normalise=normalise),
-    )
+FAMILIES = (
+    Family(
+        "qwen3_moe",
+        build,
+        "norms of q and k by head",
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-Coder-480B-A35B-Instruct"),
+    ),
+    Family(
+        "qwen2_moe",
+        build_qwen2,
+        "biases of q, k and v, a shared expert with a gate",
+        ("Qwen/Qwen1.5-MoE-A2.7B", "Qwen/Qwen2-57B-A14B-Instruct"),
+        names=(
+            (r"\.mlp\.shared_experts\.", ".mlp.shared_expert."),
+            (r"\.mlp\.shared_gate\.", ".mlp.shared_expert_gate."),
+        ),
+    ),
+)

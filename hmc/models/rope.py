@@ -16,12 +16,13 @@ from torch import Tensor
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import ConfigError, UnsupportedError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "deepseek_yarn", "dynamic")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`inv_freq`: radians a position, dim / 2 of them; `factor` scales cos and sin.
+    """`inv_freq`: radians a position, one for two of the elements that are rotated; `factor` scales
+    cos and sin.
 
     `mscale` is YaRN's correction of the softmax temperature for models that put it into the
     attention scale (squared) rather than into cos and sin; 1 otherwise.
@@ -32,22 +33,24 @@ class Rope:
     mscale: float = 1.0
 
 
-def rope(config: ModelConfig, dim: int, default_theta: float = 10000.0) -> Rope:
-    """The rotary settings of a model that rotates `dim` elements of each head.
+def rope(
+    config: ModelConfig,
+    dim: int,
+    default_theta: float = 10000.0,
+    *,
+    partial: float = 0.0,
+    layer_type: str = "",
+) -> Rope:
+    """The rotary settings of a model with heads of `dim` elements; of layers of `layer_type`, where
+    the configuration tells these apart. `partial` is the family's default of
+    `partial_rotary_factor`, the share of each head, its first elements, that is rotated (0: the
+    family rotates whole heads).
 
     Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that
     cannot be.
     """
-    if dim % 2:
-        raise ConfigError(f"{config.path}: rotary embedding of {dim} elements a head, must be even")
-    section = config.section("rope_scaling") or config.section("rope_parameters")
+    section = _section(config, layer_type)
     settings = section or config
-    for key, value in settings.values.items() if section else ():
-        if isinstance(value, dict):
-            raise UnsupportedError(
-                f"{config.path}: {settings.prefix}{key} sets rotary embedding by layer type,"
-                " which hmc cannot"
-            )
     kind = "default"
     if section:
         kind = section.get_str("rope_type", section.get_str("type", "default"))
@@ -56,22 +59,58 @@ def rope(config: ModelConfig, dim: int, default_theta: float = 10000.0) -> Rope:
             f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of"
             f" {', '.join(ROPE_TYPES)}"
         )
-    for holder in (settings, config):
-        if holder.get_float("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedError(
-                f"{config.path}: {holder.prefix}partial_rotary_factor must be 1 for this family"
-            )
+    share = config.get_float("partial_rotary_factor", partial or 1.0)
+    share = settings.get_float("partial_rotary_factor", share)
+    if not partial and share != 1.0:
+        raise UnsupportedError(
+            f"{config.path}: partial_rotary_factor is {share:g}, must be 1 for this family"
+        )
+    rotated = int(dim * share)
+    if rotated % 2 or not 0 < rotated <= dim:
+        raise ConfigError(
+            f"{config.path}: rotary embedding of {rotated} of {dim} elements a head, must be even"
+        )
     theta = settings.get_float("rope_theta", config.get_float("rope_theta", default_theta))
     if theta <= 1:
         raise config.error("rope_theta", f"is {theta:g}, must be above 1")
-    powers = theta ** (torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim)
-    if section is None or kind == "default":
+    if section is not None and kind == "dynamic":
+        theta *= _stretch(section, rotated)
+    steps = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
+    powers = theta**steps
+    if section is None or kind in ("default", "dynamic"):
         return Rope(_floats(1.0 / powers))
     if kind == "linear":
         return Rope(_floats(1.0 / powers / _factor(section)))
     if kind == "llama3":
         return Rope(_floats(_llama3(section, 1.0 / powers, _original(config, section))))
     return _yarn(config, section, powers, theta)
+
+
+def _section(config: ModelConfig, layer_type: str) -> ModelConfig | None:
+    """The object that holds the settings, where there is one: an empty one says nothing."""
+    places = (config.section(key) for key in ("rope_scaling", "rope_parameters"))
+    section = next((each for each in places if each is not None and each.values), None)
+    if section is None:
+        return None
+    if layer_type and (own := section.section(layer_type)) is not None:
+        return own
+    for key, value in section.values.items():
+        if isinstance(value, dict):
+            raise UnsupportedError(
+                f"{config.path}: {section.prefix}{key} sets rotary embedding by layer type,"
+                " which hmc cannot for this family"
+            )
+    return section
+
+
+def _stretch(section: ModelConfig, dim: int) -> float:
+    """What NTK-aware scaling by a fixed `alpha` (Hunyuan) multiplies theta by."""
+    if "alpha" not in section:
+        raise section.unsupported("alpha", "dynamic scaling by a fixed alpha alone")
+    alpha = section.require_float("alpha")
+    if alpha <= 0 or dim <= 2:
+        raise section.error("alpha", f"is {alpha:g}, must be above 0")
+    return float(alpha ** (dim / (dim - 2)))
 
 
 def _factor(section: ModelConfig) -> float:

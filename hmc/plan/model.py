@@ -30,9 +30,9 @@ class ModelInfo(Frozen):
     """The shape of a model in a few numbers.
 
     `experts` and `top_k` are those of its routed layers (0 without any), `context` the tokens its
-    positions are made for. `parameters` counts stored weights once, tied ones too;
-    `active_parameters` those one token is multiplied with: `top_k` experts a layer, and one row of
-    the embedding table.
+    positions are made for, or fewer, and then `context_reason` says why. `parameters` counts stored
+    weights once, tied ones too; `active_parameters` those one token is multiplied with: `top_k`
+    experts a layer, and one row of the embedding table.
     """
 
     family: str
@@ -43,6 +43,7 @@ class ModelInfo(Frozen):
     experts: Count
     top_k: Count
     context: Count
+    context_reason: str = ""
     parameters: Count
     active_parameters: Count
     eos_token_ids: tuple[int, ...]

@@ -22,7 +22,7 @@ class Options(BaseModel):
     GPU may be used (0: all); the cache holds `concurrency` sequences; `ring` experts fit into the
     slots of a streamed prefill. Of models that keep states a sequence, `snapshot_bytes` may hold
     those of prompts, for others that begin alike. `slo` are goals as the user wrote them,
-    `profile` recorded routing.
+    `family` is how to read the model, whatever config.json calls it, `profile` recorded routing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -36,6 +36,7 @@ class Options(BaseModel):
     ring: Annotated[int, Field(ge=0)] = 0
     snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     slo: str = ""
+    family: str = ""
     profile: RoutingProfile | None = None
 
     @property

@@ -1,7 +1,8 @@
 """Connected pieces of a graph's own arithmetic, each as one expression over rows.
 
 A piece grows from its result backwards: a function whose value nobody outside reads is taken in, as
-long as one kernel can compute the whole (`_fits`). What is made of weights alone is taken in
+long as one kernel can compute the whole (`_fits`), but none of the layers into the head, which
+works on other rows. What is made of weights alone is taken in
 wherever it is read, and computed there.
 """
 
@@ -53,6 +54,10 @@ def pieces(graph: torch.fx.Graph) -> Iterator[Piece]:
         yield _piece(result, members)
 
 
+def _in_head(node: Node) -> bool:
+    return meta(node).section == "head"
+
+
 def _computes(node: Node) -> bool:
     return node.op != "call_module" and meta(node).kind in (POINTWISE, ADD)
 
@@ -87,9 +92,9 @@ def _grown(result: Node) -> set[Node]:
         node = waiting.pop(0)
         if node in members or any(user not in members for user in node.users):
             continue
-        if meta(node).kind == "mask":
-            members.add(node)  # what it compares is part of the `where` already
-        elif not _computes(node) or not _fits(result, members | {node}):
+        joins = _computes(node) and _in_head(node) == _in_head(result)
+        compared = meta(node).kind == "mask"  # what it compares is part of the `where` already
+        if not compared and not (joins and _fits(result, members | {node})):
             continue
         members.add(node)
         waiting += node.all_input_nodes

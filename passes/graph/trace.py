@@ -121,7 +121,7 @@ class _Reader:
                 )
         shape = (block.width,) if isinstance(block, Vector) else (TOKENS, block.width)
         self._values[node] = torch.empty(shape, device="meta")
-        return block.meta(layer, section, block.weights(str(node.target)))
+        return block.meta(layer, section, block.stored(str(node.target)))
 
     def _item(self, node: fx.Node) -> NodeMeta | None:
         """Columns of rows."""

@@ -35,7 +35,7 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
     if asked and model and asked > model:
         raise UsageError(
             f"--max-context {asked}: the model's context is {model} tokens"
-            " (max_position_embeddings)"
+            f" ({target.info.context_reason or 'max_position_embeddings'})"
         )
     notes = Notes("budget")
     budget = divide(needs, target, options, notes)

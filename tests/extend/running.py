@@ -24,8 +24,8 @@ from hmc.codegen.spec import ARGS, Arg, KernelSpec
 from hmc.graph import Attr, attrs
 from hmc.models import FAMILIES, Family
 from hmc.models.common import CausalLM, GroupedQueryAttention, norm_eps
-from hmc.models.qwen3_moe import routed_mlp
 from hmc.models.rope import rope
+from hmc.models.routing import softmax_moe
 from hmc.ops import OPS, Attrs, Op, Role, State, Use
 from hmc.ops.row import Weights, attr, picked, spec
 from hmc.plan import Step
@@ -158,7 +158,7 @@ class Layer(nn.Module):
             self.mixer = Linear(hidden, hidden)
         self.running = Running(hidden, 0.75)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.mlp = routed_mlp(config)
+        self.mlp = softmax_moe(config)
 
     @property
     def attention_half(self) -> tuple[nn.Module, ...]:
@@ -206,7 +206,7 @@ def registered() -> Iterator[None]:
         (ARGS, ARGUMENTS),
         (EMITTERS, emit),
         (HOST_OPS, lower),
-        (FAMILIES, Family(build)),
+        (FAMILIES, Family(NAME, build)),
     ]
     with pytest.MonkeyPatch.context() as patched:
         for table, entry in tables:

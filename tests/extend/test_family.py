@@ -57,7 +57,7 @@ class Quirky(Layer):
 
 @pytest.fixture(scope="module", autouse=True)
 def known() -> Iterator[None]:
-    family = Family(lambda config: CausalLM(config, lambda i: Quirky(config, i)), lambda c: ())
+    family = Family(NAME, lambda config: CausalLM(config, lambda i: Quirky(config, i)))
     with registered(), with_format(E5M2_ROWS), pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, NAME, family)
         yield
@@ -75,7 +75,7 @@ def model(
     generator, tensors = torch.Generator().manual_seed(3), {}
     plain: list[str] = []
     for path, block in module.named_modules():
-        for spec in block.weights(path) if isinstance(block, Block) else ():
+        for spec in block.stored(path) if isinstance(block, Block) else ():
             parts = []
             for name in [spec.name.format(e=e) for e in range(spec.experts)] or [spec.name]:
                 noise = torch.randn(spec.shape, generator=generator)

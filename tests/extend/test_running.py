@@ -170,7 +170,7 @@ def test_two_nodes_of_a_layer_share_no_state(directory: Path) -> None:
             super().__init__(config, index)
             self.running = torch.nn.Sequential(self.running, Running(64, 0.5))
 
-    twice = Family(lambda config: CausalLM(config, partial(Twice, config)))
+    twice = Family("twice", lambda config: CausalLM(config, partial(Twice, config)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(FAMILIES, NAME, twice)
         with pytest.raises(PassFailedError, match="two nodes of layer 0 keep a state running"):

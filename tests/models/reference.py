@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 import torch
@@ -10,28 +11,36 @@ from torch import Tensor, nn
 
 from hmc.blocks import Block
 from hmc.checkpoint.config import load_config
+from hmc.graph import WeightSpec
 from hmc.models import Model, load
 
 
 def load_model(directory: Path) -> Model:
     """The model of a checkpoint on the CPU, its weights loaded; every tensor of the checkpoint is
-    used.
+    used, but those that the family leaves aside.
     """
     model = load(load_config(directory))
     module = model.module.to_empty(device="cpu")
     tensors = read_dequantised(directory)
     used = set()
     for path, block in module.named_modules():
-        if not isinstance(block, Block):
-            continue
-        for spec in block.weights(path):
-            names = [spec.name.format(e=e) for e in range(spec.experts)] or [spec.name]
-            parts = [tensors[name] for name in names]
-            used.update(names)
+        for spec in block.stored(path) if isinstance(block, Block) else ():
+            parts = [_part(tensors, spec, expert) for expert in range(max(1, spec.experts))]
+            used.update(spec.name.format(e=expert) for expert in range(max(1, spec.experts)))
             assert all(tuple(part.shape) == spec.shape for part in parts), spec
             getattr(block, spec.role).copy_(torch.stack(parts) if spec.experts else parts[0])
-    assert used == set(tensors)
+    aside = [name for each in model.aside for name in fnmatch.filter(tensors, each.pattern)]
+    assert used.isdisjoint(aside)
+    assert used | {*aside} == set(tensors)
     return model
+
+
+def _part(tensors: dict[str, Tensor], spec: WeightSpec, expert: int) -> Tensor:
+    """A weight in its tensor, of routed ones that of an expert."""
+    found, view = tensors[spec.name.format(e=expert)], spec.view
+    if view is None:
+        return found
+    return (found[expert] if view.stacked else found)[view.first :][: spec.shape[0]]
 
 
 def run(module: nn.Module, ids: list[int]) -> Tensor:

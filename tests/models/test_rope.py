@@ -11,6 +11,7 @@ from transformers import MixtralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hmc.checkpoint.config import ModelConfig
+from hmc.errors import ConfigError, UnsupportedError
 from hmc.models.rope import rope
 
 SCALINGS: list[dict[str, Any]] = [
@@ -57,6 +58,47 @@ def test_default_frequencies(section: dict[str, Any]) -> None:
     expected = 500.0 ** (-torch.arange(0, 10, 2, dtype=torch.float64) / 10)
     torch.testing.assert_close(torch.tensor(ours.inv_freq), expected.float())
     assert (ours.factor, ours.mscale) == (1.0, 1.0)
+
+
+def test_a_share_of_each_head() -> None:
+    whole = rope(_config({"rope_theta": 500.0}), 12).inv_freq
+    by_key = rope(_config({"rope_theta": 500.0, "partial_rotary_factor": 0.5}), 24, partial=1.0)
+    assert rope(_config({"rope_theta": 500.0}), 24, partial=0.5).inv_freq == whole
+    assert by_key.inv_freq == whole
+    inside = {"rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    found = rope(_config({"rope_parameters": inside, "partial_rotary_factor": 1.0}), 24, partial=1)
+    assert found.inv_freq == whole
+    with pytest.raises(UnsupportedError, match="partial_rotary_factor is 0"):
+        rope(_config({"partial_rotary_factor": 0.5}), 24)
+    with pytest.raises(ConfigError, match=r"13 of 26 elements a head, must be even"):
+        rope(_config({}), 26, partial=0.5)
+
+
+def test_settings_by_layer_type() -> None:
+    own = {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_theta": 20.0}}
+    config = _config({"rope_parameters": own, "rope_theta": 7.0})
+    full, sliding = (
+        rope(config, 8, layer_type=f"{kind}_attention") for kind in ("full", "sliding")
+    )
+    assert full.inv_freq == rope(_config({"rope_theta": 500.0}), 8).inv_freq
+    assert sliding.inv_freq == rope(_config({"rope_theta": 20.0}), 8).inv_freq
+    alike = _config({"rope_parameters": {"rope_theta": 500.0}})
+    assert rope(alike, 8, layer_type="full_attention") == full
+    with pytest.raises(UnsupportedError, match="by layer type"):
+        rope(config, 8)
+
+
+def test_an_empty_section_says_nothing() -> None:
+    found = rope(_config({"rope_scaling": {}, "rope_parameters": {"rope_theta": 500.0}}), 8)
+    assert found.inv_freq == rope(_config({"rope_theta": 500.0}), 8).inv_freq
+
+
+def test_a_fixed_alpha_stretches_theta() -> None:
+    scaling = {"type": "dynamic", "alpha": 1000.0, "factor": 1.0}
+    found = rope(_config({"rope_theta": 10000.0, "rope_scaling": scaling}), 128)
+    assert found.inv_freq[1] == pytest.approx((1e4 * 1000 ** (128 / 126)) ** (-1 / 64))
+    with pytest.raises(UnsupportedError, match="alpha"):
+        rope(_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), 128)
 
 
 def test_mscale_is_that_of_deepseek() -> None:

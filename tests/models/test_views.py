@@ -88,7 +88,7 @@ def logits(plan: Plan) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FAMILIES, "fused", Family(fused))
+    monkeypatch.setitem(FAMILIES, "fused", Family("fused", fused))
 
 
 @pytest.mark.parametrize("quant", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"])

@@ -1,0 +1,79 @@
+"""The table of families: a row each, from the file that builds it, and rows that installed packages
+add under the entry point group `hmc.families`.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+from hmc.errors import UnsupportedError
+from hmc.models import (
+    afmoe,
+    axk1,
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    exaone_moe,
+    glm4_moe,
+    hunyuan_v1_moe,
+    hy_v3,
+    laguna,
+    mellum,
+    mimo_v2_flash,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen3_moe,
+    sarvam_mla,
+)
+from hmc.models.family import Family
+
+_MODULES = (
+    afmoe,
+    axk1,
+    deepseek_v2,
+    deepseek_v3,
+    deepseek_v32,
+    exaone_moe,
+    glm4_moe,
+    hunyuan_v1_moe,
+    hy_v3,
+    laguna,
+    mellum,
+    mimo_v2_flash,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen3_moe,
+    sarvam_mla,
+)
+
+GROUP = "hmc.families"
+"""Entry points of packages that bring families; each names a `Family` or a tuple of them."""
+
+FAMILIES: dict[str, Family] = {
+    row.model_type: row for module in _MODULES for row in module.FAMILIES
+}
+
+
+def all_families() -> dict[str, Family]:
+    """Every family by its model_type, those of installed packages too.
+
+    Raises `UnsupportedError` for a package whose entry point is no family.
+    """
+    found = dict(FAMILIES)
+    for point in entry_points(group=GROUP):
+        try:
+            rows = point.load()
+        except Exception as error:
+            raise UnsupportedError(
+                f"entry point {point.name} of group {GROUP} cannot be loaded:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+        for row in rows if isinstance(rows, tuple) else (rows,):
+            if not isinstance(row, Family):
+                raise UnsupportedError(
+                    f"entry point {point.name} of group {GROUP}: {row!r} is no hmc.models.Family"
+                )
+            found.setdefault(row.model_type, row)
+    return found

@@ -1,0 +1,105 @@
+"""A family that the tree does not have: what is said of it, and how it is read all the same."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_models import FOLDER
+
+import hmc
+from hmc.checkpoint.config import ModelConfig
+from hmc.cli import main
+from hmc.errors import UnsupportedError, UsageError
+from hmc.models import load
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "family"
+
+
+def _config(family: str, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((FOLDER / f"{family}.json").read_text())
+    return values | changes
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("qwen3_moe", {"model_type": "qwen9_moe"}, ["nearest is qwen3_moe", "max_window"]),
+        (
+            "deepseek_v3",
+            {"model_type": "deepseek_v9", "hc_mult": 4, "n_hash_layers": 2},
+            ["deepseek_v9", "nearest is deepseek_v3", "hc_mult, n_hash_layers", "--family"],
+        ),
+        ("kimi_k25", {"model_type": "kimi_x"}, ["kimi_x", "nearest is kimi_k2"]),
+        (
+            "minimax_m2",
+            {"model_type": "minimax_m9", "use_qk_norm": False},
+            ["minimax_m9", "nearest is minimax_m2", "use_qk_norm", "False"],
+        ),
+    ],
+)
+def test_the_nearest_family_is_named(
+    family: str, changes: dict[str, Any], words: list[str]
+) -> None:
+    config = ModelConfig(Path("config.json"), _config(family, **changes), "")
+    with pytest.raises(UnsupportedError) as caught:
+        load(config)
+    message = str(caught.value)
+    assert message.startswith("config.json: ") and "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_family_can_be_said(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_config("qwen3_moe", model_type="my_own")))
+    plan = hmc.compile(path, dummy_weights=True, family="qwen3_moe", max_context=64)
+    assert plan.model.family == plan.options.family == "qwen3_moe"
+    with pytest.raises(UsageError, match=r"--family nonesuch: not one of .*axk1, "):
+        hmc.compile(path, dummy_weights=True, family="nonesuch")
+
+
+def test_a_longer_context_than_the_family_allows(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_config("glm_moe_dsa")))
+    assert hmc.compile(path, dummy_weights=True).limits.max_context == 64
+    with pytest.raises(UsageError, match=r"--max-context 65: .* 64 tokens \(index_topk: beyond it"):
+        hmc.compile(path, dummy_weights=True, max_context=65)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's package, as pip would have installed it."""
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    about = tmp_path / "site" / "hmc_capped_moe-1.0.dist-info"
+    about.mkdir(parents=True)
+    about.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    points = project["entry-points"]["hmc.families"].items()
+    lines = "".join(f"{name} = {target}\n" for name, target in points)
+    about.joinpath("entry_points.txt").write_text(f"[hmc.families]\n{lines}")
+    monkeypatch.syspath_prepend(about.parent)
+    monkeypatch.syspath_prepend(EXAMPLE)
+
+
+@pytest.mark.usefixtures("installed")
+def test_an_installed_package_brings_a_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(_config("qwen3_moe", model_type="capped_moe", logit_cap=5.0)))
+    plan = hmc.compile(path, dummy_weights=True, max_context=64, threads=2)
+    assert plan.model.family == "capped_moe"
+    with hmc.Engine(plan, dummy_weights=True, threads=2) as engine:
+        logits = engine.logits([3, 4, 5])
+    assert np.isfinite(logits).all() and np.abs(logits).max() <= 5.0
+    with pytest.raises(SystemExit) as stopped:
+        main(["models", "--json"])
+    rows = json.loads(capsys.readouterr().out)
+    assert not stopped.value.code
+    assert {"axk1", "capped_moe", "qwen3_moe"} <= {row["model_type"] for row in rows}

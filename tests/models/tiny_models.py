@@ -1,0 +1,136 @@
+"""The table of tiny models: a configuration a family, as published ones are written but for their
+sizes (tiny/<model_type>.json), what transformers needs besides to build it (`TINY`), and its
+checkpoints and logits.
+
+Names and layouts are those of published files: transformers writes them (save_pretrained undoes its
+own renamings) and reads them back as the oracle; `TINY` says where it would do neither. Sizes are
+alike across families where that is honest, since each other one is a kernel to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from checkpoints import VOCAB, draw
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import logging
+
+Floats = NDArray[np.float32]
+FOLDER = Path(__file__).parent / "tiny"
+PROMPT = 45
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What the oracle of a family needs: the `model_type` that transformers knows it by, the class
+    that loads it, tensors that published checkpoints hold `beside` those that transformers writes,
+    by name and shape, and names that it writes otherwise than they are published.
+    """
+
+    model_type: str = ""
+    loader: Any = AutoModelForCausalLM
+    beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    published: tuple[tuple[str, str], ...] = ()
+
+
+_AHEAD = {"eh_proj.weight": (192, 384), "enorm.weight": (192,), "shared_head.norm.weight": (192,)}
+
+
+def _ahead(layer: int) -> dict[str, tuple[int, ...]]:
+    return {f"model.layers.{layer}.{name}": shape for name, shape in _AHEAD.items()}
+
+
+TINY: dict[str, Tiny] = {
+    "axk1": Tiny(beside={"model.layers.0.post_mlp_layernorm.weight": (192,)}),
+    "deepseek_v3": Tiny(beside=_ahead(3)),
+    "deepseek_v32": Tiny(beside=_ahead(3)),
+    "glm4_moe": Tiny(beside=_ahead(3)),
+    "glm4_moe_lite": Tiny(beside=_ahead(3)),
+    "glm_moe_dsa": Tiny(beside=_ahead(4)),
+    "glm4v_moe": Tiny(loader=AutoModelForImageTextToText),
+    "hy_v3": Tiny(beside=_ahead(3)),
+    "kimi_k2": Tiny("deepseek_v3"),
+    "kimi_k25": Tiny(
+        loader=AutoModelForImageTextToText,
+        published=(
+            (r"^language_model\.model\.blocks\.", "language_model.model.layers."),
+            (r"^model\.mm_projector\.", "mm_projector."),
+        ),
+    ),
+}
+"""Families that need more than their configuration."""
+
+_F32 = re.compile(r"(e_score_correction_bias|expert_bias|block_sparse_moe\.gate\.weight)$")
+
+
+def families() -> list[str]:
+    """The families of the table."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def write(directory: Path, family: str, seed: int = 0) -> Path:
+    """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    values = json.loads((FOLDER / f"{family}.json").read_text())
+    tiny = TINY.get(family, Tiny())
+    _quiet()
+    tiny.loader.from_config(_config(family, values)).save_pretrained(directory)
+    shapes = dict(load_file(directory / "model.safetensors"))
+    shapes |= {name: torch.empty(shape) for name, shape in tiny.beside.items()}
+    generator = torch.Generator().manual_seed(seed)
+    tied = values.get("text_config", values).get("tie_word_embeddings", False)
+    tensors = {}
+    for name in sorted(shapes):
+        weight = draw(name, shapes[name], tied, generator)
+        for pattern, replacement in tiny.published:
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = weight if _F32.search(name) else weight.to(torch.bfloat16)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(values))
+    return directory
+
+
+def prompt(length: int = PROMPT) -> list[int]:
+    """Fixed token ids; an end-of-sequence token among them, at which nothing may start anew."""
+    ids = [int(x) for x in np.random.default_rng(length).integers(3, VOCAB, length)]
+    return [*ids[:17], 1, *ids[18:]] if length > 17 else ids
+
+
+@cache
+def oracle(directory: Path, dtype: torch.dtype) -> Floats:
+    """Logits [tokens, vocab] of the prompt by transformers, run in `dtype`."""
+    values = json.loads((directory / "config.json").read_text())
+    family = values["model_type"]
+    tiny = TINY.get(family, Tiny())
+    _quiet()
+    model, found = tiny.loader.from_pretrained(
+        directory, config=_config(family, values), dtype=dtype, output_loading_info=True
+    )
+    assert not found["missing_keys"] and not found["mismatched_keys"], found
+    assert set(found["unexpected_keys"]) <= {*tiny.beside}, found
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=torch.tensor([prompt()]), use_cache=False).logits[0]
+    result: Floats = logits.float().numpy()
+    return result
+
+
+def _config(family: str, values: Mapping[str, Any]) -> Any:
+    settings = {key: deepcopy(value) for key, value in values.items() if key != "model_type"}
+    return AutoConfig.for_model(TINY.get(family, Tiny()).model_type or family, **settings)
+
+
+def _quiet() -> None:
+    """transformers warns of published keys that it has other names for."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
