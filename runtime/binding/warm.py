@@ -82,7 +82,7 @@ def _stored(plan: Plan) -> dict[str, list[Hashable]]:
 def numbers_between(least: int, most: int) -> Iterator[int]:
     """Tokens of calls of `least` to `most` that launch whatever any such call does."""
     powers = {1 << bit for bit in range(most.bit_length())}
-    every = sorted({*powers, *(power + 1 for power in powers), most})
+    every = sorted({*powers, *(power + 1 for power in powers), most}, reverse=True)
     return (tokens for tokens in every if least <= tokens <= most)
 
 

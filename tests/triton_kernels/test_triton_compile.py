@@ -15,6 +15,8 @@ from format_rows import TWICE
 from triton_gpu import assembled
 
 from hmc.codegen.triton import table
+from hmc.codegen.triton.layout import Layout
+from hmc.errors import UnsupportedError
 from hmc.formats import FORMATS, format_of, forms, registered
 from hmc.runtime.device_ops.triton import launch
 from hmc.runtime.device_ops.triton.launch import Terms, Weight, Workspace, X
@@ -124,8 +126,15 @@ def test_a_format_of_two_planes_of_scales() -> None:
             assert made.spilled <= 16 and made.instruction
 
 
-def test_every_format_has_a_layout() -> None:
-    assert {form.split()[0] for form in FORMS} == set(FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_read_or_refused(name: str) -> None:
+    row = format_of(name)
+    dtypes = [plane.in_memory(plane.dtypes[0]) for plane in row.planes]
+    if all(plane.kind == "scale" and not plane.block[1] for plane in row.planes):
+        assert Layout.of(row, dtypes, 32 * row.grouped).planes == len(row.planes)
+        return
+    with pytest.raises(UnsupportedError, match=name):
+        Layout.of(row, dtypes, 32 * row.grouped)
 
 
 def test_kernels_of_later_cards_are_those_of_earlier_ones() -> None:
