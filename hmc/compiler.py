@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch.fx
 
@@ -50,6 +51,7 @@ def compile(
     routing_profile: str | Path = "",
     ring: int = 0,
     family: str = "",
+    attention: Literal["triton", "flashinfer"] = "triton",
 ) -> Plan:
     """Compile the model directory or GGUF file `path` into a plan.
 
@@ -59,7 +61,8 @@ def compile(
     of that family (see `hmc models`), whatever config.json calls it; `threads` native workers (0:
     one a core). With GPUs, `vram` GB of each may be used (0: all), the cache holds `concurrency`
     sequences, `routing_profile` names recorded routing, and `ring` experts (at least 2; 0: as many
-    as pay) fit into the slots of a streamed prefill. `slo` are goals such as
+    as pay) fit into the slots of a streamed prefill; `attention` of decode is computed there by
+    hmc's own kernels or by FlashInfer's. `slo` are goals such as
     "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
     would lift it. Raises subclasses of `HmcError`.
     """
@@ -83,6 +86,7 @@ def compile(
         vram=int(vram * 1e9),
         concurrency=concurrency,
         ring=ring,
+        attention=attention,
         slo=slo,
         family=family,
         profile=load_profile(routing_profile) if str(routing_profile) else None,

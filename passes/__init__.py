@@ -8,12 +8,19 @@ from hmc.passes.emit.dual_batch import DualBatch
 from hmc.passes.graph.canonicalise import Canonicalise
 from hmc.passes.graph.fuse import Fuse
 from hmc.passes.graph.lower import Lower
+from hmc.passes.place.decode_attention import DecodeAttention
 from hmc.passes.place.expert_placement import ExpertPlacement
 from hmc.passes.place.memory import Memory
 from hmc.passes.records import GraphPass, PlanPass
 from hmc.passes.stream.load import StreamLoad
 
 GRAPH: tuple[GraphPass, ...] = (Canonicalise(), Fuse(), Lower())
-PLAN: tuple[PlanPass, ...] = (ExpertPlacement(), DualBatch(), StreamLoad(), Memory())
+PLAN: tuple[PlanPass, ...] = (
+    ExpertPlacement(),
+    DualBatch(),
+    StreamLoad(),
+    DecodeAttention(),
+    Memory(),
+)
 
 __all__ = ["GRAPH", "PLAN"]

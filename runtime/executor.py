@@ -151,6 +151,7 @@ class Executor:
                     routing=routing,
                     gpus=gpus,
                     directory=directory,
+                    progress=progress,
                 )
                 self.pinned, self._opened = opened.pinned, opened
                 stack.enter_context(opened)

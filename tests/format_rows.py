@@ -49,6 +49,18 @@ TENSOR = Format(
     exact_in=("f32",),
     about="BF16, one scale",
 )
+TWICE = Format(
+    name="e4m3_twice",
+    title="FP8, scaled twice",
+    planes=(
+        Plane("codes", ("F8_E4M3",)),
+        Plane("block", ("BF16",), ("_scale",), 64, 64, kept=("F32",)),
+        Plane("row", ("F32",), ("_scale_2",), 1, WHOLE, kept=("F32",)),
+    ),
+    exact_in=("f32",),
+    about="FP8 E4M3, 64x64 scales and one a row",
+    values=minifloats(4, 3, infinities=False),
+)
 ROWS = (E5M2_ROWS, FOUR_BITS, BLOCKS, TENSOR)
 
 

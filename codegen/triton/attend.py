@@ -140,7 +140,7 @@ def attend(q, keys, values, tables, lengths, sinks, y, partials, counters, scale
         top, total, mixed = weighed(score, value, top, total, mixed)
 
     mine = live
-    if SPLITS > 1 and used > 1:
+    if used > 1:
         number = token * tl.num_programs(0) + tile
         own = partials + number.to(tl.int64) * splits * (HEADS * (WIDE + 2))
         last, top, total, mixed = parts_joined(

@@ -1,5 +1,5 @@
-"""Kernels for one weight layout and one activation, made of plain functions by any compiler:
-Triton's `jit`, or its interpreter in tests.
+"""Kernels made of plain functions by any compiler, Triton's `jit` or its interpreter in tests: here
+those for one weight layout and one activation, in library.py all others.
 
 Device functions and kernels call each other by name and read constants. Here they are copied into a
 namespace of their own, where the names are those of one layout: so there is one kernel for any
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import builtins
 import importlib
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from types import FunctionType, ModuleType
 from typing import Any
 
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.triton import activation, experts, linear, planes, sums, terms
+from hmc.codegen.triton.compiling import jit
 from hmc.codegen.triton.layout import STEP, Layout
 from hmc.errors import UnsupportedError
 
 Wrap = Callable[[FunctionType], Any]
 
-ANY_NUMBER = ("tokens", "height", "parts", "first_slot", "experts", "all_experts", "steps")
-"""Arguments that kernels are not compiled anew for: those that vary from call to call."""
-ANY_ADDRESS = ("slots", "edges", "begins", "ends", "ids", "table")
-"""Pointers that may be at any address, and are not read in haste."""
+MODULES = (planes, sums, activation, linear, experts, terms)
 
 _WORDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 _EIGHT_BITS = {"E4M3": 1, "E5M2": 2, "E8M0": 3}
@@ -40,9 +38,7 @@ def kernels(layout: Layout, act: str = SWIGLU, eights: bool = False) -> Any:
 
     Raises ImportError where there is no Triton.
     """
-    triton = importlib.import_module("triton")
-    free = {"do_not_specialize": ANY_NUMBER, "do_not_specialize_on_alignment": ANY_ADDRESS}
-    return made(layout, act, eights, partial(triton.jit, **free), triton.language.constexpr)
+    return made(layout, act, eights, jit, importlib.import_module("triton.language").constexpr)
 
 
 def made(
@@ -52,12 +48,17 @@ def made(
     codes that tensor cores cannot multiply as they are."""
     if eights and layout.kind != "e4m3":
         raise UnsupportedError("products of x as two FP8 numbers are with FP8 E4M3")
-    tl = importlib.import_module("triton.language")
-    home = ModuleType(f"hmc_triton_{layout.kind}")
+    constants = _constants(layout, eights, importlib.import_module("triton.language"))
+    known = {name: constant(value) for name, value in constants.items()}
+    return joined((*functions(MODULES), activation.function(act)), known, wrap)
+
+
+def joined(each: Iterable[FunctionType], known: Mapping[str, Any], wrap: Wrap) -> ModuleType:
+    """A module of copies of functions, each wrapped, that see each other and what is `known`."""
+    home = ModuleType("hmc_triton")
     names = home.__dict__
-    names.update(__builtins__=builtins, tl=tl)
-    names.update({name: constant(value) for name, value in _constants(layout, eights, tl).items()})
-    for function in (*_functions(), activation.function(act)):
+    names.update(known, __builtins__=builtins, tl=importlib.import_module("triton.language"))
+    for function in each:
         copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__)
         copy.__annotations__ = function.__annotations__
         copy.__module__ = function.__module__
@@ -66,11 +67,11 @@ def made(
 
 
 @cache
-def _functions() -> tuple[FunctionType, ...]:
-    """All device functions and kernels."""
+def functions(modules: tuple[ModuleType, ...]) -> tuple[FunctionType, ...]:
+    """All device functions and kernels of some modules."""
     return tuple(
         each
-        for module in (planes, sums, activation, linear, experts, terms)
+        for module in modules
         for each in vars(module).values()
         if isinstance(each, FunctionType) and each.__module__ == module.__name__
     )

@@ -61,6 +61,8 @@ class Layout:
         scales = []
         for plane, dtype in zip(row.scales, dtypes[1:], strict=True):
             columns = group if plane.columns == GROUP else plane.columns
+            if plane.kind != "scale":
+                raise UnsupportedError(f"{row.name}: kernels of GPUs read no plane of {plane.name}")
             if dtype not in FLOATS or plane.bits:
                 raise UnsupportedError(f"{row.name} {plane.name}: no scale of kernels is {dtype}")
             scales.append(Scale(FLOATS[dtype], plane.rows, columns))

@@ -100,19 +100,17 @@ def factor(planes, first, rows, column, columns, ROWS: tl.constexpr):
     for all of them."""
     found = POWER
     for i in tl.static_range(len(SCALES)):
-        high: tl.constexpr = HIGH[i]
-        wide: tl.constexpr = WIDE[i]
         across, block = 1, 0
-        if wide > 0:
-            across, block = (columns + wide - 1) // wide, column // wide
-        if high % ROWS == 0:
+        if WIDE[i] > 0:
+            across, block = (columns + WIDE[i] - 1) // WIDE[i], column // WIDE[i]
+        if HIGH[i] % ROWS == 0:
             line = 0
-            if high > 0:
-                line = first // high
+            if HIGH[i] > 0:
+                line = first // HIGH[i]
             word = tl.load(planes[1 + i] + (line * across + block), column < columns, 0)
         else:
             row = first + tl.arange(0, ROWS)
-            word = tl.load(planes[1 + i] + (row // high * across + block)[:, None],
+            word = tl.load(planes[1 + i] + (row // HIGH[i] * across + block)[:, None],
                            ((row < rows) & (column < columns))[:, None], 0)  # fmt: skip
         found = number(word, SCALES[i]) * found
     return found

@@ -1,5 +1,4 @@
-"""Every kernel by its name: its arguments and its tiles by architecture; and compilation ahead of
-time, on any machine, with what the GPU's assembler says of the result.
+"""Tiles of matrix products by kernel and architecture.
 
 Tiles are chosen so that nothing is spilled and a tile's part of shared memory fits the smallest
 architecture of its row.
@@ -7,18 +6,8 @@ architecture of its row.
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
-import subprocess
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
-from hmc.codegen.expr import SWIGLU
-from hmc.codegen.triton.build import ANY_ADDRESS, ANY_NUMBER, kernels
 from hmc.codegen.triton.layout import Layout
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -106,12 +95,17 @@ _WAVES = 4
 """Programs a processor takes at once in sums that wait for memory."""
 
 
+def known(capability: int) -> int:
+    """The one of `SHARED` that kernels for a compute capability (90 for 9.0) are chosen by: itself
+    or the one that it follows."""
+    return max((each for each in SHARED if each <= capability), default=min(SHARED))
+
+
 def tile(name: str, arch: int, tokens: int, eights: bool = False) -> Tile:
-    """The tile of a kernel on `arch` (or the one that it follows) for `tokens`; `eights`: of x as
-    two FP8 numbers."""
-    known = max((each for each in SHARED if each <= arch), default=min(SHARED))
+    """The tile of a kernel on `arch`, one of `SHARED`, for `tokens`; `eights`: of x as two FP8
+    numbers."""
     tiles = (_EIGHTS if eights else _TILES)[name]
-    found = tiles.get(known, tiles[_ANY])
+    found = tiles.get(arch, tiles[_ANY])
     return next(each for most, each in found if not most or tokens <= most)
 
 
@@ -137,106 +131,3 @@ def spans(rows: int, tokens: int, processors: int) -> int:
     """
     wide = _LONG.rows
     return max(1, min(-(-processors // -(-rows // wide)), tokens // LEAST_SPAN))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """What came of a kernel: registers and spilled bytes of a thread, bytes of shared memory of a
-    program, and the tensor cores' instruction ("" for none).
-    """
-
-    registers: int
-    spilled: int
-    shared: int
-    instruction: str
-
-
-_POINTERS = {
-    "x": "*bf16", "act": "*bf16", "bias": "*fp32", "y": "*fp32", "partials": "*fp32",
-    "routing": "*fp32", "values": "*fp32", "counters": "*i32", "slots": "*i64", "edges": "*i64",
-    "begins": "*i64", "ends": "*i64", "ids": "*i32", "table": "*i64", "found": "*i32",
-    "codes": "*fp8e4nv", "scales": "*fp32",
-}  # fmt: skip
-_WORDS = {"f32": "*fp32", "f16": "*fp16", "bf16": "*bf16"}
-_TARGET = re.compile(r"\.target (\w+)")
-_INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-
-
-def compile(
-    name: str,
-    layout: Layout,
-    sizes: Mapping[str, int],
-    arch: int,
-    tile: Tile,
-    *,
-    act: str = SWIGLU,
-    eights: bool = False,
-    types: Mapping[str, str] | None = None,
-    **constants: Any,
-) -> Compiled:
-    """Compile kernel `name` for compute capability `arch` (90 for 9.0), as it is when launched with
-    those `sizes` (arguments that are not among them may be any number): a launch then finds it in
-    Triton's cache on disk.
-
-    `types` of pointers other than the usual ones, `constants` besides the tile's. Raises what
-    Triton raises, and ImportError where there is none.
-    """
-    compiler = importlib.import_module("triton.compiler")
-    backend = importlib.import_module("triton.backends.compiler")
-    kernel = getattr(kernels(layout, act, eights), name)
-    tile = tile.of(layout)
-    given = {**tile.constants, **constants}
-    if "columns" in sizes:
-        sizes = {"stride": layout.stride(sizes["columns"]), **sizes}
-    signature: dict[str, Any] = {}
-    fixed: dict[tuple[int, ...], Any] = {}
-    whole: dict[tuple[int, ...], list[list[Any]]] = {}
-    for at, argument in enumerate(inspect.signature(kernel.fn).parameters):
-        if argument in given or (sizes.get(argument) == 1 and argument not in ANY_NUMBER):
-            signature[argument] = "constexpr"
-            fixed[at,] = given.get(argument, 1)
-        elif at == 0 and eights and name != "terms":
-            signature[argument] = ("*fp8e4nv", "*fp32")
-            whole.update({(at, i): _SIXTEENS for i in range(2)})
-        elif argument in ("planes", "others"):
-            signature[argument] = _planes(layout)
-            whole.update({(at, i): _SIXTEENS for i in range(layout.planes + 1)})
-        elif argument in _POINTERS:
-            signature[argument] = {**_POINTERS, **(types or {})}[argument]
-            if argument not in ANY_ADDRESS:
-                whole[at,] = _SIXTEENS
-        else:
-            signature[argument] = "i32"
-            if sizes.get(argument, 1) % 16 == 0 and argument not in ANY_NUMBER:
-                whole[at,] = _SIXTEENS
-    source = compiler.ASTSource(kernel, signature, fixed, whole)
-    target = backend.GPUTarget("cuda", arch, 32)
-    made = compiler.compile(source, target=target, options=tile.options)
-    ptx = made.asm["ptx"]
-    found = next((each for each in _INSTRUCTIONS if each in ptx), "")
-    return Compiled(*_assembled(ptx, arch), made.metadata.shared, found)
-
-
-_SIXTEENS = [["tt.divisibility", 16]]
-
-
-def _planes(layout: Layout) -> tuple[str, ...]:
-    codes = _WORDS.get(layout.kind, f"*u{layout.unit}")
-    return (codes, *(_WORDS.get(scale.kind, "*u8") for scale in layout.scales), "*fp32")
-
-
-def _assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread, as ptxas reports them."""
-    nvidia = importlib.import_module("triton").knobs.nvidia
-    tool = nvidia.ptxas if arch < 100 else getattr(nvidia, "ptxas_blackwell", nvidia.ptxas)
-    target = _TARGET.search(ptx)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={target[1]}", str(path), "-o", "/dev/null"]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = re.search(r"Used (\d+) registers", told)
-    spilled = re.search(r"(\d+) bytes spill stores", told)
-    assert registers is not None and spilled is not None
-    return int(registers[1]), int(spilled[1])

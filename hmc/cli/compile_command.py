@@ -37,6 +37,12 @@ from hmc.plan import save_plan
 )
 @option("--vram", default=0.0, metavar="GB", help="Use so much of each GPU [default: all].")
 @option("--concurrency", default=1, metavar="C", help="Sequences the cache must hold.")
+@option(
+    "--attention",
+    type=click.Choice(["triton", "flashinfer"]),
+    default="triton",
+    help="Kernels that attend on GPUs in decode; flashinfer needs hmc[flashinfer].",
+)
 @option("--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20.")
 @option("--routing-profile", default="", metavar="FILE", help="Recorded routing, for hot experts.")
 @JSON

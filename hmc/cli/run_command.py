@@ -18,7 +18,9 @@ from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 from hmc.files import write_file
 from hmc.ops import OPS
+from hmc.ops.row import PAGED
 from hmc.plan import Plan, load_plan
+from hmc.plan.memory import paged
 
 if TYPE_CHECKING:
     import numpy as np
@@ -266,14 +268,15 @@ def _answer(
 
 
 def _kernels(plan: Plan) -> str:
-    """What computes the experts (or the linears of a dense model) in decode: `fp8 experts on
-    avx512_bf16`.
+    """What computes the experts (or the linears of a dense model) in decode, and attention where
+    another library does: `fp8 experts on avx512_bf16, attention by flashinfer`.
     """
     steps = plan.phase("decode").steps
     native = [s for s in steps if any(key in plan.kernels for key in s.kernels)]
     step = next((s for s in native if OPS[s.op].routed), native[-1])
     kernel = plan.kernels[step.kernels[0]]
-    return f"{kernel.weight} {kernel.op} on {kernel.isa}"
+    by = f", attention by {PAGED}" if any(map(paged, steps)) else ""
+    return f"{kernel.weight} {kernel.op} on {kernel.isa}{by}"
 
 
 def _phases(calls: Mapping[str, int]) -> str:

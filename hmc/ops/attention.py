@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -183,6 +184,30 @@ def _attention_work(attrs: Attrs, load: Load) -> Work:
     return Work(1.0, load.rows, scores=gqa_flops(heads, head_dim, v_dim, pairs), keys=keys)
 
 
+_PAGED_HEADS = (64, 128, 256)
+_PAGED_LATENT = {"rank": 512, "rope": 64}
+"""Sizes that FlashInfer's kernels of decode are made for (flashinfer/jit/attention, 0.5)."""
+
+
+def _paged_attention(attrs: Attrs, weights: Collection[str]) -> str:
+    head_dim, v_dim = picked(attrs, "head_dim", "v_dim").values()
+    if head_dim != v_dim or head_dim not in _PAGED_HEADS:
+        return f"heads of {head_dim} and {v_dim} columns"
+    return _options(attrs, weights)
+
+
+def _paged_latent(attrs: Attrs, weights: Collection[str]) -> str:
+    found = picked(attrs, *_PAGED_LATENT)
+    if found != _PAGED_LATENT:
+        return f"latents of {found['rank']} and {found['rope']} columns"
+    return _options(attrs, weights)
+
+
+def _options(attrs: Attrs, weights: Collection[str]) -> str:
+    """Options of attention that are not handed to it."""
+    return ", ".join(sorted({*attrs, *weights} & {"chunk", "softcap", "sinks", "growth"}))
+
+
 # -- latent attention ------------------------------------------------------------------------------
 
 
@@ -293,6 +318,7 @@ OPS: Final = (
         work=_attention_work,
         launches=lambda attrs, load: 2 if load.few else 4,  # appends; gathers keys, values; attends
         triton=True,
+        paged=_paged_attention,
         family="attention",
     ),
     Op(
@@ -316,6 +342,7 @@ OPS: Final = (
         work=_mla_work,
         launches=_mla_launches,
         triton=True,
+        paged=_paged_latent,
         family="attention",
     ),
 )

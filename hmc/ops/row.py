@@ -23,6 +23,8 @@ Family = Literal["attention", "experts", "dense matmuls", "routing", "norms and 
 Where = Literal["any", "host", "cpu", "gpu", "h2d", "d2h", "h2d d2h", "link"]
 
 FLOATS = "f32 bf16"
+PAGED = "flashinfer"
+"""The library that may attend for GPUs where each token is a sequence's, over pages of caches."""
 FEW = 16
 """Most tokens of a call for which GPUs read weights as fast as memory gives them."""
 
@@ -195,9 +197,11 @@ class Op:
 
     `where` it may run: a table that stays with the host's memory ("host"), the CPU alone ("cpu"), a
     transfer ("h2d", "d2h", "link"), or any device. `triton`: GPUs have a kernel of hmc's for it
-    (codegen/triton). `launches` of kernels a GPU needs for a call, `captured` whether they depend
-    on the host by numbers of rows alone, so that a graph may hold them; `everywhere`: on several
-    ranks each computes it for all tokens; `always`: it does something even for no rows.
+    (codegen/triton). `paged` says what of a step with these attributes and weights the library of
+    paged attention does not compute, "" where it computes all. `launches` of kernels a GPU needs
+    for a call, `captured` whether they depend on the host by numbers of rows alone, so that a graph
+    may hold them; `everywhere`: on several ranks each computes it for all tokens; `always`: it does
+    something even for no rows.
     Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 
@@ -215,6 +219,7 @@ class Op:
     where: Where = "any"
     launches: Callable[[Attrs, Load], int] = one_launch
     triton: bool = False
+    paged: Callable[[Attrs, Collection[str]], str] | None = None
     captured: bool = True
     named: Callable[[Attrs], Collection[str]] | None = None
     everywhere: bool = False
@@ -254,14 +259,14 @@ class Op:
         """Whether the host computes it by native kernels."""
         return self.kernels is not no_kernels
 
-    def device_kernel(self, attrs: Attrs) -> str:
+    def device_kernel(self, attrs: Attrs, maker: str = "triton") -> str:
         """What a step names as its kernel where the host's own do not compute it: hmc's Triton
-        kernel with its sizes, else what PyTorch does.
+        kernel, or another `maker`'s, with its sizes, else what PyTorch does.
         """
         if not self.triton:
             return "torch:copy" if self.where in ("h2d", "d2h") else f"torch:{self.name}"
         sizes = (f"{name}{attrs[name]}" for name, kind in self.attrs.items() if kind is int)
-        return "-".join(("triton:" + self.name, *sizes))
+        return "-".join((f"{maker}:{self.name}", *sizes))
 
     @cached_property
     def loads(self) -> bool:

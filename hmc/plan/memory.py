@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from hmc.ops.row import PAGED
 from hmc.plan.base import DTYPE_BYTES
 from hmc.plan.model import EXTERNAL, ExpertWeights, LayerPlacement, Phase, Plan, Step, Weight
 from hmc.plan.states import KVLayout
@@ -36,6 +37,10 @@ SCRATCH = 512 << 20
 in `context_scratch`."""
 
 
+PAGED_SCRATCH = 256 << 20
+"""Bytes that the library of paged attention keeps on the GPU of the cache: parts of sums, and what
+it plans for each number of sequences."""
+
 Kind = Literal["decode", "chunk", "stream"]
 
 
@@ -49,6 +54,11 @@ def kind_of(phase: Phase) -> Kind:
 def device_of(resource: str) -> str:
     """The device whose memory a resource's steps write: "gpu1" for "gpu1", "h2d1" and "d2h1"."""
     return f"gpu{resource[3:]}" if resource[:3] in ("gpu", "h2d", "d2h") else "host"
+
+
+def paged(step: Step) -> bool:
+    """Whether the library of paged attention computes a step."""
+    return any(key.startswith(f"{PAGED}:") for key in step.kernels)
 
 
 def aligned(size: int) -> int:
@@ -166,6 +176,7 @@ class DeviceMemory:
     def of(plan: Plan, device: str, phases: Mapping[str, int]) -> DeviceMemory:
         """The memory of `device` ("gpu0") when `phases` (name -> most tokens of a call) run."""
         chosen = [plan.phase(name) for name in phases]
+        own = [step for phase in chosen for step in phase.steps if step.resource == device]
         known = {weight.name: weight for weight in plan.weights}
         weights = packed_bytes(known[name] for name in resident_names(chosen, device))
         begins: dict[str, int] = {}
@@ -192,7 +203,9 @@ class DeviceMemory:
             weights=weights,
             region=max(ends),
             arenas=arenas,
-            scratch=SCRATCH + context_scratch(plan.kv, plan.limits.max_context),
+            scratch=SCRATCH
+            + context_scratch(plan.kv, plan.limits.max_context)
+            + PAGED_SCRATCH * any(map(paged, own)),
             results=results,
             begins=begins,
         )

@@ -4,7 +4,7 @@ asks for the same.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,8 +21,9 @@ class Options(BaseModel):
     A plan with `dummy_weights` is made from a config alone, cut to `layers`. `vram` bytes of each
     GPU may be used (0: all); the cache holds `concurrency` sequences; `ring` experts fit into the
     slots of a streamed prefill. Of models that keep states a sequence, `snapshot_bytes` may hold
-    those of prompts, for others that begin alike. `slo` are goals as the user wrote them,
-    `family` is how to read the model, whatever config.json calls it, `profile` recorded routing.
+    those of prompts, for others that begin alike. `attention` says whose kernels attend on GPUs in
+    decode. `slo` are goals as the user wrote them, `family` is how to read the model, whatever
+    config.json calls it, `profile` recorded routing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -35,6 +36,7 @@ class Options(BaseModel):
     concurrency: Annotated[int, Field(ge=1)] = 1
     ring: Annotated[int, Field(ge=0)] = 0
     snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    attention: Literal["triton", "flashinfer"] = "triton"
     slo: str = ""
     family: str = ""
     profile: RoutingProfile | None = None

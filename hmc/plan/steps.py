@@ -16,7 +16,9 @@ from hmc.codegen.spec import MAX_TOKENS, tile_fault
 from hmc.errors import UnsupportedError, VerifyError
 from hmc.formats import format_of
 from hmc.ops import SHARED_ATTRS, Stored, Use
+from hmc.ops.row import PAGED
 from hmc.plan.about import About, about_of
+from hmc.plan.memory import kind_of
 from hmc.plan.model import ExpertWeights, Phase, Plan, Step
 from hmc.plan.stored import stored_form
 
@@ -110,9 +112,13 @@ class StepChecker:
     def check_kernels(self, phase: Phase, step: Step, about: About) -> None:
         """`VerifyError` where a step has other kernels than its row chooses."""
         if not about.native:
-            only = about.row.device_kernel(step.attrs)
-            if step.kernels != (only,):
-                raise VerifyError(f"a device computes it by {only} alone")
+            row, attrs = about.row, step.attrs
+            made = [row.device_kernel(attrs)]
+            paged = row.paged if kind_of(phase) == "decode" else None
+            if paged is not None and not paged(attrs, step.weights):
+                made.append(row.device_kernel(attrs, PAGED))
+            if len(step.kernels) != 1 or step.kernels[0] not in made:
+                raise VerifyError(f"a device computes it by {' or '.join(made)} alone")
             return
         if about.row.routed:
             stored = self._layers[step.layer]

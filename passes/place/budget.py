@@ -14,9 +14,10 @@ Contract
 from __future__ import annotations
 
 from hmc.errors import CapacityError, UsageError
+from hmc.ops.row import PAGED
 from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
 from hmc.plan import Limits
-from hmc.plan.memory import SCRATCH, context_scratch
+from hmc.plan.memory import PAGED_SCRATCH, SCRATCH, context_scratch
 from hmc.plan.options import Options
 
 _SMALLEST = 1_024
@@ -180,7 +181,8 @@ def _workspace(needs: Needs, vocab: int, options: Options) -> int:
     logits."""
     rows = options.max_chunk + options.max_batch
     logits = rows + options.max_batch  # a streamed prompt has its own
-    return SCRATCH + rows * needs.stream_token + 4 * vocab * logits
+    more = PAGED_SCRATCH if options.attention == PAGED else 0
+    return SCRATCH + more + rows * needs.stream_token + 4 * vocab * logits
 
 
 def _section(needs: Needs, layers: int) -> int:

@@ -18,8 +18,9 @@ link's rank alone is bound, and the past is sent to ranks that have no cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
 from hmc.runtime.binding.weights import Expert, Packed
 from hmc.runtime.device_ops import Work
-from hmc.runtime.device_ops.base import Routed
+from hmc.runtime.device_ops.base import PlannedT, Routed
 from hmc.runtime.device_ops.gpu.table import device_op
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
@@ -156,6 +157,7 @@ class BoundPhase:
         self.sorted: Routed = {}
         self.link = link if phase.ranks > 1 else None
         self._past: dict[tuple[int, str], torch.Tensor] = {}
+        self._planned: dict[Hashable, Any] = {}
         self._memory, self._host = memory, host
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
         self.max_wanted = wanted_rows(parts.plan, phase, phase.max_tokens)
@@ -185,7 +187,7 @@ class BoundPhase:
                 f"phase {self.phase.name} takes 1..{self.max_tokens} tokens and gives up to"
                 f" {self.max_wanted} rows of logits, not {len(ids)} and {len(wanted)}"
             )
-        return make_call(
+        call = make_call(
             self.kv,
             self._needs,
             {name: memory.device.torch_device for name, memory in self._memory.items()},
@@ -197,6 +199,9 @@ class BoundPhase:
             lanes=self.phase.lanes,
             fixed=fixed,
         )
+        for each in self._planned.values():
+            each.plan(call, fixed)
+        return call
 
     def logits(self, call: Call) -> npt.NDArray[np.float32]:
         """f32 [rows wanted, vocab], once the call is done; a view that the next one overwrites."""
@@ -268,6 +273,11 @@ class BoundPhase:
         """What split sums of the step's stream share."""
         return self._memory[self.device(step)].workspace(self.phase)
 
+    def planned(self, key: Hashable, calls: PlannedT) -> PlannedT:
+        """`calls`, or what was given before with the same key, told of each call."""
+        found: PlannedT = self._planned.setdefault(key, calls)
+        return found
+
     def adds(self, step: Step) -> bool:
         """Whether an experts step adds to what earlier ones left in y."""
         return step.id in self._adding
@@ -327,7 +337,7 @@ class BoundPhase:
             return self._host.work(step, self.share(step))
         place = self.device(step)
         device = self._memory[place].device.torch_device if place in self._memory else _CPU
-        work, share = device_op(step.op, device)(self, step), self.share(step)
+        work, share = device_op(step, device)(self, step), self.share(step)
         if OPS[step.op].always:
             return work
         return lambda call: work(call) if call.count(share) else None

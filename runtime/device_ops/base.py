@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -12,7 +12,7 @@ from hmc.plan import Operand, Phase, Plan, Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.link import Link
 from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.device_ops.shares import Call, Share
+from hmc.runtime.device_ops.shares import Call, Fixed, Share
 from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.memory.kv import KVCache
 
@@ -36,6 +36,17 @@ class Sorted:
 
 Routed = dict[str, Sorted]
 """By the name of an `order` buffer."""
+
+
+class Planned(Protocol):
+    """What has to know a call before its steps."""
+
+    def plan(self, call: Call, fixed: Fixed | None) -> None:
+        """Called outside of captures; a call of `fixed` tensors may replay one."""
+        ...
+
+
+PlannedT = TypeVar("PlannedT", bound=Planned)
 
 
 class Bound(Protocol):
@@ -74,6 +85,11 @@ class Bound(Protocol):
 
     def workspace(self, step: Step) -> Workspace:
         """What split sums of Triton kernels share, of the step's device."""
+        ...
+
+    def planned(self, key: Hashable, calls: PlannedT) -> PlannedT:
+        """`calls`, or what was given before with the same key: it is told of each call before the
+        steps."""
         ...
 
     def adds(self, step: Step) -> bool:

@@ -22,12 +22,14 @@ import torch
 
 from hmc import env
 from hmc.closing import Closing
+from hmc.codegen.triton.compiling import Progress
 from hmc.errors import MachineError
 from hmc.ops import OPS
 from hmc.plan import Phase, Plan, Step
 from hmc.plan.memory import device_of, kind_of
 from hmc.plan.phases import BESIDE
 from hmc.runtime.binding.phase import Binding, BoundPhase
+from hmc.runtime.binding.warm import warm
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.shares import Call, Ints
 from hmc.runtime.devices.base import Backend
@@ -179,6 +181,7 @@ class DevicePhases(Closing):
         routing: RoutingRecorder | None = None,
         gpus: int | None = None,
         directory: Path | None = None,
+        progress: Progress | None = None,
     ) -> None:
         """Devices given from outside are closed with the rest. With `gpus` > 1 the phase that GPUs
         share is run by as many processes, one a GPU: this one and others, which share `store` or
@@ -217,6 +220,7 @@ class DevicePhases(Closing):
                 name: DevicePhase(bound, backend, routing, group)
                 for name, bound in binding.phases.items()
             }
+            warm(binding.phases.values(), backend, progress)
             if group is not None:
                 group.begin(binding.lend(), backend.devices[0].torch_device)
             self.pinned = binding.pinned

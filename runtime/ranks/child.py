@@ -22,6 +22,7 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.plan import Plan, Step
 from hmc.runtime.binding.memory import LentMemory
 from hmc.runtime.binding.phase import Binding, BoundPhase
+from hmc.runtime.binding.warm import warm
 from hmc.runtime.children import adopted
 from hmc.runtime.device_ops.base import Work
 from hmc.runtime.device_ops.link import Link
@@ -62,6 +63,7 @@ class Rank:
             name: (bound, ScheduleRunner(bound.phase, self.backend, self._noted(bound)))
             for name, bound in self._binding.phases.items()
         }
+        warm(self._binding.phases.values(), self.backend)
 
     def join(self) -> None:
         """Connect to the other ranks."""

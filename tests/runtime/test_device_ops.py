@@ -327,7 +327,7 @@ def test_an_op_without_a_function_is_computed_by_its_reference(kv: KVCache) -> N
     buffers = Buffers(values, {"v0": vector})
     step = step_of("pointwise", buffers, "y", **attributes(form, "bf16"))
     step = step.model_copy(update={"weights": {"v0": "v"}})
-    table.device_op("pointwise", torch.device("cpu"))(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
+    table.device_op(step, torch.device("cpu"))(buffers, step)(call_of(kv, [(0, T)], [0]))  # type: ignore[arg-type]
     exact = {name: each.double().numpy() for name, each in {**rows, "v0": vector}.items()}
     expected = pointwise(form, exact)
     assert np.abs(values["y"].double().numpy() - expected).max() <= 2.0**-8 * np.abs(expected).max()

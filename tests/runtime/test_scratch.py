@@ -61,7 +61,7 @@ class Case:
     least: int = 0
 
     def work(self) -> None:
-        device_op(self.step.op, torch.device("cpu"))(self.buffers, self.step)(self.call)  # type: ignore[arg-type]
+        device_op(self.step, torch.device("cpu"))(self.buffers, self.step)(self.call)  # type: ignore[arg-type]
 
     @property
     def memory(self) -> list[torch.Tensor]:

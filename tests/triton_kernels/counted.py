@@ -190,8 +190,8 @@ def _counting(counted: Counted, space: Workspace, eights: bool) -> Iterator[_Ker
             patch.setattr(module, name, lambda *args, **options: fake)
         for module in (dense, routed, attends):
             patch.setattr(module, "in_eights", lambda w, device: eights and w.layout.kind == "e4m3")
-        patch.setattr(launch, "_arch", lambda device: 120)
-        patch.setattr(launch, "_processors", lambda device: 170)
+        patch.setattr(launch, "arch", lambda device: 120)
+        patch.setattr(launch, "processors", lambda device: 170)
         yield fake
 
 

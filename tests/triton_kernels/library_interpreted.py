@@ -7,17 +7,17 @@ from typing import Any
 
 import interpreted
 
-from hmc.codegen.triton import latent, library
+from hmc.codegen.triton import library
 from hmc.codegen.triton.layout import Layout
 
 
 @cache
 def kernels() -> Any:
     """As `library.kernels`."""
-    return library.made(library.MODULES, {}, interpreted._Kernel)
+    return library.made(interpreted._Kernel)
 
 
 @cache
 def latent_kernels(layout: Layout) -> Any:
     """As `library.latent_kernels`."""
-    return library.made((latent,), vars(interpreted.kernels(layout)), interpreted._Kernel)
+    return library.latent_made(interpreted.kernels(layout), interpreted._Kernel)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from e5m2 import E5M2_ROWS
-from format_rows import BLOCKS, FOUR_BITS, TENSOR
+from format_rows import BLOCKS, FOUR_BITS, TENSOR, TWICE
 from interpreted import error
 from triton_weights import random_weight, random_x
 
@@ -33,7 +33,8 @@ def test_fp8_of_few_tokens_and_of_many(
 
 
 @pytest.mark.parametrize(
-    "row", [*map(format_of, ("bf16", "fp16", "f32", "int4")), E5M2_ROWS, FOUR_BITS, BLOCKS, TENSOR],
+    "row",
+    [*map(format_of, ("bf16", "fp16", "f32", "int4")), E5M2_ROWS, FOUR_BITS, BLOCKS, TENSOR, TWICE],
     ids=lambda row: row.name,
 )  # fmt: skip
 def test_every_format(row: Format, work: Workspace) -> None:

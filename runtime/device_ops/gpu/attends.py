@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import lcm
 from typing import Any
 
@@ -45,8 +46,8 @@ def attention(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        _append(call, rows, (k, v), caches)
-        table = _table(call, rows)
+        append(call, rows, (k, v), caches)
+        table = table_of(call, rows)
         if table is not None and caches:
             (keys, values), (reach, lengths) = caches, table
             part = slice(0, rows.count)
@@ -84,13 +85,16 @@ def mla(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        _append(call, rows, (latent, k_rope), caches)
-        table = _table(call, rows)
+        append(call, rows, (latent, k_rope), caches)
+        table = table_of(call, rows)
         if table is not None and cache is not None:
-            reach, lengths = table
+            attends = partial(
+                kernels.over_latents, cache=cache, tables=table[0], lengths=table[1], work=space,
+                rank=rank, scale=scale, growth=growth,
+            )  # fmt: skip
             kernels.latent(
-                q[: rows.count], kv_b, cache, reach, lengths, y[: rows.count], space,
-                heads=heads, nope=nope, rope=rope, v_dim=v_dim, scale=scale, growth=growth,
+                q[: rows.count], kv_b, y[: rows.count], attends,
+                heads=heads, nope=nope, rope=rope, v_dim=v_dim,
             )  # fmt: skip
             return
         columns = slice(0, rank + rope)
@@ -150,7 +154,7 @@ class _Lifted:
         return keys.flatten(1), both[..., self.nope :].flatten(1)
 
 
-def _append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> None:
+def append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> None:
     """Put new rows into the home GPU's caches (none elsewhere): those of the whole call where it is
     one sequence's, else those of the share."""
     if caches:
@@ -159,7 +163,7 @@ def _append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tenso
         kernels.append(tuple(each[:count] for each in new), caches, slots)
 
 
-def _table(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
+def table_of(call: Call, rows: Rows) -> tuple[Tensor, Tensor] | None:
     """The cache rows that each query sees, and how many, where each is a sequence's only one."""
     if rows.reach is not None and rows.lengths is not None:
         return rows.reach, rows.lengths

@@ -11,9 +11,11 @@ from functools import cache
 import torch
 
 from hmc.errors import MachineError
+from hmc.plan import Step
+from hmc.plan.memory import paged as names_paged
 from hmc.runtime.device_ops import DEVICE_OPS, by_reference
 from hmc.runtime.device_ops.base import OpFunction
-from hmc.runtime.device_ops.gpu import attends, dense, routed
+from hmc.runtime.device_ops.gpu import attends, dense, paged, routed
 
 LEAST_CAPABILITY = (8, 0)
 """Of the first cards that multiply in bf16."""
@@ -51,9 +53,14 @@ def computes(device: torch.device) -> bool:
     return True
 
 
-def device_op(name: str, device: torch.device) -> OpFunction:
-    """What computes an op on a device: hmc's Triton kernels on GPUs, a function of PyTorch where it
-    has something faster, else the op's reference.
+PAGED_OPS: dict[str, OpFunction] = {"attention": paged.attention, "mla": paged.mla}
+"""The same of the library of paged attention, for steps that name it."""
+
+
+def device_op(step: Step, device: torch.device) -> OpFunction:
+    """What computes a step on a device: on GPUs what it names, or hmc's Triton kernels, a function
+    of PyTorch where it has something faster, else the op's reference.
     """
-    own = TRITON_OPS.get(name) if computes(device) else None
-    return own or DEVICE_OPS.get(name, by_reference)
+    ops = PAGED_OPS if names_paged(step) else TRITON_OPS
+    own = ops.get(step.op) if computes(device) else None
+    return own or DEVICE_OPS.get(step.op, by_reference)

@@ -7,6 +7,7 @@ be views of some columns: their last dimension is dense. What q is rounded to is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from hmc.codegen.triton import attend_tiles, library
 from hmc.codegen.triton.attend_tiles import Head
 from hmc.ops.attention import NO_BOUNDS, Bounds, Growth
-from hmc.runtime.device_ops.triton.launch import Weight, Workspace, _arch, _processors
+from hmc.runtime.device_ops.triton.launch import Weight, Workspace, arch, processors
 
 
 def attend(
@@ -47,11 +48,11 @@ def attend(
     """
     tokens, heads = len(q), q.shape[1] // head_dim
     head, group = Head(head_dim, v_dim, values is None), heads // kv_heads
-    tile = attend_tiles.few(head, group, _arch(q.device))
+    tile = attend_tiles.few(head, group, arch(q.device))
     tiles = kv_heads * -(-group // tile.rows)
     longest, part = tables.shape[1] * block, tile.rows * (head.wide + 2)
     splits = attend_tiles.splits(
-        tokens * tiles, longest, _processors(q.device), part, len(work.partials)
+        tokens * tiles, longest, processors(q.device), part, len(work.partials)
     )
     assert splits == 1 or tokens * tiles <= len(work.counters)
     values = keys if values is None else values
@@ -60,7 +61,7 @@ def attend(
         work.counters, scale, growth[0] if growth else 0.0, q.stride(0), keys.stride(0),
         values.stride(0), y.stride(0), tables.stride(0), splits, GROUP=group, SOFTCAP=softcap,
         SINKS=sinks is not None, SHARED=head.shared, BLOCK=block, HEADS=tile.rows, KEYS=tile.keys,
-        SPLITS=attend_tiles.power(splits), UNROLL=attend_tiles.unrolled(tile, head),
+        SPLITS=attend_tiles.MOST_SPLITS, UNROLL=attend_tiles.unrolled(tile, head),
         **_constants(bounds, growth), **head.constants, **tile.options,
     )  # fmt: skip
 
@@ -86,7 +87,7 @@ def prompt(
     position `before`, where with chunks one begins. Options as of `attend`."""
     tokens, heads = len(q), q.shape[1] // head_dim
     head = Head(head_dim, v_dim)
-    tile = attend_tiles.many(head, _arch(q.device), not bounds.reach and not softcap)
+    tile = attend_tiles.many(head, arch(q.device), not bounds.reach and not softcap)
     library.kernels().attend_prompt[-(-tokens // tile.rows), heads](
         q, keys, values, q if sinks is None else sinks, y, scale, growth[0] if growth else 0.0,
         tokens, len(keys) - tokens, before, q.stride(0), keys.stride(0), values.stride(0),
@@ -102,28 +103,25 @@ def _constants(bounds: Bounds, growth: Growth) -> dict[str, int]:
     return {"WINDOW": bounds.window, "CHUNK": bounds.chunk, "EVERY": every, "AHEAD": ahead}
 
 
+OverLatents = Callable[[torch.Tensor, torch.Tensor], None]
+"""Fills its second tensor bf16 [T, heads * rank], latents mixed by queries bf16 [T, heads * (rank +
+rope)]."""
+
+
 def latent(
     q: torch.Tensor,
     kv_b: Weight,
-    cache: torch.Tensor,
-    tables: torch.Tensor,
-    lengths: torch.Tensor,
     y: torch.Tensor,
-    work: Workspace,
+    attends: OverLatents,
     *,
     heads: int,
     nope: int,
     rope: int,
     v_dim: int,
-    scale: float,
-    block: int = 1,
-    growth: Growth = None,
 ) -> None:
-    """y bf16 [T, heads * v_dim] of q [T, heads * (nope + rope)], one query a sequence, over rows
-    bf16 [cache rows, rank + rope]; kv_b [heads * (nope + v_dim), rank] multiplies query and result.
-
-    `tables`, `lengths` and `growth` as in `attend`. Between the launches lie bf16 tensors of T *
-    heads * (2 rank + rope).
+    """y bf16 [T, heads * v_dim] of q [T, heads * (nope + rope)], one query a sequence; what
+    `attends` works on latents alone, and kv_b [heads * (nope + v_dim), rank] multiplies query and
+    result. Between the launches lie bf16 tensors of T * heads * (2 rank + rope).
     """
     tokens, rank = len(q), kv_b.columns
     wide = torch.empty((tokens, heads * (rank + rope)), dtype=torch.bfloat16, device=q.device)
@@ -136,13 +134,32 @@ def latent(
         q, kv_b.planes, wide, tokens, q.stride(0), kv_b.stride, ROPE=rope,
         TURNED=attend_tiles.power(rope), **sizes, **tile.constants, **tile.options,
     )  # fmt: skip
-    attend(wide, cache, None, tables, lengths, mixed, work, kv_heads=1, head_dim=rank + rope,
-           v_dim=rank, scale=scale, block=block, growth=growth)  # fmt: skip
+    attends(wide, mixed)
     tile = attend_tiles.lifted(kv_b.layout.step, v_dim)
     grid = -(-v_dim // tile.rows), heads, -(-tokens // tile.tokens)
     kernels.lift[grid](
         mixed, kv_b.planes, y, tokens, y.stride(0), kv_b.stride, **sizes, **tile.constants,
         **tile.options,
+    )  # fmt: skip
+
+
+def over_latents(
+    q: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    cache: torch.Tensor,
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    work: Workspace,
+    rank: int,
+    scale: float,
+    block: int = 1,
+    growth: Growth = None,
+) -> None:
+    """As `attend`, of latents bf16 [cache rows, rank + rope], which are keys and values."""
+    attend(
+        q, cache, None, tables, lengths, y, work,
+        kv_heads=1, head_dim=cache.shape[1], v_dim=rank, scale=scale, block=block, growth=growth,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ _NAMES = {dtype: name for name, dtype in TORCH.items()}
 _UNITS = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _TILES = 1 << 12
+_PAGED_BYTES = 128 << 20
 
 
 class Workspace:
@@ -35,6 +36,11 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.partials = torch.empty(table.PARTIALS, dtype=torch.float32, device=device)
         self.counters = torch.zeros(_TILES, dtype=torch.int32, device=device)
+
+    @cached_property
+    def paged(self) -> torch.Tensor:
+        """What the library of paged attention works in: as much as it asks for."""
+        return torch.empty(_PAGED_BYTES, dtype=torch.uint8, device=self.counters.device)
 
 
 @dataclass(frozen=True)
@@ -204,9 +210,9 @@ def _linear(
     tokens = len(x)
     eights = isinstance(x, Terms)
     name = "pair" if pair else "linear"
-    tile = table.tile(name, _arch(x.device), tokens, eights).of(w.layout)
+    tile = table.tile(name, arch(x.device), tokens, eights).of(w.layout)
     tiles = -(-tokens // tile.tokens) * -(-w.rows // tile.rows)
-    parts = table.parts(tile, tiles, w.columns, _processors(x.device), pair)
+    parts = table.parts(tile, tiles, w.columns, processors(x.device), pair)
     build.kernels(w.layout, act, eights).linear[tiles, parts](
         _taken(x), w.planes, other.planes, w.planes[-1] if bias is None else bias, y,
         work.partials, work.counters, tokens, w.rows, w.columns, w.stride, parts,
@@ -246,7 +252,7 @@ def experts(
         return
     if not adds:
         y.zero_()
-    span, spans = _spans(tokens, top_k, held, budget, _processors(x.device))
+    span, spans = _spans(tokens, top_k, held, budget, processors(x.device))
     counts = slots.new_empty((-(-tokens // span) + 1, len(edges) - 1), dtype=torch.int32)
     kernels = build.kernels(held.down.layout, act)
     kernels.bounds[len(counts), -(-(len(edges) - 1) // table.BOUNDS)](
@@ -279,7 +285,7 @@ def _act(
 ) -> None:  # fmt: skip
     w, count = held.gate, len(held.ids)
     eights = isinstance(x, Terms)
-    tile = table.tile("experts_act", _arch(x.device), mean, eights).of(w.layout)
+    tile = table.tile("experts_act", arch(x.device), mean, eights).of(w.layout)
     most = min(len(hidden), len(hidden) // tile.tokens + count)
     build.kernels(w.layout, act, eights).experts_act[most, -(-w.rows // tile.rows)](
         _taken(x), len(x), slots, held.ids, begins, ends, held.table, w.planes[-1], hidden, first,
@@ -293,7 +299,7 @@ def _down(
 ) -> None:  # fmt: skip
     w = held.down
     eights = isinstance(hidden, Terms)
-    tile = table.tile("experts_down", _arch(y.device), mean, eights).of(w.layout)
+    tile = table.tile("experts_down", arch(y.device), mean, eights).of(w.layout)
     build.kernels(w.layout, eights=eights).experts_down[-(-w.rows // tile.rows), ranges](
         _taken(hidden), len(hidden), slots, routing, held.ids, counts, counts[1:], held.downs,
         w.planes[-1], y, first, counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
@@ -306,9 +312,9 @@ def _down_few(
     held: Experts, work: Workspace, y: torch.Tensor, tokens: int, top_k: int, adds: bool,
 ) -> None:  # fmt: skip
     w, count = held.down, len(held.ids)
-    tile = table.tile("experts_down_few", _arch(y.device), tokens).of(w.layout)
+    tile = table.tile("experts_down_few", arch(y.device), tokens).of(w.layout)
     tiles = -(-w.rows // tile.rows)
-    parts = min(count, len(hidden), table.most_parts(tile, tiles, _processors(y.device)))
+    parts = min(count, len(hidden), table.most_parts(tile, tiles, processors(y.device)))
     build.kernels(w.layout).experts_down_few[tiles, parts](
         hidden, slots, routing, held.ids, edges[:-1], edges[1:], held.downs, w.planes[-1], y,
         work.partials, work.counters, tokens, count, top_k, w.rows, w.columns, w.stride, parts,
@@ -322,16 +328,18 @@ def _sizes(held: Experts) -> dict[str, int]:
 
 
 @cache
-def _arch(device: torch.device) -> int:
-    """Compute capability; where there is no GPU, of the first one that kernels are for."""
+def arch(device: torch.device) -> int:
+    """The architecture that kernels are chosen by, one of `table.SHARED`; where there is no GPU the
+    first one."""
     if device.type != "cuda":
         return min(table.SHARED)
     major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return table.known(10 * major + minor)
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Its multiprocessors; where there is no GPU, a few."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -49,11 +49,9 @@ def by_expert(ids: torch.Tensor, order: torch.Tensor, edges: torch.Tensor, work:
     slots, experts = ids.numel(), len(edges) - 1
     kernels = library.kernels()
     if slots <= FEW:
-        own, many = 32, min(256, power(slots))
+        own = 32
         grid = -(-slots // own) + -(-len(edges) // own)
-        kernels.sorted_few[grid,](
-            ids, order, edges, slots, experts, OWN=own, MANY=many, EXPERTS=own
-        )
+        kernels.sorted_few[grid,](ids, order, edges, slots, experts, OWN=own, MANY=256, EXPERTS=own)
         return
     own, bins = 128, experts + 1
     chunks = -(-slots // own)

@@ -20,7 +20,7 @@ def norm(x: torch.Tensor, gamma: torch.Tensor, y: torch.Tensor, *, groups: int, 
     times gamma [width]."""
     tokens, width = len(x), x.shape[1] // groups
     wide = power(width)
-    lines = min(max(1, _NUMBERS // wide), power(tokens * groups))
+    lines = max(1, _NUMBERS // wide)
     library.kernels().norm[-(-tokens * groups // lines),](
         x, gamma, y, tokens, groups, width, eps, x.stride(0), y.stride(0), LINES=lines, WIDE=wide,
         num_warps=_warps(lines * wide),

@@ -5,6 +5,7 @@ A check yields statements; what goes wrong in between is the child's to tell (ch
 
 from __future__ import annotations
 
+import importlib
 import re
 import threading
 import time
@@ -148,6 +149,7 @@ def small_model() -> Iterator[Statement]:
     """The bundled model: a streamed prompt, prompts on the host, decode of one and of four
     sequences, two lanes; and what becomes of captures."""
     with tiny("shared") as executor:
+        compiled = _compiled_from_here()
         first, others = executor.open(), [executor.open() for _ in range(3)]
         every = [first, *others]
         work: tuple[tuple[str, Callable[[], object]], ...] = (
@@ -164,6 +166,19 @@ def small_model() -> Iterator[Statement]:
             yield _allowed(f"tiny-kjv, {name}: no call is refused{race}")
         if not here().sanitized:
             yield from _captures(executor)
+        text = f"tiny-kjv: calls find all kernels compiled ({len(compiled)} are not)"
+        yield Statement(text, not compiled, str(log.counts()), tuple(compiled))
+
+
+def _compiled_from_here() -> list[str]:
+    """The kernels that Triton compiles from now on, in the making."""
+    names: list[str] = []
+
+    def note(*, fn: Any, **_: object) -> None:
+        names.append(fn.name)
+
+    importlib.import_module("triton").knobs.runtime.jit_post_compile_hook = note
+    return names
 
 
 def _append(executor: Executor, sequences: list[Sequence], tokens: int, phase: str) -> None:

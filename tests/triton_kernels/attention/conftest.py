@@ -4,34 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
-from hmc.codegen.triton import latent, library
-from hmc.codegen.triton.layout import Layout
+from hmc.codegen.triton import library
 from hmc.runtime.device_ops.triton.launch import Workspace
-
-
-@cache
-def _kernels() -> Any:
-    return library.made(library.MODULES, {}, importlib.import_module("interpreted")._Kernel)
-
-
-@cache
-def _latent_kernels(layout: Layout) -> Any:
-    interpreted = importlib.import_module("interpreted")
-    return library.made((latent,), vars(interpreted.kernels(layout)), interpreted._Kernel)
 
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Workspace:
     """A workspace on the CPU; launches are interpreted. Skips where there is no Triton."""
-    importlib.import_module("interpreted")
-    monkeypatch.setattr(library, "kernels", _kernels)
-    monkeypatch.setattr(library, "latent_kernels", _latent_kernels)
+    interpreted = importlib.import_module("library_interpreted")
+    monkeypatch.setattr(library, "kernels", interpreted.kernels)
+    monkeypatch.setattr(library, "latent_kernels", interpreted.latent_kernels)
     return Workspace(torch.device("cpu"))
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from ahead import compiling
+from triton_gpu import assembled
 from triton_weights import random_weight
 
 from hmc.codegen.triton import table
@@ -50,10 +50,13 @@ def many(kv_heads: int, group: int, head_dim: int, v_dim: int, window: int = 0,
 
 def latent(form: str, heads: int, nope: int, rope: int, v_dim: int, rank: int) -> None:
     kv_b, _ = random_weight(format_of(form), heads * (nope + v_dim), rank)
+    attends = partial(
+        attention.over_latents, cache=halves(1, rank + rope), tables=TABLES, lengths=LENGTHS,
+        work=WORK, rank=rank, scale=0.1, block=16,
+    )  # fmt: skip
     attention.latent(
-        torch.zeros(1, heads * (nope + rope)), kv_b, halves(1, rank + rope), TABLES, LENGTHS,
-        halves(1, heads * v_dim), WORK, heads=heads, nope=nope, rope=rope, v_dim=v_dim, scale=0.1,
-        block=16,
+        torch.zeros(1, heads * (nope + rope)), kv_b, halves(1, heads * v_dim), attends,
+        heads=heads, nope=nope, rope=rope, v_dim=v_dim,
     )  # fmt: skip
 
 
@@ -115,9 +118,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
 
 
 def check(name: str, arch: int) -> None:
-    with compiling(arch) as launches:
-        LAUNCHES[name]()
-    for kernel, made in launches.found.items():
+    for kernel, made in assembled(arch, LAUNCHES[name]).items():
         assert made.spilled == 0, kernel
         assert made.shared <= table.SHARED[arch] * 1024, kernel
         if kernel.startswith(("attend", "absorb", "lift")):

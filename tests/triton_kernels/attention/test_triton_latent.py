@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from format_rows import BLOCKS, FOUR_BITS
@@ -10,7 +12,7 @@ from triton_paged import Paged, attended, random
 from triton_weights import random_weight
 
 from hmc.formats import Format, format_of, registered
-from hmc.runtime.device_ops.triton.attention import latent
+from hmc.runtime.device_ops.triton.attention import latent, over_latents
 from hmc.runtime.device_ops.triton.launch import Workspace
 
 ROUNDED = 6e-3
@@ -36,8 +38,9 @@ def test_kv_b_multiplies_query_and_result(
     q.view(2, heads, -1)[..., nope:] *= size  # what is turned counts as much
     scale = 1 / (size * (rank + rope) ** 0.5)
     y = torch.full((2, heads * v_dim), float("nan"), dtype=torch.bfloat16)
-    latent(q, kv_b, cache, paged.tables, paged.lengths, y, work, heads=heads, nope=nope, rope=rope,
-           v_dim=v_dim, scale=scale, block=16)  # fmt: skip
+    attends = partial(over_latents, cache=cache, tables=paged.tables, lengths=paged.lengths,
+                      work=work, rank=rank, scale=scale, block=16)  # fmt: skip
+    latent(q, kv_b, y, attends, heads=heads, nope=nope, rope=rope, v_dim=v_dim)
     queries = q.double().view(2, heads, nope + rope)
     wide = torch.einsum("thn,hnr->thr", queries[..., :nope], into)
     wide = torch.cat((wide, queries[..., nope:]), -1)
