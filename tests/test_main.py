@@ -49,7 +49,7 @@ def test_a_reader_that_is_gone_ends_it_in_silence(arguments: list[str]) -> None:
     assert done.returncode == 141 and not done.stderr
 
 
-@pytest.mark.parametrize("more", [[], ["--dummy-weights"]])
+@pytest.mark.parametrize("more", [[], pytest.param(["--dummy-weights"], marks=pytest.mark.slow)])
 def test_a_plan_for_cpus_runs_without_torch(tmp_path: Path, more: list[str]) -> None:
     example = Path(__file__).parents[1] / "examples" / "tiny-kjv"
     save_plan(compile_plan(example), tmp_path / "tiny.hmp")

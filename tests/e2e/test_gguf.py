@@ -59,7 +59,7 @@ def twin(checkpoint, tmp_path_factory):
 
 
 KINDS = [("f32", "F32"), ("bf16", "BF16"), ("fp16", "F16")]
-QUICK = {("qwen3_moe", "F32"), ("qwen3_moe", "F16"), ("mixtral", "BF16"), ("deepseek_v3", "BF16")}
+QUICK = {("qwen3_moe", "F32"), ("mixtral", "BF16")}
 """Those whose kernels other tests build too; the rest in `make test-all`."""
 CASES = [
     pytest.param(family, *each, marks=() if (family, each[1]) in QUICK else pytest.mark.slow)

@@ -64,7 +64,7 @@ def answer(run: Run, plan: Path, *arguments: object) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.parametrize("name", [pytest.param("one", marks=pytest.mark.slow), "two"])
 def test_run_streams_the_prompt_and_decodes_on_both(
     name: str, plans: dict[str, Path], run: Run
 ) -> None:

@@ -93,6 +93,7 @@ def test_the_whole_check_runs_on_the_host(
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.slow
 def test_a_wrong_result_and_an_error_are_rows_and_the_exit_code(
     rates: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

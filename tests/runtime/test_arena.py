@@ -86,8 +86,8 @@ def test_workspaces_are_shared_by_name_and_size(arena):
 @pytest.mark.parametrize(
     "family",
     [
-        "deepseek_v3",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_moe", "mixtral")),
+        "mixtral",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("qwen3_moe", "deepseek_v3")),
     ],
 )
 def test_a_phase_is_one_native_program(checkpoint, family):

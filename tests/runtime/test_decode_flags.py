@@ -189,6 +189,7 @@ def test_the_words_say_how_cpu_and_gpus_meet(
         assert answer(found, prompt(5, 1), 5, "decode")[0] == expected
 
 
+@pytest.mark.slow
 def test_a_trace_shows_the_steps_of_the_program(checkpoint: Checkpoint) -> None:
     directory = checkpoint("deepseek_v3", "bf16")
     plan = split_plan(directory)

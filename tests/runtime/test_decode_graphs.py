@@ -90,6 +90,7 @@ def answers(found: Executor, batch: int, steps: int = STEPS, phase: str = "decod
 @pytest.mark.parametrize(("family", "quant"), FAMILIES)
 @pytest.mark.parametrize("meet", ["flags", pytest.param("events", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("graphs")
+@pytest.mark.slow
 def test_greedy_tokens_are_those_without_graphs(
     family: str, quant: str, meet: str, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

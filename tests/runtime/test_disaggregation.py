@@ -157,6 +157,7 @@ def test_decoding_goes_on_while_the_process_computes(both, scheduler):
     decoding.wait(WAIT)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_nobody_notices(both, scheduler):
     long, other, next_one = (prompt(both, n, seed=n) for n in (400, 300, 9))
     expected = [alone(both, long, 6), alone(both, other, 5), alone(both, next_one, 60)]

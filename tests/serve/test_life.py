@@ -200,6 +200,7 @@ def test_sigterm_ends_a_server_whose_native_program_hangs(plan_path: Path, live:
     assert said[-1] == "hmc: error: a step has been running for more than 3 s"
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(plan_path: Path, live: Any) -> None:
     with (
         _process(plan_path) as (process, url),

@@ -81,6 +81,7 @@ def test_health_live_and_metrics_tell_of_the_process(beside: Any) -> None:
     assert "hmc_prefill_process_restarts_total 0.0" in metrics
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced(beside: Any) -> None:
     expected, before = answer(beside.url, 350), process(beside.url)
     os.kill(before["pid"], signal.SIGKILL)
