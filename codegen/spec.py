@@ -208,11 +208,12 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         " tokens scale~ scratch*"
     ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
-    # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax
-    # over the chosen), normalise, groups, top_groups (0: no grouping); bias f32 [experts] or 0 is
-    # added for choosing only; factor scales the result. Ties go to the lower id. Group score = sum
-    # of its two largest biased scores.
-    "route": _args("logits* logits_stride bias* ids* routing* tokens factor~"),
+    # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,
+    # groups, top_groups (0: no grouping), group_best (unset: 2), eps and scaled (unset: 0); bias
+    # f32 [experts] or 0 is added for choosing only; factor scales the result, and where it is
+    # `scaled` scale f32 [experts] too. Ties go to the lower id. Group score = sum of its
+    # `group_best` largest biased scores. Weights are divided by their sum + eps (unset: 1e-20).
+    "route": _args("logits* logits_stride bias* ids* routing* tokens factor~ scale* eps~ jitter~"),
     # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
     # `panel_scratch_bytes` (panel/tiling.py) says how many.

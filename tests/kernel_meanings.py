@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 from hmc.codegen.expr import Expr, evaluate, parse
 from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.probes.peak import dot_peak_flops
-from hmc.codegen.kernels.routing.route import SIGMOID, SOFTMAX, SOFTMAX_CHOSEN
+from hmc.codegen.kernels.routing.route import (
+    SIGMOID,
+    SIGMOID_CHOSEN,
+    SOFTMAX,
+    SOFTMAX_CHOSEN,
+    SPARSEMIXER,
+)
 from hmc.codegen.rowwise import Rowwise
 from hmc.codegen.spec import KernelSpec
 
@@ -83,6 +89,10 @@ def route(
     factor: float,
     groups: int = 0,
     top_groups: int = 0,
+    group_best: int = 2,
+    eps: float = 1e-20,
+    jitter: float = 0.0,
+    scale: Array | None = None,
 ) -> tuple[Array, Array]:
     """(ids, weights) [tokens, top_k] in float64, for finite logits [tokens, experts]."""
     x = logits.astype(np.float64)
@@ -95,7 +105,7 @@ def route(
     choice = score if bias is None else score + bias
     if top_groups:
         per = choice.reshape(tokens, groups, -1)
-        worth = np.sort(per, axis=2)[:, :, -2:].sum(axis=2)
+        worth = np.sort(per, axis=2)[:, :, -group_best:].sum(axis=2)
         keep = np.argsort(-worth, axis=1, kind="stable")[:, :top_groups]
         kept = np.zeros((tokens, groups), bool)
         np.put_along_axis(kept, keep, True, axis=1)
@@ -105,9 +115,21 @@ def route(
     if scoring == SOFTMAX_CHOSEN:
         weights = np.exp(weights - weights.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
+    elif scoring == SIGMOID_CHOSEN:
+        weights = 1 / (1 + np.exp(-weights))
+    elif scoring == SPARSEMIXER:
+        left = x.copy()
+        for slot in range(top_k):
+            best = left.max(axis=1, keepdims=True)
+            near = best - left <= 2 * jitter * np.maximum(np.abs(x), best)
+            shares = np.where(near, np.exp(left - best), 0)
+            own = np.take_along_axis(left, ids[:, slot : slot + 1], axis=1)
+            weights[:, slot] = (np.exp(own - best) / shares.sum(axis=1, keepdims=True))[:, 0]
+            np.put_along_axis(left, ids[:, slot : slot + 1], -np.inf, axis=1)
     if normalise:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
-    return ids, weights * factor
+        weights = weights / (weights.sum(axis=1, keepdims=True) + eps)
+    weights = weights * factor
+    return ids, weights if scale is None else weights * scale.astype(np.float64)[ids]
 
 
 def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:

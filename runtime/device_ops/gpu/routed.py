@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Sorted, Work, ints
@@ -16,25 +17,14 @@ from hmc.runtime.device_ops.triton import launch, routing
 
 def route(bound: Bound, step: Step) -> Work:
     """Expert ids and weights of every row, best first; ties go to the lower id."""
-    logits, share, bias = bound.tensor(step.inputs["logits"]), bound.share(step), None
+    logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
     ids, weights = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
-    bias = bound.vector(step, "bias")
-    scoring, groups, top_groups = ints(step, "scoring", "groups", "top_groups")
-    normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
+    bias, scale = (bound.vector(step, role) for role in ("bias", "scale"))
+    about = Routing.of(step.attrs)
 
     def work(call: Call) -> None:
         count = call.count(share)
-        routing.route(
-            logits[:count],
-            bias,
-            ids[:count],
-            weights[:count],
-            scoring=scoring,
-            normalise=normalise,
-            groups=groups,
-            top_groups=top_groups,
-            factor=factor,
-        )
+        routing.route(logits[:count], bias, scale, ids[:count], weights[:count], about)
 
     return work
 
