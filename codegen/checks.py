@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.expr import activation
+from hmc.codegen.expr import ROUTED, activation
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
@@ -139,5 +139,6 @@ _RULES: dict[str, Callable[[KernelSpec], object]] = {
     "rotary": _check_rotary,
     "route": _check_route,
     "pointwise": Rowwise.of,
-    **dict.fromkeys(_GATED, lambda spec: activation(spec.expr)),
+    "gate_up": lambda spec: activation(spec.expr),
+    **dict.fromkeys(_GATED[1:], lambda spec: activation(spec.expr, ROUTED)),
 }

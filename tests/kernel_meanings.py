@@ -40,21 +40,36 @@ def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray, expr: str) -> np.nd
 
 
 def experts_gate_up(
-    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray], expr: str
+    x: np.ndarray,
+    ids: np.ndarray,
+    gate: list[np.ndarray],
+    up: list[np.ndarray],
+    expr: str,
+    biases: Sequence[np.ndarray] = (),
+    routing: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
-    N], zero for negative ids.
+    N], zero for negative ids. `biases` of gate and up [experts, N]; `routing` [T, J] is the weight.
     """
     act = np.zeros((ids.size, len(gate[0])))
     for pair, expert in enumerate(ids.reshape(-1)):
         if expert >= 0:
-            token = pair // ids.shape[1]
-            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert], expr)[0]
+            row = x[pair // ids.shape[1]]
+            found = {"gate": gate[expert] @ row, "up": up[expert] @ row}
+            for name, bias in zip(found, biases, strict=False):
+                found[name] = found[name] + bias[expert]
+            if routing is not None:
+                found["weight"] = np.full(len(act[pair]), routing.reshape(-1)[pair])
+            act[pair] = evaluated(parse(expr), found)
     return act
 
 
 def experts_down(
-    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
+    act: np.ndarray,
+    ids: np.ndarray,
+    routing: np.ndarray,
+    down: list[np.ndarray],
+    bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
     summed over the J whose ids are not negative.
@@ -62,7 +77,9 @@ def experts_down(
     y = np.zeros((len(ids), len(down[0])))
     for pair, expert in enumerate(ids.reshape(-1)):
         if expert >= 0:
-            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * (down[expert] @ act[pair])
+            product = down[expert] @ act[pair]
+            product = product if bias is None else product + bias[expert]
+            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * product
     return y
 
 

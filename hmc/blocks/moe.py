@@ -14,7 +14,7 @@ from torch.nn import functional
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, weighs
 from hmc.graph import Attr, WeightSpec, attrs
 from hmc.ops.routing import EPS
 
@@ -122,11 +122,14 @@ class Route(Block):
 
 class Experts(Block):
     """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
-    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls.
+    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls. Where it has
+    the token's `weight` for the expert in it (Llama 4 weighs what an expert reads), results are
+    summed as they are.
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
-    three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them.
+    three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them. With `bias` all
+    three have one, gate_bias, up_bias and down_bias; one an expert is at `<name>.bias`.
     """
 
     kind = "experts"
@@ -140,6 +143,8 @@ class Experts(Block):
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         act: str = SWIGLU,
         stacked: Mapping[str, tuple[str, View]] | None = None,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.stacked = stacked or {}
@@ -149,19 +154,29 @@ class Experts(Block):
         self.gate = parameter(experts, intermediate, hidden)
         self.up = parameter(experts, intermediate, hidden)
         self.down = parameter(experts, hidden, intermediate)
+        self.gate_bias = parameter(experts, intermediate) if bias else None
+        self.up_bias = parameter(experts, intermediate) if bias else None
+        self.down_bias = parameter(experts, hidden) if bias else None
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         into, back = (self.intermediate, self.width), (self.width, self.intermediate)
         found = []
-        for role, name, shape in zip(
-            ("gate", "up", "down"), self.names, (into, into, back), strict=True
-        ):
-            tensor, view = self.stacked.get(role, (f"{{e}}.{name}.weight", None))
-            found.append(
-                WeightSpec(
-                    role, f"{path}.{tensor}", shape, linear=True, experts=self.experts, view=view
+        for end in ("", "_bias") if self.gate_bias is not None else ("",):
+            for role, name, shape in zip(
+                ("gate", "up", "down"), self.names, (into, into, back), strict=True
+            ):
+                own = f"{{e}}.{name}.{'bias' if end else 'weight'}"
+                tensor, view = self.stacked.get(role + end, (own, None))
+                found.append(
+                    WeightSpec(
+                        role + end,
+                        f"{path}.{tensor}",
+                        shape[:1] if end else shape,
+                        linear=not end,
+                        experts=self.experts,
+                        view=view,
+                    )
                 )
-            )
         return tuple(found)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
@@ -174,11 +189,17 @@ class Experts(Block):
         for expert in sorted(set(ids.flatten().tolist())):
             token, slot = torch.where(ids == expert)
             rows = x[token]
-            gate, up = (functional.linear(rows, each[expert]) for each in (self.gate, self.up))
-            hidden = activated(self.act, gate, up)
-            result = functional.linear(hidden, self.down[expert])
-            total.index_add_(0, token, result * weights[token, slot, None])
+            share = weights[token, slot, None]
+            gate, up = (self._product(rows, role, expert) for role in ("gate", "up"))
+            hidden = activated(self.act, gate, up, share)
+            result = self._product(hidden, "down", expert)
+            total.index_add_(0, token, result if weighs(self.act) else result * share)
         return total
+
+    def _product(self, x: Tensor, role: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{role}_bias")
+        matrix = getattr(self, role)[expert]
+        return functional.linear(x, matrix, None if bias is None else bias[expert])
 
 
 def _mixed(scores: Tensor, ids: Tensor, jitter: float) -> Tensor:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import torch
 
 from hmc.blocks.pointwise import activated
-from hmc.codegen.expr import parse, temporaries
+from hmc.codegen.expr import parse, temporaries, weighs
 from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Sorted, Work, in_blocks, ints
-from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
+from hmc.runtime.device_ops.matmul import Expert, matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
-Expert = tuple[Matrix, Matrix, Matrix]
-"""gate, up and down."""
 SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER = range(5)
 _TAKEN = -(2**31)
 _ROUTED = 4 * 4 + (4 + 8) * 2
@@ -142,18 +140,22 @@ def experts(bound: Bound, step: Step) -> Work:
     count_all, top_k = ints(step, "experts", "top_k")
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
     adds, act = bound.adds(step), str(step.attrs["act"])
-    held = 2 + temporaries(parse(act))
+    held, weighed = 2 + temporaries(parse(act)), weighs(act)
     row = max((_expert_row(expert, held) for expert in weights.values()), default=1)
 
     def block(
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
     ) -> None:
-        gate, up, down = expert
-        tokens = mine // top_k
-        rows = x[tokens]
-        hidden = activated(act, matmul(rows, gate), matmul(rows, up)).to(torch.bfloat16)
+        tokens, shares = mine // top_k, factors[mine, None]
+        rows, biases = x[tokens], expert.biases or (None, None, None)
+        gate, up = (
+            _with_bias(matmul(rows, w), bias)
+            for w, bias in zip((expert.gate, expert.up), biases, strict=False)
+        )
+        hidden = activated(act, gate, up, shares).to(torch.bfloat16)
+        found = _with_bias(matmul(hidden, expert.down), biases[2])
         # an expert has a token once, so no two rows of one block add to the same place
-        into.index_add_(0, tokens, matmul(hidden, down).mul_(factors[mine, None]))
+        into.index_add_(0, tokens, found if weighed else found.mul_(shares))
 
     def work(call: Call) -> None:
         count = call.count(share)
@@ -171,10 +173,13 @@ def experts(bound: Bound, step: Step) -> Work:
 
 
 def _expert_row(expert: Expert, held: int) -> int:
-    """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
+    """Bytes that a row routed to an expert takes at most: slot, token, weight, x in bf16, the first
     product with what the second makes, or `held` products and what is made of them, or the
     activations in bf16 with what the last makes."""
-    gate, up, down = expert
-    hidden, width = gate.shape
-    inner = 4 * hidden + max(row_bytes(up), 4 * hidden * (held - 1))
-    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down))
+    hidden, width = expert.gate.shape
+    inner = 4 * hidden + max(row_bytes(expert.up), 4 * hidden * (held - 1))
+    return 8 + 8 + 4 + 2 * width + max(inner, 2 * hidden + row_bytes(expert.down))
+
+
+def _with_bias(found: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return found if bias is None else found.add_(bias.to(torch.float32))

@@ -25,7 +25,9 @@ UP = {"rows": 2048, "columns": 7168, "experts": 256, "top_k": 8}
 DOWN = {"rows": 7168, "columns": 2048, "experts": 256, "top_k": 8, "all_experts": 256}
 
 
-def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) -> None:
+def check(
+    name: str, form: str, arch: int, tokens: int, eights: bool = False, bias: str = ""
+) -> None:
     """Of the kernel that a launch on `arch` takes for `tokens`."""
     pair, layout = name == "pair", LAYOUTS[form]
     kernel, sizes, more = name, DENSE, dict[str, Any]()
@@ -33,7 +35,7 @@ def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) ->
         kernel, more = "linear", {"PAIR": pair, "SPLIT": tokens <= table.FEW, "BIAS": not pair}
     else:
         sizes = UP if name == "experts_act" else DOWN
-        more = {"EXPERTS": 256, "WIDTH": 3 * layout.planes}
+        more = {"EXPERTS": 256, "WIDTH": 3 * layout.planes, "BIAS": bias, "WEIGHED": False}
         more |= {"ADDS": True} if name == "experts_down_few" else {}
     tile = table.tile(name, arch, tokens, eights)
     made = table.compile(kernel, layout, sizes, arch, tile, eights=eights, **more)
@@ -53,6 +55,13 @@ def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) ->
 )
 def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
     check(name, form, arch, tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["experts_act", "experts_down", "experts_down_few"])
+def test_experts_with_biases(name: str) -> None:
+    check(name, "bf16", 90, 1, bias="bf16")
+    check(name, "fp8", 120, 128, bias="f32")
 
 
 TILES = [("linear", 1), ("linear", 128), ("linear", 4096), ("pair", 1), ("pair", 128),

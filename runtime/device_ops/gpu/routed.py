@@ -54,8 +54,8 @@ def experts(bound: Bound, step: Step) -> Work:
     adds, act = bound.adds(step), str(step.attrs["act"])
     name = step.inputs["order"].buffer if "order" in step.inputs else ""
     held = launch.Experts.of(
-        (expert, (weight_of(gate), weight_of(up), weight_of(down)))
-        for expert, (gate, up, down) in bound.experts(step).items()
+        (number, (weight_of(each.gate), weight_of(each.up), weight_of(each.down)), each.biases)
+        for number, each in bound.experts(step).items()
     )
     eights, edges = in_eights(held.gate, x.device), _edges(count_all, ids.device)
 
