@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.expr import activation, elementwise
+from hmc.codegen.expr import ROUTED, activation, elementwise
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
@@ -123,11 +123,13 @@ def _check_rotary(spec: KernelSpec) -> None:
 def _check_route(spec: KernelSpec) -> None:
     experts, top_k, candidates = spec["experts"], spec["top_k"], spec["experts"]
     groups, top_groups = spec.get("groups"), spec.get("top_groups")
-    if not 0 <= spec.get("scoring") <= 2:
+    if not 0 <= spec.get("scoring") <= 4:
         raise _error(spec, f"has no scoring {spec['scoring']}")
     if top_groups:
         if groups < 1 or experts % groups or experts < 2 * groups:
             raise _error(spec, f"cannot divide {experts} experts into {groups} groups")
+        if spec.get("group_best", 2) not in (1, 2):
+            raise _error(spec, f"cannot rank groups by {spec['group_best']} experts")
         candidates = experts // groups * min(groups, top_groups)
     if top_k > candidates:
         raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
@@ -142,5 +144,6 @@ _RULES: dict[str, Callable[[KernelSpec], object]] = {
     "rotary": _check_rotary,
     "route": _check_route,
     "pointwise": Rowwise.of,
-    **dict.fromkeys(_GATED, lambda spec: activation(spec.expr)),
+    "gate_up": lambda spec: activation(spec.expr),
+    **dict.fromkeys(_GATED[1:], lambda spec: activation(spec.expr, ROUTED)),
 }

@@ -43,6 +43,12 @@ REDUCTIONS: Final = frozenset(("sum", "mean"))
 MAX_DEPTH, MAX_SIZE = 32, 128
 """Bounds of a tree: operations one inside the other, and nodes."""
 
+GATED: Final = ("gate", "up")
+"""Operands of a gated MLP's activation: the two products, with their biases."""
+WEIGHT: Final = "weight"
+ROUTED: Final = (*GATED, WEIGHT)
+"""Those of routed experts': also the weight of the expert for the token, where an expert's input is
+weighed instead of its result."""
 SWIGLU: Final = "silu(gate) * up"
 """The activation of most gated MLPs (Shazeer, arXiv 2002.05202)."""
 
@@ -132,11 +138,11 @@ class Expr:
         return _text(self)[0]
 
 
-def activation(text: str) -> Expr:
+def activation(text: str, operands: tuple[str, ...] = GATED) -> Expr:
     """The expression between the matmuls of a gated MLP; `KernelError` where it is no value of
-    `gate` and `up`, element by element.
+    `operands`, element by element.
     """
-    return elementwise(text, "gate", "up")
+    return elementwise(text, *operands)
 
 
 def elementwise(text: str, *names: str) -> Expr:
@@ -147,6 +153,13 @@ def elementwise(text: str, *names: str) -> Expr:
         every = " and ".join(names)
         raise KernelError(f"expression {text!r} is no value of {every}, element by element")
     return tree
+
+
+def weighs(text: str) -> bool:
+    """Whether the activation of experts has a token's weight in it: what it gives is then added up
+    as it is.
+    """
+    return WEIGHT in activation(text, ROUTED).leaves
 
 
 def leaf(name: str) -> Expr:

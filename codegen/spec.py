@@ -143,17 +143,24 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # y[t, n] = sum_k x[t, k] w[n, k] (+ bias[n]); x bf16; params: k, tokens (largest batch). bias
     # f32 or 0.
     "linear": _args("x* x_stride w* scale* bias* y* y_stride rows tokens"),
-    # y[t, n] = expr(gate = x . gate[n], up = x . up[n]), y bf16; params: k, tokens.
-    "gate_up": _args("x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens"),
+    # y[t, n] = expr(gate = x . gate[n], up = x . up[n]), y bf16; params: k, tokens, biased (unset:
+    # 0; else gate_bias and up_bias f32 [n] are added to the products).
+    "gate_up": _args(
+        "x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens gate_bias* up_bias*"
+    ),
     # Routed experts, first half, for every (token, slot): act[t * top_k + j, n], bf16, UNweighted.
     # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses.
     # ids i32 [tokens, top_k], negative: not computed here, its row of `act` is left as it was;
-    # params: k (hidden), n (intermediate), top_k, experts, tokens; expr as of gate_up.
-    "experts_gate_up": _args("x* x_stride ids* table* act* tokens scratch*"),
+    # params: k (hidden), n (intermediate), top_k, experts, tokens, biased (unset: 0; else gate_bias
+    # and up_bias are f32 [experts, n]); expr as of gate_up, also of weight = routing f32 [tokens,
+    # top_k].
+    "experts_gate_up": _args(
+        "x* x_stride ids* table* act* tokens scratch* routing* gate_bias* up_bias*"
+    ),
     # Second half: y[t, n] = sum_j routing[t, j] * (act[t * top_k + j, :] . down[ids[t, j]][n, :]),
     # f32, over the slots j with ids[t, j] >= 0. params: k (intermediate), n (hidden), top_k,
-    # experts, tokens.
-    "experts_down": _args("act* ids* routing* table* y* y_stride tokens scratch*"),
+    # experts, tokens, biased (unset: 0; else bias f32 [experts, n] is added to the products).
+    "experts_down": _args("act* ids* routing* table* y* y_stride tokens scratch* bias*"),
     # In place on x f32 [tokens, heads, head_dim]: optional per-head RMS norm (gamma = 0: none),
     # then rotary on the slice [start, start + dim) of each head; cos, sin f32 [positions, dim / 2];
     # params: heads, head_dim, start, dim, interleaved (0: halves, 1: even/odd pairs). `weight` =
@@ -212,11 +219,12 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         " tokens scale~ scratch* growth~"
     ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
-    # [tokens, top_k]. params: experts, top_k, scoring (0 softmax over all, 1 sigmoid, 2 softmax
-    # over the chosen), normalise, groups, top_groups (0: no grouping); bias f32 [experts] or 0 is
-    # added for choosing only; factor scales the result. Ties go to the lower id. Group score = sum
-    # of its two largest biased scores.
-    "route": _args("logits* logits_stride bias* ids* routing* tokens factor~"),
+    # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,
+    # groups, top_groups (0: no grouping), group_best (unset: 2), eps and scaled (unset: 0); bias
+    # f32 [experts] or 0 is added for choosing only; factor scales the result, and where it is
+    # `scaled` scale f32 [experts] too. Ties go to the lower id. Group score = sum of its
+    # `group_best` largest biased scores. Weights are divided by their sum + eps (unset: 1e-20).
+    "route": _args("logits* logits_stride bias* ids* routing* tokens factor~ scale* eps~ jitter~"),
     # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
     # `panel_scratch_bytes` (panel/tiling.py) says how many.
@@ -229,8 +237,10 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # Many-token routed experts, tokens sorted by expert: offsets i32 [experts + 1] into `slots` i32
     # [tokens * top_k] (each = token * top_k + j, sorted by expert). Results as the small forms
     # above.
-    "grouped_gate_up": _args("x* x_stride slots* offsets* table* act* scratch*"),
-    "grouped_down": _args("act* slots* offsets* routing* table* y* y_stride tokens scratch*"),
+    "grouped_gate_up": _args(
+        "x* x_stride slots* offsets* table* act* scratch* routing* gate_bias* up_bias*"
+    ),
+    "grouped_down": _args("act* slots* offsets* routing* table* y* y_stride tokens scratch* bias*"),
     # Reads bytes [0, size) of `base` once, each worker its contiguous share: the streaming-read
     # reference. sink i64 [workers] keeps the loads alive. params: streams; tile: prefetch.
     "stream_read": _args("base* size sink*"),

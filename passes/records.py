@@ -40,7 +40,7 @@ class Target:
         if weight.key not in self._found:
             if weight.experts:
                 found = self.checkpoint.resolve_experts(
-                    weight.name, weight.experts, weight.shape, weight.view
+                    weight.name, weight.experts, weight.shape, weight.view, linear=weight.linear
                 )
             else:
                 found = [

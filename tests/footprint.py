@@ -50,6 +50,10 @@ class _Store:
         found = self._places.get(("weight", name, "scale"))
         return 0 if found is None else int(found[0])
 
+    def expert_vectors(self, layer: int, role: str) -> tuple[int, ...]:
+        """Where a vector of each of a layer's experts is stored; () where there are none."""
+        return tuple(map(int, self._places.get(("expert", layer, role, "codes"), ())))
+
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         columns = [
             self._places.get(("expert", layer, role, plane))
@@ -174,6 +178,10 @@ class _Recorder:
 
     def vector(self, name: str | None) -> int:
         return 0 if name is None else self.store.address(name)
+
+    def expert_vectors(self, layer: int, role: str) -> int:
+        found = self.store.expert_vectors(layer, role)
+        return _number(("vectors", found)) if found else 0
 
     def array(self, key: Hashable, values: npt.NDArray[Any]) -> int:
         return _number(("array", values.shape, values.tobytes()))

@@ -13,7 +13,13 @@ from numpy.typing import NDArray
 from hmc.codegen.expr import Expr, evaluate, parse
 from hmc.codegen.isa import TIERS
 from hmc.codegen.kernels.probes.peak import dot_peak_flops
-from hmc.codegen.kernels.routing.route import SIGMOID, SOFTMAX, SOFTMAX_CHOSEN
+from hmc.codegen.kernels.routing.route import (
+    SIGMOID,
+    SIGMOID_CHOSEN,
+    SOFTMAX,
+    SOFTMAX_CHOSEN,
+    SPARSEMIXER,
+)
 from hmc.codegen.rowwise import Rowwise
 from hmc.codegen.spec import KernelSpec
 
@@ -35,21 +41,36 @@ def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray, expr: str) -> np.nd
 
 
 def experts_gate_up(
-    x: np.ndarray, ids: np.ndarray, gate: list[np.ndarray], up: list[np.ndarray], expr: str
+    x: np.ndarray,
+    ids: np.ndarray,
+    gate: list[np.ndarray],
+    up: list[np.ndarray],
+    expr: str,
+    biases: Sequence[np.ndarray] = (),
+    routing: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reference, all f64: x [T, K], ids [T, J], gate and up: [N, K] for each expert; act [T * J,
-    N], zero for negative ids.
+    N], zero for negative ids. `biases` of gate and up [experts, N]; `routing` [T, J] is the weight.
     """
     act = np.zeros((ids.size, len(gate[0])))
     for pair, expert in enumerate(ids.reshape(-1)):
         if expert >= 0:
-            token = pair // ids.shape[1]
-            act[pair] = gate_up(x[token : token + 1], gate[expert], up[expert], expr)[0]
+            row = x[pair // ids.shape[1]]
+            found = {"gate": gate[expert] @ row, "up": up[expert] @ row}
+            for name, bias in zip(found, biases, strict=False):
+                found[name] = found[name] + bias[expert]
+            if routing is not None:
+                found["weight"] = np.full(len(act[pair]), routing.reshape(-1)[pair])
+            act[pair] = evaluated(parse(expr), found)
     return act
 
 
 def experts_down(
-    act: np.ndarray, ids: np.ndarray, routing: np.ndarray, down: list[np.ndarray]
+    act: np.ndarray,
+    ids: np.ndarray,
+    routing: np.ndarray,
+    down: list[np.ndarray],
+    bias: np.ndarray | None = None,
 ) -> np.ndarray:
     """Reference, all f64: act [T * J, K], routing [T, J], down: [N, K] for each expert; y [T, N],
     summed over the J whose ids are not negative.
@@ -57,7 +78,9 @@ def experts_down(
     y = np.zeros((len(ids), len(down[0])))
     for pair, expert in enumerate(ids.reshape(-1)):
         if expert >= 0:
-            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * (down[expert] @ act[pair])
+            product = down[expert] @ act[pair]
+            product = product if bias is None else product + bias[expert]
+            y[pair // ids.shape[1]] += routing.reshape(-1)[pair] * product
     return y
 
 
@@ -84,6 +107,10 @@ def route(
     factor: float,
     groups: int = 0,
     top_groups: int = 0,
+    group_best: int = 2,
+    eps: float = 1e-20,
+    jitter: float = 0.0,
+    scale: Array | None = None,
 ) -> tuple[Array, Array]:
     """(ids, weights) [tokens, top_k] in float64, for finite logits [tokens, experts]."""
     x = logits.astype(np.float64)
@@ -96,7 +123,7 @@ def route(
     choice = score if bias is None else score + bias
     if top_groups:
         per = choice.reshape(tokens, groups, -1)
-        worth = np.sort(per, axis=2)[:, :, -2:].sum(axis=2)
+        worth = np.sort(per, axis=2)[:, :, -group_best:].sum(axis=2)
         keep = np.argsort(-worth, axis=1, kind="stable")[:, :top_groups]
         kept = np.zeros((tokens, groups), bool)
         np.put_along_axis(kept, keep, True, axis=1)
@@ -106,9 +133,21 @@ def route(
     if scoring == SOFTMAX_CHOSEN:
         weights = np.exp(weights - weights.max(axis=1, keepdims=True))
         weights /= weights.sum(axis=1, keepdims=True)
+    elif scoring == SIGMOID_CHOSEN:
+        weights = 1 / (1 + np.exp(-weights))
+    elif scoring == SPARSEMIXER:
+        left = x.copy()
+        for slot in range(top_k):
+            best = left.max(axis=1, keepdims=True)
+            near = best - left <= 2 * jitter * np.maximum(np.abs(x), best)
+            shares = np.where(near, np.exp(left - best), 0)
+            own = np.take_along_axis(left, ids[:, slot : slot + 1], axis=1)
+            weights[:, slot] = (np.exp(own - best) / shares.sum(axis=1, keepdims=True))[:, 0]
+            np.put_along_axis(left, ids[:, slot : slot + 1], -np.inf, axis=1)
     if normalise:
-        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
-    return ids, weights * factor
+        weights = weights / (weights.sum(axis=1, keepdims=True) + eps)
+    weights = weights * factor
+    return ids, weights if scale is None else weights * scale.astype(np.float64)[ids]
 
 
 def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:

@@ -1,5 +1,6 @@
 """An activation's expression (codegen/expr.py) as a device function of the accumulators of gate and
-up: source is written from the tree, an operation a line, and compiled in memory.
+up and of the tokens' weights: source is written from the tree, an operation a line, and compiled in
+memory.
 
 Triton reads the source of what it compiles: that of a function made here stands in `linecache`,
 where Python looks for sources without a file, so nothing is written to disk, and Triton's own disk
@@ -15,8 +16,8 @@ from functools import cache
 from types import FunctionType
 from typing import Any
 
+from hmc.codegen.expr import ROUTED, evaluate
 from hmc.codegen.expr import activation as parsed
-from hmc.codegen.expr import evaluate
 
 tl: Any = None
 
@@ -94,9 +95,9 @@ _SOURCES = {
 
 @cache
 def function(text: str) -> FunctionType:
-    """The device function `activation(gate, up)` of an expression of gate and up; `KernelError` for
-    any other."""
-    lines = ["def activation(gate, up):"]
+    """The device function `activation(gate, up, weight)` of an expression of these; `KernelError`
+    for any other."""
+    lines = [f"def activation({', '.join(ROUTED)}):"]
 
     def line(source: str) -> Callable[..., str]:
         def write(*args: str) -> str:
@@ -106,7 +107,7 @@ def function(text: str) -> FunctionType:
         return write
 
     functions = {name: line(source) for name, source in _SOURCES.items()}
-    result = evaluate(parsed(text), str, functions, lambda value: f"({value!r})")
+    result = evaluate(parsed(text, ROUTED), str, functions, lambda value: f"({value!r})")
     lines.append(f"    return {result}")
     name = f"<activation {text}>"
     source = "\n".join(lines) + "\n"

@@ -2,6 +2,7 @@
 
 `slots` (token * top_k + rank) are sorted by expert, ascending within each. The experts of a step
 are `ids` [experts], `table` i64 [experts, planes of gate, up and down] their planes' addresses.
+With BIAS, of float32, float16 or bfloat16, those of its gate, up and down follow.
 Where the slots of a range of tokens begin and end for each expert of the model is told by `begins`
 and `ends`: `edges` and what follows its first element for all tokens, rows of `bounds` for a part.
 
@@ -60,12 +61,23 @@ def tile_at(tile, low, high, last, TOKENS: tl.constexpr, EXPERTS: tl.constexpr):
     return expert, begin + (tile - before) * TOKENS, end
 
 
-def experts_act(x, height, slots, ids, begins, ends, table, values, act, first_slot, experts,
-                top_k, rows, columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+def bias_at(table, row, rows, BIAS: tl.constexpr):
+    """f32 [ROWS, 1]: the rows' elements of a bias whose address is at `table`."""
+    if BIAS == "float32":
+        words = tl.load(table).to(tl.pointer_type(tl.float32))
+    elif BIAS == "float16":
+        words = tl.load(table).to(tl.pointer_type(tl.float16))
+    else:
+        words = tl.load(table).to(tl.pointer_type(tl.bfloat16))
+    return tl.load(words + row, row < rows, 0.0).to(tl.float32)[:, None]
+
+
+def experts_act(x, height, slots, routing, ids, begins, ends, table, values, act, first_slot,
+                experts, top_k, rows, columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr,
                 DEPTH: tl.constexpr, REPEAT: tl.constexpr, EXPERTS: tl.constexpr,
-                WIDTH: tl.constexpr):  # fmt: skip
+                WIDTH: tl.constexpr, BIAS: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
     """act bf16 [slots of the range, rows] = the activation of x gate^T and x up^T of the slots'
-    experts, for those of the step.
+    experts, for those of the step; WEIGHED: also of the slots' `routing`.
 
     Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. x are the
     `height` tokens of the range. `WIDTH` i64 of `table` are an expert's, from gate on (below: from
@@ -86,17 +98,38 @@ def experts_act(x, height, slots, ids, begins, ends, table, values, act, first_s
     one, two = sums(x, height, (slot - first_slot) // top_k, live, gate, up, first, rows, 0,
                     columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, True)  # fmt: skip
     row = first + tl.arange(0, ROWS)
-    found = activation(one, two).to(tl.bfloat16)
+    if BIAS != "":
+        biases = own + (WIDTH - 3)
+        one += bias_at(biases, row, rows, BIAS)
+        two += bias_at(biases + 1, row, rows, BIAS)
+    weight = one
+    if WEIGHED:
+        weight = tl.load(routing + slot, live, 0.0)[None, :]
+    found = activation(one, two, weight).to(tl.bfloat16)
     to = act + (slot - first_slot)[None, :] * rows + row[:, None]
     tl.store(to, found, live[None, :] & (row < rows)[:, None])
+
+
+def weighed(found, table, routing, slot, live, row, rows, BIAS: tl.constexpr,
+            WEIGHED: tl.constexpr):  # fmt: skip
+    """Products with down of one expert, whose planes are at `table` from down on, plus its bias, by
+    the weights of slots that are `live`; of others 0."""
+    if BIAS != "":
+        found += bias_at(table + (3 + len(SCALES)), row, rows, BIAS)
+    if WEIGHED:
+        found = tl.where(live[None, :], found, 0.0)
+    else:
+        found *= tl.load(routing + slot, live, 0.0)[None, :]
+    return found
 
 
 def experts_down(act, height, slots, routing, ids, begins, ends, table, values, y, first_slot,
                  all_experts, experts, top_k, rows, columns, stride, ROWS: tl.constexpr,
                  TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
-                 EXPERTS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                 EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
+                 WEIGHED: tl.constexpr):  # fmt: skip
     """y f32 [tokens, rows] += routing[slot] * act[slot] down^T, for the experts of the step in
-    their order.
+    their order; WEIGHED: of rows that have been weighed.
 
     Programs: tiles of rows, ranges of tokens, each of which has its `all_experts` begins and ends.
     """
@@ -112,7 +145,9 @@ def experts_down(act, height, slots, routing, ids, begins, ends, table, values, 
         down = planes_at(table + expert * WIDTH, values)
         found, _ = sums(act, height, slot - first_slot, live, down, down, first, rows, 0,
                         columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
-        found *= tl.load(routing + slot, live, 0.0)[None, :]
+        found = weighed(
+            found, table + expert * WIDTH, routing, slot, live, row, rows, BIAS, WEIGHED
+        )
         to = y + (slot // top_k)[None, :] * rows + row[:, None]
         inside = live[None, :] & (row < rows)[:, None]
         tl.store(to, tl.load(to, inside, 0.0) + found, inside)
@@ -122,7 +157,8 @@ def experts_down(act, height, slots, routing, ids, begins, ends, table, values, 
 def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, partials, counters,
                      tokens, experts, top_k, rows, columns, stride, parts, ROWS: tl.constexpr,
                      TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
-                     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+                     EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
+                     WEIGHED: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
     """As `experts_down`, for at most TOKENS tokens: y [tokens, rows], without ADDS not read, is
     made in registers, a column of the tile for each token.
 
@@ -130,6 +166,7 @@ def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, p
     """
     low, high, last = tiles(ids, begins, ends, experts, TOKENS, EXPERTS)
     first = tl.program_id(0) * ROWS
+    row = first + tl.arange(0, ROWS)
     column = tl.arange(0, TOKENS)
     one = tl.full((ROWS, TOKENS), 0.0, tl.float32)
     for tile in range(tl.program_id(1), tl.max(last, 0), parts):
@@ -143,10 +180,10 @@ def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, p
         down = planes_at(table + expert * WIDTH, values)
         found, _ = sums(act, 0, slot.to(tl.int64), live, down, down, first, rows, 0, columns,
                         columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
-        one += found * tl.load(routing + slot, live, 0.0)[None, :]
+        planes = table + expert * WIDTH
+        one += weighed(found, planes, routing, slot, live, row, rows, BIAS, WEIGHED)
     mine, one, _ = joined(one, one, partials, counters, tl.program_id(0), tl.program_id(1), parts,
                           ROWS, TOKENS, False)  # fmt: skip
-    row = first + tl.arange(0, ROWS)
     inside = ((column < tokens) & mine)[None, :] & (row < rows)[:, None]
     to = y + column[None, :] * rows + row[:, None]
     if ADDS:

@@ -14,11 +14,12 @@ BAND = 8
 share is in the cache."""
 
 
-def linear(x, planes, others, bias, y, partials, counters, tokens, rows, columns, stride, parts,
+def linear(x, planes, others, bias, second, y, partials, counters, tokens, rows, columns, stride,
+           parts,
            ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
            PAIR: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """y [tokens, rows], f32 or bf16, = x bf16 [tokens, columns] times the transpose of the matrix
-    `planes`, plus `bias` [rows]; with PAIR the activation of that and of `others`.
+    `planes`, plus `bias` [rows]; with PAIR the activation of that and of `others`, plus `second`.
 
     Programs: tiles, and with SPLIT for each tile `parts` that share its columns.
     """
@@ -44,9 +45,11 @@ def linear(x, planes, others, bias, y, partials, counters, tokens, rows, columns
                                 TOKENS, PAIR)  # fmt: skip
         live = live & last
     row = first + tl.arange(0, ROWS)
-    if PAIR:
-        one = activation(one, two)
     if BIAS:
         one += tl.load(bias + row, row < rows, 0).to(tl.float32)[:, None]
+    if PAIR:
+        if BIAS:
+            two += tl.load(second + row, row < rows, 0).to(tl.float32)[:, None]
+        one = activation(one, two, one)
     place = y + token.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(place, one.to(y.dtype.element_ty), live[None, :] & (row < rows)[:, None])

@@ -27,15 +27,17 @@ def number_of(rank):
     return (0x7FFFFFFF - (rank & 0x7FFFFFFF)).to(tl.int32)
 
 
-def route(logits, bias, ids, routing, experts, factor, stride, TOP_K: tl.constexpr,
-          SCORING: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr,
-          SIZE: tl.constexpr, KEPT: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+def route(logits, bias, scale, ids, routing, experts, factor, eps, jitter, stride,
+          TOP_K: tl.constexpr, SCORING: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr,
+          SCALED: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr,
+          BEST: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
           CHOSEN: tl.constexpr):  # fmt: skip
     """ids i32 and routing f32 [tokens, TOP_K], best first, of logits [tokens, experts].
 
-    SCORING 0: softmax, 1: sigmoid, 2: softmax of those chosen. With KEPT only the experts of the
-    KEPT best of GROUPS groups of SIZE are chosen from; else there is one group. HIGH, WIDE and
-    CHOSEN are GROUPS, SIZE and TOP_K as powers of two. Programs: tokens.
+    SCORING 0: softmax, 1: sigmoid, 2: softmax of those chosen, 3: their sigmoid, 4: SparseMixer.
+    With KEPT only the experts of the KEPT best of GROUPS groups of SIZE are chosen from, by the
+    BEST one or two of each; else there is one group. HIGH, WIDE and CHOSEN are GROUPS, SIZE and
+    TOP_K as powers of two. Programs: tokens.
     """
     token = tl.program_id(0).to(tl.int64)
     group, place = tl.arange(0, HIGH)[:, None], tl.arange(0, WIDE)[None, :]
@@ -59,8 +61,11 @@ def route(logits, bias, ids, routing, experts, factor, stride, TOP_K: tl.constex
         first = tl.where(choice == choice, key, 0x7FFFFFFF)
         within = tl.where(known, ranked(first, place), never)
         leader = tl.max(within, 1)
-        second = tl.max(tl.where(within == leader[:, None], never, within), 1)
-        worth = ordered(value_of(leader) + value_of(second))
+        worth = value_of(leader)
+        if BEST == 2:
+            second = tl.max(tl.where(within == leader[:, None], never, within), 1)
+            worth += value_of(second)
+        worth = ordered(worth)
         number = tl.arange(0, HIGH)
         groups = tl.where(number < GROUPS, ranked(worth, number), never)
         kept = number < 0
@@ -78,16 +83,28 @@ def route(logits, bias, ids, routing, experts, factor, stride, TOP_K: tl.constex
         best = tl.max(tl.max(rank, 1), 0)
         own = rank == best
         mine = tl.sum(tl.sum(tl.where(own, score, 0.0), 1), 0)
+        if SCORING == 4:
+            most = tl.max(tl.max(score, 1), 0)
+            size = tl.maximum(tl.abs(score), most)
+            far = ((most - score) / size > 2.0 * jitter) | (score == -float("inf"))
+            share = tl.where(far, 0.0, tl.exp(score - most))
+            mine = tl.exp(mine - most) / tl.sum(tl.sum(share, 1), 0)
+            score = tl.where(own, -float("inf"), score)
         weight = tl.where(slot == i, mine, weight)
         found = tl.where(slot == i, number_of(best), found)
         rank = tl.where(own, never, rank)
     if SCORING == 2:
         weight = tl.exp(weight - tl.max(weight, 0))
         weight = weight / tl.sum(tl.where(slot < TOP_K, weight, 0.0), 0)
+    if SCORING == 3:
+        weight = 1.0 / (1.0 + tl.exp(-weight))
     if NORMALISE:
-        weight = weight / (tl.sum(tl.where(slot < TOP_K, weight, 0.0), 0) + 1e-20)
+        weight = weight / (tl.sum(tl.where(slot < TOP_K, weight, 0.0), 0) + eps)
+    weight *= factor
+    if SCALED:
+        weight *= tl.load(scale + found, slot < TOP_K, 0.0).to(tl.float32)
     tl.store(ids + token * TOP_K + slot, found, slot < TOP_K)
-    tl.store(routing + token * TOP_K + slot, weight * factor, slot < TOP_K)
+    tl.store(routing + token * TOP_K + slot, weight, slot < TOP_K)
 
 
 def value_of(rank):

@@ -117,7 +117,8 @@ class GateUp(Block):
     one node; stands where the fuse pass found them.
 
     Weight roles `gate` and `up` are the two linears' weights, under their own checkpoint names,
-    which the pass takes from the nodes it replaces. Linears with a bias have no fused form.
+    which the pass takes from the nodes it replaces; `gate_bias` and `up_bias` their biases, which
+    both have or none.
     """
 
     kind = "gate_up"
@@ -125,8 +126,8 @@ class GateUp(Block):
 
     def __init__(self, gate: Linear, up: Linear, act: str = SWIGLU) -> None:
         super().__init__()
-        if gate.bias is not None or up.bias is not None:
-            raise ValueError("a linear with a bias cannot be fused into gate_up")
+        if (gate.bias is None) != (up.bias is None):
+            raise ValueError("a linear with a bias and one without cannot be fused into gate_up")
         self.gate, self.up, self.act = gate, up, act
         self.width = gate.width
 

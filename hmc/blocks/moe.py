@@ -14,8 +14,9 @@ from torch.nn import functional
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, weighs
 from hmc.graph import Attr, WeightSpec, attrs
+from hmc.ops.routing import EPS
 
 
 class Scoring(IntEnum):
@@ -26,6 +27,8 @@ class Scoring(IntEnum):
     SOFTMAX_ALL = 0
     SIGMOID = 1
     SOFTMAX_CHOSEN = 2
+    SIGMOID_CHOSEN = 3
+    SPARSEMIXER = 4
 
 
 class Route(Block):
@@ -33,9 +36,11 @@ class Route(Block):
     the lower id.
 
     With `groups` > 0 only the experts of the `top_groups` best of equal groups may be chosen, a
-    group's score being the sum of its two largest biased scores (DeepSeek-V3, arXiv 2412.19437,
-    section 2.1.2). The bias, at `bias_name` beside the block in the checkpoint, counts for choosing
-    only. Weights are then normalised to sum 1 if `normalise`, and scaled by `factor`.
+    group's score being the sum of its `group_best` largest biased scores: two (DeepSeek-V3, arXiv
+    2412.19437, section 2.1.2) or one (DeepSeek-V2). The bias, at `bias_name` beside the block in
+    the checkpoint, counts for choosing only: it is added to scores, or to logits where weights are
+    made of the chosen ones. Weights are then divided by their sum + `eps` if `normalise`, and
+    scaled by `factor` and by a scale of each expert, at `scale_name`. `jitter` is SparseMixer's.
     """
 
     kind = "route"
@@ -50,20 +55,39 @@ class Route(Block):
         normalise: bool,
         groups: int = 0,
         top_groups: int = 0,
+        group_best: int = 2,
         factor: float = 1.0,
+        eps: float = EPS,
+        jitter: float = 0.0,
         bias_name: str | None = None,
+        scale_name: str | None = None,
     ) -> None:
         super().__init__()
         self.experts, self.top_k, self.scoring = experts, top_k, int(scoring)
-        self.normalise, self.factor, self.bias_name = int(normalise), factor, bias_name
-        self.groups, self.top_groups = groups, top_groups
+        self.normalise, self.factor, self.eps = int(normalise), factor, eps
+        self.groups, self.top_groups, self.group_best = groups, top_groups, group_best
+        self.jitter = jitter
+        self.names = {"bias": bias_name, "scale": scale_name}
         self.width = top_k
         self.bias = parameter(experts) if bias_name else None
+        self.scale = parameter(experts) if scale_name else None
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
-        if self.bias_name is None:
-            return ()
-        return (WeightSpec("bias", sibling(path, self.bias_name), (self.experts,)),)
+        return tuple(
+            WeightSpec(role, sibling(path, name), (self.experts,))
+            for role, name in self.names.items()
+            if name
+        )
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        found = dict(super().attributes())
+        if self.top_groups and self.group_best != 2:
+            found["group_best"] = self.group_best
+        if self.normalise and self.eps != EPS:
+            found["eps"] = self.eps
+        if self.scoring == Scoring.SPARSEMIXER:
+            found["jitter"] = self.jitter
+        return attrs(**found)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         scores = self._scores(logits)
@@ -72,9 +96,14 @@ class Route(Block):
         weights = scores.gather(-1, ids)
         if self.scoring == Scoring.SOFTMAX_CHOSEN:
             weights = weights.softmax(-1)
+        elif self.scoring == Scoring.SIGMOID_CHOSEN:
+            weights = weights.sigmoid()
+        elif self.scoring == Scoring.SPARSEMIXER:
+            weights = _mixed(scores, ids, self.jitter)
         if self.normalise:
-            weights = weights / weights.sum(-1, keepdim=True)
-        return ids.to(torch.int32), weights * self.factor
+            weights = weights / (weights.sum(-1, keepdim=True) + self.eps)
+        weights = weights * self.factor
+        return ids.to(torch.int32), weights if self.scale is None else weights * self.scale[ids]
 
     def _scores(self, logits: Tensor) -> Tensor:
         if self.scoring == Scoring.SOFTMAX_ALL:
@@ -85,19 +114,22 @@ class Route(Block):
         if not self.groups:
             return choice
         grouped = choice.reshape(len(choice), self.groups, self.experts // self.groups)
-        best_two = grouped.topk(2, -1).values.sum(-1)
-        open_groups = torch.zeros_like(best_two, dtype=torch.bool)
-        open_groups.scatter_(-1, _largest(best_two, self.top_groups), True)
+        worth = grouped.topk(self.group_best, -1).values.sum(-1)
+        open_groups = torch.zeros_like(worth, dtype=torch.bool)
+        open_groups.scatter_(-1, _largest(worth, self.top_groups), True)
         return grouped.masked_fill(~open_groups[..., None], float("-inf")).flatten(-2)
 
 
 class Experts(Block):
     """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
-    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls.
+    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls. Where it has
+    the token's `weight` for the expert in it (Llama 4 weighs what an expert reads), results are
+    summed as they are.
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
-    three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them.
+    three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them. With `bias` all
+    three have one, gate_bias, up_bias and down_bias; one an expert is at `<name>.bias`.
     """
 
     kind = "experts"
@@ -111,6 +143,8 @@ class Experts(Block):
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
         act: str = SWIGLU,
         stacked: Mapping[str, tuple[str, View]] | None = None,
+        *,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         self.stacked = stacked or {}
@@ -120,19 +154,29 @@ class Experts(Block):
         self.gate = parameter(experts, intermediate, hidden)
         self.up = parameter(experts, intermediate, hidden)
         self.down = parameter(experts, hidden, intermediate)
+        self.gate_bias = parameter(experts, intermediate) if bias else None
+        self.up_bias = parameter(experts, intermediate) if bias else None
+        self.down_bias = parameter(experts, hidden) if bias else None
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         into, back = (self.intermediate, self.width), (self.width, self.intermediate)
         found = []
-        for role, name, shape in zip(
-            ("gate", "up", "down"), self.names, (into, into, back), strict=True
-        ):
-            tensor, view = self.stacked.get(role, (f"{{e}}.{name}.weight", None))
-            found.append(
-                WeightSpec(
-                    role, f"{path}.{tensor}", shape, linear=True, experts=self.experts, view=view
+        for end in ("", "_bias") if self.gate_bias is not None else ("",):
+            for role, name, shape in zip(
+                ("gate", "up", "down"), self.names, (into, into, back), strict=True
+            ):
+                own = f"{{e}}.{name}.{'bias' if end else 'weight'}"
+                tensor, view = self.stacked.get(role + end, (own, None))
+                found.append(
+                    WeightSpec(
+                        role + end,
+                        f"{path}.{tensor}",
+                        shape[:1] if end else shape,
+                        linear=not end,
+                        experts=self.experts,
+                        view=view,
+                    )
                 )
-            )
         return tuple(found)
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
@@ -145,11 +189,30 @@ class Experts(Block):
         for expert in sorted(set(ids.flatten().tolist())):
             token, slot = torch.where(ids == expert)
             rows = x[token]
-            gate, up = (functional.linear(rows, each[expert]) for each in (self.gate, self.up))
-            hidden = activated(self.act, gate, up)
-            result = functional.linear(hidden, self.down[expert])
-            total.index_add_(0, token, result * weights[token, slot, None])
+            share = weights[token, slot, None]
+            gate, up = (self._product(rows, role, expert) for role in ("gate", "up"))
+            hidden = activated(self.act, gate, up, share)
+            result = self._product(hidden, "down", expert)
+            total.index_add_(0, token, result if weighs(self.act) else result * share)
         return total
+
+    def _product(self, x: Tensor, role: str, expert: int) -> Tensor:
+        bias = getattr(self, f"{role}_bias")
+        matrix = getattr(self, role)[expert]
+        return functional.linear(x, matrix, None if bias is None else bias[expert])
+
+
+def _mixed(scores: Tensor, ids: Tensor, jitter: float) -> Tensor:
+    """SparseMixer's weights of `ids`, chosen one after the other."""
+    left, found = scores.clone(), []
+    for slot in range(ids.shape[1]):
+        best = left.amax(-1, keepdim=True)
+        far = (best - left) / torch.maximum(scores.abs(), best) > 2 * jitter
+        shares = left.masked_fill(far, float("-inf")).softmax(-1)
+        own = ids[:, slot : slot + 1]
+        found.append(shares.gather(-1, own))
+        left = left.scatter(-1, own, float("-inf"))
+    return torch.cat(found, -1)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

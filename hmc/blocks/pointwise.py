@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter
-from hmc.codegen.expr import Expr, evaluate, parse
+from hmc.codegen.expr import WEIGHT, Expr, evaluate, parse
 from hmc.codegen.rowwise import INPUTS, VECTORS, Rowwise
 from hmc.graph import Attr, DType, WeightSpec, attrs
 from hmc.ops.pointwise import attributes
@@ -60,9 +60,11 @@ TORCH: Final[Mapping[str, Callable[..., Any]]] = {
 """What operations mean; constants are plain numbers, so that nothing is copied to a device."""
 
 
-def activated(text: str, gate: Tensor, up: Tensor) -> Tensor:
-    """The activation of a gated MLP, element by element, in the operands' dtype."""
-    operands = {"gate": gate, "up": up}
+def activated(text: str, gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The activation of a gated MLP, element by element, in the operands' dtype; of experts also
+    with a token's `weight` [T, 1].
+    """
+    operands = {"gate": gate, "up": up} | ({} if weight is None else {WEIGHT: weight})
     result: Tensor = evaluate(parse(text), operands.__getitem__, TORCH, float)
     return result
 

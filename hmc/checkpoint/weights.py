@@ -91,19 +91,28 @@ class Checkpoint:
         return not self.shards
 
     def resolve_experts(
-        self, pattern: str, count: int, shape: Shape, view: View | None = None
+        self,
+        pattern: str,
+        count: int,
+        shape: Shape,
+        view: View | None = None,
+        *,
+        linear: bool = True,
     ) -> list[WeightSource]:
-        """One linear weight of each of `count` experts; `{e}` in `pattern` is the expert, unless
-        the `view` is one of a stack.
+        """One weight of each of `count` experts, as `resolve`; `{e}` in `pattern` is the expert,
+        unless the `view` is one of a stack.
         """
         if view is not None and view.stacked and view.shape[0] != count:
             raise TensorError(f"{pattern}: {view.shape[0]} experts are stacked, not {count}")
-        return self._each([pattern.replace("{e}", str(e)) for e in range(count)], shape, view)
+        names = [pattern.replace("{e}", str(e)) for e in range(count)]
+        return self._each(names, shape, view, linear=linear)
 
-    def _each(self, names: list[str], shape: Shape, view: View | None) -> list[WeightSource]:
+    def _each(
+        self, names: list[str], shape: Shape, view: View | None, *, linear: bool
+    ) -> list[WeightSource]:
         self.require_present(names)
         return [
-            self.resolve(name, shape, linear=True, view=view, expert=expert)
+            self.resolve(name, shape, linear=linear, view=view, expert=expert)
             for expert, name in enumerate(names)
         ]
 
@@ -189,9 +198,11 @@ class InventedCheckpoint(Checkpoint):
 
     dtype: str = "BF16"
 
-    def _each(self, names: list[str], shape: Shape, view: View | None) -> list[WeightSource]:
+    def _each(
+        self, names: list[str], shape: Shape, view: View | None, *, linear: bool
+    ) -> list[WeightSource]:
         """Thousands of experts are alike but for their names: the first stands for all."""
-        return [self.resolve(names[0], shape, linear=True, view=view)] * len(names)
+        return [self.resolve(names[0], shape, linear=linear, view=view)] * len(names)
 
     def resolve(
         self, name: str, shape: Shape, *, linear: bool, view: View | None = None, expert: int = 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from hmc.codegen.expr import activation
+from hmc.codegen.expr import GATED, ROUTED, activation
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError, UnsupportedError, VerifyError
 from hmc.ops.row import Attrs, Load, Op, Role, Use, WeightRole, Weights, Work, attr, picked, spec
@@ -23,17 +23,26 @@ def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
 
 
-def _activated(attrs: Attrs) -> bool:
-    """Whether `act` is an expression of gate and up; `VerifyError` says what of it is not."""
+def _activated(attrs: Attrs, operands: tuple[str, ...] = GATED) -> bool:
+    """Whether `act` is an expression of `operands`; `VerifyError` says what of it is not."""
     try:
-        return bool(activation(str(attrs["act"])).leaves)
+        return bool(activation(str(attrs["act"]), operands).leaves)
     except KernelError as error:
         raise VerifyError(str(error)) from error
+
+
+def _biased(weights: Weights, *roles: str) -> dict[str, int]:
+    """A kernel's size where there are biases: of all `roles`, or of none."""
+    found = [role in weights for role in roles]
+    if any(found) != all(found):
+        raise UnsupportedError(f"of {', '.join(roles)} some have a bias and some have none")
+    return {"biased": 1} if any(found) else {}
 
 
 def _gate_up(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     stored = weights["gate"]
     sizes, act = {"k": int(attrs["k"]), **stored.sizes}, str(attrs["act"])
+    sizes |= _biased(weights, "gate_bias", "up_bias")
     if use.many:
         # the many-token form is that of experts: here one, which all tokens go to
         one = {"experts": 1, "top_k": 1, "n": int(attrs["n"])}
@@ -46,6 +55,7 @@ def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]
     if {weights[role] for role in ("gate", "up", "down")} != {stored}:
         raise UnsupportedError("gate, up and down of the experts differ in format")
     sizes = stored.sizes | picked(attrs, "experts", "top_k")
+    sizes |= _biased(weights, "gate_bias", "up_bias", "down_bias")
     into = {"k": int(attrs["k"]), "n": int(attrs["n"]), **sizes}
     back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes}
     names = ("grouped_gate_up", "grouped_down") if use.many else ("experts_gate_up", "experts_down")
@@ -104,6 +114,12 @@ def _back(attrs: Attrs) -> tuple[int, ...]:
     return int(attrs["k"]), int(attrs["n"])
 
 
+def _bias(name: str, size: str, *, expert: bool = False) -> WeightRole:
+    return WeightRole(
+        name, lambda attrs: (int(attrs[size]),), optional=True, expert=expert, vector=True
+    )
+
+
 OPS: Final = (
     Op(
         "linear",
@@ -111,7 +127,7 @@ OPS: Final = (
         outputs=(Role("y", "f32", attr("n")),),
         weights=(
             WeightRole("weight", _matrix, matmul=True),
-            WeightRole("bias", lambda attrs: (int(attrs["n"]),), optional=True, vector=True),
+            _bias("bias", "n"),
         ),
         attrs={"k": int, "n": int},
         extra={"router": int},
@@ -126,6 +142,8 @@ OPS: Final = (
         weights=(
             WeightRole("gate", _matrix, matmul=True),
             WeightRole("up", _matrix, matmul=True),
+            _bias("gate_bias", "n"),
+            _bias("up_bias", "n"),
         ),
         attrs={"k": int, "n": int, "act": str},
         possible=_activated,
@@ -146,10 +164,15 @@ OPS: Final = (
             WeightRole("gate", _matrix, expert=True, matmul=True),
             WeightRole("up", _matrix, expert=True, matmul=True),
             WeightRole("down", _back, expert=True, matmul=True),
+            _bias("gate_bias", "n", expert=True),
+            _bias("up_bias", "n", expert=True),
+            _bias("down_bias", "k", expert=True),
         ),
         attrs={"k": int, "n": int, "experts": int, "top_k": int, "act": str},
         extra={"range": str, "count": int},
-        possible=lambda attrs: int(attrs["top_k"]) <= int(attrs["experts"]) and _activated(attrs),
+        possible=lambda attrs: (
+            int(attrs["top_k"]) <= int(attrs["experts"]) and _activated(attrs, ROUTED)
+        ),
         kernels=_experts,
         work=_experts_work,
         launches=_experts_launches,

@@ -22,6 +22,8 @@ from hmc.plan.states import KVLayout
 from hmc.ranges import expert_ranges
 
 SCHEMA_VERSION = 3
+ExpertRole = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
+"""What each expert has of its own; biases all or none."""
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
 
@@ -123,12 +125,13 @@ class ExpertPlane(Frozen):
 
 
 class ExpertWeights(Frozen):
-    """One projection ("gate", "up", "down") of all routed experts of a layer, in columns so that
-    the file stays small. Expert e is weight `pattern.format(e=e)`, stored as `Weight` says.
+    """One projection ("gate", "up", "down"), or its bias, of all routed experts of a layer, in
+    columns so that the file stays small. Expert e is weight `pattern.format(e=e)`, stored as
+    `Weight` says.
     """
 
     layer: Count
-    role: Literal["gate", "up", "down"]
+    role: ExpertRole
     pattern: str
     format: str
     shape: tuple[int, ...]

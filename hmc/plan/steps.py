@@ -81,7 +81,12 @@ class StepChecker:
             if layer is None or step.weights != {"experts": f"layer:{step.layer}"}:
                 raise VerifyError("its weights are not the experts of its layer")
             for projection, shape in about.shapes.items():
-                found = layer[projection]
+                found = layer.get(projection)
+                if found is None:  # a bias: all three projections are there
+                    continue
+                role = row.weight(projection)
+                if role is not None and role.vector and format_of(found.format).scales:
+                    raise VerifyError(f"{projection} of its layer is stored in {found.format}")
                 if found.shape != shape or found.count != step.attrs["experts"]:
                     raise VerifyError(
                         f"{projection} of its layer are {found.count} of {found.shape}, not"

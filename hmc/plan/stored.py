@@ -4,7 +4,7 @@ how a plan stores runs of experts.
 sizes    the planes of a weight have the bytes that its shape and format take
 places   tensors lie inside their shards, behind the header, and share no bytes; those of a plan
          without shards lie nowhere
-experts  a layer has gate, up and down, each a tensor an expert
+experts  a layer has gate, up and down, each a tensor an expert, and biases of all three or of none
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from functools import lru_cache
 from itertools import accumulate, islice
 from math import prod
 from operator import gt
+from typing import get_args
 
 from hmc.errors import UnsupportedError, VerifyError
 from hmc.formats import WIDE, Form, format_of, forms, matrix_of, told_by_dtype
 from hmc.ops import Stored
-from hmc.plan.model import ExpertWeights, Plan, StoredPart, StoredPlane, Weight
+from hmc.plan.model import ExpertRole, ExpertWeights, Plan, StoredPart, StoredPlane, Weight
 
+_PROJECTIONS = frozenset(("gate", "up", "down"))
 _MOST = 1 << 40
 """Elements of a weight that any machine could hold: beyond it, sizes are nonsense."""
 
@@ -85,7 +87,10 @@ def check_weights(plan: Plan) -> None:
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
             places.add(experts.pattern, runs, tuple(accumulate(offsets)), column.bytes)
     for layer, roles in layers.items():
-        if len(roles) != 3 or len({each.count for each in roles.values()}) != 1:
+        whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
+        if not (whole and roles.keys() >= _PROJECTIONS) or (
+            len({each.count for each in roles.values()}) != 1
+        ):
             raise VerifyError(f"layer {layer}: its experts are not as many of gate, up and down")
     places.check()
 

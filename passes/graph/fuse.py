@@ -5,9 +5,9 @@ Contract
     * add whose sum a full-width norm reads becomes add_norm; a sum of two results added to the
       residual (routed and shared experts) is taken in as the third operand
     * the norm before the output layer stays alone: only the rows whose logits are wanted reach it
-    * a piece of arithmetic (pieces.py) of two bias-free linears of one input, stored in one format,
-      becomes gate_up with the piece's expression: both weights are read in one pass over the input
-      and the two results never reach memory
+    * a piece of arithmetic (pieces.py) of two linears of one input, stored in one format, both with
+      a bias or none, becomes gate_up with the piece's expression: both weights are read in one pass
+      over the input and the two results never reach memory
     * every other piece becomes one pointwise node, in bf16 where matmuls read it
     * matmuls read bf16: an f32 value that others read too is rounded for them by a node of its own
     * values are unchanged beyond the order of two additions
@@ -72,11 +72,12 @@ class Fuse:
 
 def _fuse_gate_up(graph: torch.fx.GraphModule, target: Target, notes: Notes, piece: Piece) -> bool:
     two = [submodule(graph, node) for node in piece.inputs]
-    if len(two) != 2 or not all(isinstance(each, Linear) and each.bias is None for each in two):
+    if len(two) != 2 or not all(isinstance(each, Linear) for each in two):
         return False
     (gate, up), tree = piece.inputs, piece.form.tree
     plain = not piece.vectors and not any(node.op in REDUCTIONS for node in tree)
     alike = {each.width for each in two} == {meta(piece.result).width}
+    alike &= (two[0].bias is None) == (two[1].bias is None)
     alone = all(user in piece.members for node in (gate, up) for user in node.users)
     if not (plain and alike and alone) or gate.args[0] is not up.args[0]:
         return False
@@ -93,7 +94,8 @@ def _fuse_gate_up(graph: torch.fx.GraphModule, target: Target, notes: Notes, pie
         return False
     names = dict(zip(tree.leaves, (leaf("gate"), leaf("up")), strict=True))
     block = GateUp(two[0], two[1], str(substitute(tree, names)))
-    roles = zip(weights, ("gate", "up"), strict=True)
+    biases = [weight for node in (gate, up) for weight in meta(node).weights[1:]]
+    roles = zip((*weights, *biases), ("gate", "up", "gate_bias", "up_bias"), strict=False)
     named = tuple(replace(weight, role=role) for weight, role in roles)
     inputs = gate.args[:1]
     fused = put_block(graph, piece.result, f"{gate.name}_up", block, inputs, meta(gate), named)

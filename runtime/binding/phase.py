@@ -35,12 +35,12 @@ from hmc.runtime.binding.host import HostSteps
 from hmc.runtime.binding.memory import TORCH_TYPES, GpuMemory, LentMemory
 from hmc.runtime.binding.pinned import pin_weights
 from hmc.runtime.binding.walk import walked
-from hmc.runtime.binding.weights import Expert, Packed
+from hmc.runtime.binding.weights import Packed
 from hmc.runtime.device_ops import Work
 from hmc.runtime.device_ops.base import PlannedT, Routed
 from hmc.runtime.device_ops.gpu.table import device_op
 from hmc.runtime.device_ops.link import Link
-from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.matmul import Expert, Matrix
 from hmc.runtime.device_ops.shares import ALL, Call, Fixed, Ints, Needs, Share, make_call
 from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.devices import pinned
@@ -262,7 +262,7 @@ class BoundPhase:
         return packed.vector(step.weights[role], raw)
 
     def experts(self, step: Step) -> dict[int, Expert]:
-        """gate, up and down of the experts the step computes."""
+        """The experts that the step computes."""
         if step.uses:
             packed, raw = self._slot(step, step.uses[0], self._holding[step.id][step.uses[0]])
         else:

@@ -12,12 +12,9 @@ import torch
 from hmc.plan import ExpertWeights, Weight
 from hmc.plan.memory import aligned
 from hmc.plan.stored import forms_of
-from hmc.runtime.device_ops.matmul import Matrix
-from hmc.runtime.weights.store import Role, WeightStore
+from hmc.runtime.device_ops.matmul import Expert, Matrix
+from hmc.runtime.weights.store import BIASES, PROJECTIONS, WeightStore
 from hmc.runtime.weights.torch_view import TORCH, view
-
-Expert = tuple[Matrix, Matrix, Matrix]
-_ROLES: tuple[Role, ...] = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -51,11 +48,14 @@ class Packed:
 
     @staticmethod
     def of_experts(store: WeightStore, layer: int, experts: Iterable[int]) -> Packed:
-        """Experts of a layer, in this order; of each gate, up and down, scales after each."""
+        """Experts of a layer, in this order; of each gate, up and down, scales after each, and
+        biases.
+        """
         packed = Packed()
         packed._experts = tuple(experts)
         columns = {
-            role: (store.experts(layer, role), store.expert_planes(layer, role)) for role in _ROLES
+            role: (store.experts(layer, role), store.expert_planes(layer, role))
+            for role in (*PROJECTIONS, *(BIASES if store.has_biases(layer) else ()))
         }
         for expert in packed._experts:
             for role, (weights, planes) in columns.items():
@@ -71,16 +71,18 @@ class Packed:
         rows, columns = weight.shape
         return Matrix(self._tensors(key, raw), weight.format, (rows, columns), weight.group)
 
-    def vector(self, name: str, raw: torch.Tensor) -> torch.Tensor:
+    def vector(self, key: Hashable, raw: torch.Tensor) -> torch.Tensor:
         """A weight of one dimension, as stored."""
-        return self._tensors(name, raw)[0]
+        return self._tensors(key, raw)[0]
 
     def experts(self, raw: torch.Tensor) -> dict[int, Expert]:
-        """gate, up and down of every expert over packed bytes."""
-        gate, up, down = (
-            {e: self.matrix((e, role), raw) for e in self._experts} for role in _ROLES
-        )
-        return {expert: (gate[expert], up[expert], down[expert]) for expert in self._experts}
+        """Every expert over packed bytes."""
+        return {expert: self._expert(expert, raw) for expert in self._experts}
+
+    def _expert(self, expert: int, raw: torch.Tensor) -> Expert:
+        gate, up, down = (self.matrix((expert, role), raw) for role in PROJECTIONS)
+        biases = [(expert, role) for role in BIASES if (expert, role) in self._placed]
+        return Expert(gate, up, down, tuple(self.vector(key, raw) for key in biases))
 
     def copies(self, raw: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
         """Host address and target of every piece."""

@@ -11,7 +11,7 @@ import torch
 from hmc.plan import Operand, Phase, Plan, Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.link import Link
-from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.matmul import Expert, Matrix
 from hmc.runtime.device_ops.shares import Call, Fixed, Share
 from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.memory.kv import KVCache
@@ -79,8 +79,8 @@ class Bound(Protocol):
         """A vector of the step in its stored format; None where it has none of this role."""
         ...
 
-    def experts(self, step: Step) -> dict[int, tuple[Matrix, Matrix, Matrix]]:
-        """gate, up and down of the experts the step computes, resident or in its slot."""
+    def experts(self, step: Step) -> dict[int, Expert]:
+        """The experts that the step computes, resident or in its slot."""
         ...
 
     def workspace(self, step: Step) -> Workspace:

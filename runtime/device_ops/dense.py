@@ -105,6 +105,7 @@ def gate_up(bound: Bound, step: Step) -> Work:
     """The step's activation of x gate^T and x up^T."""
     x, y = bound.tensor(step.inputs["x"]), bound.tensor(step.outputs["y"])
     gate, up, share = bound.matrix(step, "gate"), bound.matrix(step, "up"), bound.share(step)
+    biases = [bound.vector(step, role) for role in ("gate_bias", "up_bias")]
     act = str(step.attrs["act"])
     row = max(
         4 * gate.shape[0] + row_bytes(up),
@@ -112,7 +113,11 @@ def gate_up(bound: Bound, step: Step) -> Work:
     )
 
     def block(part: slice) -> None:
-        y[part].copy_(activated(act, matmul(x[part], gate), matmul(x[part], up)))
+        products = matmul(x[part], gate), matmul(x[part], up)
+        for product, bias in zip(products, biases, strict=True):
+            if bias is not None:
+                product.add_(bias.to(torch.float32))
+        y[part].copy_(activated(act, *products))
 
     return in_blocks(share, row, block)
 

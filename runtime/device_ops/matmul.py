@@ -46,6 +46,16 @@ class Matrix:
         return torch.from_numpy(decode(row, planes, kept, self.shape, self.group, first, last))
 
 
+@dataclass(frozen=True)
+class Expert:
+    """gate, up and down of a routed expert, and their biases as stored, or none."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    biases: tuple[torch.Tensor, ...] = ()
+
+
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:
     """f32 [T, N] = x bf16 [T, K] times the transpose of `w`."""
     rows, columns = w.shape

@@ -10,16 +10,15 @@ from __future__ import annotations
 import torch
 
 from hmc.blocks.pointwise import activated
-from hmc.codegen.expr import parse, temporaries
+from hmc.codegen.expr import parse, temporaries, weighs
+from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Sorted, Work, in_blocks, ints
-from hmc.runtime.device_ops.matmul import Matrix, matmul, row_bytes
+from hmc.runtime.device_ops.matmul import Expert, matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
-Expert = tuple[Matrix, Matrix, Matrix]
-"""gate, up and down."""
-SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER = range(5)
 _TAKEN = -(2**31)
 _ROUTED = 4 * 4 + (4 + 8) * 2
 """Bytes of a logit in `routed`: itself, score, choice and key, and what a sort makes of the key and
@@ -30,60 +29,67 @@ def route(bound: Bound, step: Step) -> Work:
     """Expert ids and weights of every row, best first; ties go to the lower id."""
     logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
     ids, routing = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
-    bias = bound.vector(step, "bias")
-    top_k, scoring, groups, top_groups = ints(step, "top_k", "scoring", "groups", "top_groups")
-    normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
+    bias, scale = (_wide(bound.vector(step, role)) for role in ("bias", "scale"))
+    top_k, about = int(step.attrs["top_k"]), Routing.of(step.attrs)
 
     row = _ROUTED * logits.shape[1]
 
     def block(part: slice) -> None:
-        chosen, weights = routed(
-            logits[part].to(torch.float32),
-            None if bias is None else bias.to(torch.float32),
-            top_k=top_k,
-            scoring=scoring,
-            normalise=normalise,
-            groups=groups,
-            top_groups=top_groups,
-        )
+        chosen, weights = routed(logits[part].to(torch.float32), bias, top_k, about)
         ids[part].copy_(chosen)
-        routing[part].copy_(weights * factor)
+        weights *= about.factor
+        routing[part].copy_(weights if scale is None else weights.mul_(scale[chosen]))
 
     return in_blocks(share, row, block)
 
 
 def routed(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    top_k: int,
-    scoring: int,
-    normalise: bool,
-    groups: int,
-    top_groups: int,
+    logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, about: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids i64, weights f32) [T, top_k] of f32 logits [T, experts], with the order of scores and
-    the ties of codegen/kernels/routing/route.py.
+    """(ids i64, weights f32) [T, top_k] of f32 logits [T, experts], but for factor and scales, with
+    the order of scores and the ties of codegen/kernels/routing/route.py.
     """
+    scoring, groups = about.scoring, about.groups
     if scoring == SOFTMAX:
         scores = logits.softmax(-1)
     else:
         scores = logits.sigmoid() if scoring == SIGMOID else logits
     choice = scores if bias is None else scores + bias
     keys = ordered_keys(choice)
-    if top_groups:
-        best = choice.view(len(choice), groups, -1).topk(2, -1).values
-        worth = ordered_keys(best[..., 0] + best[..., 1])
-        kept = _best(worth, top_groups)
+    if about.top_groups:
+        best = choice.view(len(choice), groups, -1).topk(about.group_best, -1).values
+        kept = _best(ordered_keys(best.sum(-1)), about.top_groups)
+        worth = best[..., 0]
         out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
         keys = keys.masked_fill(out.repeat_interleave(choice.shape[1] // groups, 1), _TAKEN)
     ids = _best(keys, top_k)
     weights = scores.gather(1, ids)
     if scoring == SOFTMAX_CHOSEN:
         weights = weights.softmax(-1)
-    if normalise:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    elif scoring == SIGMOID_CHOSEN:
+        weights = weights.sigmoid()
+    elif scoring == SPARSEMIXER:
+        weights = _mixed(scores, ids, about.jitter)
+    if about.normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + about.eps)
     return ids, weights
+
+
+def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
+    return None if vector is None else vector.to(torch.float32)
+
+
+def _mixed(scores: torch.Tensor, ids: torch.Tensor, jitter: float) -> torch.Tensor:
+    """Each slot's share among the experts not taken before it and near their best."""
+    left, weights = scores.clone(), torch.empty(ids.shape, device=scores.device)
+    for slot in range(ids.shape[1]):
+        own, best = ids[:, slot : slot + 1], left.amax(-1, keepdim=True)
+        far = (best - left) / torch.maximum(left.abs(), best) > 2 * jitter
+        shares = (left - best).exp_().masked_fill_(far | (left == float("-inf")), 0.0)
+        mine = (left.gather(1, own) - best).exp_()
+        weights[:, slot : slot + 1] = mine / shares.sum(-1, keepdim=True)
+        left.scatter_(1, own, float("-inf"))
+    return weights
 
 
 def ordered_keys(values: torch.Tensor) -> torch.Tensor:
@@ -134,18 +140,22 @@ def experts(bound: Bound, step: Step) -> Work:
     count_all, top_k = ints(step, "experts", "top_k")
     order = step.inputs["order"].buffer if "order" in step.inputs else ""
     adds, act = bound.adds(step), str(step.attrs["act"])
-    held = 2 + temporaries(parse(act))
+    held, weighed = 2 + temporaries(parse(act)), weighs(act)
     row = max((_expert_row(expert, held) for expert in weights.values()), default=1)
 
     def block(
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
     ) -> None:
-        gate, up, down = expert
-        tokens = mine // top_k
-        rows = x[tokens]
-        hidden = activated(act, matmul(rows, gate), matmul(rows, up)).to(torch.bfloat16)
+        tokens, shares = mine // top_k, factors[mine, None]
+        rows, biases = x[tokens], expert.biases or (None, None, None)
+        gate, up = (
+            _with_bias(matmul(rows, w), bias)
+            for w, bias in zip((expert.gate, expert.up), biases, strict=False)
+        )
+        hidden = activated(act, gate, up, shares).to(torch.bfloat16)
+        found = _with_bias(matmul(hidden, expert.down), biases[2])
         # an expert has a token once, so no two rows of one block add to the same place
-        into.index_add_(0, tokens, matmul(hidden, down).mul_(factors[mine, None]))
+        into.index_add_(0, tokens, found if weighed else found.mul_(shares))
 
     def work(call: Call) -> None:
         count = call.count(share)
@@ -163,10 +173,13 @@ def experts(bound: Bound, step: Step) -> Work:
 
 
 def _expert_row(expert: Expert, held: int) -> int:
-    """Bytes that a row routed to an expert takes at most: slot, token, x in bf16, and the first
+    """Bytes that a row routed to an expert takes at most: slot, token, weight, x in bf16, the first
     product with what the second makes, or `held` products and what is made of them, or the
     activations in bf16 with what the last makes."""
-    gate, up, down = expert
-    hidden, width = gate.shape
-    inner = 4 * hidden + max(row_bytes(up), 4 * hidden * (held - 1))
-    return 8 + 8 + 2 * width + max(inner, 2 * hidden + row_bytes(down))
+    hidden, width = expert.gate.shape
+    inner = 4 * hidden + max(row_bytes(expert.up), 4 * hidden * (held - 1))
+    return 8 + 8 + 4 + 2 * width + max(inner, 2 * hidden + row_bytes(expert.down))
+
+
+def _with_bias(found: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return found if bias is None else found.add_(bias.to(torch.float32))

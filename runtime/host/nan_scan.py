@@ -13,10 +13,11 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.native import takes_nan
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.errors import TensorError
+from hmc.plan.model import ExpertRole
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import ProgramBuilder
 from hmc.runtime.weights.fill import Progress
-from hmc.runtime.weights.store import Role, WeightStore
+from hmc.runtime.weights.store import WeightStore
 from hmc.runtime.weights.tensors import Key
 
 _PIECE = 1 << 20
@@ -76,5 +77,5 @@ def _name(store: WeightStore, key: Key, number: int) -> str:
     """The checkpoint's name of tensor `number` of a group."""
     if key[0] == "expert":
         _, layer, role, _ = key
-        return store.experts(cast(int, layer), cast(Role, role)).pattern.format(e=number)
+        return store.experts(cast(int, layer), cast(ExpertRole, role)).pattern.format(e=number)
     return str(key[1])

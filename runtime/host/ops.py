@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from hmc.codegen.expr import weighs
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
@@ -23,6 +24,7 @@ from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
 from hmc.runtime.host.lowering import Lowering, OpFunction
+from hmc.runtime.weights.store import BIASES
 
 
 def record(
@@ -198,15 +200,22 @@ def _experts(low: Lowering, step: Step) -> None:
         "ids": low.arena.address(ids),
     }
     chosen: Operand | Hashable = ids
+    biases = [low.tables.expert_vectors(step.layer, role) for role in BIASES]
+    first_half = {"routing": low.arena.address(routing), "gate_bias": biases[0],
+                  "up_bias": biases[1]}  # fmt: skip
+    second_half = {"bias": biases[2]}
+    if weighed := weighs(str(step.attrs["act"])):
+        second_half["routing"] = low.tables.ones(tokens * top_k)
     if "range" in step.attrs:
         chosen, common["ids"] = _resident(low, step, into.isa)
     if into.op == "experts_gate_up":
         common["scratch"] = low.arena.workspace("experts", experts_scratch_bytes(back))
         third = step.weight_bytes // 3  # gate, up and down are equally large
         first, second = (2 * third, top_k * into["n"]), (third, back["n"])
-        record(low, step, into, common, reads=[x, chosen], writes=["act"], shared=first)
+        reads: list[Operand | Hashable] = [x, chosen, *([routing] if weighed else [])]
+        record(low, step, into, common | first_half, reads=reads, writes=["act"], shared=first)
         reads, writes = ["act", chosen, routing], [y, "experts"]
-        record(low, step, back, common, reads=reads, writes=writes, shared=second)
+        record(low, step, back, common | second_half, reads=reads, writes=writes, shared=second)
         return
     # Not a choice of the plan's: the form that takes experts one by one needs them in order.
     sort = KernelSpec.of("sort_experts", into.isa, top_k=top_k, experts=experts)
@@ -214,9 +223,10 @@ def _experts(low: Lowering, step: Step) -> None:
     common["offsets"] = low.arena.workspace("offsets", 4 * (experts + 1))
     record(low, step, sort, common, reads=[chosen], writes=["order"])
     common["scratch"] = _private(low, into.op, panel_scratch_bytes(into))
-    record(low, step, into, common, reads=[x, "order"], writes=["act"])
+    reads = [x, "order", *([routing] if weighed else [])]
+    record(low, step, into, common | first_half, reads=reads, writes=["act"])
     common["scratch"] = _private(low, back.op, panel_scratch_bytes(back))
-    record(low, step, back, common, reads=["act", "order", routing])
+    record(low, step, back, common | second_half, reads=["act", "order", routing])
 
 
 HOST_OPS: dict[str, OpFunction] = {

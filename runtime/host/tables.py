@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from hmc.formats.base import WIDE
 from hmc.plan import Plan
+from hmc.plan.model import ExpertRole
 from hmc.runtime.weights.store import WeightStore
 
 
@@ -48,6 +49,21 @@ class Tables:
         if name not in self._vectors:
             self._vectors[name] = self._store.vector(name)
         return int(self._vectors[name].ctypes.data)
+
+    def expert_vectors(self, layer: int, role: ExpertRole) -> int:
+        """Address of a vector of each of a layer's experts, f32 [experts, n]; 0 where there are
+        none.
+        """
+        if not self._store.has_biases(layer):
+            return 0
+        key = ("vectors", layer, role)
+        if key not in self._arrays:
+            self._arrays[key] = self._store.expert_vectors(layer, role)
+        return int(self._arrays[key].ctypes.data)
+
+    def ones(self, count: int) -> int:
+        """Address of so many f32 1."""
+        return self.array(("ones", count), np.ones(count, np.float32))
 
     def array(self, key: tuple[str | int, ...], values: npt.NDArray[np.generic]) -> int:
         """Address of an array that records point at, kept alive under `key`; the first one given

@@ -31,10 +31,11 @@ from hmc.checkpoint.location import shard_paths
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
 from hmc.formats import format_of
-from hmc.formats.decode import NUMPY, decode
+from hmc.formats.decode import NUMPY, decode, floats
 from hmc.machine.detect import available_bytes, free_huge_pages
 from hmc.plan import ExpertWeights, Plan, Weight
 from hmc.plan.file import canonical_json
+from hmc.plan.model import ExpertRole
 from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import HUGE_PAGE, Block, aligned
 from hmc.runtime.memory.shared import SharedBlock
@@ -51,9 +52,8 @@ from hmc.runtime.weights.tensors import (
 )
 
 Home = Literal["mapped", "arena", "shared"]
-Role = Literal["gate", "up", "down"]
-
-_ROLES: tuple[Role, ...] = ("gate", "up", "down")
+PROJECTIONS: tuple[ExpertRole, ...] = ("gate", "up", "down")
+BIASES: tuple[ExpertRole, ...] = ("gate_bias", "up_bias", "down_bias")
 
 
 class WeightStore:
@@ -146,11 +146,15 @@ class WeightStore:
         """What the plan says of a weight."""
         return self._weights[name]
 
-    def experts(self, layer: int, role: Role) -> ExpertWeights:
+    def has_biases(self, layer: int) -> bool:
+        """Whether a layer's experts have biases."""
+        return (layer, BIASES[0]) in self._experts
+
+    def experts(self, layer: int, role: ExpertRole) -> ExpertWeights:
         """What the plan says of a projection of a layer's experts."""
         return self._experts[layer, role]
 
-    def expert_planes(self, layer: int, role: Role) -> list[Addresses]:
+    def expert_planes(self, layer: int, role: ExpertRole) -> list[Addresses]:
         """Addresses i64 [experts] of each plane of a projection of a layer's experts."""
         planes = self._experts[layer, role].planes
         return [self._places["expert", layer, role, plane.name] for plane in planes]
@@ -161,7 +165,7 @@ class WeightStore:
         """
         count = self._experts[layer, "gate"].count
         columns: list[Addresses] = []
-        for role in _ROLES:
+        for role in PROJECTIONS:
             codes, *planes = self.expert_planes(layer, role)
             columns += [codes, self._beside((layer, role), count, planes)]
         return np.stack(columns, axis=1)
@@ -198,6 +202,13 @@ class WeightStore:
         kept = [form.kept for form in forms_of(weight)]
         row = format_of(weight.format)
         return decode(row, self.arrays(name), kept, weight.shape, weight.group, first, last)
+
+    def expert_vectors(self, layer: int, role: ExpertRole) -> npt.NDArray[np.float32]:
+        """A vector of each of a layer's experts as f32 [experts, n]."""
+        weights = self.experts(layer, role)
+        (form,), (places,) = forms_of(weights), self.expert_planes(layer, role)
+        each = [array_at(int(place), NUMPY[form.kept], form.shape) for place in places]
+        return floats(np.stack(each), form.kept)
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
         """A vector as f32 [n]."""

@@ -4,6 +4,8 @@ workers.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
@@ -30,7 +32,10 @@ FORMATS: list[tuple[WeightFormat, int, int, int]] = [
 class Layer:
     """Random experts, the address table, and the two specs."""
 
-    def __init__(self, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int) -> None:
+    def __init__(
+        self, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int,
+        act: str = SWIGLU, biased: bool = False,
+    ) -> None:  # fmt: skip
         self.rng = np.random.default_rng(hidden)
         shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
         self.experts: list[list[Stored]] = [
@@ -51,7 +56,7 @@ class Layer:
             out="bf16",
             k=hidden,
             n=inner,
-            expr=SWIGLU,
+            expr=act,
             top_k=TOP_K,
             experts=EXPERTS,
             tokens=TOKENS,
@@ -66,6 +71,13 @@ class Layer:
             experts=EXPERTS,
             tokens=TOKENS,
         )
+        self.biases: list[np.ndarray] = []
+        if biased:
+            self.biases = [floats(self.rng, EXPERTS, n) for n, _ in shapes]
+            first, second = (
+                replace(spec, params=tuple(sorted((*spec.params, ("biased", 1)))))
+                for spec in (first, second)
+            )
         self.first, self.second = (stored_as(spec, group) for spec in (first, second))
 
     def values(self, part: int) -> list[np.ndarray]:
@@ -79,12 +91,21 @@ class Layer:
         ]
         return guarded(np.array(ids, np.int32))
 
-    def gate_up(self, jit: Jit, x: np.ndarray, ids: np.ndarray, workers: int) -> np.ndarray:
+    def bias(self, part: int) -> np.ndarray | None:
+        """f32 [EXPERTS, n]; none where there are none."""
+        return self.biases[part] if self.biases else None
+
+    def gate_up(
+        self, jit: Jit, x: np.ndarray, ids: np.ndarray, workers: int,
+        routing: np.ndarray | None = None,
+    ) -> np.ndarray:  # fmt: skip
         """act [tokens * TOP_K, inner], bf16 bits."""
         act = filled((len(x) * TOP_K, self.inner), np.uint16)
         in_turn(
             jit, self.first, workers, x=address(x), x_stride=x.shape[1], ids=address(ids),
             table=address(self.table), act=address(act), tokens=len(x), scratch=0,
+            routing=address(routing), gate_bias=address(self.bias(0)),
+            up_bias=address(self.bias(1)),
         )  # fmt: skip
         return act
 
@@ -98,6 +119,7 @@ class Layer:
             jit, self.second, workers, act=address(act), ids=address(ids),
             routing=address(routing), table=address(self.table), y=address(y),
             y_stride=self.hidden + 2, tokens=len(ids), scratch=address(scratch),
+            bias=address(self.bias(2)),
         )  # fmt: skip
         assert (y[:, self.hidden :] == 77).all()
         return y[:, : self.hidden]
@@ -128,6 +150,42 @@ def test_experts(
         slack = experts_down(np.abs(exact_act), ids, np.abs(shares), [np.abs(one) for one in down])
         y = layer.down(jit, inputs, ids, routing, workers)
         assert (np.abs(y - exact) <= 3e-6 * slack).all()
+
+
+CLAMPED = (
+    "minimum(gate, 7.0) * sigmoid(1.702 * minimum(gate, 7.0))"
+    " * (minimum(maximum(up, -7.0), 7.0) + 1.0)"
+)
+WEIGHED = "silu(gate * weight) * (up * weight)"
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("act", "biased"), [(CLAMPED, True), (WEIGHED, False), (WEIGHED, True)])
+@pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS[:2])
+def test_biases_and_weights_on_the_input(
+    jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int, act: str,
+    biased: bool,
+) -> None:  # fmt: skip
+    need(isa)
+    layer = Layer(isa, weight, hidden, inner, group, act, biased)
+    gate, up, down = (layer.values(part) for part in range(3))
+    for tokens, workers in [(1, 2), (7, 3)]:
+        x = guarded(activations(layer.rng, tokens, hidden, hidden))
+        ids, routing = layer.choose(tokens), floats(layer.rng, tokens, TOP_K)
+        ids[-1, 0] = -1
+        found = layer.gate_up(jit, x, ids, workers, routing)
+        exact = experts_gate_up(
+            as_multiplied(layer.first, from_bf16(x)), ids, gate, up, act, layer.biases[:2], routing
+        )
+        here = ids.reshape(-1) >= 0
+        error = np.abs(from_bf16(found) - exact)[here]
+        # f32 sums of products far larger than what clamping leaves of them
+        assert (error <= np.abs(exact[here]) * 2.0**-8 + 1e-4 * np.abs(exact).max()).all()
+        inputs = guarded(bf16(layer.rng.standard_normal(found.shape)))
+        y = layer.down(jit, inputs, ids, routing, workers)
+        seen = as_multiplied(layer.second, from_bf16(inputs))
+        wanted = experts_down(seen, ids, routing.astype(np.float64), down, layer.bias(2))
+        assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("isa", TIERS)

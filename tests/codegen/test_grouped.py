@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -48,8 +49,9 @@ def table_of(experts: list[tuple[Stored, Stored, Stored]]) -> np.ndarray:
 
 
 def specs(
-    isa: str, weight: WeightFormat, hidden: int, inner: int, tile: dict[str, int] | None = None
-) -> tuple[KernelSpec, KernelSpec]:
+    isa: str, weight: WeightFormat, hidden: int, inner: int, tile: dict[str, int] | None = None,
+    act: str = SWIGLU, **more: int,
+) -> tuple[KernelSpec, KernelSpec]:  # fmt: skip
     of = partial(
         KernelSpec.of,
         isa=isa,
@@ -58,9 +60,10 @@ def specs(
         experts=EXPERTS,
         **groups(weight, 32),
         tile=tile,
+        **more,
     )
     return (
-        of("grouped_gate_up", out="bf16", k=hidden, n=inner, expr=SWIGLU),
+        of("grouped_gate_up", out="bf16", k=hidden, n=inner, expr=act),
         of("grouped_down", k=inner, n=hidden),
     )
 
@@ -74,6 +77,7 @@ def both(
     offsets: np.ndarray,
     table: np.ndarray,
     workers: int,
+    biases: Sequence[np.ndarray | None] = (None, None, None),
 ) -> tuple[np.ndarray, np.ndarray]:
     """act bf16 bits [tokens * top_k, inner] and y f32 [tokens, hidden]."""
     hidden, inner = pair[0]["k"], pair[0]["n"]
@@ -83,11 +87,13 @@ def both(
     shared = {"slots": address(slots), "offsets": address(offsets), "table": address(table)}
     run(
         jit, pair[0], workers, x=address(x), x_stride=x.shape[1], act=address(act),
-        scratch=address(scratch[0]), **shared,
+        scratch=address(scratch[0]), routing=address(routing), gate_bias=address(biases[0]),
+        up_bias=address(biases[1]), **shared,
     )  # fmt: skip
     run(
         jit, pair[1], workers, act=address(act), routing=address(routing), y=address(y),
-        y_stride=hidden + 1, tokens=len(x), scratch=address(scratch[1]), **shared,
+        y_stride=hidden + 1, tokens=len(x), scratch=address(scratch[1]),
+        bias=address(biases[2]), **shared,
     )  # fmt: skip
     assert np.isnan(y[:, hidden:]).all()
     return act, y[:, :hidden]
@@ -128,6 +134,33 @@ def test_experts_against_float64(
         seen, shares = as_packed(pair[1], from_bf16(act)), routing.astype(np.float64)
         down = experts_down(seen, ids, shares, [w[2].values for w in experts])
         assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_biases_and_weights_on_the_input(jit: Jit, isa: str, biased: bool) -> None:
+    need(isa)
+    rng = np.random.default_rng(9)
+    hidden, inner, tokens, act = 136, 45, 21, "gelu_tanh(gate * weight) * (up * weight)"
+    shapes = ((inner, hidden),) * 2 + ((hidden, inner),)
+    experts = [tuple(stored(rng, "bf16", *shape) for shape in shapes) for _ in range(EXPERTS)]
+    biases = [rng.standard_normal((EXPERTS, n)).astype(np.float32) for n, _ in shapes]
+    given = biases if biased else []
+    more = {"biased": 1} if biased else {}
+    pair = specs(isa, "bf16", hidden, inner, {"tokens": 5}, act, **more)
+    ids, slots, offsets = route(rng, tokens)
+    routing = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+    x = activations(rng, tokens, hidden, hidden)
+    table = table_of(experts)  # type: ignore[arg-type]
+    found, y = both(jit, pair, x, routing, slots, offsets, table, 2, given or (None,) * 3)
+    values = [[three[part].values for three in experts] for part in range(3)]
+    exact_x = as_packed(pair[0], from_bf16(x))
+    want = experts_gate_up(exact_x, ids, values[0], values[1], act, given[:2], routing)
+    error = np.abs(from_bf16(found) - want)
+    assert (error <= np.abs(want) * 2.0**-8 + 1e-3 * np.abs(want).max()).all()
+    seen, shares = as_packed(pair[1], from_bf16(found)), routing.astype(np.float64)
+    down = experts_down(seen, ids, shares, values[2], given[2] if given else None)
+    assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 
 @pytest.mark.parametrize("isa", TIERS)

@@ -8,9 +8,17 @@ import torch
 from kernel_calls import address, filled, guarded, in_turn, spec_of
 from kernel_meanings import route
 from prefill_data import need
-from transformers import DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV3Config,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen3MoeConfig,
+)
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
+from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from hmc.codegen.isa import TIERS
@@ -26,7 +34,16 @@ FORMS = [
     {"experts": 64, "top_k": 6, "scoring": 1, "normalise": 1},
     {"experts": 37, "top_k": 17, "scoring": 2, "normalise": 0},
     {"experts": 3, "top_k": 3, "scoring": 0, "normalise": 1},
-]
+    {"experts": 512, "top_k": 22, "scoring": 1, "normalise": 1, "eps": 1},
+    {"experts": 160, "top_k": 6, "scoring": 0, "normalise": 0, "groups": 8, "top_groups": 3,
+     "group_best": 1},
+    {"experts": 128, "top_k": 1, "scoring": 3, "normalise": 0},
+    {"experts": 60, "top_k": 19, "scoring": 3, "normalise": 1, "scaled": 1},
+    {"experts": 16, "top_k": 2, "scoring": 4, "normalise": 0},
+    {"experts": 100, "top_k": 4, "scoring": 4, "normalise": 1, "scaled": 1},
+]  # fmt: skip
+EPS, JITTER = 0.25, 0.1
+"""What kernels are told; the first where a form has `eps`."""
 
 
 def run(
@@ -43,20 +60,29 @@ def run(
     rows = guarded(np.pad(logits.astype(np.float32), ((0, 0), (0, 1)), constant_values=1e9))
     bias = None if bias is None else guarded(bias.astype(np.float32))
     ids, weights = filled((tokens, top_k), np.int32), filled((tokens, top_k), np.float32)
+    scale = guarded(scales(form)) if "scaled" in form else None
     in_turn(
         jit, spec_of("route", isa, form), workers, logits=address(rows),
         logits_stride=rows.shape[1], bias=address(bias), ids=address(ids),
-        routing=address(weights), tokens=tokens, factor=factor,
+        routing=address(weights), tokens=tokens, factor=factor, eps=EPS, jitter=JITTER,
+        scale=address(scale),
     )  # fmt: skip
     return ids, weights
+
+
+def scales(form: dict[str, int]) -> np.ndarray:
+    """Of every expert."""
+    return np.random.default_rng(3).uniform(0.5, 2, form["experts"]).astype(np.float32)
 
 
 def reference(
     form: dict[str, int], logits: np.ndarray, bias: np.ndarray | None, factor: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The same in float64."""
-    rest = {name: value for name, value in form.items() if name not in ("experts", "normalise")}
-    return route(logits, bias, normalise=bool(form["normalise"]), factor=factor, **rest)
+    rest = {**form, "eps": EPS if "eps" in form else 1e-20, "jitter": JITTER}
+    rest["scale"] = scales(form) if rest.pop("scaled", 0) else None
+    del rest["experts"]
+    return route(logits, bias, factor=factor, **rest)
 
 
 @pytest.mark.parametrize("isa", TIERS)
@@ -131,7 +157,22 @@ def test_as_transformers_routes(jit: Jit) -> None:
     grouped = {
         "experts": 64, "top_k": 8, "scoring": 1, "normalise": 1, "groups": 8, "top_groups": 3,
     }  # fmt: skip
+    older = DeepseekV2TopkRouter(  # type: ignore[no-untyped-call]
+        DeepseekV2Config(
+            hidden_size=32, n_routed_experts=64, num_experts_per_tok=6, n_group=8, topk_group=3,
+            topk_method="group_limited_greedy", routed_scaling_factor=2.0,
+        )
+    )  # fmt: skip
+    by_best = {
+        "experts": 64, "top_k": 6, "scoring": 0, "normalise": 0, "groups": 8, "top_groups": 3,
+        "group_best": 1,
+    }  # fmt: skip
+    mixer = PhimoeTopKRouter(  # type: ignore[no-untyped-call]
+        PhimoeConfig(hidden_size=32, num_local_experts=16, router_jitter_noise=JITTER)
+    ).eval()
     for router, form, bias, factor in (
+        (older, by_best, None, 2.0),
+        (mixer, FORMS[12], None, 1.0),
         (deepseek, grouped, deepseek.e_score_correction_bias.numpy(), 2.5),
         (qwen, FORMS[0], None, 1.0),
         (mixtral, FORMS[2], None, 1.0),
@@ -152,7 +193,8 @@ def test_as_transformers_routes(jit: Jit) -> None:
         {"experts": 8, "top_k": 9, "scoring": 0},
         {"experts": 64, "top_k": 9, "scoring": 1, "groups": 8, "top_groups": 1},
         {"experts": 10, "top_k": 2, "scoring": 1, "groups": 4, "top_groups": 2},
-        {"experts": 8, "top_k": 2, "scoring": 3},
+        {"experts": 8, "top_k": 2, "scoring": 5},
+        {"experts": 8, "top_k": 2, "scoring": 1, "groups": 4, "top_groups": 2, "group_best": 3},
     ],
 )
 def test_impossible_forms_are_refused(jit: Jit, wrong: dict[str, int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ from hmc.codegen.rowwise import Rowwise
 from hmc.errors import ExecutionError, MachineError, UnsupportedError
 from hmc.ops import OPS
 from hmc.ops.pointwise import attributes
+from hmc.ops.routing import Routing
 from hmc.runtime.device_ops import DEVICE_OPS, default, matmul, moe, scratch
 from hmc.runtime.device_ops.exchange import gathered
 from hmc.runtime.device_ops.gpu import table
-from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.matmul import Expert, Matrix
 from hmc.runtime.device_ops.shares import Share, of_share
 from hmc.runtime.memory.kv import KVCache
 
@@ -130,17 +131,21 @@ def test_gpus_take_the_kernels_or_say_what_they_lack(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("scoring", "groups", "top_groups"), [(0, 0, 0), (1, 4, 2), (1, 0, 0), (2, 0, 0)]
-)
-def test_routes_as_the_kernel_does(scoring: int, groups: int, top_groups: int, bias: bool) -> None:
+    ("scoring", "groups", "top_groups", "group_best"),
+    [(0, 0, 0, 2), (1, 4, 2, 2), (1, 0, 0, 2), (2, 0, 0, 2), (0, 8, 3, 1), (3, 0, 0, 2),
+     (4, 0, 0, 2)],
+)  # fmt: skip
+def test_routes_as_the_kernel_does(
+    scoring: int, groups: int, top_groups: int, group_best: int, bias: bool
+) -> None:
     logits = random(T, 32)
     logits[3] = 0.0  # ties everywhere
     logits[4, 5:9] = logits[4].max() + 1
     extra = random(32, seed=2) * 0.1 if bias else None
-    form = {"top_k": 6, "scoring": scoring, "groups": groups, "top_groups": top_groups}
-    ids, weights = moe.routed(logits, extra, normalise=True, **form)
+    about = Routing(scoring, True, groups, top_groups, group_best, eps=1e-6, jitter=0.1)
+    ids, weights = moe.routed(logits, extra, 6, about)
     expected, shares = route_reference(
-        logits.numpy(), None if extra is None else extra.numpy(), normalise=True, factor=1.0, **form
+        logits.numpy(), None if extra is None else extra.numpy(), top_k=6, **asdict(about)
     )
     assert np.array_equal(ids.numpy(), expected)
     assert np.allclose(weights.numpy(), shares, atol=1e-6)
@@ -149,7 +154,7 @@ def test_routes_as_the_kernel_does(scoring: int, groups: int, top_groups: int, b
 def test_infinite_and_undefined_logits_give_valid_ids() -> None:
     logits = torch.full((2, 8), float("nan"))
     logits[1, 6] = float("-inf")
-    ids, _ = moe.routed(logits, None, top_k=3, scoring=2, normalise=False, groups=4, top_groups=2)
+    ids, _ = moe.routed(logits, None, 3, Routing(2, False, 4, 2))
     assert ids.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
@@ -353,7 +358,9 @@ def test_experts_add_to_what_others_left(kv: KVCache, monkeypatch: pytest.Monkey
     ids = torch.stack([torch.randperm(8)[:2] for _ in range(T)]).to(torch.int32)
     values = {"x": x, "ids": ids, "routing": routing, "y": torch.full((T, 16), 99.0)}
     for adding, mine in ((False, (0, 3, 5)), (True, (1, 2, 4, 6, 7))):
-        buffers = Buffers(values, {"experts": {e: weights[e] for e in mine}}, adding=adding)
+        buffers = Buffers(
+            values, {"experts": {e: Expert(*weights[e]) for e in mine}}, adding=adding
+        )
         step = step_of("experts", buffers, "y", experts=8, top_k=2, act=SWIGLU)
         step = step.model_copy(
             update={"inputs": {k: v for k, v in step.inputs.items() if k != "y"}}

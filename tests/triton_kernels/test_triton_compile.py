@@ -65,9 +65,11 @@ def linear(form: Stored, tokens: int, eights: bool, pair: bool = False) -> None:
         launch.matmul(x, w, WORK, bias=torch.empty(w.rows, device=META))
 
 
-def experts(form: Stored, tokens: int, eights: bool) -> None:
+def experts(form: Stored, tokens: int, eights: bool, bias: bool = False) -> None:
     gate, down = form.weight(2048, 7168), form.weight(7168, 2048)
-    held = launch.Experts.of((number, (gate, gate, down)) for number in range(EXPERTS))
+    sizes = (gate.rows, gate.rows, down.rows) if bias else ()
+    own = tuple(torch.empty(n, dtype=torch.bfloat16, device=META) for n in sizes)
+    held = launch.Experts.of((number, (gate, gate, down), own) for number in range(EXPERTS))
     slots = torch.empty(tokens * TOP_K, dtype=torch.int64, device=META)
     edges = torch.empty(EXPERTS + 1, dtype=torch.int64, device=META)
     launch.experts(
@@ -77,7 +79,8 @@ def experts(form: Stored, tokens: int, eights: bool) -> None:
     )  # fmt: skip
 
 
-LAUNCHES = {"linear": linear, "pair": partial(linear, pair=True), "experts": experts}
+LAUNCHES = {"linear": linear, "pair": partial(linear, pair=True), "experts": experts,
+            "biased": partial(experts, bias=True)}  # fmt: skip
 SIZES = [("linear", 1), ("linear", 128), ("linear", 4096), ("pair", 1), ("pair", 128),
          ("experts", 1), ("experts", 64), ("experts", 4096)]  # fmt: skip
 """Launches, and tokens for each of their tiles."""
@@ -99,6 +102,12 @@ def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) ->
 )  # fmt: skip
 def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
     check(name, form, arch, tokens)
+
+
+@pytest.mark.slow
+def test_experts_with_biases() -> None:
+    check("biased", "bf16", 90, 1)
+    check("biased", "fp8", 120, 128)
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ class Layer:
         }
         weights = {number: (g[0], u[0], d[0]) for number, (g, u, d) in made.items()}
         values = {number: (g[1], u[1], d[1]) for number, (g, u, d) in made.items()}
-        return Layer(Experts.of(weights.items()), weights, values)
+        return Layer(Experts.of((e, w, ()) for e, w in weights.items()), weights, values)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from llvmlite import ir
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
+from hmc.codegen.expr import weighs
 from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.matmul.gate_up import Buffers
@@ -35,8 +36,8 @@ def scratch_bytes(spec: KernelSpec) -> int:
 
 
 def emit_experts_gate_up(e: Emitter) -> None:
-    """IR of `experts_gate_up`; expr of gate and up; params k, n, top_k, experts, tokens (, group,
-    scale_dtype for int4).
+    """IR of `experts_gate_up`; expr of gate, up and weight; params k, n, top_k, experts, tokens (,
+    biased) (, group, scale_dtype for int4).
     """
     b, spec = e.b, e.spec
     n = spec["n"]
@@ -45,6 +46,7 @@ def emit_experts_gate_up(e: Emitter) -> None:
     groups = Groups(e)
     xs, ys = (pointers(e, groups.most) for _ in range(2))
     buffers = Buffers(tiles, groups.most)
+    shares = e.local(F32, count=groups.most) if weighs(spec.expr) else None
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of
     # them all.
     blocks = const(-(-n // GRAIN))
@@ -59,13 +61,22 @@ def emit_experts_gate_up(e: Emitter) -> None:
             x = e.offset(prepared, b.mul(token, const(tiles.dot.prepared_bytes)))
             b.store(x, b.gep(xs, [place]))
             b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
+            if shares is not None:
+                b.store(e.load(e.arg["routing"], pair, F32), b.gep(shares, [place]))
         gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
         following = groups.address(groups.after(index), GATE)
-        buffers.gate_up(gate, up, start, stop, xs, ys, groups.size(index), following)
+        biases = []
+        if spec.get("biased"):
+            own = b.mul(groups.expert(index), const(4 * n))
+            biases = [e.offset(e.arg[name], own) for name in ("gate_bias", "up_bias")]
+        size = groups.size(index)
+        buffers.gate_up(gate, up, start, stop, xs, ys, size, following, biases, shares)
 
 
 def emit_experts_down(e: Emitter) -> None:
-    """IR of `experts_down`; params k, n, top_k, experts, tokens (, group, scale_dtype for int4)."""
+    """IR of `experts_down`; params k, n, top_k, experts, tokens (, biased; group and scale_dtype
+    for int4).
+    """
     b, spec = e.b, e.spec
     n, top_k = spec["n"], spec["top_k"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
@@ -92,11 +103,15 @@ def emit_experts_down(e: Emitter) -> None:
             total = e.local(kind, ir.Constant(kind, None if width > 1 else 0.0))
             with e.for_range(0, top_k) as slot:
                 pair = b.add(first, slot)
-                with b.if_then(b.icmp_signed(">=", e.load_int(e.arg["ids"], pair), const(0))):
+                expert = e.load_int(e.arg["ids"], pair)
+                with b.if_then(b.icmp_signed(">=", expert, const(0))):
                     place = b.add(b.add(b.mul(groups.position(pair), const(n)), start), index)
                     share = e.load(e.arg["routing"], pair, F32)
                     share = e.splat(share, width) if width > 1 else share
                     value = e.load_some(e.arg["scratch"], place, F32, width)
+                    if spec.get("biased"):
+                        row = b.add(b.add(b.mul(expert, const(n)), start), index)
+                        value = b.fadd(value, e.load_some(e.arg["bias"], row, F32, width))
                     b.store(e.fma(share, value, b.load(total)), total)
             e.store(b.load(total), e.arg["y"], b.add(y, index))
 
@@ -181,10 +196,14 @@ class Groups:
         """The group that follows `index`, or `index` for the last."""
         return self.e.minimum(self.e.b.add(index, const(1)), self.e.b.sub(self.active, const(1)))
 
+    def expert(self, index: Value) -> Value:
+        """The expert of group `index`."""
+        return self.e.load_int(self._expert, index)
+
     def address(self, index: Value, column: int) -> Value:
         """i8* in `column` of the expert table, for the expert of group `index`."""
         e = self.e
-        place = e.b.mul(e.load_int(self._expert, index), const(TABLE_WIDTH))
+        place = e.b.mul(self.expert(index), const(TABLE_WIDTH))
         return e.b.inttoptr(e.load(e.arg["table"], e.b.add(place, const(column)), I64), BYTES)
 
     def matrix(self, index: Value, column: int) -> tuple[Value, Value]:

@@ -1,18 +1,21 @@
-"""`gate_up`: y = expr(gate = x gate^T, up = x up^T) in bf16, such as silu(gate) * up; blocks of
-gate rows and the same up rows by turns, one worker both.
+"""`gate_up`: y = expr(gate = x gate^T, up = x up^T) in bf16, such as silu(gate) * up, products with
+biases where there are any; blocks of gate rows and the same up rows by turns, one worker both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles, pointers
-from hmc.codegen.expr import Expr, parse
+from hmc.codegen.expr import WEIGHT, Expr, parse
 from hmc.codegen.formats.whole import dot_of
 from hmc.codegen.functions import emit
 from hmc.codegen.ir import F32, Emitter, Value, const
 
 
 def emit_gate_up(e: Emitter) -> None:
-    """IR of `gate_up`; expr; params k, tokens (, group, scale_dtype for int4)."""
+    """IR of `gate_up`; expr; params k, tokens (, biased) (, group, scale_dtype for int4)."""
     b, spec, tokens = e.b, e.spec, e.arg["tokens"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     xs = tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
@@ -23,12 +26,25 @@ def emit_gate_up(e: Emitter) -> None:
     start, stop = e.split(e.arg["rows"], GRAIN)
     gate, up = ((e.arg[name], e.arg[f"{name}_scale"]) for name in ("gate", "up"))
     end = e.offset(gate[0], b.mul(stop, const(tiles.dot.row_bytes)))
-    Buffers(tiles, spec["tokens"]).gate_up(gate, up, start, stop, xs, ys, tokens, end)
+    biases = (e.arg["gate_bias"], e.arg["up_bias"]) if spec.get("biased") else ()
+    buffers = Buffers(tiles, spec["tokens"])
+    buffers.gate_up(gate, up, start, stop, xs, ys, tokens, end, biases)
 
 
-def activated(e: Emitter, tree: Expr, gate: Value, up: Value) -> Value:
-    """An expression of gate and up on two vectors of products."""
-    return emit(e, tree, {"gate": gate, "up": up}.__getitem__, gate.type.count)
+def activated(
+    e: Emitter, tree: Expr, products: Iterable[Value], biases: Sequence[Value], share: Value | None
+) -> Value:
+    """An expression on the products of gate and up, vectors, with their biases if there are any; a
+    `share`, one f32, is the weight.
+    """
+    gate, up = (
+        e.b.fadd(product, bias) if bias is not None else product
+        for product, bias in zip_longest(products, biases)
+    )
+    operands = {"gate": gate, "up": up}
+    if share is not None:
+        operands[WEIGHT] = e.splat(share, gate.type.count)
+    return emit(e, tree, operands.__getitem__, gate.type.count)
 
 
 class Buffers:
@@ -51,11 +67,14 @@ class Buffers:
         ys: Value,
         tokens: Value,
         following: Value,
+        biases: Sequence[Value] = (),
+        shares: Value | None = None,
     ) -> None:
         """ys[t][row] = expr(gate[row] . xs[t], up[row] . xs[t]) for rows [start, stop), as bf16.
 
         `gate` and `up` are (weights, scales); `xs` and `ys` are i8** of `tokens` rows; `following`
-        is what the caller reads next.
+        is what the caller reads next. `biases` f32 of gate and up are added to the products;
+        `shares` f32* are the tokens' weights.
         """
         tiles, e = self._tiles, self._tiles.e
         b, row_bytes, stride = e.b, const(tiles.dot.row_bytes), const(ROWS)
@@ -72,10 +91,13 @@ class Buffers:
                     b.bitcast(b.gep(buffer, [line]), BYTES) for buffer in (self._gate, self._up)
                 )
                 y = b.load(b.gep(ys, [token]))
+                share = None if shares is None else b.load(b.gep(shares, [token]))
                 for index, width in e.in_vectors(b.sub(last, first), 16):
+                    row = b.add(first, index)
                     products = (_load(e, part, index, width) for part in (left, right))
-                    value = activated(e, self._tree, *products)
-                    e.store(e.f32_to_bf16(value), y, b.add(first, index))
+                    added = [_load(e, bias, row, width) for bias in biases]
+                    value = activated(e, self._tree, products, added, share)
+                    e.store(e.f32_to_bf16(value), y, row)
 
 
 def _load(e: Emitter, base: Value, index: Value, width: int) -> Value:

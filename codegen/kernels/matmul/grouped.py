@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.expr import parse
+from hmc.codegen.expr import parse, weighs
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.ir import F32, I8, I16, I64, Emitter, Value, const
 from hmc.codegen.kernels.matmul.experts import DOWN, GATE, TABLE_WIDTH, UP
@@ -25,12 +25,13 @@ _DECODE_TOKENS = 6
 
 
 def emit_grouped_gate_up(e: Emitter) -> None:
-    """IR of `grouped_gate_up`: expr of gate and up; params k, n (intermediate), top_k, experts.
+    """IR of `grouped_gate_up`: expr of gate, up and weight; params k, n (intermediate), top_k,
+    experts (, biased).
 
     int4 also takes group and scale_dtype.
     """
     spec = e.spec
-    b, tree = e.b, parse(spec.expr)
+    b, tree, weighed = e.b, parse(spec.expr), weighs(spec.expr)
     panels = Panels(e, Form.of(spec))
     lanes, n = panels.form.lanes, spec["n"]
     count = -(-n // lanes)
@@ -70,9 +71,12 @@ def emit_grouped_gate_up(e: Emitter) -> None:
                 e.prefetch(e.at(e.arg["act"], index, I16), 2)
             panels.multiply((gate, up), here, (ahead[0], ahead[1]))
             left = b.sub(const(n), row)
+            biases = _biases(e, ("gate_bias", "up_bias"), expert, row, lanes)
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
-                value = activated(e, tree, panels.total(token, 0), panels.total(token, 1))
+                share = e.load(e.arg["routing"], slot, F32, align=4) if weighed else None
+                products = (panels.total(token, v) for v in range(VECTORS))
+                value = activated(e, tree, products, biases, share)
                 index = b.add(b.mul(slot, const(n)), row)
                 store_lanes(e, e.f32_to_bf16(value), e.arg["act"], index, left)
 
@@ -84,7 +88,7 @@ def emit_grouped_gate_up(e: Emitter) -> None:
 
 
 def emit_grouped_down(e: Emitter) -> None:
-    """IR of `grouped_down`: params k (intermediate), n, top_k, experts; int4 as above."""
+    """IR of `grouped_down`: params k (intermediate), n, top_k, experts (, biased); int4 too."""
     b, spec = e.b, e.spec
     panels = Panels(e, Form.of(spec))
     form = panels.form
@@ -112,6 +116,7 @@ def emit_grouped_down(e: Emitter) -> None:
                 for at_row in starts:
                     e.prefetch(e.at(e.arg["y"], b.add(line, at_row), F32), 2)
             panels.multiply((low, high), here, (ahead, e.offset(ahead, const(stride))))
+            biases = [_biases(e, ("bias",), expert, at_row, lanes) for at_row in starts]
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
                 weight = e.splat(e.load(e.arg["routing"], slot, F32, align=4), lanes)
@@ -119,14 +124,26 @@ def emit_grouped_down(e: Emitter) -> None:
                 for v, at_row in enumerate(starts):
                     index, left = b.add(line, at_row), b.sub(const(n), at_row)
                     old = load_lanes(e, e.arg["y"], index, lanes, left)
-                    store_lanes(
-                        e, e.fma(weight, panels.total(token, v), old), e.arg["y"], index, left
-                    )
+                    value = panels.total(token, v)
+                    for bias in biases[v]:
+                        value = b.fadd(value, bias)
+                    store_lanes(e, e.fma(weight, value, old), e.arg["y"], index, left)
 
         def source(slot: Value) -> Value:
             return e.offset(e.arg["act"], b.mul(slot, const(2 * spec["k"])))
 
         _expert(e, panels, first, tokens, start, stop, source, body)
+
+
+def _biases(
+    e: Emitter, names: tuple[str, ...], expert: Value, row: Value, lanes: int
+) -> list[Value]:
+    """Biases of an expert's rows from `row` on, of each of `names`; none where it has none."""
+    if not e.spec.get("biased"):
+        return []
+    n = e.spec["n"]
+    place = e.b.add(e.b.mul(expert, const(n)), row)
+    return [load_lanes(e, e.arg[name], place, lanes, e.b.sub(const(n), row)) for name in names]
 
 
 def _tokens(e: Emitter, expert: Value) -> tuple[Value, Value]:

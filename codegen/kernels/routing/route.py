@@ -7,6 +7,10 @@ whatever the logits hold. Weights are not cleaned: a NaN among the logits shows 
     scoring 0   score = softmax over all experts (Qwen3-MoE, Mixtral)
     scoring 1   score = sigmoid; with groups, only the best groups' experts (DeepSeek-V3)
     scoring 2   score = logit; the chosen ones go through a softmax (gpt-oss)
+    scoring 3   score = logit; the chosen ones go through a sigmoid each (Llama 4)
+    scoring 4   score = logit; each slot's weight is its expert's softmax among those that are not
+                taken yet and are close to their best: (best - score) / max(|score|, best) is at
+                most 2 `jitter` (SparseMixer, arXiv 2409.12136; Phi-3.5-MoE)
 
 `bias` is added to scores for choosing alone.
 """
@@ -15,10 +19,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from hmc.codegen.functions import absolute, maximum
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.vector import exp, fmax, for_blocks, fsplat, isplat, load_f32, sigmoid
 
-SOFTMAX, SIGMOID, SOFTMAX_CHOSEN = range(3)
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER = range(5)
 _NEVER = float("-inf")
 _TAKEN = -(2**31)
 _LAST = 2**31 - 1
@@ -67,12 +72,16 @@ class _Router:
         self._rank(self.choice, self.keys, self.experts)
         if self.top_groups:
             self._rule_out_groups()
+        if self.scoring == SPARSEMIXER:
+            self._begin_left()
         start = b.mul(token, const(self.top_k))
         with e.for_range(0, self.top_k) as slot:
             best = self._take_best(self.keys, self.experts)
             e.store(b.trunc(best, I32), e.arg["ids"], b.add(start, slot))
-            e.store(e.load(self.scores, best, F32), self.chosen, slot)
-        self._weigh(e.at(e.arg["routing"], start, F32))
+            mixed = self.scoring == SPARSEMIXER
+            weight = self._mixed(best) if mixed else e.load(self.scores, best, F32)
+            e.store(weight, self.chosen, slot)
+        self._weigh(e.at(e.arg["routing"], start, F32), e.at(e.arg["ids"], start, I32))
 
     # -- scores ------------------------------------------------------------------------------------
 
@@ -164,7 +173,7 @@ class _Router:
 
     def _rule_out_groups(self) -> None:
         """Lower the keys of all groups but the best: a group is worth the sum of its two largest
-        biased scores.
+        biased scores, or the largest one.
         """
         e, b = self.e, self.e.b
         size = self.experts // self.groups
@@ -178,7 +187,10 @@ class _Router:
                 runner = b.load(second)
                 b.store(b.select(b.fcmp_ordered(">", lower, runner), lower, runner), second)
                 b.store(b.select(more, value, top), first)
-            e.store(b.fadd(b.load(first), b.load(second)), self.group_scores, group)
+            worth = b.load(first)
+            if self.e.spec.get("group_best", 2) > 1:
+                worth = b.fadd(worth, b.load(second))
+            e.store(worth, self.group_scores, group)
         self._rank(self.group_scores, self.group_keys, self.groups)
         with e.for_range(0, min(self.top_groups, self.groups)):
             self._take_best(self.group_keys, self.groups)
@@ -192,19 +204,62 @@ class _Router:
 
     # -- weights -----------------------------------------------------------------------------------
 
-    def _weigh(self, routing: Value) -> None:
-        """routing[:] = the chosen scores, through softmax or normalised as asked, times factor."""
+    def _begin_left(self) -> None:
+        """choice = scores, -inf in the padding: what `_mixed` takes from."""
+        e, lanes = self.e, self.e.lanes
+
+        def block(index: Value, count: int) -> None:
+            value = e.load_vec(self.scores, index, F32, lanes, align=4)
+            e.store(_first(e, value, count, fsplat(_NEVER, lanes)), self.choice, index)
+
+        for_blocks(e, self.experts, lanes, block)
+
+    def _mixed(self, best: Value) -> Value:
+        """Weight of the expert `best` among those left, which it leaves."""
+        e, b, lanes = self.e, self.e.b, self.e.lanes
+        never = fsplat(_NEVER, lanes)
+        top = e.local(vec(F32, lanes), never)
+        total = e.local(vec(F32, lanes), e.zeros(F32, lanes))
+        with e.for_range(0, self._padded(self.experts), lanes) as index:
+            value = e.load_vec(self.choice, index, F32, lanes, align=4)
+            b.store(fmax(e, value, b.load(top)), top)
+        peak = e.reduce(b.load(top), partial(fmax, e))
+        peaks, most = e.splat(peak, lanes), e.splat(b.fmul(e.arg["jitter"], fconst(2.0)), lanes)
+        with e.for_range(0, self._padded(self.experts), lanes) as index:
+            value = e.load_vec(self.choice, index, F32, lanes, align=4)
+            below = b.fsub(peaks, value)
+            far = b.fcmp_ordered(">", b.fdiv(below, maximum(e, absolute(e, value), peaks)), most)
+            out = b.or_(far, b.fcmp_ordered("==", value, never))
+            share = b.select(out, fsplat(0.0, lanes), exp(e, b.fneg(below)))
+            b.store(b.fadd(b.load(total), share), total)
+        own = exp(e, b.fsub(e.splat(e.load(self.choice, best, F32), lanes), peaks))
+        e.store(fconst(_NEVER), self.choice, best)
+        share = b.fdiv(own, e.splat(e.reduce_add(b.load(total)), lanes))
+        return b.extract_element(share, I32(0))
+
+    def _weigh(self, routing: Value, ids: Value) -> None:
+        """routing[:] = the chosen scores, through softmax, sigmoid or normalised as asked, times
+        factor and the scales of experts."""
         e, b = self.e, self.e.b
         if self.scoring == SOFTMAX_CHOSEN:
             self._softmax(self.chosen, self.chosen, self.top_k)
+        if self.scoring == SIGMOID_CHOSEN:
+            with e.for_range(0, self._padded(self.top_k), e.lanes) as index:
+                value = e.load_vec(self.chosen, index, F32, e.lanes, align=4)
+                e.store(sigmoid(e, value), self.chosen, index)
         divisor = e.local(F32, fconst(1.0))
         if self.e.spec.get("normalise"):
-            b.store(fconst(1e-20), divisor)
+            given = self.e.spec.get("eps")
+            b.store(e.arg["eps"] if given else fconst(1e-20), divisor)
             with e.for_range(0, self.top_k) as slot:
                 b.store(b.fadd(b.load(divisor), e.load(self.chosen, slot, F32)), divisor)
         with e.for_range(0, self.top_k) as slot:
             weight = b.fdiv(e.load(self.chosen, slot, F32), b.load(divisor))
-            e.store(b.fmul(weight, e.arg["factor"]), routing, slot)
+            weight = b.fmul(weight, e.arg["factor"])
+            if self.e.spec.get("scaled"):
+                expert = e.load_int(ids, slot)
+                weight = b.fmul(weight, e.load(e.arg["scale"], expert, F32))
+            e.store(weight, routing, slot)
 
 
 def emit_route(e: Emitter) -> None:

@@ -118,9 +118,10 @@ def gate_up(bound: Bound, step: Step) -> Work:
     """The step's activation of x gate^T and x up^T."""
     gate, up = (weight_of(bound.matrix(step, role)) for role in ("gate", "up"))
     space, act = bound.workspace(step), str(step.attrs["act"])
+    biases = bound.vector(step, "gate_bias"), bound.vector(step, "up_bias")
 
     def product(x: X, out: torch.Tensor) -> None:
-        launch.gate_up(x, gate, up, space, out=out, act=act)
+        launch.gate_up(x, gate, up, space, out=out, act=act, biases=biases)
 
     return _product(bound, step, gate, product)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Sorted, Work, ints
@@ -16,25 +17,14 @@ from hmc.runtime.device_ops.triton import launch, routing
 
 def route(bound: Bound, step: Step) -> Work:
     """Expert ids and weights of every row, best first; ties go to the lower id."""
-    logits, share, bias = bound.tensor(step.inputs["logits"]), bound.share(step), None
+    logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
     ids, weights = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
-    bias = bound.vector(step, "bias")
-    scoring, groups, top_groups = ints(step, "scoring", "groups", "top_groups")
-    normalise, factor = bool(step.attrs["normalise"]), float(step.attrs["factor"])
+    bias, scale = (bound.vector(step, role) for role in ("bias", "scale"))
+    about = Routing.of(step.attrs)
 
     def work(call: Call) -> None:
         count = call.count(share)
-        routing.route(
-            logits[:count],
-            bias,
-            ids[:count],
-            weights[:count],
-            scoring=scoring,
-            normalise=normalise,
-            groups=groups,
-            top_groups=top_groups,
-            factor=factor,
-        )
+        routing.route(logits[:count], bias, scale, ids[:count], weights[:count], about)
 
     return work
 
@@ -64,8 +54,8 @@ def experts(bound: Bound, step: Step) -> Work:
     adds, act = bound.adds(step), str(step.attrs["act"])
     name = step.inputs["order"].buffer if "order" in step.inputs else ""
     held = launch.Experts.of(
-        (expert, (weight_of(gate), weight_of(up), weight_of(down)))
-        for expert, (gate, up, down) in bound.experts(step).items()
+        (number, (weight_of(each.gate), weight_of(each.up), weight_of(each.down)), each.biases)
+        for number, each in bound.experts(step).items()
     )
     eights, edges = in_eights(held.gate, x.device), _edges(count_all, ids.device)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, weighs
 from hmc.codegen.triton import build, table
 from hmc.codegen.triton.layout import STEP, Layout
 from hmc.formats import format_of
@@ -135,16 +135,25 @@ def _values(layout: Layout, device: torch.device) -> torch.Tensor:
     return torch.tensor(layout.values or (0.0,), dtype=torch.float32, device=device)
 
 
+Biases = tuple[torch.Tensor, ...]
+_BIASES = {
+    kind: str(kind).removeprefix("torch.")
+    for kind in (torch.float32, torch.float16, torch.bfloat16)
+}
+
+
 @dataclass(frozen=True)
 class Experts:
     """The experts of a step on one device: `ids` i32 [n], ascending, `table` i64 [n, planes of
-    gate, up and down] with their planes' addresses; gate and down of one say what all are like.
+    gate, up and down, and biases] with their addresses; gate and down of one say what all are like,
+    `bias` what dtype biases have ("" where there are none).
     """
 
     ids: torch.Tensor
     table: torch.Tensor
     gate: Weight
     down: Weight
+    bias: str = ""
 
     @cached_property
     def downs(self) -> torch.Tensor:
@@ -152,20 +161,27 @@ class Experts:
         return self.table.view(-1)[2 * self.gate.layout.planes :]
 
     @staticmethod
-    def of(experts: Iterable[tuple[int, tuple[Weight, Weight, Weight]]]) -> Experts:
-        """Of (id, (gate, up, down)), at least one. Planes lie at multiples of 16 bytes, and are
-        kept alive by the caller.
+    def of(experts: Iterable[tuple[int, tuple[Weight, Weight, Weight], Biases]]) -> Experts:
+        """Of (id, (gate, up, down), their biases or nothing), at least one. Planes lie at multiples
+        of 16 bytes, and are kept alive by the caller, as biases are.
         """
         every = sorted(experts, key=lambda each: each[0])
-        gate, _, down = every[0][1]
+        _, (gate, _, down), biases = every[0]
         device = gate.planes[0].device
-        rows = [[plane.data_ptr() for w in three for plane in w.planes[:-1]] for _, three in every]
-        ids = [number for number, _ in every]
+        rows = [
+            [
+                *(plane.data_ptr() for w in three for plane in w.planes[:-1]),
+                *(bias.data_ptr() for bias in own),
+            ]
+            for _, three, own in every
+        ]
+        ids = [number for number, _, _ in every]
         return Experts(
             torch.tensor(ids, dtype=torch.int32, device=device),
             torch.tensor(rows, dtype=torch.int64, device=device),
             gate,
             down,
+            _BIASES[biases[0].dtype] if biases else "",
         )
 
 
@@ -179,7 +195,7 @@ def matmul(
 ) -> torch.Tensor:
     """`out` [T, rows], f32 or bf16, contiguous (default: a new f32 one), = x w^T + bias [rows]."""
     y = torch.empty((len(x), w.rows), dtype=torch.float32, device=x.device) if out is None else out
-    _linear(x, w, w, work, y, bias, SWIGLU, pair=False)
+    _linear(x, w, w, work, y, (bias, None), SWIGLU, pair=False)
     return y
 
 
@@ -191,30 +207,32 @@ def gate_up(
     *,
     out: torch.Tensor | None = None,
     act: str = SWIGLU,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> torch.Tensor:
     """`out` [T, rows], f32 or bf16 (default: a new bf16 one), = the activation of x gate^T and
-    x up^T, which are alike."""
+    x up^T, which are alike, each plus its bias [rows]: both, or none."""
     y = (
         torch.empty((len(x), gate.rows), dtype=torch.bfloat16, device=x.device)
         if out is None
         else out
     )
-    _linear(x, gate, up, work, y, None, act, pair=True)
+    _linear(x, gate, up, work, y, biases, act, pair=True)
     return y
 
 
 def _linear(
     x: X, w: Weight, other: Weight, work: Workspace, y: torch.Tensor,
-    bias: torch.Tensor | None, act: str, *, pair: bool,
+    biases: tuple[torch.Tensor | None, torch.Tensor | None], act: str, *, pair: bool,
 ) -> None:  # fmt: skip
-    tokens = len(x)
+    tokens, bias = len(x), biases[0]
+    one, two = (w.planes[-1] if each is None else each for each in biases)
     eights = isinstance(x, Terms)
     name = "pair" if pair else "linear"
     tile = table.tile(name, arch(x.device), tokens, eights).of(w.layout)
     tiles = -(-tokens // tile.tokens) * -(-w.rows // tile.rows)
     parts = table.parts(tile, tiles, w.columns, processors(x.device), pair)
     build.kernels(w.layout, act, eights).linear[tiles, parts](
-        _taken(x), w.planes, other.planes, w.planes[-1] if bias is None else bias, y,
+        _taken(x), w.planes, other.planes, one, two, y,
         work.partials, work.counters, tokens, w.rows, w.columns, w.stride, parts,
         **tile.constants, **tile.options, PAIR=pair, SPLIT=parts > 1, BIAS=bias is not None,
     )  # fmt: skip
@@ -236,7 +254,8 @@ def experts(
     eights: bool = False,
 ) -> None:
     """y f32 [T, hidden], plus what it is where it `adds`, = the sum over a token's experts among
-    `held` of routing times down(activation(gate x, up x)).
+    `held` of routing times down(activation(gate x, up x)), or where the activation has the weight
+    in it of that alone.
 
     `slots` [T * top_k] i32 or i64 are sorted by expert, ascending within each; `edges` [experts of
     the model + 1] i32 or i64 say where those of each begin; `routing` f32 is by slot. The
@@ -247,8 +266,8 @@ def experts(
     mean = tokens * top_k // (len(edges) - 1)
     if tokens <= table.FEW:
         hidden = x.new_empty((tokens * top_k, inner))
-        _act(x, hidden, slots, edges[:-1], edges[1:], held, 0, top_k, act, mean)
-        _down_few(hidden, slots, edges, routing, held, work, y, tokens, top_k, adds)
+        _act(x, hidden, slots, routing, edges[:-1], edges[1:], held, 0, top_k, act, mean)
+        _down_few(hidden, slots, edges, routing, held, work, y, tokens, top_k, act, adds)
         return
     if not adds:
         y.zero_()
@@ -264,11 +283,11 @@ def experts(
         last = min(first + spans, len(counts) - 1)
         part = x[first * span : last * span]
         rows: X = Terms.of(part, held.gate.layout) if eights else part
-        _act(rows, hidden, slots, counts[first], counts[last], held, first * span * top_k, top_k,
-             act, mean)  # fmt: skip
+        _act(rows, hidden, slots, routing, counts[first], counts[last], held,
+             first * span * top_k, top_k, act, mean)  # fmt: skip
         acts: X = Terms.of(hidden, held.down.layout) if eights else hidden
         _down(acts, slots, counts[first:], routing, held, y, first * span * top_k, last - first,
-              top_k, mean)  # fmt: skip
+              top_k, act, mean)  # fmt: skip
 
 
 def _spans(tokens: int, top_k: int, held: Experts, budget: int, processors: int) -> tuple[int, int]:
@@ -280,7 +299,7 @@ def _spans(tokens: int, top_k: int, held: Experts, budget: int, processors: int)
 
 
 def _act(
-    x: X, hidden: torch.Tensor, slots: torch.Tensor, begins: torch.Tensor,
+    x: X, hidden: torch.Tensor, slots: torch.Tensor, routing: torch.Tensor, begins: torch.Tensor,
     ends: torch.Tensor, held: Experts, first: int, top_k: int, act: str, mean: int,
 ) -> None:  # fmt: skip
     w, count = held.gate, len(held.ids)
@@ -288,14 +307,15 @@ def _act(
     tile = table.tile("experts_act", arch(x.device), mean, eights).of(w.layout)
     most = min(len(hidden), len(hidden) // tile.tokens + count)
     build.kernels(w.layout, act, eights).experts_act[most, -(-w.rows // tile.rows)](
-        _taken(x), len(x), slots, held.ids, begins, ends, held.table, w.planes[-1], hidden, first,
-        count, top_k, w.rows, w.columns, w.stride, **tile.constants, **tile.options, **_sizes(held),
+        _taken(x), len(x), slots, routing, held.ids, begins, ends, held.table, w.planes[-1], hidden,
+        first, count, top_k, w.rows, w.columns, w.stride, **tile.constants, **tile.options,
+        **_sizes(held, act),
     )  # fmt: skip
 
 
 def _down(
     hidden: X, slots: torch.Tensor, counts: torch.Tensor, routing: torch.Tensor,
-    held: Experts, y: torch.Tensor, first: int, ranges: int, top_k: int, mean: int,
+    held: Experts, y: torch.Tensor, first: int, ranges: int, top_k: int, act: str, mean: int,
 ) -> None:  # fmt: skip
     w = held.down
     eights = isinstance(hidden, Terms)
@@ -303,13 +323,13 @@ def _down(
     build.kernels(w.layout, eights=eights).experts_down[-(-w.rows // tile.rows), ranges](
         _taken(hidden), len(hidden), slots, routing, held.ids, counts, counts[1:], held.downs,
         w.planes[-1], y, first, counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
-        **tile.constants, **tile.options, **_sizes(held),
+        **tile.constants, **tile.options, **_sizes(held, act),
     )  # fmt: skip
 
 
 def _down_few(
     hidden: torch.Tensor, slots: torch.Tensor, edges: torch.Tensor, routing: torch.Tensor,
-    held: Experts, work: Workspace, y: torch.Tensor, tokens: int, top_k: int, adds: bool,
+    held: Experts, work: Workspace, y: torch.Tensor, tokens: int, top_k: int, act: str, adds: bool,
 ) -> None:  # fmt: skip
     w, count = held.down, len(held.ids)
     tile = table.tile("experts_down_few", arch(y.device), tokens).of(w.layout)
@@ -318,13 +338,14 @@ def _down_few(
     build.kernels(w.layout).experts_down_few[tiles, parts](
         hidden, slots, routing, held.ids, edges[:-1], edges[1:], held.downs, w.planes[-1], y,
         work.partials, work.counters, tokens, count, top_k, w.rows, w.columns, w.stride, parts,
-        **tile.constants, **tile.options, **_sizes(held), ADDS=adds,
+        **tile.constants, **tile.options, **_sizes(held, act), ADDS=adds,
     )  # fmt: skip
 
 
-def _sizes(held: Experts) -> dict[str, int]:
+def _sizes(held: Experts, act: str) -> dict[str, int | str]:
     count, width = held.table.shape
-    return {"EXPERTS": 1 << (count - 1).bit_length(), "WIDTH": width}
+    return {"EXPERTS": 1 << (count - 1).bit_length(), "WIDTH": width, "BIAS": held.bias,
+            "WEIGHED": weighs(act)}  # fmt: skip
 
 
 @cache

@@ -9,6 +9,7 @@ import torch
 
 from hmc.codegen.triton import library
 from hmc.codegen.triton.attend_tiles import power
+from hmc.ops.routing import Routing
 from hmc.runtime.device_ops.triton.launch import Workspace
 
 FEW = 1 << 12
@@ -18,26 +19,25 @@ FEW = 1 << 12
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
     ids: torch.Tensor,
     routing: torch.Tensor,
-    *,
-    scoring: int,
-    normalise: bool,
-    groups: int,
-    top_groups: int,
-    factor: float = 1.0,
+    about: Routing,
 ) -> None:
     """ids i32 and routing f32 [T, top_k], contiguous, of logits [T, experts], as
-    `device_ops.moe.routed` makes them, times `factor`. `bias` is f32 or bf16 [experts]."""
+    `device_ops.moe.routed` makes them, times the factor and the experts' scales. `bias` and `scale`
+    are f32 or bf16 [experts]."""
     tokens, experts = logits.shape
     top_k = ids.shape[1]
-    number = groups if top_groups else 1
+    number = about.groups if about.top_groups else 1
     size = experts // number
     high, wide = power(number), power(size)
     library.kernels().route[tokens,](
-        logits, logits if bias is None else bias, ids, routing, experts, factor, logits.stride(0),
-        TOP_K=top_k, SCORING=scoring, NORMALISE=normalise, BIAS=bias is not None, GROUPS=number,
-        SIZE=size, KEPT=top_groups, HIGH=high, WIDE=wide, CHOSEN=power(top_k), num_warps=1,
+        logits, logits if bias is None else bias, logits if scale is None else scale, ids, routing,
+        experts, about.factor, about.eps, about.jitter, logits.stride(0), TOP_K=top_k,
+        SCORING=about.scoring, NORMALISE=about.normalise, BIAS=bias is not None,
+        SCALED=scale is not None, GROUPS=number, SIZE=size, KEPT=about.top_groups,
+        BEST=about.group_best, HIGH=high, WIDE=wide, CHOSEN=power(top_k), num_warps=1,
     )  # fmt: skip
 
 

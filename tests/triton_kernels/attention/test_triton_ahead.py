@@ -13,6 +13,7 @@ from triton_weights import random_weight
 from hmc.codegen.triton import table
 from hmc.formats import format_of
 from hmc.ops.attention import Bounds, Growth
+from hmc.ops.routing import Routing
 from hmc.runtime.device_ops.triton import attention, routing, rows
 from hmc.runtime.device_ops.triton.launch import Workspace
 
@@ -73,8 +74,8 @@ def norms() -> None:
 
 def route(scoring: int, groups: int, top_groups: int) -> None:
     routing.route(
-        torch.zeros(3, 256), torch.zeros(256), torch.zeros(3, 8, dtype=torch.int32),
-        torch.zeros(3, 8), scoring=scoring, normalise=True, groups=groups, top_groups=top_groups,
+        torch.zeros(3, 256), torch.zeros(256), None, torch.zeros(3, 8, dtype=torch.int32),
+        torch.zeros(3, 8), Routing(scoring, True, groups, top_groups),
     )  # fmt: skip
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 from triton_paged import random
 
-from hmc.runtime.device_ops.moe import SIGMOID, SOFTMAX, SOFTMAX_CHOSEN, routed
+from hmc.ops.routing import Routing
+from hmc.runtime.device_ops.moe import (
+    SIGMOID,
+    SIGMOID_CHOSEN,
+    SOFTMAX,
+    SOFTMAX_CHOSEN,
+    SPARSEMIXER,
+    routed,
+)
 from hmc.runtime.device_ops.triton import routing
 from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.device_ops.triton.routing import by_expert, route
@@ -17,30 +25,33 @@ INF, NAN = float("inf"), float("nan")
 
 
 def compare(
-    logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, scoring: int, normalise: bool,
-    groups: int, top_groups: int,
+    logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, *about: int,
+    scale: torch.Tensor | None = None, **more: float,
 ) -> None:  # fmt: skip
+    """`about` and `more` are `Routing`'s."""
     ids = torch.full((len(logits), top_k), -7, dtype=torch.int32)
     weights = torch.empty(len(logits), top_k)
-    route(
-        logits, bias, ids, weights, scoring=scoring, normalise=normalise, groups=groups,
-        top_groups=top_groups, factor=2.5,
-    )  # fmt: skip
-    wide = None if bias is None else bias.float()
-    chosen, exact = routed(
-        logits, wide, top_k=top_k, scoring=scoring, normalise=normalise, groups=groups,
-        top_groups=top_groups,
-    )  # fmt: skip
+    form = Routing(*about, factor=2.5, **more)  # type: ignore[arg-type]
+    route(logits, bias, scale, ids, weights, form)
+    chosen, exact = routed(logits, None if bias is None else bias.float(), top_k, form)
     assert torch.equal(ids.long(), chosen)
+    if scale is not None:
+        exact *= scale.float()[chosen]
     assert torch.allclose(weights, exact * 2.5, rtol=1e-5, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("scoring", [SOFTMAX, SIGMOID, SOFTMAX_CHOSEN])
+@pytest.mark.parametrize("scoring", [SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_every_scoring(scoring: int, normalise: bool, work: Workspace) -> None:
     logits = random(6, 64)[:, :60]
     compare(logits, None, 5, scoring, normalise, 0, 0)
     compare(logits, random(60, seed=1).to(torch.bfloat16), 1, scoring, normalise, 0, 0)
+    scale = random(60, seed=2).to(torch.bfloat16)
+    compare(logits, None, 19, scoring, normalise, 0, 0, scale=scale, eps=0.2, jitter=0.2)
+
+
+def test_many_of_very_many(work: Workspace) -> None:
+    compare(random(3, 512), random(512, seed=1), 22, SIGMOID, True, 0, 0)
 
 
 @pytest.mark.parametrize(("experts", "groups", "top_groups"), [(256, 8, 4), (60, 5, 3), (6, 3, 1)])
@@ -49,6 +60,7 @@ def test_experts_of_the_best_groups(
 ) -> None:
     bias = random(experts, seed=1)
     compare(random(5, experts), bias, 2, SIGMOID, True, groups, top_groups)
+    compare(random(5, experts), None, 2, SOFTMAX, False, groups, top_groups, group_best=1)
 
 
 @pytest.mark.filterwarnings("ignore:(All-NaN|invalid value):RuntimeWarning")
