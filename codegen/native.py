@@ -1,66 +1,95 @@
 """In which arithmetic a tier multiplies a weight format, and which formats have native decoders.
 
 A format takes the best arithmetic that the tier has, in which its products are exact (the format's
-row says so) and for which somebody wrote a decoder. Where there is none, it is multiplied as f32 by
-the decoder that is made from its planes (formats/made.py): any table of codes of 2, 4 or 8 bits or
-any plain float, less zeros and times scales of any blocks; and blocks of GGUF.
+row says so) and for which there is a decoder of codes like its own: that is told by what the row
+says of them (bits, values, planes), not by its name. Where there is none, it is multiplied as f32
+by the decoder that is made from its planes (formats/made.py): any table of codes of 2, 4 or 8 bits
+or any plain float, less zeros and times scales of any blocks; and blocks of GGUF.
 
-    arithmetic   tiers                decode: a few tokens        many tokens
-    bf16         those with pairs     byte and word tables        the same, after a transpose
-    whole        the others           16-bit whole numbers        the same
-    f32          all                  shifts in place, or none    shifts in place, or none
-    f32, made    all                  a table look-up a code      the same, then a transpose
+    arithmetic   tiers                codes                       decoded by
+    bf16         those with pairs     any of 4 or 8 bits; BF16    tables in registers
+    whole        the others           4 bits, code - 8            16-bit whole numbers
+    f32          all                  E4M3; BF16, F16 and F32     shifts in place, or as they are
+    f32, made    all                  all                         vectors, or a look-up a code
 """
 
 from __future__ import annotations
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
-from hmc.formats import format_of
+from hmc.formats import GROUP, Format, format_of
 from hmc.formats.base import Arithmetic
-
-NATIVE: dict[Arithmetic, frozenset[str]] = {
-    "bf16": frozenset({"fp8", "bf16", "int4"}),
-    "whole": frozenset({"int4"}),
-    "f32": frozenset({"fp8", "bf16", "fp16", "f32"}),
-}
-"""Formats with a decoder of their own, by arithmetic."""
-
-_UNCHECKED = frozenset({("fp8", "f32")})
-"""Decoders that take NaN codes for numbers (formats/unpack.py)."""
-
-_GROUPS = {"int4": (32, 64, 128)}
-"""Columns that share a scale, as far as native decoders know them; others have made ones."""
 
 _CODES = (2, 4, 8)
 
 NUMBERS = frozenset({"F32", "F16", "BF16", "F8_E8M0", "F8_E4M3", "F8_E5M2"})
 """Dtypes of scales and zeros that kernels read."""
 
+GRAINS = (16, 32, 64)
+"""Columns of an element that native decoders know, besides whole multiples of `GRAIN`."""
+GRAIN = 128
+
+_PLAIN = {"bf16": ("BF16",), "f32": ("BF16", "F16", "F32")}
+"""Dtypes of codes that are floats, by the arithmetic that has decoders of them."""
+
+
+def is_line(row: Format) -> bool:
+    """Whether the codes of a row are whole numbers from the first value up."""
+    return bool(row.values) and all(
+        value == row.values[0] + code for code, value in enumerate(row.values)
+    )
+
+
+def is_e4m3(row: Format) -> bool:
+    """Whether the codes of a row are FP8 E4M3."""
+    return row.codes.dtypes == ("F8_E4M3",)
+
+
+def _decodes(row: Format, kind: Arithmetic) -> bool:
+    """Whether there is a decoder in arithmetic `kind` of codes as the row's are."""
+    if row.codes.block[1] or any(plane.kind == "order" for plane in row.scales):
+        return False
+    if not row.values:
+        return not row.scales and row.codes.dtypes[0] in _PLAIN.get(kind, ())
+    if kind == "f32":
+        return is_e4m3(row)
+    if kind == "bf16":
+        return row.code_bits in (4, 8)
+    zeros = any(plane.kind == "zero" for plane in row.scales)
+    return row.code_bits == 4 and is_line(row) and not zeros and len(row.scales) == 1
+
 
 def arithmetic(isa: str, weight: str) -> Arithmetic:
     """How tier `isa` multiplies weights of a format by activations."""
+    row = format_of(weight)
     best: Arithmetic = "bf16" if TIERS[isa].pair_dot else "whole"
-    return best if best in format_of(weight).exact_in and weight in NATIVE[best] else "f32"
+    return best if best in row.exact_in and _decodes(row, best) else "f32"
 
 
 def has_native(isa: str, weight: str) -> bool:
-    """Whether the tier has a decoder of the format's own."""
-    return weight in NATIVE[arithmetic(isa, weight)]
+    """Whether the tier has a decoder of such codes."""
+    return _decodes(format_of(weight), arithmetic(isa, weight))
 
 
 def is_native(spec: KernelSpec) -> bool:
-    """Whether the weights of `spec` are read by a decoder of the format's own."""
-    groups = _GROUPS.get(spec.weight)
-    known = groups is None or spec.get("group") in groups
-    return known and has_native(spec.isa, spec.weight)
+    """Whether the weights of `spec` are read by a native decoder: one of such codes, whose scales
+    lie as it knows them.
+    """
+    if not has_native(spec.isa, spec.weight):
+        return False
+    for plane in format_of(spec.weight).scales:
+        columns = spec.get("group") if plane.columns == GROUP else plane.columns
+        if columns % GRAIN and columns not in GRAINS:
+            return False
+    return True
 
 
 def takes_nan(isa: str, weight: str) -> bool:
-    """Whether the kernels of a format take NaN codes for numbers on tier `isa`, so that weights
-    must be checked for them; all others give NaN.
+    """Whether the kernels of a format take NaN codes for numbers on tier `isa` (formats/unpack.py),
+    so that weights must be checked for them; all others give NaN.
     """
-    return (weight, arithmetic(isa, weight)) in _UNCHECKED
+    row = format_of(weight)
+    return is_e4m3(row) and arithmetic(isa, weight) == "f32" and _decodes(row, "f32")
 
 
 def problem_of(spec: KernelSpec) -> str:

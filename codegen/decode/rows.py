@@ -41,7 +41,14 @@ class Rows:
 
     def sums(self) -> list[list[Value]]:
         """Lanes of the finished sums, [row][token]."""
-        return [[self.e.b.load(total) for total in line] for line in self.totals]
+        e, b = self.e, self.e.b
+        found = []
+        for row, line in zip(self.rows, self.totals, strict=True):
+            factor, sums = self.dot.whole(e, row), [b.load(total) for total in line]
+            if factor is not None:
+                sums = [b.fmul(total, e.splat(factor, self.dot.lanes)) for total in sums]
+            found.append(sums)
+        return found
 
     def _chunk(self, chunk: Value, valid: int) -> None:
         """Add `valid` weights of the chunk at element `chunk`."""
@@ -49,8 +56,9 @@ class Rows:
         if not dot.scaled:
             self._units(chunk, self.totals, valid)
             return
-        zeros = [[dot.start(e, token, chunk) for token in self.x] for _ in self.rows]
-        sums = [[e.local(zero.type, zero) for zero in line] for line in zeros]
+        zeros = [dot.zero(e, row, chunk, valid) for row in self.rows]
+        starts = [[dot.start(e, token, chunk, zero) for token in self.x] for zero in zeros]
+        sums = [[e.local(start.type, start) for start in line] for line in starts]
         self._units(chunk, sums, valid)
         for row, line, totals in zip(self.rows, sums, self.totals, strict=True):
             factor = dot.scale(e, row, chunk, valid)

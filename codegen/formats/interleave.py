@@ -3,8 +3,9 @@ or (int4) of i16.
 
 Hides the transposes. For pairs (`vdpbf16ps`), 16 rows x 64 bytes in four shuffles a vector: two
 stages move 128-bit lanes so that a vector holds the same 16 bytes of rows i, 4 + i, 8 + i, 12 + i;
-two unpacks inside the lanes bring four neighbouring rows together. FP8 is still bytes then, so one
-shuffle moves 64 weights; every code is exact and the NaN codes give NaN (pairs.py).
+two unpacks inside the lanes bring four neighbouring rows together. Codes are as stored then, so one
+shuffle moves 64 bytes of them; every code is exact and NaN codes give NaN (pairs.py). Zeros are
+taken off the pairs.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from hmc.codegen.formats.pairs import fp8_byte, fp8_sign, fp8_words, int4_words
+from hmc.codegen.formats.pairs import PairCodes
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.unpack import fp8_vectors
 from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.spec import KernelSpec, WeightFormat
+from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_blocks, isplat, masked_vec, splat_int, unpack_masks
 
 _NIBBLE_PAIRS = 4
-"""Pairs of int4 weights in a stored word."""
+"""Pairs of weights of 4 bits in a stored word."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +67,45 @@ class Chunk:
         for_blocks(e, count, size, block)
 
 
-def decode_pairs(e: Emitter, weight: WeightFormat, chunk: Chunk) -> None:
+@dataclass(frozen=True)
+class Zeros:
+    """What codes are less by: `at(column)` (i64, of the chunk) is it for the `columns` from there
+    on, a lane each row, negative (f32).
+    """
+
+    columns: int
+    at: Callable[[Value], Value]
+
+
+def decode_pairs(e: Emitter, codes: PairCodes, chunk: Chunk, zeros: Zeros | None) -> None:
     """Weights of 16 rows as pairs of bf16."""
-    element, count, each = {"fp8": (I8, 64, 1), "bf16": (I16, 32, 1), "int4": (I32, 16, 8)}[weight]
-    quad = I16 if weight == "fp8" else I32
-    decode = {"fp8": _fp8, "bf16": lambda _, words: [words], "int4": _int4}[weight]
-    words = vec(I32, 16)
+    words, size = vec(I32, 16), 16 * codes.word
 
     def block(start: Value, valid: int) -> None:
-        index, valid = e.b.udiv(start, const(each)), -(-valid // each)
-        loaded = [masked_vec(e, row, index, element, count, valid) for row in chunk.codes]
+        loaded = [codes.words(e, row, start, valid) for row in chunk.codes]
         panel = e.offset(chunk.panel, e.b.mul(start, const(2 * chunk.stride)))
+        column, less = 0, None
         for quads in _lane_columns(e, [e.b.bitcast(row, words) for row in loaded]):
-            pairs = [pair for four in _unpack_four(e, quads, quad) for pair in decode(e, four)]
+            four = _unpack_four(e, quads, codes.quad)
+            pairs = [pair for quad in four for pair in codes.pairs(e, quad)]
             for step, pair in enumerate(pairs):
-                e.store(e.b.bitcast(pair, words), panel, const(step * chunk.stride), align=4)
+                if zeros and column % zeros.columns == 0 and column < valid:
+                    less = zeros.at(e.b.add(start, const(column)))
+                pair = e.b.bitcast(pair, words)
+                pair = pair if less is None else _less(e, pair, less)
+                e.store(pair, panel, const(step * chunk.stride), align=4)
+                column += 2
             panel = e.offset(panel, const(4 * len(pairs) * chunk.stride))
 
-    for_blocks(e, chunk.length, count * each, block)
+    for_blocks(e, chunk.length, size, block)
+
+
+def _less(e: Emitter, pairs: Value, zero: Value) -> Value:
+    """Pairs of bf16 plus the f32 `zero` of their lanes, which bf16 holds exactly."""
+    b, upper = e.b, isplat(0xFFFF0000, 16)
+    halves = b.shl(pairs, isplat(16, 16)), b.and_(pairs, upper)
+    low, high = (b.bitcast(b.fadd(b.bitcast(h, zero.type), zero), pairs.type) for h in halves)
+    return b.or_(b.lshr(low, isplat(16, 16)), b.and_(high, upper))
 
 
 def decode_columns(e: Emitter, spec: KernelSpec, chunk: Chunk) -> None:
@@ -101,8 +123,8 @@ def decode_columns(e: Emitter, spec: KernelSpec, chunk: Chunk) -> None:
     for_blocks(e, chunk.length, lanes, block)
 
 
-def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
-    """fp8 weights as f32, x 2^-120 times `factor` (`unpack.py` says why)."""
+def decode_codes(e: Emitter, chunk: Chunk, factor: Value | None) -> None:
+    """E4M3 weights as f32, x 2^-120 times `factor` (`unpack.py` says why)."""
     lanes = len(chunk.codes)
 
     def load(row: Value, start: Value, valid: int) -> Value:
@@ -112,15 +134,15 @@ def decode_codes(e: Emitter, chunk: Chunk, factor: Value) -> None:
         for column in transpose(e, [e.b.bitcast(row, vec(I32, lanes)) for row in loaded]):
             codes = e.b.bitcast(column, vec(I8, 4 * lanes))
             for value in fp8_vectors(e, codes, multiply=True):
-                yield e.b.fmul(value, factor)
+                yield value if factor is None else e.b.fmul(value, factor)
 
     chunk.store(e, chunk.length, 4 * lanes, chunk.stride, load, decode)
 
 
-def decode_words(e: Emitter, chunk: Chunk) -> None:
-    """int4 weights as pairs of i16: nibble - 8."""
+def decode_words(e: Emitter, chunk: Chunk, least: int) -> None:
+    """Weights of 4 bits as pairs of i16: nibbles and what the first of them is worth, `least`."""
     b, lanes = e.b, len(chunk.codes)
-    eight = splat_int(I16, 2 * lanes, 8)
+    less = splat_int(I16, 2 * lanes, -least)
 
     def load(row: Value, word: Value, valid: int) -> Value:
         return masked_vec(e, row, word, I32, lanes, valid)
@@ -131,7 +153,7 @@ def decode_words(e: Emitter, chunk: Chunk) -> None:
                 low = b.lshr(column, isplat(8 * pair, lanes)) if pair else column
                 high = b.and_(b.shl(low, isplat(12, lanes)), isplat(0xF0000, lanes))
                 both = b.or_(b.and_(low, isplat(0xF, lanes)), high)
-                yield b.bitcast(b.sub(b.bitcast(both, eight.type), eight), column.type)
+                yield b.bitcast(b.sub(b.bitcast(both, less.type), less), column.type)
 
     words = -(-chunk.length // (2 * _NIBBLE_PAIRS))
     chunk.store(e, words, lanes, _NIBBLE_PAIRS * chunk.stride, load, decode)
@@ -154,29 +176,6 @@ def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
         ]
         distance *= 2
     return vectors
-
-
-def _fp8(e: Emitter, codes: Value) -> list[Value]:
-    """Four codes a lane to two vectors of pairs."""
-    codes = e.b.bitcast(codes, vec(I8, 64))
-    sign = fp8_sign(e, codes)
-    return fp8_words(e, e.b.or_(fp8_byte(e, codes, 8), sign), fp8_byte(e, codes, 0))
-
-
-def _int4(e: Emitter, words: Value) -> list[Value]:
-    """Eight nibbles a lane to four vectors of pairs."""
-    b = e.b
-    # Nibble 2p falls on bit 0 of the low word, nibble 2p + 1 on bit 0 of the high word.
-    order = lanes_mask([lane + (32 if lane % 2 else 0) for lane in range(32)])
-
-    def shifted(right: int) -> Value:
-        amount = isplat(abs(right), 16)
-        return b.bitcast((b.lshr if right >= 0 else b.shl)(words, amount), vec(I16, 32))
-
-    return [
-        int4_words(e, b.shuffle_vector(shifted(8 * pair), shifted(8 * pair - 12), order))
-        for pair in range(_NIBBLE_PAIRS)
-    ]
 
 
 def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:

@@ -1,10 +1,9 @@
 """Weights of any format as f32 by a decoder that is made from its planes: what a format has on its
 first day, on every tier.
 
-Codes of 2, 4 or 8 bits go through a table of their values, one load a code; floats are converted;
-blocks have routines of their own (blocks.py). Zeros are taken off and scales multiplied in here,
-one rounding each as in `formats/decode.py`, so what multiplies knows nothing of them. Routines of
-their own, since they are long.
+Codes become what they are worth (values.py); blocks have routines of their own (blocks.py). Zeros
+are taken off and scales multiplied in here, one rounding each as in `formats/decode.py`, so what
+multiplies knows nothing of them. Routines of their own, since they are long.
 """
 
 from __future__ import annotations
@@ -12,16 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hmc.codegen.formats.blocks import block_weights
-from hmc.codegen.formats.lookup import codes_of, looked_up
-from hmc.codegen.formats.planes import Beside, Row, number, planes_of, spread
-from hmc.codegen.ir import F16, F32, I8, I16, I64, Emitter, Value, const, vec
+from hmc.codegen.formats.planes import Beside, Row, planes_of, spread
+from hmc.codegen.formats.values import codes_f32
+from hmc.codegen.ir import F32, I8, I64, Emitter, Value, const, vec
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import masked_vec
-from hmc.formats import Format, format_of
+from hmc.formats import format_of
 
 _PTR = I8.as_pointer()
-_FLOATS = {"F32": F32, "F16": F16, "BF16": I16}
-"""Codes that are floats: how they are loaded."""
 
 
 def made_f32(e: Emitter, spec: KernelSpec, row: Row, k: Value, count: int) -> Value:
@@ -43,7 +39,7 @@ def _decoded(e: Emitter, spec: KernelSpec, row: Row, k: Value, count: int) -> Va
     known = format_of(spec.weight)
     if known.codes.block[1]:
         return block_weights(e, known, row.codes, k)
-    total = _codes(e, known, row.codes, k, count)
+    total = codes_f32(e, known, row.codes, k, count)
     planes = list(zip(planes_of(spec), row.planes, strict=True))
     order = _order(e, planes, k, count)
     for kind, combine in (("zero", e.b.fsub), ("scale", e.b.fmul)):
@@ -61,15 +57,3 @@ def _order(
         if plane.kind == "order":
             return [plane.load(e, base, e.b.add(k, const(lane))) for lane in range(count)]
     return None
-
-
-def _codes(e: Emitter, row: Format, base: Value, k: Value, count: int) -> Value:
-    """`<lanes x float>`: what `count` codes are worth; zeros behind them."""
-    if not row.values:
-        (dtype,) = row.codes.dtypes
-        raw = masked_vec(e, base, k, _FLOATS[dtype], e.lanes, count)
-        return number(e, dtype, raw)
-    each = 8 // row.code_bits
-    start = e.offset(base, e.b.udiv(k, const(each)))
-    packed = masked_vec(e, start, const(0), I8, e.lanes // each, -(-count // each))
-    return looked_up(e, row.name, row.values, codes_of(e, packed, row.code_bits, count))

@@ -4,11 +4,12 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
     Pairs          bf16 pairs by `vdpbf16ps`, for formats whose weights bf16 holds exactly, on tiers
                    with `pair_dot`; sums of a scale group go, scaled, into f32 totals: one
                    multiply-add for 16 to 64 dot products
-    WholeNumbers   int4 on the other tiers: i16 pairs by `vpmaddwd`; tokens are rounded to whole
+    WholeNumbers   4 bits on the other tiers: i16 pairs by `vpmaddwd`; tokens are rounded to whole
                    numbers chunk by chunk (whole.py), sums are exact, and go times the token's
                    factor and the scales into f32 totals
-    Fp8InPlace     fp8 on the other tiers: to f32 by shifts and masks in place (unpack.py) after the
-                   rows are interleaved; its scales go in with that, so there is one sum a chunk
+    Fp8InPlace     E4M3 on the other tiers: to f32 by shifts and masks in place (unpack.py) after
+                   the rows are interleaved; scales go in with that, so there is one sum a chunk
+    Fp8Sums        the same where a chunk has several scales, which sums are multiplied by
     Floats         f32 multiply-add; formats without scales, and all that have no other, whose
                    weights come with their scales
 """
@@ -21,17 +22,22 @@ from typing import ClassVar
 
 from hmc.codegen.formats.interleave import (
     Chunk,
+    Zeros,
     decode_codes,
     decode_columns,
     decode_pairs,
     decode_words,
 )
+from hmc.codegen.formats.pairs import pair_codes
+from hmc.codegen.formats.planes import planes_of
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, vec
-from hmc.codegen.native import arithmetic, is_native
+from hmc.codegen.native import GRAIN as CHUNK
+from hmc.codegen.native import arithmetic, is_e4m3, is_native
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import bf16_bits, dot_pairs, fsplat
+from hmc.formats import format_of
 
 Vectors = Iterator[tuple[Value, int]]
 """Vectors of a token's share of a chunk, each with the byte of the share that it starts at."""
@@ -40,12 +46,14 @@ Vectors = Iterator[tuple[Value, int]]
 @dataclass(frozen=True)
 class MicroKernel:
     """Multiplies `step` weights of a row at once, in `lanes` rows. `scales_sums`: sums of a group
-    are scaled, not the weights; `token_factors`: so are the chunks of tokens, by `finish`.
+    are scaled, not the weights, by `result` besides; `token_factors`: so are the chunks of tokens,
+    by `finish`.
     """
 
     spec: KernelSpec
     step: ClassVar[int] = 1
     scales_sums: ClassVar[bool] = False
+    result: ClassVar[float] = 1.0
     token_factors: ClassVar[bool] = False
 
     @property
@@ -65,8 +73,12 @@ class MicroKernel:
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return e.bf16_to_f32(bits)
 
-    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
-        """Weights to the panel; `scale()` is each row's scale of them."""
+    def decode(
+        self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
+    ) -> None:
+        """Weights to the panel; `scale()` is each row's scale of them, `zeros` what they are less
+        by.
+        """
         decode_columns(e, self.spec, chunk)
 
     def zero(self, e: Emitter) -> Value:
@@ -92,10 +104,25 @@ class Fp8InPlace(MicroKernel):
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return e.b.fmul(e.bf16_to_f32(bits), fsplat(FP8_ACTIVATIONS, self.lanes))
 
-    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
+    def decode(
+        self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
+    ) -> None:
         """Scaled weights."""
         factor = e.b.fmul(scale(), fsplat(FP8_RESULT, self.lanes))
         decode_codes(e, chunk, factor)
+
+
+class Fp8Sums(Fp8InPlace):
+    """The same, unscaled."""
+
+    scales_sums = True
+    result = FP8_RESULT
+
+    def decode(
+        self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
+    ) -> None:
+        """Weights x 2^-120."""
+        decode_codes(e, chunk, None)
 
 
 class Pairs(MicroKernel):
@@ -107,9 +134,11 @@ class Pairs(MicroKernel):
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return bits
 
-    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
+    def decode(
+        self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
+    ) -> None:
         """Pairs of bf16, a word each."""
-        decode_pairs(e, self.spec.weight, chunk)
+        decode_pairs(e, pair_codes(format_of(self.spec.weight)), chunk, zeros)
 
     def multiply_add(self, e: Emitter, weights: Value, one: Value, total: Value) -> Value:
         """Two products a lane."""
@@ -133,9 +162,11 @@ class WholeNumbers(MicroKernel):
         for number, value in enumerate(whole):
             yield e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes
 
-    def decode(self, e: Emitter, chunk: Chunk, scale: Callable[[], Value]) -> None:
+    def decode(
+        self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
+    ) -> None:
         """Pairs of i16, a word each."""
-        decode_words(e, chunk)
+        decode_words(e, chunk, int(format_of(self.spec.weight).values[0]))
 
     def zero(self, e: Emitter) -> Value:
         """i32."""
@@ -156,6 +187,10 @@ def micro_of(spec: KernelSpec) -> MicroKernel:
     """The micro-kernel for the format and the tier of `spec`."""
     if not is_native(spec):
         return Floats(spec)
-    kind, weight = arithmetic(spec.isa, spec.weight), spec.weight
-    native = {("bf16", weight): Pairs, ("whole", weight): WholeNumbers, ("f32", "fp8"): Fp8InPlace}
-    return native.get((kind, weight), Floats)(spec)
+    kind = arithmetic(spec.isa, spec.weight)
+    if kind != "f32":
+        return {"bf16": Pairs, "whole": WholeNumbers}[kind](spec)
+    if not is_e4m3(format_of(spec.weight)):
+        return Floats(spec)
+    one = all(plane.columns >= CHUNK for plane in planes_of(spec))
+    return (Fp8InPlace if one else Fp8Sums)(spec)

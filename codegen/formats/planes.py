@@ -19,7 +19,7 @@ from hmc.formats.base import Kind
 ALL = 1 << 40
 """Rows or columns of an element that covers as many as there are."""
 
-_ELEMENTS = {"F32": F32, "F16": F16, "BF16": I16, "I32": I32}
+ELEMENTS = {"F32": F32, "F16": F16, "BF16": I16, "I32": I32}
 """How elements of more than a byte are loaded."""
 
 
@@ -49,7 +49,7 @@ class Beside:
 
     def load(self, e: Emitter, row: Value, index: Value) -> Value:
         """Element `index` of the elements at `row`, as f32 (of an order: i64)."""
-        raw = e.load(row, index, _ELEMENTS.get(self.dtype, I8))
+        raw = e.load(row, index, ELEMENTS.get(self.dtype, I8))
         return e.b.sext(raw, I64) if self.kind == "order" else number(e, self.dtype, raw)
 
 

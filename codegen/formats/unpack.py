@@ -18,22 +18,22 @@ from __future__ import annotations
 from llvmlite import ir
 
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, vec
-from hmc.codegen.spec import WeightFormat
+from hmc.codegen.native import is_e4m3
 from hmc.codegen.vector import splat_int
+from hmc.formats import Format
 
 FP8_ACTIVATIONS = 2.0**64
 FP8_RESULT = 2.0**56
 
 
-def unit_of(weight: WeightFormat, lanes: int) -> int:
-    """Weights in one vector of `lanes` x 32 bits; fp16 and f32 are taken a vector of f32 a time."""
-    return lanes * {"fp8": 4, "bf16": 2}.get(weight, 1)
+def steps_of(row: Format) -> int:
+    """Vectors of f32 from one of stored weights; fp16 and f32 are taken a vector of f32 a time."""
+    return 4 if is_e4m3(row) else 2 if row.codes.dtypes == ("BF16",) else 1
 
 
-def order(weight: WeightFormat, lanes: int) -> list[int]:
-    """Which weight of a unit lane i of its f32 vectors, laid end to end, holds."""
-    step = unit_of(weight, lanes) // lanes
-    return [step * lane + place for place in range(step) for lane in range(lanes)]
+def order(steps: int, lanes: int) -> list[int]:
+    """Which weight of a unit of so many vectors lane i of them, laid end to end, holds."""
+    return [steps * lane + place for place in range(steps) for lane in range(lanes)]
 
 
 def fp8_vectors(e: Emitter, codes: Value, multiply: bool = False) -> list[Value]:

@@ -4,7 +4,7 @@
 A chunk's activations are rounded to multiples of their largest / 32767, which is below the rounding
 to bf16 that they have been through: at most 2^-16 of the largest against up to 2^-9 of itself.
 Products and sums of a chunk are then exact, whatever their order. A nibble is taken as it is, 0 to
-15, by a shift and a mask; that it means 8 less is the same for every row, so sums start from -8
+15, by a shift and a mask; that it means less (8) is the same for every row, so sums start from that
 times the sum of the activations, which `prepare` has ready.
 
 A 16-bit word holds 4 nibbles, so vector j of the decoded weights holds nibble j of every word, and
@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.dot import CHUNK, Dot
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic, is_native
@@ -61,11 +61,7 @@ class WholeDot(Dot):
     @property
     def chunk(self) -> int:
         """Weights a step: whole units, and whole groups of a scale."""
-        return max(self.unit, self.scales.columns)
-
-    @property
-    def _chunks(self) -> int:
-        return -(-self.k // self.chunk)
+        return max(self.unit, min(CHUNK, self.inner[0].columns))
 
     @property
     def _starts(self) -> int:
@@ -97,6 +93,7 @@ class WholeDot(Dot):
         chunk = b.udiv(k, const(self.chunk))
         e.store(factor, e.offset(prepared, const(self._factors)), chunk, align=4)
         total = e.zeros(I32, lanes)
+        least = splat_int(I16, self.width, int(self.format.values[0]) & 0xFFFF)
         for start in range(0, self.chunk, self.unit):
             words = concat(e, whole[start // lanes : (start + self.unit) // lanes])
             words = b.trunc(words, vec(I16, self.unit))
@@ -105,7 +102,7 @@ class WholeDot(Dot):
                 vector = b.shuffle_vector(words, words, lanes_mask(order))
                 at = b.add(k, const(start + nibble * self.width))
                 e.store(vector, prepared, at, align=2 * self.width)
-                total = self.multiply(e, total, splat_int(I16, self.width, -8 & 0xFFFF), vector)
+                total = self.multiply(e, total, least, vector)
         starts = e.offset(prepared, const(self._starts))
         e.store(total, starts, b.mul(chunk, const(lanes)), align=4 * lanes)
 
@@ -129,7 +126,7 @@ class WholeDot(Dot):
         shifted = [b.lshr(codes, splat_int(I16, self.width, 4 * at)) for at in range(1, NIBBLES)]
         return [b.and_(nibble, mask) for nibble in (codes, *shifted[:-1])] + shifted[-1:]
 
-    def start(self, e: Emitter, prepared: Value, k: Value) -> Value:
+    def start(self, e: Emitter, prepared: Value, k: Value, zero: Value | None = None) -> Value:
         """What the sum of the chunk at element `k` starts from."""
         starts = e.offset(prepared, const(self._starts))
         index = e.b.mul(e.b.udiv(k, const(self.chunk)), const(self.lanes))

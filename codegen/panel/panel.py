@@ -24,12 +24,15 @@ from functools import partial
 
 from llvmlite import ir
 
-from hmc.codegen.formats.interleave import Chunk
-from hmc.codegen.formats.planes import Row, addresses
+from hmc.codegen.formats.interleave import Chunk, Zeros
+from hmc.codegen.formats.pairs import middle_of
+from hmc.codegen.formats.planes import ALL, ELEMENTS, Row, addresses, number
 from hmc.codegen.formats.weights import row_bytes, span_bytes
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
+from hmc.codegen.vector import fsplat
+from hmc.formats import format_of
 
 _UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()
@@ -129,7 +132,7 @@ class Panels:
             lane = const(v * form.lanes * 4)
             panel, factors = e.offset(scratch, lane), e.offset(scales, lane)
             e.run(f"decode{length}", panel, factors, chunk, *rows)
-        step, group = form.micro.step, form.scales.columns
+        step, group = form.micro.step, form.group
         groups, steps = 1, -(-length // (step * _UNROLL)) * _UNROLL
         if form.scaled and group < CHUNK:
             groups, steps = -(-length // group), group // step
@@ -155,15 +158,15 @@ class Panels:
             ]
             self._switch_tile(b.sub(end, first), values)
 
-    def _switch_tile(self, count: Value, values: list[Value]) -> None:
+    def _switch_tile(self, tokens: Value, values: list[Value]) -> None:
         b = self.e.b
         done = self.e.function.append_basic_block("tile.done")
-        switch = b.switch(count, done)
-        for number in range(1, self.form.tile + 1):
+        switch = b.switch(tokens, done)
+        for count in range(1, self.form.tile + 1):
             block = self.e.function.append_basic_block("tile")
-            switch.add_case(const(number), block)
+            switch.add_case(const(count), block)
             b.position_at_end(block)
-            self.e.run(f"tile{number}", *values)
+            self.e.run(f"tile{count}", *values)
             b.branch(done)
         b.position_at_end(done)
 
@@ -240,14 +243,13 @@ class Panels:
             moved = b.mul(chunk, const(form.chunk_bytes))
             codes = [e.offset(row.codes, moved) for row in rows]
             k = b.mul(chunk, const(CHUNK))
-            groups = -(-length // form.scales.columns) if form.scales.columns else 0
 
             def factor(group: int) -> Value:
-                return self._factor(rows, k, group)
+                return self._factor(rows, b.add(k, const(group * form.group)))
 
             work = Chunk(panel, form.rows, rows, codes, k, length)
-            form.micro.decode(e, work, lambda: factor(0))
-            for index in range(groups if form.scaled else 0):
+            form.micro.decode(e, work, lambda: factor(0), self._zeros(rows, k))
+            for index in range(-(-length // form.group) if form.scaled else 0):
                 e.store(factor(index), scales, const(index * form.rows), align=4)
 
     def _rows_of(self, vector: Rows, order: list[Value]) -> list[Row]:
@@ -264,15 +266,38 @@ class Panels:
             for r in order
         ]
 
-    def _factor(self, rows: list[Row], k: Value, group: int) -> Value:
-        """`<lanes x float>`: scale number `group` from column `k` on of each row."""
-        e, b, form = self.e, self.e.b, self.form
-        index = b.add(b.udiv(k, const(form.scales.columns)), const(group))
-        if form.scales.rows > 1 and not form.straddles:
-            return e.splat(e.load(rows[0].planes[0], index, F32), form.lanes)
-        kind = I16 if form.scales.bytes == 2 else F32
-        factors: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
+    def _factor(self, rows: list[Row], k: Value) -> Value:
+        """`<lanes x float>`: what sums from column `k` on are multiplied by, of each row."""
+        e, form = self.e, self.form
+        total: Value = None
+        for at in form.scales:
+            one = self._gathered(rows, at, k)
+            total = one if total is None else e.b.fmul(total, one)
+        result = form.micro.result
+        return total if result == 1.0 else e.b.fmul(total, fsplat(result, form.lanes))
+
+    def _zeros(self, rows: list[Row], k: Value) -> Zeros | None:
+        """What codes from column `k` on are less by."""
+        e, form = self.e, self.form
+        middle = fsplat(middle_of(format_of(form.spec.weight)), form.lanes)
+        for at in form.zeros:
+
+            def of(column: Value, at: int = at) -> Value:
+                return e.b.fsub(middle, self._gathered(rows, at, e.b.add(k, column)))
+
+            return Zeros(min(CHUNK, form.planes[at].columns), of)
+        return None
+
+    def _gathered(self, rows: list[Row], at: int, k: Value) -> Value:
+        """`<lanes x float>`: the element of plane `at` that covers column `k` of each row."""
+        e, form = self.e, self.form
+        plane = form.planes[at]
+        index = e.b.udiv(k, const(plane.columns))
+        if (plane.rows % form.lanes == 0 and not form.straddles) or plane.rows == ALL:
+            return e.splat(plane.load(e, rows[0].planes[at], index), form.lanes)
+        kind = ELEMENTS.get(plane.dtype, I8)
+        found: Value = ir.Constant(vec(kind, form.lanes), ir.Undefined)
         for r, row in enumerate(rows):
-            one = e.load(row.planes[0], index, kind)
-            factors = b.insert_element(factors, one, ir.Constant(I32, r))
-        return e.bf16_to_f32(factors) if kind is I16 else factors
+            one = e.load(row.planes[at], index, kind)
+            found = e.b.insert_element(found, one, ir.Constant(I32, r))
+        return number(e, plane.dtype, found)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from hmc.codegen.formats.micro import MicroKernel, micro_of
 from hmc.codegen.formats.planes import Beside, planes_of
-from hmc.codegen.formats.weights import Scales, scales_of, span_bytes
+from hmc.codegen.formats.weights import span_bytes
+from hmc.codegen.native import is_native
 from hmc.codegen.spec import KernelSpec
+from hmc.formats.base import Kind
 
 VECTORS = 2
 """Vectors of weight rows in a panel."""
@@ -23,22 +25,22 @@ CHUNK = 128
 class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
 
-    `tile` tokens are multiplied at once; `scales` are those of sums. `straddles`: the rows of one
-    vector may lie in two blocks of scales.
+    `tile` tokens are multiplied at once; `scales` and `zeros` are what lies beside codes that a
+    native decoder reads, by place in `planes`. `straddles`: the rows of one vector may lie in two
+    blocks of scales.
     """
 
     spec: KernelSpec
     k: int
     micro: MicroKernel
     tile: int
-    scales: Scales
     straddles: bool = False
 
     @staticmethod
     def of(spec: KernelSpec) -> Form:
         """The form of `spec` (params: k; int4 also group, scale_dtype)."""
         tile = spec.tiled("tokens", spec.tier.token_tile)
-        return Form(spec, spec["k"], micro_of(spec), tile, scales_of(spec))
+        return Form(spec, spec["k"], micro_of(spec), tile)
 
     @property
     def lanes(self) -> int:
@@ -48,7 +50,26 @@ class Form:
     @property
     def scaled(self) -> bool:
         """Whether sums are scaled, not the weights of a panel."""
-        return self.micro.scales_sums and self.scales.columns > 0
+        return self.micro.scales_sums and bool(self.scales)
+
+    @property
+    def scales(self) -> list[int]:
+        """Which planes are scales of codes."""
+        return self._beside("scale")
+
+    @property
+    def zeros(self) -> list[int]:
+        """Which planes are zeros of codes."""
+        return self._beside("zero")
+
+    def _beside(self, kind: Kind) -> list[int]:
+        native = is_native(self.spec)
+        return [at for at, plane in enumerate(self.planes) if native and plane.kind == kind]
+
+    @property
+    def group(self) -> int:
+        """Columns of a chunk that share all scales."""
+        return min([CHUNK, *(self.planes[at].columns for at in self.scales)])
 
     @property
     def rows(self) -> int:
@@ -79,7 +100,7 @@ class Form:
     @property
     def groups(self) -> int:
         """Most scales of a row in one chunk."""
-        return -(-CHUNK // self.scales.columns) if self.scales.columns else 1
+        return CHUNK // self.group
 
     @property
     def token_bytes(self) -> int:

@@ -9,13 +9,14 @@ from emulated import new_jit
 from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
-from hmc.codegen.formats.pairs import bf16_table
+from hmc.codegen.formats.pairs import pair_codes
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.formats import format_of
 
 _GROUPS = {"group": 128, "scale_dtype": 0}
 """Of int4, for whose scales nobody asks here."""
@@ -81,7 +82,7 @@ def test_int4(decoder: Jit, isa: str) -> None:
 
 
 def test_tables_are_the_codes() -> None:
-    bits = np.array(bf16_table("fp8")[:128], np.uint32)
+    bits = np.array(pair_codes(format_of("fp8")).table[:128], np.uint32)
     values = (bits << 16).view(np.float32)
     np.testing.assert_array_equal(values, e4m3(np.arange(128)).astype(np.float32))
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 from functools import partial
 
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.planes import Row
+from hmc.codegen.formats.lanes import over_lanes
+from hmc.codegen.formats.pairs import middle_of
+from hmc.codegen.formats.planes import ALL, Beside, Row
 from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.ir import F32, I16, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.vector import concat, for_blocks, resize, unpack_masks
+from hmc.codegen.vector import concat, for_blocks, fsplat, resize, unpack_masks
 
 _BLOCK = 128
-"""Columns that are never shared between workers, and that one scale covers."""
+"""Columns that are never shared between workers."""
 
 
 def emit_mla_absorb(e: Emitter) -> None:
@@ -56,14 +58,19 @@ class _Nest:
         spec = e.spec
         self.e, self.rank, self.rows = e, spec["rank"], spec.tiled("rows", 4)
         self._dot = Dot(spec, self.rank)
-        self._tables = self._dot.paired and self._dot.unit == 4 * e.lanes
+        self._tables = self._dot.pairs is not None and self._dot.unit == 4 * e.lanes
         self._size = self._dot.unit if self._tables else 2 * e.lanes
         self.padded = -(-self.rank // _BLOCK) * _BLOCK
         self.sums = e.buffer(F32, spec["tokens"] * self.padded)
         self._factors = e.buffer(F32, spec["tokens"] * self.rows)
-        self._scales = self._dot.scales
+        self._planes = self._dot.planes if self._dot.native else ()
         # Scales that cover a block of columns go into the query, which is small.
-        self._in_queries = self._scales.rows > 1 and self._scales.columns % _BLOCK == 0
+        self._in_queries = all(
+            plane.kind == "scale"
+            and plane.columns % _BLOCK == 0
+            and (plane.rows > 1 or plane.columns == ALL)
+            for plane in self._planes
+        )
 
     def add_rows(
         self, head: Value, first_row: Value, d: Value, rows: int, low: Value, high: Value
@@ -109,9 +116,9 @@ class _Nest:
         def unit(offset: Value, valid: int) -> None:
             index = b.add(column, offset)
             weights = [self._load(line, index, valid) for line in lines]
-            if self._scales.columns and not self._in_queries:
+            if not self._in_queries:
                 weights = [
-                    self._scaled(vectors, line, index)
+                    self._scaled(vectors, line, index, valid)
                     for line, vectors in zip(lines, weights, strict=True)
                 ]
             with e.for_range(0, e.arg["tokens"]) as token:
@@ -143,37 +150,66 @@ class _Nest:
             for mask in unpack_masks(32)
         ]
 
-    def _scaled(self, vectors: list[Value], row: Row, index: Value) -> list[Value]:
-        """Weights times their scales: one for the unit, or one for each vector of it."""
-        e, b, columns = self.e, self.e.b, self._scales.columns
-        each = len(vectors) if columns % self._size == 0 else 1
-        found = []
-        for at in range(0, len(vectors), each):
-            start = b.add(index, const(at * e.lanes)) if at else index
-            spread = e.splat(self._scale(row, b.udiv(start, const(columns))), e.lanes)
-            found += [b.fmul(vector, spread) for vector in vectors[at : at + each]]
-        return found
+    def _scaled(self, vectors: list[Value], row: Row, index: Value, valid: int) -> list[Value]:
+        """Weights less their zeros and times their scales."""
+        b, lanes = self.e.b, self.e.lanes
+        middle = fsplat(middle_of(self._dot.format) if self._tables else 0.0, lanes)
+        planes = list(zip(self._planes, row.planes, strict=True))
+        for plane, base in planes:
+            if plane.kind == "zero":
+                zeros = self._beside(plane, base, index, valid, len(vectors))
+                vectors = [
+                    b.fsub(vector, b.fsub(zero, middle))
+                    for vector, zero in zip(vectors, zeros, strict=True)
+                ]
+        for plane, base in planes:
+            if plane.kind == "scale":
+                scales = self._beside(plane, base, index, valid, len(vectors))
+                vectors = [b.fmul(*both) for both in zip(vectors, scales, strict=True)]
+        return vectors
 
-    def _scale(self, row: Row, group: Value) -> Value:
-        """Scale number `group` of a row, f32."""
-        (plane,), (base,) = self._dot.planes, row.planes
-        return plane.load(self.e, base, group)
+    def _beside(
+        self, plane: Beside, base: Value, index: Value, valid: int, count: int
+    ) -> list[Value]:
+        """What covers the weights of a unit, for each of its `count` vectors: one for all, or one
+        for each. Of byte tables lanes are alike in all vectors: those of the same 16 columns.
+        """
+        e, b, columns = self.e, self.e.b, plane.columns
+        at = b.udiv(index, const(columns))
+        if columns % self._size == 0:
+            return [e.splat(plane.load(e, base, at), e.lanes)] * count
+        if self._tables:
+            groups = self._size // columns
+            return [over_lanes(e, plane, base, at, groups, -(-valid // columns))] * count
+
+        def number(start: int) -> Value:
+            return b.udiv(b.add(index, const(start)), const(columns))
+
+        return [
+            e.splat(plane.load(e, base, number(start)), e.lanes)
+            if start < valid
+            else e.zeros(F32, e.lanes)
+            for start in range(0, count * e.lanes, e.lanes)
+        ]
 
     def _scale_queries(self, head: Value, d: Value, lines: list[Row], block: Value) -> None:
         """factors[t][j] = q[t, head, d + j], times the scale of that row in `block` where one
         covers it.
         """
         e, b, spec, rows = self.e, self.e.b, self.e.spec, len(lines)
-        scales = e.zeros(F32, rows)
-        wide = self._scales.columns // _BLOCK
-        group = b.udiv(block, const(wide)) if wide > 1 else block
-        for j, line in enumerate(lines if self._in_queries else ()):
-            scales = b.insert_element(scales, self._scale(line, group), const(j))
+        inside = self._planes if self._in_queries else ()
+        scales = None
+        for at, plane in enumerate(inside):
+            wide, found = plane.columns // _BLOCK, e.zeros(F32, rows)
+            group = b.udiv(block, const(wide)) if wide > 1 else block
+            for j, line in enumerate(lines):
+                found = b.insert_element(found, plane.load(e, line.planes[at], group), const(j))
+            scales = found if scales is None else b.fmul(scales, found)
         column = b.add(b.mul(head, const(spec["nope"] + spec["rope"])), d)
         with e.for_range(0, e.arg["tokens"]) as token:
             at = b.add(b.mul(token, e.arg["q_stride"]), column)
             value = e.load_vec(e.arg["q"], at, F32, rows)
-            if self._in_queries:
+            if scales is not None:
                 value = b.fmul(value, scales)
             e.store(value, self._factors, b.mul(token, const(rows)), 4)
 
