@@ -15,6 +15,8 @@ or any plain float, less zeros and times scales of any blocks; and blocks of GGU
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
 from hmc.formats import GROUP, Format, format_of
@@ -45,18 +47,26 @@ def is_e4m3(row: Format) -> bool:
     return row.codes.dtypes == ("F8_E4M3",)
 
 
+def _nibbles(row: Format) -> bool:
+    zeros = any(plane.kind == "zero" for plane in row.scales)
+    return row.code_bits == 4 and is_line(row) and not zeros and len(row.scales) == 1
+
+
+_TABLES: Mapping[Arithmetic, Callable[[Format], bool]] = {
+    "bf16": lambda row: row.code_bits in (4, 8),
+    "whole": _nibbles,
+    "f32": is_e4m3,
+}
+"""Codes that a table says the values of: which there are decoders of, by arithmetic."""
+
+
 def _decodes(row: Format, kind: Arithmetic) -> bool:
     """Whether there is a decoder in arithmetic `kind` of codes as the row's are."""
     if row.codes.block[1] or any(plane.kind == "order" for plane in row.scales):
         return False
     if not row.values:
         return not row.scales and row.codes.dtypes[0] in _PLAIN.get(kind, ())
-    if kind == "f32":
-        return is_e4m3(row)
-    if kind == "bf16":
-        return row.code_bits in (4, 8)
-    zeros = any(plane.kind == "zero" for plane in row.scales)
-    return row.code_bits == 4 and is_line(row) and not zeros and len(row.scales) == 1
+    return kind in _TABLES and _TABLES[kind](row)
 
 
 def arithmetic(isa: str, weight: str) -> Arithmetic:

@@ -23,7 +23,7 @@ def _packed(name: str, bits: int, *ends: str, symmetric: bool = True) -> Find:
 
 _WHOLE_FLOATS = ("BF16", "F32", "F16")
 _BY_GROUP = Plane("scale", _WHOLE_FLOATS, ("_scale",), columns=GROUP, ragged=False,
-                  kept=("BF16", "F32"))  # fmt: skip
+                  kept=("BF16", "F32", "F16"))  # fmt: skip
 _ZERO = Plane("zero", ("I32",), ("_zero_point",), columns=GROUP, ragged=False, kind="zero",
               layout=PACKED_ZEROS)  # fmt: skip
 _CODES = Plane("codes", ("I32",), ("_packed",), bits=4)

@@ -22,21 +22,26 @@ OPS = (
     "linear", "gemm", "gate_up", "experts_gate_up", "experts_down", "grouped_gate_up",
     "grouped_down", "mla_absorb", "mla_up", "mla_prefill",
 )  # fmt: skip
+_NATIVE_GROUPS = ("linear", "gemm", "experts_down", "grouped_gate_up", "mla_absorb", "mla_prefill")
 EXPERTS, TOP_K = 3, 2
 LATENT = {"heads": 2, "nope": 14, "rope": 6, "v_dim": 11, "block": 8}
 _ROWS = LATENT["heads"] * (LATENT["nope"] + LATENT["v_dim"])
 
 
-def columns(row: Format) -> tuple[int, int]:
-    """K and the group of a weight: as odd as the format takes."""
+def columns(row: Format, op: str = "") -> tuple[int, int]:
+    """K and the group of a weight: as odd as the format takes. Groups are such as native decoders
+    know, but for a few ops.
+    """
     if row.codes.block[1]:
         return max(96, 2 * row.codes.block[0]), 0
-    return (120, 40) if row.grouped else (133, 0)
+    if row.grouped:
+        return (160, 32) if op in _NATIVE_GROUPS else (120, 40)
+    return 133, 0
 
 
 def matrices(op: str, row: Format, seed: int = 1) -> list[Made]:
     """What `op` multiplies by: gate, up and down of each expert for experts."""
-    rng, (k, group) = np.random.default_rng(seed), columns(row)
+    rng, (k, group) = np.random.default_rng(seed), columns(row, op)
     count = {"linear": 1, "gemm": 1, "gate_up": 2}.get(op, 1 if op in _LATENT else 3 * EXPERTS)
     rows = _ROWS if op in _LATENT else 37
     return [made(rng, row, rows, k, group, keep=guarded) for _ in range(count)]

@@ -27,7 +27,12 @@ EXPERTS = {"k": 64, "n": 64, "top_k": 2, "experts": 4}
         ("linear", "bf16", {"tokens": 1}, "size k"),
         ("linear", "bf16", {"k": 8, "tokens": 17}, "up to 16 tokens, not 17"),
         ("gemm", "int4", {"k": 64, "group": 0, "scale_dtype": 0}, "in groups, not of 0"),
-        ("gemm", "int4", {"k": 64, "group": 64, "scale_dtype": 7}, "scale in BF16 or F32, not 7"),
+        (
+            "gemm",
+            "int4",
+            {"k": 64, "group": 64, "scale_dtype": 7},
+            "scale in BF16 or F32 or F16, not 7",
+        ),
         ("grouped_gate_up", "fp8", EXPERTS, "expression '': its end at character 1"),
         ("pointwise", "", {"width": 8}, "size groups"),
         ("attention", "", ATTENTION | {"kv_heads": 3}, "3 key heads by 8 heads"),

@@ -65,7 +65,7 @@ def test_as_f32(jit: Jit, name: str, isa: str, op: str) -> None:
         return
     values, exact = (from_bf16(y) if y.dtype == np.uint16 else y for y in (found, expected))
     step = 2.0**-8 if found.dtype == np.uint16 else 0.0
-    limit = 1e-4 * np.sqrt(np.mean(exact**2)) + step * np.abs(exact)
+    limit = 3e-4 * np.sqrt(np.mean(exact**2)) + step * np.abs(exact)
     assert (np.abs(values - exact) <= limit).all()
 
 
@@ -122,5 +122,5 @@ def test_planes_that_no_decoder_can_be_made_for() -> None:
     with pytest.raises(KernelError, match="reads int4 in groups, not of 0"):
         check_spec(KernelSpec.of("linear", "avx512", weight="int4", k=48, tokens=1))
     spec = KernelSpec.of("linear", "avx2", weight="int4", k=48, tokens=1, group=32, scale_dtype=5)
-    with pytest.raises(KernelError, match="scale in BF16 or F32"):
+    with pytest.raises(KernelError, match="scale in BF16 or F32 or F16"):
         check_spec(spec)

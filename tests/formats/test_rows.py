@@ -38,7 +38,7 @@ def known() -> Iterator[None]:
         ("fp8", (200, 300), 0, ("F8_E4M3", "BF16"), [60_000, 12], [60_000, 24]),
         ("fp8", (128, 128), 0, ("F8_E4M3", "F32"), [16384, 4], [16384, 4]),
         ("int4", (3, 96), 32, ("I32", "BF16"), [144, 18], [144, 18]),
-        ("int4", (3, 96), 32, ("I32", "F16"), [144, 18], [144, 36]),
+        ("int4", (3, 96), 32, ("I32", "F16"), [144, 18], [144, 18]),
         ("e5m2_rows", (5, 31), 0, ("F8_E5M2", "BF16"), [155, 10], [155, 20]),
         ("e2m1_groups", (4, 64), 32, ("U8", "F8_E8M0"), [128, 8], [128, 32]),
         ("bf16_tensor", (4, 6), 0, ("BF16", "F32"), [48, 4], [48, 4]),
@@ -88,7 +88,7 @@ def test_a_registered_format_goes_again() -> None:
 def test_kernel_params() -> None:
     assert kernel_params(FORMATS["fp8"], 0, ("F8_E4M3", "BF16")) == {}
     assert kernel_params(FORMATS["int4"], 32, ("I32", "BF16")) == {"group": 32, "scale_dtype": 0}
-    assert kernel_params(FORMATS["int4"], 32, ("I32", "F16")) == {"group": 32, "scale_dtype": 1}
+    assert kernel_params(FORMATS["int4"], 32, ("I32", "F16")) == {"group": 32, "scale_dtype": 2}
     assert kernel_params(FOUR_BITS, 32, ("U8", "F8_E8M0")) == {"group": 32}
 
 
