@@ -35,6 +35,10 @@ _PLAIN = {"bf16": ("BF16",), "f32": ("BF16", "F16", "F32")}
 """Dtypes of codes that are floats, by the arithmetic that has decoders of them."""
 
 
+_UNCHECKED: frozenset[Arithmetic] = frozenset({"f32"})
+"""Arithmetics whose decoder of E4M3 takes NaN codes for numbers."""
+
+
 def is_line(row: Format) -> bool:
     """Whether the codes of a row are whole numbers from the first value up."""
     return bool(row.values) and all(
@@ -98,8 +102,11 @@ def takes_nan(isa: str, weight: str) -> bool:
     """Whether the kernels of a format take NaN codes for numbers on tier `isa` (formats/unpack.py),
     so that weights must be checked for them; all others give NaN.
     """
-    row = format_of(weight)
-    return is_e4m3(row) and arithmetic(isa, weight) == "f32" and _decodes(row, "f32")
+    return (
+        is_e4m3(format_of(weight))
+        and arithmetic(isa, weight) in _UNCHECKED
+        and has_native(isa, weight)
+    )
 
 
 def problem_of(spec: KernelSpec) -> str:

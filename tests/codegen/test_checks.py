@@ -31,7 +31,7 @@ EXPERTS = {"k": 64, "n": 64, "top_k": 2, "experts": 4}
             "gemm",
             "int4",
             {"k": 64, "group": 64, "scale_dtype": 7},
-            "scale in BF16 or F32 or F16, not 7",
+            "scale in BF16 or F32 or F16, not",
         ),
         ("grouped_gate_up", "fp8", EXPERTS, "expression '': its end at character 1"),
         ("pointwise", "", {"width": 8}, "size groups"),
