@@ -8,7 +8,7 @@ or any plain float, less zeros and times scales of any blocks; and blocks of GGU
 
     arithmetic   tiers                codes                       decoded by
     bf16         those with pairs     any of 4 or 8 bits; BF16    tables in registers
-    whole        the others           4 bits, code - 8            16-bit whole numbers
+    whole        the others           whole of 4 or 8 bits; E2M1  16-bit whole numbers
     f32          all                  E4M3; BF16, F16 and F32     shifts in place, or as they are
     f32, made    all                  all                         vectors, or a look-up a code
 """
@@ -35,6 +35,9 @@ _PLAIN = {"bf16": ("BF16",), "f32": ("BF16", "F16", "F32")}
 """Dtypes of codes that are floats, by the arithmetic that has decoders of them."""
 
 
+SIGNED = tuple(float(code - 256 * (code > 127)) for code in range(256))
+"""Values of a byte in two's complement."""
+
 _UNCHECKED: frozenset[Arithmetic] = frozenset({"f32"})
 """Arithmetics whose decoder of E4M3 takes NaN codes for numbers."""
 
@@ -46,19 +49,26 @@ def is_line(row: Format) -> bool:
     )
 
 
+def is_whole(row: Format) -> bool:
+    """Whether the codes of a row are whole numbers in a line, two's complement, or of 4 bits and
+    whole when doubled.
+    """
+    if is_line(row):
+        return row.code_bits in (4, 8)
+    if row.code_bits == 8:
+        return row.values == SIGNED
+    small = all(abs(value) < 64 and 2 * value % 1 == 0 for value in row.values)
+    return row.code_bits == 4 and small
+
+
 def is_e4m3(row: Format) -> bool:
     """Whether the codes of a row are FP8 E4M3."""
     return row.codes.dtypes == ("F8_E4M3",)
 
 
-def _nibbles(row: Format) -> bool:
-    zeros = any(plane.kind == "zero" for plane in row.scales)
-    return row.code_bits == 4 and is_line(row) and not zeros and len(row.scales) == 1
-
-
 _TABLES: Mapping[Arithmetic, Callable[[Format], bool]] = {
     "bf16": lambda row: row.code_bits in (4, 8),
-    "whole": _nibbles,
+    "whole": is_whole,
     "f32": is_e4m3,
 }
 """Codes that a table says the values of: which there are decoders of, by arithmetic."""

@@ -60,11 +60,12 @@ class Rows:
         starts = [[dot.start(e, token, chunk, zero) for token in self.x] for zero in zeros]
         sums = [[e.local(start.type, start) for start in line] for line in starts]
         self._units(chunk, sums, valid)
-        for row, line, totals in zip(self.rows, sums, self.totals, strict=True):
+        for at, (row, zero) in enumerate(zip(self.rows, zeros, strict=True)):
             factor = dot.scale(e, row, chunk, valid)
-            for token, slot, total in zip(self.x, line, totals, strict=True):
-                value = dot.value(e, b.load(slot), token, chunk)
-                b.store(e.fma(value, factor, b.load(total)), total)
+            for token, slot, total in zip(self.x, sums[at], self.totals[at], strict=True):
+                value, before = dot.value(e, b.load(slot), token, chunk, zero), b.load(total)
+                more = b.fadd(value, before) if factor is None else e.fma(value, factor, before)
+                b.store(more, total)
 
     def _units(self, chunk: Value, sums: list[list[Value]], valid: int) -> None:
         """Add `valid` weights of the chunk at element `chunk` to `sums[row][token]`."""

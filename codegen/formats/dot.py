@@ -260,7 +260,7 @@ class Dot:
         """
         for plane, base in zip(self.planes, row.planes, strict=True):
             if plane.kind == "zero" and self.zeros:
-                middle = fsplat(middle_of(self.format), self.lanes)
+                middle = fsplat(middle_of(self.format) if self.pairs else 0.0, self.lanes)
                 return e.b.fsub(middle, self._spread(e, plane, base, k, valid))
         return None
 
@@ -272,7 +272,9 @@ class Dot:
         sums = e.load_vec(e.offset(prepared, const(self._sums)), index, F32, self.lanes, align=64)
         return e.b.fmul(sums, zero)
 
-    def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
+    def value(
+        self, e: Emitter, total: Value, prepared: Value, k: Value, zero: Value | None = None
+    ) -> Value:
         """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
         return total
 
@@ -289,8 +291,8 @@ class Dot:
         """Whether chunks have scales."""
         return bool(self.inner)
 
-    def scale(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
-        """Factor of each accumulator lane for the chunk at element `k` of `row`."""
+    def scale(self, e: Emitter, row: Row, k: Value, valid: int) -> Value | None:
+        """Factor of each accumulator lane for the chunk at element `k` of `row`; None for 1."""
         total: Value = None
         for plane, base in zip(self.planes, row.planes, strict=True):
             if plane.kind == "scale" and plane.columns < ALL:

@@ -19,12 +19,10 @@ from hmc.codegen.formats.pairs import PairCodes
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.unpack import fp8_vectors
 from hmc.codegen.formats.weights import weights_f32
+from hmc.codegen.formats.words import WordCodes
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import for_blocks, isplat, masked_vec, splat_int, unpack_masks
-
-_NIBBLE_PAIRS = 4
-"""Pairs of weights of 4 bits in a stored word."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +137,32 @@ def decode_codes(e: Emitter, chunk: Chunk, factor: Value | None) -> None:
     chunk.store(e, chunk.length, 4 * lanes, chunk.stride, load, decode)
 
 
-def decode_words(e: Emitter, chunk: Chunk, least: int) -> None:
-    """Weights of 4 bits as pairs of i16: nibbles and what the first of them is worth, `least`."""
+def decode_words(e: Emitter, codes: WordCodes, chunk: Chunk, zeros: Zeros | None) -> None:
+    """Weights as pairs of i16."""
     b, lanes = e.b, len(chunk.codes)
-    less = splat_int(I16, 2 * lanes, -least)
+    size, kind = lanes * codes.word, vec(I16, 2 * lanes)
 
-    def load(row: Value, word: Value, valid: int) -> Value:
-        return masked_vec(e, row, word, I32, lanes, valid)
+    def block(start: Value, valid: int) -> None:
+        loaded = [codes.columns(e, row, start, valid) for row in chunk.codes]
+        first = b.mul(start, const(chunk.stride // 2))
+        pairs = (pair for word in transpose(e, loaded) for pair in codes.pairs(e, word))
+        more: Value = splat_int(I16, 2 * lanes, codes.least)
+        for step, pair in enumerate(pairs):
+            if zeros and 2 * step % zeros.columns == 0 and 2 * step < valid:
+                more = _twice(e, zeros.at(b.add(start, const(2 * step))))
+            both = b.add(b.bitcast(pair, kind), more)
+            place = b.add(first, const(step * chunk.stride))
+            e.store(b.bitcast(both, pair.type), chunk.panel, place, align=4)
 
-    def decode(loaded: list[Value], valid: int) -> Iterator[Value]:
-        for column in transpose(e, loaded):
-            for pair in range(_NIBBLE_PAIRS):
-                low = b.lshr(column, isplat(8 * pair, lanes)) if pair else column
-                high = b.and_(b.shl(low, isplat(12, lanes)), isplat(0xF0000, lanes))
-                both = b.or_(b.and_(low, isplat(0xF, lanes)), high)
-                yield b.bitcast(b.sub(b.bitcast(both, less.type), less), column.type)
+    for_blocks(e, chunk.length, size, block)
 
-    words = -(-chunk.length // (2 * _NIBBLE_PAIRS))
-    chunk.store(e, words, lanes, _NIBBLE_PAIRS * chunk.stride, load, decode)
+
+def _twice(e: Emitter, zero: Value) -> Value:
+    """Whole numbers of f32 lanes, in both words of each."""
+    b, count = e.b, zero.type.count
+    whole = b.fptosi(zero, vec(I32, count))
+    both = b.or_(b.and_(whole, isplat(0xFFFF, count)), b.shl(whole, isplat(16, count)))
+    return b.bitcast(both, vec(I16, 2 * count))
 
 
 def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:

@@ -4,8 +4,8 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
     Pairs          bf16 pairs by `vdpbf16ps`, for formats whose weights bf16 holds exactly, on tiers
                    with `pair_dot`; sums of a scale group go, scaled, into f32 totals: one
                    multiply-add for 16 to 64 dot products
-    WholeNumbers   4 bits on the other tiers: i16 pairs by `vpmaddwd`; tokens are rounded to whole
-                   numbers chunk by chunk (whole.py), sums are exact, and go times the token's
+    WholeNumbers   whole numbers on the others: i16 pairs by `vpmaddwd`; tokens are rounded to such
+                   chunk by chunk (whole.py), sums are exact, and go times the token's
                    factor and the scales into f32 totals
     Fp8InPlace     E4M3 on the other tiers: to f32 by shifts and masks in place (unpack.py) after
                    the rows are interleaved; scales go in with that, so there is one sum a chunk
@@ -28,11 +28,12 @@ from hmc.codegen.formats.interleave import (
     decode_pairs,
     decode_words,
 )
-from hmc.codegen.formats.pairs import pair_codes
+from hmc.codegen.formats.pairs import middle_of, pair_codes
 from hmc.codegen.formats.planes import planes_of
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
-from hmc.codegen.ir import F32, I16, I32, Emitter, Value, vec
+from hmc.codegen.formats.words import WordCodes, word_codes
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, fconst, vec
 from hmc.codegen.native import GRAIN as CHUNK
 from hmc.codegen.native import arithmetic, is_e4m3, is_native
 from hmc.codegen.spec import KernelSpec
@@ -54,6 +55,12 @@ class MicroKernel:
     step: ClassVar[int] = 1
     scales_sums: ClassVar[bool] = False
     result: ClassVar[float] = 1.0
+
+    @property
+    def middle(self) -> float:
+        """What decoded numbers are less than values where zeros are taken off."""
+        return 0.0
+
     token_factors: ClassVar[bool] = False
 
     @property
@@ -131,6 +138,11 @@ class Pairs(MicroKernel):
     step = 2
     scales_sums = True
 
+    @property
+    def middle(self) -> float:
+        """What values are taken less by."""
+        return middle_of(format_of(self.spec.weight))
+
     def _activation(self, e: Emitter, bits: Value) -> Value:
         return bits
 
@@ -152,12 +164,18 @@ class WholeNumbers(MicroKernel):
     scales_sums = True
     token_factors = True
 
+    @property
+    def _codes(self) -> WordCodes:
+        return word_codes(format_of(self.spec.weight), self.lanes)
+
     def pack(
         self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
     ) -> Vectors:
         """Whole numbers, and the factor that makes activations of them."""
         values = bf16_values(e, row, k, size, valid, self.lanes)
         whole, scale = whole_numbers(e, values)
+        if self._codes.factor != 1.0:
+            scale = e.b.fmul(scale, fconst(self._codes.factor))
         e.b.store(scale, factor)
         for number, value in enumerate(whole):
             yield e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes
@@ -166,7 +184,7 @@ class WholeNumbers(MicroKernel):
         self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
     ) -> None:
         """Pairs of i16, a word each."""
-        decode_words(e, chunk, int(format_of(self.spec.weight).values[0]))
+        decode_words(e, self._codes, chunk, zeros)
 
     def zero(self, e: Emitter) -> Value:
         """i32."""

@@ -14,7 +14,7 @@ from llvmlite import ir
 from hmc.codegen.formats.lookup import codes_of, looked_up
 from hmc.codegen.formats.planes import number
 from hmc.codegen.ir import F16, F32, I8, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
-from hmc.codegen.native import is_line
+from hmc.codegen.native import SIGNED, is_line
 from hmc.codegen.vector import isplat, masked_vec
 from hmc.formats import Format
 
@@ -78,7 +78,7 @@ def _values(e: Emitter, row: Format, codes: Value) -> Value | None:
     if is_line(row):
         return b.sitofp(b.add(codes, isplat(int(row.values[0]), lanes)), kind)
     if row.code_bits == 8:
-        if row.values == tuple(float(code - 256 * (code > 127)) for code in range(256)):
+        if row.values == SIGNED:
             moved = b.shl(codes, isplat(24, lanes))
             return b.sitofp(b.ashr(moved, isplat(24, lanes)), kind)
         return None

@@ -1,26 +1,30 @@
-"""Dot products of int4 rows in whole numbers, for tiers without `vdpbf16ps`: 16-bit activations and
-`vpmaddwd`.
+"""Dot products in whole numbers, for tiers without `vdpbf16ps`: 16-bit activations and `vpmaddwd`.
 
 A chunk's activations are rounded to multiples of their largest / 32767, which is below the rounding
 to bf16 that they have been through: at most 2^-16 of the largest against up to 2^-9 of itself.
-Products and sums of a chunk are then exact, whatever their order. A nibble is taken as it is, 0 to
-15, by a shift and a mask; that it means less (8) is the same for every row, so sums start from that
-times the sum of the activations, which `prepare` has ready.
+Products and sums of a chunk are then exact, whatever their order. Codes of 4 bits are taken as they
+are, 0 to 15, by a shift and a mask; that they mean less (8) is the same for every row, so sums
+start from that times the sum of the activations, which `prepare` has ready (words.py). Where zeros
+are taken off, they go times that sum when the chunk's sum is f32.
 
 A 16-bit word holds 4 nibbles, so vector j of the decoded weights holds nibble j of every word, and
-a lane of the sums belongs to one stored int32 word: 8 neighbouring weights, of one scale.
+a lane of the sums belongs to one stored int32 word: 8 neighbouring weights, of one scale. Of bytes
+a lane belongs to two neighbours in every vector, which are all of one scale.
 
 A prepared row: i16 activations, padded with zeros to whole chunks; of each chunk the i32 lanes that
-its sums start from; of each chunk the f32 that its sums are multiplied by.
+its sums start from (f32 sums of activations, where there are zeros); of each chunk the f32 that its
+sums are multiplied by.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 from hmc.codegen.formats.dot import CHUNK, Dot
 from hmc.codegen.formats.planes import Row
+from hmc.codegen.formats.words import WordCodes, word_codes
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.native import arithmetic, is_native
 from hmc.codegen.spec import KernelSpec
@@ -31,12 +35,8 @@ from hmc.codegen.vector import (
     for_blocks,
     fsplat,
     isplat,
-    masked_vec,
     splat_int,
 )
-
-NIBBLES = 4
-"""Nibbles of a 16-bit word, so vectors of decoded weights from one of words."""
 
 _LARGEST = 32767.0
 _SMALLEST = 1e-30  # a chunk's largest counts as no less, so that its reciprocal is finite
@@ -46,7 +46,12 @@ _MULTIPLY = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 @dataclass(frozen=True)
 class WholeDot(Dot):
-    """`Dot` for int4 on tiers without `vdpbf16ps`."""
+    """`Dot` in whole numbers."""
+
+    @cached_property
+    def words(self) -> WordCodes:
+        """How codes become whole numbers."""
+        return word_codes(self.format, self.lanes)
 
     @property
     def width(self) -> int:
@@ -56,12 +61,17 @@ class WholeDot(Dot):
     @property
     def unit(self) -> int:
         """Weights decoded together: those of one vector's worth of bytes."""
-        return NIBBLES * self.width
+        return self.words.steps * self.width
 
     @property
     def chunk(self) -> int:
         """Weights a step: whole units, and whole groups of a scale."""
-        return max(self.unit, min(CHUNK, self.inner[0].columns))
+        return max(self.unit, min([CHUNK, *(plane.columns for plane in self.inner)]))
+
+    @property
+    def scaled(self) -> bool:
+        """Chunks have factors of their own."""
+        return True
 
     @property
     def _starts(self) -> int:
@@ -90,19 +100,21 @@ class WholeDot(Dot):
         b, lanes = e.b, self.lanes
         values = bf16_values(e, x, k, self.chunk, valid, lanes)
         whole, factor = whole_numbers(e, values)
+        if self.words.factor != 1.0:
+            factor = b.fmul(factor, fconst(self.words.factor))
         chunk = b.udiv(k, const(self.chunk))
         e.store(factor, e.offset(prepared, const(self._factors)), chunk, align=4)
-        total = e.zeros(I32, lanes)
-        least = splat_int(I16, self.width, int(self.format.values[0]) & 0xFFFF)
+        total, order = e.zeros(I32, lanes), self.words.order
+        each = splat_int(I16, self.width, 1 if self.zeros else self.words.least & 0xFFFF)
         for start in range(0, self.chunk, self.unit):
             words = concat(e, whole[start // lanes : (start + self.unit) // lanes])
             words = b.trunc(words, vec(I16, self.unit))
-            for nibble in range(NIBBLES):
-                order = [NIBBLES * word + nibble for word in range(self.width)]
-                vector = b.shuffle_vector(words, words, lanes_mask(order))
-                at = b.add(k, const(start + nibble * self.width))
-                e.store(vector, prepared, at, align=2 * self.width)
-                total = self.multiply(e, total, least, vector)
+            for at in range(0, self.unit, self.width):
+                vector = b.shuffle_vector(words, words, lanes_mask(order[at : at + self.width]))
+                e.store(vector, prepared, b.add(k, const(start + at)), align=2 * self.width)
+                total = self.multiply(e, total, each, vector)
+        if self.zeros:
+            total = b.sitofp(total, vec(F32, lanes))
         starts = e.offset(prepared, const(self._starts))
         e.store(total, starts, b.mul(chunk, const(lanes)), align=4 * lanes)
 
@@ -114,33 +126,35 @@ class WholeDot(Dot):
     # -- weights -----------------------------------------------------------------------------------
 
     def load(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
-        """The unit at element `k` as words `<width x i16>`, of which those of `valid` weights are
-        read; zeros behind them.
-        """
-        word = e.b.lshr(k, const(2))
-        return masked_vec(e, row.codes, word, I16, self.width, -(-valid // NIBBLES))
+        """The unit at element `k` as it is stored; zeros behind `valid` weights."""
+        return self.words.load(e, row.codes, k, valid)
 
     def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
-        """Vectors `<width x i16>`: nibble 0 of every word, nibble 1, 2, 3."""
-        b, mask = e.b, splat_int(I16, self.width, 15)
-        shifted = [b.lshr(codes, splat_int(I16, self.width, 4 * at)) for at in range(1, NIBBLES)]
-        return [b.and_(nibble, mask) for nibble in (codes, *shifted[:-1])] + shifted[-1:]
+        """Vectors `<width x i16>`."""
+        return self.words.decode(e, codes)
 
     def start(self, e: Emitter, prepared: Value, k: Value, zero: Value | None = None) -> Value:
         """What the sum of the chunk at element `k` starts from."""
+        return e.zeros(I32, self.lanes) if zero is not None else self._start(e, prepared, k, I32)
+
+    def _start(self, e: Emitter, prepared: Value, k: Value, kind: Any) -> Value:
         starts = e.offset(prepared, const(self._starts))
         index = e.b.mul(e.b.udiv(k, const(self.chunk)), const(self.lanes))
-        return e.load_vec(starts, index, I32, self.lanes, align=4 * self.lanes)
+        return e.load_vec(starts, index, kind, self.lanes, align=4 * self.lanes)
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` and, lane by lane, two products: i32."""
         return multiply_words(e, total, weights, activations)
 
-    def value(self, e: Emitter, total: Value, prepared: Value, k: Value) -> Value:
+    def value(
+        self, e: Emitter, total: Value, prepared: Value, k: Value, zero: Value | None = None
+    ) -> Value:
         """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
         factors = e.offset(prepared, const(self._factors))
         factor = e.load(factors, e.b.udiv(k, const(self.chunk)), F32)
         value = e.b.sitofp(total, vec(F32, self.lanes))
+        if zero is not None:
+            value = e.fma(self._start(e, prepared, k, F32), zero, value)
         return e.b.fmul(value, e.splat(factor, self.lanes))
 
 

@@ -25,14 +25,12 @@ from functools import partial
 from llvmlite import ir
 
 from hmc.codegen.formats.interleave import Chunk, Zeros
-from hmc.codegen.formats.pairs import middle_of
 from hmc.codegen.formats.planes import ALL, ELEMENTS, Row, addresses, number
 from hmc.codegen.formats.weights import row_bytes, span_bytes
 from hmc.codegen.ir import F32, I8, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.panel.packing import BLOCK, each_tile, emit_pack, factors_at
 from hmc.codegen.panel.tiling import CHUNK, VECTORS, Form
 from hmc.codegen.vector import fsplat
-from hmc.formats import format_of
 
 _UNROLL = BLOCK // 4
 _PTR = I8.as_pointer()
@@ -279,7 +277,7 @@ class Panels:
     def _zeros(self, rows: list[Row], k: Value) -> Zeros | None:
         """What codes from column `k` on are less by."""
         e, form = self.e, self.form
-        middle = fsplat(middle_of(format_of(form.spec.weight)), form.lanes)
+        middle = fsplat(form.micro.middle, form.lanes)
         for at in form.zeros:
 
             def of(column: Value, at: int = at) -> Value:

@@ -40,7 +40,8 @@ WIDE = "F32"
 """What numbers become in memory that kernels do not read as they are stored."""
 
 Arithmetic = Literal["f32", "bf16", "fp8", "whole"]
-"""Kinds of products: of f32; of bf16 pairs; of FP8 codes; of 16-bit whole numbers."""
+"""Kinds of products: of f32; of bf16 pairs; of FP8 codes; of 16-bit whole numbers, which values are
+or twice of them is."""
 Kind = Literal["scale", "zero", "order"]
 
 

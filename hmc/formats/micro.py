@@ -22,7 +22,7 @@ MXFP4 = Format(
         Plane("scale", ("U8", "F8_E8M0"), ("_scale", "_scales", ".scale", "_scale_inv"),
               columns=32, kept=("F8_E8M0",)),
     ),
-    exact_in=("bf16", "f32"),
+    exact_in=("bf16", "whole", "f32"),
     about="MXFP4, an exponent for 32 columns",
     values=E2M1,
     find=any_of(
@@ -50,7 +50,7 @@ NVFP4 = Format(
         Plane("scale", ("F8_E4M3",), ("_scale",), columns=16),
         _GLOBAL,
     ),
-    exact_in=("bf16", "f32"),
+    exact_in=("bf16", "whole", "f32"),
     about="NVFP4, a scale for 16 columns, all divided by one number",
     values=E2M1,
     find=compressed_tensors(

@@ -105,17 +105,38 @@ def _lane(value: str, of: str, kind: str, index: str) -> str:
     )
 
 
-def _permute_words(name: str) -> str:
-    """vpermw: word `index & 31` of the table."""
+def _permute(lanes: int, kind: str, index: str) -> Callable[[str], str]:
+    """vpermw, vpermps: element `index` of the table, by the lowest bits of it."""
+
+    def define(name: str) -> str:
+        body = [
+            _lane("code", "index", index, "i"),
+            f"  %low = and {index} %code, {lanes - 1}",
+            f"  %at = zext {index} %low to i64",
+            _lane("value", "table", kind, "at"),
+        ]
+        prologue = [_kept("table", lanes, kind), _kept("index", lanes, index)]
+        parameters = f"<{lanes} x {kind}> %table, <{lanes} x {index}> %index"
+        return _lane_by_lane(name, (lanes, kind), parameters, "\n".join(prologue), "\n".join(body))
+
+    return define
+
+
+def _shuffle_bytes(name: str) -> str:
+    """vpshufb: byte `index & 15` of the table's same 128 bits; 0 where the upper bit is set."""
     body = [
-        _lane("code", "index", "i16", "i"),
-        "  %low = and i16 %code, 31",
-        "  %at = zext i16 %low to i64",
-        _lane("value", "table", "i16", "at"),
+        _lane("code", "index", "i8", "i"),
+        "  %low = and i8 %code, 15",
+        "  %in = zext i8 %low to i64",
+        "  %group = and i64 %i, 48",
+        "  %at = or i64 %group, %in",
+        _lane("found", "table", "i8", "at"),
+        "  %none = icmp slt i8 %code, 0",
+        "  %value = select i1 %none, i8 0, i8 %found",
     ]
-    prologue = [_kept("table", 32, "i16"), _kept("index", 32, "i16")]
-    parameters = "<32 x i16> %table, <32 x i16> %index"
-    return _lane_by_lane(name, (32, "i16"), parameters, "\n".join(prologue), "\n".join(body))
+    prologue = [_kept("table", 64, "i8"), _kept("index", 64, "i8")]
+    parameters = "<64 x i8> %table, <64 x i8> %index"
+    return _lane_by_lane(name, (64, "i8"), parameters, "\n".join(prologue), "\n".join(body))
 
 
 def _permute_bytes(name: str) -> str:
@@ -240,7 +261,9 @@ def _counted(stop: int, start: int = 0, step: int = 1) -> str:
 
 
 _DEFINITIONS = {
-    "llvm.x86.avx512.permvar.hi.512": _permute_words,
+    "llvm.x86.avx512.permvar.hi.512": _permute(32, "i16", "i16"),
+    "llvm.x86.avx512.permvar.sf.512": _permute(16, "float", "i32"),
+    "llvm.x86.avx512.pshuf.b.512": _shuffle_bytes,
     "llvm.x86.avx512.vpermi2var.qi.512": _permute_bytes,
     "llvm.x86.avx512.pmaddw.d.512": _multiply_words,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _two_to_bf16,
