@@ -110,7 +110,7 @@ class Call:
         names = [("gate", "gate_scale"), ("up", "up_scale")] if gated else [("w", "scale")]
         for (w, scale), each in zip(names, self.weights, strict=True):
             args |= {w: each.codes, scale: each.beside}
-        args |= {} if gated else {"bias": 0}
+        args |= {"gate_bias": 0, "up_bias": 0} if gated else {"bias": 0}
         if many:
             scratch = np.zeros(2 * panel_scratch_bytes(spec), np.uint8)
             args |= {"gather": 0, "scratch": address(scratch)}
@@ -137,10 +137,11 @@ class Call:
         else:
             args["ids"] = address(ids)
         if into:
-            args |= {"x": address(x), "x_stride": k, "act": address(act)}
+            args |= {"x": address(x), "x_stride": k, "act": address(act), "routing": 0,
+                     "gate_bias": 0, "up_bias": 0}  # fmt: skip
         else:
             args |= {"act": address(x), "routing": address(routing), "y": address(y),
-                     "y_stride": n}  # fmt: skip
+                     "y_stride": n, "bias": 0}  # fmt: skip
         if not (many and into):
             args["tokens"] = tokens
         size = 2 * panel_scratch_bytes(spec) if many else scratch_bytes(spec)

@@ -1,5 +1,5 @@
 """A weight format added to hmc from outside: FP8 E5M2 with one scale a row. Its row is all that hmc
-has to be told; no kernel decodes it natively, so decoders are made from its planes.
+has to be told; decoders are chosen, or made from its planes, by what it says.
 """
 
 from __future__ import annotations
