@@ -115,7 +115,7 @@ def _storages(described: Described) -> Storages:
         raise described.whole.unsupported("quant_method", ", ".join(sorted(NUMBERS)))
     said = [f"{key} {quote(section.values[key])}" for key in NUMBERS[method] if key in section]
     if described.packing:
-        said.append(f"format {described.packing!r}")
+        said.append(f"format {quote(described.packing)}")
     raise UnsupportedError(
         f"{section.path}: {section.prefix.removesuffix('.')}: no weight format that hmc reads has"
         f" {', '.join(said) or 'no numbers'}"

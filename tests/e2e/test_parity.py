@@ -8,43 +8,18 @@ large errors are compared, never means.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, oracle_logits
-from numpy.typing import NDArray
+from checkpoints import FAMILIES
+from logit_errors import Floats, errors, oracle, prompt
 
 import hmc
 from hmc.codegen.isa import TIERS, cpu_flags
 
-Floats = NDArray[np.float32]
 LENGTHS = (1, 7, 64, 300)
-VOCAB = 503
-
-
-def prompt(tokens: int) -> list[int]:
-    """Fixed token ids, no special ones."""
-    return [int(x) for x in np.random.default_rng(tokens).integers(3, VOCAB, tokens)]
-
-
-@cache
-def oracle(directory: Path, tokens: int) -> tuple[Floats, Floats]:
-    """(FP32 logits, BF16 logits) of transformers."""
-    ids = prompt(tokens)
-    return (
-        oracle_logits(directory, ids, torch.float32),
-        oracle_logits(directory, ids, torch.bfloat16),
-    )
-
-
-def errors(found: Floats, reference: Floats) -> Floats:
-    """Relative L2 error of every token's logits."""
-    assert found.shape == reference.shape
-    difference = np.linalg.norm(found.astype(np.float64) - reference, axis=1)
-    return (difference / np.linalg.norm(reference.astype(np.float64), axis=1)).astype(np.float32)
 
 
 def assert_no_worse(cases: list[tuple[Floats, Floats, Floats]]) -> None:

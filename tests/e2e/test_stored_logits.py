@@ -1,0 +1,96 @@
+"""Logits of checkpoints in every format as others write it: no further from float32 on their own
+dequantisation than transformers in BF16 is. Sizes are no multiples of 128: N of 576 and 1000, K of
+192.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from logit_errors import assert_as_close_as_bf16
+
+import hmc
+from hmc.codegen.isa import TIERS, cpu_flags
+from hmc.formats import FORMATS
+
+pytest.importorskip("compressed_tensors")  # of the extra "test"
+from stored_weights import KEPT, STORED, Storing, store
+
+LENGTHS = (1, 7, 40)
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"head_dim": 96},
+    "deepseek_v3": {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 122,
+        "v_head_dim": 128,
+    },
+}
+"""576 rows of q, or of keys and values of the latent, which make 1000."""
+_, *OTHERS = [tier.name for tier in TIERS.values() if tier.flags <= cpu_flags()]
+
+Checkpoint = Callable[..., Path]
+
+
+def _sizes(family: str, *ways: Storing) -> dict[str, Any]:
+    """Widths of MLPs that rows of `ways` may have."""
+    most = max(each.whole for each in ways)
+    middle = 1000 if most <= 8 else 960
+    return {
+        **SIZES[family],
+        "intermediate_size": middle,
+        "moe_intermediate_size": max(160, 3 * most),
+    }
+
+
+@pytest.fixture
+def stored(checkpoint: Checkpoint, written: Callable[..., Path]) -> Callable[..., Path]:
+    """`stored(family, name, way, ways, section)`: what `store` makes of a family's checkpoint."""
+
+    def get(family: str, name: str, way: Any, ways: tuple[Storing, ...], section: Any) -> Path:
+        plain = checkpoint(family, "bf16", layers=2, **_sizes(family, *ways))
+        key = f"stored-{family}-{name.replace(' ', '_')}"
+        return written(key, lambda directory: store(directory, plain, way, section))
+
+    return get
+
+
+def _check(directory: Path, formats: set[str]) -> None:
+    with hmc.Engine(hmc.compile(directory, max_chunk=32, max_context=64, threads=2)) as engine:
+        plan = engine.plan
+        found = {each.format for each in (*plan.weights, *plan.experts)}
+        assert found - {"bf16", "f32"} == formats
+        for ours in (engine.logits, engine.decode_logits):
+            assert_as_close_as_bf16(ours, directory / "twin", LENGTHS)
+
+
+QUICK = {("qwen3_moe", "nvfp4-times"), ("deepseek_v3", "gptq-order")}
+CASES = [
+    pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
+    for name, each in STORED.items()
+    for family in SIZES
+]
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_one_format(stored: Callable[..., Path], family: str, name: str) -> None:
+    way = STORED[name]
+    experts = STORED["fp8 of V4"] if name == "mxfp4-i8" else way  # which are all that V4 has so
+    forms = {way.form, experts.form}
+    directory = stored(
+        family,
+        name,
+        lambda module: way if ".experts." in module else experts,
+        (way, experts),
+        way.section,
+    )
+    _check(directory, forms)
+
+
+def test_every_format_is_written_by_others() -> None:
+    """But those that GGUF has, and plain ones."""
+    coded = {row.name for row in FORMATS.values() if row.scales}
+    assert coded == {each.form for each in STORED.values()}
