@@ -302,6 +302,15 @@ STORED: dict[str, Storing] = {
         {"quant_method": "fbgemm_fp8", "modules_to_not_convert": _BARE}),
     "mxfp8": _float("mxfp8", "mxfp8-quantized", **_EXPONENTS),
     "mxfp8 of MiniMax": _fp8("mxfp8", 1, 32, ".weight_scale_inv", torch.uint8, _fine([1, 32])),
+    "fp8-group": _float("fp8-group", **_by(64)),
+    "fp8-group of transformers": _fp8("fp8-group", 1, 128, ".weight_scale_inv", torch.float32,
+                                      _fine([1, 128])),
+    **{
+        f"fp8-rows{rows}": _fp8(f"fp8-rows{rows}", rows, columns, ".weight_scale_inv",
+                                torch.float32, _fine([rows, columns]))
+        for rows, columns in ((2, 128), (4, 64), (8, 16), (16, 16), (32, 128), (64, 64),
+                              (128, 32), (256, 48))
+    },
     "mxfp4": _float("mxfp4", "mxfp4-pack-quantized", **_EXPONENTS, num_bits=4),
     "mxfp4-i8": _fp4("mxfp4-i8", 32, (".weight", ".scale"), torch.int8,
                      _fine([128, 128], expert_dtype="fp4")),
@@ -315,6 +324,11 @@ STORED: dict[str, Storing] = {
     "int4-zero": _whole("int4-zero", 4, **_by(32), symmetric=False),
     "int8": _whole("int8", 8, "int-quantized", strategy="channel"),
     "int8-packed": _whole("int8-packed", 8, **_by(64)),
+    "int8-group": _whole("int8-group", 8, "int-quantized", **_by(32)),
+    "int8-zero": _whole("int8-zero", 8, "int-quantized", **_by(32), symmetric=False),
+    "int8-zero by channel": _whole("int8-zero", 8, "int-quantized", strategy="channel",
+                                   symmetric=False),
+    "int8-packed-zero": _whole("int8-packed-zero", 8, **_by(32), symmetric=False),
     "awq": _awq(32),
     "gptq": _gptq("gptq", 4, 32),
     "gptq2": _gptq("gptq2", 4, 64, "gptq_v2"),
@@ -323,6 +337,8 @@ STORED: dict[str, Storing] = {
     "gptq by channel": _gptq("gptq", 4, -1),
     "gptq8": _gptq("gptq8", 8, 32),
     "gptq8-order": _gptq("gptq8-order", 8, 32, order=True),
+    "gptq2-8": _gptq("gptq2-8", 8, 32, "gptq_v2"),
+    "gptq2-8-order": _gptq("gptq2-8-order", 8, 32, "gptq_v2", order=True),
 }  # fmt: skip
 """Ways to store weights by a name of each."""
 

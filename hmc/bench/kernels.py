@@ -28,6 +28,7 @@ from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
 from hmc.errors import CapacityError, ExecutionError, UsageError
+from hmc.formats.decode import floats
 from hmc.machine.detect import available_bytes
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder
@@ -47,7 +48,8 @@ class Matrices(Closing):
     set after the other in huge pages; many enough that a pass over all of them comes from memory.
 
     `weights` and `scales` are addresses i64 [count, shapes], of what lies beside the codes as
-    kernels are told it: 0 where the format has nothing, of the addresses of several planes.
+    kernels are told it: 0 where the format has nothing, of the addresses of several planes;
+    `planes` are those of every plane of each shape, [count].
     `address` and `size` span them all.
     """
 
@@ -69,6 +71,7 @@ class Matrices(Closing):
         self.weights = np.zeros((count, len(shapes)), np.int64)
         self.scales = np.zeros((count, len(shapes)), np.int64)
         starts = self.address + stride * np.arange(count, dtype=np.int64)
+        self.planes: list[list[npt.NDArray[np.int64]]] = []
         self._tables: list[npt.NDArray[np.int64]] = []
         groups: list[TensorGroup] = []
         places: dict[tuple[str | int, ...], npt.NDArray[np.int64]] = {}
@@ -81,6 +84,7 @@ class Matrices(Closing):
                 groups.append(TensorGroup(key, shape.format, form, nowhere, nowhere, shape.k))
                 places[key] = starts
                 starts = starts + aligned(form.bytes)
+            self.planes.append(planes)
             self.weights[:, index], *beside = planes
             if len(beside) > 1:
                 table = np.ascontiguousarray(np.stack(beside, axis=1))
@@ -154,6 +158,14 @@ class KernelBench(Closing):
         if cases[0].kind.routed:
             return max(count, max(case.top_k for case in cases))
         return count
+
+    def product(
+        self, case: Case, matrices: Matrices
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Activations [tokens, k] and what the kernel makes of them, of the first matrix."""
+        work = self.dense(case, matrices)
+        self.pool.run(work.program.records)
+        return floats(_activations(case.tokens, case.k), "BF16"), work.result
 
     def _compare(
         self, case: Case, matrices: Matrices, repetitions: int, report: Report

@@ -45,7 +45,7 @@ class Stack(Mapping[str, TensorInfo]):
 
     def __getitem__(self, name: str) -> TensorInfo:
         whole = self.tensors[name]
-        if len(whole.shape) < 2 or whole.shape[0] != self.count:
+        if not whole.shape or whole.shape[0] != self.count:
             raise TensorError(
                 f"tensor {name} has shape {list(whole.shape)}, {self.count} experts are stacked"
             )
@@ -68,7 +68,10 @@ def rows_of(
     """
     cut = []
     for plane, tensor in zip(format_of(form).planes, tensors, strict=True):
-        if first and (not plane.rows or first % plane.rows):
+        if not plane.rows:  # of all rows, and so of these
+            cut.append(tensor)
+            continue
+        if first % plane.rows:
             raise TensorError(
                 f"tensor {tensor.name}: row {first} begins within a block of {plane.name}"
             )

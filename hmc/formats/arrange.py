@@ -19,6 +19,7 @@ from hmc.formats.layouts import (
     GPTQ_ZEROS,
     PACKED_ZEROS,
     RECIPROCAL,
+    SIGNED_ZEROS,
     TRANSPOSED,
 )
 
@@ -63,8 +64,8 @@ def _packed(codes: Words, bits: int) -> Words:
     return found
 
 
-def _bf16(codes: Words) -> Array:
-    """Whole numbers up to 256 as bf16."""
+def _bf16(codes: Array) -> Array:
+    """Whole numbers from -256 to 256 as bf16."""
     found: Array = (codes.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
     return found
 
@@ -88,8 +89,15 @@ def _zeros(bits: int, order: tuple[int, ...] = (), less: int = 0) -> Arrange:
     return arrange
 
 
-def _packed_zeros(stored: Words, shape: tuple[int, ...]) -> Array:
-    return _bf16(_unpacked(np.ascontiguousarray(stored.T), 4)[:, : shape[0]].T)
+def _packed_zeros(bits: int) -> Arrange:
+    def arrange(stored: Words, shape: tuple[int, ...]) -> Array:
+        return _bf16(_unpacked(np.ascontiguousarray(stored.T), bits)[:, : shape[0]].T)
+
+    return arrange
+
+
+def _signed_zeros(stored: Array, shape: tuple[int, ...]) -> Array:
+    return _bf16(stored.view(np.int8))
 
 
 def _transposed(stored: Array, shape: tuple[int, ...]) -> Array:
@@ -106,9 +114,10 @@ ARRANGE: Mapping[str, Arrange] = {
     TRANSPOSED.name: _transposed,
     AWQ.name: _awq,
     AWQ_ZEROS.name: _zeros(4, AWQ_ORDER),
-    PACKED_ZEROS.name: _packed_zeros,
+    SIGNED_ZEROS.name: _signed_zeros,
     RECIPROCAL.name: _reciprocal,
     **{layout.name: _transposed for layout in BY_INPUT.values()},
+    **{layout.name: _packed_zeros(bits) for bits, layout in PACKED_ZEROS.items()},
     **{layout.name: _zeros(bits, less=1) for bits, layout in GPTQ_ZEROS.items()},
     **{layout.name: _zeros(bits) for bits, layout in GPTQ2_ZEROS.items()},
 }

@@ -6,6 +6,7 @@ speaks of is read elsewhere (hmc/checkpoint/quantization.py).
 
 compressed_tensors   https://github.com/vllm-project/compressed-tensors: `weights` of a config group
 fine_grained         `fp8` of transformers (DeepSeek, Qwen, GLM, MiniMax)
+blocked              both, of blocks of any width
 by_method            methods with no choice: `fbgemm_fp8`, `mxfp4` (gpt-oss)
 modelopt             NVIDIA's Model Optimizer, by `quant_algo`
 awq, gptq            AutoAWQ's version "gemm"; AutoGPTQ and GPTQModel
@@ -14,6 +15,7 @@ awq, gptq            AutoAWQ's version "gemm"; AutoGPTQ and GPTQModel
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hmc.formats.base import Described, Storage
@@ -80,9 +82,10 @@ def compressed_tensors(
             return None
         if group >= 0:
             return Storage(form, suffixes)
+        beside = _SHAPE if "pack-quantized" in formats else ()
         if strategy_of(weights) == "channel":
-            return Storage(form, suffixes, -1, _SHAPE)
-        return Storage(form, suffixes, size, _SHAPE) if size in GROUP_SIZES else None
+            return Storage(form, suffixes, -1, beside)
+        return Storage(form, suffixes, size, beside) if size in GROUP_SIZES else None
 
     return find
 
@@ -115,6 +118,34 @@ def fine_grained(
 
 
 _E4M3 = ("e4m3", "float8_e4m3fn", "e4m3fn")
+
+
+def blocked(
+    form: str, rows: int, formats: tuple[str, ...], others: tuple[tuple[int, ...], ...] = ()
+) -> Find:
+    """FP8 with scales for blocks of `rows` and of as many columns as the configuration says, a
+    multiple of 16; but for the `others`, which have formats of their own.
+    """
+
+    def find(described: Described) -> Storage | None:
+        by_group = described.method == COMPRESSED and strategy_of(described.weights) == "group"
+        if described.method == "fp8":
+            size = described.whole.get_ints("weight_block_size")
+            known = fine_grained(form, ("", "_scale_inv"), size)
+        else:
+            size = described.weights.get_ints("block_structure")
+            if by_group:
+                size = (1, described.weights.get_int("group_size", 0, minimum=-1))
+            known = compressed_tensors(
+                form, ("", "_scale"), formats, ("float", 8), block=() if by_group else size,
+                strategies=("group" if by_group else "block",),
+            )  # fmt: skip
+        if len(size) != 2 or size[0] != rows or size in others or size[1] < 1 or size[1] % 16:
+            return None
+        found = known(described)
+        return None if found is None else replace(found, group=size[1])
+
+    return find
 
 
 def by_method(form: str, suffixes: tuple[str, ...], method: str) -> Find:

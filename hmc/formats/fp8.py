@@ -4,10 +4,11 @@
 
 from __future__ import annotations
 
-from hmc.formats.base import WHOLE, Format, Plane, minifloats
+from hmc.formats.base import GROUP, WHOLE, Format, Plane, minifloats
 from hmc.formats.dialects import (
     Find,
     any_of,
+    blocked,
     by_method,
     compressed_tensors,
     fine_grained,
@@ -70,3 +71,10 @@ MXFP8 = _fp8(
     ("U8", "F8_E8M0"), "F8_E8M0",
 )  # fmt: skip
 """OCP Microscaling Formats (MX) v1.0, section 5: an exponent for 32 of a row."""
+FP8_GROUP = _fp8("fp8-group", 1, GROUP, "a scale for {group}", blocked("fp8-group", 1, _FLOAT))
+FP8_ROWS = tuple(
+    _fp8(f"fp8-rows{rows}", rows, GROUP, f"{rows}x{{group}} scales",
+         blocked(f"fp8-rows{rows}", rows, _FLOAT, ((BLOCK, BLOCK), (32, 32))))
+    for rows in (2, 4, 8, 16, 32, 64, 128, 256)
+)  # fmt: skip
+"""Blocks of so many rows, as wide as the configuration says."""

@@ -32,6 +32,11 @@ def _by_input(code: int) -> Callable[[int, int, int], tuple[int, ...]]:
     return lambda n, k, bits: (-(-k * code // bits), n)
 
 
+def _by_output(code: int) -> Callable[[int, int, int], tuple[int, ...]]:
+    """[n, k], words of codes of so many bits along n."""
+    return lambda n, k, bits: (-(-n * code // bits), k)
+
+
 AS_READ = Layout("", lambda n, k, bits: (n, k))
 TRANSPOSED = Layout("transposed", lambda n, k, bits: (k, n))
 """Elements [k, n]."""
@@ -45,7 +50,9 @@ GPTQ_ZEROS = {bits: Layout(f"gptq_zeros{bits}", _packed(bits), "BF16") for bits 
 """GPTQ's zeros [groups, n / 8], outputs in order, each stored less 1 (checkpoint_format gptq)."""
 GPTQ2_ZEROS = {bits: Layout(f"gptq2_zeros{bits}", _packed(bits), "BF16") for bits in (4, 8)}
 """The same, stored as they are (checkpoint_format gptq_v2)."""
-PACKED_ZEROS = Layout("packed_zeros", lambda n, k, bits: (-(-n * 4 // bits), k), "BF16")
+PACKED_ZEROS = {bits: Layout(f"packed_zeros{bits}", _by_output(bits), "BF16") for bits in (4, 8)}
 """Zeros of compressed-tensors: words along the outputs, [n / 8, groups]."""
+SIGNED_ZEROS = Layout("signed_zeros", lambda n, k, bits: (n, k), "BF16")
+"""The same, not packed: -128 to 127."""
 RECIPROCAL = Layout("reciprocal", lambda n, k, bits: (1,))
 """One number that codes are divided by: in memory what they are multiplied by."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from hmc.formats import layouts
 from hmc.formats.base import GROUP, WHOLE, Format, Plane
 from hmc.formats.dialects import Find, awq, compressed_tensors, gptq
-from hmc.formats.layouts import PACKED_ZEROS, TRANSPOSED, Layout
+from hmc.formats.layouts import PACKED_ZEROS, SIGNED_ZEROS, TRANSPOSED, Layout
 
 
 def _packed(name: str, bits: int, *ends: str, symmetric: bool = True) -> Find:
@@ -21,11 +21,12 @@ def _packed(name: str, bits: int, *ends: str, symmetric: bool = True) -> Find:
     )  # fmt: skip
 
 
+_PLAIN = ("int-quantized", "naive-quantized")
 _WHOLE_FLOATS = ("BF16", "F32", "F16")
 _BY_GROUP = Plane("scale", _WHOLE_FLOATS, ("_scale",), columns=GROUP, ragged=False,
                   kept=("BF16", "F32"))  # fmt: skip
 _ZERO = Plane("zero", ("I32",), ("_zero_point",), columns=GROUP, ragged=False, kind="zero",
-              layout=PACKED_ZEROS)  # fmt: skip
+              layout=PACKED_ZEROS[4])  # fmt: skip
 _CODES = Plane("codes", ("I32",), ("_packed",), bits=4)
 
 INT4 = Format(
@@ -56,8 +57,7 @@ INT8 = Format(
     exact_in=("bf16", "whole", "f32"),
     about="INT8, a scale a row",
     values=tuple(float(code - 256 * (code > 127)) for code in range(256)),
-    find=compressed_tensors("int8", ("", "_scale"), ("int-quantized", "naive-quantized"),
-                            ("int", 8), strategies=("channel",)),
+    find=compressed_tensors("int8", ("", "_scale"), _PLAIN, ("int", 8), strategies=("channel",)),
 )  # fmt: skip
 INT8_PACKED = Format(
     name="int8-packed",
@@ -68,6 +68,34 @@ INT8_PACKED = Format(
     values=tuple(float(code - 128) for code in range(256)),
     find=_packed("int8-packed", 8),
 )
+INT8_PACKED_ZERO = replace(
+    INT8_PACKED,
+    name="int8-packed-zero",
+    planes=(*INT8_PACKED.planes, replace(_ZERO, layout=PACKED_ZEROS[8])),
+    about="INT8 with zero points, one {scale} scale per {group} columns",
+    values=tuple(float(code) for code in range(256)),
+    find=_packed("int8-packed-zero", 8, "_zero_point", symmetric=False),
+)
+INT8_GROUP = replace(
+    INT8,
+    name="int8-group",
+    planes=(INT8.codes, _BY_GROUP),
+    about=INT8_PACKED.about,
+    find=compressed_tensors("int8-group", ("", "_scale"), _PLAIN, ("int", 8),
+                            strategies=("group",), group=-1),
+)  # fmt: skip
+INT8_ZERO = replace(
+    INT8_GROUP,
+    name="int8-zero",
+    planes=(*INT8_GROUP.planes, replace(_ZERO, dtypes=("I8",), layout=SIGNED_ZEROS)),
+    about=INT8_PACKED_ZERO.about,
+    find=compressed_tensors("int8-zero", ("", "_scale", "_zero_point"), _PLAIN, ("int", 8),
+                            strategies=("group", "channel"), group=-1, symmetric=False),
+)  # fmt: skip
+
+
+_ORDERED = {4: "gptq-order", 8: "gptq8-order"}
+"""What kernels know weights with an order of columns as, by bits."""
 
 
 def _apart(
@@ -77,6 +105,7 @@ def _apart(
     columns = replace(_BY_GROUP, dtypes=("F16", "BF16", "F32"), suffixes=(".scales",),
                       layout=TRANSPOSED)  # fmt: skip
     order = Plane("order", ("I32",), (".g_idx",), rows=WHOLE, kind="order")
+    plain = INT4_ZERO if bits == 4 else INT8_PACKED_ZERO
     return Format(
         name=name,
         title=f"INT{bits}",
@@ -91,7 +120,7 @@ def _apart(
         + (" in an order of their own" if ordered else ""),
         values=tuple(float(code) for code in range(2**bits)),
         find=find,
-        read_as="" if bits == 8 or ordered else INT4_ZERO.name,
+        read_as=_ORDERED[bits] if ordered else plain.name,
     )
 
 
@@ -113,3 +142,5 @@ GPTQ_ORDER = _gptq("gptq-order", 4, ordered=True)
 GPTQ2_ORDER = _gptq("gptq2-order", 4, "gptq_v2", ordered=True)
 GPTQ8 = _gptq("gptq8", 8)
 GPTQ8_ORDER = _gptq("gptq8-order", 8, ordered=True)
+GPTQ2_8 = _gptq("gptq2-8", 8, "gptq_v2")
+GPTQ2_8_ORDER = _gptq("gptq2-8-order", 8, "gptq_v2", ordered=True)

@@ -2,8 +2,8 @@
 how a plan stores runs of experts.
 
 sizes    the planes of a weight have the bytes that its shape and format take
-places   tensors lie inside their shards, behind the header, and share no bytes; those of a plan
-         without shards lie nowhere
+places   tensors lie inside their shards, behind the header, and share no bytes, but for planes of
+         all rows, which parts of one tensor share; those of a plan without shards lie nowhere
 experts  a layer has gate, up and down, each a tensor an expert, and biases of all three or of none
 """
 
@@ -73,19 +73,21 @@ def check_weights(plan: Plan) -> None:
             raise VerifyError(f"weight {weight.name}: two are called so, or none may be")
         names.add(weight.name)
         _check_sizes(weight)
-        for plane in weight.planes:
+        for plane, row in zip(weight.planes, format_of(weight.format).planes, strict=True):
             for part in _parts(weight, plane) or (plane,):
-                places.add(weight.name, ((1, part.shard),), (part.offset,), part.bytes)
+                where = ((1, part.shard),), (part.offset,), part.bytes
+                places.add(weight.name, *where, shared=not row.rows)
     for experts in plan.experts:
         _check_sizes(experts)
         if experts.role in layers.setdefault(experts.layer, {}):
             raise VerifyError(f"layer {experts.layer} has {experts.role} experts twice")
         layers[experts.layer][experts.role] = experts
-        for column in experts.planes:
+        for column, row in zip(experts.planes, format_of(experts.format).planes, strict=True):
             offsets, runs = column.offsets, column.shards
             if len(offsets) != experts.count or _length(runs) != len(offsets):
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
-            places.add(experts.pattern, runs, tuple(accumulate(offsets)), column.bytes)
+            where = runs, tuple(accumulate(offsets)), column.bytes
+            places.add(experts.pattern, *where, shared=not row.rows)
     for layer, roles in layers.items():
         whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
         if not (whole and roles.keys() >= _PROJECTIONS) or (
@@ -167,11 +169,19 @@ class _Places:
         self._shards = plan.checkpoint.shards
         self._begins: list[list[int]] = [[] for _ in self._shards]
         self._ends: list[list[int]] = [[] for _ in self._shards]
+        self._shared: set[tuple[int, int, int]] = set()
 
     def add(
-        self, name: str, runs: tuple[tuple[int, int], ...], offsets: tuple[int, ...], size: int
+        self,
+        name: str,
+        runs: tuple[tuple[int, int], ...],
+        offsets: tuple[int, ...],
+        size: int,
+        shared: bool = False,
     ) -> None:
-        """Tensors of `size` bytes at absolute `offsets`, in shards by run length."""
+        """Tensors of `size` bytes at absolute `offsets`, in shards by run length; `shared` ones may
+        be those of another weight, but all of them.
+        """
         first = 0
         for count, shard in runs:
             part = offsets[first : first + count]
@@ -183,6 +193,9 @@ class _Places:
                 or max(part) + size > self._shards[shard].size
             ):
                 raise VerifyError(f"weight {name} lies outside its shard")
+            if shared:
+                part = tuple(each for each in part if (shard, each, size) not in self._shared)
+                self._shared.update((shard, each, size) for each in part)
             self._begins[shard] += part
             self._ends[shard] += [each + size for each in part]
 

@@ -83,7 +83,7 @@ def test_expert_dtype_beside_the_section(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("weight_block_size", [64, 128]),
+        ("weight_block_size", [48, 128]),
         ("weight_block_size", [128]),
         ("weight_block_size", 128),
         ("fmt", "e5m2"),
@@ -334,7 +334,7 @@ def test_model_optimizer_beside_config_json(tmp_path: Path) -> None:
         ("awq", {"group_size": 100}),
         ("gptq", {"bits": 2}),
         ("gptq", {"checkpoint_format": "marlin"}),
-        ("gptq", {"desc_act": True, "bits": 8, "checkpoint_format": "gptq_v2"}),
+        ("gptq", {"desc_act": True, "bits": 3, "checkpoint_format": "gptq_v2"}),
     ],
 )
 def test_awq_and_gptq_that_no_format_reads(

@@ -23,6 +23,7 @@ LENGTHS = (1, 7, 40)
 SIZES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"head_dim": 96},
     "deepseek_v3": {
+        "q_lora_rank": 192,
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
         "qk_nope_head_dim": 122,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hmc.cli.bench.formats import formats
 from hmc.cli.bench.kernels import kernels
 from hmc.cli.bench.model import model
 from hmc.cli.bench.predict import predict
@@ -25,12 +26,12 @@ class _Bench(click.Group):
 @click.group(
     "bench",
     cls=_Bench,
-    commands=[model, kernels, predict, serve],
+    commands=[model, kernels, formats, predict, serve],
     options_metavar="",
     subcommand_metavar="TARGET [OPTIONS] | COMMAND ...",
 )
 def command() -> None:
-    """Measure a plan, a model shape, single kernels, predictions or a server.
+    """Measure a plan, a model shape, single kernels, formats, predictions or a server.
 
     A TARGET alone is measured by the command "model"; each command has its own --help.
 
