@@ -4,6 +4,7 @@ with an index, several without. Only the index and the headers are read, and kno
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def _list_shards(directory: Path) -> list[str]:
 
 
 def _require_files(directory: Path, names: list[str], reason: str) -> None:
-    missing = [name for name in names if not (directory / name).exists()]
+    missing = [name for name in names if not os.path.exists(directory / name)]
     if missing:
         raise ShardError(
             f"{directory}: {len(missing)} of {len(names)} shards {reason} missing:"

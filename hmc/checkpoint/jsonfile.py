@@ -65,8 +65,12 @@ def quote(value: object) -> str:
 
 def first_few(names: list[str], most: int = 4) -> str:
     """The first names of a list and how many more there are: "a, b, c, d and 7 more"."""
-    text = ", ".join(name if name.isprintable() else quote(name) for name in names[:most])
+    text = ", ".join(_readable(name) for name in names[:most])
     return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def _readable(name: str) -> str:
+    return name if name.isprintable() and len(name) <= _LONGEST_NAME else quote(name)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

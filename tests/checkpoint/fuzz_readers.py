@@ -22,9 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import hmc
 from fuzz_mutations import changed
 from fuzz_seeds import READERS, Reader
+
+import hmc
 from hmc.errors import HmcError
 
 SECONDS = 10.0

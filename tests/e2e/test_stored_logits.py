@@ -5,6 +5,7 @@ dequantisation than transformers in BF16 is. Sizes are no multiples of 128: N of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,41 @@ def test_one_format(stored: Callable[..., Path], family: str, name: str) -> None
         way.section,
     )
     _check(directory, forms)
+
+
+MIXED: dict[str, dict[str, str]] = {
+    "attention FP8, experts INT4": {"self_attn": "fp8-channel", "mlp": "int4"},
+    "gate and up MXFP4, down FP8": {"down_proj": "fp8-channel", "mlp": "mxfp4", "": "fp8-tensor"},
+    "down by another group": {"down_proj": "int4", "mlp": "int4 by 64", "": "int8-zero"},
+    "by layer": {r"layers\.0\.": "nvfp4", r"layers\.1\.": "int8-packed"},
+}
+"""Formats of compressed-tensors by regexes of modules, the first that is found in a name."""
+_ALWAYS = "gate and up MXFP4, down FP8"
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        pytest.param(family, name, marks=() if at == 0 and name == _ALWAYS else pytest.mark.slow)
+        for name in MIXED
+        for at, family in enumerate(SIZES)
+    ],
+)
+def test_formats_beside_each_other(stored: Callable[..., Path], family: str, name: str) -> None:
+    ways = {regex: STORED[each] for regex, each in MIXED[name].items()}
+    groups, before = {}, ""
+    for number, (regex, way) in enumerate(ways.items()):
+        target = f"re:{before}.*{regex}.*"
+        groups[f"group_{number}"] = {**way.group, "targets": [target]}
+        before += f"(?!.*{regex})"
+    section = {"quant_method": "compressed-tensors", "format": "mixed-precision", "ignore": KEPT,
+               "config_groups": groups}  # fmt: skip
+
+    def way(module: str) -> Storing:
+        return next(each for regex, each in ways.items() if re.search(regex, module))
+
+    directory = stored(family, name, way, tuple(ways.values()), section)
+    _check(directory, {each.form for each in ways.values()})
 
 
 def test_every_format_is_written_by_others() -> None:
