@@ -94,8 +94,12 @@ def test_one_format(stored: Callable[..., Path], family: str, name: str) -> None
 
 MIXED: dict[str, dict[str, str]] = {
     "attention FP8, experts INT4": {"self_attn": "fp8-channel", "mlp": "int4"},
-    "gate and up MXFP4, down FP8": {"down_proj": "fp8-channel", "mlp": "mxfp4", "": "fp8-tensor"},
-    "down by another group": {"down_proj": "int4", "mlp": "int4 by 64", "": "int8-zero"},
+    "gate and up MXFP4, down FP8": {"down_proj": "fp8-channel", "": "mxfp4"},
+    "down by another group": {
+        "down_proj": "int4",
+        "mlp": "int4 by 64",
+        "": "fp8-tensor of compressed-tensors",
+    },
     "by layer": {r"layers\.0\.": "nvfp4", r"layers\.1\.": "int8-packed"},
 }
 """Formats of compressed-tensors by regexes of modules, the first that is found in a name."""
