@@ -86,8 +86,8 @@ def check_weights(plan: Plan) -> None:
             offsets, runs = column.offsets, column.shards
             if len(offsets) != experts.count or _length(runs) != len(offsets):
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
-            where = runs, tuple(accumulate(offsets)), column.bytes
-            places.add(experts.pattern, *where, shared=not row.rows)
+            absolute = tuple(accumulate(offsets))
+            places.add(experts.pattern, runs, absolute, column.bytes, shared=not row.rows)
     for layer, roles in layers.items():
         whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
         if not (whole and roles.keys() >= _PROJECTIONS) or (

@@ -10,7 +10,7 @@ from fuzz_seeds import READERS, Reader
 
 from hmc.errors import ConfigError
 
-FILES = {"safetensors": 300, "index": 300, "quantization": 300, "config": 90, "gguf": 300}
+FILES = {"safetensors": 150, "index": 150, "quantization": 100, "config": 50, "gguf": 100}
 
 
 @pytest.mark.parametrize("name", READERS)
