@@ -167,12 +167,8 @@ def _gptq(form: str, bits: int, size: int, version: str = "gptq", order: bool = 
             generator = torch.Generator().manual_seed(weight.shape[0])
             index = index[torch.randperm(len(index), generator=generator)]
         codes, scales, zeros = _grouped(weight, bits, index)
-        return {
-            ".qweight": _packed(codes.T, bits).T.contiguous(),
-            ".scales": scales,
-            ".qzeros": _packed(zeros - less, bits),
-            ".g_idx": index.to(torch.int32),
-        }
+        return {".qweight": _packed(codes.T, bits).T.contiguous(), ".scales": scales,
+                ".qzeros": _packed(zeros - less, bits), ".g_idx": index.int()}  # fmt: skip
 
     def unpack(planes: Planes) -> Tensor:
         codes = _unpacked(planes[".qweight"].T, bits).T
@@ -300,6 +296,7 @@ STORED: dict[str, Storing] = {
     "fp8-tensor": _fp8("fp8-tensor", 0, 0, ".weight_scale_inv", torch.bfloat16, _fine(None)),
     "fp8-tensor of Model Optimizer": _fp8("fp8-tensor", 0, 0, ".weight_scale", torch.float32,
                                           {**_OPTIMIZER, "quant_algo": "FP8"}),
+    "fp8-tensor of compressed-tensors": _float("fp8-tensor", strategy="tensor"),
     "fp8-channel": _float("fp8-channel", strategy="channel"),
     "fp8-channel of FBGEMM": _fp8(
         "fp8-channel", 1, 0, ".weight_scale", torch.float32,

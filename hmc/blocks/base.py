@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from math import prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from hmc.checkpoint.jsonfile import quote
+from hmc.errors import ConfigError
 from hmc.graph import Attr, DType, NodeMeta, Section, WeightSpec, attrs
 from hmc.ops import OPS
 
@@ -110,10 +113,16 @@ class Columns(Block):
         return x[:, self.offset : self.offset + self.width]
 
 
+_MOST = 1 << 40
+"""Elements of a weight that any machine could hold."""
+
+
 def parameter(*shape: int) -> nn.Parameter:
     """An uninitialised parameter on the current default device (meta when a model is built for
-    tracing).
+    tracing). `ConfigError` for sizes that are none.
     """
+    if not 0 <= prod(shape) <= _MOST or max(shape) > _MOST:
+        raise ConfigError(f"config.json: its sizes ask for a weight of {quote(list(shape))}")
     return nn.Parameter(torch.empty(shape, dtype=torch.float32), requires_grad=False)
 
 

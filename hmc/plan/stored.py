@@ -75,8 +75,8 @@ def check_weights(plan: Plan) -> None:
         _check_sizes(weight)
         for plane, row in zip(weight.planes, format_of(weight.format).planes, strict=True):
             for part in _parts(weight, plane) or (plane,):
-                run, offset = ((1, part.shard),), (part.offset,)
-                places.add(weight.name, run, offset, part.bytes, shared=not row.rows)
+                where = ((1, part.shard),), (part.offset,), part.bytes
+                places.add(weight.name, *where, shared=not row.rows)
     for experts in plan.experts:
         _check_sizes(experts)
         if experts.role in layers.setdefault(experts.layer, {}):
@@ -86,8 +86,8 @@ def check_weights(plan: Plan) -> None:
             offsets, runs = column.offsets, column.shards
             if len(offsets) != experts.count or _length(runs) != len(offsets):
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
-            begins = tuple(accumulate(offsets))
-            places.add(experts.pattern, runs, begins, column.bytes, shared=not row.rows)
+            absolute = tuple(accumulate(offsets))
+            places.add(experts.pattern, runs, absolute, column.bytes, shared=not row.rows)
     for layer, roles in layers.items():
         whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
         if not (whole and roles.keys() >= _PROJECTIONS) or (

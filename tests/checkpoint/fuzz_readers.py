@@ -11,6 +11,7 @@ in --keep, and it ends with 1.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import signal
 import sys
@@ -29,7 +30,7 @@ import hmc
 from hmc.errors import HmcError
 
 SECONDS = 10.0
-"""Longest that a reader may take for a file."""
+"""Longest that a reader may take for a file, of the processor."""
 _BYTES_A_BYTE = 64
 _LONGEST = 1 << 16
 _HOME = str(Path(hmc.__file__).parent)
@@ -72,8 +73,8 @@ def failure(reader: Reader, directory: Path, data: bytes, seconds: float = SECON
     def stop(number: int, frame: FrameType | None) -> None:
         raise TooSlow
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     tracemalloc.start()
     try:
         reader.read(directory)
@@ -85,10 +86,10 @@ def failure(reader: Reader, directory: Path, data: bytes, seconds: float = SECON
         text = "".join(traceback.format_exception(error)[-8:])
         return f"{type(error).__name__} {_where(error)}\n{text}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGPROF, before)
     return f"{peak} bytes for a file of {len(data)}" if peak > most else ""
 
 
@@ -97,8 +98,11 @@ def _where(error: BaseException) -> str:
     return f"at {ours[-1].filename.removeprefix(_HOME)}:{ours[-1].lineno}" if ours else ""
 
 
-def fuzz(name: str, seconds: float, seed: int, keep: Path | None = None) -> tuple[int, list[str]]:
-    """Change files for so long; how many were tried, and what failed, one of a cause."""
+def fuzz(
+    name: str, seed: int, seconds: float = math.inf, files: float = math.inf,
+    keep: Path | None = None,
+) -> tuple[int, list[str]]:  # fmt: skip
+    """Change files for so long, or so many; how many were tried, what failed, one of a cause."""
     reader, rng = READERS[name], random.Random(seed)
     coverage, corpus = Coverage(), list(reader.seeds())
     failures: dict[str, str] = {}
@@ -107,7 +111,7 @@ def fuzz(name: str, seconds: float, seed: int, keep: Path | None = None) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         reader.prepare(directory)
-        while time.monotonic() < end:
+        while time.monotonic() < end and tried < files:
             # Of those that reached something new, the latest more often.
             parent = corpus[-1 - int(rng.random() ** 2 * len(corpus))]
             data = waiting.pop() if waiting else changed(rng, parent, corpus, reader.name)
@@ -142,7 +146,7 @@ def main() -> int:
     names = asked.reader or list(READERS)
     wrong = 0
     for name in names:
-        tried, failures = fuzz(name, asked.minutes * 60 / len(names), asked.seed, asked.keep)
+        tried, failures = fuzz(name, asked.seed, asked.minutes * 60 / len(names), keep=asked.keep)
         print(f"{name}: {tried} files, {len(failures)} causes of failure", flush=True)
         wrong += len(failures)
     return min(wrong, 1)

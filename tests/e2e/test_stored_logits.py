@@ -69,7 +69,7 @@ def _check(directory: Path, formats: set[str]) -> None:
             assert_as_close_as_bf16(ours, directory / "twin", LENGTHS)
 
 
-QUICK = {("qwen3_moe", "nvfp4-times"), ("deepseek_v3", "gptq-order")}
+QUICK = {("qwen3_moe", "nvfp4-times")}
 CASES = [
     pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
     for name, each in STORED.items()
@@ -94,21 +94,20 @@ def test_one_format(stored: Callable[..., Path], family: str, name: str) -> None
 
 MIXED: dict[str, dict[str, str]] = {
     "attention FP8, experts INT4": {"self_attn": "fp8-channel", "mlp": "int4"},
-    "gate and up MXFP4, down FP8": {"down_proj": "fp8-channel", "mlp": "mxfp4", "": "fp8-tensor"},
-    "down by another group": {"down_proj": "int4", "mlp": "int4 by 64", "": "int8-zero"},
+    "gate and up MXFP4, down FP8": {"down_proj": "fp8-channel", "": "mxfp4"},
+    "down by another group": {
+        "down_proj": "int4",
+        "mlp": "int4 by 64",
+        "": "fp8-tensor of compressed-tensors",
+    },
     "by layer": {r"layers\.0\.": "nvfp4", r"layers\.1\.": "int8-packed"},
 }
 """Formats of compressed-tensors by regexes of modules, the first that is found in a name."""
-_ALWAYS = "gate and up MXFP4, down FP8"
 
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [
-        pytest.param(family, name, marks=() if at == 0 and name == _ALWAYS else pytest.mark.slow)
-        for name in MIXED
-        for at, family in enumerate(SIZES)
-    ],
+    [pytest.param(family, name, marks=pytest.mark.slow) for name in MIXED for family in SIZES],
 )
 def test_formats_beside_each_other(stored: Callable[..., Path], family: str, name: str) -> None:
     ways = {regex: STORED[each] for regex, each in MIXED[name].items()}
