@@ -79,8 +79,8 @@ STATED = {
     "trinity-mini": Stated("26", "3"),
     "trinity-nano": Stated("6", "1"),
 }
-"""Numbers of model cards and technical reports. Layers that look ahead, vision towers and indexers
-are not among them, or less than a hundredth."""
+"""Numbers of model cards and technical reports (see published/SOURCES.md). Layers that look ahead,
+vision towers and indexers are not among them, or less than a hundredth."""
 
 ALL = pytest.mark.parametrize("name", sorted(STATED))
 
