@@ -232,9 +232,8 @@ def _read_compressed_tensors(section: ModelConfig) -> Quantization:
     if sparsity is not None and sparsity.get_str("format", "dense") != "dense":
         raise sparsity.unsupported("format", "dense")
     section = section.section("quantization_config") or section
-    transforms = section.section("transform_config")
-    if transforms is not None and transforms.section("config_groups") is not None:
-        raise transforms.unsupported("config_groups", "weights without transforms")
+    if (transforms := section.section("transform_config")) is not None:
+        _check_transforms(transforms)
     named: dict[str, Storages] = {}
     notes: dict[Note, None] = {}
     groups = section.section("config_groups")
@@ -260,6 +259,23 @@ def _read_compressed_tensors(section: ModelConfig) -> Quantization:
         _skips=lambda module: ignored(module) is True,
         _of=targeted(section, "targets", named),
     )
+
+
+def _check_transforms(transforms: ModelConfig) -> None:
+    """Refuse transforms (rotations) that activations go through. Those of weights are in the
+    weights as they are stored, on both sides of what they change, and nothing is left to do.
+    """
+    groups = transforms.section("config_groups")
+    for name in groups.values if groups is not None else ():
+        scheme = groups.section(name) if groups is not None else None
+        places = scheme.values.get("apply") if scheme is not None else None
+        for place in places if isinstance(places, list) and places else [None]:
+            location = place.get("location") if isinstance(place, dict) else None
+            if location not in ("weight_input", "weight_output"):
+                raise transforms.error(
+                    f"config_groups.{name}",
+                    f"transforms at {location}; hmc reads those in stored weights alone",
+                )
 
 
 def _of_group(section: ModelConfig, group: ModelConfig) -> Storages:

@@ -201,6 +201,12 @@ class Format:
         return self.codes.bits or DTYPE_BITS[self.codes.dtypes[0]]
 
     @property
+    def weight_bits(self) -> float:
+        """Bits of the codes of one weight; of a format of blocks those of its share of a block."""
+        columns, size = self.codes.block
+        return 8 * size / columns if size else self.code_bits
+
+    @property
     def terms(self) -> int:
         """Numbers in bf16 whose sum a code is: what a GPU multiplies by, one after the other."""
         return 1 if self.values else {"F32": 3, "F16": 2}.get(self.codes.dtypes[0], 1)

@@ -63,17 +63,32 @@ _TERM_BYTES = 2 + 2 * _TERMS * (1 + 4 / 128)
 them written and read."""
 
 
-def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
-    """Weight bytes/s of decode matmuls in a format at `tokens` tokens a call, between the measured
-    points linearly, beyond them as the nearest; `MachineError` for a format without any.
+def declared_as(rates: CpuRates, form: str) -> str:
+    """The format whose rates count for `form`: itself, or where the machine declares none for it
+    the one with the nearest number of bits a weight (of two such the smaller one).
     """
+    declared = {point.format for point in rates.gemv}
+    if form in declared:
+        return form
+    bits = format_of(form).weight_bits
+
+    def distance(other: str) -> tuple[float, float]:
+        own = format_of(other).weight_bits
+        return abs(own - bits), own
+
+    if not declared:
+        raise MachineError("the machine declares no gemv rates: `hmc probe` measures them")
+    return min(sorted(declared), key=distance)
+
+
+def gemv_rate(rates: CpuRates, form: str, tokens: float) -> float:
+    """Weight bytes/s of decode matmuls in a format (see `declared_as`) at `tokens` tokens a call,
+    between the measured points linearly, beyond them as the nearest.
+    """
+    form = declared_as(rates, form)
     points = sorted(
         (point.tokens, point.rate.value) for point in rates.gemv if point.format == form
     )
-    if not points:
-        raise MachineError(
-            f"the machine declares no gemv rate for {form} weights: add one to its rates"
-        )
     if tokens <= points[0][0]:
         return points[0][1]
     for (low, slow), (high, fast) in pairwise(points):
@@ -87,6 +102,7 @@ def expert_rate(rates: CpuRates, form: str, tokens: float) -> float:
     what one token's experts reach of one token's gemv. Many small matrices that begin and end run
     slower than a large one.
     """
+    form = declared_as(rates, form)
     own = next((each.rate.value for each in rates.experts if each.format == form), None)
     share = 1.0 if own is None else own / gemv_rate(rates, form, 1)
     return share * gemv_rate(rates, form, tokens)

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hmc.errors import CapacityError
+from hmc.formats import format_of
 from hmc.passes.emit.hybrid import hybrid_phase
 from hmc.passes.place.solver import Item, solve
 from hmc.passes.records import Base, Budget, Notes
 from hmc.plan import LayerPlacement, Plan
 from hmc.plan.memory import placed_bytes, stored_expert_bytes
 from hmc.plan.routing_profile import RoutingCounts, RoutingProfile
-from hmc.predict.cost import cpu_expert_seconds, gpu_expert_seconds
+from hmc.predict.cost import cpu_expert_seconds, declared_as, gpu_expert_seconds
 from hmc.ranges import ranges
 
 WORTHWHILE = 1.1
@@ -61,6 +62,7 @@ class ExpertPlacement:
             placement = ()
         if base.budget is None:
             return notes.on(plan)
+        _note_rates(plan, notes)
         homes = {each.layer: each for each in placement}
         phases = tuple(hybrid_phase(phase, homes) for phase in plan.phases)
         return notes.on(plan, placement=placement, phases=phases)
@@ -109,6 +111,20 @@ class ExpertPlacement:
             f" are recommended from {WORTHWHILE} times that on",
         )
         return pinned if keep else _placed(plan, budgets, None, notes)
+
+
+def _note_rates(plan: Plan, notes: Notes) -> None:
+    """Say which formats of weights are taken for others, whose rates are known."""
+    rates = plan.machine.known_rates
+    forms = {each.format for each in plan.experts} | {each.format for each in plan.weights}
+    for form in sorted(forms):
+        other = declared_as(rates, form)
+        if other != form and format_of(form).scales:
+            notes.decide(
+                f"rates of {form}",
+                f"as {other}",
+                f"machine {plan.machine.name} declares none for it; {other} is nearest in bits",
+            )
 
 
 def _placed(

@@ -233,7 +233,12 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("format", "marlin-24", "format 'marlin-24'"),
         ("config_groups.group_0.weights.symmetric", "no", "must be true or false"),
         ("sparsity_config", {"format": "sparse-24"}, "format is 'sparse"),
-        ("transform_config.config_groups", {"R1": {}}, "hmc reads weights without transforms"),
+        ("transform_config.config_groups", {"R1": {}}, "R1 transforms at None"),
+        (
+            "transform_config.config_groups",
+            {"R3": {"apply": [{"location": "weight_input"}, {"location": "q_attn"}]}},
+            "R3 transforms at q_attn",
+        ),
         ("config_groups", None, "config_groups is missing"),
         ("config_groups.group_0", None, "group_0 is null"),
         ("config_groups.group_0.targets", [], "targets are missing"),

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import errors, parity, tiny_plan
 from played import executor
 from reference import load_model, run
 from split_plans import STREAM, split_plan
-from tiny_models import Floats, families, oracle, prompt
+from tiny_models import families, oracle, prompt
 
 import hmc
 from hmc.checkpoint import Checkpoint
@@ -82,29 +83,14 @@ def _assert_as_close_as_bf16(directories: list[Path], slack: float, flips: float
     of tokens that may err by over 5 % beyond those of transformers: a near tie of a router goes
     another way in each arithmetic, and tokens after it hear of it.
     """
-    prefill, decode, theirs = [], [], []
     for directory in directories:
         exact = oracle(directory, torch.float32)
         blocks = run(load_model(directory).module, prompt()).numpy()
         assert np.abs(blocks - exact).max() < 2e-4 * np.abs(exact).max()
-        with hmc.Engine(_plan(directory), threads=2) as engine:
-            prefill.append(_errors(engine.logits(prompt()), exact))
-            decode.append(_errors(engine.decode_logits(prompt()), exact))
-        theirs.append(_errors(oracle(directory, torch.bfloat16), exact))
-    bound = np.concatenate(theirs)
-    for found in map(np.concatenate, (prefill, decode)):
+    *ours, bound = parity(directories)
+    for found in ours:
         assert np.median(found) <= slack * np.median(bound), (np.median(found), np.median(bound))
         assert (found > 0.05).mean() <= (bound > 0.05).mean() + flips
-
-
-def _plan(directory: Path) -> hmc.Plan:
-    return hmc.compile(directory, max_chunk=32, max_context=64, threads=2)
-
-
-def _errors(found: Floats, exact: Floats) -> Floats:
-    """Relative L2 error of every token's logits."""
-    assert found.shape == exact.shape and np.isfinite(found).all()
-    return np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact, axis=1)
 
 
 @pytest.mark.slow
@@ -112,7 +98,7 @@ def _errors(found: Floats, exact: Floats) -> Floats:
 def test_devices(family: str, tiny: Tiny) -> None:
     """GPUs that the CPU plays give what the CPU alone gives, whatever of the prompt they take."""
     directory = tiny(family)
-    with hmc.Engine(_plan(directory), threads=2) as engine:
+    with hmc.Engine(tiny_plan(directory), threads=2) as engine:
         expected = engine.decode_logits(prompt())
     plan = split_plan(directory, max_context=64, max_chunk=32, switches=True)
     names = [phase.name for phase in plan.phases]
@@ -125,7 +111,7 @@ def test_devices(family: str, tiny: Tiny) -> None:
             rows = [last[-1].copy()]
             rows += [found.decode([sequence], ids[-2 + n :][:1])[0].copy() for n in range(2)]
             found.release(sequence)
-            assert np.median(_errors(np.stack(rows), expected[-3:])) < 0.03, phase
+            assert np.median(errors(np.stack(rows), expected[-3:])) < 0.03, phase
 
 
 @pytest.mark.slow
@@ -134,7 +120,7 @@ def test_greedy(family: str, tiny: Tiny) -> None:
     """Tokens depend neither on threads nor on who shares the batch."""
     directory, answers = tiny(family), set()
     for threads in (1, 2, 3):
-        with hmc.Engine(_plan(directory), threads=threads) as engine:
+        with hmc.Engine(tiny_plan(directory), threads=threads) as engine:
             answer = engine.generate(prompt(20), max_new_tokens=12).token_ids
             answers.add(tuple(answer))
             alone = [engine.decode_logits(prompt(n)) for n in (3, 9)]
@@ -150,14 +136,14 @@ def test_greedy(family: str, tiny: Tiny) -> None:
 @pytest.mark.slow
 @ALL
 def test_plan_is_deterministic(family: str, tiny: Tiny) -> None:
-    assert canonical_json(_plan(tiny(family))) == canonical_json(_plan(tiny(family)))
+    assert canonical_json(tiny_plan(tiny(family))) == canonical_json(tiny_plan(tiny(family)))
 
 
 @ALL
 def test_tensors_left_aside_are_counted(family: str, tiny: Tiny) -> None:
     """Each of the checkpoint's tensors is read, or counted with a reason."""
     directory = tiny(family)
-    plan = _plan(directory)
+    plan = tiny_plan(directory)
     aside = [each for each in plan.decisions if each.by == "checkpoint"]
     counted = sum(int(each.choice.split()[0]) for each in aside)
     tensors = Checkpoint.open(directory).tensors

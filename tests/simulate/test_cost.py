@@ -19,6 +19,7 @@ from hmc.plan import Plan, Step
 from hmc.predict.cost import (
     Call,
     CostModel,
+    declared_as,
     gemv_rate,
 )
 
@@ -102,8 +103,15 @@ def _rates(*points: tuple[str, int, float]) -> CpuRates:
 def test_gemv_rates_lie_between_the_measured_points() -> None:
     rates = _rates(("fp8", 8, 50.0), ("fp8", 1, 100.0), ("bf16", 1, 7.0))
     assert [gemv_rate(rates, "fp8", tokens) for tokens in (1, 4.5, 8, 99)] == [100, 75, 50, 50]
-    with pytest.raises(MachineError, match="no gemv rate for int4"):
-        gemv_rate(rates, "int4", 1)
+
+
+def test_formats_without_a_rate_take_that_of_the_nearest() -> None:
+    rates = _rates(("fp8", 1, 100.0), ("bf16", 1, 7.0), ("int4", 1, 50.0))
+    for form, near in (("nvfp4", "int4"), ("q5_k", "int4"), ("mxfp8", "fp8"), ("fp16", "bf16")):
+        assert declared_as(rates, form) == near
+        assert gemv_rate(rates, form, 1) == gemv_rate(rates, near, 1)
+    with pytest.raises(MachineError, match="declares no gemv rates"):
+        gemv_rate(_rates(), "int4", 1)
 
 
 @pytest.fixture(scope="module")
