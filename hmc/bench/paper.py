@@ -174,7 +174,8 @@ def rows(peak: bool = False) -> list[Row]:
     """Every published figure with ours, with GPUs as they are expected to be or at the `peak` that
     their data sheets give; takes the compilation of four plans.
     """
-    fitted = fitted_figures(load_machine(ONE)) | fitted_figures(load_machine(TWO))
+    machines = [load_machine(name) for name in (ONE, TWO)]
+    fitted = frozenset().union(*(fitted_figures(m.at_peak() if peak else m) for m in machines))
     beds = _Beds(peak)
     found = []
     for metric, published, unit, what in _PUBLISHED:

@@ -44,7 +44,8 @@ class Rate(Frozen):
     `source` says where from ("measured 2026-03-01", a data sheet, a publication), `spread` is the
     relative spread of the measurement (0: unknown), `peak` the data sheet's number. A fitted value
     was chosen so that the simulator meets the figures named in `fitted_to`; whatever is compared
-    with those is a calibration, no evidence.
+    with those is a calibration, no evidence, also where the simulator has changed since and misses
+    them. The label goes when the value does.
     """
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]

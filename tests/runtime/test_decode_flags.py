@@ -131,20 +131,23 @@ def test_tokens_are_the_cpu_plans(family: str, quant: str, checkpoint: Checkpoin
     prompts = [prompt(9, seed) for seed in (1, 2, 3)]
     with executor(cpu_plan, directory) as cpu:
         expected = [answer(cpu, ids, 8, "decode") for ids in prompts]
-    same = 0
+    same, first = 0, None
     for delays in (1, 2):
         with executor(split_plan(directory, held=0.4), directory, delays=delays) as found:
             assert phase_of(found, "decode").program is not None
-            for ids, (tokens, logits) in zip(prompts, expected, strict=True):
-                mine, others = answer(found, ids, 8, "decode")
-                agree = next((n for n in range(8) if mine[n] != tokens[n]), 8)
-                same += agree == 8
-                if agree < 8:  # only where rounding decides between two tokens
-                    best = np.sort(logits[agree])[-2:]
-                    assert best[1] - best[0] < 0.03 * np.linalg.norm(logits[agree])
-                if agree:  # of one row alone a router that flips would decide
-                    near = np.linalg.norm(others[:agree] - logits[:agree], axis=1)
-                    assert np.median(near / np.linalg.norm(logits[:agree], axis=1)) < 0.03
+            answers = [answer(found, ids, 8, "decode") for ids in prompts]
+        given = np.stack([logits for _, logits in answers])
+        first = given if first is None else first
+        assert np.array_equal(given, first)  # what differs from the CPU's is no matter of timing
+        for (mine, others), (tokens, logits) in zip(answers, expected, strict=True):
+            agree = next((n for n in range(8) if mine[n] != tokens[n]), 8)
+            same += agree == 8
+            if agree < 8:  # only where rounding decides between two tokens
+                best = np.sort(logits[agree])[-2:]
+                assert best[1] - best[0] < 0.03 * np.linalg.norm(logits[agree])
+            if agree:  # of one row alone a router that flips would decide
+                near = np.linalg.norm(others[:agree] - logits[:agree], axis=1)
+                assert np.median(near / np.linalg.norm(logits[:agree], axis=1)) < 0.03
     assert same >= 4
 
 
