@@ -90,7 +90,7 @@ class PrefillWorker(Closing):
         """
         if plan.kv.bytes_per_sequence:
             raise UnsupportedError(
-                "a prefill process for a model that keeps states a sequence: prompts that it loses"
+                "a prefill process for a cache of windows or states a sequence: prompts that it loses"
                 " half way could not go on; run without one"
             )
         self._setup = Setup(Shared.of(plan, store, directory), cache.descriptor, tuple(cpus))
