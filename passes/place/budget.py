@@ -120,9 +120,7 @@ def _default(model: int) -> int:
     return min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
 
 
-def _host_tokens(
-    needs: Needs, cache: KVLayout, target: Target, asked: int, notes: Notes
-) -> int:
+def _host_tokens(needs: Needs, cache: KVLayout, target: Target, asked: int, notes: Notes) -> int:
     """Context length on the CPU alone."""
     if asked:
         notes.decide("context length", f"{asked} tokens", "asked for")

@@ -1,5 +1,5 @@
-"""Whether layers that see a window keep all of a context, or rings of pages: the window and what one
-call appends.
+"""Whether layers that see a window keep all of a context, or rings of pages: the window and what
+one call appends.
 
 Contract
     * rings are for plans of the CPU alone, whose calls are chunks: on GPUs whole prompts are
@@ -17,6 +17,8 @@ from hmc.plan import KVLayout
 from hmc.plan.options import Options
 
 _SUBJECT = "cache of windows"
+_SNAPSHOTS = 4
+"""Of what rings save, this part may go to more snapshots than there are sequences."""
 
 
 def windowed(cache: KVLayout, options: Options, context: int, notes: Notes) -> KVLayout:
@@ -29,7 +31,7 @@ def windowed(cache: KVLayout, options: Options, context: int, notes: Notes) -> K
     whole, less = (_bytes(each, pages) for each in (cache, rings))
     if least := min(rings.snapshots, options.max_batch):
         saved = whole - _bytes(rings.model_copy(update={"snapshots": least}), pages)
-        spare = max(0, saved) // 2 // rings.bytes_per_snapshot
+        spare = max(0, saved) // _SNAPSHOTS // rings.bytes_per_snapshot
         rings = rings.model_copy(update={"snapshots": min(rings.snapshots, least + spare)})
         less = _bytes(rings, pages)
     fewer = less < whole
