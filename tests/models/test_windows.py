@@ -87,7 +87,8 @@ def answers(
     ("family", "chunk"),
     [
         ("attending", 1),
-        *((family, c) for family in ("attending", "mimo_v2_flash", "laguna") for c in (7, 64)),
+        *((family, c) for family in ("attending", "mimo_v2_flash") for c in (7, 64)),
+        *(pytest.param("laguna", c, marks=pytest.mark.slow) for c in (7, 64)),
     ],
 )
 def test_the_same_bits(family: str, chunk: int, checkpoint: Callable[[str], Path]) -> None:
