@@ -186,9 +186,12 @@ class _Recorder:
     def array(self, key: Hashable, values: npt.NDArray[Any]) -> int:
         return _number(("array", values.shape, values.tobytes()))
 
+    def table(self, layer: int) -> Any:
+        return self
+
     @property
     def ctypes(self) -> Any:
-        """Of `kv.tables`, which this is too."""
+        """Of a page table, which this is too."""
         return SimpleNamespace(data=_number("block tables"))
 
     @property

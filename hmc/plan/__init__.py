@@ -36,7 +36,7 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
-from hmc.plan.states import KVLayout, state_groups
+from hmc.plan.states import KVLayout, StateGroup, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "Phase",
     "Plan",
     "Slot",
+    "StateGroup",
     "Step",
     "StoredPart",
     "StoredPlane",

@@ -218,4 +218,4 @@ class DeviceMemory:
 
 
 def _cache(plan: Plan) -> int:
-    return sum(aligned(plan.kv.rows(state) * state.bytes) for _, state in plan.kv.each())
+    return sum(aligned(plan.kv.rows(layer, state) * state.bytes) for layer, state in plan.kv.each())

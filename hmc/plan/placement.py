@@ -163,12 +163,19 @@ def check_limits(plan: Plan) -> None:
         and 0 < limits.max_chunk <= limits.max_context
         and 0 < limits.max_batch <= min(kv.capacity_tokens // kv.block, kv.sequences)
         and kv.slots < _MOST_TOKENS
+        and all(kv.rows(layer, state) < _MOST_TOKENS for layer, state in kv.each())
         and plan.threads > 0
     ):
         raise VerifyError(
             f"limits: a cache of {kv.capacity_tokens} tokens in blocks of {kv.block} is none for"
             f" contexts of {limits.max_context}, chunks of {limits.max_chunk} and"
             f" {limits.max_batch} sequences"
+        )
+    cpu = all(step.resource == "cpu" for phase in plan.phases for step in phase.steps)
+    if kv.room not in (0, limits.max_chunk) or (kv.room and not cpu):
+        raise VerifyError(
+            f"the KV cache has rings for calls of {kv.room} tokens: those of chunks are of"
+            f" {limits.max_chunk}, and where GPUs compute there are none"
         )
     if len(set(kv.layers)) != len(kv.layers):
         raise VerifyError("the KV cache has a layer twice")

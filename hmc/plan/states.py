@@ -5,7 +5,7 @@ Hides pages, slots and how states of several ops of a layer come together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,6 +25,14 @@ class StateGroup(Frozen):
         """Bytes of one token or sequence in all layers of the group."""
         return len(self.layers) * sum(state.bytes for state in self.states if state.per == per)
 
+    @property
+    def window(self) -> int:
+        """The most positions that tokens see of the group's states a token; 0: all, or none are
+        kept.
+        """
+        windows = [state.window for state in self.states if state.per == "token"]
+        return max(windows, default=0) if all(windows) else 0
+
 
 class KVLayout(Frozen):
     """What all layers keep between calls, by layer and name of a state.
@@ -32,12 +40,18 @@ class KVLayout(Frozen):
     States a token are in pages of `block` tokens, which all layers number alike; `capacity_tokens`
     fit. States a sequence are in slots: one for each of `sequences`, and `snapshots` more that hold
     those of prompts as they were at the end of a page, for prompts that begin alike.
+
+    Where `room` is not 0, layers that see a window keep no more than that of a sequence, and what a
+    call of up to `room` tokens appends: a ring of pages a sequence, the j-th of which holds those
+    of its pages j, j + ring, j + 2 ring, ... that was written last. Such layers have `tail` pages
+    for each snapshot.
     """
 
     block: Annotated[int, Field(ge=1)]
     capacity_tokens: Count
     sequences: Count
     snapshots: Count = 0
+    room: Count = 0
     groups: tuple[StateGroup, ...]
 
     @property
@@ -77,19 +91,56 @@ class KVLayout(Frozen):
         """Slots there are: those of sequences, then those of snapshots."""
         return self.sequences + self.snapshots
 
-    def rows(self, state: State) -> int:
-        """How many tokens or slots a state's tensor has room for."""
-        return self.slots if state.per == "sequence" else self.blocks * self.block
+    def ring(self, group: StateGroup) -> int:
+        """Pages that a sequence has in each layer of a group; 0: as many as its length needs."""
+        if not (self.room and group.window):
+            return 0
+        return -(-(group.window - 1 + self.room) // self.block) + 1
+
+    def tail(self, group: StateGroup) -> int:
+        """Pages of a ring that tokens after the end of a page see."""
+        return -(-(group.window - 1) // self.block) if self.ring(group) else 0
+
+    def ring_of(self, layer: int) -> int:
+        """The `ring` of a layer's group."""
+        return next((self.ring(group) for group in self.groups if layer in group.layers), 0)
+
+    def rows(self, layer: int, state: State) -> int:
+        """How many tokens or slots the tensor of a layer's state has room for."""
+        if state.per == "sequence":
+            return self.slots
+        group = next(group for group in self.groups if layer in group.layers)
+        pages = self.blocks
+        if ring := self.ring(group):
+            pages = self.sequences * ring + self.snapshots * self.tail(group)
+        return pages * self.block
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token over all layers."""
-        return sum(group.bytes_per("token") for group in self.groups)
+        """Bytes over all layers that one token more of a sequence takes."""
+        return sum(group.bytes_per("token") for group in self.groups if not self.ring(group))
 
     @property
     def bytes_per_sequence(self) -> int:
         """Bytes over all layers that a sequence takes whatever its length."""
-        return sum(group.bytes_per("sequence") for group in self.groups)
+        return self._kept(self.ring)
+
+    @property
+    def bytes_per_snapshot(self) -> int:
+        """Bytes over all layers that a snapshot takes."""
+        return self._kept(self.tail)
+
+    @property
+    def bytes_of_sequences(self) -> int:
+        """Bytes of everything that does not grow with tokens."""
+        kept = self.snapshots * self.bytes_per_snapshot
+        return self.sequences * self.bytes_per_sequence + kept
+
+    def _kept(self, pages: Callable[[StateGroup], int]) -> int:
+        return sum(
+            group.bytes_per("sequence") + pages(group) * self.block * group.bytes_per("token")
+            for group in self.groups
+        )
 
 
 def state_groups(kept: Iterable[tuple[int, Iterable[State]]]) -> tuple[StateGroup, ...]:

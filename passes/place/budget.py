@@ -7,6 +7,7 @@ Contract
       part; both are recorded as decisions
     * an explicit context length is kept. Else with GPUs it is what gpu0 holds, on the CPU alone the
       largest that leaves a tenth of the memory free; at most 32,768 and the model's own
+    * where the CPU works alone, windows have rings where they take less (place/windows.py)
     * a host too small is no error here: plans are made for machines that are not at hand. The
       ledger shows it, and a run refuses
 """
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 from hmc.errors import CapacityError, UsageError
 from hmc.ops.row import PAGED
+from hmc.passes.place.windows import whole_windows, windowed
 from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
-from hmc.plan import Limits
+from hmc.plan import KVLayout, Limits
 from hmc.plan.memory import PAGED_SCRATCH, SCRATCH, context_scratch
 from hmc.plan.options import Options
 
@@ -40,10 +42,13 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
         )
     notes = Notes("budget")
     budget = divide(needs, target, options, notes)
+    cache = needs.cache
     if budget is None:
-        tokens = _host_tokens(needs, target, asked, notes)
+        cache = windowed(cache, options, asked or _default(model), notes)
+        tokens = _host_tokens(needs, cache, target, asked, notes)
     else:
         tokens = budget.tokens
+        whole_windows(cache, notes)
         notes.decide(
             "context length",
             f"{tokens} tokens, {options.concurrency} sequence(s)",
@@ -51,15 +56,13 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
             f" of dense weights and {budget.cache / 1e9:.1f} GB of cache in"
             f" {budget.usable[0] / 1e9:.1f} GB",
         )
-    block = needs.cache.block
+    block = cache.block
     held = -(-tokens // block) * block * options.concurrency + _partial_blocks(needs, options)
+    chunk = min(options.max_chunk, tokens)
+    sizes = {"capacity_tokens": held, "room": min(cache.room, chunk)}
     return Capacity(
-        Limits(
-            max_context=tokens,
-            max_chunk=min(options.max_chunk, tokens),
-            max_batch=options.max_batch,
-        ),
-        needs.cache.model_copy(update={"capacity_tokens": held}),
+        Limits(max_context=tokens, max_chunk=chunk, max_batch=options.max_batch),
+        cache.model_copy(update=sizes),
         budget,
         tuple(notes.made),
     )
@@ -90,7 +93,7 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
     attention = context_scratch(needs.cache, tokens)
     workspace += attention
     cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
-    cache += needs.cache.slots * needs.cache.bytes_per_sequence
+    cache += needs.cache.bytes_of_sequences
     beside = [usable[0] - cache - workspace, *(each - SCRATCH - attention for each in usable[1:])]
     room = [beside[0] - dense, *beside[1:]]
     ring = 0
@@ -112,16 +115,21 @@ def _partial_blocks(needs: Needs, options: Options) -> int:
     return needs.cache.block * (options.max_batch - 1)
 
 
-def _host_tokens(needs: Needs, target: Target, asked: int, notes: Notes) -> int:
+def _default(model: int) -> int:
+    """The most tokens of context that a plan has without being asked for more."""
+    return min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
+
+
+def _host_tokens(needs: Needs, cache: KVLayout, target: Target, asked: int, notes: Notes) -> int:
     """Context length on the CPU alone."""
     if asked:
         notes.decide("context length", f"{asked} tokens", "asked for")
         return asked
     model, weights = target.info.context, sum(needs.kinds.values()) + needs.experts
     free = int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
-    free -= needs.cache.slots * needs.cache.bytes_per_sequence
-    fits = max(0, free) // max(1, needs.cache.bytes_per_token)
-    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
+    free -= cache.bytes_of_sequences
+    fits = max(0, free) // max(1, cache.bytes_per_token)
+    limit = _default(model)
     tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST, limit))
     notes.decide(
         "context length",
@@ -141,9 +149,9 @@ def _gpu_tokens(
     per_token = needs.cache.bytes_per_token
     attention = context_scratch(needs.cache, 1)
     free = usable - dense - workspace - per_token * _partial_blocks(needs, options)
-    free -= needs.cache.slots * needs.cache.bytes_per_sequence
+    free -= needs.cache.bytes_of_sequences
     fits = max(0, free) // max(1, per_token * options.concurrency + attention)
-    limit = min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
+    limit = _default(model)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:

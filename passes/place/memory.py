@@ -44,9 +44,11 @@ def _sequence_states(plan: Plan, home: str) -> list[LedgerItem]:
     kv, each = plan.kv, plan.kv.bytes_per_sequence
     if not each:
         return []
-    kept = f"{kv.snapshots} snapshots" if kv.snapshots else "no prompt reused"
-    detail = f"{kv.sequences} sequences, {kept}, {each} B each"
-    return [_item(home, "sequence states", kv.slots * each, detail)]
+    kept = "no prompt reused"
+    if kv.snapshots:
+        kept = f"{kv.snapshots} snapshots of {kv.bytes_per_snapshot} B"
+    detail = f"{kv.sequences} sequences of {each} B, {kept}"
+    return [_item(home, "sequence states", kv.bytes_of_sequences, detail)]
 
 
 def _weights(plan: Plan, needs: Needs, home: str) -> dict[tuple[str, str], int]:

@@ -164,10 +164,10 @@ class GpuMemory:
     def _cache(self, layout: KVLayout) -> None:
         for name in dict.fromkeys(state.name for _, state in layout.each()):
             found = [(layer, state) for layer, state in layout.each() if state.name == name]
-            size = sum(aligned(layout.rows(state) * state.bytes) for _, state in found)
+            size = sum(aligned(layout.rows(layer, state) * state.bytes) for layer, state in found)
             raw, start = self._had(size, f"cache of {name}"), 0
             for layer, state in found:
-                rows = layout.rows(state)
+                rows = layout.rows(layer, state)
                 flat = raw[start : start + rows * state.bytes].view(TORCH_TYPES[state.dtype])
                 # padded reads of unwritten rows are multiplied by 0, which NaN would survive
                 self.caches[layer, name] = flat.view(rows, state.width).zero_()

@@ -60,7 +60,7 @@ def _argument(low: Lowering, step: Step, arg: Arg) -> int | float:
     """What an argument's name says; 0 for operands and weights that a step lacks."""
     match arg.name:
         case "tables":
-            return int(low.kv.tables.ctypes.data)
+            return int(low.kv.table(step.layer).ctypes.data)
         case "table_stride":
             return int(low.kv.tables.shape[1])
         case "sequence":

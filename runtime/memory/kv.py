@@ -4,15 +4,18 @@ that may come again.
 
 A layer has a tensor for each of its states, as the kernels of codegen/spec.py read them. In pages:
 keys and values [blocks, kv_heads, block, head_dim], latents [blocks, block, rank + rope]; all
-layers share one numbering of blocks, so a sequence has one row of the page table. In slots:
-[slots, width], of which a sequence has the one that is numbered as its row, all zeros when it is
-opened. Devices that keep states of their own (`attach`) follow.
+layers share one numbering of blocks, so a sequence has one row of the page table. But where the
+layout has rings for layers that see a window, these have tables of their own, which never change: a
+sequence has the ring numbered as its row. In slots: [slots, width], of which a sequence has the one
+that is numbered as its row, all zeros when it is opened. Devices that keep states of their own
+(`attach`) follow.
 
 Prefix reuse: full blocks of prompt tokens can be kept when their sequence is released, and a new
 sequence whose prompt begins with the same tokens shares them, read-only. Only what a *prefill*
 wrote is kept: a decode step computes the same values by other kernels, whose rounding may differ,
 and an answer must not depend on whether its prompt was an answer before. Where layers keep states a
-sequence, blocks are shared up to one for whose end there is a snapshot of them (snapshots.py).
+sequence or rings, blocks are shared up to one for whose end there is a snapshot of them
+(snapshots.py).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import CapacityError, ExecutionError
-from hmc.plan import KVLayout
+from hmc.plan import KVLayout, StateGroup
 from hmc.runtime.memory.blocks import LINE, Block, aligned
 from hmc.runtime.memory.prefix import PrefixIndex
 from hmc.runtime.memory.snapshots import Snapshots
@@ -146,7 +149,8 @@ class KVCache:
     """The states of every layer for as many sequences as the layout says, of up to `max_context`
     tokens each.
 
-    `tables` is i32 [sequences, blocks a sequence can need]; kernels read it in place.
+    `tables` is i32 [sequences, blocks a sequence can need]; kernels read it, or the `table` of
+    their layer, in place.
     """
 
     def __init__(self, layout: KVLayout, max_context: int, memory: Block | None = None) -> None:
@@ -161,6 +165,11 @@ class KVCache:
         self._per_sequence = -(-max_context // layout.block)
         shape = (layout.sequences, self._per_sequence)
         self.tables: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+        row, page = np.indices(shape, np.int32)
+        self._rings = {
+            ring: row * np.int32(ring) + page % np.int32(ring)
+            for ring in {layout.ring(group) for group in layout.groups} - {0}
+        }
         self._offsets, end = _places(layout)
         self._memory = memory or Block(end, f"KV cache of {self.capacity_tokens} tokens")
         if self._memory.size < end:
@@ -187,11 +196,17 @@ class KVCache:
         block, dim] in pages, or [slots, width].
         """
         found, start = self.layout.state(layer, state), self._offsets[layer, state]
-        size = self.layout.rows(found) * found.bytes
+        size = self.layout.rows(layer, found) * found.bytes
         flat = self._memory.array[start : start + size].view(_TYPES[found.dtype])
         if found.per == "sequence":
             return flat.reshape(self.layout.slots, found.width)
-        return flat.reshape(self.allocator.count, heads, self.block, found.width // heads)
+        return flat.reshape(-1, heads, self.block, found.width // heads)
+
+    def table(self, layer: int) -> npt.NDArray[np.int32]:
+        """The page table of a layer, shaped as `tables`, which it is but where the layer has rings;
+        it stays where it is.
+        """
+        return self._rings.get(self.layout.ring_of(layer), self.tables)
 
     def attach(self, follower: Follower) -> None:
         """Have a device's slots follow what happens to sequences."""
@@ -229,11 +244,11 @@ class KVCache:
         if sequence.blocks or sequence.length:
             raise ExecutionError(f"sequence in cache row {sequence.row} is not empty")
         blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block)
-        if self._slots:
+        if self.layout.bytes_per_sequence:
             while blocks and blocks[-1] not in self.snapshots:
                 blocks.pop()
             if blocks:
-                self.snapshots.restore(blocks[-1], sequence.row)
+                self.snapshots.restore(blocks[-1], sequence.row, len(blocks))
         self.allocator.share(blocks)
         sequence.blocks = blocks
         sequence.length = len(blocks) * self.block
@@ -253,10 +268,10 @@ class KVCache:
                 sequence.indexed += 1
             else:
                 sequence.alone = True
-        if self._slots and full and full * self.block == sequence.length:
+        if self.layout.bytes_per_sequence and full and full * self.block == sequence.length:
             known = self._prefixes.match(ids, full)  # its own blocks, or those that hold the same
             if len(known) == full:
-                self.snapshots.keep(known[-1], sequence.row)
+                self.snapshots.keep(known[-1], sequence.row, full)
 
     def reserve(self, sequence: Sequence, tokens: int) -> None:
         """Make room for `tokens` more tokens after `sequence.length`.
@@ -301,8 +316,30 @@ class KVCache:
         self._prefixes.forget(block)
         self.snapshots.forget(block)
 
-    def _copy(self, source: int, target: int) -> None:
-        """Copy the states a sequence of one slot to another."""
+    def _ring(
+        self, group: StateGroup, slot: int, pages: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Where some of a sequence's pages are in the tensors of a group, in its ring or in a
+        snapshot.
+        """
+        ring, tail, rings = self.layout.ring(group), self.layout.tail(group), len(self.tables)
+        if slot < rings:
+            return slot * ring + pages % ring
+        return rings * ring + (slot - rings) * tail + pages % tail
+
+    def _copy(self, source: int, target: int, pages: int) -> None:
+        """Copy the states a sequence of one slot, after so many pages, to another; of rings the
+        pages that tokens from there on see.
+        """
+        for group in self.layout.groups:
+            if tail := self.layout.tail(group):
+                behind = np.arange(max(0, pages - tail), pages)
+                came, goes = (self._ring(group, slot, behind) for slot in (source, target))
+                for layer in group.layers:
+                    for state in group.states:
+                        if state.per == "token":
+                            held = self.array(layer, state.name)
+                            held[goes] = held[came]
         for slots in self._slots:
             slots[target] = slots[source]
         for follower in self._followers:
@@ -319,5 +356,5 @@ def _places(layout: KVLayout) -> tuple[dict[tuple[int, str], int], int]:
     offsets, end = {}, 0
     for layer, state in layout.each():
         offsets[layer, state.name] = end
-        end += aligned(layout.rows(state) * state.bytes, LINE)
+        end += aligned(layout.rows(layer, state) * state.bytes, LINE)
     return offsets, end

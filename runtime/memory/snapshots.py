@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 class Snapshots:
     """Slots by the page at whose end the states in them were taken."""
 
-    def __init__(self, slots: Iterable[int], copy: Callable[[int, int], None]) -> None:
-        """`copy(from, to)` copies all states of a slot to another."""
+    def __init__(self, slots: Iterable[int], copy: Callable[[int, int, int], None]) -> None:
+        """`copy(from, to, pages)` copies all states of a slot, after so many pages, to another."""
         self._free = list(slots)[::-1]
         self._copy = copy
         self._slots: OrderedDict[int, int] = OrderedDict()
@@ -27,9 +27,9 @@ class Snapshots:
     def __contains__(self, page: int) -> bool:
         return page in self._slots
 
-    def keep(self, page: int, row: int) -> None:
-        """Keep the states in slot `row` as those at the end of a page, if there is any room and
-        they are not kept already.
+    def keep(self, page: int, row: int, pages: int) -> None:
+        """Keep the states in slot `row` as those at the end of a page, the sequence's `pages`-th,
+        if there is any room and they are not kept already.
         """
         if page in self._slots:
             self._slots.move_to_end(page)
@@ -39,12 +39,14 @@ class Snapshots:
                 return
             self._free.append(self._slots.popitem(last=False)[1])
         slot = self._free.pop()
-        self._copy(row, slot)
+        self._copy(row, slot, pages)
         self._slots[page] = slot
 
-    def restore(self, page: int, row: int) -> None:
-        """Put the states kept for a page, which there must be, into slot `row`."""
-        self._copy(self._slots[page], row)
+    def restore(self, page: int, row: int, pages: int) -> None:
+        """Put the states kept for a page, which there must be, into slot `row` of a sequence whose
+        `pages`-th it is.
+        """
+        self._copy(self._slots[page], row, pages)
         self._slots.move_to_end(page)
 
     def forget(self, page: int) -> None:

@@ -90,8 +90,8 @@ class PrefillWorker(Closing):
         """
         if plan.kv.bytes_per_sequence:
             raise UnsupportedError(
-                "a prefill process for a model that keeps states a sequence: prompts that it loses"
-                " half way could not go on; run without one"
+                "a prefill process for a cache of windows or states a sequence: prompts that it"
+                " loses half way could not go on; run without one"
             )
         self._setup = Setup(Shared.of(plan, store, directory), cache.descriptor, tuple(cpus))
         self.silence = silence
