@@ -48,8 +48,9 @@ class Layout:
 
     `bits` of a code; `word` bits are what rows are padded to; `kind` says how a code becomes a
     number: one of `FLOATS`, "line" (the code plus `values[0]`) or "table" (`values[code]`). `terms`
-    bf16 numbers make it up exactly, less its zero where there is one. Raises `UnsupportedError` for what tensor cores cannot scale:
-    blocks of fewer than `LEAST` columns, or that do not divide `STEP`.
+    bf16 numbers make it up exactly, less its zero where there is one. Raises `UnsupportedError` for
+    what tensor cores cannot scale: blocks of fewer than `LEAST` columns, or that do not divide
+    `STEP`; and for columns in an order of their own.
     """
 
     bits: int
@@ -131,7 +132,7 @@ def _terms_less_zeros(row: Format) -> int:
     """The same of differences from zeros: one where they are small whole numbers, else an f32's."""
     if not row.values:
         raise UnsupportedError(f"{row.name}: kernels of GPUs subtract no zeros from floats")
-    whole = all(value == int(value) and 0 <= value <= _WHOLE for value in row.values)
+    whole = all(value in range(int(_WHOLE) + 1) for value in row.values)
     return 1 if whole else _TERMS["f32"]
 
 

@@ -97,22 +97,22 @@ def exact(code, planes):
     return found
 
 
-def spread(planes, first, rows, column, columns, I: tl.constexpr, ROWS: tl.constexpr):
-    """What plane I after the codes holds of each row for the columns from `column` on: f32
+def spread(planes, first, rows, column, columns, PLANE: tl.constexpr, ROWS: tl.constexpr):
+    """What plane PLANE after the codes holds of each row for the columns from `column` on: f32
     [ROWS, 1], or one number for all of them."""
     across, block = 1, 0
-    if WIDE[I] > 0:
-        across, block = (columns + WIDE[I] - 1) // WIDE[I], column // WIDE[I]
-    if HIGH[I] % ROWS == 0:
+    if WIDE[PLANE] > 0:
+        across, block = (columns + WIDE[PLANE] - 1) // WIDE[PLANE], column // WIDE[PLANE]
+    if HIGH[PLANE] % ROWS == 0:
         line = 0
-        if HIGH[I] > 0:
-            line = first // HIGH[I]
-        word = tl.load(planes[1 + I] + (line * across + block), column < columns, 0)
+        if HIGH[PLANE] > 0:
+            line = first // HIGH[PLANE]
+        word = tl.load(planes[1 + PLANE] + (line * across + block), column < columns, 0)
     else:
         row = first + tl.arange(0, ROWS)
-        word = tl.load(planes[1 + I] + (row // HIGH[I] * across + block)[:, None],
+        word = tl.load(planes[1 + PLANE] + (row // HIGH[PLANE] * across + block)[:, None],
                        ((row < rows) & (column < columns))[:, None], 0)  # fmt: skip
-    return number(word, SCALES[I])
+    return number(word, SCALES[PLANE])
 
 
 def less_zeros(value, planes, first, rows, column, columns, ROWS: tl.constexpr):
