@@ -96,6 +96,7 @@ def _constants(layout: Layout, eights: bool, tl: Any) -> dict[str, Any]:
         "BLOCK": STEP,
         **_EIGHT_BITS,
         "SCALES": tuple(_EIGHT_BITS.get(scale.kind.upper(), 0) for scale in layout.scales),
+        "ZEROS": tuple(scale.zero for scale in layout.scales),
         "HIGH": tuple(scale.rows for scale in layout.scales),
         "WIDE": tuple(scale.columns for scale in layout.scales),
         "SCALED": bool(layout.scales) or layout.power != 1.0,

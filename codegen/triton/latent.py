@@ -12,6 +12,7 @@ codes: Any = None
 exact: Any = None
 number: Any = None
 SCALES: Any = None
+ZEROS: Any = None
 HIGH: Any = None
 WIDE: Any = None
 POWER: Any = None
@@ -40,6 +41,7 @@ def absorb(q, planes, wide, tokens, q_stride, stride, NOPE: tl.constexpr, ROPE: 
         value = exact(
             codes(planes, first + begin, first + NOPE, column, stride, ROWS, DEPTH), planes
         )
+        value = from_zeros(value, planes, first + row, row < NOPE, column, RANK)
         query = (query * scale[None, :]).to(tl.bfloat16)
         term = value.to(tl.bfloat16)
         total = tl.dot(query, term, total)
@@ -78,6 +80,7 @@ def lift(mixed, planes, y, tokens, y_stride, stride, NOPE: tl.constexpr, V_DIM: 
         part = tl.load(at + (column + depth)[:, None], inside, 0.0)
         value = exact(codes(planes, first + tl.program_id(0) * ROWS, first + V_DIM, column, stride,
                             ROWS, DEPTH), planes)  # fmt: skip
+        value = from_zeros(value, planes, first + place, place < V_DIM, column, RANK)
         term = value.to(tl.bfloat16)
         product = tl.dot(term, part)
         for _ in tl.static_range(TERMS - 1):
@@ -94,11 +97,25 @@ def factors(planes, row, known, column, columns):
     0 for a row that is not known."""
     found = tl.where(known, POWER, 0.0)
     for i in tl.static_range(len(SCALES)):
-        at = row * 0
-        if HIGH[i] > 0:
-            at = row // HIGH[i]
-        if WIDE[i] > 0:
-            at = at * ((columns + WIDE[i] - 1) // WIDE[i]) + column // WIDE[i]
-        word = tl.load(planes[1 + i] + at, known, 0)
-        found = number(word, SCALES[i]) * found
+        if not ZEROS[i]:
+            found = element(planes, row, known, column, columns, i) * found
     return found
+
+
+def from_zeros(value, planes, row, known, column, columns):
+    """Exact values [rows, columns] less the zeros of their rows in that block, as exact."""
+    for i in tl.static_range(len(SCALES)):
+        if ZEROS[i]:
+            less = element(planes, row, known, column, columns, i)
+            value = value.to(tl.float32) - less[:, None]
+    return value
+
+
+def element(planes, row, known, column, columns, PLANE: tl.constexpr):
+    """f32 of plane PLANE after the codes that covers each `row` at `column`."""
+    at = row * 0
+    if HIGH[PLANE] > 0:
+        at = row // HIGH[PLANE]
+    if WIDE[PLANE] > 0:
+        at = at * ((columns + WIDE[PLANE] - 1) // WIDE[PLANE]) + column // WIDE[PLANE]
+    return number(tl.load(planes[1 + PLANE] + at, known, 0), SCALES[PLANE])

@@ -25,17 +25,21 @@ FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "e4m3", "F8_E5M
           "F8_E8M0": "e8m0"}  # fmt: skip
 """Dtypes of planes that are numbers by themselves, and how kernels call what they are."""
 _TERMS = {"f32": 3, "f16": 2}
+_WHOLE = 256.0
+"""Whole numbers up to this are bf16 numbers."""
 _KINDS = {"e4m3": minifloats(4, 3, infinities=False), "e5m2": minifloats(5, 2, infinities=True)}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A plane of scales: what its elements are (a value of `FLOATS`), and how many rows and columns
-    of the matrix one covers (0: all)."""
+    """A plane of scales, or with `zero` of what is subtracted before: what its elements are (a
+    value of `FLOATS`; zeros are whole numbers), and how many rows and columns of the matrix one
+    covers (0: all)."""
 
     kind: str
     rows: int
     columns: int
+    zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class Layout:
 
     `bits` of a code; `word` bits are what rows are padded to; `kind` says how a code becomes a
     number: one of `FLOATS`, "line" (the code plus `values[0]`) or "table" (`values[code]`). `terms`
-    bf16 numbers make it up exactly. Raises `UnsupportedError` for what tensor cores cannot scale:
-    blocks of fewer than `LEAST` columns, or that do not divide `STEP`.
+    bf16 numbers make it up exactly, less its zero where there is one. Raises `UnsupportedError` for
+    what tensor cores cannot scale: blocks of fewer than `LEAST` columns, or that do not divide
+    `STEP`; and for columns in an order of their own.
     """
 
     bits: int
@@ -61,12 +66,16 @@ class Layout:
         scales = []
         for plane, dtype in zip(row.scales, dtypes[1:], strict=True):
             columns = group if plane.columns == GROUP else plane.columns
-            if plane.kind != "scale":
+            if plane.kind == "order":
                 raise UnsupportedError(f"{row.name}: kernels of GPUs read no plane of {plane.name}")
             if dtype not in FLOATS or plane.bits:
-                raise UnsupportedError(f"{row.name} {plane.name}: no scale of kernels is {dtype}")
-            scales.append(Scale(FLOATS[dtype], plane.rows, columns))
+                raise UnsupportedError(
+                    f"{row.name} {plane.name}: no {plane.kind} of kernels is {dtype}"
+                )
+            scales.append(Scale(FLOATS[dtype], plane.rows, columns, plane.kind == "zero"))
         kind, terms = _kind(row, dtypes[0])
+        if any(scale.zero for scale in scales):
+            terms = _terms_less_zeros(row)
         values = row.values if kind in ("line", "table") else ()
         found = Layout(row.code_bits, DTYPE_BITS[dtypes[0]], kind, values, terms, tuple(scales))
         if found.bits not in (1, 2, 4, 8, 16, 32) or found.step < LEAST:
@@ -117,6 +126,14 @@ def _kind(row: Format, dtype: str) -> tuple[str, int]:
     steps = range(len(row.values))
     whole = row.values == tuple(row.values[0] + step for step in steps)
     return "line" if whole else "table", _terms(row.values)
+
+
+def _terms_less_zeros(row: Format) -> int:
+    """The same of differences from zeros: one where they are small whole numbers, else an f32's."""
+    if not row.values:
+        raise UnsupportedError(f"{row.name}: kernels of GPUs subtract no zeros from floats")
+    whole = all(value in range(int(_WHOLE) + 1) for value in row.values)
+    return 1 if whole else _TERMS["f32"]
 
 
 def _words(values: Iterable[float]) -> list[bytes]:

@@ -25,6 +25,8 @@ E8M0: Any = None
 SCALES: Any = None
 """What the elements of each plane of scales are: one of these, or 0; HIGH and WIDE: how many rows
 and columns one covers."""
+ZEROS: Any = None
+"""Which of these planes hold zeros, to be subtracted before."""
 HIGH: Any = None
 WIDE: Any = None
 TYPES: Any = None
@@ -95,22 +97,37 @@ def exact(code, planes):
     return found
 
 
+def spread(planes, first, rows, column, columns, PLANE: tl.constexpr, ROWS: tl.constexpr):
+    """What plane PLANE after the codes holds of each row for the columns from `column` on: f32
+    [ROWS, 1], or one number for all of them."""
+    across, block = 1, 0
+    if WIDE[PLANE] > 0:
+        across, block = (columns + WIDE[PLANE] - 1) // WIDE[PLANE], column // WIDE[PLANE]
+    if HIGH[PLANE] % ROWS == 0:
+        line = 0
+        if HIGH[PLANE] > 0:
+            line = first // HIGH[PLANE]
+        word = tl.load(planes[1 + PLANE] + (line * across + block), column < columns, 0)
+    else:
+        row = first + tl.arange(0, ROWS)
+        word = tl.load(planes[1 + PLANE] + (row // HIGH[PLANE] * across + block)[:, None],
+                       ((row < rows) & (column < columns))[:, None], 0)  # fmt: skip
+    return number(word, SCALES[PLANE])
+
+
+def less_zeros(value, planes, first, rows, column, columns, ROWS: tl.constexpr):
+    """Exact values less the zeros that cover them, as exact."""
+    for i in tl.static_range(len(SCALES)):
+        if ZEROS[i]:
+            value = value.to(tl.float32) - spread(planes, first, rows, column, columns, i, ROWS)
+    return value
+
+
 def factor(planes, first, rows, column, columns, ROWS: tl.constexpr):
     """The scale of each row for the columns from `column` on, times POWER: f32 [ROWS, 1], or one
     for all of them."""
     found = POWER
     for i in tl.static_range(len(SCALES)):
-        across, block = 1, 0
-        if WIDE[i] > 0:
-            across, block = (columns + WIDE[i] - 1) // WIDE[i], column // WIDE[i]
-        if HIGH[i] % ROWS == 0:
-            line = 0
-            if HIGH[i] > 0:
-                line = first // HIGH[i]
-            word = tl.load(planes[1 + i] + (line * across + block), column < columns, 0)
-        else:
-            row = first + tl.arange(0, ROWS)
-            word = tl.load(planes[1 + i] + (row // HIGH[i] * across + block)[:, None],
-                           ((row < rows) & (column < columns))[:, None], 0)  # fmt: skip
-        found = number(word, SCALES[i]) * found
+        if not ZEROS[i]:
+            found = spread(planes, first, rows, column, columns, i, ROWS) * found
     return found

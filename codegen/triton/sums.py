@@ -11,6 +11,7 @@ tl: Any = None
 exact: Any = None
 codes: Any = None
 factor: Any = None
+less_zeros: Any = None
 TERMS: Any = None
 KIND: Any = None
 BLOCK: Any = None
@@ -43,7 +44,8 @@ def added(total, x, planes, first, rows, column, columns, stride, ROWS: tl.const
         total += product * factor(planes, first, rows, column, columns, ROWS)
     elif SCALED:
         product = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-        product = multiplied(exact(code, planes), x, product)
+        value = less_zeros(exact(code, planes), planes, first, rows, column, columns, ROWS)
+        product = multiplied(value, x, product)
         total += product * factor(planes, first, rows, column, columns, ROWS)
     else:
         total = multiplied(exact(code, planes), x, total)

@@ -96,6 +96,13 @@ def test_few_tokens(adds: bool, work: Workspace) -> None:
     assert torch.equal(call.run(layer, work, before.clone(), adds, torch.int32), found)
 
 
+@pytest.mark.parametrize("tokens", [2, pytest.param(19, marks=pytest.mark.slow)])
+def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
+    layer, call = Layer.of("int4-zero", "nvfp4", [0, 4]), Routed.of(tokens)
+    exact = call.added(torch.zeros(tokens, HIDDEN), layer)
+    assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), adds=False), exact) < BOUND
+
+
 def test_many_tokens_in_ranges(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "LEAST_SPAN", 7)
     layer, call = Layer.of("int4", "fp8", [1, 5]), Routed.of(21)

@@ -34,7 +34,8 @@ def test_fp8_of_few_tokens_and_of_many(
 
 @pytest.mark.parametrize(
     "row",
-    [*map(format_of, ("bf16", "fp16", "f32", "int4")), E5M2_ROWS, FOUR_BITS, BLOCKS, TENSOR, TWICE],
+    [*map(format_of, ("bf16", "fp16", "f32", "int4", "int4-zero", "nvfp4")), E5M2_ROWS, FOUR_BITS,
+     BLOCKS, TENSOR, TWICE],
     ids=lambda row: row.name,
 )  # fmt: skip
 def test_every_format(row: Format, work: Workspace) -> None:

@@ -17,6 +17,10 @@ from hmc.runtime.device_ops.triton.launch import Weight, Workspace, matmul
 TWO_BITS = Format("two_bits", "2 bits", (Plane("codes", ("U8",), bits=2),), ("f32",),
                   values=(-1.1, 0.0, 1e-3, 7.0))  # fmt: skip
 """A table of values that are no bf16 numbers."""
+_ZERO = Plane("zero", ("BF16",), columns=-1, ragged=False, kind="zero")
+OFF_LINE = Format("off_line", "zeros", (Plane("codes", ("U8",), bits=2), _ZERO), ("f32",),
+                  values=TWO_BITS.values)  # fmt: skip
+"""The same, less zeros."""
 
 
 def of_eye(weight: Weight, work: Workspace) -> torch.Tensor:
@@ -38,11 +42,15 @@ def test_every_code_of_an_eight_bit_float(row: Format, work: Workspace) -> None:
     assert torch.equal(found.all(1), torch.from_numpy(~odd.any(1)))
 
 
-@pytest.mark.parametrize("row", [*map(format_of, ("bf16", "fp16", "f32", "int4")), TWO_BITS],
-                         ids=lambda row: row.name)  # fmt: skip
+READ = [row for row in FORMATS.values() if not row.read_as and not row.codes.block[1]
+        and all(plane.kind != "order" for plane in row.planes)]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [*READ, TWO_BITS, OFF_LINE], ids=lambda row: row.name)
 def test_random_codes(row: Format, work: Workspace) -> None:
+    """Rows that no tile divides, and columns in cut blocks where a format has them."""
     with registered(row):
-        weight, values = random_weight(row, 9, 32)
+        weight, values = random_weight(row, 9, 64 if row.grouped else 80)
         assert torch.equal(of_eye(weight, work), values.float())
 
 

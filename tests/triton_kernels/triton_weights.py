@@ -40,7 +40,9 @@ def random_weight(
     group = 32 if row.grouped else 0
     dtypes, planes = [], []
     for form in forms(row, (rows, columns), group, [plane.dtypes[0] for plane in row.planes]):
-        if form.plane is not row.codes:
+        if form.plane.kind == "zero":
+            plane = _floats(rng.integers(0, 2**row.code_bits + 1, form.shape), form.kept)
+        elif form.plane is not row.codes:
             plane = _floats(rng.uniform(0.5, 2.0, form.shape), form.kept)
         elif not row.values:
             plane = _floats(rng.standard_normal(form.shape), form.kept)
@@ -63,6 +65,9 @@ def random_x(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 def _floats(values: Any, dtype: str) -> Any:
     found = values.astype(np.float32)
+    if dtype in ("F8_E4M3", "F8_E8M0"):  # powers of two about 1
+        exponents = np.floor(np.log2(found)).astype(np.int64)
+        return ((exponents + 7) << 3 if dtype == "F8_E4M3" else exponents + 127).astype(np.uint8)
     if dtype == "BF16":
         return (found.view(np.uint32) >> 16).astype(np.uint16)
     return found.astype(NUMPY[dtype])

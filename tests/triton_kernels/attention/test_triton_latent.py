@@ -20,7 +20,9 @@ ROUNDED = 6e-3
 
 
 @pytest.mark.parametrize(
-    "row", [*map(format_of, ("fp8", "bf16", "f32", "int4")), BLOCKS, FOUR_BITS],
+    "row",
+    [*map(format_of, ("fp8", "bf16", "f32", "int4-zero")), BLOCKS, FOUR_BITS,
+     pytest.param(format_of("nvfp4"), marks=pytest.mark.slow)],
     ids=lambda row: row.name,
 )  # fmt: skip
 @pytest.mark.parametrize(
