@@ -99,16 +99,22 @@ class Linear(Block):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line."""
+    """down(act(gate(x), up(x))) with the parameter names of the Llama line, and a `bias` on all
+    three or on none. `act` is an expression of `gate` and `up` (hmc/models/activations.py); without
+    one it is SwiGLU, or what the model has.
+    """
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, *, act: str = "", bias: bool = False
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden, intermediate)
-        self.up_proj = Linear(hidden, intermediate)
-        self.down_proj = Linear(intermediate, hidden)
+        self.act = act
+        self.gate_proj = Linear(hidden, intermediate, bias=bias)
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        hidden = activated(self.act or SWIGLU, self.gate_proj(x), self.up_proj(x))
         return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 
