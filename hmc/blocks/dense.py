@@ -4,13 +4,15 @@ put in their place.
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter, sibling
-from hmc.blocks.pointwise import activated
+from hmc.blocks.pointwise import TORCH, activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, evaluate, parse
 from hmc.graph import Attr, WeightSpec, attrs
 
 
@@ -114,7 +116,8 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = activated(self.act or SWIGLU, self.gate_proj(x), self.up_proj(x))
+        product = cache(lambda name: self.get_submodule(f"{name}_proj")(x))
+        hidden = evaluate(parse(self.act or SWIGLU), product, TORCH, float)
         return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 
