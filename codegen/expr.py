@@ -150,7 +150,7 @@ def elementwise(text: str, *names: str) -> Expr:
     tree = parse(text)
     sums = tree.op in MASKS or any(node.op in REDUCTIONS for node in tree)
     if sums or not set(tree.leaves) <= set(names):
-        every = " and ".join(names)
+        every = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         raise KernelError(f"expression {text!r} is no value of {every}, element by element")
     return tree
 

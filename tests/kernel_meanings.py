@@ -35,9 +35,16 @@ def linear(
     return y if bias is None else y + bias
 
 
-def gate_up(x: np.ndarray, gate: np.ndarray, up: np.ndarray, expr: str) -> np.ndarray:
-    """Reference, all f64: x [T, K], gate and up [N, K] scaled; y [T, N]."""
-    return evaluated(parse(expr), {"gate": x @ gate.T, "up": x @ up.T})
+def gate_up(
+    x: np.ndarray,
+    gate: np.ndarray,
+    up: np.ndarray,
+    expr: str,
+    biases: Sequence[np.ndarray | None] = (None, None),
+) -> np.ndarray:
+    """Reference, all f64: x [T, K], gate and up [N, K] scaled, their biases [N]; y [T, N]."""
+    one, two = (linear(x, w, bias) for w, bias in zip((gate, up), biases, strict=True))
+    return evaluated(parse(expr), {"gate": one, "up": two})
 
 
 def experts_gate_up(

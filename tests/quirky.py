@@ -110,7 +110,7 @@ def build(config: ModelConfig) -> nn.Module:
 FAMILY = Family("quirky", build)
 
 
-def write(directory: Path, family: str = "quirky", layers: int = 2) -> Path:
+def write(directory: Path, family: str = "quirky", layers: int = 2, **more: str) -> Path:
     """A random checkpoint in bf16, with the family known to hmc.models as "quirky"."""
     config = {
         "model_type": family,
@@ -124,6 +124,7 @@ def write(directory: Path, family: str = "quirky", layers: int = 2) -> Path:
         "rope_theta": 10000.0,
         "torch_dtype": "bfloat16",
         "eos_token_id": 1,
+        **more,
     }
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))

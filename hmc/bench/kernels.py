@@ -255,9 +255,10 @@ class KernelBench(Closing):
         x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
         act = np.zeros((pairs, case.rows), np.uint16)
         routing = np.full(pairs, 1 / case.top_k, np.float32)
-        first = {"x": x.ctypes.data, "x_stride": case.k}
+        first = {"x": x.ctypes.data, "x_stride": case.k, "routing": routing.ctypes.data}
+        first |= {"gate_bias": 0, "up_bias": 0}
         second = {"y": y.ctypes.data, "y_stride": case.k, "routing": routing.ctypes.data}
-        second["tokens"] = case.tokens
+        second |= {"tokens": case.tokens, "bias": 0}
         if not many:
             first["tokens"] = case.tokens
         builder = ProgramBuilder()

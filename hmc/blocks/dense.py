@@ -4,13 +4,15 @@ put in their place.
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor, nn
 from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter, sibling
-from hmc.blocks.pointwise import activated
+from hmc.blocks.pointwise import TORCH, activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, evaluate, parse
 from hmc.graph import Attr, WeightSpec, attrs
 
 
@@ -99,16 +101,23 @@ class Linear(Block):
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the parameter names of the Llama line."""
+    """down(act(gate(x), up(x))) with the parameter names of the Llama line, and a `bias` on all
+    three or on none. `act` is an expression of `gate` and `up` (hmc/models/activations.py); without
+    one it is SwiGLU, or what the model has.
+    """
 
-    def __init__(self, hidden: int, intermediate: int) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, *, act: str = "", bias: bool = False
+    ) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden, intermediate)
-        self.up_proj = Linear(hidden, intermediate)
-        self.down_proj = Linear(intermediate, hidden)
+        self.act = act
+        self.gate_proj = Linear(hidden, intermediate, bias=bias)
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = functional.silu(self.gate_proj(x)) * self.up_proj(x)
+        product = cache(lambda name: self.get_submodule(f"{name}_proj")(x))
+        hidden = evaluate(parse(self.act or SWIGLU), product, TORCH, float)
         return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 

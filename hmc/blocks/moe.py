@@ -122,9 +122,9 @@ class Route(Block):
 
 class Experts(Block):
     """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
-    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls. Where it has
-    the token's `weight` for the expert in it (Llama 4 weighs what an expert reads), results are
-    summed as they are.
+    -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls (without one it
+    is SwiGLU, or what the model has). Where it has the token's `weight` for the expert in it (Llama
+    4 weighs what an expert reads), results are summed as they are.
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
@@ -141,7 +141,7 @@ class Experts(Block):
         intermediate: int,
         top_k: int,
         names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
-        act: str = SWIGLU,
+        act: str = "",
         stacked: Mapping[str, tuple[str, View]] | None = None,
         *,
         bias: bool = False,
@@ -181,7 +181,7 @@ class Experts(Block):
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         sizes = {"experts": self.experts, "top_k": self.top_k}
-        return attrs(k=self.width, n=self.intermediate, act=self.act, **sizes)
+        return attrs(k=self.width, n=self.intermediate, act=self._act, **sizes)
 
     def forward(self, x: Tensor, routing: tuple[Tensor, Tensor]) -> Tensor:
         ids, weights = routing
@@ -191,10 +191,14 @@ class Experts(Block):
             rows = x[token]
             share = weights[token, slot, None]
             gate, up = (self._product(rows, role, expert) for role in ("gate", "up"))
-            hidden = activated(self.act, gate, up, share)
+            hidden = activated(self._act, gate, up, share)
             result = self._product(hidden, "down", expert)
-            total.index_add_(0, token, result if weighs(self.act) else result * share)
+            total.index_add_(0, token, result if weighs(self._act) else result * share)
         return total
+
+    @property
+    def _act(self) -> str:
+        return self.act or SWIGLU
 
     def _product(self, x: Tensor, role: str, expert: int) -> Tensor:
         bias = getattr(self, f"{role}_bias")

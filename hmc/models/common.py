@@ -15,6 +15,7 @@ from hmc.blocks import (
     Attention,
     Embedding,
     Experts,
+    GatedMLP,
     Linear,
     RMSNorm,
     Rotary,
@@ -24,13 +25,14 @@ from hmc.blocks import (
 from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
 from hmc.errors import UnsupportedError
+from hmc.models.activations import activation
 from hmc.models.rope import Rope
 
 
 class CausalLM(nn.Module):
     """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
     float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`; `norm` makes the
-    last norm.
+    last norm. MLPs without an activation of their own have the configuration's.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class CausalLM(nn.Module):
         norm: Callable[[ModelConfig], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        check_activation(config)
+        act = activation(config)
         hidden = config.require_int("hidden_size", minimum=1)
         vocab = config.require_int("vocab_size", minimum=1)
         tied = config.get_bool("tie_word_embeddings", False)
@@ -52,6 +54,9 @@ class CausalLM(nn.Module):
         self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale)
         self.lm_head = Linear(hidden, vocab, tied="model.embed_tokens.weight" if tied else None)
         place(self.lm_head, -1, "head")
+        for module in self.modules():
+            if isinstance(module, GatedMLP | Experts):
+                module.act = module.act or act
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         logits = self.lm_head(self.model(ids, positions))
@@ -235,7 +240,8 @@ def _qk_norm(config: ModelConfig, kind: str, heads: int, dim: int) -> RMSNorm | 
 class MoE(nn.Module):
     """The routed MLP of a layer: the experts, `intermediate` wide, that `route` chooses by the
     gate's logits, and beside them `shared`, which every token goes through; `weighed`, that one's
-    result is multiplied by the sigmoid of a gate of its own.
+    result is multiplied by the sigmoid of a gate of its own. `act` is the experts' activation
+    where it is not the configuration's.
     """
 
     def __init__(
@@ -246,11 +252,12 @@ class MoE(nn.Module):
         shared: nn.Module | None = None,
         *,
         weighed: bool = False,
+        act: str = "",
     ) -> None:
         super().__init__()
         self.gate = Linear(hidden, route.experts)
         self.route = route
-        self.experts = Experts(route.experts, hidden, intermediate, route.top_k)
+        self.experts = Experts(route.experts, hidden, intermediate, route.top_k, act=act)
         self.shared_experts = shared
         self.shared_gate = Linear(hidden, 1) if weighed else None
 
@@ -285,14 +292,6 @@ def norm_eps(config: ModelConfig) -> float:
     """Epsilon of the hidden-state norms."""
     keys = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon")
     return config.require_float(next((key for key in keys if key in config), keys[0]))
-
-
-def check_activation(config: ModelConfig) -> None:
-    """Refuse activations hmc has no kernel for."""
-    if (act := config.get_str("hidden_act", "silu")) != "silu":
-        raise UnsupportedError(
-            f"{config.path}: hidden_act {act!r} is not 'silu', the one hmc knows"
-        )
 
 
 def check_window(config: ModelConfig) -> None:

@@ -29,13 +29,14 @@ def route(bound: Bound, step: Step) -> Work:
     """Expert ids and weights of every row, best first; ties go to the lower id."""
     logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
     ids, routing = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
-    bias, scale = (_wide(bound.vector(step, role)) for role in ("bias", "scale"))
+    bias, scale = (bound.vector(step, role) for role in ("bias", "scale"))
     top_k, about = int(step.attrs["top_k"]), Routing.of(step.attrs)
 
     row = _ROUTED * logits.shape[1]
 
     def block(part: slice) -> None:
-        chosen, weights = routed(logits[part].to(torch.float32), bias, top_k, about)
+        wide = None if bias is None else bias.to(torch.float32)  # now, that weights are there
+        chosen, weights = routed(logits[part].to(torch.float32), wide, top_k, about)
         ids[part].copy_(chosen)
         weights *= about.factor
         routing[part].copy_(weights if scale is None else weights.mul_(scale[chosen]))
@@ -73,10 +74,6 @@ def routed(
     if about.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + about.eps)
     return ids, weights
-
-
-def _wide(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return None if vector is None else vector.to(torch.float32)
 
 
 def _mixed(scores: torch.Tensor, ids: torch.Tensor, jitter: float) -> torch.Tensor:

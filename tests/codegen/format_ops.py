@@ -128,7 +128,7 @@ class Call:
         routing = rng.uniform(0.1, 1, (tokens, TOP_K)).astype(np.float32)
         table = np.array([[each.codes, each.beside] for each in self.weights], np.int64)
         act, y = filled((tokens * TOP_K, n), np.uint16), filled((tokens, n), np.float32)
-        args = {"table": address(table)}
+        args = {"table": address(table), "routing": address(routing)}
         if many:
             slots = np.argsort(ids.reshape(-1), kind="stable").astype(np.int32)
             counts = np.bincount(ids.reshape(-1), minlength=EXPERTS)
@@ -137,11 +137,10 @@ class Call:
         else:
             args["ids"] = address(ids)
         if into:
-            args |= {"x": address(x), "x_stride": k, "act": address(act), "routing": 0,
-                     "gate_bias": 0, "up_bias": 0}  # fmt: skip
+            args |= {"x": address(x), "x_stride": k, "act": address(act), "gate_bias": 0,
+                     "up_bias": 0}  # fmt: skip
         else:
-            args |= {"act": address(x), "routing": address(routing), "y": address(y),
-                     "y_stride": n, "bias": 0}  # fmt: skip
+            args |= {"act": address(x), "y": address(y), "y_stride": n, "bias": 0}
         if not (many and into):
             args["tokens"] = tokens
         size = 2 * panel_scratch_bytes(spec) if many else scratch_bytes(spec)

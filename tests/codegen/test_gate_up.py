@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from dealt import dealt
 from decode_data import address_of_scale, as_multiplied, bound, stored_as, weights
-from kernel_calls import address, filled, guarded, in_turn
+from kernel_calls import address, filled, floats, guarded, in_turn
 from kernel_meanings import gate_up
 from prefill_data import activations, from_bf16, need
 
@@ -51,7 +51,7 @@ def test_gate_up(jit: Jit, weight: WeightFormat, k: int, group: int, isa: str) -
             jit, spec, workers, x=address(x), x_stride=k + 1, gate=address(gate.data),
             gate_scale=address_of_scale(gate, weight), up=address(up.data),
             up_scale=address_of_scale(up, weight), y=address(y), y_stride=rows + 1, rows=rows,
-            tokens=tokens,
+            tokens=tokens, gate_bias=0, up_bias=0,
         )  # fmt: skip
         assert (y[:, rows] == 77).all()
         seen = as_multiplied(spec, from_bf16(x[:, :k]))
@@ -59,21 +59,27 @@ def test_gate_up(jit: Jit, weight: WeightFormat, k: int, group: int, isa: str) -
 
 
 @pytest.mark.parametrize("expr", OTHERS)
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("isa", TIERS)
-def test_other_activations(jit: Jit, isa: str, expr: str) -> None:
+def test_other_activations(jit: Jit, isa: str, biased: bool, expr: str) -> None:
     """By both kernels, one token to several; sums of 40 products are larger than any clamp."""
     need(isa)
     rng, k, rows, tokens = np.random.default_rng(7), 40, 37, 5
     gate, up = (weights(rng, "bf16", rows, k, 0) for _ in range(2))
     x = guarded(activations(rng, tokens, k, k))
-    exact = gate_up(from_bf16(x), gate.values, up.values, expr)
-    sizes = {"k": k, "n": rows, "top_k": 1, "experts": 1}
+    biases = [floats(rng, rows) if biased else None for _ in range(2)]
+    added = {"gate_bias": address(biases[0]), "up_bias": address(biases[1])}
+    exact = gate_up(from_bf16(x), gate.values, up.values, expr, biases)
+    more = {"biased": 1} if biased else {}
+    sizes = {"k": k, "n": rows, "top_k": 1, "experts": 1, **more}
     many = KernelSpec.of("grouped_gate_up", isa, weight="bf16", out="bf16", expr=expr, **sizes)
-    few = KernelSpec.of("gate_up", isa, weight="bf16", out="bf16", expr=expr, k=k, tokens=tokens)
+    sizes = {"k": k, "tokens": tokens, **more}
+    few = KernelSpec.of("gate_up", isa, weight="bf16", out="bf16", expr=expr, **sizes)
     y, act = (filled((tokens, rows), np.uint16) for _ in range(2))
     in_turn(
         jit, few, 2, x=address(x), x_stride=k, gate=address(gate.data), gate_scale=0,
         up=address(up.data), up_scale=0, y=address(y), y_stride=rows, rows=rows, tokens=tokens,
+        **added,
     )  # fmt: skip
     table = np.array([[address(gate.data), 0, address(up.data), 0, 0, 0]], np.int64)
     slots, offsets = np.arange(tokens, dtype=np.int32), np.array([0, tokens], np.int32)
@@ -81,6 +87,7 @@ def test_other_activations(jit: Jit, isa: str, expr: str) -> None:
     in_turn(
         jit, many, 2, x=address(x), x_stride=k, slots=address(slots), offsets=address(offsets),
         table=address(table), act=address(act), scratch=address(scratch),
+        routing=0, **added,
     )  # fmt: skip
     for found in (y, act):
         assert np.abs(from_bf16(found) - exact).max() <= 2.0**-8 * np.abs(exact).max()

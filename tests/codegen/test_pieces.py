@@ -55,15 +55,15 @@ def test_pieces_make_the_whole(jit: Jit, isa: str, tokens: int) -> None:
         run(
             jit, gated, **rows, gate=address(gate.data), gate_scale=address(gate.scale),
             up=address(up.data), up_scale=address(up.scale), y=address(z),
-            y_stride=layer.inner, rows=layer.inner,
+            y_stride=layer.inner, rows=layer.inner, gate_bias=0, up_bias=0,
         )  # fmt: skip
         run(
             jit, layer.first, **experts, x=address(x), x_stride=layer.hidden, act=address(act),
-            scratch=0,
+            scratch=0, routing=address(routing), gate_bias=0, up_bias=0,
         )  # fmt: skip
         run(
             jit, layer.second, **experts, act=address(act), routing=address(routing),
-            y=address(total), y_stride=layer.hidden, scratch=address(scratch),
+            y=address(total), y_stride=layer.hidden, scratch=address(scratch), bias=0,
         )  # fmt: skip
         return [y, z, act, total]
 

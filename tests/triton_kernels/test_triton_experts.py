@@ -10,6 +10,8 @@ import torch
 from interpreted import error
 from triton_weights import random_weight, random_x
 
+from hmc.blocks.pointwise import activated
+from hmc.codegen.expr import SWIGLU, weighs
 from hmc.codegen.triton import table
 from hmc.formats import format_of
 from hmc.runtime.device_ops.triton.launch import Experts, Workspace, experts
@@ -26,9 +28,13 @@ class Layer:
     held: Experts
     kept: object
     values: dict[int, Values]
+    biases: dict[int, tuple[torch.Tensor, ...]]
+    act: str = SWIGLU
 
     @staticmethod
-    def of(form: str, down: str, ids: list[int]) -> Layer:
+    def of(
+        form: str, down: str, ids: list[int], bias: torch.dtype | None = None, act: str = SWIGLU
+    ) -> Layer:
         made = {
             number: (
                 random_weight(format_of(form), INNER, HIDDEN, 3 * number),
@@ -39,7 +45,14 @@ class Layer:
         }
         weights = {number: (g[0], u[0], d[0]) for number, (g, u, d) in made.items()}
         values = {number: (g[1], u[1], d[1]) for number, (g, u, d) in made.items()}
-        return Layer(Experts.of((e, w, ()) for e, w in weights.items()), weights, values)
+        sizes = [] if bias is None else [INNER, INNER, HIDDEN]
+        biases = {
+            number: tuple(torch.randn(size, generator=seeded).to(bias) for size in sizes)
+            for number in ids
+            for seeded in [torch.Generator().manual_seed(number)]
+        }
+        held = Experts.of((number, weights[number], biases[number]) for number in ids)
+        return Layer(held, weights, values, biases, act)
 
 
 @dataclass(frozen=True)
@@ -71,8 +84,15 @@ class Routed:
                 continue
             gate, up, down = layer.values[number]
             x = self.x[token].double()
-            act = (torch.nn.functional.silu(gate @ x) * (up @ x)).to(torch.bfloat16).double()
-            total[token] += self.routing[token * TOP_K + rank] * (down @ act)
+            share = self.routing[token * TOP_K + rank].double()
+            products = [gate @ x, up @ x]
+            for at, bias in enumerate(layer.biases[number][:2]):
+                products[at] = products[at] + bias.double()
+            act = activated(layer.act, *products, share).to(torch.bfloat16).double()
+            product = down @ act
+            for bias in layer.biases[number][2:]:
+                product = product + bias.double()
+            total[token] += product if weighs(layer.act) else share * product
         return total
 
     def run(self, layer: Layer, work: Workspace, y: torch.Tensor, adds: bool,
@@ -80,7 +100,7 @@ class Routed:
         """y after the launches."""
         experts(
             self.x, self.slots.to(whole), self.edges.to(whole), self.routing, layer.held, work, y,
-            top_k=TOP_K, adds=adds, **options,
+            top_k=TOP_K, adds=adds, act=layer.act, **options,
         )  # fmt: skip
         return y
 
@@ -101,6 +121,18 @@ def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
     layer, call = Layer.of("int4-zero", "nvfp4", [0, 4]), Routed.of(tokens)
     exact = call.added(torch.zeros(tokens, HIDDEN), layer)
     assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), adds=False), exact) < BOUND
+
+
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU])
+@pytest.mark.parametrize("tokens", [3, 21])
+def test_biases_and_weights_on_the_input(
+    tokens: int, act: str, bias: torch.dtype | None, work: Workspace
+) -> None:
+    layer, call = Layer.of("bf16", "bf16", [0, 3, 5], bias, act), Routed.of(tokens)
+    exact = call.added(torch.zeros(tokens, HIDDEN), layer)
+    # one rounding to bf16 on the way may fall to either side
+    assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), False), exact) < 1e-4
 
 
 def test_many_tokens_in_ranges(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
