@@ -10,6 +10,7 @@ from hmc.errors import UnsupportedError
 from hmc.models import (
     afmoe,
     axk1,
+    cohere2_moe,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,
@@ -31,6 +32,7 @@ from hmc.models.family import Family
 _MODULES = (
     afmoe,
     axk1,
+    cohere2_moe,
     deepseek_v2,
     deepseek_v3,
     deepseek_v32,

@@ -1,0 +1,24 @@
+"""Norms of hidden states that are arithmetic of a model file: kernels of them follow from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hmc.blocks import Vector
+
+
+class LayerNorm(nn.Module):
+    """Rows [T, size] less their mean, at a variance of 1, times a weight, and a `bias` if any."""
+
+    def __init__(self, size: int, eps: float, *, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = Vector(size)
+        self.bias = Vector(size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        apart = x - x.mean(-1, keepdim=True)
+        power = apart.square().mean(-1, keepdim=True)
+        normed = apart * torch.rsqrt(power + self.eps) * self.weight()
+        return normed if self.bias is None else normed + self.bias()  # type: ignore[no-any-return]
