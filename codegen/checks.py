@@ -49,15 +49,18 @@ _MATMULS = frozenset(
     "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
     " mla_absorb mla_up mla_prefill".split()
 )
-_VECTORS = frozenset({"embed", "norm", "add_norm", "rotary"})
-"""Ops that read rows without scales; what is in neither reads no weights."""
+_VECTORS = frozenset({"norm", "add_norm", "rotary"})
+"""Ops that read a plain row of numbers."""
 
 
 def _formats(op: str) -> list[str]:
     """Formats that an op reads; "" for none at all."""
     if op in _MATMULS:
         return list(FORMATS)
-    plain = [row.name for row in FORMATS.values() if not row.scales and not row.values]
+    alone = [row for row in FORMATS.values() if not row.scales]
+    if op == "embed":
+        return [row.name for row in alone]
+    plain = [row.name for row in alone if not row.values and not row.codes.block[1]]
     return ([""] if op not in _VECTORS - {"rotary"} else []) + (plain if op in _VECTORS else [])
 
 

@@ -15,7 +15,7 @@ from hmc.codegen.expr import parse, temporaries
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
-from hmc.runtime.device_ops.matmul import matmul, row_bytes
+from hmc.runtime.device_ops.matmul import EXPANDED, matmul, row_bytes
 from hmc.runtime.device_ops.shares import Call
 
 
@@ -24,8 +24,8 @@ def embed(bound: Bound, step: Step) -> Work:
     ids, y = bound.tensor(step.inputs["ids"]), bound.tensor(step.outputs["y"])
     table, share = bound.matrix(step, "table"), bound.share(step)
 
-    row = y.shape[1] * table.data.element_size() + 8
-    return in_blocks(share, row, lambda part: y[part].copy_(table.data[ids[part, 0].long()]))
+    row = y.shape[1] * EXPANDED + 8
+    return in_blocks(share, row, lambda part: y[part].copy_(table.picked(ids[part, 0].long())))
 
 
 def gather_rows(bound: Bound, step: Step) -> Work:

@@ -7,7 +7,7 @@ Callers bound the temporaries by the rows of x they give; `row_bytes` says what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,9 @@ from hmc.runtime.device_ops import scratch
 from hmc.runtime.weights.torch_view import NAMES
 
 _TILE = 64
+
+EXPANDED = 4 + 4 + 4
+"""Bytes of a weight that is expanded: in f32, with codes and scales before they are one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,13 @@ class Matrix:
                   for plane, dtype in zip(self.planes, kept, strict=True)]  # fmt: skip
         row = format_of(self.format)
         return torch.from_numpy(decode(row, planes, kept, self.shape, self.group, first, last))
+
+    def picked(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows by number, [n, K], of a format of one plane: numbers as stored, blocks as f32."""
+        codes = self.data[rows]
+        if not format_of(self.format).codes.block[1]:
+            return codes
+        return replace(self, planes=(codes,), shape=(len(rows), self.shape[1])).rows(0, len(rows))
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,6 @@ def row_bytes(w: Matrix) -> int:
 
 
 def _expanded(columns: int) -> int:
-    """Rows of a weight that are expanded at a time: in f32, with codes and scales before they are
-    one. Products like whole tiles."""
-    rows = max(1, scratch.quarter() // ((4 + 4 + 4) * columns))
+    """Rows of a weight that are expanded at a time. Products like whole tiles."""
+    rows = max(1, scratch.quarter() // (EXPANDED * columns))
     return rows - rows % _TILE if rows > _TILE else rows

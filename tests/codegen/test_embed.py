@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from format_ops import columns
+from format_rows import made
 from kernel_calls import address, as_format, filled, floats, guarded, in_turn
 from kernel_meanings import rows
 from prefill_data import need
@@ -12,6 +14,8 @@ from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
+from hmc.formats import Format
+from hmc.formats.gguf import GGUF
 
 
 @pytest.mark.parametrize("isa", TIERS)
@@ -31,6 +35,23 @@ def test_embed_is_exact(jit: Jit, isa: str, weight: str, width: int) -> None:
         )  # fmt: skip
         assert (y[:, width:] == 77).all()
         assert (y[:, :width] == rows(values, ids)).all()
+
+
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize("row", GGUF, ids=lambda row: row.name)
+def test_embed_of_blocks_is_exact(jit: Jit, isa: str, row: Format) -> None:
+    need(isa)
+    rng = np.random.default_rng(1)
+    width, _ = columns(row)
+    table = made(rng, row, 11, width, keep=guarded)
+    ids, y = guarded(np.array([10, 0, 7, 10], np.int32)), filled((4, width + 2), np.float32)
+    spec = KernelSpec.of("embed", isa, weight=row.name, width=width)
+    in_turn(
+        jit, spec, 3, table=table.codes, ids=address(ids), y=address(y),
+        y_stride=width + 2, tokens=4,
+    )  # fmt: skip
+    assert (y[:, width:] == 77).all()
+    assert np.array_equal(y[:, :width], table.values[ids])
 
 
 @pytest.mark.parametrize("isa", TIERS)
