@@ -11,6 +11,7 @@ import numpy.typing as npt
 from e5m2 import E5M2_ROWS
 
 from hmc.formats import GROUP, WHOLE, Form, Format, Plane, forms, kernel_params, minifloats
+from hmc.formats.blocks import HALVES_AT
 from hmc.formats.decode import NUMPY, decode, floats
 
 Keep = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
@@ -134,14 +135,10 @@ def encoded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
 def _blocks(rng: np.random.Generator, row: Format, shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
     """Blocks of random bytes, but for their floats, which are near 1."""
     blocks = rng.integers(0, 256, shape, dtype=np.uint8).reshape(-1, row.codes.block[1])
-    for at in _HALVES.get(row.name, ()):
+    for at in HALVES_AT.get(row.name, ()):
         halves = rng.uniform(0.5, 2.0, (len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = halves.view(np.uint8)
-    if row.name not in _HALVES:
+    if row.name not in HALVES_AT:
         blocks[:, 0] = rng.integers(124, 131, len(blocks))
     return blocks.reshape(shape)
 
-
-_HALVES = {"q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
-           "iq4_xs": (0,)}  # fmt: skip
-"""Bytes of a block that its f16 numbers are at; one without any begins with an exponent."""

@@ -13,7 +13,9 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from hmc.formats.blocks import BLOCKS, put_scale
 
 ARCHITECTURES = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "mixtral": "llama"}
 KEPT = re.compile(r"norm|bias|mlp\.gate\.weight|block_sparse_moe\.gate\.weight")
@@ -30,10 +32,14 @@ def write_gguf(
     old_experts: bool = False,
     split: int = 0,
     kinds: Mapping[str, str] | None = None,
+    twin: Path | None = None,
     **keys: Any,
 ) -> Path:
     """A GGUF file at `path` of the checkpoint in `directory`, its matrices of type `kind`; those
     whose published name has a word of `kinds` in it of that one.
+
+    Types that gguf cannot quantise to get random blocks. `twin` becomes a directory of the weights
+    that the file means, in F32.
 
     `split_kv_b` has keys and values of the latent apart, as files of 2025 on have them;
     `old_experts` a tensor an expert, as those of early 2024; `split` tensors a file; `keys` are
@@ -59,19 +65,25 @@ def write_gguf(
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     if not old_experts:
         tensors = _stacked(tensors)
+    meant: dict[str, torch.Tensor] = {}
     for theirs, tensor in _moved(tensors, config, split_kv_b):
+        others = [each for word, each in (kinds or {}).items() if word in theirs]
+        used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
+        data, raw = _encoded(tensor, used)
+        meant |= _unstacked(theirs, torch.from_numpy(data if raw is None else gguf.dequantize(data, raw)).float())
         if config["model_type"] == "mixtral":
             theirs = _of_mixtral(theirs)
         known = theirs.replace("e_score_correction_bias", "e_score_correction.bias")
         ours = _named(names, known, old_experts)
-        others = [each for word, each in (kinds or {}).items() if word in theirs]
-        used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
-        data, raw = _encoded(tensor, used)
         writer.add_tensor(ours, data, raw_dtype=raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if twin:
+        twin.mkdir()
+        (twin / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+        save_file(meant, twin / "model.safetensors")
     return path
 
 
@@ -96,7 +108,21 @@ def _encoded(tensor: torch.Tensor, kind: str) -> tuple[np.ndarray, Any]:
     data = tensor.contiguous().numpy()
     if kind in ("F32", "F16"):
         return data.astype({"F32": np.float32, "F16": np.float16}[kind]), None
-    return gguf.quantize(data, number), number
+    try:
+        return gguf.quantize(data, number), number
+    except NotImplementedError:
+        return _random(data, kind), number
+
+
+def _random(data: np.ndarray, kind: str) -> np.ndarray:
+    """Blocks that mean numbers as large as those of `data`."""
+    columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    rng, (*rows, across) = np.random.default_rng(data.size), data.shape
+    blocks = rng.integers(0, 256, (data.size // columns, size), np.uint8)
+    put_scale(kind.lower(), blocks, 1.0)
+    means = BLOCKS[kind.lower()](blocks, columns)
+    put_scale(kind.lower(), blocks, float(data.std() / means.std()))
+    return blocks.reshape(*rows, across // columns * size)
 
 
 def _named(names: Any, theirs: str, old_experts: bool) -> str:
@@ -121,6 +147,14 @@ def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name: torch.stack([each[e] for e in range(len(each))]) if isinstance(each, dict) else each
         for name, each in found.items()
     }
+
+
+def _unstacked(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Experts of a stack, each by its name."""
+    if ".experts." not in name or tensor.ndim < 3:
+        return {name: tensor}
+    stem, role = name.split(".experts.")
+    return {f"{stem}.experts.{e}.{role}": one.clone() for e, one in enumerate(tensor)}
 
 
 def _of_mixtral(name: str) -> str:

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
+
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Decode = Callable[[npt.NDArray[Any], int], Floats]
 
 _HALVES = np.array((0, 4), np.uint8)
-_E2M1_DOUBLED = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.float32)
-_IQ4 = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-                np.float32)  # fmt: skip
+_E2M1_DOUBLED = np.array(E2M1_DOUBLED, np.float32)
+_IQ4 = np.array(IQ4, np.float32)
 
 
 def _halves(packed: Bytes, run: int) -> Bytes:
@@ -132,7 +133,7 @@ BLOCKS: Mapping[str, Decode] = {
 }
 """By the name of a format: rows of bytes u8 [n, bytes a row], columns -> f32 [n, columns]."""
 
-_HALVES_AT: Mapping[str, tuple[int, ...]] = {
+HALVES_AT: Mapping[str, tuple[int, ...]] = {
     "q4_0": (0,), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,),
 }  # fmt: skip
 """By the name of a format: at which bytes of a block its f16 numbers are."""
@@ -142,8 +143,8 @@ def put_scale(name: str, blocks: Bytes, value: float) -> None:
     """Make `value` every float of blocks [n, bytes a block], by which all their codes are
     multiplied; of a format with powers of two alone the one nearest to it.
     """
-    if name not in _HALVES_AT:
+    if name not in HALVES_AT:
         blocks[:, 0] = round(math.log2(value)) + 127
         return
-    for at in _HALVES_AT[name]:
+    for at in HALVES_AT[name]:
         blocks[:, at : at + 2] = np.array([value], np.float16).view(np.uint8)

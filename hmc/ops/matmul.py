@@ -51,18 +51,18 @@ def _gate_up(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]
 
 
 def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    stored = weights["gate"]
-    if {weights[role] for role in ("gate", "up", "down")} != {stored}:
-        raise UnsupportedError("gate, up and down of the experts differ in format")
-    sizes = stored.sizes | picked(attrs, "experts", "top_k")
+    gate, down = weights["gate"], weights["down"]
+    if gate != weights["up"]:
+        raise UnsupportedError("gate and up of the experts differ in format")
+    sizes = picked(attrs, "experts", "top_k")
     sizes |= _biased(weights, "gate_bias", "up_bias", "down_bias")
-    into = {"k": int(attrs["k"]), "n": int(attrs["n"]), **sizes}
-    back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes}
+    into = {"k": int(attrs["k"]), "n": int(attrs["n"]), **sizes, **gate.sizes}
+    back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes, **down.sizes}
     names = ("grouped_gate_up", "grouped_down") if use.many else ("experts_gate_up", "experts_down")
     few = {} if use.many else {"tokens": use.tokens}
     return (
-        spec(names[0], use, into | few, stored.format, "bf16", str(attrs["act"])),
-        spec(names[1], use, back | few, stored.format, "f32"),
+        spec(names[0], use, into | few, gate.format, "bf16", str(attrs["act"])),
+        spec(names[1], use, back | few, down.format, "f32"),
     )
 
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 import numpy as np
 
 from hmc.codegen.expr import weighs
+from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
@@ -210,8 +211,8 @@ def _experts(low: Lowering, step: Step) -> None:
         chosen, common["ids"] = _resident(low, step, into.isa)
     if into.op == "experts_gate_up":
         common["scratch"] = low.arena.workspace("experts", experts_scratch_bytes(back))
-        third = step.weight_bytes // 3  # gate, up and down are equally large
-        first, second = (2 * third, top_k * into["n"]), (third, back["n"])
+        up = step.weight_bytes * _up_share(into, back)
+        first, second = (int(up), top_k * into["n"]), (step.weight_bytes - int(up), back["n"])
         reads: list[Operand | Hashable] = [x, chosen, *([routing] if weighed else [])]
         record(low, step, into, common | first_half, reads=reads, writes=["act"], shared=first)
         reads, writes = ["act", chosen, routing], [y, "experts"]
@@ -227,6 +228,12 @@ def _experts(low: Lowering, step: Step) -> None:
     record(low, step, into, common | first_half, reads=reads, writes=["act"])
     common["scratch"] = _private(low, back.op, panel_scratch_bytes(back))
     record(low, step, back, common | second_half, reads=["act", "order", routing])
+
+
+def _up_share(into: KernelSpec, back: KernelSpec) -> float:
+    """Of the bytes of experts those of gate and up."""
+    up, down = (spec["n"] * row_bytes(spec.weight, spec["k"]) for spec in (into, back))
+    return 2 * up / (2 * up + down)
 
 
 HOST_OPS: dict[str, OpFunction] = {

@@ -16,6 +16,7 @@ from gguf_files import write_gguf
 import hmc
 from hmc.cli import main
 from hmc.errors import ShardError, TensorError, UsageError, VerifyError
+from hmc.formats.gguf import GGUF
 from hmc.plan.stored import check_weights
 from hmc.runtime.engine import Engine
 
@@ -106,6 +107,34 @@ def test_keys_and_values_of_the_latent_apart(checkpoint, tmp_path, kind, kept) -
         tokens = engine.generate(IDS, max_new_tokens=8).token_ids
     if kind == "BF16":
         assert list(tokens) == answer(directory)[0]
+
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+        "moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
+        "attention_bias": False, "mlp_only_layers": []}  # fmt: skip
+"""Rows of whole blocks of 256."""
+MIXED = {"embed_tokens": "Q4_K", "lm_head": "Q6_K", "v_proj": "Q6_K",
+         "layers.1.mlp.experts.down": "Q6_K"}  # fmt: skip
+"""As files called Q4_K_M are."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "kinds"),
+    [
+        pytest.param("Q4_K", MIXED, id="Q4_K_M"),
+        *(
+            pytest.param(kind, {}, id=kind, marks=pytest.mark.slow)
+            for kind in (each.title for each in GGUF)
+        ),
+    ],
+)
+def test_blocks_and_their_twin_give_the_same_tokens(checkpoint, tmp_path, kind, kinds) -> None:
+    directory = checkpoint("qwen3_moe", "f32", layers=2, **WIDE)
+    path = write_gguf(tmp_path / "a.gguf", directory, kind, kinds=kinds, twin=tmp_path / "twin")
+    expected, logits = answer(tmp_path / "twin")
+    tokens, found = answer(path)
+    assert tokens == expected
+    assert np.abs(found - logits).max() < 1e-3 * np.abs(logits).max()
 
 
 def test_parts_that_are_none_are_refused(checkpoint, tmp_path) -> None:
