@@ -20,7 +20,9 @@ from hmc.formats import format_of
 from hmc.formats.base import Arithmetic
 
 NATIVE: dict[Arithmetic, frozenset[str]] = {
-    "bf16": frozenset({"fp8", "bf16", "int4"}),
+    "bf16": frozenset(
+        {"fp8", "bf16", "int4", "q8_0", "q4_0", "ggml_mxfp4", "q4_k", "q5_k", "q6_k", "iq4_xs"}
+    ),
     "whole": frozenset({"int4"}),
     "f32": frozenset({"fp8", "bf16", "fp16", "f32"}),
 }
@@ -54,6 +56,11 @@ def is_native(spec: KernelSpec) -> bool:
     groups = _GROUPS.get(spec.weight)
     known = groups is None or spec.get("group") in groups
     return known and has_native(spec.isa, spec.weight)
+
+
+def reads_planes(spec: KernelSpec) -> bool:
+    """Whether that decoder takes codes and scales from planes, and not from blocks."""
+    return is_native(spec) and not format_of(spec.weight).codes.block[1]
 
 
 def takes_nan(isa: str, weight: str) -> bool:

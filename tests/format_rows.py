@@ -141,4 +141,3 @@ def _blocks(rng: np.random.Generator, row: Format, shape: tuple[int, ...]) -> np
     if row.name not in HALVES_AT:
         blocks[:, 0] = rng.integers(124, 131, len(blocks))
     return blocks.reshape(shape)
-

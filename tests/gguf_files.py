@@ -70,7 +70,9 @@ def write_gguf(
         others = [each for word, each in (kinds or {}).items() if word in theirs]
         used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
         data, raw = _encoded(tensor, used)
-        meant |= _unstacked(theirs, torch.from_numpy(data if raw is None else gguf.dequantize(data, raw)).float())
+        meant |= _unstacked(
+            theirs, torch.from_numpy(data if raw is None else gguf.dequantize(data, raw)).float()
+        )
         if config["model_type"] == "mixtral":
             theirs = _of_mixtral(theirs)
         known = theirs.replace("e_score_correction_bias", "e_score_correction.bias")

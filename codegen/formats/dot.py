@@ -35,7 +35,7 @@ from hmc.codegen.formats.unpack import (
 )
 from hmc.codegen.formats.weights import Scales, row_bytes, scales_of, span_bytes, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
-from hmc.codegen.native import arithmetic, is_native
+from hmc.codegen.native import arithmetic, reads_planes
 from hmc.codegen.spec import FP8_BLOCK, KernelSpec
 from hmc.codegen.vector import (
     bf16_bits,
@@ -68,7 +68,7 @@ class Dot:
     @property
     def paired(self) -> bool:
         """Whether products are of bf16 pairs (`vdpbf16ps`), else of f32."""
-        return is_native(self.spec) and arithmetic(self.spec.isa, self.spec.weight) == "bf16"
+        return reads_planes(self.spec) and arithmetic(self.spec.isa, self.spec.weight) == "bf16"
 
     @property
     def width(self) -> int:
@@ -180,7 +180,7 @@ class Dot:
         """The unit at element `k` of a row as it is stored, of which `valid` weights are read;
         behind them are zeros. Where there is no native decoder, it is decoded already.
         """
-        weight, b = self.spec.weight if is_native(self.spec) else "", e.b
+        weight, b = self.spec.weight if reads_planes(self.spec) else "", e.b
         if weight == "fp8":
             return masked_vec(e, row.codes, k, I8, self.unit, valid)
         if weight == "bf16":

@@ -29,7 +29,7 @@ from hmc.codegen.formats.interleave import (
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, vec
-from hmc.codegen.native import arithmetic, is_native
+from hmc.codegen.native import arithmetic, reads_planes
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import bf16_bits, dot_pairs, fsplat
 
@@ -154,7 +154,7 @@ class WholeNumbers(MicroKernel):
 
 def micro_of(spec: KernelSpec) -> MicroKernel:
     """The micro-kernel for the format and the tier of `spec`."""
-    if not is_native(spec):
+    if not reads_planes(spec):
         return Floats(spec)
     kind, weight = arithmetic(spec.isa, spec.weight), spec.weight
     native = {("bf16", weight): Pairs, ("whole", weight): WholeNumbers, ("f32", "fp8"): Fp8InPlace}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hmc.codegen.formats.made import made_f32
 from hmc.codegen.formats.planes import Row, fp8_to_f32, planes_of
 from hmc.codegen.ir import F16, F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.native import is_native
+from hmc.codegen.native import reads_planes
 from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.codegen.vector import masked_vec, splat_int
 from hmc.formats import format_of
@@ -28,7 +28,7 @@ class Scales:
 
 def scales_of(spec: KernelSpec) -> Scales:
     """The scales that sums of the codes of `spec` are multiplied by."""
-    for plane in planes_of(spec) if is_native(spec) else ():
+    for plane in planes_of(spec) if reads_planes(spec) else ():
         return Scales(plane.rows, plane.columns, plane.bytes)
     return Scales(1, 0, 4)
 
@@ -52,7 +52,7 @@ def weights_f32(e: Emitter, spec: KernelSpec, row: Row, index: Value, count: int
     nibble - 8 without their scales; `index` must be a multiple of 8 and the last lanes are then -8
     + padding, not zero.
     """
-    decode = _decode if is_native(spec) else made_f32
+    decode = _decode if reads_planes(spec) else made_f32
     return [
         decode(e, spec, row, e.b.add(index, const(start)), count - start)
         for start in range(0, count, e.lanes)

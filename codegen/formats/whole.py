@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from hmc.codegen.formats.block_dot import BlockDot, reads_blocks
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
@@ -181,5 +182,7 @@ def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
+    if reads_blocks(spec):
+        return BlockDot(spec, k)
     whole = is_native(spec) and arithmetic(spec.isa, spec.weight) == "whole"
     return (WholeDot if whole else Dot)(spec, k)
