@@ -5,11 +5,8 @@ laid out.
 Codes of 4 to 6 bits stand a byte each in a vector, as they lie in the block: of half a block (or of
 four blocks of 32) the low halves of 64 bytes, then the high ones. A byte is the lower or the upper
 part of a word, so two look-ups of words (`vpermw`, with 6 bits `vpermi2w`) give the codes in even
-and in odd places; `prepare` brings activations into that order, so nothing else moves between
-lanes, and a scale covers whole f32 lanes. Minima are multiplied by the sums of the activations of
-each 32 columns, which stand behind the prepared row.
-
-Weights are decoded where they are first multiplied, not before: few are in registers at a time.
+and odd places: the order that activations are brought into (block_dot.py), so nothing else moves
+between lanes, and a scale covers whole f32 lanes.
 """
 
 from __future__ import annotations

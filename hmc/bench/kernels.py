@@ -243,8 +243,9 @@ class KernelBench(Closing):
         x, y = _activations(case.tokens, case.k), np.zeros((case.tokens, case.k), np.float32)
         act = np.zeros((pairs, case.rows), np.uint16)
         routing = np.full(pairs, 1 / case.top_k, np.float32)
-        first = {"x": x.ctypes.data, "x_stride": case.k}
-        second = {"y": y.ctypes.data, "y_stride": case.k, "routing": routing.ctypes.data}
+        first = {"x": x.ctypes.data, "x_stride": case.k, "gate_bias": 0, "up_bias": 0}
+        second = {"y": y.ctypes.data, "y_stride": case.k, "bias": 0}
+        first["routing"] = second["routing"] = routing.ctypes.data
         second["tokens"] = case.tokens
         if not many:
             first["tokens"] = case.tokens

@@ -105,7 +105,7 @@ class Call:
         names = [("gate", "gate_scale"), ("up", "up_scale")] if gated else [("w", "scale")]
         for (w, scale), each in zip(names, self.weights, strict=True):
             args |= {w: each.codes, scale: each.beside}
-        args |= {} if gated else {"bias": 0}
+        args |= {"gate_bias": 0, "up_bias": 0} if gated else {"bias": 0}
         if many:
             scratch = np.zeros(2 * panel_scratch_bytes(spec), np.uint8)
             args |= {"gather": 0, "scratch": address(scratch)}
@@ -131,11 +131,12 @@ class Call:
             args |= {"slots": address(slots), "offsets": address(offsets)}
         else:
             args["ids"] = address(ids)
+        args["routing"] = address(routing)
         if into:
             args |= {"x": address(x), "x_stride": k, "act": address(act)}
+            args |= {"gate_bias": 0, "up_bias": 0}
         else:
-            args |= {"act": address(x), "routing": address(routing), "y": address(y),
-                     "y_stride": n}  # fmt: skip
+            args |= {"act": address(x), "y": address(y), "y_stride": n, "bias": 0}
         if not (many and into):
             args["tokens"] = tokens
         size = 2 * panel_scratch_bytes(spec) if many else scratch_bytes(spec)
