@@ -13,7 +13,8 @@ never move between lanes).
     without          to f32 in place, f32 multiply-add   whole numbers          f32 multiply-add
                      (unpack.py)                         (whole.py)
 
-Blocks of GGUF are multiplied as pairs too (block_dot.py). Any other format is decoded with its scales and multiplied as f32 (made.py, native.py).
+Blocks of GGUF are multiplied as pairs too (block_dot.py). Any other format is decoded with its
+scales and multiplied as f32 (made.py, native.py).
 """
 
 from __future__ import annotations
