@@ -83,23 +83,34 @@ def _decodes(row: Format, kind: Arithmetic) -> bool:
     return kind in _TABLES and _TABLES[kind](row)
 
 
+_OF_BLOCKS: frozenset[Arithmetic] = frozenset({"bf16"})
+
+
+def _blocks(row: Format, kind: Arithmetic) -> bool:
+    """Whether rows of blocks are multiplied in arithmetic `kind`, a few tokens at a time
+    (formats/block_dot.py); else a decoder is made of them.
+    """
+    return kind in _OF_BLOCKS and row.codes.block[1] > 0
+
+
 def arithmetic(isa: str, weight: str) -> Arithmetic:
     """How tier `isa` multiplies weights of a format by activations."""
     row = format_of(weight)
     best: Arithmetic = "bf16" if TIERS[isa].pair_dot else "whole"
-    return best if best in row.exact_in and _decodes(row, best) else "f32"
+    return best if best in row.exact_in and (_decodes(row, best) or _blocks(row, best)) else "f32"
 
 
 def has_native(isa: str, weight: str) -> bool:
     """Whether the tier has a decoder of such codes."""
-    return _decodes(format_of(weight), arithmetic(isa, weight))
+    row, kind = format_of(weight), arithmetic(isa, weight)
+    return _decodes(row, kind) or _blocks(row, kind)
 
 
 def is_native(spec: KernelSpec) -> bool:
-    """Whether the weights of `spec` are read by a native decoder: one of such codes, whose scales
-    lie as it knows them.
+    """Whether the weights of `spec` are read by a native decoder of planes: one of such codes,
+    whose scales lie as it knows them.
     """
-    if not has_native(spec.isa, spec.weight):
+    if format_of(spec.weight).codes.block[1] or not has_native(spec.isa, spec.weight):
         return False
     for plane in format_of(spec.weight).scales:
         columns = spec.get("group") if plane.columns == GROUP else plane.columns

@@ -16,7 +16,8 @@ the end. Hidden here: how codes become numbers, and the order in which activatio
 Zeros: sums of codes are less by the zero times the sum of the activations, which `prepare` adds up
 chunk by chunk, for each lane of an accumulator.
 
-Any other format is decoded with its scales and multiplied as f32 (made.py, native.py).
+Blocks of GGUF are multiplied as pairs too (block_dot.py). Any other format is decoded with its
+scales and multiplied as f32 (made.py, native.py).
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ class Dot:
         return None
 
     @property
+    def paired(self) -> bool:
+        """Whether products are of bf16 pairs."""
+        return self.pairs is not None
+
+    @property
     def shifted(self) -> bool:
         """Whether E4M3 codes become f32 of another exponent in place (unpack.py)."""
         return self.native and is_e4m3(self.format) and not self.pairs
@@ -100,7 +106,7 @@ class Dot:
     @property
     def width(self) -> int:
         """Weights in one vector of decoded weights."""
-        return 32 if self.pairs else self.lanes
+        return 32 if self.paired else self.lanes
 
     @property
     def chunk(self) -> int:
@@ -201,7 +207,7 @@ class Dot:
                 ir.Constant(joined.type, ir.Undefined),
                 ir.Constant(vec(I32, len(lanes)), lanes),
             )
-            if not self.pairs:
+            if not self.paired:
                 vector = e.bf16_to_f32(vector)
                 if self.shifted:
                     vector = b.fmul(vector, fsplat(FP8_ACTIVATIONS, self.lanes))

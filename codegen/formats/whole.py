@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from hmc.codegen.formats.block_dot import BlockDot, reads_blocks
 from hmc.codegen.formats.dot import CHUNK, Dot
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.words import WordCodes, word_codes
@@ -192,5 +193,7 @@ def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
+    if reads_blocks(spec):
+        return BlockDot(spec, k)
     whole = is_native(spec) and arithmetic(spec.isa, spec.weight) == "whole"
     return (WholeDot if whole else Dot)(spec, k)

@@ -63,6 +63,8 @@ class Layout:
     @staticmethod
     def of(row: Format, dtypes: Sequence[str], group: int = 0) -> Layout:
         """Of a weight whose planes are in memory as `dtypes`, in the order of the row."""
+        if row.codes.block[1]:
+            raise UnsupportedError(f"{row.name}: kernels of GPUs read no blocks of GGUF")
         scales = []
         for plane, dtype in zip(row.scales, dtypes[1:], strict=True):
             columns = group if plane.columns == GROUP else plane.columns

@@ -12,7 +12,7 @@ def _blocks(name: str) -> Format:
     kind = next(each for each in GGML_TYPES.values() if each.name == name)
     plane = Plane("blocks", (kind.dtype,), block=(kind.block, kind.bytes), ragged=False)
     about = f"GGUF {name}, blocks of {kind.block}"
-    return Format(kind.dtype.lower(), name, (plane,), exact_in=("f32",), about=about)
+    return Format(kind.dtype.lower(), name, (plane,), exact_in=("bf16", "f32"), about=about)
 
 
 GGUF = tuple(map(_blocks, ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")))

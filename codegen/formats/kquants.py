@@ -1,0 +1,327 @@
+"""Blocks of GGUF as bf16 pairs and their scales, on tiers that multiply pairs: codes are whole
+numbers (or entries of a table) that bf16 holds exactly. `hmc/formats/blocks.py` says how blocks are
+laid out.
+
+Codes of 4 to 6 bits stand a byte each in a vector, as they lie in the block: of half a block (or of
+four blocks of 32) the low halves of 64 bytes, then the high ones. A byte is the lower or the upper
+part of a word, so two look-ups of words (`vpermw`, with 6 bits `vpermi2w`) give the codes in even
+and odd places: the order that activations are brought into (block_dot.py), so nothing else moves
+between lanes, and a scale covers whole f32 lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from llvmlite import ir
+
+from hmc.codegen.ir import (
+    BF16,
+    F16,
+    F32,
+    I1,
+    I8,
+    I16,
+    I32,
+    I64,
+    Emitter,
+    Value,
+    const,
+    lanes_mask,
+    vec,
+)
+from hmc.codegen.vector import concat, isplat, resize, splat_int
+from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
+
+LANES, WORDS, BYTES = 16, 32, 64
+"""f32, bf16 and codes of a vector."""
+SUMMED = 32
+"""Columns of a prepared sum."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What lies at `address` (i8*): a block of 256 columns, or `count` of 32, `size` bytes each."""
+
+    e: Emitter
+    address: Value
+    count: int
+    size: int
+    _made: dict[object, Value] = field(default_factory=dict)
+
+    def once(self, make: Callable[..., Value], *args: int) -> Value:
+        """`make(self, *args)`, emitted where it is first asked for."""
+        key = (make, *args)
+        if key not in self._made:
+            self._made[key] = make(self, *args)
+        return self._made[key]
+
+    def load(self, at: int, kind: ir.Type) -> Value:
+        """The number at byte `at`."""
+        return self.e.load(self.e.offset(self.address, const(at)), const(0), kind)
+
+    def half(self, at: int, lanes: int) -> Value:
+        """The f16 number at byte `at`, as f32 in all lanes."""
+        return self.e.splat(self.e.b.fpext(self.load(at, F16), F32), lanes)
+
+    def bytes(self, at: int, count: int = BYTES) -> Value:
+        """`<count x i8>`."""
+        return self.e.load_vec(self.address, const(at), I8, count)
+
+    def each(self, at: int, kind: ir.IntType) -> Value:
+        """`<16 x kind>`: what stands at byte `at` of each of four blocks of 32, in the four lanes
+        of its codes; 0 for blocks that are not there.
+        """
+        found: Value = self.e.zeros(kind, LANES)
+        for number in range(self.count):
+            mask = ir.Constant(vec(I1, LANES), [int(lane // 4 == number) for lane in range(LANES)])
+            one = self.e.splat(self.load(number * self.size + at, kind), LANES)
+            found = self.e.b.select(mask, one, found)
+        return found
+
+    def sixteens(self, at: int) -> Value:
+        """`<64 x i8>`: the 16 bytes from `at` on of each of four blocks of 32."""
+        none = self.e.zeros(I8, 16)
+        starts = [number * self.size + at for number in range(self.count)]
+        parts = [self.bytes(start, 16) for start in starts] + [none] * (4 - self.count)
+        return concat(self.e, parts)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How blocks of a format are multiplied: `unit` columns at once, by steps, each of some vectors
+    of codes that share the vector of scales.
+
+    `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
+    or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`, bf16 pairs.
+    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each 32 columns,
+    negative.
+    """
+
+    unit: int
+    columns: tuple[tuple[int, ...], ...]
+    vectors: Callable[[Block, int], list[Value]]
+    scales: Callable[[Block, int], Value]
+    minima: Callable[[Block], Value] | None = None
+
+    @property
+    def period(self) -> int:
+        """Columns after which the steps repeat."""
+        return sum(map(len, self.columns))
+
+    @property
+    def steps(self) -> int:
+        """In a unit."""
+        return self.unit // self.period * len(self.columns)
+
+
+def _words(codes: Value, e: Emitter) -> Value:
+    return e.b.bitcast(codes, vec(I16, WORDS))
+
+
+def _shift(e: Emitter, words: Value, left: int) -> Value:
+    if left == 0:
+        return words
+    amount = splat_int(I16, WORDS, abs(left))
+    return e.b.shl(words, amount) if left > 0 else e.b.lshr(words, amount)
+
+
+def _masked(e: Emitter, words: Value, byte: int) -> Value:
+    return e.b.and_(words, splat_int(I16, WORDS, byte * 0x101))
+
+
+def _looked_up(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
+    """The values of 64 codes, a byte each: of those in even places, then of those in odd ones.
+    Codes of 4 bits may have anything above them, since the table of 32 repeats; so may those of 6.
+    """
+    bits = [int(each) >> 16 for each in np.array(values, np.float32).view(np.uint32)]
+    bits = 2 * bits if len(bits) < WORDS else bits
+    tables = [
+        ir.Constant(vec(I16, WORDS), [ir.Constant(I16, word) for word in bits[at : at + WORDS]])
+        for at in range(0, len(bits), WORDS)
+    ]
+    found = []
+    for index in (codes, _shift(e, codes, -8)):
+        if len(tables) == 1:
+            name = "llvm.x86.avx512.permvar.hi.512"
+            found.append(e.call(name, index.type, tables[0], index))
+        else:
+            name = "llvm.x86.avx512.vpermi2var.hi.512"
+            found.append(e.call(name, index.type, tables[0], index, tables[1]))
+    return found
+
+
+def _spread(block: Block, scales: Value, groups: Sequence[int]) -> Value:
+    """`<16 x float>`: of `scales` the one of each group, in as many lanes each as there are."""
+    mask = lanes_mask([groups[lane * len(groups) // LANES] for lane in range(LANES)])
+    return block.e.b.shuffle_vector(scales, ir.Constant(scales.type, ir.Undefined), mask)
+
+
+# -- blocks of 32 ----------------------------------------------------------------------------------
+
+
+def _halves(block: Block, step: int) -> Value:
+    """Of each of four blocks the f16 number at byte 0."""
+    halves = block.e.b.bitcast(block.each(0, I16), vec(F16, LANES))
+    return block.e.b.fpext(halves, vec(F32, LANES))
+
+
+def _powers(block: Block, step: int) -> Value:
+    """Of each of four blocks half of the power of two whose exponent is at byte 0; the first two
+    are subnormal.
+    """
+    b = block.e.b
+    exponent = b.zext(block.each(0, I8), vec(I32, LANES))
+    small = b.shl(isplat(0x00200000, LANES), exponent)
+    power = b.shl(b.sub(exponent, isplat(1, LANES)), isplat(23, LANES))
+    few = b.icmp_unsigned("<", exponent, isplat(2, LANES))
+    return b.bitcast(b.select(few, small, power), vec(F32, LANES))
+
+
+def _four(values: Sequence[float], at: int, scales: Callable[[Block, int], Value]) -> Kind:
+    """Four blocks of 32 codes of 4 bits, from byte `at` of each on: one step of four vectors."""
+
+    def vectors(block: Block, step: int) -> list[Value]:
+        words = _words(block.sixteens(at), block.e)
+        return [
+            vector
+            for shift in (0, -4)
+            for vector in _looked_up(block.e, values, _shift(block.e, words, shift))
+        ]
+
+    columns = _in_places(_SIXTEENS) + _in_places([column + 16 for column in _SIXTEENS])
+    return Kind(128, (columns,), vectors, scales)
+
+
+def _bytes(block: Block, step: int) -> list[Value]:
+    e, b = block.e, block.e.b
+    floats = b.sitofp(block.bytes(2, WORDS), vec(F32, WORDS))
+    low, high = (
+        b.shuffle_vector(floats, floats, lanes_mask(range(at, at + LANES))) for at in (0, LANES)
+    )
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return [b.bitcast(e.call(name, vec(BF16, WORDS), high, low), vec(I16, WORDS))]
+
+
+# -- blocks of 256: steps of the low and the high halves of 64 bytes, twice ------------------------
+
+
+def _scale_codes(block: Block, minima: int) -> Value:
+    """Of eight groups the 6 bits that scales (or minima) are: `<8 x float>`."""
+    b = block.e.b
+    low, last = block.load(8 if minima else 4, I32), block.load(12, I32)
+    half = b.lshr(last, I32(4)) if minima else last
+    top = b.shl(b.and_(b.lshr(low, I32(6)), I32(0x03030303)), I32(4))
+    late = b.zext(b.or_(b.and_(half, I32(0x0F0F0F0F)), top), I64)
+    early = b.zext(b.and_(low, I32(0x3F3F3F3F)), I64)
+    both = b.bitcast(b.or_(early, b.shl(late, I64(32))), vec(I8, 8))
+    return b.fmul(b.uitofp(both, vec(F32, 8)), block.half(2 * minima, 8))
+
+
+def _group_scales(block: Block, step: int) -> Value:
+    half, part = divmod(step, 2)
+    scales = block.once(_scale_codes, 0)
+    return _spread(block, scales, (4 * half + part, 4 * half + 2 + part))
+
+
+def _negative_minima(block: Block) -> Value:
+    return resize(block.e, block.e.b.fneg(_scale_codes(block, 1)), LANES)
+
+
+_FOUR_BITS = tuple(float(code) for code in range(16))
+_FIVE_BITS = tuple(float(code) for code in range(32))
+_SIX_BITS = tuple(float(code - 32) for code in range(64))
+
+
+def _low(block: Block, at: int, half: int) -> Value:
+    return _words(block.bytes(at + BYTES * half), block.e)
+
+
+def _q4_k(block: Block, step: int) -> list[Value]:
+    half, part = divmod(step, 2)
+    words = block.once(_low, 16, half)
+    return _looked_up(block.e, _FOUR_BITS, _shift(block.e, words, -4 * part))
+
+
+def _high(block: Block, at: int, shift: int, each: int) -> Value:
+    """32 bytes twice, from bit `shift` on, and `each` bits further."""
+    b, packed = block.e.b, block.bytes(at, 32)
+    parts = [b.lshr(packed, splat_int(I8, 32, bits)) if bits else packed
+             for bits in (shift, shift + each)]  # fmt: skip
+    return _words(concat(block.e, parts), block.e)
+
+
+def _q5_k(block: Block, step: int) -> list[Value]:
+    e, (half, part) = block.e, divmod(step, 2)
+    low = _masked(e, _shift(e, block.once(_low, 48, half), -4 * part), 0x0F)
+    high = _masked(e, _shift(e, block.once(_high, 16, 4 * half, 2), 4 - part), 0x10)
+    return _looked_up(e, _FIVE_BITS, e.b.or_(low, high))
+
+
+def _q6_k(block: Block, step: int) -> list[Value]:
+    e, (half, part) = block.e, divmod(step, 2)
+    low = _masked(e, _shift(e, block.once(_low, 0, half), -4 * part), 0x0F)
+    high = _masked(e, _shift(e, block.once(_high, 128 + 32 * half, 0, 2), 4 - 4 * part), 0x30)
+    return _looked_up(e, _SIX_BITS, e.b.or_(low, high))
+
+
+def _sixteen_scales(block: Block) -> Value:
+    codes = block.e.b.sitofp(block.bytes(192, 16), vec(F32, 16))
+    return block.e.b.fmul(codes, block.half(208, 16))
+
+
+def _q6_k_scales(block: Block, step: int) -> Value:
+    first = 4 * step
+    return _spread(block, block.once(_sixteen_scales), range(first, first + 4))
+
+
+def _eight_scales(block: Block) -> Value:
+    """Of eight groups, less 32: 4 bits each in four bytes, two in two bytes."""
+    b = block.e.b
+
+    def fields(bits: Value, each: int) -> Value:
+        shifts = lanes_mask([each * group for group in range(8)])
+        return b.and_(b.lshr(block.e.splat(bits, 8), shifts), isplat(2**each - 1, 8))
+
+    high = fields(b.zext(block.load(2, I16), I32), 2)
+    both = b.or_(fields(block.load(4, I32), 4), b.shl(high, isplat(4, 8)))
+    codes = b.sitofp(b.sub(both, isplat(32, 8)), vec(F32, 8))
+    return b.fmul(codes, block.half(0, 8))
+
+
+def _iq4_xs_scales(block: Block, step: int) -> Value:
+    half = step // 2
+    return _spread(block, block.once(_eight_scales), range(4 * half, 4 * half + 4))
+
+
+def _iq4_xs(block: Block, step: int) -> list[Value]:
+    half, part = divmod(step, 2)
+    words = block.once(_low, 8, half)
+    return _looked_up(block.e, IQ4, _shift(block.e, words, -4 * part))
+
+
+def _in_places(columns: Sequence[int]) -> tuple[int, ...]:
+    """Columns of the bytes in even places, then of those in odd ones."""
+    return (*columns[::2], *columns[1::2])
+
+
+_SIXTEENS = [32 * (byte // 16) + byte % 16 for byte in range(BYTES)]
+_THIRTIES = [64 * (byte // 32) + byte % 32 for byte in range(BYTES)]
+
+
+def _two(columns: Sequence[int], apart: int) -> tuple[tuple[int, ...], ...]:
+    return _in_places(columns), _in_places([column + apart for column in columns])
+
+
+KINDS: Mapping[str, Kind] = {
+    "q8_0": Kind(32, (tuple(range(32)),), _bytes, lambda block, _: block.half(0, LANES)),
+    "q4_0": _four([code - 8.0 for code in range(16)], 2, _halves),
+    "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
+    "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _negative_minima),
+    "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _negative_minima),
+    "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales),
+    "iq4_xs": Kind(256, _two(_SIXTEENS, 16), _iq4_xs, _iq4_xs_scales),
+}
+"""By the name of a format."""
