@@ -160,9 +160,10 @@ class GroupedQueryAttention(nn.Module):
     `out_bias` that of the output projection, `heads` (query heads, key heads, elements a head)
     where they are not what the configuration says for all layers. `fused` names the one tensor
     beside the block that holds the rows of q, k and v (then without biases). Heads of values have
-    `v_dim` elements (0: as many as keys), times `v_scale`; rotary embedding pairs neighbours where
-    the configuration says `rope_interleave`, or else `interleaved`. `options` are those of the
-    block `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out
+    `v_dim` elements (0: as many as keys), times `v_scale`; scores are multiplied by `scale` (0: one
+    over the root of a head's elements). Rotary embedding pairs neighbours
+    where the configuration says `rope_interleave`, or else `interleaved`. `options` are those of
+    the block `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out
     overrides `gated`.
     """
 
@@ -180,6 +181,7 @@ class GroupedQueryAttention(nn.Module):
         fused: str = "",
         v_dim: int = 0,
         v_scale: float = 1.0,
+        scale: float = 0.0,
         interleaved: bool = False,
         **options: Any,
     ) -> None:
@@ -204,7 +206,8 @@ class GroupedQueryAttention(nn.Module):
             turn = partial(Rotary, factor=rope.factor, interleaved=pairs)
             self.q_rotary = turn(count, dim, rope.inv_freq)
             self.k_rotary = turn(kv_count, dim, rope.inv_freq)
-        self.attention = Attention(count, kv_count, dim, v_dim or dim, dim**-0.5, **options)
+        scale = scale or dim**-0.5
+        self.attention = Attention(count, kv_count, dim, v_dim or dim, scale, **options)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -241,7 +244,8 @@ class MoE(nn.Module):
     """The routed MLP of a layer: the experts, `intermediate` wide, that `route` chooses by the
     gate's logits, and beside them `shared`, which every token goes through; `weighed`, that one's
     result is multiplied by the sigmoid of a gate of its own. `act` is the experts' activation
-    where it is not the configuration's.
+    where it is not the configuration's; `stacked` experts lie in two tensors, gate_up_proj
+    [experts, 2 * intermediate, hidden], gate first, and down_proj [experts, hidden, intermediate].
     """
 
     def __init__(
@@ -253,11 +257,14 @@ class MoE(nn.Module):
         *,
         weighed: bool = False,
         act: str = "",
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         self.gate = Linear(hidden, route.experts)
         self.route = route
-        self.experts = Experts(route.experts, hidden, intermediate, route.top_k, act=act)
+        sizes = (route.experts, hidden, intermediate)
+        stack = _stack(*sizes) if stacked else None
+        self.experts = Experts(*sizes, route.top_k, act=act, stacked=stack)
         self.shared_experts = shared
         self.shared_gate = Linear(hidden, 1) if weighed else None
 
@@ -269,6 +276,15 @@ class MoE(nn.Module):
         if self.shared_gate is not None:
             shared = torch.sigmoid(self.shared_gate(x)) * shared
         return routed + shared  # type: ignore[no-any-return]
+
+
+def _stack(experts: int, hidden: int, intermediate: int) -> dict[str, tuple[str, View]]:
+    into = (experts, 2 * intermediate, hidden)
+    return {
+        "gate": ("gate_up_proj", View(into)),
+        "up": ("gate_up_proj", View(into, intermediate)),
+        "down": ("down_proj", View((experts, hidden, intermediate))),
+    }
 
 
 def attention_heads(config: ModelConfig) -> tuple[int, int, int]:

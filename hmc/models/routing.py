@@ -31,13 +31,17 @@ def dense_mlp(config: ModelConfig) -> GatedMLP:
     return GatedMLP(hidden, config.require_int("intermediate_size", minimum=1))
 
 
-def routed_experts(config: ModelConfig, *keys: str) -> tuple[int, int]:
-    """(routed experts, experts a token), the first from whichever of `keys` the config has."""
+def routed_experts(
+    config: ModelConfig, *keys: str, chosen: str = "num_experts_per_tok"
+) -> tuple[int, int]:
+    """(routed experts, experts a token), the first from whichever of `keys` the config has, the
+    second from `chosen`.
+    """
     key = next((key for key in keys if key in config), keys[0])
     experts = config.require_int(key, minimum=1)
-    top_k = config.require_int("num_experts_per_tok", minimum=1)
+    top_k = config.require_int(chosen, minimum=1)
     if top_k > experts:
-        raise config.error("num_experts_per_tok", f"is {top_k}, more than the {experts} experts")
+        raise config.error(chosen, f"is {top_k}, more than the {experts} experts")
     return experts, top_k
 
 

@@ -36,10 +36,10 @@ def load_model(directory: Path) -> Model:
 
 
 def _part(tensors: dict[str, Tensor], spec: WeightSpec, expert: int) -> Tensor:
-    """A weight in its tensor, of routed ones that of an expert."""
+    """A weight in its tensor, of routed ones that of an expert; a vector may be stored as a row."""
     found, view = tensors[spec.name.format(e=expert)], spec.view
     if view is None:
-        return found
+        return found[0] if found.shape == (1, *spec.shape) else found
     return (found[expert] if view.stacked else found)[view.first :][: spec.shape[0]]
 
 

@@ -55,6 +55,12 @@ TINY: dict[str, Tiny] = {
     "axk1": Tiny(beside={"model.layers.0.post_mlp_layernorm.weight": (192,)}),
     "deepseek_v3": Tiny(beside=_ahead(3)),
     "deepseek_v32": Tiny(beside=_ahead(3)),
+    "ernie4_5_moe": Tiny(
+        beside={
+            "model.mtp_emb_norm.0.weight": (192,),
+            "model.mtp_linear_proj.0.weight": (192, 384),
+        }
+    ),
     "glm4_moe": Tiny(beside=_ahead(3)),
     "glm4_moe_lite": Tiny(beside=_ahead(3)),
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
