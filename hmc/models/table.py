@@ -26,6 +26,7 @@ from hmc.models import (
     minimax_m2,
     mixtral,
     olmoe,
+    phimoe,
     qwen3_moe,
     sarvam_mla,
 )
@@ -50,6 +51,7 @@ _MODULES = (
     minimax_m2,
     mixtral,
     olmoe,
+    phimoe,
     qwen3_moe,
     sarvam_mla,
 )
