@@ -32,7 +32,8 @@ from hmc.models.rope import Rope
 class CausalLM(nn.Module):
     """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
     float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`; `norm` makes the
-    last norm. MLPs without an activation of their own have the configuration's.
+    last norm; `bias` is that of the output layer. MLPs without an activation of their own have the
+    configuration's.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class CausalLM(nn.Module):
         embed_scale: float = 1.0,
         logit_scale: float = 1.0,
         norm: Callable[[ModelConfig], nn.Module] | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
         act = activation(config)
@@ -52,7 +54,8 @@ class CausalLM(nn.Module):
         self.logit_scale = logit_scale
         last = (norm or hidden_norm)(config)
         self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale)
-        self.lm_head = Linear(hidden, vocab, tied="model.embed_tokens.weight" if tied else None)
+        table = "model.embed_tokens.weight" if tied else None
+        self.lm_head = Linear(hidden, vocab, bias=bias, tied=table)
         place(self.lm_head, -1, "head")
         for module in self.modules():
             if isinstance(module, GatedMLP | Experts):

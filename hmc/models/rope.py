@@ -17,6 +17,7 @@ from hmc.checkpoint.config import ModelConfig
 from hmc.errors import ConfigError, UnsupportedError
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "deepseek_yarn", "dynamic")
+LONGROPE = "longrope"
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,23 @@ def rope(
     *,
     partial: float = 0.0,
     layer_type: str = "",
+    short: bool = False,
 ) -> Rope:
     """The rotary settings of a model with heads of `dim` elements; of layers of `layer_type`, where
     the configuration tells these apart. `partial` is the family's default of
     `partial_rotary_factor`, the share of each head, its first elements, that is rotated (0: the
-    family rotates whole heads).
+    family rotates whole heads). LongRoPE is known to families that ask for its `short` factors, and
+    so end the context where it takes others (`short_context`).
 
     Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that
     cannot be.
     """
     section = _section(config, layer_type)
     settings = section or config
-    kind = "default"
-    if section:
-        kind = section.get_str("rope_type", section.get_str("type", "default"))
-    if kind not in ROPE_TYPES:
+    kind, known = _kind(section), (*ROPE_TYPES, LONGROPE) if short else ROPE_TYPES
+    if kind not in known:
         raise UnsupportedError(
-            f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of"
-            f" {', '.join(ROPE_TYPES)}"
+            f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of {', '.join(known)}"
         )
     share = config.get_float("partial_rotary_factor", partial or 1.0)
     share = settings.get_float("partial_rotary_factor", share)
@@ -83,7 +83,23 @@ def rope(
         return Rope(_floats(1.0 / powers / _factor(section)))
     if kind == "llama3":
         return Rope(_floats(_llama3(section, 1.0 / powers, _original(config, section))))
+    if kind == LONGROPE:
+        return _longrope(config, section, powers)
     return _yarn(config, section, powers, theta)
+
+
+def short_context(config: ModelConfig) -> int:
+    """Tokens up to which LongRoPE takes its short factors; 0 where it is not what the configuration
+    asks for.
+    """
+    section = _section(config, "")
+    return _original(config, section) if section and _kind(section) == LONGROPE else 0
+
+
+def _kind(section: ModelConfig | None) -> str:
+    if section is None:
+        return "default"
+    return section.get_str("rope_type", section.get_str("type", "default"))
 
 
 def _section(config: ModelConfig, layer_type: str) -> ModelConfig | None:
@@ -176,6 +192,22 @@ def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: floa
     keep = 1 - ramp.clamp(0, 1)
     inv_freq = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
     return Rope(_floats(inv_freq), attention_factor, _mscale(factor, all_dim) if all_dim else 1.0)
+
+
+def _longrope(config: ModelConfig, section: ModelConfig, powers: Tensor) -> Rope:
+    """LongRoPE (arXiv 2402.13753) within the old context: a factor for each frequency, and one of
+    cos and sin that Phi calls `short_mscale`.
+    """
+    factors = section.values.get("short_factor")
+    if (
+        not isinstance(factors, list)
+        or len(factors) != len(powers)
+        or not all(type(each) in (int, float) and each > 0 for each in factors)
+    ):
+        raise section.error("short_factor", f"must be {len(powers)} numbers above 0")
+    scale = section.require_float("short_mscale")
+    slower = torch.tensor(factors, dtype=torch.float32, device="cpu")
+    return Rope(_floats(1.0 / (slower * powers)), scale)
 
 
 def _mscale(factor: float, weight: float) -> float:

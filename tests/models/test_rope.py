@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import ConfigError, UnsupportedError
-from hmc.models.rope import rope
+from hmc.models.rope import rope, short_context
 
 SCALINGS: list[dict[str, Any]] = [
     {"rope_type": "linear", "factor": 3.0},
@@ -99,6 +99,32 @@ def test_a_fixed_alpha_stretches_theta() -> None:
     assert found.inv_freq[1] == pytest.approx((1e4 * 1000 ** (128 / 126)) ** (-1 / 64))
     with pytest.raises(UnsupportedError, match="alpha"):
         rope(_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), 128)
+
+
+def test_longrope_until_it_takes_long_factors() -> None:
+    scaling = {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": 4096,
+        "short_mscale": 1.25,
+        "short_factor": [1.0 + 0.07 * index for index in range(48)],
+        "long_factor": [1.0 + index for index in range(48)],
+    }
+    settings = {"rope_theta": 5e5, **scaling}
+    theirs = MixtralConfig(
+        head_dim=96, max_position_embeddings=131072, rope_parameters=dict(settings)
+    )
+    inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs)
+    values = {"max_position_embeddings": 131072, "rope_parameters": settings}
+    ours = rope(_config(values), 96, short=True)
+    assert ours.inv_freq == tuple(inv_freq.tolist())
+    assert ours.factor == 1.25
+    assert short_context(_config(values)) == 4096
+    assert short_context(_config({})) == 0
+    with pytest.raises(UnsupportedError, match="longrope"):
+        rope(_config(values), 96)
+    settings["short_factor"] = [1.0]
+    with pytest.raises(ConfigError, match="short_factor must be 48 numbers"):
+        rope(_config(values), 96, short=True)
 
 
 def test_mscale_is_that_of_deepseek() -> None:

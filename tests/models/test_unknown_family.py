@@ -63,12 +63,19 @@ def test_a_family_can_be_said(tmp_path: Path) -> None:
         hmc.compile(path, dummy_weights=True, family="nonesuch")
 
 
-def test_a_longer_context_than_the_family_allows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "tokens", "key"),
+    [("glm_moe_dsa", 64, "index_topk"), ("phimoe", 1024, "original_max_position_embeddings")],
+)
+def test_a_longer_context_than_the_family_allows(
+    tmp_path: Path, family: str, tokens: int, key: str
+) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(_config("glm_moe_dsa")))
-    assert hmc.compile(path, dummy_weights=True).limits.max_context == 64
-    with pytest.raises(UsageError, match=r"--max-context 65: .* 64 tokens \(index_topk: beyond it"):
-        hmc.compile(path, dummy_weights=True, max_context=65)
+    path.write_text(json.dumps(_config(family)))
+    assert hmc.compile(path, dummy_weights=True).limits.max_context == tokens
+    message = rf"--max-context {tokens + 1}: .* {tokens} tokens \({key}: beyond it"
+    with pytest.raises(UsageError, match=message):
+        hmc.compile(path, dummy_weights=True, max_context=tokens + 1)
 
 
 @pytest.fixture
