@@ -55,6 +55,7 @@ TINY: dict[str, Tiny] = {
     "axk1": Tiny(beside={"model.layers.0.post_mlp_layernorm.weight": (192,)}),
     "deepseek_v3": Tiny(beside=_ahead(3)),
     "deepseek_v32": Tiny(beside=_ahead(3)),
+    "gemma4": Tiny(loader=AutoModelForImageTextToText),
     "glm4_moe": Tiny(beside=_ahead(3)),
     "glm4_moe_lite": Tiny(beside=_ahead(3)),
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
