@@ -69,6 +69,8 @@ TINY: dict[str, Tiny] = {
             (r"^model\.mm_projector\.", "mm_projector."),
         ),
     ),
+    "mistral3": Tiny(loader=AutoModelForImageTextToText),
+    "mistral4": Tiny(loader=AutoModelForImageTextToText),
 }
 """Families that need more than their configuration."""
 
