@@ -159,7 +159,8 @@ def read_dequantised(directory: Path) -> dict[str, Tensor]:
         stored.update(load_file(shard))
     weights = {}
     for name, tensor in stored.items():
-        if name.endswith(("_scale_inv", "_scale", "_shape")):
+        owner = re.sub("_(scale_inv|scale|shape)$", "", name)
+        if owner != name and (owner in stored or f"{owner}_packed" in stored):
             continue
         if name.endswith("_packed"):
             base = name.removesuffix("_packed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from hmc.blocks import MLA, Columns, Linear, RMSNorm, Rotary
+from hmc.blocks import MLA, Columns, Growth, Linear, RMSNorm, Rotary
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.rope import Rope
 
@@ -14,10 +14,10 @@ LATENT_EPS = 1e-6
 
 class LatentAttention(nn.Module):
     """Projections and norms around `MLA`; the query comes through a latent of its own where the
-    config has one.
+    config has one, and grows with its position as `growth` says.
     """
 
-    def __init__(self, config: ModelConfig, rope: Rope) -> None:
+    def __init__(self, config: ModelConfig, rope: Rope, growth: Growth | None = None) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size")
         heads = config.require_int("num_attention_heads", minimum=1)
@@ -50,7 +50,7 @@ class LatentAttention(nn.Module):
         )
         self.k_rotary = Rotary(1, rotated, rope.inv_freq, interleaved=pairs, factor=rope.factor)
         scale = (nope + rotated) ** -0.5 * rope.mscale**2
-        self.mla = MLA(heads, nope, rotated, v_dim, rank, scale)
+        self.mla = MLA(heads, nope, rotated, v_dim, rank, scale, growth=growth)
         self.o_proj = Linear(heads * v_dim, hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import ConfigError, UnsupportedError
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "deepseek_yarn", "dynamic")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "deepseek_yarn", "dynamic", "proportional")
 LONGROPE = "longrope"
 
 
@@ -75,10 +75,14 @@ def rope(
         raise config.error("rope_theta", f"is {theta:g}, must be above 1")
     if section is not None and kind == "dynamic":
         theta *= _stretch(section, rotated)
-    steps = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / rotated
+    whole = dim if kind == "proportional" else rotated
+    steps = torch.arange(0, rotated, 2, dtype=torch.float32, device="cpu") / whole
     powers = theta**steps
     if section is None or kind in ("default", "dynamic"):
         return Rope(_floats(1.0 / powers))
+    if kind == "proportional":  # pairs lie half a head apart, the last ones stay where they are
+        turned = _floats(1.0 / powers / section.get_float("factor", 1.0))
+        return Rope((*turned, *(0.0,) * ((dim - rotated) // 2)))
     if kind == "linear":
         return Rope(_floats(1.0 / powers / _factor(section)))
     if kind == "llama3":

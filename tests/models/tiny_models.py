@@ -61,6 +61,7 @@ TINY: dict[str, Tiny] = {
             "model.mtp_linear_proj.0.weight": (192, 384),
         }
     ),
+    "gemma4": Tiny(loader=AutoModelForImageTextToText),
     "glm4_moe": Tiny(beside=_ahead(3)),
     "glm4_moe_lite": Tiny(beside=_ahead(3)),
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
@@ -74,6 +75,8 @@ TINY: dict[str, Tiny] = {
             (r"^model\.mm_projector\.", "mm_projector."),
         ),
     ),
+    "mistral3": Tiny(loader=AutoModelForImageTextToText),
+    "mistral4": Tiny(loader=AutoModelForImageTextToText),
 }
 """Families that need more than their configuration."""
 
