@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hmc.checkpoint.headers import TensorInfo
 from hmc.checkpoint.quantization import Quantization
+from hmc.checkpoint.views import Pick
 from hmc.formats import Format, Storage, matrix_of, named
 
 Shape = tuple[int, ...]
@@ -31,7 +32,8 @@ class WeightSource:
     `beside` names tensors that belong to it and hold nothing that is needed; `note` is the reason
     for the format, in a few words for a plan. Where the only plane does not lie in one tensor,
     `parts` are those that it is put together from when weights are opened, and its own place is
-    that of the first.
+    that of the first. Where planes are picked from the rows of larger ones, `picks` say so, one of
+    each plane; their places are those of the larger ones.
     """
 
     name: str
@@ -42,6 +44,7 @@ class WeightSource:
     beside: tuple[str, ...]
     note: str
     parts: tuple[Part, ...] = ()
+    picks: tuple[Pick | None, ...] = ()
 
     @property
     def dtypes(self) -> tuple[str, ...]:

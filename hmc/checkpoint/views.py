@@ -1,7 +1,8 @@
 """How a parameter lies in a stored tensor that holds more than it: an expert of a stack, some rows.
 
-A view is where bytes are, nothing is copied or converted: planes of codes and of scales are cut at
-the same rows.
+Rows that follow each other are where bytes are, nothing is copied or converted: planes of codes and
+of scales are cut at the same rows. Others, every second one or columns, are put beside each other
+when weights are opened (`Pick`), bit for bit.
 """
 
 from __future__ import annotations
@@ -18,21 +19,37 @@ from hmc.formats.layouts import AS_READ
 
 @dataclass(frozen=True)
 class View:
-    """A weight [n, k] is rows [first, first + n) of a tensor of `shape` [rows, k], or of each
-    expert of one of `shape` [experts, rows, k].
+    """A weight [n, k] is n rows from `first` on, `step` apart, of a tensor of `shape` [rows, k], or
+    of each expert of one of `shape` [experts, rows, k]; `transposed`, of [k, rows] and [experts, k,
+    rows]. A vector [n] is such elements of [elements] or [experts, elements].
     """
 
     shape: tuple[int, ...]
     first: int = 0
+    step: int = 1
+    transposed: bool = False
 
-    @property
-    def stacked(self) -> bool:
-        """Whether experts lie in one tensor."""
-        return len(self.shape) == 3
+    def stacked(self, shape: tuple[int, ...]) -> bool:
+        """Whether experts, each a weight of `shape`, lie in one tensor."""
+        return len(self.shape) > len(shape)
 
     def of(self, name: str, rows: int) -> str:
         """What a weight of `rows` rows is called, apart from others of the tensor `name`."""
-        return f"{name}[{self.first}:{self.first + rows}]"
+        end = self.first + (rows - 1) * self.step + 1
+        step = f":{self.step}" if self.step > 1 else ""
+        return f"{name}[{self.first}:{end}{step}]{'.T' if self.transposed else ''}"
+
+
+@dataclass(frozen=True)
+class Pick:
+    """Of a plane that is stored as `rows` rows of elements those from `first` on, `step` apart;
+    `transposed`: of one stored as columns of them.
+    """
+
+    rows: int
+    first: int
+    step: int
+    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -76,10 +93,41 @@ def rows_of(
                 f"tensor {tensor.name}: row {first} begins within a block of {plane.name}"
             )
         bits = DTYPE_BITS[tensor.dtype]
-        before = plane.stored_shape((first, shape[1]), group, tensor.dtype) if first else (0,)
+        before = plane.stored_shape((first, *shape[1:]), group, tensor.dtype) if first else (0,)
         own = plane.stored_shape(shape, group, tensor.dtype)
         if plane.layout is not AS_READ and own != tensor.shape:
             raise TensorError(f"tensor {tensor.name}: rows of {form} do not lie together in it")
         place = tensor.offset + prod(before) * bits // 8
         cut.append(replace(tensor, shape=own, offset=place, nbytes=prod(own) * bits // 8))
     return tuple(cut)
+
+
+def picked(
+    tensors: tuple[TensorInfo, ...], form: str, group: int, view: View, shape: tuple[int, ...]
+) -> tuple[tuple[TensorInfo, ...], tuple[Pick | None, ...]]:
+    """As `rows_of`, of rows that lie apart or in columns: tensors as large as the weight's planes,
+    where all rows begin, and which of these they are. `TensorError` also where elements that are
+    packed, or are of more rows than columns, would have to be turned.
+    """
+    whole = view.shape[-len(shape) :]
+    rows = whole[-1] if view.transposed else whole[0]
+    found: list[TensorInfo] = []
+    picks: list[Pick | None] = []
+    for plane, tensor in zip(format_of(form).planes, tensors, strict=True):
+        high = plane.rows
+        if not high and not plane.columns:  # of all elements, and so of these
+            found.append(tensor)
+            picks.append(None)
+            continue
+        turned = plane.bits or plane.block[1] or high != plane.columns
+        scattered = high != 1 if view.step > 1 else not high or view.first % high
+        if plane.layout is not AS_READ or scattered or (view.transposed and turned):
+            raise TensorError(
+                f"tensor {tensor.name}: elements of {plane.name} of {form} are of rows of several"
+                " weights, or not to be turned"
+            )
+        own = plane.stored_shape(shape, group, tensor.dtype)
+        size = prod(own) * DTYPE_BITS[tensor.dtype] // 8
+        found.append(replace(tensor, shape=own, nbytes=size))
+        picks.append(Pick(-(-rows // high), view.first // high, view.step, view.transposed))
+    return tuple(found), tuple(picks)

@@ -32,7 +32,7 @@ from hmc.checkpoint.source import (
     module_of,
     plain_note,
 )
-from hmc.checkpoint.views import Stack, View, rows_of
+from hmc.checkpoint.views import Stack, View, picked, rows_of
 from hmc.errors import TensorError, UnsupportedError
 from hmc.formats import DTYPE_BITS, FORMATS, format_of, named
 
@@ -102,7 +102,7 @@ class Checkpoint:
         """One weight of each of `count` experts, as `resolve`; `{e}` in `pattern` is the expert,
         unless the `view` is one of a stack.
         """
-        if view is not None and view.stacked and view.shape[0] != count:
+        if view is not None and view.stacked(shape) and view.shape[0] != count:
             raise TensorError(f"{pattern}: {view.shape[0]} experts are stacked, not {count}")
         names = [pattern.replace("{e}", str(e)) for e in range(count)]
         return self._each(names, shape, view, linear=linear)
@@ -176,11 +176,15 @@ class Checkpoint:
         """
         if view is not None:
             whole = self
-            if view.stacked:
+            if view.stacked(shape):
                 whole = replace(self, tensors=Stack(self.tensors, expert, view.shape[0]))
-            found = whole.resolve(name, view.shape[-2:], linear=linear)
-            parts = rows_of(found.tensors, found.format, found.group, view.first, shape)
-            return replace(found, name=view.of(name, shape[0]), shape=shape, tensors=parts)
+            found = whole.resolve(name, view.shape[-len(shape) :], linear=linear)
+            found = replace(found, name=view.of(name, shape[0]), shape=shape)
+            if view.step > 1 or view.transposed:
+                own, picks = picked(found.tensors, found.format, found.group, view, shape)
+                return replace(found, tensors=own, picks=picks)
+            own = rows_of(found.tensors, found.format, found.group, view.first, shape)
+            return replace(found, tensors=own)
         where = str(self.directory)
         return Finder(self.tensors, self.quantization, where, self._error).find(name, shape, linear)
 

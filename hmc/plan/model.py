@@ -80,6 +80,18 @@ class StoredPart(Frozen):
     transposed: bool = False
 
 
+class StoredPick(Frozen):
+    """Of a plane that is stored as `rows` rows of elements those from `first` on, `step` apart;
+    `transposed`: of one stored as columns of them. They are put beside each other when weights are
+    opened; the plane's place is that of all rows, its bytes are its own.
+    """
+
+    rows: Annotated[int, Field(ge=1)]
+    first: Count
+    step: Annotated[int, Field(ge=1)]
+    transposed: bool = False
+
+
 class StoredPlane(Frozen):
     """One plane of a weight, as its format's row names it (hmc/formats): a tensor of the
     checkpoint. `shard` indexes the checkpoint's shards (-1: a dummy), `offset` counts from the
@@ -93,6 +105,7 @@ class StoredPlane(Frozen):
     offset: Count
     bytes: Count
     parts: tuple[StoredPart, ...] = ()
+    pick: StoredPick | None = None
 
 
 class Weight(Frozen):
@@ -122,6 +135,7 @@ class ExpertPlane(Frozen):
     bytes: Count
     shards: tuple[tuple[int, int], ...]
     offsets: tuple[int, ...]
+    pick: StoredPick | None = None
 
 
 class ExpertWeights(Frozen):

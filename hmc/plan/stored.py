@@ -18,8 +18,17 @@ from typing import get_args
 
 from hmc.errors import UnsupportedError, VerifyError
 from hmc.formats import WIDE, Form, format_of, forms, matrix_of, told_by_dtype
+from hmc.formats.layouts import AS_READ
 from hmc.ops import Stored
-from hmc.plan.model import ExpertRole, ExpertWeights, Plan, StoredPart, StoredPlane, Weight
+from hmc.plan.model import (
+    ExpertRole,
+    ExpertWeights,
+    Plan,
+    StoredPart,
+    StoredPick,
+    StoredPlane,
+    Weight,
+)
 
 _PROJECTIONS = frozenset(("gate", "up", "down"))
 _MOST = 1 << 40
@@ -73,21 +82,27 @@ def check_weights(plan: Plan) -> None:
             raise VerifyError(f"weight {weight.name}: two are called so, or none may be")
         names.add(weight.name)
         _check_sizes(weight)
-        for plane, row in zip(weight.planes, format_of(weight.format).planes, strict=True):
+        for plane, form in zip(weight.planes, forms_of(weight), strict=True):
             for part in _parts(weight, plane) or (plane,):
                 where = ((1, part.shard),), (part.offset,), part.bytes
-                places.add(weight.name, *where, shared=not row.rows)
+                if plane.pick is None:
+                    places.add(weight.name, *where, shared=not form.plane.rows)
+                else:
+                    places.add_picked(weight.name, *where[:2], form, plane.pick)
     for experts in plan.experts:
         _check_sizes(experts)
         if experts.role in layers.setdefault(experts.layer, {}):
             raise VerifyError(f"layer {experts.layer} has {experts.role} experts twice")
         layers[experts.layer][experts.role] = experts
-        for column, row in zip(experts.planes, format_of(experts.format).planes, strict=True):
+        for column, form in zip(experts.planes, forms_of(experts), strict=True):
             offsets, runs = column.offsets, column.shards
             if len(offsets) != experts.count or _length(runs) != len(offsets):
                 raise VerifyError(f"experts {experts.pattern}: columns are not one an expert")
-            absolute = tuple(accumulate(offsets))
-            places.add(experts.pattern, runs, absolute, column.bytes, shared=not row.rows)
+            name, absolute = experts.pattern, tuple(accumulate(offsets))
+            if column.pick is None:
+                places.add(name, runs, absolute, column.bytes, shared=not form.plane.rows)
+            else:
+                places.add_picked(name, runs, absolute, form, column.pick)
     for layer, roles in layers.items():
         whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
         if not (whole and roles.keys() >= _PROJECTIONS) or (
@@ -97,6 +112,16 @@ def check_weights(plan: Plan) -> None:
     places.check()
 
 
+def picked_bytes(form: Form, pick: StoredPick) -> int:
+    """Bytes of the whole plane of which a pick is made."""
+    return form.stored_bytes // form.stored[0] * pick.rows
+
+
+def picked_rows(form: Form, pick: StoredPick) -> range:
+    """Which of its rows these are."""
+    return range(pick.first, pick.first + form.stored[0] * pick.step, pick.step)
+
+
 def _parts(weight: Weight, plane: StoredPlane) -> tuple[StoredPart, ...]:
     """The parts of a plane, which are all of it and as large as their types say."""
     parts = plane.parts
@@ -104,7 +129,7 @@ def _parts(weight: Weight, plane: StoredPlane) -> tuple[StoredPart, ...]:
         return ()
     rows, columns = matrix_of(weight.shape)
     heads, left = divmod(rows, sum(part.rows for part in parts))
-    if left or len(weight.planes) != 1:
+    if left or len(weight.planes) != 1 or plane.pick is not None:
         raise VerifyError(f"weight {weight.name}: its parts are no whole heads")
     for part in parts:
         if plane.dtype not in (part.dtype, WIDE):
@@ -170,6 +195,30 @@ class _Places:
         self._begins: list[list[int]] = [[] for _ in self._shards]
         self._ends: list[list[int]] = [[] for _ in self._shards]
         self._shared: set[tuple[int, int, int]] = set()
+        self._picked: dict[tuple[object, ...], list[range]] = {}
+
+    def add_picked(
+        self,
+        name: str,
+        runs: tuple[tuple[int, int], ...],
+        offsets: tuple[int, ...],
+        form: Form,
+        pick: StoredPick,
+    ) -> None:
+        """Rows of larger planes, of which other weights may be others."""
+        rows, size = picked_rows(form, pick), picked_bytes(form, pick)
+        turned = pick.transposed and (
+            form.plane.bits or form.plane.block[1] or form.plane.rows != form.plane.columns
+        )
+        if rows[-1] >= pick.rows or turned or form.plane.layout is not AS_READ:
+            raise VerifyError(f"weight {name}: its rows are not to be picked so")
+        key = (runs, offsets, size, pick.rows, pick.transposed)
+        others = self._picked.setdefault(key, [])
+        if any(not set(rows).isdisjoint(other) for other in others):
+            raise VerifyError(f"weight {name}: another has rows of it")
+        if not others:
+            self.add(name, runs, offsets, size)
+        others.append(rows)
 
     def add(
         self,

@@ -17,12 +17,14 @@ Method
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch.fx
 
 from hmc.checkpoint import LOSSY_KEY, Part
+from hmc.checkpoint.views import Pick
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import PassFailedError
 from hmc.formats import format_of
@@ -37,6 +39,7 @@ from hmc.plan import (
     LayerPlacement,
     Plan,
     StoredPart,
+    StoredPick,
     StoredPlane,
     Weight,
 )
@@ -108,6 +111,7 @@ def _weights(
                 "group": first.group,
             }
             planes = list(zip(format_of(first.format).planes, first.tensors, strict=True))
+            picks = first.picks or (None,) * len(planes)
             if not spec.experts:
                 places = tuple(
                     StoredPlane(
@@ -117,12 +121,13 @@ def _weights(
                         offset=tensor.offset,
                         bytes=tensor.nbytes,
                         parts=tuple(map(_part, first.parts)),
+                        pick=_pick(pick),
                     )
-                    for plane, tensor in planes
+                    for (plane, tensor), pick in zip(planes, picks, strict=True)
                 )
                 weights[spec.key] = Weight(name=spec.key, planes=places, **stored)
                 continue
-            if len({(s.format, s.group, s.dtypes) for s in sources}) != 1:
+            if len({(s.format, s.group, s.dtypes, s.picks) for s in sources}) != 1:
                 raise PassFailedError(f"{spec.name}: the experts of one layer differ in format")
             columns = tuple(
                 ExpertPlane(
@@ -131,6 +136,7 @@ def _weights(
                     bytes=tensor.nbytes,
                     shards=_runs([source.tensors[at].shard for source in sources]),
                     offsets=_differences([source.tensors[at].offset for source in sources]),
+                    pick=_pick(picks[at]),
                 )
                 for at, (plane, tensor) in enumerate(planes)
             )
@@ -145,6 +151,10 @@ def _weights(
                 )
             )
     return tuple(weights.values()), tuple(experts)
+
+
+def _pick(pick: Pick | None) -> StoredPick | None:
+    return None if pick is None else StoredPick(**asdict(pick))
 
 
 def _part(part: Part) -> StoredPart:

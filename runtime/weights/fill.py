@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ShardError
-from hmc.formats import Form, matrix_of, told_by_dtype
+from hmc.formats import DTYPE_BITS, Form, matrix_of, told_by_dtype
 from hmc.formats.arrange import arranged
 from hmc.formats.decode import NUMPY, decode, floats
-from hmc.plan.stored import part_shape
+from hmc.plan import StoredPick
+from hmc.plan.stored import part_shape, picked_bytes, picked_rows
 from hmc.runtime.weights.dummy import Patterns
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup, array_at
 
@@ -28,6 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 _STRIDE = 1_234_577  # through a pattern, so that experts start at different places
 _CHUNK = 64 << 20  # bytes of one copy task
+_PICKED = 16 << 20  # the same of rows of which some are picked
 _AHEAD = 256  # tasks that wait
 
 
@@ -56,8 +59,11 @@ def read_spans(
                     if group.parts:
                         yield partial(_put_together, group, files, to), size
                         continue
+                    if group.pick is not None and group.form.as_stored:
+                        yield from _picking(group.form, group.pick, file, offset, to)
+                        continue
                     if group.copied:
-                        yield partial(_read_anew, group.form, file, offset, to), size
+                        yield partial(_read_anew, group.form, file, offset, to, group.pick), size
                         continue
                     for at in range(0, size, _CHUNK):
                         part = min(_CHUNK, size - at)
@@ -142,9 +148,65 @@ def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
     return array_at(address, np.dtype(np.uint8), (size,))
 
 
-def _read_anew(form: Form, file: FileIO, offset: int, target: int) -> None:
-    raw = np.empty(form.stored_bytes, np.uint8)
+def _picking(
+    form: Form, pick: StoredPick, file: FileIO, offset: int, target: int
+) -> Iterable[tuple[Callable[[], None], int]]:
+    """Tasks that read a plane of which a pick is made, some stored rows at a time."""
+    stored = picked_bytes(form, pick) // _stored_rows(form, pick)
+    step = max(1, _PICKED // stored)
+    into = _bytes(target, form.bytes)
+    whole, own = _stored_rows(form, pick), form.stored_bytes
+    for first in range(0, whole, step):
+        last = min(whole, first + step)
+        yield (
+            partial(_pick_some, form, pick, file, offset + first * stored, into, first, last),
+            own * last // whole - own * first // whole,
+        )
+
+
+def _stored_rows(form: Form, pick: StoredPick) -> int:
+    """Rows of a plane of which a pick is made, as it is stored."""
+    return math.prod(form.stored[1:]) if pick.transposed else pick.rows
+
+
+def _pick_some(
+    form: Form,
+    pick: StoredPick,
+    file: FileIO,
+    offset: int,
+    into: npt.NDArray[np.uint8],
+    first: int,
+    last: int,
+) -> None:
+    """Put what is picked of the stored rows [first, last), which begin at `offset`, where it
+    belongs.
+    """
+    size = picked_bytes(form, pick) // _stored_rows(form, pick)
+    raw = np.empty((last - first) * size, np.uint8)
     _read(file, offset, raw)
+    word = np.dtype(f"u{DTYPE_BITS[form.dtype] // 8}")
+    some, rows = raw.view(word).reshape(last - first, -1), picked_rows(form, pick)
+    out = into.view(word).reshape(len(rows), -1)
+    if pick.transposed:
+        out[:, first:last] = some[:, rows.start : rows.stop : rows.step].T
+        return
+    here = range(*(_place(rows, row) for row in (first, last)))
+    if here:
+        start = rows[here.start] - first
+        out[here.start : here.stop] = some[start :: rows.step][: len(here)]
+
+
+def _place(rows: range, row: int) -> int:
+    """How many of `rows` are before `row`."""
+    return min(len(rows), max(0, -(-(row - rows.start) // rows.step)))
+
+
+def _read_anew(form: Form, file: FileIO, offset: int, target: int, pick: StoredPick | None) -> None:
+    raw = np.empty(form.stored_bytes, np.uint8)
+    if pick is None:
+        _read(file, offset, raw)
+    else:
+        _pick_some(form, pick, file, offset, raw, 0, _stored_rows(form, pick))
     found = arranged(form, raw.view(NUMPY[form.plane.means(form.dtype)]))
     if form.widened:
         found = floats(found, form.plane.means(form.dtype))

@@ -11,9 +11,10 @@ mapping, copying, faking.
     dummy    no shard data: random weights of the real shapes, for benchmarks; in a memory file when
              made with the home "shared", else private
 
-Checkpoint layout is kernel layout, but for two things: scales in dtypes that kernels do not read
-(`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) are widened to f32, and
-planes that a format lays out by inputs (`Plane.layout`: AWQ, GPTQ) are laid out anew, bit for bit.
+Checkpoint layout is kernel layout, but for three things: scales in dtypes that kernels do not read
+(`Plane.kept`: bf16 block scales of fp8, 1/16384 of the weights' size) are widened to f32; planes
+that a format lays out by inputs (`Plane.layout`: AWQ, GPTQ) are laid out anew, and rows that lie
+apart or as columns (`StoredPick`: stacks of experts) put beside each other, bit for bit.
 """
 
 from __future__ import annotations
@@ -52,13 +53,16 @@ from hmc.runtime.weights.tensors import (
 )
 
 Home = Literal["mapped", "arena", "shared"]
+_LITTLE = 256 << 20
+"""Bytes that every process may lay out for itself: scales of FP8, vectors."""
 PROJECTIONS: tuple[ExpertRole, ...] = ("gate", "up", "down")
 BIASES: tuple[ExpertRole, ...] = ("gate_bias", "up_bias", "down_bias")
 
 
 class WeightStore:
     """Addresses of a plan's weights; valid until `close`. `arena` is the memory file that they are
-    in, where other processes may attach it."""
+    in, where other processes may attach it; `beside`, of mapped ones, that of what is laid out anew
+    where that is much."""
 
     def __init__(
         self,
@@ -75,7 +79,9 @@ class WeightStore:
         self._owners = owners
         self.home = home
         self.bytes = sum(len(group.shards) * group.form.stored_bytes for group in self._groups)
-        self.arena = next((each for each in owners if isinstance(each, SharedBlock)), None)
+        shared = next((each for each in owners if isinstance(each, SharedBlock)), None)
+        self.arena = None if home == "mapped" else shared
+        self.beside = shared if home == "mapped" else None
 
     @staticmethod
     def open(
@@ -93,6 +99,17 @@ class WeightStore:
         fit the memory that is free now (nothing has been read then), and `UsageError` when there is
         no directory to read.
         """
+        return WeightStore._open(plan, directory, dummy, home, progress, None)
+
+    @staticmethod
+    def _open(
+        plan: Plan,
+        directory: Path | None,
+        dummy: bool,
+        home: Home,
+        progress: Progress | None,
+        beside: int | None,
+    ) -> WeightStore:
         groups = tensor_groups(plan)
         shards: list[Path] = []
         if not dummy:
@@ -101,7 +118,7 @@ class WeightStore:
             check_checkpoint(plan, directory)
             shards = shard_paths(directory, [shard.name for shard in plan.checkpoint.shards])
             if home == "mapped":
-                return _open_mapped(plan, groups, directory, shards, progress)
+                return _open_mapped(plan, groups, directory, shards, progress, beside)
         kind = "dummy" if dummy else home
         block, places = _room(groups, f"{kind} weights", shared=home == "shared")
         with _closing_on_error(block):
@@ -230,6 +247,7 @@ class Shared:
     plan: str
     directory: str | None
     arena: int | None
+    beside: int | None = None
 
     @staticmethod
     def of(plan: Plan, store: WeightStore, directory: Path | None) -> Shared:
@@ -240,22 +258,21 @@ class Shared:
                 ' open them with home="shared" (--home shared)'
             )
         path = None if directory is None else str(directory.absolute())
-        descriptor = None if store.arena is None else store.arena.descriptor
-        return Shared(canonical_json(plan), path, descriptor)
+        files = (None if each is None else each.descriptor for each in (store.arena, store.beside))
+        return Shared(canonical_json(plan), path, *files)
 
     @property
     def descriptors(self) -> list[int]:
         """What the other process has to inherit."""
-        return [] if self.arena is None else [self.arena]
+        return [each for each in (self.arena, self.beside) if each is not None]
 
     def open(self) -> tuple[Plan, WeightStore]:
         """Over there: the plan and its weights; raises as `WeightStore.open` and `attach`."""
         plan = Plan.model_validate_json(self.plan)
         if self.arena is not None:
             return plan, WeightStore.attach(plan, self.arena)
-        return plan, WeightStore.open(
-            plan, None if self.directory is None else Path(self.directory)
-        )
+        directory = None if self.directory is None else Path(self.directory)
+        return plan, WeightStore._open(plan, directory, False, "mapped", None, self.beside)
 
 
 def _open_mapped(
@@ -264,16 +281,32 @@ def _open_mapped(
     directory: Path,
     shards: list[Path],
     progress: Progress | None,
+    beside: int | None,
 ) -> WeightStore:
-    """The shards mapped, and what has to be widened read from them beside."""
+    """The shards mapped, and what memory holds otherwise read from them beside: where that is much
+    in a memory file, so that other processes need not do it again, which have it as `beside`.
+    """
     mapped = MappedShards(directory, plan.checkpoint.shards)
     with _closing_on_error(mapped):
         bases = np.array(mapped.addresses)
         places = {group.key: bases[group.shards] + group.offsets for group in groups}
         copied = [group for group in groups if group.copied]
-        block, widened = _room(copied, "scales")
-        read_spans(copied, shards, widened, progress)
-    return WeightStore(plan, places | widened, [mapped, block], "mapped")
+        if beside is not None:
+            anew, size = layout(copied, arena.HEADER)
+            block: Block = arena.attach(plan, size, beside)[0]
+            anew = _at(block, anew)
+        else:
+            block, anew = _room(copied, "weights laid out anew", shared=_much(copied))
+            with _closing_on_error(block):
+                read_spans(copied, shards, anew, progress)
+                if isinstance(block, SharedBlock):
+                    arena.keep(block, plan, "mapped")
+    return WeightStore(plan, places | anew, [mapped, block], "mapped")
+
+
+def _much(groups: list[TensorGroup]) -> bool:
+    """Whether processes share what is laid out anew instead of each doing it for itself."""
+    return sum(len(group.shards) * group.form.bytes for group in groups) > _LITTLE
 
 
 def _room(

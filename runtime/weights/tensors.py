@@ -19,7 +19,7 @@ from hmc.checkpoint.headers import read_fingerprint
 from hmc.checkpoint.location import is_gguf, shard_paths
 from hmc.errors import PlanMismatchError, UsageError
 from hmc.formats import Form
-from hmc.plan import Plan, StoredPart
+from hmc.plan import Plan, StoredPart, StoredPick
 from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import aligned
 
@@ -44,13 +44,14 @@ class TensorGroup:
     offsets: npt.NDArray[np.int64]
     fan_in: int = 0
     parts: tuple[StoredPart, ...] = ()
+    pick: StoredPick | None = None
 
     @property
     def copied(self) -> bool:
-        """Whether memory holds it otherwise than the checkpoint: wider, laid out anew, or put
-        together from parts.
+        """Whether memory holds it otherwise than the checkpoint: wider, laid out anew, picked from
+        rows, or put together from parts.
         """
-        return bool(self.parts) or not self.form.as_stored
+        return bool(self.parts) or self.pick is not None or not self.form.as_stored
 
 
 def tensor_groups(plan: Plan) -> list[TensorGroup]:
@@ -62,12 +63,15 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
             key: Key = "weight", w.name, place.name
             shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
-            groups.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts))
+            groups.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick))
     for e in plan.experts:
         for column, form in zip(e.planes, forms_of(e), strict=True):
             key = ("expert", e.layer, e.role, column.name)
             shards, offsets = _expand(column.shards), np.cumsum(column.offsets)
-            groups.append(TensorGroup(key, e.format, form, shards, offsets, e.shape[-1]))
+            fan_in = e.shape[-1] if len(e.shape) > 1 else 0
+            groups.append(
+                TensorGroup(key, e.format, form, shards, offsets, fan_in, pick=column.pick)
+            )
     return groups
 
 

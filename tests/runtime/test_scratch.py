@@ -24,7 +24,7 @@ from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.exchange import cached
 from hmc.runtime.device_ops.gpu.table import device_op
-from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.matmul import Expert, Matrix
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.memory.kv import KVCache
 
@@ -168,7 +168,7 @@ def route() -> Case:
 
 def experts() -> Case:
     weights = {
-        e: tuple(stored("fp8", *shape) for shape in ((N, K), (N, K), (K, N))) for e in (0, 2, 3)
+        e: Expert(*(stored("fp8", *shape) for shape in ((N, K), (N, K), (K, N)))) for e in (0, 2, 3)
     }
     ids = torch.stack([torch.arange(T) % 2, 2 + torch.arange(T) % 5], 1).to(torch.int32)
     values = {"x": bf16(T, K), "ids": ids, "routing": random(T, 2), "y": torch.zeros(T, K)}
