@@ -75,12 +75,12 @@ class Layer(DecoderLayer):
         self.layer_scalar = Vector(1)
 
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
-        x = self.input_layernorm(h)
-        h = h + self.post_attention_layernorm(self.self_attn(x, positions))
-        dense = self.mlp(self.pre_feedforward_layernorm(h))
+        x = self._norm(NORMS.attention_in, h)
+        h = h + self._norm(NORMS.attention_out, self.self_attn(x, positions))
+        dense = self.mlp(self._norm(NORMS.mlp_in, h))
         routed = self.experts(self.pre_feedforward_layernorm_2(h), self.router(h))
         both = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
-        return (h + self.post_feedforward_layernorm(both)) * self.layer_scalar()  # type: ignore[no-any-return]
+        return (h + self._norm(NORMS.mlp_out, both)) * self.layer_scalar()  # type: ignore[no-any-return]
 
 
 class Router(nn.Module):
