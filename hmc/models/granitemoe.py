@@ -63,7 +63,7 @@ class ScaledLayer(DecoderLayer):
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
         x = self._norm(self.norms.attention_in, h)
         h = h + self.self_attn(x, positions) * self.share
-        return h + self.mlp(self._norm(self.norms.mlp_in, h)) * self.share
+        return h + self.mlp(self._norm(self.norms.mlp_in, h)) * self.share  # type: ignore[no-any-return]
 
 
 class SharedMLP(GatedMLP):
