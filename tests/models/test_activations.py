@@ -1,4 +1,4 @@
-"""Activations of MLPs by their names, with limits, weights and biases, against transformers' own."""
+"""Activations of MLPs by name, with limits, weights and biases, against transformers."""
 
 from __future__ import annotations
 
