@@ -40,7 +40,9 @@ def _part(tensors: dict[str, Tensor], spec: WeightSpec, expert: int) -> Tensor:
     found, view = tensors[spec.name.format(e=expert)], spec.view
     if view is None:
         return found[0] if found.shape == (1, *spec.shape) else found
-    return (found[expert] if view.stacked else found)[view.first :][: spec.shape[0]]
+    part = found[expert] if view.stacked(spec.shape) else found
+    part = part.T if view.transposed else part
+    return part[view.first :: view.step][: spec.shape[0]]
 
 
 def run(module: nn.Module, ids: list[int]) -> Tensor:

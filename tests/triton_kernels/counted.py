@@ -26,7 +26,7 @@ from hmc.runtime.binding.walk import walked
 from hmc.runtime.device_ops import DEVICE_OPS
 from hmc.runtime.device_ops.gpu import attends, dense, routed
 from hmc.runtime.device_ops.gpu.table import TRITON_OPS
-from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.matmul import Expert, Matrix
 from hmc.runtime.device_ops.shares import Call, Rows, Span
 from hmc.runtime.device_ops.triton import launch
 from hmc.runtime.device_ops.triton.launch import Workspace
@@ -145,7 +145,7 @@ class MetaBound:
 
     def experts(self, step: Step) -> dict[int, Any]:
         columns = [each for each in self.plan.experts if each.layer == step.layer]
-        three = tuple(map(self._matrix, columns))
+        three = Expert(*map(self._matrix, columns))
         last = f"0-{self.plan.model.experts - 1}"
         return dict.fromkeys(expert_ranges(str(step.attrs.get("range", last))), three)
 
