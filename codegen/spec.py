@@ -28,9 +28,8 @@ from hmc.codegen.isa import TIERS, Isa
 
 Kind = Literal["ptr", "int", "f32"]
 WeightFormat = str
-"""`""` (none), "fp8", "bf16", "fp16", "f32" or "int4"."""
+"""`""` (none), or the name of a row of hmc/formats."""
 
-FP8_BLOCK = 128
 MAX_TOKENS = 16
 """Largest batch of a native (decode) kernel; larger ones go to the prefill kernels."""
 

@@ -112,7 +112,7 @@ def _encoded(tensor: torch.Tensor, kind: str) -> tuple[np.ndarray, Any]:
         return data.astype({"F32": np.float32, "F16": np.float16}[kind]), None
     try:
         return gguf.quantize(data, number), number
-    except NotImplementedError:
+    except NotImplementedError:  # gguf reads this type and does not write it
         return _random(data, kind), number
 
 

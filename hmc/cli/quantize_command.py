@@ -19,7 +19,7 @@ from hmc.cli.output import JSON, console, print_json, progress, table
     help="The directory to write; one that was begun is finished.",
 )
 @click.option(
-    "--format", "form", required=True, metavar="int4|mxfp4|fp8", help="How to store them."
+    "--format", "form", required=True, metavar="int4|mxfp4|fp8", help="How to store matrices."
 )
 @count("--group", help="Columns that share a scale [default: 32; fp8 has blocks of 128 x 128].")
 @click.option(

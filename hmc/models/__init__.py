@@ -43,6 +43,10 @@ class Model:
     aside: tuple[Aside, ...]
 
 
+MOST_LAYERS = 4096
+"""A config that says more is wrong, and building them would take for ever."""
+
+
 def load(config: ModelConfig, family: str = "") -> Model:
     """Build the model of a config.json; no weight is read and none is allocated. `family` reads it
     as one of that family, whatever its model_type.
@@ -57,6 +61,8 @@ def load(config: ModelConfig, family: str = "") -> Model:
     if row is None:
         raise unknown_family(config, all_families())
     text = config.text
+    if (layers := text.get_int("num_hidden_layers", 0)) > MOST_LAYERS:
+        raise text.error("num_hidden_layers", f"is {layers}; hmc builds {MOST_LAYERS} at most")
     with torch.device("meta"):
         module = row.build(text)
     publish(module, row.names)

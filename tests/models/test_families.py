@@ -208,3 +208,10 @@ def config(checkpoint: Callable[..., Path]) -> Callable[..., ModelConfig]:
         return ModelConfig(directory / "config.json", {**values, **changes}, "")
 
     return make
+
+
+def test_more_layers_than_there_can_be() -> None:
+    config = load_config(CONFIGS / "qwen3-30b-a3b")
+    wrong = ModelConfig(config.path, {**config.values, "num_hidden_layers": 10**12}, config.sha256)
+    with pytest.raises(ConfigError, match="num_hidden_layers is 1000000000000; hmc builds 4096"):
+        load(wrong)
