@@ -8,7 +8,7 @@ Sizes are given by a plane's elements as kernels read them, [n, k], and the bits
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Layout:
     """
 
     name: str
-    shape: Callable[[int, int, int], tuple[int, ...]]
+    shape: Callable[[int, int, int], tuple[int, ...]] = field(repr=False)
     makes: str = ""
 
 

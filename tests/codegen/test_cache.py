@@ -65,6 +65,23 @@ def test_processes_share_a_cold_cache(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {cache.path_of(s).name for s in specs(3)}
 
 
+_KEYS = """
+from hmc.codegen import cache
+from hmc.codegen.isa import best_isa
+from hmc.formats import FORMATS
+print([cache._key(best_isa(), row) for row in (None, *FORMATS.values())])
+"""
+
+
+def test_a_format_has_the_same_key_in_every_process() -> None:
+    """A row's functions have other addresses in each."""
+    command, keys = [sys.executable, "-c", _KEYS], []
+    for seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        keys.append(subprocess.check_output(command, env=environment, text=True))
+    assert keys[0] == keys[1]
+
+
 @pytest.mark.parametrize("way", ["no folder", "full"])
 def test_without_a_cache_kernels_are_built_and_it_is_said_once(
     way: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
