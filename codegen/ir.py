@@ -1,7 +1,8 @@
 """Helpers that make llvmlite emitters read like the loops they emit; hides pointer casts, blocks
 and phi-free loops.
 
-Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into
+Constants are made once a process: what a kernel is written in is mostly constant vectors, and
+llvmlite takes as long to write one as an instruction. Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into
 registers, so emitters never write a phi. Vectors are `<n x T>`; LLVM splits those wider than the
 tier's registers.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from typing import Any
 
 from llvmlite import ir
@@ -39,11 +41,13 @@ class BF16Type(ir.types.Type):  # type: ignore[misc]
 BF16 = BF16Type()
 
 
+@cache
 def vec(element: Any, count: int) -> ir.VectorType:
     """`<count x element>`."""
     return ir.VectorType(element, count)
 
 
+@lru_cache(typed=True)
 def const(value: int) -> ir.Constant:
     """An i64 constant."""
     return ir.Constant(I64, value)
@@ -56,7 +60,24 @@ def fconst(value: float) -> ir.Constant:
 
 def lanes_mask(numbers: Sequence[int]) -> ir.Constant:
     """A shuffle mask."""
+    return _lanes_mask(tuple(numbers))
+
+
+@cache
+def _lanes_mask(numbers: tuple[int, ...]) -> ir.Constant:
     return ir.Constant(vec(I32, len(numbers)), [ir.Constant(I32, number) for number in numbers])
+
+
+@cache
+def undefined(element: Any, count: int) -> ir.Constant:
+    """The vector that a shuffle with one source, or the first insertion, starts from."""
+    return ir.Constant(vec(element, count), ir.Undefined)
+
+
+@cache
+def zeros(element: Any, count: int) -> ir.Constant:
+    """A zero vector."""
+    return ir.Constant(vec(element, count), None)
 
 
 class Emitter:
@@ -305,13 +326,13 @@ class Emitter:
 
     def splat(self, value: Value, count: int) -> Value:
         """A vector with `value` in every lane."""
-        kind = vec(value.type, count)
-        one = self.b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-        return self.b.shuffle_vector(one, ir.Constant(kind, ir.Undefined), lanes_mask([0] * count))
+        empty = undefined(value.type, count)
+        one = self.b.insert_element(empty, value, ir.Constant(I32, 0))
+        return self.b.shuffle_vector(one, empty, lanes_mask([0] * count))
 
     def zeros(self, element: Any, count: int) -> ir.Constant:
         """A zero vector."""
-        return ir.Constant(vec(element, count), None)
+        return zeros(element, count)
 
     def reduce_add(self, vector: Value) -> Value:
         """Sum of f32 lanes."""
@@ -322,7 +343,7 @@ class Emitter:
         b = self.b
         while vector.type.count > 1:
             half = vector.type.count // 2
-            undef = ir.Constant(vector.type, ir.Undefined)
+            undef = undefined(vector.type.element, vector.type.count)
             masks = [lanes_mask(lanes) for lanes in (range(half), range(half, 2 * half))]
             vector = combine(*(b.shuffle_vector(vector, undef, mask) for mask in masks))
         return b.extract_element(vector, ir.Constant(I32, 0))
@@ -349,5 +370,11 @@ def _like(value: Value, element: Any) -> Any:
 
 def _word(value: Value, number: int) -> ir.Constant:
     """An i32 constant, in as many lanes as `value` has."""
-    one, kind = ir.Constant(I32, number), _like(value, I32)
-    return ir.Constant(kind, [one] * kind.count) if isinstance(kind, ir.VectorType) else one
+    kind = value.type
+    return _words(number, kind.count if isinstance(kind, ir.VectorType) else 0)
+
+
+@cache
+def _words(number: int, count: int) -> ir.Constant:
+    one = ir.Constant(I32, number)
+    return ir.Constant(vec(I32, count), [one] * count) if count else one

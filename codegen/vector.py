@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
 
 from llvmlite import ir
 
@@ -189,9 +190,16 @@ def copy_row(
 
 def fsplat(value: float, count: int) -> ir.Constant:
     """A constant f32 vector."""
-    return ir.Constant(vec(F32, count), [fconst(_f32(value))] * count)
+    return _fsplat(_f32(value).hex(), count)
 
 
+@cache
+def _fsplat(value: str, count: int) -> ir.Constant:
+    """`value` in hex: -0 is not 0."""
+    return ir.Constant(vec(F32, count), [fconst(float.fromhex(value))] * count)
+
+
+@lru_cache(typed=True)
 def splat_int(element: ir.IntType, count: int, value: int) -> ir.Constant:
     """A constant vector of `count` equal integers."""
     return ir.Constant(vec(element, count), [ir.Constant(element, value)] * count)
