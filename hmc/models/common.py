@@ -27,6 +27,7 @@ from hmc.checkpoint.views import View
 from hmc.errors import UnsupportedError
 from hmc.models.activations import activation
 from hmc.models.rope import Rope
+from hmc.models.stacks import Stacks
 
 
 class CausalLM(nn.Module):
@@ -112,6 +113,8 @@ class Norms(NamedTuple):
 
 PRE_NORM = Norms()
 Norm = Callable[[ModelConfig], nn.Module]
+SizedNorm = Callable[[int, float, int], nn.Module]
+"""Makes the norm of so many groups of a size, with an epsilon: (size, epsilon, groups)."""
 
 
 class DecoderLayer(nn.Module):
@@ -159,15 +162,15 @@ class GroupedQueryAttention(nn.Module):
     (None: without).
 
     q and k are normed by head or over the whole projection, before rotary embedding or after it, as
-    `qk_norm` says; `clip` bounds the magnitude of q, k and v. `bias` is that of q, k and v,
-    `out_bias` that of the output projection, `heads` (query heads, key heads, elements a head)
-    where they are not what the configuration says for all layers. `fused` names the one tensor
-    beside the block that holds the rows of q, k and v (then without biases). Heads of values have
-    `v_dim` elements (0: as many as keys), times `v_scale`; scores are multiplied by `scale` (0: one
-    over the root of a head's elements). Rotary embedding pairs neighbours
-    where the configuration says `rope_interleave`, or else `interleaved`. `options` are those of
-    the block `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out
-    overrides `gated`.
+    `qk_norm` says, by norms that `norm` makes; `clip` bounds the magnitude of q, k and v. `bias` is
+    that of q, k and v, `out_bias` that of the output projection, `heads` (query heads, key heads,
+    elements a head) where they are not what the configuration says for all layers. `fused` names
+    the one tensor beside the block that holds the rows of q, k and v (then without biases). Heads
+    of values have `v_dim` elements (0: as many as keys), times `v_scale`; scores are multiplied by
+    `scale` (0: one over the root of a head's elements). Rotary embedding pairs neighbours where the
+    configuration says `rope_interleave`, or else `interleaved`. `options` are those of the block
+    `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out overrides
+    `gated`.
     """
 
     def __init__(
@@ -178,6 +181,7 @@ class GroupedQueryAttention(nn.Module):
         bias: bool = False,
         out_bias: bool = False,
         qk_norm: Literal["", "head", "width"] = "",
+        norm: SizedNorm = RMSNorm,
         norm_last: bool = False,
         clip: float = 0.0,
         heads: tuple[int, int, int] | None = None,
@@ -200,8 +204,8 @@ class GroupedQueryAttention(nn.Module):
 
         self.q_proj, self.k_proj, self.v_proj = map(linear, range(3))
         self.o_proj = Linear(count * (v_dim or dim), hidden, bias=out_bias)
-        self.q_norm = _qk_norm(config, qk_norm, count, dim)
-        self.k_norm = _qk_norm(config, qk_norm, kv_count, dim)
+        self.q_norm = _qk_norm(config, qk_norm, norm, count, dim)
+        self.k_norm = _qk_norm(config, qk_norm, norm, kv_count, dim)
         self.norm_last, self.clip, self.v_scale = norm_last, clip, v_scale
         self.q_rotary = self.k_rotary = None
         if rope is not None:
@@ -236,19 +240,21 @@ class GroupedQueryAttention(nn.Module):
         return self.q_norm(q), self.k_norm(k)
 
 
-def _qk_norm(config: ModelConfig, kind: str, heads: int, dim: int) -> RMSNorm | None:
+def _qk_norm(
+    config: ModelConfig, kind: str, norm: SizedNorm, heads: int, dim: int
+) -> nn.Module | None:
     if not kind:
         return None
     size, groups = (dim, heads) if kind == "head" else (heads * dim, 1)
-    return RMSNorm(size, norm_eps(config), groups)
+    return norm(size, norm_eps(config), groups)
 
 
 class MoE(nn.Module):
     """The routed MLP of a layer: the experts, `intermediate` wide, that `route` chooses by the
     gate's logits, and beside them `shared`, which every token goes through; `weighed`, that one's
     result is multiplied by the sigmoid of a gate of its own. `act` is the experts' activation
-    where it is not the configuration's; `stacked` experts lie in two tensors, gate_up_proj
-    [experts, 2 * intermediate, hidden], gate first, and down_proj [experts, hidden, intermediate].
+    where it is not the configuration's, `stacked` says where they lie that share tensors
+    (hmc/models/stacks.py); with `bias` they and the gate have biases.
     """
 
     def __init__(
@@ -260,14 +266,15 @@ class MoE(nn.Module):
         *,
         weighed: bool = False,
         act: str = "",
-        stacked: bool = False,
+        stacked: Stacks | None = None,
+        bias: bool = False,
     ) -> None:
         super().__init__()
-        self.gate = Linear(hidden, route.experts)
+        self.gate = Linear(hidden, route.experts, bias=bias)
         self.route = route
-        sizes = (route.experts, hidden, intermediate)
-        stack = _stack(*sizes) if stacked else None
-        self.experts = Experts(*sizes, route.top_k, act=act, stacked=stack)
+        self.experts = Experts(
+            route.experts, hidden, intermediate, route.top_k, act=act, stacked=stacked, bias=bias
+        )
         self.shared_experts = shared
         self.shared_gate = Linear(hidden, 1) if weighed else None
 
@@ -279,15 +286,6 @@ class MoE(nn.Module):
         if self.shared_gate is not None:
             shared = torch.sigmoid(self.shared_gate(x)) * shared
         return routed + shared  # type: ignore[no-any-return]
-
-
-def _stack(experts: int, hidden: int, intermediate: int) -> dict[str, tuple[str, View]]:
-    into = (experts, 2 * intermediate, hidden)
-    return {
-        "gate": ("gate_up_proj", View(into)),
-        "up": ("gate_up_proj", View(into, intermediate)),
-        "down": ("down_proj", View((experts, hidden, intermediate))),
-    }
 
 
 def attention_heads(config: ModelConfig) -> tuple[int, int, int]:

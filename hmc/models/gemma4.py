@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from hmc.blocks import Attention, Linear, Route, Scoring, Vector
+from hmc.blocks import Attention, Experts, Linear, Route, Scoring, Vector
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import (
     CausalLM,
@@ -24,7 +24,8 @@ from hmc.models.common import (
 )
 from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
 from hmc.models.rope import rope
-from hmc.models.routing import dense_mlp, stacked_experts
+from hmc.models.routing import dense_mlp
+from hmc.models.stacks import stacked
 from hmc.models.windows import FULL, layer_types, window
 
 NORMS = Norms(
@@ -68,7 +69,9 @@ class Layer(DecoderLayer):
         hidden, width = (
             config.require_int(key, minimum=1) for key in ("hidden_size", "moe_intermediate_size")
         )
-        self.experts = stacked_experts(self.router.route, hidden, width)
+        route = self.router.route
+        sizes = route.experts, hidden, width
+        self.experts = Experts(*sizes, route.top_k, stacked=stacked(*sizes))
         self.post_feedforward_layernorm_1 = hidden_norm(config)
         self.pre_feedforward_layernorm_2 = hidden_norm(config)
         self.post_feedforward_layernorm_2 = hidden_norm(config)

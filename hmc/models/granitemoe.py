@@ -20,6 +20,7 @@ from hmc.models.common import (
 from hmc.models.family import Family
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import routed_experts
+from hmc.models.stacks import stacked
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -80,12 +81,13 @@ class SharedMLP(GatedMLP):
 def _routed(config: ModelConfig, shared: int) -> MoE:
     experts, top_k = routed_experts(config, "num_local_experts")
     hidden = config.require_int("hidden_size")
+    width = config.require_int("intermediate_size", minimum=1)
     return MoE(
         hidden,
-        config.require_int("intermediate_size", minimum=1),
+        width,
         Route(experts, top_k, Scoring.SOFTMAX_CHOSEN, normalise=False),
         SharedMLP(hidden, shared) if shared else None,
-        stacked=True,
+        stacked=stacked(experts, hidden, width),
     )
 
 

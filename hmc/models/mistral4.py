@@ -18,8 +18,8 @@ from hmc.models.routing import (
     is_routed,
     routed_experts,
     shared_experts,
-    stacked_experts,
 )
+from hmc.models.stacks import stacked
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -69,9 +69,8 @@ def _routed(config: ModelConfig) -> MoE:
     hidden, width = (
         config.require_int(key, minimum=1) for key in ("hidden_size", "moe_intermediate_size")
     )
-    moe = MoE(hidden, width, route, shared_experts(config, "n_shared_experts"))
-    moe.experts = stacked_experts(route, hidden, width)
-    return moe
+    stacks = stacked(experts, hidden, width)
+    return MoE(hidden, width, route, shared_experts(config, "n_shared_experts"), stacked=stacks)
 
 
 _NEEDS = "latent attention with growing queries, softmax routing in groups, shared experts"

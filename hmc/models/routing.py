@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from hmc.blocks import Experts, GatedMLP, Route, Scoring
+from hmc.blocks import GatedMLP, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
-from hmc.checkpoint.views import View
 from hmc.models.common import MoE
 
 
@@ -108,22 +107,6 @@ def shared_experts(config: ModelConfig, *keys: str) -> GatedMLP | None:
     count = next((config.get_int(key, 0) for key in keys if key in config), 0)
     width = config.require_int("moe_intermediate_size", minimum=1) * count
     return GatedMLP(config.require_int("hidden_size"), width) if count else None
-
-
-def stacked_experts(route: Route, hidden: int, width: int) -> Experts:
-    """Experts whose matrices lie in two tensors, `gate_up_proj`, gate first, and `down_proj`."""
-    into = (route.experts, 2 * width, hidden)
-    return Experts(
-        route.experts,
-        hidden,
-        width,
-        route.top_k,
-        stacked={
-            "gate": ("gate_up_proj", View(into)),
-            "up": ("gate_up_proj", View(into, width)),
-            "down": ("down_proj", View((route.experts, hidden, width))),
-        },
-    )
 
 
 def expert_groups(config: ModelConfig, experts: int, top_k: int) -> tuple[int, int]:

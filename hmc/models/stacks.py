@@ -6,6 +6,9 @@ from collections.abc import Mapping
 
 from hmc.checkpoint.views import View
 
+Stacks = Mapping[str, tuple[str, View]]
+"""Where each role's weights of all experts lie: the tensor beside the block, and how."""
+
 
 def stacked(
     experts: int,
@@ -17,7 +20,7 @@ def stacked(
     interleaved: bool = False,
     transposed: bool = False,
     bias: bool = False,
-) -> Mapping[str, tuple[str, View]]:
+) -> Stacks:
     """Where gate, up and down of `experts` are: gate and up in one tensor [experts, 2 inner,
     hidden], gate first or `interleaved` (gate's rows 0, 2, ...), down [experts, hidden, inner];
     `transposed`, all with their last two axes exchanged. With `bias` vectors of the same order,
@@ -41,9 +44,7 @@ def stacked(
     return found
 
 
-def apart(
-    experts: int, hidden: int, inner: int, gate: str, up: str, down: str
-) -> Mapping[str, tuple[str, View]]:
+def apart(experts: int, hidden: int, inner: int, gate: str, up: str, down: str) -> Stacks:
     """Where gate, up and down of `experts` are that have a stack each, of these names: [experts,
     inner, hidden] twice and [experts, hidden, inner].
     """

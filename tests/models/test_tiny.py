@@ -162,6 +162,7 @@ WRONG: dict[str, Any] = {
     "num_hidden_layers": None,
     "num_attention_heads": 0,
     "num_experts_per_tok": 99,
+    "moe_top_k": 99,
     "moe_topk": 99,
     "moe_k": 99,
     "hidden_act": "mish",

@@ -77,10 +77,13 @@ TINY: dict[str, Tiny] = {
     ),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "step3p7": Tiny(loader=AutoModelForImageTextToText, beside=_ahead(4)),
 }
 """Families that need more than their configuration."""
 
-_F32 = re.compile(r"(e_score_correction_bias|expert_bias|block_sparse_moe\.gate\.weight)$")
+_F32 = re.compile(
+    r"(e_score_correction_bias|expert_bias|router_bias|block_sparse_moe\.gate\.weight)$"
+)
 
 
 def families() -> list[str]:

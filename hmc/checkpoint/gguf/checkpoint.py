@@ -10,6 +10,7 @@ from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.gguf.deepseek2 import DEEPSEEK2
 from hmc.checkpoint.gguf.families import Facts, GgufFamily, Values
 from hmc.checkpoint.gguf.files import read_files
+from hmc.checkpoint.gguf.gptoss import GPT_OSS
 from hmc.checkpoint.gguf.header import GgufFile
 from hmc.checkpoint.gguf.llama import LLAMA
 from hmc.checkpoint.gguf.names import published
@@ -27,6 +28,7 @@ from hmc.formats.ggml import GGML_TYPES
 
 GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "deepseek2": DEEPSEEK2,
+    "gpt-oss": GPT_OSS,
     "llama": LLAMA,
     "qwen3moe": QWEN3_MOE,
 }
