@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from hmc.formats.blocks import BLOCKS, put_scale
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "mixtral": "llama"}
-KEPT = re.compile(r"norm|bias|mlp\.gate\.weight|block_sparse_moe\.gate\.weight")
+ARCHITECTURES = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "mixtral": "llama",
+                 "gpt_oss": "gpt-oss"}  # fmt: skip
+KEPT = re.compile(r"norm|bias|mlp\.(gate|router)\.weight|block_sparse_moe\.gate\.weight")
 """Tensors that converters keep in F32 whatever the type of the others."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
@@ -169,6 +170,9 @@ def _of_mixtral(name: str) -> str:
 def _moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: bool):
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     for name, tensor in tensors.items():
+        if config["model_type"] == "gpt_oss":
+            yield from _of_gpt_oss(name, tensor)
+            continue
         if config["model_type"] == "mixtral" and "q_proj" in name:
             tensor = _permuted(tensor, heads)
         if config["model_type"] == "mixtral" and "k_proj" in name:
@@ -180,6 +184,21 @@ def _moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b:
             yield name.replace("kv_b", "v_b"), both[:, nope:]
             continue
         yield name, tensor
+
+
+def _of_gpt_oss(name: str, tensor: torch.Tensor):
+    """Matrices by rows, gate and up apart."""
+    if name.endswith("sinks"):
+        name += ".weight"
+    if ".experts." in name:
+        name = name.replace("_proj_bias", "_proj.bias")
+        if not name.endswith(".bias"):
+            name, tensor = f"{name}.weight", tensor.transpose(1, 2)
+    if "gate_up" not in name:
+        yield name, tensor
+        return
+    for place, role in enumerate(("gate", "up")):
+        yield name.replace("gate_up", role), tensor[:, place::2]
 
 
 def _permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -208,8 +227,9 @@ def _common(config: dict[str, Any]) -> dict[str, Any]:
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": float(rope["factor"]),
             "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-            "rope.scaling.yarn_log_multiplier": 0.1 * rope["mscale_all_dim"],
         }
+    if "mscale_all_dim" in rope:
+        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
     return found
 
 
@@ -254,4 +274,15 @@ def _deepseek_v3(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-_METADATA = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3}
+def _gpt_oss(config: dict[str, Any]) -> dict[str, Any]:
+    return _common(config) | {
+        "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"],
+        "attention.sliding_window": config["sliding_window"],
+        "expert_count": config["num_local_experts"],
+        "expert_feed_forward_length": config["intermediate_size"],
+    }
+
+
+_METADATA = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3,
+             "gpt_oss": _gpt_oss}  # fmt: skip

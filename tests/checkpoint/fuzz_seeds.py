@@ -90,7 +90,7 @@ def _model(directory: Path) -> None:
 
 
 def _gguf_files() -> list[bytes]:
-    return [_gguf(name) for name in ("qwen3moe", "deepseek2", "llama")]
+    return [_gguf(name) for name in ("qwen3moe", "deepseek2", "llama", "gpt-oss")]
 
 
 def _gguf(architecture: str) -> bytes:

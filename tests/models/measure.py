@@ -34,7 +34,7 @@ from hmc.models import FAMILIES, load
 from hmc.models.measured import PATH
 
 PUBLISHED = Path(__file__).parent / "published"
-EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts")
+EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 SEEDS = range(3)
 
 
@@ -47,7 +47,8 @@ def measure_formats(names: list[str], memory: float) -> Found:
     found: dict[str, set[str]] = defaultdict(set)
     for config in _published(names):
         plan = hmc.compile(config.path, machine="laptop", dummy_weights=True, layers=_few(config))
-        found[plan.model.family] |= {each.format for each in plan.experts}
+        matrices = (each for each in plan.experts if not each.role.endswith("_bias"))
+        found[plan.model.family] |= {each.format for each in matrices}
     yield from ((name, sorted(forms)) for name, forms in found.items())
 
 
