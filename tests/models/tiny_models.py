@@ -77,7 +77,7 @@ TINY: dict[str, Tiny] = {
     ),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
-    "step3p7": Tiny(loader=AutoModelForImageTextToText, beside=_ahead(4)),
+    "step3p7": Tiny(loader=AutoModelForImageTextToText, beside=_ahead(3)),
 }
 """Families that need more than their configuration."""
 
