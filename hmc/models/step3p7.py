@@ -1,6 +1,6 @@
-"""Step-3.7: grouped-query attention with norms of q and k by head and a gate on each head's result;
-layers differ in query heads, windows, rotary embedding and bounds of activations; sigmoid routing
-with a bias, beside a shared expert.
+"""Step-3.5 and 3.7: grouped-query attention with norms of q and k by head and a gate on each head's
+result; layers differ in query heads, windows, rotary embedding and bounds of activations;
+sigmoid routing with a bias, beside a shared expert.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class GatedAttention(GroupedQueryAttention):
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """The model of the text part of a Step-3.7 config.json."""
+    """The model of a Step-3.5 config.json, or of the text part of a Step-3.7 one."""
     check_values(
         config,
         att_impl_type="GQA",
@@ -161,19 +161,24 @@ def _aside(config: ModelConfig) -> tuple[Aside, ...]:
     return *look_ahead(config), *images
 
 
+_NEEDS = (
+    "heads, sliding windows, rope and bounds of activations by layer, part of each head rotated,"
+    " gated heads, norms with 1 + weight, stacked experts, sigmoid routing with a bias"
+)
+_NAMES = (
+    (r"\.mlp\.(gate\.|router_bias$)", r".moe.\1"),
+    (r"\.mlp\.experts\.", ".moe."),
+    (r"\.mlp\.shared_experts\.", ".share_expert."),
+)
+
 FAMILIES = (
+    Family("step3p5", build, _NEEDS, ("stepfun-ai/Step-3.5-Flash",), names=_NAMES, aside=_aside),
     Family(
         "step3p7",
         build,
-        "heads, sliding windows, rope and bounds of activations by layer, part of each head"
-        " rotated, gated heads, norms with 1 + weight, stacked experts, sigmoid routing with a"
-        " bias; text alone",
+        f"{_NEEDS}; text alone",
         ("stepfun-ai/Step-3.7-Flash",),
-        names=(
-            (r"\.mlp\.(gate\.|router_bias$)", r".moe.\1"),
-            (r"\.mlp\.experts\.", ".moe."),
-            (r"\.mlp\.shared_experts\.", ".share_expert."),
-        ),
+        names=_NAMES,
         aside=_aside,
     ),
 )

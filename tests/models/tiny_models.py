@@ -35,13 +35,15 @@ PROMPT = 45
 class Tiny:
     """What the oracle of a family needs: the `model_type` that transformers knows it by, the class
     that loads it, tensors that published checkpoints hold `beside` those that transformers writes,
-    by name and shape, and names that it writes otherwise than they are published.
+    by name and shape, and names that it writes otherwise than they are published. `around` is what
+    stands around the configuration where transformers knows it as a `text_config` alone.
     """
 
     model_type: str = ""
     loader: Any = AutoModelForCausalLM
     beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     published: tuple[tuple[str, str], ...] = ()
+    around: Mapping[str, Any] | None = None
 
 
 _AHEAD = {"eh_proj.weight": (192, 384), "enorm.weight": (192,), "shared_head.norm.weight": (192,)}
@@ -50,6 +52,8 @@ _AHEAD = {"eh_proj.weight": (192, 384), "enorm.weight": (192,), "shared_head.nor
 def _ahead(layer: int) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{layer}.{name}": shape for name, shape in _AHEAD.items()}
 
+
+_VISION = {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14}
 
 TINY: dict[str, Tiny] = {
     "axk1": Tiny(beside={"model.layers.0.post_mlp_layernorm.weight": (192,)}),
@@ -77,6 +81,9 @@ TINY: dict[str, Tiny] = {
     ),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "step3p5": Tiny(
+        "step3p7", AutoModelForImageTextToText, beside=_ahead(3), around={"vision_config": _VISION}
+    ),
     "step3p7": Tiny(loader=AutoModelForImageTextToText, beside=_ahead(3)),
 }
 """Families that need more than their configuration."""
@@ -138,8 +145,11 @@ def oracle(directory: Path, dtype: torch.dtype) -> Floats:
 
 
 def _config(family: str, values: Mapping[str, Any]) -> Any:
+    tiny = TINY.get(family, Tiny())
     settings = {key: deepcopy(value) for key, value in values.items() if key != "model_type"}
-    return AutoConfig.for_model(TINY.get(family, Tiny()).model_type or family, **settings)
+    if tiny.around is not None:
+        settings = {**tiny.around, "text_config": settings}
+    return AutoConfig.for_model(tiny.model_type or family, **settings)
 
 
 def _quiet() -> None:
