@@ -56,15 +56,19 @@ def build(config: ModelConfig) -> nn.Module:
     return CausalLM(config, layer)
 
 
+_TRANSPOSED = {"": True, "mxfp4": False}
+"""By `quant_method`, whether stacks lie by columns: those in BF16, as transformers writes them, and
+not the published ones."""
+
+
 def _stacks(config: ModelConfig, experts: int, hidden: int, width: int) -> Stacks | None:
-    """Matrices in BF16 lie by columns, as transformers writes them, in MXFP4 as published by rows;
-    in formats of others each expert's lie apart.
-    """
+    """Where experts lie; with other methods, and in GGUF files, each one's matrices are apart."""
     section = config.section("quantization_config")
     method = section.get_str("quant_method", "") if section is not None else ""
-    if method not in ("", "mxfp4"):
+    if method not in _TRANSPOSED:
         return None
-    return stacked(experts, hidden, width, interleaved=True, transposed=method == "", bias=True)
+    transposed = _TRANSPOSED[method]
+    return stacked(experts, hidden, width, interleaved=True, transposed=transposed, bias=True)
 
 
 FAMILIES = (
