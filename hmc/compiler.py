@@ -111,7 +111,7 @@ def open_checkpoint(path: str | Path, options: Options) -> Checkpoint:
 
 def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
     """The plan for the CPU alone, from which the plan passes start."""
-    model = models.load(checkpoint.config, options.family)
+    model = models.load(checkpoint.config, options.family, options.max_context, checkpoint.tensors)
     graph = trace(model.module)
     target = Target(
         checkpoint=checkpoint,
@@ -119,7 +119,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
         machine=machine,
         isa=best_isa(frozenset(machine.flags)).name,
     )
-    noted = _noted(target, graph, model.aside)
+    noted = (*_noted(target, graph, model.aside), *_longer(model))
     if options.profile is not None:
         options.profile.check(
             {
@@ -161,6 +161,14 @@ def _noted(
         used = (name for each in sources for name in each.tensor_names)
         notes += checkpoint.check_unused(used, {each.pattern: each.reason for each in aside})
     return tuple(Decision(by="checkpoint", **note._asdict()) for note in notes)
+
+
+def _longer(model: models.Model) -> tuple[Decision, ...]:
+    """That the context asked for makes another model, where it does."""
+    if (limit := model.beyond) is None:
+        return ()
+    choice = f"that of contexts beyond {limit.tokens} tokens"
+    return (Decision(by="models", subject="positions", choice=choice, reason=limit.beyond),)
 
 
 def _names(weight: WeightSpec) -> Iterator[str]:

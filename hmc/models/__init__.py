@@ -7,12 +7,13 @@ family decides is which blocks stand where.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from hmc.blocks import Block, Experts, publish
+from hmc.blocks import Block, Experts, Linear, publish
 from hmc.checkpoint.config import ModelConfig
 from hmc.errors import UsageError
 from hmc.graph import WeightSpec
@@ -41,15 +42,20 @@ class Model:
     module: nn.Module
     info: ModelInfo
     aside: tuple[Aside, ...]
+    beyond: Limit | None = None
+    """The limit that the context asked for goes beyond, where another model is built then."""
 
 
 MOST_LAYERS = 4096
 """A config that says more is wrong, and building them would take for ever."""
 
 
-def load(config: ModelConfig, family: str = "") -> Model:
+def load(
+    config: ModelConfig, family: str = "", context: int = 0, tensors: Collection[str] = ()
+) -> Model:
     """Build the model of a config.json; no weight is read and none is allocated. `family` reads it
-    as one of that family, whatever its model_type.
+    as one of that family, whatever its model_type; `context` is that which is asked for, if any;
+    `tensors` are the names of those of the checkpoint, as far as they are known.
 
     Raises `UnsupportedError` for a family or an option hmc does not know, `ConfigError` for values
     that contradict each other or are of the wrong type, `UsageError` for a `family` that is none.
@@ -63,10 +69,27 @@ def load(config: ModelConfig, family: str = "") -> Model:
     text = config.text
     if (layers := text.get_int("num_hidden_layers", 0)) > MOST_LAYERS:
         raise text.error("num_hidden_layers", f"is {layers}; hmc builds {MOST_LAYERS} at most")
+    build, limit, beyond = row.build, row.limit(text), None
+    if limit is not None and limit.longer is not None and context > limit.tokens:
+        build, limit, beyond = limit.longer, None, limit
     with torch.device("meta"):
-        module = row.build(text)
+        module = build(text)
     publish(module, row.names)
-    return Model(module, _info(row, text, module), row.aside(text))
+    _unstack(module, tensors)
+    return Model(module, _info(row, text, module, limit), row.aside(text), beyond)
+
+
+def _unstack(module: nn.Module, tensors: Collection[str]) -> None:
+    """Let experts that a family stacks be one by one where the checkpoint has them so, as quantised
+    files do that were written from linear layers.
+    """
+    owners = {name.rpartition(".")[0] for name in tensors}
+    for path, block in module.named_modules():
+        if isinstance(block, Experts) and block.stacked:
+            stacked, block.stacked = block.stacked, {}
+            first = block.stored(path)[0].name.replace("{e}", "0")
+            if first.rpartition(".")[0] not in owners:
+                block.stacked = stacked
 
 
 def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
@@ -79,11 +102,11 @@ def weight_specs(module: nn.Module) -> dict[str, WeightSpec]:
     return specs
 
 
-def _info(row: Family, config: ModelConfig, module: nn.Module) -> ModelInfo:
+def _info(row: Family, config: ModelConfig, module: nn.Module, limit: Limit | None) -> ModelInfo:
     names = config.get_strs("architectures")
     routed = next((block for block in module.modules() if isinstance(block, Experts)), None)
     top_k = routed.top_k if routed else 0
-    tied = config.get_bool("tie_word_embeddings", False)
+    tied = any(isinstance(block, Linear) and block.tied for block in module.modules())
     parameters = active = 0
     for spec in weight_specs(module).values():
         size = torch.Size(spec.shape).numel()
@@ -93,7 +116,6 @@ def _info(row: Family, config: ModelConfig, module: nn.Module) -> ModelInfo:
         else:
             active += size * (top_k if spec.experts else 1)
     context = Limit(config.require_int("max_position_embeddings", minimum=1), "")
-    limit = row.limit(config)
     if limit is not None and limit.tokens < context.tokens:
         context = limit
     return ModelInfo(

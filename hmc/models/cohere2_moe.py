@@ -1,6 +1,6 @@
-"""Command A+ (Cohere2-MoE): attention and MLP beside each other after one norm without means or
-with; most layers slide, the others see all tokens and know no positions; scores of the chosen
-experts alone make their weights.
+"""Command A+ and North (Cohere2-MoE): attention and MLP beside each other after one norm without
+means or with; most layers slide, the others see all tokens and know no positions; scores of the
+chosen experts alone make their weights.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from hmc.models.common import (
     MoE,
     Norms,
     attention_heads,
+    check_values,
     hidden_norm,
     norm_eps,
 )
-from hmc.models.family import Family
+from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
 from hmc.models.norms import LayerNorm
 from hmc.models.rope import rope
 from hmc.models.routing import is_routed, routed_experts
@@ -33,6 +34,7 @@ _TOGETHER = {"sum": 1.0, "average": 0.5}
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Cohere2-MoE config.json."""
+    check_values(config, use_qk_norm=False, use_parallel_block=True)
     kinds = _layer_types(config)
     angles = rope(config, attention_heads(config)[2])
     bias = config.get_bool("attention_bias", False)
@@ -55,7 +57,18 @@ def build(config: ModelConfig) -> nn.Module:
         return DecoderLayer(config, attention, mlp, Norms(mlp_in=""), _norm, parallel=True)
 
     scale = config.get_float("logit_scale", 0.0625)
+    tied = config.get_bool("tie_word_embeddings", True)
+    config = config.with_text(tie_word_embeddings=tied)
     return CausalLM(config, layer, logit_scale=scale, norm=_norm)
+
+
+def build_text(config: ModelConfig) -> nn.Module:
+    """The model of the text part of a Cohere2-Vision config.json, where that has experts. Logits
+    are scaled as in it alone; transformers 5.24 leaves that out beside a vision tower.
+    """
+    if config.get_str("model_type", "") != "cohere2_moe":
+        raise config.unsupported("model_type", "cohere2_moe")
+    return build(config)
 
 
 class Weighed(MoE):
@@ -119,11 +132,21 @@ def _layer_types(config: ModelConfig) -> tuple[str, ...]:
     return tuple(kind for part in parts for kind in part)
 
 
+def _vision(config: ModelConfig) -> tuple[Aside, ...]:
+    names = ("vision_tower", "multi_modal_projector")
+    return tuple(Aside(f"model.{name}.*", NO_IMAGES) for name in names)
+
+
+_NEEDS = "sliding windows, layers without rope, parallel blocks, LayerNorm, scores of the chosen"
+
 FAMILIES = (
+    Family("cohere2_moe", build, _NEEDS, ("CohereLabs/North-Mini-Code-1.0",)),
     Family(
-        "cohere2_moe",
-        build,
-        "sliding windows, layers without rope, parallel blocks, LayerNorm, scores of the chosen",
+        "cohere2_vision",
+        build_text,
+        f"{_NEEDS}; text alone, of models with experts",
         ("CohereLabs/command-a-plus",),
+        names=LANGUAGE_MODEL,
+        aside=_vision,
     ),
 )

@@ -34,10 +34,14 @@ class Aside:
 
 @dataclass(frozen=True)
 class Limit:
-    """The longest context in which what hmc computes is the model, and why no more."""
+    """The longest context in which what `Family.build` makes is the model, and why no more. Where
+    the model of longer ones is another, `longer` builds it, and `beyond` says what differs.
+    """
 
     tokens: int
     reason: str
+    longer: Callable[[ModelConfig], nn.Module] | None = None
+    beyond: str = ""
 
 
 @dataclass(frozen=True)

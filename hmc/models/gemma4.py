@@ -23,6 +23,7 @@ from hmc.models.common import (
     norm_eps,
 )
 from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
+from hmc.models.norms import unit
 from hmc.models.rope import rope
 from hmc.models.routing import dense_mlp
 from hmc.models.stacks import stacked
@@ -107,7 +108,7 @@ class Router(nn.Module):
         )
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        return self.route(self.proj(_unit(h, self.eps) * self.scale() * self.by))  # type: ignore[no-any-return]
+        return self.route(self.proj(unit(h, self.eps) * self.scale() * self.by))  # type: ignore[no-any-return]
 
 
 class UnitValues(GroupedQueryAttention):
@@ -144,12 +145,8 @@ class UnitValues(GroupedQueryAttention):
         v = k if self.shared else self.v_proj(x)
         q, k = self._normed(self.q_proj(x), k)
         q, k = self.q_rotary(q, positions), self.k_rotary(k, positions)  # type: ignore[misc]
-        v = _unit(v.unflatten(-1, (self.kv_count, -1)), self.eps).flatten(-2)
+        v = unit(v.unflatten(-1, (self.kv_count, -1)), self.eps).flatten(-2)
         return self.o_proj(self.attention(q, k, v))  # type: ignore[no-any-return]
-
-
-def _unit(x: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def _towers(config: ModelConfig) -> tuple[Aside, ...]:

@@ -39,3 +39,8 @@ class CentredNorm(nn.Module):
         power = parts.square().mean(-1, keepdim=True)
         normed = parts * torch.rsqrt(power + self.eps) * (1.0 + self.weight())
         return normed.flatten(-2) if self.groups > 1 else normed  # type: ignore[no-any-return]
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """Rows, or rows by head, less their length: at a mean square of 1."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

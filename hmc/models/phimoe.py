@@ -4,6 +4,8 @@ the other by SparseMixer.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from hmc.blocks import Route, Scoring
@@ -25,10 +27,19 @@ from hmc.models.routing import routed_experts
 
 
 def build(config: ModelConfig) -> nn.Module:
-    """The model of a Phi-3.5-MoE config.json."""
+    """The model of a Phi-3.5-MoE config.json, of contexts as long as before they were stretched."""
+    return _model(config, "short")
+
+
+def build_long(config: ModelConfig) -> nn.Module:
+    """The same of longer contexts, which turns every position by other frequencies."""
+    return _model(config, "long")
+
+
+def _model(config: ModelConfig, factors: Literal["short", "long"]) -> nn.Module:
     check_window(config)
     hidden = config.require_int("hidden_size")
-    angles = rope(config, attention_heads(config)[2], 1e6, short=True)
+    angles = rope(config, attention_heads(config)[2], 1e6, longrope=factors)
     bias = config.get_bool("attention_bias", False)
     experts, top_k = routed_experts(config, "num_local_experts", "num_experts")
     check_values(config, num_experts_per_tok=2)
@@ -47,17 +58,28 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def limit(config: ModelConfig) -> Limit | None:
-    """Beyond the context before it was stretched, every position turns by other frequencies."""
-    tokens = short_context(config)
-    reason = "beyond it longrope takes its long factors, which hmc does not"
-    return Limit(tokens, f"original_max_position_embeddings: {reason}") if tokens else None
+    """Frequencies follow from the context that a plan has, not from the length of each sequence:
+    cached keys, which sequences share, were turned by them. So a sequence within the old context is
+    exact in a plan of no more, and a longer one in a plan for longer ones. (The Phimoe module of
+    transformers 5.24 tells its LongRoPE no length, and so has short factors beyond, too.)
+    """
+    if not (tokens := short_context(config)):
+        return None
+    return Limit(
+        tokens,
+        "original_max_position_embeddings: beyond it longrope takes its long factors;"
+        " --max-context asks for that",
+        build_long,
+        "longrope turns every position by its long factors, also where a sequence is shorter",
+    )
 
 
 FAMILIES = (
     Family(
         "phimoe",
         build,
-        "SparseMixer routing, LayerNorm, biases of attention and logits, longrope",
+        "SparseMixer routing, LayerNorm, biases of attention and logits, longrope (long factors"
+        " where --max-context asks for more than original_max_position_embeddings)",
         ("microsoft/Phi-3.5-MoE-instruct",),
         names=((r"\.mlp\.", ".block_sparse_moe."), *W123),
         limit=limit,

@@ -1,5 +1,7 @@
 """Qwen3-MoE: grouped-query attention with per-head norms of q and k; routed layers among optional
-dense ones. Qwen2-MoE: biases instead of the norms, and a shared expert with a gate of its own.
+dense ones. Qwen3-VL-MoE: the same, stacked; of tokens of text alone, the three positions that its
+rotary embedding takes from parts of a head are one. Qwen2-MoE: biases instead of the norms, and a
+shared expert with a gate of its own.
 """
 
 from __future__ import annotations
@@ -15,17 +17,24 @@ from hmc.models.common import (
     DecoderLayer,
     GroupedQueryAttention,
     attention_heads,
+    check_values,
     check_window,
 )
-from hmc.models.family import Family
+from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
 from hmc.models.rope import rope
 from hmc.models.routing import dense_mlp, softmax_moe
 
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Qwen3-MoE config.json."""
-    bias = config.get_bool("attention_bias", False)
-    return _model(config, bias=bias, out_bias=bias, qk_norm="head")
+    return _by_head(config)
+
+
+def build_vl(config: ModelConfig) -> nn.Module:
+    """The model of the text part of a Qwen3-VL-MoE config.json; weights always sum to 1."""
+    check_values(config, norm_topk_prob=True)
+    config = config.with_text(norm_topk_prob=True)
+    return _by_head(config, columns=True)
 
 
 def build_qwen2(config: ModelConfig) -> nn.Module:
@@ -34,8 +43,17 @@ def build_qwen2(config: ModelConfig) -> nn.Module:
     return _model(config, shared=width, bias=config.get_bool("qkv_bias", True))
 
 
-def _model(config: ModelConfig, shared: int = 0, **attention: Any) -> nn.Module:
-    """`shared` is the width of the shared expert, `attention` are options of the attention."""
+def _by_head(config: ModelConfig, columns: bool = False) -> nn.Module:
+    bias = config.get_bool("attention_bias", False)
+    return _model(config, columns=columns, bias=bias, out_bias=bias, qk_norm="head")
+
+
+def _model(
+    config: ModelConfig, shared: int = 0, columns: bool = False, **attention: Any
+) -> nn.Module:
+    """`shared` is the width of the shared expert, `columns` says how experts lie (`softmax_moe`),
+    `attention` are options of the attention.
+    """
     if config.get_bool("use_sliding_window", False):
         check_window(config)
     hidden = config.require_int("hidden_size")
@@ -46,7 +64,7 @@ def _model(config: ModelConfig, shared: int = 0, **attention: Any) -> nn.Module:
     def layer(index: int) -> nn.Module:
         if index not in dense and (index + 1) % step == 0:
             beside = GatedMLP(hidden, shared) if shared else None
-            mlp: nn.Module = softmax_moe(config, shared=beside)
+            mlp: nn.Module = softmax_moe(config, shared=beside, columns=columns)
         else:
             mlp = dense_mlp(config)
         return DecoderLayer(config, GroupedQueryAttention(config, angles, **attention), mlp)
@@ -60,6 +78,14 @@ FAMILIES = (
         build,
         "norms of q and k by head",
         ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-Coder-480B-A35B-Instruct"),
+    ),
+    Family(
+        "qwen3_vl_moe",
+        build_vl,
+        "norms of q and k by head, stacked experts; text alone",
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "Qwen/Qwen3-VL-235B-A22B-Instruct"),
+        names=LANGUAGE_MODEL,
+        aside=lambda config: (Aside("model.visual.*", NO_IMAGES),),
     ),
     Family(
         "qwen2_moe",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -41,20 +42,20 @@ def rope(
     *,
     partial: float = 0.0,
     layer_type: str = "",
-    short: bool = False,
+    longrope: Literal["", "short", "long"] = "",
 ) -> Rope:
     """The rotary settings of a model with heads of `dim` elements; of layers of `layer_type`, where
     the configuration tells these apart. `partial` is the family's default of
     `partial_rotary_factor`, the share of each head, its first elements, that is rotated (0: the
-    family rotates whole heads). LongRoPE is known to families that ask for its `short` factors, and
-    so end the context where it takes others (`short_context`).
+    family rotates whole heads). LongRoPE has two sets of factors, one for contexts up to
+    `short_context` and one for longer ones: it is known to families that say which.
 
     Raises `UnsupportedError` for a scaling type hmc does not know, `ConfigError` for values that
     cannot be.
     """
     section = _section(config, layer_type)
     settings = section or config
-    kind, known = _kind(section), (*ROPE_TYPES, LONGROPE) if short else ROPE_TYPES
+    kind, known = _kind(section), (*ROPE_TYPES, LONGROPE) if longrope else ROPE_TYPES
     if kind not in known:
         raise UnsupportedError(
             f"{config.path}: {settings.prefix}rope_type {kind!r} is not one of {', '.join(known)}"
@@ -88,7 +89,7 @@ def rope(
     if kind == "llama3":
         return Rope(_floats(_llama3(section, 1.0 / powers, _original(config, section))))
     if kind == LONGROPE:
-        return _longrope(config, section, powers)
+        return _longrope(section, powers, longrope)
     return _yarn(config, section, powers, theta)
 
 
@@ -153,10 +154,8 @@ def _llama3(section: ModelConfig, inv_freq: Tensor, original: int) -> Tensor:
     """
     factor = _factor(section)
     low, high = section.require_float("low_freq_factor"), section.require_float("high_freq_factor")
-    if not 0 < low < high:
-        raise section.error(
-            "low_freq_factor", f"is {low:g}, must lie between 0 and high_freq_factor"
-        )
+    if not 0 < low <= high:
+        raise section.error("low_freq_factor", f"is {low:g}, must be above 0, to high_freq_factor")
     wavelength = 2 * math.pi / inv_freq
     slow, fast = wavelength > original / low, wavelength < original / high
     scaled = torch.where(slow, inv_freq / factor, inv_freq)
@@ -198,18 +197,19 @@ def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: floa
     return Rope(_floats(inv_freq), attention_factor, _mscale(factor, all_dim) if all_dim else 1.0)
 
 
-def _longrope(config: ModelConfig, section: ModelConfig, powers: Tensor) -> Rope:
-    """LongRoPE (arXiv 2402.13753) within the old context: a factor for each frequency, and one of
-    cos and sin that Phi calls `short_mscale`.
+def _longrope(section: ModelConfig, powers: Tensor, which: str) -> Rope:
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, and one of cos and sin that Phi
+    calls `short_mscale` and `long_mscale`.
     """
-    factors = section.values.get("short_factor")
+    key = f"{which}_factor"
+    factors = section.values.get(key)
     if (
         not isinstance(factors, list)
         or len(factors) != len(powers)
         or not all(type(each) in (int, float) and each > 0 for each in factors)
     ):
-        raise section.error("short_factor", f"must be {len(powers)} numbers above 0")
-    scale = section.require_float("short_mscale")
+        raise section.error(key, f"must be {len(powers)} numbers above 0")
+    scale = section.require_float(f"{which}_mscale")
     slower = torch.tensor(factors, dtype=torch.float32, device="cpu")
     return Rope(_floats(1.0 / (slower * powers)), scale)
 

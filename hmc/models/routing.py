@@ -7,6 +7,7 @@ from torch import nn
 from hmc.blocks import GatedMLP, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import MoE
+from hmc.models.stacks import stacked
 
 
 def is_routed(config: ModelConfig, index: int, first: int = 0) -> bool:
@@ -46,19 +47,25 @@ def routed_experts(
 
 
 def softmax_moe(
-    config: ModelConfig, width: str = "moe_intermediate_size", shared: nn.Module | None = None
+    config: ModelConfig,
+    width: str = "moe_intermediate_size",
+    shared: nn.Module | None = None,
+    *,
+    columns: bool = False,
 ) -> MoE:
     """Softmax over all experts, the chosen renormalised where the config says so; experts are as
-    wide as key `width` says, and `shared` is weighed.
+    wide as key `width` says, stacked by `columns` or one by one, and `shared` is weighed.
     """
     experts, top_k = routed_experts(config, "num_experts", "num_local_experts")
     normalise = config.get_bool("norm_topk_prob", False)
+    hidden, inner = config.require_int("hidden_size"), config.require_int(width, minimum=1)
     return MoE(
-        config.require_int("hidden_size"),
-        config.require_int(width, minimum=1),
+        hidden,
+        inner,
         Route(experts, top_k, Scoring.SOFTMAX_ALL, normalise=normalise),
         shared,
         weighed=shared is not None,
+        stacked=stacked(experts, hidden, inner, transposed=True) if columns else None,
     )
 
 

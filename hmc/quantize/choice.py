@@ -32,7 +32,8 @@ def choose(checkpoint: Checkpoint, columns: int, experts_only: bool) -> Choice:
     """
     found: dict[str, WeightSource] = {}
     kept: dict[str, str] = {}
-    for node in trace(models.load(checkpoint.config).module).graph.nodes:
+    model = models.load(checkpoint.config, tensors=checkpoint.tensors)
+    for node in trace(model.module).graph.nodes:
         about, reason = meta(node), ""
         readers = [OPS.get(meta(user).kind) for user in node.users]
         if any(op is not None and op.family == "routing" for op in readers):

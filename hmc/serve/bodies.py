@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic_core import PydanticCustomError
 
 _MOST_CHOICES = 128
 _MOST_LOGPROBS = 20
@@ -86,11 +87,21 @@ class ToolCall(Body):
     function: CalledFunction
 
 
+def _text_alone(content: Any) -> Any:
+    """Say of an image or a sound that it is one, not that it is no text."""
+    parts = content if isinstance(content, list) else ()
+    kinds = (part.get("type") for part in parts if isinstance(part, dict))
+    if other := next((kind for kind in kinds if isinstance(kind, str) and kind != "text"), ""):
+        message = "a part of type '{kind}': models read text alone here"
+        raise PydanticCustomError("text_alone", message, {"kind": other[:64]})
+    return content
+
+
 class Message(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: Annotated[str | list[TextPart], BeforeValidator(_text_alone)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

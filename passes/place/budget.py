@@ -52,7 +52,7 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
         notes.decide(
             "context length",
             f"{tokens} tokens, {options.concurrency} sequence(s)",
-            f"the model allows {model}; gpu0 holds {budget.dense / 1e9:.1f} GB"
+            f"{_allowed(target)}; gpu0 holds {budget.dense / 1e9:.1f} GB"
             f" of dense weights and {budget.cache / 1e9:.1f} GB of cache in"
             f" {budget.usable[0] / 1e9:.1f} GB",
         )
@@ -120,6 +120,11 @@ def _default(model: int) -> int:
     return min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
 
 
+def _allowed(target: Target) -> str:
+    reason = target.info.context_reason
+    return f"the model allows {target.info.context}" + (f" ({reason})" if reason else "")
+
+
 def _host_tokens(needs: Needs, cache: KVLayout, target: Target, asked: int, notes: Notes) -> int:
     """Context length on the CPU alone."""
     if asked:
@@ -134,7 +139,7 @@ def _host_tokens(needs: Needs, cache: KVLayout, target: Target, asked: int, note
     notes.decide(
         "context length",
         f"{tokens} tokens",
-        f"the model allows {model}, memory beside {weights / 1e9:.1f} GB of weights holds"
+        f"{_allowed(target)}, memory beside {weights / 1e9:.1f} GB of weights holds"
         f" {fits}, the default is at most {DEFAULT_CONTEXT}; --max-context asks for more or"
         " less",
     )

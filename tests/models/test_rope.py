@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -21,6 +21,13 @@ SCALINGS: list[dict[str, Any]] = [
         "factor": 8.0,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {  # a band without width, as Llama 4 Scout has it
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 1.0,
         "original_max_position_embeddings": 8192,
     },
     {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
@@ -101,11 +108,17 @@ def test_a_fixed_alpha_stretches_theta() -> None:
         rope(_config({"rope_scaling": {"type": "dynamic", "factor": 2.0}}), 128)
 
 
-def test_longrope_until_it_takes_long_factors() -> None:
+@pytest.mark.parametrize(
+    ("longrope", "seq_len", "mscale"), [("short", 4096, 1.25), ("long", 4097, 1.5)]
+)
+def test_longrope_has_factors_of_short_and_of_long_contexts(
+    longrope: Literal["short", "long"], seq_len: int, mscale: float
+) -> None:
     scaling = {
         "rope_type": "longrope",
         "original_max_position_embeddings": 4096,
         "short_mscale": 1.25,
+        "long_mscale": 1.5,
         "short_factor": [1.0 + 0.07 * index for index in range(48)],
         "long_factor": [1.0 + index for index in range(48)],
     }
@@ -113,18 +126,18 @@ def test_longrope_until_it_takes_long_factors() -> None:
     theirs = MixtralConfig(
         head_dim=96, max_position_embeddings=131072, rope_parameters=dict(settings)
     )
-    inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs)
+    inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs, seq_len=seq_len)
     values = {"max_position_embeddings": 131072, "rope_parameters": settings}
-    ours = rope(_config(values), 96, short=True)
+    ours = rope(_config(values), 96, longrope=longrope)
     assert ours.inv_freq == tuple(inv_freq.tolist())
-    assert ours.factor == 1.25
+    assert ours.factor == mscale
     assert short_context(_config(values)) == 4096
     assert short_context(_config({})) == 0
     with pytest.raises(UnsupportedError, match="longrope"):
         rope(_config(values), 96)
-    settings["short_factor"] = [1.0]
-    with pytest.raises(ConfigError, match="short_factor must be 48 numbers"):
-        rope(_config(values), 96, short=True)
+    settings[f"{longrope}_factor"] = [1.0]
+    with pytest.raises(ConfigError, match=f"{longrope}_factor must be 48 numbers"):
+        rope(_config(values), 96, longrope=longrope)
 
 
 def test_mscale_is_that_of_deepseek() -> None:

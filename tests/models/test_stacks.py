@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import tiny_plan
 from safetensors.torch import load_file, save_file
 from test_views import logits
 from torch import nn
@@ -211,3 +212,20 @@ def test_what_cannot_be_turned_is_refused(
 ) -> None:
     with pytest.raises(TensorError, match="rows of several weights"):
         plans("fp8", {"interleaved": True})
+
+
+def test_experts_that_a_family_stacks_may_lie_one_by_one(
+    tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As quantised files of such families have them."""
+    source = tiny("llama4")
+    tensors = dict(load_file(source / "model.safetensors"))
+    at = "language_model.model.layers.1.feed_forward.experts"
+    into, back = (tensors.pop(f"{at}.{name}_proj").mT for name in ("gate_up", "down"))
+    for e, (gate, up) in enumerate(each.chunk(2) for each in into):
+        for name, part in (("gate", gate), ("up", up), ("down", back[e])):
+            tensors[f"{at}.{e}.{name}_proj.weight"] = part.contiguous()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    found, expected = (logits(tiny_plan(each)) for each in (tmp_path, source))
+    assert np.array_equal(found, expected)

@@ -177,6 +177,10 @@ WRONG: dict[str, Any] = {
     "n_group": 5,
     "topk_group": 9,
     "scoring_func": "tanh",
+    "no_rope_layers": [1, 2, 0],
+    "attention_chunk_size": 0,
+    "attn_temperature_tuning": "yes",
+    "floor_scale": 0,
 }
 """Values that no family can take; each is tried where a configuration has the key."""
 

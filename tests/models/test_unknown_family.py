@@ -63,19 +63,34 @@ def test_a_family_can_be_said(tmp_path: Path) -> None:
         hmc.compile(path, dummy_weights=True, family="nonesuch")
 
 
-@pytest.mark.parametrize(
-    ("family", "tokens", "key"),
-    [("glm_moe_dsa", 64, "index_topk"), ("phimoe", 1024, "original_max_position_embeddings")],
-)
-def test_a_longer_context_than_the_family_allows(
-    tmp_path: Path, family: str, tokens: int, key: str
-) -> None:
+def test_a_longer_context_than_the_family_allows(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(_config(family)))
-    assert hmc.compile(path, dummy_weights=True).limits.max_context == tokens
-    message = rf"--max-context {tokens + 1}: .* {tokens} tokens \({key}: beyond it"
+    path.write_text(json.dumps(_config("glm_moe_dsa")))
+    assert hmc.compile(path, dummy_weights=True).limits.max_context == 64
+    message = r"--max-context 65: .* 64 tokens \(index_topk: beyond it"
     with pytest.raises(UsageError, match=message):
-        hmc.compile(path, dummy_weights=True, max_context=tokens + 1)
+        hmc.compile(path, dummy_weights=True, max_context=65)
+
+
+def test_a_longer_context_makes_another_model(tmp_path: Path) -> None:
+    """Without being asked Phi-3.5-MoE has the context of its short factors; asked for more, all of
+    it turns by the long ones.
+    """
+    path, config = tmp_path / "config.json", _config("phimoe")
+    path.write_text(json.dumps(config))
+    plans = [hmc.compile(path, dummy_weights=True, max_context=most) for most in (0, 1024, 1025)]
+    assert [plan.limits.max_context for plan in plans] == [1024, 1024, 1025]
+    scaling = config["rope_scaling"]
+    powers = [config["rope_theta"] ** (-index / 16) for index in range(16)]
+    for plan, factors in zip(plans, ("short_factor", "short_factor", "long_factor"), strict=True):
+        found = [power / each for power, each in zip(powers, scaling[factors], strict=True)]
+        assert [*plan.constants.values()] == [pytest.approx(found)]
+    made = [[each.reason for each in plan.decisions if each.by == "models"] for plan in plans]
+    assert made[:2] == [[], []] and "long factors, also where" in made[2][0]
+    reasons = [each.reason for each in plans[0].decisions if each.subject == "context length"]
+    assert "--max-context asks for that" in reasons[0]
+    with pytest.raises(UsageError, match=r"2049: .* 2048 tokens \(max_position_embeddings"):
+        hmc.compile(path, dummy_weights=True, max_context=2049)
 
 
 @pytest.fixture

@@ -35,14 +35,18 @@ PROMPT = 45
 class Tiny:
     """What the oracle of a family needs: the `model_type` that transformers knows it by, the class
     that loads it, tensors that published checkpoints hold `beside` those that transformers writes,
-    by name and shape, and names that it writes otherwise than they are published. `around` is what
-    stands around the configuration where transformers knows it as a `text_config` alone.
+    by name and shape, names that it writes otherwise than they are published, names of tensors
+    whose last two axes it has the other way round, and the part of it that reads text where the
+    whole reads nothing without an image. `around` is what stands around the configuration where
+    transformers knows it as a `text_config` alone.
     """
 
     model_type: str = ""
     loader: Any = AutoModelForCausalLM
     beside: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     published: tuple[tuple[str, str], ...] = ()
+    transposed: str = "^$"
+    part: str = ""
     around: Mapping[str, Any] | None = None
 
 
@@ -57,6 +61,7 @@ _VISION = {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size":
 
 TINY: dict[str, Tiny] = {
     "axk1": Tiny(beside={"model.layers.0.post_mlp_layernorm.weight": (192,)}),
+    "cohere2_vision": Tiny(loader=AutoModelForImageTextToText),
     "deepseek_v3": Tiny(beside=_ahead(3)),
     "deepseek_v32": Tiny(beside=_ahead(3)),
     "ernie4_5_moe": Tiny(
@@ -79,8 +84,12 @@ TINY: dict[str, Tiny] = {
             (r"^model\.mm_projector\.", "mm_projector."),
         ),
     ),
+    "llama4": Tiny(loader=AutoModelForImageTextToText, part="language_model"),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "qwen3_vl_moe": Tiny(
+        loader=AutoModelForImageTextToText, transposed=r"\.experts\.(gate_up|down)_proj$"
+    ),
     "step3p5": Tiny(
         "step3p7", AutoModelForImageTextToText, beside=_ahead(3), around={"vision_config": _VISION}
     ),
@@ -112,6 +121,8 @@ def write(directory: Path, family: str, seed: int = 0) -> Path:
     tensors = {}
     for name in sorted(shapes):
         weight = draw(name, shapes[name], tied, generator)
+        if re.search(tiny.transposed, name):
+            weight = weight.mT.contiguous()
         for pattern, replacement in tiny.published:
             name = re.sub(pattern, replacement, name)
         tensors[name] = weight if _F32.search(name) else weight.to(torch.bfloat16)
@@ -139,7 +150,8 @@ def oracle(directory: Path, dtype: torch.dtype) -> Floats:
     assert not found["missing_keys"] and not found["mismatched_keys"], found
     assert set(found["unexpected_keys"]) <= {*tiny.beside}, found
     with torch.inference_mode():
-        logits = model.eval()(input_ids=torch.tensor([prompt()]), use_cache=False).logits[0]
+        text = model.eval().get_submodule(tiny.part)
+        logits = text(input_ids=torch.tensor([prompt()]), use_cache=False).logits[0]
     result: Floats = logits.float().numpy()
     return result
 

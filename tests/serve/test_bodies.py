@@ -1,0 +1,37 @@
+"""What a request may not hold is named, whatever model is served."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from hmc.serve.bodies import Body, ChatBody, TokenizeBody
+from hmc.serve.faults import of_validation
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+WORDS = {"type": "text", "text": "What is this?"}
+
+
+@pytest.mark.parametrize("form", [ChatBody, TokenizeBody])
+@pytest.mark.parametrize(
+    ("parts", "kind"), [([WORDS, IMAGE], "image_url"), ([SOUND], "input_audio")]
+)
+def test_an_image_is_a_bad_request(form: type[Body], parts: list[Any], kind: str) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": parts}]}
+    with pytest.raises(ValidationError) as caught:
+        form.model_validate_json(json.dumps(body))
+    answer = of_validation(caught.value)
+    assert (answer.status, answer.param) == (400, "messages.0.content")
+    assert answer.message == (
+        f"messages.0.content: a part of type '{kind}': models read text alone here"
+    )
+
+
+def test_parts_of_text_are_one_text() -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": [WORDS, WORDS]}]}
+    content = ChatBody.model_validate(body).messages[0].content
+    assert isinstance(content, list) and [part.text for part in content] == [WORDS["text"]] * 2
