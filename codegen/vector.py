@@ -66,6 +66,14 @@ def concat(e: Emitter, parts: list[Value]) -> Value:
     return parts[0]
 
 
+def cut(e: Emitter, vector: Value, count: int) -> list[Value]:
+    """The parts of `count` lanes that a vector has."""
+    return [
+        e.b.shuffle_vector(vector, vector, lanes_mask(range(at, at + count)))
+        for at in range(0, vector.type.count, count)
+    ]
+
+
 def resize(e: Emitter, vector: Value, count: int) -> Value:
     """`vector` cut to its first `count` lanes, or padded with zero lanes."""
     have = vector.type.count
