@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from hmc.codegen.formats.code_words import FIVE_BITS, FOUR_BITS, LESS_8, LESS_32, moved
+from hmc.codegen.formats.code_words import FIVE_BITS, FOUR_BITS, LESS_8, LESS_16, LESS_32, moved
 from hmc.codegen.formats.interleave import Chunk, words_of
 from hmc.codegen.ir import F16, F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.vector import concat, isplat, resize
@@ -179,12 +179,38 @@ def _with(low: Codes, at: int, each: int) -> Codes:
     return codes
 
 
+def _word(rows: Rows, at: int) -> Value:
+    return rows.numbers(at, I32)
+
+
+def _with_flags(low: Codes, at: int) -> Codes:
+    """And a fifth bit each, those of a small block in the four bytes from `at` on. A product brings
+    four neighbouring bits into the places that they have in four bytes.
+    """
+
+    def codes(rows: Rows) -> Iterator[tuple[int, Value]]:
+        b, lanes = rows.e.b, rows.lanes
+        for column, four in low(rows):
+            block, place = divmod(column, 32)
+            bits = moved(rows.e, rows.once(_word, block * rows.size + at), -place)
+            high = b.mul(b.and_(bits, isplat(15, lanes)), isplat(0x02040810, lanes))
+            high = b.and_(high, isplat(0x10101010, lanes))
+            yield column, b.or_(b.and_(four, isplat(0x0F0F0F0F, lanes)), high)
+
+    return codes
+
+
 # -- scales ----------------------------------------------------------------------------------------
 
 
 def _own(rows: Rows, group: int) -> Value:
     """The f16 number at byte 0 of each small block."""
     return rows.floats(group * rows.size)
+
+
+def _added(rows: Rows, group: int) -> Value:
+    """The one at byte 2."""
+    return rows.floats(group * rows.size + 2)
 
 
 def _powers(rows: Rows, group: int) -> Value:
@@ -256,6 +282,10 @@ def _iq4_scales(rows: Rows, group: int) -> Value:
 KINDS: Mapping[str, Kind] = {
     "q8_0": Kind(32, (), _bytes, _own),
     "q4_0": Kind(32, LESS_8, _small(2), _own),
+    "q4_1": Kind(32, FOUR_BITS, _small(4), _own, _added),
+    "q5_0": Kind(32, LESS_16, _with_flags(_small(6), 2), _own),
+    "q5_1": Kind(32, FIVE_BITS, _with_flags(_small(8), 4), _own, _added),
+    "iq4_nl": Kind(32, IQ4, _small(2), _own),
     "ggml_mxfp4": Kind(32, E2M1_DOUBLED, _small(1), _powers),
     "q4_k": Kind(32, FOUR_BITS, _large(16, 32), _k_scales, _k_minima),
     "q5_k": Kind(32, FIVE_BITS, _with(_large(48, 32), 16, 1), _k_scales, _k_minima),

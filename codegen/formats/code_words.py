@@ -20,6 +20,7 @@ from hmc.codegen.vector import concat, cut, isplat, splat_int
 FOUR_BITS = tuple(float(code) for code in range(16))
 FIVE_BITS = tuple(float(code) for code in range(32))
 LESS_8 = tuple(float(code - 8) for code in range(16))
+LESS_16 = tuple(float(code - 16) for code in range(32))
 LESS_32 = tuple(float(code - 32) for code in range(64))
 """Values of codes."""
 

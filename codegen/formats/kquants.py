@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from hmc.codegen.formats.code_words import FIVE_BITS, FOUR_BITS, LESS_8, LESS_32, Words, moved
+from hmc.codegen.formats.code_words import (
+    FIVE_BITS,
+    FOUR_BITS,
+    LESS_8,
+    LESS_16,
+    LESS_32,
+    Words,
+    moved,
+)
 from hmc.codegen.ir import (
     F16,
     F32,
@@ -102,7 +110,7 @@ class Kind:
     `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
     or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
     `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each 32 columns,
-    negative.
+    what is added to each.
     """
 
     unit: int
@@ -157,19 +165,46 @@ def _powers(block: Block, step: int) -> Value:
     return b.bitcast(b.select(few, small, power), vec(F32, LANES))
 
 
-def _four(values: Sequence[float], at: int, scales: Callable[[Block, int], Value]) -> Kind:
-    """Four blocks of 32 codes of 4 bits, from byte `at` of each on: one step of four vectors."""
+def _fifths(block: Block, at: int) -> Value:
+    """Of each of four blocks 16 bits from byte `at` on, each as 16 of a byte."""
+    b, all_ = block.e.b, const(0)
+    for number in range(block.count):
+        bits = b.zext(block.load(number * block.size + at, I16), I64)
+        all_ = b.or_(all_, b.shl(bits, const(16 * number)))
+    set_ = b.bitcast(all_, vec(I1, BYTES))
+    found = b.select(set_, splat_int(I8, BYTES, 16), splat_int(I8, BYTES, 0))
+    return _words(found, block.e)
+
+
+def _four(
+    values: Sequence[float],
+    at: int,
+    scales: Callable[[Block, int], Value],
+    minima: Callable[[Block], Value] | None = None,
+    high: int | None = None,
+) -> Kind:
+    """Four blocks of 32 codes of 4 bits, from byte `at` of each on: one step of four vectors; the
+    fifth bits are at byte `high`.
+    """
 
     def vectors(block: Block, step: int) -> list[Value]:
-        words = _words(block.sixteens(at), block.e)
-        return [
-            vector
-            for shift in (0, -4)
-            for vector in block.pairs(values, moved(block.e, words, shift))
-        ]
+        e, words, found = block.e, _words(block.sixteens(at), block.e), []
+        for part in range(2):
+            codes = moved(e, words, -4 * part)
+            if high is not None:
+                codes = e.b.or_(_masked(e, codes, 0x0F), _fifths(block, high + 2 * part))
+            found += block.pairs(values, codes)
+        return found
 
     columns = _in_places(_SIXTEENS) + _in_places([column + 16 for column in _SIXTEENS])
-    return Kind(128, (columns,), vectors, scales)
+    return Kind(128, (columns,), vectors, scales, minima)
+
+
+def _added(block: Block) -> Value:
+    """Of each of four blocks the f16 number at byte 2, in the first lanes."""
+    firsts = lanes_mask([0, 4, 8, 12, *[LANES] * (LANES - 4)])
+    halves = block.e.b.shuffle_vector(block.each(2, I16), block.e.zeros(I16, LANES), firsts)
+    return block.e.b.fpext(block.e.b.bitcast(halves, vec(F16, LANES)), vec(F32, LANES))
 
 
 def _bytes(block: Block, step: int) -> list[Value]:
@@ -284,6 +319,10 @@ def _two(columns: Sequence[int], apart: int) -> tuple[tuple[int, ...], ...]:
 KINDS: Mapping[str, Kind] = {
     "q8_0": Kind(32, (tuple(range(32)),), _bytes, lambda block, _: block.half(0, LANES)),
     "q4_0": _four(LESS_8, 2, _halves),
+    "q4_1": _four(FOUR_BITS, 4, _halves, _added),
+    "q5_0": _four(LESS_16, 6, _halves, high=2),
+    "q5_1": _four(FIVE_BITS, 8, _halves, _added, high=4),
+    "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
     "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _negative_minima),
     "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _negative_minima),

@@ -23,8 +23,8 @@ def _blocks(name: str, exact_in: tuple[Arithmetic, ...]) -> Format:
 GGUF = tuple(
     _blocks(name, exact_in)
     for names, exact_in in (
-        ("Q4_0 Q8_0 Q4_K Q5_K Q6_K IQ4_XS MXFP4", _NATIVE),
-        ("Q4_1 Q5_0 Q5_1 Q2_K Q3_K IQ4_NL", _MADE),
+        ("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4", _NATIVE),
+        ("Q2_K Q3_K", _MADE),
     )
     for name in names.split()
 )
