@@ -14,10 +14,10 @@ from typing import ClassVar
 
 from hmc.codegen.formats.code_words import PAIRS, Words
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.kquants import KINDS, LANES, SUMMED, WORDS, Block, Kind
+from hmc.codegen.formats.kquants import KINDS, LANES, WORDS, Block, Kind
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, Emitter, Value, const
-from hmc.codegen.vector import bf16_bits, dot_pairs, resize
+from hmc.codegen.vector import bf16_bits, dot_pairs, in_groups, resize
 from hmc.formats import format_of
 
 
@@ -60,7 +60,7 @@ class BlockDot(Dot):
     @property
     def prepared_bytes(self) -> int:
         """Bytes of one prepared row, a multiple of 64."""
-        return self._sums + (self._sums // 2 // SUMMED * 4 + 63) // 64 * 64
+        return self._sums + (self._sums // 2 // self.kind.summed * 4 + 63) // 64 * 64
 
     def _order(self) -> list[int]:
         return [column for step in self.kind.columns for column in step]
@@ -74,11 +74,9 @@ class BlockDot(Dot):
         sums = e.offset(prepared, const(self._sums))
         vectors = [e.bf16_to_f32(each) for each in
                    bf16_bits(e, x, k, self.kind.period, valid, LANES)]  # fmt: skip
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        first = e.b.udiv(k, const(SUMMED))
-        for number, (low, high) in enumerate(pairs):
-            place = e.b.add(first, const(number))
-            e.store(e.reduce_add(e.b.fadd(low, high)), sums, place)
+        first = e.b.udiv(k, const(self.kind.summed))
+        for number, some in enumerate(in_groups(vectors, self.kind.summed, e.b.fadd)):
+            e.store(e.reduce_add(some), sums, e.b.add(first, const(number)))
         return found
 
     def load(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
@@ -94,9 +92,9 @@ class BlockDot(Dot):
     def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
         """Vectors of the step, or the sums that go with minima."""
         if step == self.kind.steps:
-            first = e.b.udiv(k, const(SUMMED))
+            first, count = (e.b.udiv(k, const(self.kind.summed)), self.unit // self.kind.summed)
             sums = e.offset(prepared, const(self._sums))
-            return [resize(e, e.load_vec(sums, first, F32, self.unit // SUMMED), LANES)]
+            return [resize(e, e.load_vec(sums, first, F32, count), LANES)]
         size = self.unit // self.kind.steps
         starts = range(step * size, (step + 1) * size, WORDS)
         return [e.load_vec(prepared, e.b.add(k, const(at)), I16, WORDS, align=64) for at in starts]

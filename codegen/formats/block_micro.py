@@ -5,8 +5,7 @@ which stand beside the packed tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import reduce
+from collections.abc import Callable
 from typing import ClassVar
 
 from hmc.codegen.formats.block_rows import FOUR, KINDS, Kind, Rows
@@ -16,7 +15,7 @@ from hmc.codegen.formats.micro import MicroKernel, Pairs, Vectors, WholeNumbers
 from hmc.codegen.formats.whole import bf16_values
 from hmc.codegen.ir import F32, I8, I16, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.native import GRAIN as CHUNK
-from hmc.codegen.vector import isplat
+from hmc.codegen.vector import in_groups, isplat
 from hmc.formats import format_of
 
 
@@ -76,7 +75,7 @@ class BlockPairs(OfBlocks, Pairs):
         """And the sums of groups."""
         if self.token_sums:
             values = bf16_values(e, row, k, size, valid, self.lanes)
-            for place, sum_ in enumerate(_sums(values, self.kind.group, e.b.fadd)):
+            for place, sum_ in enumerate(in_groups(values, self.kind.group, e.b.fadd)):
                 e.store(e.reduce_add(sum_), _bytes(e, factor), const(place), align=4)
         yield from super().pack(e, row, k, valid, size, factor)
 
@@ -91,19 +90,10 @@ class BlockWords(OfBlocks, WholeNumbers):
             return
         up = isplat(16, self.lanes)
         signed = [e.b.ashr(e.b.shl(value, up), up) for value in whole]
-        for place, sum_ in enumerate(_sums(signed, self.kind.group, e.b.add)):
+        for place, sum_ in enumerate(in_groups(signed, self.kind.group, e.b.add)):
             total = e.b.fmul(e.b.sitofp(e.reduce(sum_, e.b.add), F32), scale)
             e.store(total, _bytes(e, factor), const(1 + place), align=4)
 
 
 def _bytes(e: Emitter, pointer: Value) -> Value:
     return e.b.bitcast(pointer, I8.as_pointer())
-
-
-def _sums(
-    vectors: list[Value], group: int, add: Callable[[Value, Value], Value]
-) -> Iterator[Value]:
-    """Vectors of each `group` columns added up."""
-    each = group // vectors[0].type.count
-    for at in range(0, len(vectors), each):
-        yield reduce(add, vectors[at : at + each])

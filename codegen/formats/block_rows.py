@@ -14,7 +14,16 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from hmc.codegen.formats.code_words import FIVE_BITS, FOUR_BITS, LESS_8, LESS_16, LESS_32, moved
+from hmc.codegen.formats.code_words import (
+    FIVE_BITS,
+    FOUR_BITS,
+    LESS_4,
+    LESS_8,
+    LESS_16,
+    LESS_32,
+    TWO_BITS,
+    moved,
+)
 from hmc.codegen.formats.interleave import Chunk, words_of
 from hmc.codegen.ir import F16, F32, I8, I16, I32, Emitter, Value, const, vec
 from hmc.codegen.vector import concat, isplat, resize
@@ -161,20 +170,34 @@ def _large(at: int, run: int) -> Codes:
     return codes
 
 
-def _with(low: Codes, at: int, each: int) -> Codes:
-    """And `each` high bits, from byte `at` on."""
+def _quarters(at: int) -> Codes:
+    """Codes of 2 bits: of each of 32 bytes the lowest, then the next ones; anything above them."""
+
+    def codes(rows: Rows) -> Iterator[tuple[int, Value]]:
+        fours = rows.fours([rows.halved(at, _HIGH)], _HIGH)[: _HIGH // 4]
+        for place, four in enumerate(fours):
+            for part in range(4):
+                yield _HIGH * part + 4 * place, moved(rows.e, four, -2 * part)
+
+    return codes
+
+
+def _with(low: Codes, at: int, each: int, bits: int = 4) -> Codes:
+    """And above `bits` of them `each` high ones, from byte `at` on."""
     bytes_, columns = divmod(_HALF, 8 // each * _HIGH)
 
     def codes(rows: Rows) -> Iterator[tuple[int, Value]]:
         e, b = rows.e, rows.e.b
-        mask = isplat((2**each - 1) * 0x10101010, rows.lanes)
+        below, above = (
+            isplat(value * 0x01010101, rows.lanes) for value in (2**bits - 1, (2**each - 1) << bits)
+        )
         fours = rows.fours([rows.halved(at, bytes_ * _HIGH)], _HIGH)
-        bits = rows.splat(rows.halved(0, columns // _HIGH * each))
+        first = rows.splat(rows.halved(0, columns // _HIGH * each))
         for column, four in low(rows):
             turn, byte = divmod(column, _HIGH)
-            high = b.lshr(fours[byte // 4], bits) if columns else fours[byte // 4]
-            high = b.and_(moved(e, high, 4 - turn * each), mask)
-            yield column, b.or_(b.and_(four, isplat(0x0F0F0F0F, rows.lanes)), high)
+            high = b.lshr(fours[byte // 4], first) if columns else fours[byte // 4]
+            high = b.and_(moved(e, high, bits - turn * each), above)
+            yield column, b.or_(b.and_(four, below), high)
 
     return codes
 
@@ -262,6 +285,41 @@ def _q6_scales(rows: Rows, group: int) -> Value:
     return rows.e.b.fmul(codes, rows.once(_factor, 208))
 
 
+def _q2_words(rows: Rows, number: int) -> Value:
+    return rows.numbers(rows.halved(4 * number, 8), I32)
+
+
+def _q2(rows: Rows, group: int, bits: int, factor: int) -> Value:
+    """Four bits of a byte from bit `bits` on, times the factor at a byte."""
+    b, lanes = rows.e.b, rows.lanes
+    words = moved(rows.e, rows.once(_q2_words, group // 4), -8 * (group % 4) - bits)
+    codes = b.sitofp(b.and_(words, isplat(15, lanes)), vec(F32, lanes))
+    return b.fmul(codes, rows.once(_factor, factor))
+
+
+def _q2_scales(rows: Rows, group: int) -> Value:
+    return _q2(rows, group, 0, 80)
+
+
+def _q2_minima(rows: Rows, group: int) -> Value:
+    return rows.e.b.fneg(_q2(rows, group, 4, 82))
+
+
+def _q3_words(rows: Rows, at: int) -> Value:
+    """Four bytes from `at` on; of the second half 4 bits further."""
+    return rows.e.b.lshr(rows.numbers(at, I32), rows.splat(rows.halved(0, 4)))
+
+
+def _q3_scales(rows: Rows, group: int) -> Value:
+    e, b, lanes = rows.e, rows.e.b, rows.lanes
+    turn, byte = divmod(group, 4)
+    low = moved(e, rows.once(_q3_words, 96 + 4 * turn), -8 * byte)
+    high = moved(e, rows.once(_q3_words, 104), 4 - 8 * byte - 2 * turn)
+    codes = b.or_(b.and_(low, isplat(15, lanes)), b.and_(high, isplat(48, lanes)))
+    codes = b.sub(codes, isplat(32, lanes))
+    return b.fmul(b.sitofp(codes, vec(F32, lanes)), rows.once(_factor, 108))
+
+
 def _iq4_words(rows: Rows, number: int) -> Value:
     """Low (0) or high bits of the scales of a half, the first of them lowest."""
     b = rows.e.b
@@ -287,6 +345,8 @@ KINDS: Mapping[str, Kind] = {
     "q5_1": Kind(32, FIVE_BITS, _with_flags(_small(8), 4), _own, _added),
     "iq4_nl": Kind(32, IQ4, _small(2), _own),
     "ggml_mxfp4": Kind(32, E2M1_DOUBLED, _small(1), _powers),
+    "q2_k": Kind(16, TWO_BITS, _quarters(16), _q2_scales, _q2_minima),
+    "q3_k": Kind(16, LESS_4, _with(_quarters(32), 0, 1, 2), _q3_scales),
     "q4_k": Kind(32, FOUR_BITS, _large(16, 32), _k_scales, _k_minima),
     "q5_k": Kind(32, FIVE_BITS, _with(_large(48, 32), 16, 1), _k_scales, _k_minima),
     "q6_k": Kind(16, LESS_32, _with(_large(0, 64), 128, 2), _q6_scales),

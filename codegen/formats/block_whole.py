@@ -10,10 +10,10 @@ from functools import partial
 
 from hmc.codegen.formats.block_dot import BlockDot
 from hmc.codegen.formats.code_words import WHOLE
-from hmc.codegen.formats.kquants import LANES, SUMMED, WORDS
+from hmc.codegen.formats.kquants import LANES, WORDS
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.vector import concat, for_blocks, isplat
+from hmc.codegen.vector import concat, for_blocks, in_groups, isplat
 
 
 class WholeBlockDot(BlockDot):
@@ -55,10 +55,10 @@ class WholeBlockDot(BlockDot):
                 e.store(vector, prepared, b.add(k, const(start + at)), align=32)
         if self.kind.minima is None:
             return
-        up, first = isplat(16, LANES), b.udiv(k, const(SUMMED))
+        up, first = isplat(16, LANES), b.udiv(k, const(self.kind.summed))
         signed = [b.ashr(b.shl(each, up), up) for each in whole]
-        for number, (low, high) in enumerate(zip(signed[::2], signed[1::2], strict=True)):
-            total = b.sitofp(e.reduce(b.add(low, high), b.add), F32)
+        for number, some in enumerate(in_groups(signed, self.kind.summed, b.add)):
+            total = b.sitofp(e.reduce(some, b.add), F32)
             e.store(total, e.offset(prepared, const(self._sums)), b.add(first, const(number)))
 
     def _sum(self, e: Emitter, pairs: Iterable[tuple[Value, Value]]) -> Value:

@@ -1,8 +1,8 @@
 """Codes of a byte each as words of 16 bits, for dot products of pairs: of a vector of bytes the
 words of those in even places, then of those in odd ones. So nothing moves between lanes.
 
-As bf16 codes of 4 to 6 bits are looked up by `vpermw` (`vpermi2w`), which reads the lowest bits of
-a word and ignores what lies above. As whole numbers they are masked, or looked up by `vpshufb`.
+As bf16 codes of 6 bits or fewer are looked up by `vpermw` (`vpermi2w`), which reads the lowest bits
+of a word and ignores what lies above. As whole numbers they are masked, or looked up by `vpshufb`.
 Without `values` codes are two's complement.
 """
 
@@ -17,8 +17,10 @@ from llvmlite import ir
 from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, vec
 from hmc.codegen.vector import concat, cut, isplat, splat_int
 
+TWO_BITS = (0.0, 1.0, 2.0, 3.0)
 FOUR_BITS = tuple(float(code) for code in range(16))
 FIVE_BITS = tuple(float(code) for code in range(32))
+LESS_4 = tuple(float(code - 4) for code in range(8))
 LESS_8 = tuple(float(code - 8) for code in range(16))
 LESS_16 = tuple(float(code - 16) for code in range(32))
 LESS_32 = tuple(float(code - 32) for code in range(64))
@@ -50,13 +52,13 @@ def moved(e: Emitter, words: Value, left: int) -> Value:
 
 
 def _bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
-    """Two vectors of bf16 `<32 x i16>` of 64 codes `<32 x i16>`; of `values` there are 16, 32, 64
-    or none.
+    """Two vectors of bf16 `<32 x i16>` of 64 codes `<32 x i16>`; of `values` there are a power of
+    two, 64 at most, or none.
     """
     if not values:
         return _signed_bf16(e, codes)
     bits = [int(each) >> 16 for each in np.array(values, np.float32).view(np.uint32)]
-    bits = 2 * bits if len(bits) < _WORDS else bits
+    bits *= max(1, _WORDS // len(bits))
     tables = [
         ir.Constant(codes.type, [ir.Constant(I16, word) for word in bits[at : at + _WORDS]])
         for at in range(0, len(bits), _WORDS)

@@ -18,9 +18,11 @@ from llvmlite import ir
 from hmc.codegen.formats.code_words import (
     FIVE_BITS,
     FOUR_BITS,
+    LESS_4,
     LESS_8,
     LESS_16,
     LESS_32,
+    TWO_BITS,
     Words,
     moved,
 )
@@ -43,8 +45,6 @@ from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
 
 LANES, WORDS, BYTES = 16, 32, 64
 """f32, bf16 and codes of a vector."""
-SUMMED = 32
-"""Columns of a prepared sum."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Kind:
 
     `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
     or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
-    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each 32 columns,
-    what is added to each.
+    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
+    columns, what is added to each.
     """
 
     unit: int
@@ -118,6 +118,7 @@ class Kind:
     vectors: Callable[[Block, int], list[Value]]
     scales: Callable[[Block, int], Value]
     minima: Callable[[Block], Value] | None = None
+    summed: int = 32
 
     @property
     def period(self) -> int:
@@ -226,6 +227,55 @@ def _scale_codes(block: Block, minima: int) -> Value:
     return b.fmul(b.uitofp(both, vec(F32, 8)), block.half(2 * minima, 8))
 
 
+def _small_codes(block: Block, step: int, at: int) -> Value:
+    """64 codes of 2 bits, of 32 bytes for each half."""
+    half, part = divmod(step, 2)
+    return block.once(_high, at + 32 * half, 4 * part, 2)
+
+
+def _q2_k(block: Block, step: int) -> list[Value]:
+    return block.pairs(TWO_BITS, _small_codes(block, step, 16))
+
+
+def _q2(block: Block, bits: int, factor: int) -> Value:
+    """Sixteen codes of 4 bits, from bit `bits` of a byte on, times the factor at a byte."""
+    b = block.e.b
+    codes = b.and_(b.lshr(block.bytes(0, 16), splat_int(I8, 16, bits)), splat_int(I8, 16, 15))
+    return b.fmul(b.uitofp(codes, vec(F32, 16)), block.half(factor, 16))
+
+
+def _q2_k_scales(block: Block, step: int) -> Value:
+    return _spread(block, block.once(_q2, 0, 80), range(4 * step, 4 * step + 4))
+
+
+def _q2_k_minima(block: Block) -> Value:
+    return block.e.b.fneg(_q2(block, 4, 82))
+
+
+def _q3_k(block: Block, step: int) -> list[Value]:
+    e = block.e
+    low = _masked(e, _small_codes(block, step, 32), 3)
+    high = _masked(e, moved(e, block.once(_high, 0, 2 * step, 1), 2), 4)
+    return block.pairs(LESS_4, e.b.or_(low, high))
+
+
+def _q3_scales(block: Block) -> Value:
+    e, b = block.e, block.e.b
+
+    def fields(at: int, count: int, each: int) -> Value:
+        some = block.bytes(at, count)
+        moved_ = [b.lshr(some, splat_int(I8, count, bits)) for bits in range(0, 8, each)]
+        return b.and_(concat(e, moved_), splat_int(I8, 16, 2**each - 1))
+
+    both = b.or_(fields(96, 8, 4), b.shl(fields(104, 4, 2), splat_int(I8, 16, 4)))
+    codes = b.sitofp(b.sub(both, splat_int(I8, 16, 32)), vec(F32, 16))
+    return b.fmul(codes, block.half(108, 16))
+
+
+def _q3_k_scales(block: Block, step: int) -> Value:
+    return _spread(block, block.once(_q3_scales), range(4 * step, 4 * step + 4))
+
+
 def _group_scales(block: Block, step: int) -> Value:
     half, part = divmod(step, 2)
     scales = block.once(_scale_codes, 0)
@@ -324,6 +374,8 @@ KINDS: Mapping[str, Kind] = {
     "q5_1": _four(FIVE_BITS, 8, _halves, _added, high=4),
     "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
+    "q2_k": Kind(256, _two(range(64), 64), _q2_k, _q2_k_scales, _q2_k_minima, 16),
+    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales),
     "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _negative_minima),
     "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _negative_minima),
     "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales),

@@ -7,24 +7,16 @@ from __future__ import annotations
 from hmc.formats.base import Arithmetic, Format, Plane
 from hmc.formats.ggml import GGML_TYPES
 
-_NATIVE: tuple[Arithmetic, ...] = ("bf16", "whole", "f32")
+_EXACT_IN: tuple[Arithmetic, ...] = ("bf16", "whole", "f32")
 """Codes are whole numbers of 8 bits at most."""
-_MADE: tuple[Arithmetic, ...] = ("f32",)
-"""Types that kernels have no decoders of their own for."""
+_NAMES = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4"
 
 
-def _blocks(name: str, exact_in: tuple[Arithmetic, ...]) -> Format:
+def _blocks(name: str) -> Format:
     kind = next(each for each in GGML_TYPES.values() if each.name == name)
     plane = Plane("blocks", (kind.dtype,), block=(kind.block, kind.bytes), ragged=False)
     about = f"GGUF {name}, blocks of {kind.block}"
-    return Format(kind.dtype.lower(), name, (plane,), exact_in, about)
+    return Format(kind.dtype.lower(), name, (plane,), _EXACT_IN, about)
 
 
-GGUF = tuple(
-    _blocks(name, exact_in)
-    for names, exact_in in (
-        ("Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4", _NATIVE),
-        ("Q2_K Q3_K", _MADE),
-    )
-    for name in names.split()
-)
+GGUF = tuple(map(_blocks, _NAMES.split()))
