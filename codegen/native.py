@@ -11,6 +11,8 @@ or any plain float, less zeros and times scales of any blocks; and blocks of GGU
     whole        the others           whole of 4 or 8 bits; E2M1  16-bit whole numbers
     f32          all                  E4M3; BF16, F16 and F32     shifts in place, or as they are
     f32, made    all                  all                         vectors, or a look-up a code
+
+Blocks of GGUF are multiplied as bf16 or as whole numbers by decoders of their own.
 """
 
 from __future__ import annotations
@@ -83,12 +85,12 @@ def _decodes(row: Format, kind: Arithmetic) -> bool:
     return kind in _TABLES and _TABLES[kind](row)
 
 
-_OF_BLOCKS: frozenset[Arithmetic] = frozenset({"bf16"})
+_OF_BLOCKS: frozenset[Arithmetic] = frozenset({"bf16", "whole"})
 
 
 def _blocks(row: Format, kind: Arithmetic) -> bool:
-    """Whether rows of blocks are multiplied in arithmetic `kind`, a few tokens at a time
-    (formats/block_dot.py); else a decoder is made of them.
+    """Whether rows of blocks are multiplied in arithmetic `kind` (formats/block_dot.py,
+    block_micro.py); else a decoder is made of them.
     """
     return kind in _OF_BLOCKS and row.codes.block[1] > 0
 
@@ -117,6 +119,11 @@ def is_native(spec: KernelSpec) -> bool:
         if columns % GRAIN and columns not in GRAINS:
             return False
     return True
+
+
+def reads_blocks(spec: KernelSpec) -> bool:
+    """Whether the weights of `spec` are read by a native decoder of blocks."""
+    return _blocks(format_of(spec.weight), arithmetic(spec.isa, spec.weight))
 
 
 def takes_nan(isa: str, weight: str) -> bool:

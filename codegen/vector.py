@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 
 from llvmlite import ir
 
@@ -64,6 +64,22 @@ def concat(e: Emitter, parts: list[Value]) -> Value:
             for left, right in zip(parts[::2], parts[1::2], strict=True)
         ]
     return parts[0]
+
+
+def cut(e: Emitter, vector: Value, count: int) -> list[Value]:
+    """The parts of `count` lanes that a vector has."""
+    return [
+        e.b.shuffle_vector(vector, vector, lanes_mask(range(at, at + count)))
+        for at in range(0, vector.type.count, count)
+    ]
+
+
+def in_groups(
+    vectors: list[Value], columns: int, add: Callable[[Value, Value], Value]
+) -> list[Value]:
+    """Vectors of each `columns` elements added up, lane by lane."""
+    each = columns // vectors[0].type.count
+    return [reduce(add, vectors[at : at + each]) for at in range(0, len(vectors), each)]
 
 
 def resize(e: Emitter, vector: Value, count: int) -> Value:

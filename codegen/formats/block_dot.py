@@ -1,5 +1,5 @@
-"""Dot products of rows of GGUF's blocks by `vdpbf16ps`: sums of codes are f32, and go times the
-scale of their columns into the row's total. `prepare` brings activations into the order in which
+"""Dot products of rows of GGUF's blocks: sums of codes go times the scale of their columns into the
+row's total. `prepare` brings activations into the order in which
 codes are decoded (kquants.py), so weights never move between lanes; minima are multiplied by sums
 of activations, which stand behind the prepared row.
 
@@ -8,21 +8,29 @@ Weights are decoded where they are first multiplied, not before: few are in regi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
+from hmc.codegen.formats.code_words import PAIRS, Words
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.kquants import KINDS, LANES, SUMMED, WORDS, Block, Kind
+from hmc.codegen.formats.kquants import KINDS, LANES, WORDS, Block, Kind
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, Emitter, Value, const
-from hmc.codegen.native import arithmetic
-from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import bf16_bits, dot_pairs, resize
+from hmc.codegen.vector import bf16_bits, dot_pairs, in_groups, resize
 from hmc.formats import format_of
 
 
 @dataclass(frozen=True)
 class BlockDot(Dot):
     """`Dot` for blocks on tiers with `vdpbf16ps`."""
+
+    words: ClassVar[Words] = PAIRS
+
+    @property
+    def lanes(self) -> int:
+        """Of 64 codes, whatever a vector of the tier holds."""
+        return LANES
 
     @property
     def kind(self) -> Kind:
@@ -52,7 +60,7 @@ class BlockDot(Dot):
     @property
     def prepared_bytes(self) -> int:
         """Bytes of one prepared row, a multiple of 64."""
-        return self._sums + (self._sums // 2 // SUMMED * 4 + 63) // 64 * 64
+        return self._sums + (self._sums // 2 // self.kind.summed * 4 + 63) // 64 * 64
 
     def _order(self) -> list[int]:
         return [column for step in self.kind.columns for column in step]
@@ -66,18 +74,16 @@ class BlockDot(Dot):
         sums = e.offset(prepared, const(self._sums))
         vectors = [e.bf16_to_f32(each) for each in
                    bf16_bits(e, x, k, self.kind.period, valid, LANES)]  # fmt: skip
-        pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        first = e.b.udiv(k, const(SUMMED))
-        for number, (low, high) in enumerate(pairs):
-            place = e.b.add(first, const(number))
-            e.store(e.reduce_add(e.b.fadd(low, high)), sums, place)
+        first = e.b.udiv(k, const(self.kind.summed))
+        for number, some in enumerate(in_groups(vectors, self.kind.summed, e.b.fadd)):
+            e.store(e.reduce_add(some), sums, e.b.add(first, const(number)))
         return found
 
     def load(self, e: Emitter, row: Row, k: Value, valid: int) -> Value:
         """The blocks of the unit at element `k`."""
         columns, size = format_of(self.spec.weight).codes.block
         address = e.offset(row.codes, e.b.mul(e.b.udiv(k, const(columns)), const(size)))
-        return Block(e, address, min(valid, self.unit) // columns, size)
+        return Block(e, self.words, address, min(valid, self.unit) // columns, size)
 
     def decode(self, e: Emitter, codes: Value, tokens: int = 1) -> list[Value]:
         """The unit and a step of it, each: what is multiplied is decoded, once, by `multiply`."""
@@ -86,9 +92,9 @@ class BlockDot(Dot):
     def activations(self, e: Emitter, prepared: Value, k: Value, step: int) -> Value:
         """Vectors of the step, or the sums that go with minima."""
         if step == self.kind.steps:
-            first = e.b.udiv(k, const(SUMMED))
+            first, count = (e.b.udiv(k, const(self.kind.summed)), self.unit // self.kind.summed)
             sums = e.offset(prepared, const(self._sums))
-            return [resize(e, e.load_vec(sums, first, F32, self.unit // SUMMED), LANES)]
+            return [resize(e, e.load_vec(sums, first, F32, count), LANES)]
         size = self.unit // self.kind.steps
         starts = range(step * size, (step + 1) * size, WORDS)
         return [e.load_vec(prepared, e.b.add(k, const(at)), I16, WORDS, align=64) for at in starts]
@@ -99,13 +105,12 @@ class BlockDot(Dot):
         if step == kind.steps:
             assert kind.minima is not None
             return e.fma(block.once(kind.minima), activations[0], total)
+        pairs = zip(block.once(kind.vectors, step), activations, strict=True)
+        return e.fma(self._sum(e, pairs), block.once(kind.scales, step), total)
+
+    def _sum(self, e: Emitter, pairs: Iterable[tuple[Value, Value]]) -> Value:
+        """Of products of words, in f32."""
         found: Value = e.zeros(F32, LANES)
-        vectors = block.once(kind.vectors, step)
-        for vector, one in zip(vectors, activations, strict=True):
+        for vector, one in pairs:
             found = dot_pairs(e, found, vector, one)
-        return e.fma(found, block.once(kind.scales, step), total)
-
-
-def reads_blocks(spec: KernelSpec) -> bool:
-    """Whether the weights of `spec` are blocks that `BlockDot` multiplies."""
-    return spec.weight in KINDS and arithmetic(spec.isa, spec.weight) == "bf16"
+        return found

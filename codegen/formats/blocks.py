@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from hmc.codegen.formats.lookup import looked_up
-from hmc.codegen.ir import F16, F32, I8, I32, Emitter, Value, const, vec
+from hmc.codegen.ir import F16, F32, I8, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.vector import splat_int
 from hmc.formats import Format
 from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
@@ -53,6 +53,26 @@ class Part:
         found = b.lshr(b.zext(packed, vec(I32, e.lanes)), self.splat(b.trunc(shift, I32)))
         return b.and_(found, splat_int(I32, e.lanes, 2**each - 1))
 
+    def flags(self, at: int) -> Value:
+        """Codes of a bit, as i32: of 32 columns, the first in the lowest bit of four bytes."""
+        e, b, lanes = self.e, self.e.b, self.e.lanes
+        places = b.add(self.splat(b.trunc(self.column, I32)), lanes_mask(range(lanes)))
+        word = e.load(e.offset(self.block, const(at)), const(0), I32)
+        return b.and_(b.lshr(self.splat(word), places), splat_int(I32, lanes, 1))
+
+    def field(self, at: int, run: int, each: int, number: Value) -> Value:
+        """Code `number` (i64) of such as `bits` reads, as i32."""
+        b, per = self.e.b, 8 // each
+        turn, place = b.udiv(number, const(per * run)), b.urem(number, const(per * run))
+        byte = b.add(b.mul(turn, const(run)), b.urem(place, const(run)))
+        shift = b.trunc(b.mul(b.udiv(place, const(run)), const(each)), I32)
+        found = b.lshr(self.byte(b.add(const(at), byte)), shift)
+        return b.and_(found, I32(2**each - 1))
+
+    def number(self, code: Value) -> Value:
+        """A whole number (i32) as f32 in all lanes."""
+        return self.splat(self.e.b.sitofp(code, F32))
+
     def whole(self, at: int) -> Value:
         """Codes of i8, as f32, a byte each from byte `at` on."""
         start = self.e.offset(self.block, const(at))
@@ -76,6 +96,32 @@ class Part:
 
 def _q4_0(part: Part) -> Value:
     return part.e.b.fmul(part.half(0), part.less(part.bits(2, 16, 4), 8))
+
+
+def _q4_1(part: Part) -> Value:
+    return _more(part, part.bits(4, 16, 4))
+
+
+def _more(part: Part, codes: Value) -> Value:
+    scaled = part.e.b.fmul(part.half(0), part.less(codes, 0))
+    return part.e.b.fadd(scaled, part.half(2))
+
+
+def _five(part: Part, at: int) -> Value:
+    high = part.e.b.shl(part.flags(at), splat_int(I32, part.e.lanes, 4))
+    return part.e.b.or_(part.bits(at + 4, 16, 4), high)
+
+
+def _q5_0(part: Part) -> Value:
+    return part.e.b.fmul(part.half(0), part.less(_five(part, 2), 16))
+
+
+def _q5_1(part: Part) -> Value:
+    return _more(part, _five(part, 4))
+
+
+def _iq4_nl(part: Part) -> Value:
+    return part.e.b.fmul(part.half(0), part.of_table("iq4", IQ4, part.bits(2, 16, 4)))
 
 
 def _q8_0(part: Part) -> Value:
@@ -104,6 +150,30 @@ def _less_minimum(part: Part, codes: Value) -> Value:
     return part.e.b.fsub(part.e.b.fmul(scale, part.less(codes, 0)), minimum)
 
 
+def _q2_k(part: Part) -> Value:
+    b, both = part.e.b, part.byte(part.group(16))
+    scale = b.fmul(part.half(80), part.number(b.and_(both, I32(15))))
+    minimum = b.fmul(part.half(82), part.number(b.lshr(both, I32(4))))
+    return b.fsub(b.fmul(scale, part.less(part.bits(16, 32, 2), 0)), minimum)
+
+
+_Field = tuple[int, int, int]
+
+
+def _scale_of(part: Part, group: Value, at: int, low: _Field, high: _Field) -> Value:
+    """The f16 number at byte `at` times a code of 6 bits, less 32."""
+    b = part.e.b
+    both = b.or_(part.field(*low, group), b.shl(part.field(*high, group), I32(4)))
+    return b.fmul(part.half(at), part.number(b.sub(both, I32(32))))
+
+
+def _q3_k(part: Part) -> Value:
+    b = part.e.b
+    high = b.shl(part.bits(0, 32, 1), splat_int(I32, part.e.lanes, 2))
+    codes = part.less(b.or_(part.bits(32, 32, 2), high), 4)
+    return b.fmul(_scale_of(part, part.group(16), 108, (96, 8, 4), (104, 4, 2)), codes)
+
+
 def _q4_k(part: Part) -> Value:
     return _less_minimum(part, part.bits(16, 32, 4))
 
@@ -124,18 +194,8 @@ def _q6_k(part: Part) -> Value:
 
 
 def _iq4_xs(part: Part) -> Value:
-    b = part.e.b
-    group = b.trunc(part.group(32), I32)
-
-    def field(at: int, each: int) -> Value:
-        """Field number `group` of `each` bits from byte `at` on."""
-        bits = b.mul(group, I32(each))
-        byte = part.byte(b.add(const(at), b.udiv(part.group(32), const(8 // each))))
-        return b.and_(b.lshr(byte, b.and_(bits, I32(7))), I32(2**each - 1))
-
-    both = b.or_(field(4, 4), b.shl(field(2, 2), I32(4)))
-    scale = b.fmul(part.half(0), part.splat(b.sitofp(b.sub(both, I32(32)), F32)))
-    return b.fmul(scale, part.of_table("iq4", IQ4, part.bits(8, 16, 4)))
+    scale = _scale_of(part, part.group(32), 0, (4, 1, 4), (2, 1, 2))
+    return part.e.b.fmul(scale, part.of_table("iq4", IQ4, part.bits(8, 16, 4)))
 
 
 def _mxfp4(part: Part) -> Value:
@@ -151,10 +211,16 @@ def _mxfp4(part: Part) -> Value:
 
 BLOCKS: Mapping[str, Callable[[Part], Value]] = {
     "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q5_0": _q5_0,
+    "q5_1": _q5_1,
     "q8_0": _q8_0,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
     "q4_k": _q4_k,
     "q5_k": _q5_k,
     "q6_k": _q6_k,
+    "iq4_nl": _iq4_nl,
     "iq4_xs": _iq4_xs,
     "ggml_mxfp4": _mxfp4,
 }

@@ -16,8 +16,8 @@ the end. Hidden here: how codes become numbers, and the order in which activatio
 Zeros: sums of codes are less by the zero times the sum of the activations, which `prepare` adds up
 chunk by chunk, for each lane of an accumulator.
 
-Blocks of GGUF are multiplied as pairs too (block_dot.py). Any other format is decoded with its
-scales and multiplied as f32 (made.py, native.py).
+Blocks of GGUF have forms of their own (block_dot.py, block_whole.py). Any other format is decoded
+with its scales and multiplied as f32 (made.py, native.py).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.formats.words import WordCodes
 from hmc.codegen.ir import F32, I8, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.spec import KernelSpec
-from hmc.codegen.vector import for_blocks, isplat, masked_vec, splat_int, unpack_masks
+from hmc.codegen.vector import cut, for_blocks, isplat, masked_vec, splat_int, unpack_masks
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,15 @@ def transpose(e: Emitter, vectors: list[Value]) -> list[Value]:
         ]
         distance *= 2
     return vectors
+
+
+def words_of(e: Emitter, rows: list[Value]) -> list[Value]:
+    """Rows `<16 x i32>`, 8 or 16 of them, transposed: 16 vectors, word after word of all rows."""
+    if len(rows) == 16:
+        quads = _lane_columns(e, rows)
+        return [words for quad in quads for words in _unpack_four(e, quad, I32)]
+    blocks = zip(*(cut(e, row, len(rows)) for row in rows), strict=True)
+    return [words for block in blocks for words in transpose(e, list(block))]
 
 
 def _lane_columns(e: Emitter, rows: list[Value]) -> list[list[Value]]:

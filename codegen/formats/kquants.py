@@ -1,12 +1,11 @@
-"""Blocks of GGUF as bf16 pairs and their scales, on tiers that multiply pairs: codes are whole
-numbers (or entries of a table) that bf16 holds exactly. `hmc/formats/blocks.py` says how blocks are
-laid out.
+"""Blocks of GGUF as words of 16 bits and their scales, for dot products of a few tokens: codes are
+whole numbers (or entries of a table) that bf16 holds exactly. `hmc/formats/blocks.py` says how
+blocks are laid out.
 
 Codes of 4 to 6 bits stand a byte each in a vector, as they lie in the block: of half a block (or of
-four blocks of 32) the low halves of 64 bytes, then the high ones. A byte is the lower or the upper
-part of a word, so two look-ups of words (`vpermw`, with 6 bits `vpermi2w`) give the codes in even
-and odd places: the order that activations are brought into (block_dot.py), so nothing else moves
-between lanes, and a scale covers whole f32 lanes.
+four blocks of 32) the low halves of 64 bytes, then the high ones. Words of them are those of
+codes in even and odd places (code_words.py): the order that activations are brought into
+(block_dot.py), so nothing else moves between lanes, and a scale covers whole f32 lanes.
 """
 
 from __future__ import annotations
@@ -14,11 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from llvmlite import ir
 
+from hmc.codegen.formats.code_words import (
+    FIVE_BITS,
+    FOUR_BITS,
+    LESS_4,
+    LESS_8,
+    LESS_16,
+    LESS_32,
+    TWO_BITS,
+    Words,
+    moved,
+)
 from hmc.codegen.ir import (
-    BF16,
     F16,
     F32,
     I1,
@@ -37,15 +45,16 @@ from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
 
 LANES, WORDS, BYTES = 16, 32, 64
 """f32, bf16 and codes of a vector."""
-SUMMED = 32
-"""Columns of a prepared sum."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """What lies at `address` (i8*): a block of 256 columns, or `count` of 32, `size` bytes each."""
+    """What lies at `address` (i8*): a block of 256 columns, or `count` of 32, `size` bytes each;
+    codes become `words`.
+    """
 
     e: Emitter
+    words: Words
     address: Value
     count: int
     size: int
@@ -57,6 +66,10 @@ class Block:
         if key not in self._made:
             self._made[key] = make(self, *args)
         return self._made[key]
+
+    def pairs(self, values: Sequence[float], codes: Value) -> list[Value]:
+        """Words of 64 codes: of those in even places, then of those in odd ones."""
+        return self.words.pairs(self.e, values, codes)
 
     def load(self, at: int, kind: ir.Type) -> Value:
         """The number at byte `at`."""
@@ -95,9 +108,9 @@ class Kind:
     of codes that share the vector of scales.
 
     `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
-    or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`, bf16 pairs.
-    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each 32 columns,
-    negative.
+    or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
+    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
+    columns, what is added to each.
     """
 
     unit: int
@@ -105,6 +118,7 @@ class Kind:
     vectors: Callable[[Block, int], list[Value]]
     scales: Callable[[Block, int], Value]
     minima: Callable[[Block], Value] | None = None
+    summed: int = 32
 
     @property
     def period(self) -> int:
@@ -121,36 +135,8 @@ def _words(codes: Value, e: Emitter) -> Value:
     return e.b.bitcast(codes, vec(I16, WORDS))
 
 
-def _shift(e: Emitter, words: Value, left: int) -> Value:
-    if left == 0:
-        return words
-    amount = splat_int(I16, WORDS, abs(left))
-    return e.b.shl(words, amount) if left > 0 else e.b.lshr(words, amount)
-
-
 def _masked(e: Emitter, words: Value, byte: int) -> Value:
     return e.b.and_(words, splat_int(I16, WORDS, byte * 0x101))
-
-
-def _looked_up(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
-    """The values of 64 codes, a byte each: of those in even places, then of those in odd ones.
-    Codes of 4 bits may have anything above them, since the table of 32 repeats; so may those of 6.
-    """
-    bits = [int(each) >> 16 for each in np.array(values, np.float32).view(np.uint32)]
-    bits = 2 * bits if len(bits) < WORDS else bits
-    tables = [
-        ir.Constant(vec(I16, WORDS), [ir.Constant(I16, word) for word in bits[at : at + WORDS]])
-        for at in range(0, len(bits), WORDS)
-    ]
-    found = []
-    for index in (codes, _shift(e, codes, -8)):
-        if len(tables) == 1:
-            name = "llvm.x86.avx512.permvar.hi.512"
-            found.append(e.call(name, index.type, tables[0], index))
-        else:
-            name = "llvm.x86.avx512.vpermi2var.hi.512"
-            found.append(e.call(name, index.type, tables[0], index, tables[1]))
-    return found
 
 
 def _spread(block: Block, scales: Value, groups: Sequence[int]) -> Value:
@@ -180,29 +166,50 @@ def _powers(block: Block, step: int) -> Value:
     return b.bitcast(b.select(few, small, power), vec(F32, LANES))
 
 
-def _four(values: Sequence[float], at: int, scales: Callable[[Block, int], Value]) -> Kind:
-    """Four blocks of 32 codes of 4 bits, from byte `at` of each on: one step of four vectors."""
+def _fifths(block: Block, at: int) -> Value:
+    """Of each of four blocks 16 bits from byte `at` on, each as 16 of a byte."""
+    b, all_ = block.e.b, const(0)
+    for number in range(block.count):
+        bits = b.zext(block.load(number * block.size + at, I16), I64)
+        all_ = b.or_(all_, b.shl(bits, const(16 * number)))
+    set_ = b.bitcast(all_, vec(I1, BYTES))
+    found = b.select(set_, splat_int(I8, BYTES, 16), splat_int(I8, BYTES, 0))
+    return _words(found, block.e)
+
+
+def _four(
+    values: Sequence[float],
+    at: int,
+    scales: Callable[[Block, int], Value],
+    minima: Callable[[Block], Value] | None = None,
+    high: int | None = None,
+) -> Kind:
+    """Four blocks of 32 codes of 4 bits, from byte `at` of each on: one step of four vectors; the
+    fifth bits are at byte `high`.
+    """
 
     def vectors(block: Block, step: int) -> list[Value]:
-        words = _words(block.sixteens(at), block.e)
-        return [
-            vector
-            for shift in (0, -4)
-            for vector in _looked_up(block.e, values, _shift(block.e, words, shift))
-        ]
+        e, words, found = block.e, _words(block.sixteens(at), block.e), []
+        for part in range(2):
+            codes = moved(e, words, -4 * part)
+            if high is not None:
+                codes = e.b.or_(_masked(e, codes, 0x0F), _fifths(block, high + 2 * part))
+            found += block.pairs(values, codes)
+        return found
 
     columns = _in_places(_SIXTEENS) + _in_places([column + 16 for column in _SIXTEENS])
-    return Kind(128, (columns,), vectors, scales)
+    return Kind(128, (columns,), vectors, scales, minima)
+
+
+def _added(block: Block) -> Value:
+    """Of each of four blocks the f16 number at byte 2, in the first lanes."""
+    firsts = lanes_mask([0, 4, 8, 12, *[LANES] * (LANES - 4)])
+    halves = block.e.b.shuffle_vector(block.each(2, I16), block.e.zeros(I16, LANES), firsts)
+    return block.e.b.fpext(block.e.b.bitcast(halves, vec(F16, LANES)), vec(F32, LANES))
 
 
 def _bytes(block: Block, step: int) -> list[Value]:
-    e, b = block.e, block.e.b
-    floats = b.sitofp(block.bytes(2, WORDS), vec(F32, WORDS))
-    low, high = (
-        b.shuffle_vector(floats, floats, lanes_mask(range(at, at + LANES))) for at in (0, LANES)
-    )
-    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-    return [b.bitcast(e.call(name, vec(BF16, WORDS), high, low), vec(I16, WORDS))]
+    return [block.words.signed(block.e, block.bytes(2, WORDS))]
 
 
 # -- blocks of 256: steps of the low and the high halves of 64 bytes, twice ------------------------
@@ -220,6 +227,55 @@ def _scale_codes(block: Block, minima: int) -> Value:
     return b.fmul(b.uitofp(both, vec(F32, 8)), block.half(2 * minima, 8))
 
 
+def _small_codes(block: Block, step: int, at: int) -> Value:
+    """64 codes of 2 bits, of 32 bytes for each half."""
+    half, part = divmod(step, 2)
+    return block.once(_high, at + 32 * half, 4 * part, 2)
+
+
+def _q2_k(block: Block, step: int) -> list[Value]:
+    return block.pairs(TWO_BITS, _small_codes(block, step, 16))
+
+
+def _q2(block: Block, bits: int, factor: int) -> Value:
+    """Sixteen codes of 4 bits, from bit `bits` of a byte on, times the factor at a byte."""
+    b = block.e.b
+    codes = b.and_(b.lshr(block.bytes(0, 16), splat_int(I8, 16, bits)), splat_int(I8, 16, 15))
+    return b.fmul(b.uitofp(codes, vec(F32, 16)), block.half(factor, 16))
+
+
+def _q2_k_scales(block: Block, step: int) -> Value:
+    return _spread(block, block.once(_q2, 0, 80), range(4 * step, 4 * step + 4))
+
+
+def _q2_k_minima(block: Block) -> Value:
+    return block.e.b.fneg(_q2(block, 4, 82))
+
+
+def _q3_k(block: Block, step: int) -> list[Value]:
+    e = block.e
+    low = _masked(e, _small_codes(block, step, 32), 3)
+    high = _masked(e, moved(e, block.once(_high, 0, 2 * step, 1), 2), 4)
+    return block.pairs(LESS_4, e.b.or_(low, high))
+
+
+def _q3_scales(block: Block) -> Value:
+    e, b = block.e, block.e.b
+
+    def fields(at: int, count: int, each: int) -> Value:
+        some = block.bytes(at, count)
+        moved_ = [b.lshr(some, splat_int(I8, count, bits)) for bits in range(0, 8, each)]
+        return b.and_(concat(e, moved_), splat_int(I8, 16, 2**each - 1))
+
+    both = b.or_(fields(96, 8, 4), b.shl(fields(104, 4, 2), splat_int(I8, 16, 4)))
+    codes = b.sitofp(b.sub(both, splat_int(I8, 16, 32)), vec(F32, 16))
+    return b.fmul(codes, block.half(108, 16))
+
+
+def _q3_k_scales(block: Block, step: int) -> Value:
+    return _spread(block, block.once(_q3_scales), range(4 * step, 4 * step + 4))
+
+
 def _group_scales(block: Block, step: int) -> Value:
     half, part = divmod(step, 2)
     scales = block.once(_scale_codes, 0)
@@ -230,11 +286,6 @@ def _negative_minima(block: Block) -> Value:
     return resize(block.e, block.e.b.fneg(_scale_codes(block, 1)), LANES)
 
 
-_FOUR_BITS = tuple(float(code) for code in range(16))
-_FIVE_BITS = tuple(float(code) for code in range(32))
-_SIX_BITS = tuple(float(code - 32) for code in range(64))
-
-
 def _low(block: Block, at: int, half: int) -> Value:
     return _words(block.bytes(at + BYTES * half), block.e)
 
@@ -242,7 +293,7 @@ def _low(block: Block, at: int, half: int) -> Value:
 def _q4_k(block: Block, step: int) -> list[Value]:
     half, part = divmod(step, 2)
     words = block.once(_low, 16, half)
-    return _looked_up(block.e, _FOUR_BITS, _shift(block.e, words, -4 * part))
+    return block.pairs(FOUR_BITS, moved(block.e, words, -4 * part))
 
 
 def _high(block: Block, at: int, shift: int, each: int) -> Value:
@@ -255,16 +306,16 @@ def _high(block: Block, at: int, shift: int, each: int) -> Value:
 
 def _q5_k(block: Block, step: int) -> list[Value]:
     e, (half, part) = block.e, divmod(step, 2)
-    low = _masked(e, _shift(e, block.once(_low, 48, half), -4 * part), 0x0F)
-    high = _masked(e, _shift(e, block.once(_high, 16, 4 * half, 2), 4 - part), 0x10)
-    return _looked_up(e, _FIVE_BITS, e.b.or_(low, high))
+    low = _masked(e, moved(e, block.once(_low, 48, half), -4 * part), 0x0F)
+    high = _masked(e, moved(e, block.once(_high, 16, 4 * half, 2), 4 - part), 0x10)
+    return block.pairs(FIVE_BITS, e.b.or_(low, high))
 
 
 def _q6_k(block: Block, step: int) -> list[Value]:
     e, (half, part) = block.e, divmod(step, 2)
-    low = _masked(e, _shift(e, block.once(_low, 0, half), -4 * part), 0x0F)
-    high = _masked(e, _shift(e, block.once(_high, 128 + 32 * half, 0, 2), 4 - 4 * part), 0x30)
-    return _looked_up(e, _SIX_BITS, e.b.or_(low, high))
+    low = _masked(e, moved(e, block.once(_low, 0, half), -4 * part), 0x0F)
+    high = _masked(e, moved(e, block.once(_high, 128 + 32 * half, 0, 2), 4 - 4 * part), 0x30)
+    return block.pairs(LESS_32, e.b.or_(low, high))
 
 
 def _sixteen_scales(block: Block) -> Value:
@@ -299,7 +350,7 @@ def _iq4_xs_scales(block: Block, step: int) -> Value:
 def _iq4_xs(block: Block, step: int) -> list[Value]:
     half, part = divmod(step, 2)
     words = block.once(_low, 8, half)
-    return _looked_up(block.e, IQ4, _shift(block.e, words, -4 * part))
+    return block.pairs(IQ4, moved(block.e, words, -4 * part))
 
 
 def _in_places(columns: Sequence[int]) -> tuple[int, ...]:
@@ -317,8 +368,14 @@ def _two(columns: Sequence[int], apart: int) -> tuple[tuple[int, ...], ...]:
 
 KINDS: Mapping[str, Kind] = {
     "q8_0": Kind(32, (tuple(range(32)),), _bytes, lambda block, _: block.half(0, LANES)),
-    "q4_0": _four([code - 8.0 for code in range(16)], 2, _halves),
+    "q4_0": _four(LESS_8, 2, _halves),
+    "q4_1": _four(FOUR_BITS, 4, _halves, _added),
+    "q5_0": _four(LESS_16, 6, _halves, high=2),
+    "q5_1": _four(FIVE_BITS, 8, _halves, _added, high=4),
+    "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
+    "q2_k": Kind(256, _two(range(64), 64), _q2_k, _q2_k_scales, _q2_k_minima, 16),
+    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales),
     "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _negative_minima),
     "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _negative_minima),
     "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales),

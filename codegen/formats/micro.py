@@ -1,5 +1,6 @@
 """Micro-kernels of the many-token matmul: what a register tile multiplies, and how weights and
-tokens are brought into that shape. One class a form; `micro_of` chooses once, by format and tier.
+tokens are brought into that shape. One class a form; forms.py chooses
+once, by format and tier.
 
     Pairs          bf16 pairs by `vdpbf16ps`, for formats whose weights bf16 holds exactly, on tiers
                    with `pair_dot`; sums of a scale group go, scaled, into f32 totals: one
@@ -12,6 +13,8 @@ tokens are brought into that shape. One class a form; `micro_of` chooses once, b
     Fp8Sums        the same where a chunk has several scales, which sums are multiplied by
     Floats         f32 multiply-add; formats without scales, and all that have no other, whose
                    weights come with their scales
+
+Blocks of GGUF are brought into the first two forms too (block_micro.py).
 """
 
 from __future__ import annotations
@@ -29,13 +32,10 @@ from hmc.codegen.formats.interleave import (
     decode_words,
 )
 from hmc.codegen.formats.pairs import middle_of, pair_codes
-from hmc.codegen.formats.planes import planes_of
 from hmc.codegen.formats.unpack import FP8_ACTIVATIONS, FP8_RESULT
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.formats.words import WordCodes, word_codes
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, fconst, vec
-from hmc.codegen.native import GRAIN as CHUNK
-from hmc.codegen.native import arithmetic, is_e4m3, is_native
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import bf16_bits, dot_pairs, fsplat
 from hmc.formats import format_of
@@ -64,6 +64,16 @@ class MicroKernel:
     token_factors: ClassVar[bool] = False
 
     @property
+    def group(self) -> int:
+        """Columns of a scale that `scales` makes; 0 where scales are planes."""
+        return 0
+
+    @property
+    def token_sums(self) -> int:
+        """How many sums of activations of a chunk, of as many groups, go with `scales`' minima."""
+        return 0
+
+    @property
     def lanes(self) -> int:
         """Rows of a vector."""
         return self.spec.tier.lanes
@@ -72,7 +82,8 @@ class MicroKernel:
         self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
     ) -> Vectors:
         """`size` activations of the bf16 `row` from `k` on, zeros past `valid`; what the chunk's
-        sums are multiplied by goes to `factor` (f32*), where there are `token_factors`.
+        sums are multiplied by goes to `factor` (f32*), where there are `token_factors`, and behind
+        it the `token_sums`.
         """
         for number, bits in enumerate(bf16_bits(e, row, k, size, valid, self.lanes)):
             yield self._activation(e, bits), number * self.lanes * 4 // self.step
@@ -87,6 +98,12 @@ class MicroKernel:
         by.
         """
         decode_columns(e, self.spec, chunk)
+
+    def scales(self, e: Emitter, chunk: Chunk) -> list[tuple[Value, Value | None]]:
+        """What sums of each group are multiplied by, and what is added for the sum of its
+        activations: a lane each row.
+        """
+        return []
 
     def zero(self, e: Emitter) -> Value:
         """What a sum starts from."""
@@ -177,8 +194,16 @@ class WholeNumbers(MicroKernel):
         if self._codes.factor != 1.0:
             scale = e.b.fmul(scale, fconst(self._codes.factor))
         e.b.store(scale, factor)
+        self._sum(e, whole, scale, factor)
         for number, value in enumerate(whole):
-            yield e.b.trunc(value, vec(I16, self.lanes)), 2 * number * self.lanes
+            word = e.b.trunc(value, vec(I16, self.lanes))
+            yield self._activation(e, word), 2 * number * self.lanes
+
+    def _activation(self, e: Emitter, bits: Value) -> Value:
+        return bits
+
+    def _sum(self, e: Emitter, whole: list[Value], scale: Value, factor: Value) -> None:
+        """Store sums of activations, whole numbers times `scale`, behind `factor`."""
 
     def decode(
         self, e: Emitter, chunk: Chunk, scale: Callable[[], Value], zeros: Zeros | None
@@ -199,16 +224,3 @@ class WholeNumbers(MicroKernel):
         """The sum times the token's factor."""
         times = e.splat(factor(), self.lanes)
         return e.b.fmul(e.b.sitofp(total, times.type), times)
-
-
-def micro_of(spec: KernelSpec) -> MicroKernel:
-    """The micro-kernel for the format and the tier of `spec`."""
-    if not is_native(spec):
-        return Floats(spec)
-    kind = arithmetic(spec.isa, spec.weight)
-    if kind != "f32":
-        return {"bf16": Pairs, "whole": WholeNumbers}[kind](spec)
-    if not is_e4m3(format_of(spec.weight)):
-        return Floats(spec)
-    one = all(plane.columns >= CHUNK for plane in planes_of(spec))
-    return (Fp8InPlace if one else Fp8Sums)(spec)

@@ -22,16 +22,14 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from hmc.codegen.formats.block_dot import BlockDot, reads_blocks
 from hmc.codegen.formats.dot import CHUNK, Dot
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.words import WordCodes, word_codes
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, lanes_mask, vec
-from hmc.codegen.native import arithmetic, is_native
-from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import (
     bf16_bits,
     concat,
+    cut,
     fmax,
     for_blocks,
     fsplat,
@@ -186,14 +184,10 @@ def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
 
 def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value:
     """`total` `<n x i32>` + the sums of two products of neighbours of `left`, `right` `<2n x i16>`
-    (`vpmaddwd`).
+    (`vpmaddwd`), in vectors of the tier.
     """
-    return e.b.add(total, e.call(_MULTIPLY[total.type.count], total.type, left, right))
-
-
-def dot_of(spec: KernelSpec, k: int) -> Dot:
-    """The form for rows of `k` weights as `spec` stores them, on its tier."""
-    if reads_blocks(spec):
-        return BlockDot(spec, k)
-    whole = is_native(spec) and arithmetic(spec.isa, spec.weight) == "whole"
-    return (WholeDot if whole else Dot)(spec, k)
+    count, lanes = total.type.count, e.lanes
+    if count > lanes:
+        parts = (cut(e, total, lanes), cut(e, left, 2 * lanes), cut(e, right, 2 * lanes))
+        return concat(e, [multiply_words(e, *each) for each in zip(*parts, strict=True)])
+    return e.b.add(total, e.call(_MULTIPLY[count], total.type, left, right))

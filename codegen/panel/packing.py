@@ -30,7 +30,8 @@ def each_tile(e: Emitter, form: Form, tokens: Value) -> Iterator[tuple[Value, Va
 
 
 def factors_at(e: Emitter, form: Form, scratch: Value, index: Value) -> Value:
-    """f32* of what chunk and token `index` = chunk * tokens + token are multiplied by."""
+    """f32* of the numbers of chunk and token `index` = chunk * tokens + token."""
+    index = e.b.mul(index, const(form.token_numbers))
     return e.at(e.offset(scratch, const(form.factors_offset)), index, F32)
 
 
@@ -56,7 +57,7 @@ def emit_pack(e: Emitter, form: Form) -> None:
                     moved = b.add(moved, b.mul(b.sub(token, first), const(BLOCK)))
                     start, apart = e.offset(place, moved), b.sub(end, first)
                     factor = None
-                    if form.micro.token_factors:
+                    if form.token_numbers:
                         index = b.add(b.mul(chunk_index, tokens), token)
                         factor = factors_at(e, form, scratch, index)
                     for part, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):

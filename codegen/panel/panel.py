@@ -210,15 +210,26 @@ class Panels:
                                 total = form.micro.multiply_add(e, weights[v], one, b.load(slot))
                                 b.store(total, slot)
                 scales_row = b.mul(group, const(form.rows))
-                factors = [
-                    e.load_vec(scales, b.add(scales_row, const(v * lanes)), F32, lanes, align=4)
-                    for v in range(VECTORS if scaled else 0)
-                ]
+                factors, minima = (
+                    [
+                        e.load_vec(
+                            scales, b.add(scales_row, const(at + v * lanes)), F32, lanes, align=4
+                        )
+                        for v in range(VECTORS if there else 0)
+                    ]
+                    for at, there in ((0, scaled), (form.minima, form.micro.token_sums))
+                )
                 for t, v in cells:
-                    factor = partial(e.load, token_factors, const(t), F32, align=4)
+                    own = t * form.token_numbers
+                    factor = partial(e.load, token_factors, const(own), F32, align=4)
                     total = form.micro.finish(e, b.load(sums[t, v]), factor)
+                    before = total_of(t, v) if scaled else None
+                    if minima:
+                        at = b.add(group, const(own + form.micro.token_factors))
+                        more = e.splat(e.load(token_factors, at, F32, align=4), lanes)
+                        before = e.fma(more, minima[v], before)
                     if scaled:
-                        total = e.fma(total, factors[v], total_of(t, v))
+                        total = e.fma(total, factors[v], before)
                     e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
 
     def _prefetch(self, pointer: Value, step: Value) -> None:
@@ -247,8 +258,12 @@ class Panels:
 
             work = Chunk(panel, form.rows, rows, codes, k, length)
             form.micro.decode(e, work, lambda: factor(0), self._zeros(rows, k))
-            for index in range(-(-length // form.group) if form.scaled else 0):
-                e.store(factor(index), scales, const(index * form.rows), align=4)
+            groups = range(-(-length // form.group) if form.scaled else 0)
+            found = form.micro.scales(e, work) or [(factor(index), None) for index in groups]
+            for index, (scale, minimum) in enumerate(found):
+                e.store(scale, scales, const(index * form.rows), align=4)
+                if minimum is not None:
+                    e.store(minimum, scales, const(form.minima + index * form.rows), align=4)
 
     def _rows_of(self, vector: Rows, order: list[Value]) -> list[Row]:
         """The rows `order` after the first of `vector`."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hmc.codegen.formats.micro import MicroKernel, micro_of
+from hmc.codegen.formats.forms import micro_of
+from hmc.codegen.formats.micro import MicroKernel
 from hmc.codegen.formats.planes import Beside, planes_of
 from hmc.codegen.formats.weights import span_bytes
 from hmc.codegen.native import is_native
@@ -50,7 +51,7 @@ class Form:
     @property
     def scaled(self) -> bool:
         """Whether sums are scaled, not the weights of a panel."""
-        return self.micro.scales_sums and bool(self.scales)
+        return self.micro.scales_sums and bool(self.scales or self.micro.group)
 
     @property
     def scales(self) -> list[int]:
@@ -69,7 +70,7 @@ class Form:
     @property
     def group(self) -> int:
         """Columns of a chunk that share all scales."""
-        return min([CHUNK, *(self.planes[at].columns for at in self.scales)])
+        return self.micro.group or min([CHUNK, *(self.planes[at].columns for at in self.scales)])
 
     @property
     def rows(self) -> int:
@@ -113,8 +114,13 @@ class Form:
         fits = self.spec.tiled("x_bytes", 1536 << 10) // (self.chunks * self.token_bytes)
         return max(48, min(256, fits))
 
-    # Scratch: panel, scales f32 [group][rows], totals f32 [block][rows], packed tokens and, with
-    # token factors, what each chunk of a token is multiplied by: f32 [chunk][token].
+    @property
+    def token_numbers(self) -> int:
+        """Numbers that are kept of a chunk of a token: its factor, and sums of its activations."""
+        return int(self.micro.token_factors) + self.micro.token_sums
+
+    # Scratch: panel, scales f32 [group][rows], minima where sums of tokens go with them, totals f32
+    # [block][rows], packed tokens and `token_numbers`: f32 [chunk][token][number].
 
     @property
     def scales_offset(self) -> int:
@@ -122,9 +128,14 @@ class Form:
         return CHUNK // self.micro.step * self.rows * 4
 
     @property
+    def minima(self) -> int:
+        """Floats from the scales to the minima; there is room for four groups at least."""
+        return max(4, self.groups) * self.rows
+
+    @property
     def totals_offset(self) -> int:
-        """Where the totals start; there is room for four scale groups at least."""
-        return self.scales_offset + max(4, self.groups) * self.rows * 4
+        """Where the totals start."""
+        return self.scales_offset + self.minima * 4 * (2 if self.micro.token_sums else 1)
 
     @property
     def x_offset(self) -> int:
@@ -133,13 +144,13 @@ class Form:
 
     @property
     def factors_offset(self) -> int:
-        """Where the factors of the tokens' chunks start."""
+        """Where the numbers of the tokens' chunks start."""
         return self.x_offset + self.chunks * self.block * self.token_bytes
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of one worker, a multiple of 64."""
-        factors = self.chunks * self.block * 4 if self.micro.token_factors else 0
+        factors = self.chunks * self.block * 4 * self.token_numbers
         return self.factors_offset + (factors + 63) // 64 * 64
 
 

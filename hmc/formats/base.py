@@ -26,7 +26,8 @@ DTYPE_BITS: Mapping[str, int] = {
     "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "Q4_0": 8, "Q8_0": 8, "Q4_K": 8, "Q5_K": 8, "Q6_K": 8, "IQ4_XS": 8, "GGML_MXFP4": 8,
+    "Q4_0": 8, "Q4_1": 8, "Q5_0": 8, "Q5_1": 8, "Q8_0": 8, "Q2_K": 8, "Q3_K": 8, "Q4_K": 8,
+    "Q5_K": 8, "Q6_K": 8, "IQ4_NL": 8, "IQ4_XS": 8, "GGML_MXFP4": 8,
 }  # fmt: skip
 """Bits per element of every dtype of safetensors, by its spelling there; and of the block types of
 GGUF, whose tensors are rows of bytes here."""

@@ -271,8 +271,8 @@ TABLE = tensor("token_embd.weight", (32, 8))
     ("tensors", "keys", "error", "said"),
     [
         ([GOOD], {}, ConfigError, r"no token_embd\.weight of two dimensions"),
-        ([TABLE, tensor("b", (256, 2), 11, 1024), tensor("c", (32,), 6, 2048)], {},
-         UnsupportedError, r"2 tensors of type Q3_K, Q5_0 \(b and 1 more\); of GGUF's types hmc"),
+        ([TABLE, tensor("b", (256, 2), 21, 1024), tensor("c", (32,), 9, 2048)], {},
+         UnsupportedError, r"2 tensors of type IQ3_S, Q8_1 \(b and 1 more\); of GGUF's types hmc"),
         ([TABLE], {"block_count": None}, ConfigError, r"qwen3moe\.block_count is missing"),
         ([TABLE], {"block_count": 0}, ConfigError, r"block_count is 0: no layers"),
         ([TABLE], {"block_count": 2**31}, ConfigError, "2147483648 layers, but 1 tensors"),

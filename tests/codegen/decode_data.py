@@ -8,7 +8,9 @@ import numpy as np
 from kernel_calls import address, guarded
 from prefill_data import Stored, from_bf16, in_whole_numbers, stored
 
-from hmc.codegen.formats.whole import WholeDot, dot_of
+from hmc.codegen.formats.block_whole import WholeBlockDot
+from hmc.codegen.formats.forms import dot_of
+from hmc.codegen.formats.whole import WholeDot
 from hmc.codegen.spec import KernelSpec, WeightFormat
 
 __all__ = ["address_of_scale", "as_multiplied", "bound", "stored_as", "weights"]
@@ -48,7 +50,7 @@ def as_multiplied(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
     to multiples of a chunk's largest / 32767.
     """
     dot = dot_of(spec, x.shape[1])
-    return in_whole_numbers(x, dot.chunk) if isinstance(dot, WholeDot) else x
+    return in_whole_numbers(x, dot.chunk) if isinstance(dot, WholeDot | WholeBlockDot) else x
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

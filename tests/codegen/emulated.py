@@ -139,23 +139,28 @@ def _shuffle_bytes(name: str) -> str:
     return _lane_by_lane(name, (64, "i8"), parameters, "\n".join(prologue), "\n".join(body))
 
 
-def _permute_bytes(name: str) -> str:
-    """vpermi2b: byte `index & 127` of two tables, one after the other."""
-    prologue = [
-        _kept("index", 64, "i8"),
-        "  %table.at = alloca <128 x i8>, align 64",
-        "  store <64 x i8> %first, ptr %table.at, align 64",
-        "  %second.at = getelementptr i8, ptr %table.at, i64 64",
-        "  store <64 x i8> %second, ptr %second.at, align 64",
-    ]
-    body = [
-        _lane("code", "index", "i8", "i"),
-        "  %low = and i8 %code, 127",
-        "  %at = zext i8 %low to i64",
-        _lane("value", "table", "i8", "at"),
-    ]
-    parameters = "<64 x i8> %first, <64 x i8> %index, <64 x i8> %second"
-    return _lane_by_lane(name, (64, "i8"), parameters, "\n".join(prologue), "\n".join(body))
+def _permute_two(lanes: int, kind: str) -> Callable[[str], str]:
+    """vpermi2b, vpermi2w: element `index` of two tables in a row, by its lowest bits."""
+
+    def define(name: str) -> str:
+        prologue = [
+            _kept("index", lanes, kind),
+            f"  %table.at = alloca <{2 * lanes} x {kind}>, align 64",
+            f"  store <{lanes} x {kind}> %first, ptr %table.at, align 64",
+            "  %second.at = getelementptr i8, ptr %table.at, i64 64",
+            f"  store <{lanes} x {kind}> %second, ptr %second.at, align 64",
+        ]
+        body = [
+            _lane("code", "index", kind, "i"),
+            f"  %low = and {kind} %code, {2 * lanes - 1}",
+            f"  %at = zext {kind} %low to i64",
+            _lane("value", "table", kind, "at"),
+        ]
+        vector = f"<{lanes} x {kind}>"
+        parameters = f"{vector} %first, {vector} %index, {vector} %second"
+        return _lane_by_lane(name, (lanes, kind), parameters, "\n".join(prologue), "\n".join(body))
+
+    return define
 
 
 def _dot_pairs(lanes: int) -> Callable[[str], str]:
@@ -264,7 +269,8 @@ _DEFINITIONS = {
     "llvm.x86.avx512.permvar.hi.512": _permute(32, "i16", "i16"),
     "llvm.x86.avx512.permvar.sf.512": _permute(16, "float", "i32"),
     "llvm.x86.avx512.pshuf.b.512": _shuffle_bytes,
-    "llvm.x86.avx512.vpermi2var.qi.512": _permute_bytes,
+    "llvm.x86.avx512.vpermi2var.qi.512": _permute_two(64, "i8"),
+    "llvm.x86.avx512.vpermi2var.hi.512": _permute_two(32, "i16"),
     "llvm.x86.avx512.pmaddw.d.512": _multiply_words,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _two_to_bf16,
     "llvm.x86.avx512bf16.dpbf16ps.128": _dot_pairs(4),

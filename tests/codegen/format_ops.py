@@ -33,7 +33,7 @@ def columns(row: Format, op: str = "") -> tuple[int, int]:
     know, but for a few ops.
     """
     if row.codes.block[1]:
-        return max(96, 2 * row.codes.block[0]), 0
+        return max(224, 2 * row.codes.block[0]), 0
     if row.grouped:
         return (160, 32) if op in _NATIVE_GROUPS else (120, 40)
     return 133, 0

@@ -16,13 +16,12 @@ from kernel_calls import filled, guarded
 from prefill_data import from_bf16, need
 
 from hmc.codegen.checks import check_spec
-from hmc.codegen.formats.block_dot import reads_blocks
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.native import is_native
+from hmc.codegen.native import is_native, reads_blocks
 from hmc.codegen.spec import KernelSpec, pack
 from hmc.errors import KernelError
 from hmc.formats import FORMATS, Format, Plane, registered

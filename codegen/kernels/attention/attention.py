@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, Tiles
-from hmc.codegen.formats.whole import dot_of
+from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const
 from hmc.codegen.kernels.attention.attend import emit_join, emit_records
 from hmc.codegen.kernels.attention.attend_rows import Pages, Source

@@ -18,7 +18,7 @@ from llvmlite import ir
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
 from hmc.codegen.expr import weighs
-from hmc.codegen.formats.whole import dot_of
+from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.matmul.gate_up import Buffers
 from hmc.codegen.spec import KernelSpec

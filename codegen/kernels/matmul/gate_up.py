@@ -9,7 +9,7 @@ from itertools import zip_longest
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, ROWS, Tiles, pointers
 from hmc.codegen.expr import WEIGHT, Expr, parse
-from hmc.codegen.formats.whole import dot_of
+from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.functions import emit
 from hmc.codegen.ir import F32, Emitter, Value, const
 

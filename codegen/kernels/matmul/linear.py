@@ -5,7 +5,7 @@ output rows.
 from __future__ import annotations
 
 from hmc.codegen.decode.tiles import BYTES, GRAIN, ROWS, Tiles
-from hmc.codegen.formats.whole import dot_of
+from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.ir import F32, I64, Emitter, Value, const
 
 

@@ -1,0 +1,76 @@
+"""Dot products of rows of GGUF's blocks in whole numbers, on tiers without `vdpbf16ps`: activations
+are rounded as in whole.py, in chunks of whole blocks, so sums of codes are exact; they go times the
+scale of their columns into the chunk's sum, and that times the token's factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from hmc.codegen.formats.block_dot import BlockDot
+from hmc.codegen.formats.code_words import WHOLE
+from hmc.codegen.formats.kquants import LANES, WORDS
+from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.vector import concat, for_blocks, in_groups, isplat
+
+
+class WholeBlockDot(BlockDot):
+    """`BlockDot` in whole numbers; `prepare` writes the factor of each chunk behind the sums."""
+
+    words = WHOLE
+
+    @property
+    def scaled(self) -> bool:
+        """Chunks have factors of their own."""
+        return True
+
+    @property
+    def _factors(self) -> int:
+        """Byte offset of the factors."""
+        return super().prepared_bytes
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of one prepared row, a multiple of 64."""
+        return self._factors + -(-self._chunks * 4 // 64) * 64
+
+    def prepare(self, e: Emitter, x: Value, prepared: Value) -> None:
+        """Write the bf16 row at `x`. A row with an infinity or a NaN has NaN for the factor of that
+        chunk.
+        """
+        for_blocks(e, self.k, self.chunk, partial(self._prepare_chunk, e, x, prepared))
+
+    def _prepare_chunk(self, e: Emitter, x: Value, prepared: Value, k: Value, valid: int) -> None:
+        b, order = e.b, self._order()
+        whole, factor = whole_numbers(e, bf16_values(e, x, k, self.chunk, valid, LANES))
+        factors = e.offset(prepared, const(self._factors))
+        e.store(factor, factors, b.udiv(k, const(self.chunk)), align=4)
+        for start in range(0, self.chunk, len(order)):
+            some = concat(e, whole[start // LANES : (start + len(order)) // LANES])
+            some = b.trunc(some, vec(I16, len(order)))
+            for at in range(0, len(order), WORDS):
+                vector = b.shuffle_vector(some, some, lanes_mask(order[at : at + WORDS]))
+                e.store(vector, prepared, b.add(k, const(start + at)), align=32)
+        if self.kind.minima is None:
+            return
+        up, first = isplat(16, LANES), b.udiv(k, const(self.kind.summed))
+        signed = [b.ashr(b.shl(each, up), up) for each in whole]
+        for number, some in enumerate(in_groups(signed, self.kind.summed, b.add)):
+            total = b.sitofp(e.reduce(some, b.add), F32)
+            e.store(total, e.offset(prepared, const(self._sums)), b.add(first, const(number)))
+
+    def _sum(self, e: Emitter, pairs: Iterable[tuple[Value, Value]]) -> Value:
+        found: Value = e.zeros(I32, LANES)
+        for vector, one in pairs:
+            found = multiply_words(e, found, vector, one)
+        return e.b.sitofp(found, vec(F32, LANES))
+
+    def value(
+        self, e: Emitter, total: Value, prepared: Value, k: Value, zero: Value | None = None
+    ) -> Value:
+        """The finished sum of the chunk at element `k` in f32."""
+        factors = e.offset(prepared, const(self._factors))
+        factor = e.load(factors, e.b.udiv(k, const(self.chunk)), F32)
+        return e.b.fmul(total, e.splat(factor, LANES))
