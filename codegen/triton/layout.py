@@ -11,7 +11,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from hmc.errors import UnsupportedError
 from hmc.formats import DTYPE_BITS, GROUP, Format, minifloats
@@ -114,6 +114,17 @@ class Layout:
     def stride(self, columns: int) -> int:
         """Units from one row of codes to the next."""
         return -(-columns * self.bits // self.word) * self.word // self.unit
+
+
+@lru_cache(1 << 8)
+def unread(row: Format, dtypes: tuple[str, ...], group: int) -> str:
+    """Why kernels cannot read a weight whose planes are stored as `dtypes`; "" where they can."""
+    kept = [plane.in_memory(dtype) for plane, dtype in zip(row.planes, dtypes, strict=True)]
+    try:
+        Layout.of(row, kept, group)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def _kind(row: Format, dtype: str) -> tuple[str, int]:

@@ -39,8 +39,8 @@ class Workspace:
 
     @cached_property
     def paged(self) -> torch.Tensor:
-        """What the library of paged attention works in: as much as it asks for."""
-        return torch.empty(_PAGED_BYTES, dtype=torch.uint8, device=self.counters.device)
+        """What the library of paged attention works in: as much as it asks for, 0 at first."""
+        return torch.zeros(_PAGED_BYTES, dtype=torch.uint8, device=self.counters.device)
 
 
 @dataclass(frozen=True)
