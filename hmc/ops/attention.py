@@ -186,7 +186,7 @@ def _attention_work(attrs: Attrs, load: Load) -> Work:
 
 _PAGED_HEADS = (64, 128, 256)
 _PAGED_LATENT = {"rank": 512, "rope": 64}
-"""Sizes that FlashInfer's kernels of decode are made for (flashinfer/jit/attention, 0.5)."""
+"""Sizes that FlashInfer's kernels of decode are made for (flashinfer/jit/attention, 0.5 to 0.7)."""
 
 
 def _paged_attention(attrs: Attrs, weights: Collection[str]) -> str:

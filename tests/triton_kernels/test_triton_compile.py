@@ -53,6 +53,9 @@ FORMS = {
     "int4": Stored("int4", ("I32", "BF16"), 32),
     "int4 of 128": Stored("int4", ("I32", "F32"), 128),
     "int4-zero": Stored("int4-zero", ("I32", "BF16", "I32"), 128),
+    "int8": Stored("int8", ("I8", "F32")),
+    "int8-zero": Stored("int8-zero", ("I8", "BF16", "I8"), 128),
+    "mxfp4": Stored("mxfp4", ("U8", "U8")),
     "nvfp4": Stored("nvfp4", ("U8", "F8_E4M3", "F32")),
 }
 
