@@ -101,6 +101,11 @@ class Layout:
         return math.gcd(STEP, *(scale.columns for scale in self.scales))
 
     @property
+    def by_step(self) -> bool:
+        """Whether scales cover parts of a row: what of them are no zeros."""
+        return any(scale.columns and not scale.zero for scale in self.scales)
+
+    @property
     def unit(self) -> int:
         """Bits that are loaded at once and hold whole codes."""
         return max(8, self.bits)

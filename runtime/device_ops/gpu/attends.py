@@ -59,7 +59,7 @@ def attention(bound: Bound, step: Step) -> Work:
         keys, values = (
             seen_rows(
                 bound, step, call, name, slice(0, new.shape[1]), (new,), torch.bfloat16, start
-            ).unflatten(1, (kv_heads, -1))
+            ).view(-1, kv_heads, new.shape[1] // kv_heads)
             for name, new in (("k", k), ("v", v))
         )
         for span in rows.spans:
@@ -145,7 +145,7 @@ class _Lifted:
         part = self.kv_b.part(some.start * self.per_head, some.stop * self.per_head)
         found = torch.empty((len(latents), part.rows), dtype=torch.bfloat16, device=latents.device)
         launch.matmul(latents, part, space, out=found)
-        return found.unflatten(1, (-1, self.per_head))
+        return found.view(len(latents), -1, self.per_head)
 
 
 def append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> None:
