@@ -110,9 +110,11 @@ def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
 
 
 @pytest.mark.slow
-def test_experts_with_biases() -> None:
-    check("biased", "bf16", 90, 1)
-    check("biased", "fp8", 120, 128)
+@pytest.mark.parametrize("arch", table.SHARED)
+@pytest.mark.parametrize("form", ["fp8", "bf16", "mxfp4", "nvfp4", "int4-zero"])
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_experts_with_biases(tokens: int, form: str, arch: int) -> None:
+    check("biased", form, arch, tokens)
 
 
 @pytest.mark.slow

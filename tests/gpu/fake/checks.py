@@ -32,8 +32,9 @@ from gpu.models import DEEPSEEK
 from gpu.rows import Clock, Row
 from hmc.plan import Phase, Step
 from hmc.plan.phases import BESIDE, DECODE, DUAL, PREFILL, STREAM
-from hmc.runtime.device_ops import DEVICE_OPS
+from hmc.runtime.device_ops.gpu.table import TRITON_OPS
 from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.triton.launch import Workspace
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.phase import DevicePhase
@@ -132,8 +133,14 @@ def _product(form: str, tokens: int, rows: int, columns: int) -> None:
     x = torch.zeros(tokens, columns, dtype=torch.bfloat16, device="cuda")
     y = x.new_zeros(tokens, rows, dtype=torch.float32)
     bound: Any = Buffers({"x": x, "y": y}, {"weight": w})
+    bound.workspace = lambda step: _workspace()
     call: Any = SimpleNamespace(tokens=tokens, count=lambda share: tokens)
-    DEVICE_OPS["linear"](bound, step_of("linear", bound, "y", n=rows, k=columns))(call)
+    TRITON_OPS["linear"](bound, step_of("linear", bound, "y", n=rows, k=columns))(call)
+
+
+@cache
+def _workspace() -> Workspace:
+    return Workspace(torch.device("cuda"))
 
 
 @cache
