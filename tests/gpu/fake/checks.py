@@ -25,7 +25,7 @@ from device_ops_fake import Buffers, step_of, stored
 from gpu import check as gpu_check
 from gpu import parity
 from gpu import sizes as gpu_sizes
-from gpu.fake import log
+from gpu.fake import launches, log
 from gpu.fake.machine import here
 from gpu.fake.opened import ids, prompt, shaped, tiny, without_cpu
 from gpu.models import DEEPSEEK
@@ -35,6 +35,7 @@ from hmc.plan.phases import BESIDE, DECODE, DUAL, PREFILL, STREAM
 from hmc.runtime.device_ops.gpu.table import TRITON_OPS
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.triton.launch import Workspace
+from hmc.runtime.devices.cuda import CudaStream
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.phase import DevicePhase
@@ -222,6 +223,19 @@ def _captures(executor: Executor) -> Iterator[Statement]:
             executor.release(sequence)
 
 
+def sanitizer() -> Iterator[Statement]:
+    """What the other statements about races are worth: streams that wait for nothing."""
+    with tiny("shared") as executor:
+        sequence, why = executor.open(), "nothing is seen"
+        with mock.patch.object(CudaStream, "wait", Mock()):
+            try:
+                _append(executor, [sequence], _PROMPT, STREAM)
+            except Exception as error:  # the sanitizer's
+                why = told(error)
+        text = "tiny-kjv, without waits: a race is seen at a launch of Triton's"
+        yield Statement(text, bool(launches.races), str(log.counts()), (why,))
+
+
 def default_streams() -> Iterator[Statement]:
     """Several GPUs that one process drives: work on a default stream waits for no event of the
     schedule, and nothing waits for it."""
@@ -368,6 +382,7 @@ CHECKS: dict[str, Check] = {
     "gpu-check": gpu_check_ends,
     "products": products,
     "small model": small_model,
+    "sanitizer": sanitizer,
     "default streams": default_streams,
     "beside": beside,
     "order": order,

@@ -41,6 +41,9 @@ WRITTEN = {
 TABLE = "table"
 """The argument that holds addresses."""
 
+races: list[str] = []
+"""Kernels at whose launch a race was seen."""
+
 Run = Callable[..., Any]
 
 
@@ -75,6 +78,7 @@ def _tell(sanitizer: Any, name: str, given: dict[str, Any]) -> None:
         torch.cuda.current_stream().cuda_stream, read - written, written, set(), name, aliases
     )
     if errors:
+        races.append(name)
         raise sanitizer.CUDASanitizerErrors(errors)
 
 
