@@ -68,6 +68,8 @@ class Needs:
     `kinds` are those of all weights but routed experts, by the ledger's words; `table` of them the
     embedding table; `experts` all routed experts and `layer` the largest layer's. `cache` has no
     capacity yet; `stream_token` are activations of one token in a streamed prefill, roughly.
+    `dense_unread` and `experts_unread` say which of the dense part's and of the experts' formats
+    kernels of GPUs cannot read, and why; "" where they read all.
     """
 
     kinds: Mapping[str, int]
@@ -76,6 +78,8 @@ class Needs:
     layer: int
     cache: KVLayout
     stream_token: int
+    dense_unread: str = ""
+    experts_unread: str = ""
 
     @property
     def dense(self) -> int:

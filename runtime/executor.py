@@ -117,14 +117,13 @@ class Executor:
         if store is None:
             check_memory(plan, dummy_weights or home != "mapped", gpus_too=played)
         with ExitStack() as stack:
-            self._memory = ExitStack()
-            stack.callback(self._give_back)
             used = {key for phase in phases for step in phase.steps for key in step.kernels}
             build((spec for key, spec in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
-            self.pool = stack.enter_context(
-                Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
-            )
+            self.pool = Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
+            self._memory = ExitStack()
+            stack.callback(self._give_back)
+            stack.enter_context(self.pool)
             self.pool.uses(self)
             self.store = store or WeightStore.open(
                 plan, directory, dummy=dummy_weights, home=home, progress=progress

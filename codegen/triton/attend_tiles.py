@@ -21,18 +21,21 @@ def power(number: int, least: int = 1) -> int:
 class Head:
     """A head's columns as kernels read them: the first `cut` of a key's padded to `main`, the rest
     to `rest` (LEAST where there is none), and those of a value to `wide`, powers of two. Values
-    that are `shared` are the first `cut` columns of keys.
+    that are `shared` are the first `cut` columns of keys; the last `apart` lie elsewhere.
     """
 
     head_dim: int
     v_dim: int
     shared: bool = False
+    apart: int = 0
 
     @property
     def cut(self) -> int:
         """A power of two where two pieces are narrower than one, else all columns."""
         if self.shared:
             return self.v_dim
+        if self.apart:
+            return self.head_dim - self.apart
         high = power(self.head_dim) // 2
         two = high + power(self.head_dim - high, LEAST)
         return high if high >= LEAST and two < power(self.head_dim) else self.head_dim

@@ -99,7 +99,8 @@ def _constants(layout: Layout, eights: bool, tl: Any) -> dict[str, Any]:
         "ZEROS": tuple(scale.zero for scale in layout.scales),
         "HIGH": tuple(scale.rows for scale in layout.scales),
         "WIDE": tuple(scale.columns for scale in layout.scales),
-        "SCALED": bool(layout.scales) or layout.power != 1.0,
+        "EACH": eights or layout.by_step,
+        "SCALED": not (eights or layout.by_step) and (bool(layout.scales) or layout.power != 1.0),
         "TYPES": tuple(tl.pointer_type(getattr(tl, word)) for word in words),
         "BAND": linear.BAND,
     }

@@ -11,10 +11,11 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from hmc.errors import UnsupportedError
 from hmc.formats import DTYPE_BITS, GROUP, Format, minifloats
+from hmc.formats.micro import E2M1
 
 STEP = 128
 """Columns of a sum that is scaled before it is added up, where no scale covers fewer."""
@@ -27,7 +28,15 @@ FLOATS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F8_E4M3": "e4m3", "F8_E5M
 _TERMS = {"f32": 3, "f16": 2}
 _WHOLE = 256.0
 """Whole numbers up to this are bf16 numbers."""
-_KINDS = {"e4m3": minifloats(4, 3, infinities=False), "e5m2": minifloats(5, 2, infinities=True)}
+_KINDS = {
+    "e4m3": minifloats(4, 3, infinities=False),
+    "e5m2": minifloats(5, 2, infinities=True),
+    "e2m1": E2M1,
+    "signed": tuple(float(code - (code & 128) * 2) for code in range(256)),
+}
+"""Codes that are numbers by their bits, and those numbers."""
+_POWERS = {"e4m3": 2.0**8, "e2m1": 2.0**14}
+"""By which small floats are larger than the fp16 numbers with their fields."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,10 @@ class Layout:
     """How kernels read the planes of a weight.
 
     `bits` of a code; `word` bits are what rows are padded to; `kind` says how a code becomes a
-    number: one of `FLOATS`, "line" (the code plus `values[0]`) or "table" (`values[code]`). `terms`
-    bf16 numbers make it up exactly, less its zero where there is one. Raises `UnsupportedError` for
-    what tensor cores cannot scale: blocks of fewer than `LEAST` columns, or that do not divide
-    `STEP`; and for columns in an order of their own.
+    number: one of `FLOATS`, "e2m1", "signed" (two's complement), "line" (the code plus `values[0]`)
+    or "table" (`values[code]`). `terms` bf16 numbers make it up exactly, less its zero where there
+    is one. Raises `UnsupportedError` for what tensor cores cannot scale: blocks of fewer than
+    `LEAST` columns, or that do not divide `STEP`; and for columns in an order of their own.
     """
 
     bits: int
@@ -92,6 +101,11 @@ class Layout:
         return math.gcd(STEP, *(scale.columns for scale in self.scales))
 
     @property
+    def by_step(self) -> bool:
+        """Whether scales cover parts of a row: what of them are no zeros."""
+        return any(scale.columns and not scale.zero for scale in self.scales)
+
+    @property
     def unit(self) -> int:
         """Bits that are loaded at once and hold whole codes."""
         return max(8, self.bits)
@@ -108,12 +122,24 @@ class Layout:
 
     @cached_property
     def power(self) -> float:
-        """What sums are to be multiplied by, besides scales: E4M3 is decoded as its value / 256."""
-        return 256.0 if self.kind == "e4m3" else 1.0
+        """What sums are to be multiplied by, besides scales: the values of codes are decoded as
+        themselves divided by it."""
+        return _POWERS.get(self.kind, 1.0)
 
     def stride(self, columns: int) -> int:
         """Units from one row of codes to the next."""
         return -(-columns * self.bits // self.word) * self.word // self.unit
+
+
+@lru_cache(1 << 8)
+def unread(row: Format, dtypes: tuple[str, ...], group: int) -> str:
+    """Why kernels cannot read a weight whose planes are stored as `dtypes`; "" where they can."""
+    kept = [plane.in_memory(dtype) for plane, dtype in zip(row.planes, dtypes, strict=True)]
+    try:
+        Layout.of(row, kept, group)
+    except UnsupportedError as error:
+        return str(error)
+    return ""
 
 
 def _kind(row: Format, dtype: str) -> tuple[str, int]:
@@ -131,10 +157,12 @@ def _kind(row: Format, dtype: str) -> tuple[str, int]:
 
 
 def _terms_less_zeros(row: Format) -> int:
-    """The same of differences from zeros: one where they are small whole numbers, else an f32's."""
+    """The same of differences from zeros, which are codes' values, or one more: one where they are
+    small whole numbers, else an f32's."""
     if not row.values:
         raise UnsupportedError(f"{row.name}: kernels of GPUs subtract no zeros from floats")
-    whole = all(value in range(int(_WHOLE) + 1) for value in row.values)
+    whole = all(value.is_integer() for value in row.values)
+    whole = whole and max(row.values) - min(row.values) < _WHOLE
     return 1 if whole else _TERMS["f32"]
 
 

@@ -51,6 +51,12 @@ def half_of(code):
     return bits.to(tl.float16, bitcast=True)
 
 
+def small_of(code):
+    """fp16 of E2M1 codes, times 2^-14, likewise."""
+    code = code.to(tl.uint16)
+    return (((code & 8) << 12) | ((code & 7) << 9)).to(tl.float16, bitcast=True)
+
+
 def number(word, WHAT: tl.constexpr):
     """f32 of a word that is a float: of 8 bits as WHAT says, or as its pointer does."""
     if WHAT == E4M3:
@@ -86,6 +92,10 @@ def exact(code, planes):
         found = half_of(code)
     elif KIND == "e5m2":
         found = (code.to(tl.uint16) << 8).to(tl.float16, bitcast=True)
+    elif KIND == "e2m1":
+        found = small_of(code)
+    elif KIND == "signed":
+        found = code.to(tl.int8, bitcast=True).to(tl.float32)
     elif KIND == "line":
         found = code.to(tl.float32) + FIRST
     elif KIND == "table":

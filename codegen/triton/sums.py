@@ -1,6 +1,7 @@
 """Device functions that sum products over columns, and join parts of sums in a fixed order.
 
-Tiles are [rows, tokens]. A step of columns is multiplied by the rows' scales before it is added up.
+Tiles are [rows, tokens]. A step of columns is multiplied by the rows' scales before it is added up,
+or where scales cover whole rows the sum is.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ BLOCK: Any = None
 EIGHTS: Any = None
 """Whether x is two E4M3 numbers (terms.py), and weights are multiplied as they are; x is then a
 tuple: codes of both, scales."""
-SCALED: Any = None
+EACH: Any = None
 """Whether sums of a step are multiplied before they are added up."""
+SCALED: Any = None
+"""Whether sums of all steps are."""
 
 
 def multiplied(value, x, total):
@@ -42,13 +45,13 @@ def added(total, x, planes, first, rows, column, columns, stride, ROWS: tl.const
         code = code.to(tl.float8e4nv, bitcast=True)
         product = tl.dot(code, x[0], tl.dot(code, x[1]) * 0.0625) * x[2][None, :]
         total += product * factor(planes, first, rows, column, columns, ROWS)
-    elif SCALED:
-        product = tl.full((ROWS, TOKENS), 0.0, tl.float32)
-        value = less_zeros(exact(code, planes), planes, first, rows, column, columns, ROWS)
-        product = multiplied(value, x, product)
-        total += product * factor(planes, first, rows, column, columns, ROWS)
     else:
-        total = multiplied(exact(code, planes), x, total)
+        value = less_zeros(exact(code, planes), planes, first, rows, column, columns, ROWS)
+        if EACH:
+            product = multiplied(value, x, tl.full((ROWS, TOKENS), 0.0, tl.float32))
+            total += product * factor(planes, first, rows, column, columns, ROWS)
+        else:
+            total = multiplied(value, x, total)
     return total
 
 
@@ -88,6 +91,10 @@ def sums(x, height, row, live, planes, others, first, rows, begin, end, columns,
             if PAIR:
                 two = added(two, part, others, first, rows, column, columns, stride, ROWS, TOKENS,
                             DEPTH)  # fmt: skip
+    if SCALED:
+        one *= factor(planes, first, rows, 0, columns, ROWS)
+        if PAIR:
+            two *= factor(others, first, rows, 0, columns, ROWS)
     return one, two
 
 

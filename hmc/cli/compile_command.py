@@ -82,6 +82,9 @@ def command(model: str, output: str, as_json: bool, **options: Any) -> None:
     )
     for device, total in totals.items():
         click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}")
+    for each in plan.decisions:
+        if each.subject == "GPUs":  # that there are, and that the plan leaves alone
+            click.echo(f"  GPUs {each.choice}: {each.reason}", err=True)
     if not fits:
         click.echo(
             "  this machine is too small for the plan: `hmc run` will refuse here;"

@@ -24,7 +24,7 @@ from hmc.ops.row import (
     spec,
 )
 
-LIFTED_BYTES = 1 << 26
+LIFTED_BYTES = 1 << 27
 """Bytes of keys and values of some heads that a GPU holds at once."""
 
 _POSITIONS = Role("positions", "i32", lambda attrs: 1, given="positions")
@@ -186,7 +186,7 @@ def _attention_work(attrs: Attrs, load: Load) -> Work:
 
 _PAGED_HEADS = (64, 128, 256)
 _PAGED_LATENT = {"rank": 512, "rope": 64}
-"""Sizes that FlashInfer's kernels of decode are made for (flashinfer/jit/attention, 0.5)."""
+"""Sizes that FlashInfer's kernels of decode are made for (flashinfer/jit/attention, 0.5 to 0.7)."""
 
 
 def _paged_attention(attrs: Attrs, weights: Collection[str]) -> str:
@@ -259,18 +259,19 @@ def _mla_work(attrs: Attrs, load: Load) -> Work:
 
 
 def _lifted_bytes(attrs: Attrs, keys: float) -> float:
-    """Keys and values of every head, in bf16."""
-    heads, nope, rope, v_dim = picked(attrs, "heads", "nope", "rope", "v_dim").values()
-    return 2.0 * keys * heads * (nope + rope + v_dim)
+    """Keys and values of every head, in bf16, but for what all heads turn alike."""
+    heads, nope, v_dim = picked(attrs, "heads", "nope", "v_dim").values()
+    return 2.0 * keys * heads * (nope + v_dim)
 
 
 def _mla_launches(attrs: Attrs, load: Load) -> int:
-    """Appends, absorbs, attends and lifts for few queries; for many it appends and gathers, and
-    lifts keys and values of some heads at a time, to which it attends."""
+    """Appends, absorbs, attends and lifts for few queries; for many it appends, gathers latents and
+    what is turned, makes terms of the former, and lifts keys and values of some heads at a time, to
+    which it attends."""
     if load.few:
         return 4
     some = _lifted_bytes(attrs, _pairs_and_keys(load)[1]) / LIFTED_BYTES
-    return 2 + 4 * max(1, math.ceil(some))
+    return 4 + 2 * max(1, math.ceil(some))
 
 
 def _mla_shape(attrs: Attrs) -> tuple[int, ...]:

@@ -37,9 +37,9 @@ SCRATCH = 512 << 20
 in `context_scratch`."""
 
 
-PAGED_SCRATCH = 256 << 20
-"""Bytes that the library of paged attention keeps on the GPU of the cache: parts of sums, and what
-it plans for each number of sequences."""
+PAGED_SCRATCH = 512 << 20
+"""Bytes that the library of paged attention keeps on the GPU of the cache: 128 MiB for parts of
+sums, and 8 MiB of what it plans for each kind of calls that is kept, of each phase and lane."""
 
 Kind = Literal["decode", "chunk", "stream"]
 

@@ -1,7 +1,7 @@
 """Checks each step of a phase against the row of its op (hmc/ops): attributes (about.py); weights,
 which are those of the row's roles, of their shape; routed experts are those of the step's layer;
 and kernels, exactly those that the row chooses for its attributes, the stored form of its weights
-and the size of its phase's calls, but for tile choices.
+and the size of its phase's calls, but for tile choices; on GPUs, whose kernels read its matrices.
 
 A phase of prompts takes any number of tokens, one of decode `MAX_TOKENS` at most: its kernels are
 made for so many.
@@ -13,9 +13,10 @@ from dataclasses import replace
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import MAX_TOKENS, tile_fault
+from hmc.codegen.triton.layout import unread
 from hmc.errors import UnsupportedError, VerifyError
 from hmc.formats import format_of
-from hmc.ops import SHARED_ATTRS, Stored, Use
+from hmc.ops import SHARED_ATTRS, Op, Stored, Use
 from hmc.ops.row import PAGED
 from hmc.plan.about import About, about_of
 from hmc.plan.memory import kind_of
@@ -124,6 +125,7 @@ class StepChecker:
                 made.append(row.device_kernel(attrs, PAGED))
             if len(step.kernels) != 1 or step.kernels[0] not in made:
                 raise VerifyError(f"a device computes it by {' or '.join(made)} alone")
+            self._check_read(step, row)
             return
         if about.row.routed:
             stored = self._layers[step.layer]
@@ -133,6 +135,18 @@ class StepChecker:
         if key not in self._known:
             self._compare(phase, step, about, stored)
             self._known.add(key)
+
+    def _check_read(self, step: Step, row: Op) -> None:
+        """`VerifyError` where kernels of GPUs cannot read a matrix of a step."""
+        of_layer: dict[str, ExpertWeights] = self._experts[step.layer] if row.routed else {}
+        for role in row.weights if row.triton else ():
+            name = step.weights.get(role.name)
+            found = of_layer.get(role.name) or (name and self._weights[name])
+            if not found or not role.matmul:
+                continue
+            dtypes = tuple(plane.dtype for plane in found.planes)
+            if why := unread(format_of(found.format), dtypes, found.group):
+                raise VerifyError(why)
 
     def _compare(self, phase: Phase, step: Step, about: About, stored: dict[str, Stored]) -> None:
         tokens = 0 if phase.name.startswith("prefill") else MAX_TOKENS

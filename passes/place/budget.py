@@ -3,8 +3,9 @@ divided before experts are placed: attention, shared experts and norms first, th
 what streamed prefill needs, then experts.
 
 Contract
-    * nothing is placed on GPUs of a machine that declares no rates, or that cannot hold the dense
-      part; both are recorded as decisions
+    * nothing is placed on GPUs of a machine that declares no rates, that cannot hold the dense part
+      or whose kernels cannot read its formats; no experts are where they cannot read theirs; these
+      are recorded as decisions
     * an explicit context length is kept. Else with GPUs it is what gpu0 holds, on the CPU alone the
       largest that leaves a tenth of the memory free; at most 32,768 and the model's own
     * where the CPU works alone, windows have rings where they take less (place/windows.py)
@@ -81,6 +82,9 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
             " would be gained is unknown until they are measured (`hmc probe`)",
         )
         return None
+    if needs.dense_unread:
+        notes.decide("GPUs", "unused", needs.dense_unread)
+        return None
     usable = tuple(
         int(min(gpu.memory_bytes, options.vram or gpu.memory_bytes) * (1 - _GPU_RESERVE))
         for gpu in machine.gpus
@@ -97,7 +101,10 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
     beside = [usable[0] - cache - workspace, *(each - SCRATCH - attention for each in usable[1:])]
     room = [beside[0] - dense, *beside[1:]]
     ring = 0
-    if needs.experts and sum(room) < needs.experts:
+    if needs.experts_unread:
+        notes.decide("experts on GPUs", "none, nor on their way", needs.experts_unread)
+        room = [0] * len(room)
+    elif needs.experts and sum(room) < needs.experts:
         ranks = len(usable)
         window = 2 * _section(needs, target.info.layers)
         activations = needs.stream_token * tokens // ranks

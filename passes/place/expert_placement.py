@@ -54,7 +54,7 @@ class ExpertPlacement:
     def run(self, plan: Plan, base: Base) -> Plan:
         notes = Notes(self.name)
         if self.given:
-            _check_room(plan, self.given, base.budget)
+            _check_room(plan, self.given, base)
             placement = self.given
         elif plan.placement:
             placement = self._solved(plan, base.budget, notes)
@@ -168,11 +168,14 @@ def _counts(plan: Plan) -> dict[int, int]:
     return {each.layer: each.count for each in plan.experts}
 
 
-def _check_room(plan: Plan, given: tuple[LayerPlacement, ...], budget: Budget | None) -> None:
-    """Raise `CapacityError` where a GPU has no room for what is placed there."""
+def _check_room(plan: Plan, given: tuple[LayerPlacement, ...], base: Base) -> None:
+    """Raise `CapacityError` where a GPU has no room for what is placed there, or cannot read it."""
+    budget, why = base.budget, base.needs.dense_unread or base.needs.experts_unread
     for tier, size in placed_bytes(given, stored_expert_bytes(plan)).items():
         if tier == "host":
             continue
+        if why:
+            raise CapacityError(f"nothing can be pinned to {tier}: {why}")
         if budget is None:
             raise CapacityError(
                 f"the plan uses no GPU of {plan.machine.name}: its rates are not known, or the"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from hmc.checkpoint import WeightSource
+from hmc.codegen.triton.layout import unread
 from hmc.errors import PassFailedError
-from hmc.graph import NodeMeta, meta
+from hmc.formats import format_of
+from hmc.graph import NodeMeta, WeightSpec, meta
 from hmc.ops import OPS, State
 from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Lowered, Needs
 from hmc.plan import DTYPE_BYTES, KVLayout, state_groups
@@ -16,14 +19,18 @@ def needs_of(lowered: Lowered, options: Options) -> Needs:
     """
     kinds: dict[str, int] = {}
     table = experts = largest = 0
+    dense_unread = experts_unread = ""
     nodes = [found for node in lowered.graph.graph.nodes if (found := meta(node)).kind in OPS]
     for found in nodes:
         layer = 0
         for weight in found.weights:
-            size = sum(source.nbytes for source in lowered.target.source(weight))
+            sources = lowered.target.source(weight)
+            size = sum(source.nbytes for source in sources)
             if weight.experts:
                 layer += size
+                experts_unread = experts_unread or _unread(found, weight, sources[0])
             else:
+                dense_unread = dense_unread or _unread(found, weight, sources[0])
                 kind = _kind_of(found)
                 kinds[kind] = kinds.get(kind, 0) + size
                 table += size if OPS[found.kind].where == "host" else 0
@@ -36,7 +43,17 @@ def needs_of(lowered: Lowered, options: Options) -> Needs:
         layer=largest,
         cache=_cache_layout(nodes, options),
         stream_token=_stream_bytes(nodes),
+        dense_unread=dense_unread,
+        experts_unread=experts_unread,
     )
+
+
+def _unread(node: NodeMeta, weight: WeightSpec, source: WeightSource) -> str:
+    """Why kernels of GPUs cannot read a matrix that they would multiply by; else ""."""
+    row, role = OPS[node.kind], OPS[node.kind].weight(weight.role)
+    if not row.triton or role is None or not role.matmul:
+        return ""
+    return unread(format_of(source.format), source.dtypes, source.group)
 
 
 def _kind_of(node: NodeMeta) -> str:

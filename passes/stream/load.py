@@ -1,7 +1,8 @@
 """Streams every weight once through the GPUs while they compute: phase `prefill.stream`.
 
 Contract
-    * without a GPU budget, or with every expert resident, nothing changes
+    * without a GPU budget, or with every expert resident or in a format that kernels of GPUs cannot
+      read, nothing changes
     * the whole prompt passes each layer once. Weights are read from the one host copy
     * ordinary tensors (attention, shared experts, routers) are loaded a sub-layer at a time into
       two alternating slots, one ahead; experts in groups into a ring of slots that crosses layers.
@@ -63,7 +64,7 @@ class StreamLoad:
     def run(self, plan: Plan, base: Base) -> Plan:
         budget, notes = base.budget, Notes(self.name)
         hosted = any("host" in placement.tiers for placement in plan.placement)
-        if budget is None or not hosted:
+        if budget is None or not hosted or base.needs.experts_unread:
             return plan
         gpus = tuple(range(len(budget.usable)))
         beside = gpus[-1:]  # streams a prompt while gpu0 decodes

@@ -39,14 +39,16 @@ class Matrix:
         return self.planes[0]
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows [first, last) as f32 [n, K]; of planes without memory, without values."""
+        """Rows [first, last) as f32 [n, K], of a GPU's planes by way of the host; of planes without
+        memory, without values."""
         if self.data.is_meta:
             return self.data.new_empty((last - first, self.shape[1]), dtype=torch.float32)
         kept = [NAMES[plane.dtype] for plane in self.planes]
-        planes = [plane.contiguous().view(torch.uint8).numpy().view(NUMPY[dtype])
+        planes = [plane.contiguous().view(torch.uint8).cpu().numpy().view(NUMPY[dtype])
                   for plane, dtype in zip(self.planes, kept, strict=True)]  # fmt: skip
         row = format_of(self.format)
-        return torch.from_numpy(decode(row, planes, kept, self.shape, self.group, first, last))
+        found = torch.from_numpy(decode(row, planes, kept, self.shape, self.group, first, last))
+        return found.to(self.data.device)
 
     def picked(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows by number, [n, K], of a format of one plane: numbers as stored, blocks as f32."""

@@ -5,17 +5,20 @@ and layout of tensors that converters have used.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from gguf_files import write_gguf
-from hybrid_plans import ONE, named
+from hybrid_plans import ONE
 
 import hmc
 from hmc.cli import main
+from hmc.cli.compile_command import command
 from hmc.errors import ShardError, TensorError, UsageError, VerifyError
 from hmc.formats.gguf import GGUF
 from hmc.plan.stored import check_weights
@@ -138,20 +141,12 @@ def test_blocks_and_their_twin_give_the_same_tokens(checkpoint, tmp_path, kind, 
     assert np.abs(found - logits).max() < 1e-3 * np.abs(logits).max()
 
 
-@pytest.mark.slow
-def test_blocks_on_devices(checkpoint, tmp_path) -> None:
-    """The experts of decode on a GPU that the CPU plays; its machine declares rates of them."""
+def test_blocks_leave_gpus_alone(checkpoint, tmp_path) -> None:
     directory = checkpoint("qwen3_moe", "f32", layers=2, **WIDE)
     path = write_gguf(tmp_path / "a.gguf", directory, "Q4_K", kinds=MIXED)
-    rates = named(ONE).known_rates
-    points = [rates.gemv[0].model_copy(update={"format": form}) for form in ("q4_k", "q6_k")]
-    rates = rates.model_copy(update={"gemv": (*rates.gemv, *points)})
-    machine = named(ONE).model_copy(update={"rates": rates})
-    plan = hmc.compile(path, machine=machine, max_context=64, threads=1)
-    assert any(step.resource == "gpu0" and step.op == "experts" for step in plan.phases[-1].steps)
-    with Engine(plan, threads=1, devices="host") as engine:
-        tokens = engine.generate(IDS, max_new_tokens=8).token_ids
-    assert list(tokens) == answer(path)[0]
+    options = ["-o", str(tmp_path / "a.hmp"), "--machine", ONE]
+    told = CliRunner().invoke(command, [str(path), *options])
+    assert re.search(r"GPUs unused: \w+: kernels of GPUs read no blocks of GGUF", told.output)
 
 
 def test_parts_that_are_none_are_refused(checkpoint, tmp_path) -> None:

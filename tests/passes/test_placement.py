@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hmc.checkpoint import Checkpoint
-from hmc.compiler import begin
+from hmc.compiler import begin, open_checkpoint
 from hmc.compiler import compile as compile_plan
-from hmc.errors import CapacityError, UsageError
+from hmc.errors import CapacityError, UsageError, VerifyError
+from hmc.passes.place import needs
 from hmc.passes.place.expert_placement import ExpertPlacement
 from hmc.passes.place.solver import Item, solve
 from hmc.passes.records import Budget
@@ -152,6 +153,43 @@ def test_a_gpu_too_small_for_attention_is_left_alone_with_a_reason() -> None:
     assert {step.resource for phase in plan.phases for step in phase.steps} == {"cpu"}
     (why,) = [d.reason for d in plan.decisions if d.subject == "GPUs"]
     assert "attention, shared experts and norms take" in why
+
+
+UNREAD = "gptq-order: kernels of GPUs read no plane of order"
+IN_ORDER = {"+:.*self_attn.*": {"desc_act": False}}
+"""All but the experts."""
+
+
+def _ordered(folder: Path, rules: dict[str, Any]) -> Plan:
+    """Qwen3 as GPTQ stores it whose columns have an order, but for the `rules`."""
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True,
+               "lm_head": False, "dynamic": {"-:.*mlp.gate$": {}, **rules}}  # fmt: skip
+    values = json.loads((CONFIGS / "qwen3-30b-a3b-int4" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": section}))
+    return compile_plan(folder, machine=named(ONE), dummy_weights=True, layers=2, vram=2.5)
+
+
+def test_what_kernels_of_gpus_cannot_read_stays_on_the_host(tmp_path: Path) -> None:
+    plan = _ordered(tmp_path, {})
+    assert {step.resource for phase in plan.phases for step in phase.steps} == {"cpu"}
+    assert [d.reason for d in plan.decisions if d.subject == "GPUs"] == [UNREAD]
+    plan = _ordered(tmp_path, IN_ORDER)
+    assert {each.resource for each in plan.phase("decode").steps if each.op == "experts"} == {"cpu"}
+    assert any(each.resource == "gpu0" for each in plan.phase("decode").steps)
+    assert not any(phase.name.startswith("prefill.stream") for phase in plan.phases)
+    assert [d.reason for d in plan.decisions if d.subject == "experts on GPUs"] == [UNREAD]
+    given = tuple(each.model_copy(update={"tiers": {"gpu0": "0-127"}}) for each in plan.placement)
+    options = Options(dummy_weights=True, layers=2, vram=2_500_000_000)
+    base = begin(open_checkpoint(tmp_path, options), named(ONE), options)
+    with pytest.raises(CapacityError, match=f"nothing can be pinned to gpu0: {UNREAD}"):
+        ExpertPlacement(given=given).run(base.plan, base)
+
+
+def test_verification_refuses_it_on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needs, "unread", lambda *about: "")
+    for rules, op in ({}, "linear"), (IN_ORDER, "experts"):
+        with pytest.raises(VerifyError, match=rf"\({op}\): {UNREAD}"):
+            _ordered(tmp_path, rules)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""FlashInfer's wrappers for attention in decode as flashinfer/decode.py and mla.py have them: what
-they take is checked, and computed by PyTorch from what lies in their buffers. A captured `run`
-knows buffers alone, and so does this one of a wrapper for graphs."""
+"""FlashInfer's wrappers for attention in decode with the arguments that they have in 0.5.0, 0.6.18
+and 0.7.4: what they take is checked, and computed by PyTorch from what lies in their buffers. A
+captured `run` knows buffers alone, and so does this one of a wrapper for graphs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORKSPACE = 128 << 20
 class _Wrapper:
     def __init__(self, workspace: Tensor, graph: bool, buffers: dict[str, Tensor | None]) -> None:
         assert workspace.dtype == torch.uint8 and workspace.numel() >= _WORKSPACE
-        assert workspace.data_ptr() % 16 == 0
+        assert workspace.data_ptr() % 16 == 0 and not workspace.any()
         given = [each for each in buffers.values() if each is not None]
         assert len(given) == (len(buffers) if graph else 0)
         assert all(each.dtype == torch.int32 and each.device == workspace.device for each in given)
@@ -51,7 +51,7 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         paged_kv_indices_buffer: Tensor | None = None,
         paged_kv_last_page_len_buffer: Tensor | None = None, backend: str = "auto",
     ) -> None:  # fmt: skip
-        assert kv_layout == "NHD"
+        assert kv_layout == "NHD" and backend == "fa2"
         super().__init__(
             float_workspace_buffer,
             use_cuda_graph,
@@ -103,6 +103,7 @@ class BatchMLAPagedAttentionWrapper(_Wrapper):
         qo_indptr: Tensor | None = None, kv_indptr: Tensor | None = None,
         kv_indices: Tensor | None = None, kv_len_arr: Tensor | None = None, backend: str = "auto",
     ) -> None:  # fmt: skip
+        assert backend == "fa2"
         buffers = {"queries": qo_indptr, "indptr": kv_indptr, "indices": kv_indices,
                    "lengths": kv_len_arr}  # fmt: skip
         super().__init__(float_workspace_buffer, use_cuda_graph, buffers)

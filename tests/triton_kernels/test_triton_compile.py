@@ -53,6 +53,9 @@ FORMS = {
     "int4": Stored("int4", ("I32", "BF16"), 32),
     "int4 of 128": Stored("int4", ("I32", "F32"), 128),
     "int4-zero": Stored("int4-zero", ("I32", "BF16", "I32"), 128),
+    "int8": Stored("int8", ("I8", "F32")),
+    "int8-zero": Stored("int8-zero", ("I8", "BF16", "I8"), 128),
+    "mxfp4": Stored("mxfp4", ("U8", "U8")),
     "nvfp4": Stored("nvfp4", ("U8", "F8_E4M3", "F32")),
 }
 
@@ -107,9 +110,11 @@ def test_some_kernels(name: str, form: str, arch: int, tokens: int) -> None:
 
 
 @pytest.mark.slow
-def test_experts_with_biases() -> None:
-    check("biased", "bf16", 90, 1)
-    check("biased", "fp8", 120, 128)
+@pytest.mark.parametrize("arch", table.SHARED)
+@pytest.mark.parametrize("form", ["fp8", "bf16", "mxfp4", "nvfp4", "int4-zero"])
+@pytest.mark.parametrize("tokens", [1, 64, 4096])
+def test_experts_with_biases(tokens: int, form: str, arch: int) -> None:
+    check("biased", form, arch, tokens)
 
 
 @pytest.mark.slow

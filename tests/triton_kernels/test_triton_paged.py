@@ -3,7 +3,9 @@ plan's engine; and what a plan that asks for it is refused for."""
 
 from __future__ import annotations
 
-import importlib
+import ast
+import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,3 +156,36 @@ def test_sizes_that_it_has() -> None:
     assert grouped(heads | {"softcap": 30.0}, ("sinks",)) == "sinks, softcap"
     assert latent({"rank": 512, "rope": 64}, ()) == ""
     assert latent({"rank": 256, "rope": 64}, ()) == "latents of 256 and 64 columns"
+
+
+@pytest.mark.parametrize(
+    "stub", [flashinfer_stub.BatchDecodeWithPagedKVCacheWrapper,
+             flashinfer_stub.BatchMLAPagedAttentionWrapper], ids=lambda stub: stub.__name__,
+)  # fmt: skip
+def test_the_library_takes_what_its_player_takes(stub: type) -> None:
+    spec = importlib.util.find_spec("flashinfer")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("FlashInfer is not installed: arguments were read from 0.5.0, 0.6.18, 0.7.4")
+    taken = arguments(Path(next(iter(spec.submodule_search_locations))), stub.__name__)
+    for name in ("__init__", "plan", "run"):
+        own = list(inspect.signature(getattr(stub, name)).parameters.values())
+        first = [each.name for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]
+        assert any(names[: len(first)] == first for names in taken[name]) or name != "__init__"
+        by_name = {each for names in taken[name] + taken.get(f"_{name}_impl", []) for each in names}
+        assert {each.name for each in own} <= by_name
+
+
+def arguments(folder: Path, name: str) -> dict[str, list[list[str]]]:
+    """By function of a class in the library's source, its arguments in each of its definitions."""
+    found: dict[str, list[list[str]]] = {}
+    for path in folder.rglob("*.py"):
+        if f"class {name}:" not in (text := path.read_text()):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                for each in node.body:
+                    if isinstance(each, ast.FunctionDef):
+                        own = [arg.arg for arg in (*each.args.args, *each.args.kwonlyargs)]
+                        found.setdefault(each.name, []).append(own)
+    assert found, f"{folder} has no class {name}"
+    return found

@@ -41,7 +41,9 @@ def random_weight(
     dtypes, planes = [], []
     for form in forms(row, (rows, columns), group, [plane.dtypes[0] for plane in row.planes]):
         if form.plane.kind == "zero":
-            plane = _floats(rng.integers(0, 2**row.code_bits + 1, form.shape), form.kept)
+            least = int(min(0, *row.values)) if row.code_bits == 8 else 0
+            zeros = rng.integers(least, least + 2**row.code_bits + 1, form.shape)
+            plane = _floats(zeros, form.kept)
         elif form.plane is not row.codes:
             plane = _floats(rng.uniform(0.5, 2.0, form.shape), form.kept)
         elif not row.values:

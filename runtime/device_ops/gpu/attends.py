@@ -39,7 +39,6 @@ def attention(bound: Bound, step: Step) -> Work:
     v_dim = v.shape[1] // kv_heads
     bounds, sinks = Bounds.of(step.attrs), bound.vector(step, "sinks")
     how: dict[str, Any] = {
-        "kv_heads": kv_heads, "head_dim": head_dim, "v_dim": v_dim,
         "scale": float(step.attrs["scale"]), "bounds": bounds, "sinks": sinks,
         "softcap": float(step.attrs.get("softcap", 0.0)), "growth": grows(step.attrs),
     }  # fmt: skip
@@ -51,13 +50,16 @@ def attention(bound: Bound, step: Step) -> Work:
         if table is not None and caches:
             (keys, values), (reach, lengths) = caches, table
             part = slice(0, rows.count)
-            kernels.attend(q[part], keys, values, reach, lengths, y[part], space, **how)
+            kernels.attend(
+                q[part], keys, values, reach, lengths, y[part], space,
+                kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim, **how,
+            )  # fmt: skip
             return
         start = first_of(rows, bounds)
         keys, values = (
             seen_rows(
                 bound, step, call, name, slice(0, new.shape[1]), (new,), torch.bfloat16, start
-            )
+            ).view(-1, kv_heads, new.shape[1] // kv_heads)
             for name, new in (("k", k), ("v", v))
         )
         for span in rows.spans:
@@ -81,7 +83,7 @@ def mla(bound: Bound, step: Step) -> Work:
     home, space = bound.home(device), bound.workspace(step)
     cache = bound.cache(step.layer, "latent") if home else None
     caches = () if cache is None else (cache[:, :rank], cache[:, rank:])
-    lifted = _Lifted(kv_b, heads, nope, rope, v_dim, in_eights(kv_b, q.device))
+    lifted = _Lifted(kv_b, heads, nope + v_dim, in_eights(kv_b, q.device))
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
@@ -97,19 +99,21 @@ def mla(bound: Bound, step: Step) -> Work:
                 heads=heads, nope=nope, rope=rope, v_dim=v_dim,
             )  # fmt: skip
             return
-        columns = slice(0, rank + rope)
-        every = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), torch.bfloat16)
-        latents, turned = lifted.taken(every[:, :rank].contiguous()), every[:, rank:]
-        for some in lifted.blocks(len(every)):
-            keys, values = lifted.of(some, latents, turned, space)
+        latents, turned = (
+            seen_rows(bound, step, call, "latent", columns, (new,), torch.bfloat16)
+            for columns, new in ((slice(0, rank), latent), (slice(rank, rank + rope), k_rope))
+        )
+        taken = lifted.taken(latents)
+        for some in lifted.blocks(len(turned)):
+            both = lifted.of(some, taken, space)
+            keys, values = both[..., :nope], both[..., nope:]
             mine = q[:, some.start * (nope + rope) : some.stop * (nope + rope)]
             result = y[:, some.start * v_dim : some.stop * v_dim]
             for span in rows.spans:
                 part, high = slice(span.first, span.last), span.position + span.last - span.first
                 kernels.prompt(
                     mine[part], keys[:high], values[:high], result[part],
-                    kv_heads=some.stop - some.start, head_dim=nope + rope, v_dim=v_dim, scale=scale,
-                    growth=growth,
+                    turned=turned[:high], scale=scale, growth=growth,
                 )  # fmt: skip
 
     return work
@@ -117,21 +121,17 @@ def mla(bound: Bound, step: Step) -> Work:
 
 @dataclass(frozen=True)
 class _Lifted:
-    """Keys [S, h * (nope + rope)] and values [S, h * v_dim] of some heads, in bf16, of latents
-    [S, rank] and what all heads turn alike [S, rope]."""
+    """Keys and values of some heads side by side, bf16 [S, h, per_head], of latents [S, rank]."""
 
     kv_b: Weight
     heads: int
-    nope: int
-    rope: int
-    v_dim: int
+    per_head: int
     eights: bool
 
     def blocks(self, total: int) -> Iterator[slice]:
         """Some heads: as many as bytes allow, those whose rows share scales together."""
-        per_head = self.nope + self.v_dim
-        least = lcm(per_head, self.kv_b.whole_rows) // per_head
-        of_least = 2 * total * least * (2 * per_head + self.rope)
+        least = lcm(self.per_head, self.kv_b.whole_rows) // self.per_head
+        of_least = 2 * total * least * self.per_head
         for some in scratch.blocks(0, -(-self.heads // least), of_least, scratch.BYTES // 2):
             yield slice(some.start * least, min(some.stop * least, self.heads))
 
@@ -140,18 +140,12 @@ class _Lifted:
         several = self.eights and len(latents) > FEW
         return Terms.of(latents, self.kv_b.layout) if several else latents
 
-    def of(
-        self, some: slice, latents: X, turned: Tensor, space: Workspace
-    ) -> tuple[Tensor, Tensor]:
+    def of(self, some: slice, latents: X, space: Workspace) -> Tensor:
         """Of heads `some`."""
-        total, number, per_head = len(turned), some.stop - some.start, self.nope + self.v_dim
-        part = self.kv_b.part(some.start * per_head, some.stop * per_head)
-        both = turned.new_empty((total, number, per_head))
-        launch.matmul(latents, part, space, out=both.view(total, -1))
-        keys = turned.new_empty((total, number, self.nope + self.rope))
-        keys[..., : self.nope] = both[..., : self.nope]
-        keys[..., self.nope :] = turned[:, None]
-        return keys.flatten(1), both[..., self.nope :].flatten(1)
+        part = self.kv_b.part(some.start * self.per_head, some.stop * self.per_head)
+        found = torch.empty((len(latents), part.rows), dtype=torch.bfloat16, device=latents.device)
+        launch.matmul(latents, part, space, out=found)
+        return found.view(len(latents), -1, self.per_head)
 
 
 def append(call: Call, rows: Rows, new: tuple[Tensor, ...], caches: tuple[Tensor, ...]) -> None:

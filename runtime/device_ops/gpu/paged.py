@@ -3,6 +3,7 @@ where they lie.
 
 The library plans a call before its steps, on the host, for all layers that attend alike, and keeps
 what it planned on the device. What is kept for calls of fixed tensors lies where graphs know it.
+Its backends are named here: those that plan anew under graphs, the same with and without them.
 Appending to caches, and latent attention's products with kv_b, are hmc's own kernels.
 """
 
@@ -27,6 +28,7 @@ from hmc.runtime.device_ops.triton import attention as kernels
 from hmc.runtime.memory.kv import KVCache
 
 _KIND = torch.bfloat16
+_HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,9 @@ class Grouped:
                 for name, size in zip(names, sizes, strict=True)
             }
         return library().BatchDecodeWithPagedKVCacheWrapper(
-            space, "NHD", use_cuda_graph=sequences > 0, use_tensor_cores=True, **fixed
-        )
+            space, "NHD", use_cuda_graph=sequences > 0, use_tensor_cores=True, backend="fa2",
+            **fixed,
+        )  # fmt: skip
 
     def plan(self, wrapper: Any, pages: Pages) -> None:
         """Before the steps of a call."""
@@ -109,15 +112,23 @@ class Latent:
                 for name, size in zip(names, sizes, strict=True)
             }
         found = library().mla.BatchMLAPagedAttentionWrapper
-        return found(space, use_cuda_graph=sequences > 0, **fixed)
+        return found(space, use_cuda_graph=sequences > 0, backend=_of_latents(space), **fixed)
 
     def plan(self, wrapper: Any, pages: Pages) -> None:
         """See `Grouped.plan`."""
         queries = torch.arange(len(pages.lengths) + 1, dtype=torch.int32)
         wrapper.plan(
-            queries, pages.begins, pages.indices, pages.lengths, self.heads, self.rank, self.rope,
-            pages.page, False, self.scale, _KIND, _KIND,
+            qo_indptr=queries, kv_indptr=pages.begins, kv_indices=pages.indices,
+            kv_len_arr=pages.lengths, num_heads=self.heads, head_dim_ckv=self.rank,
+            head_dim_kpe=self.rope, page_size=pages.page, causal=False, sm_scale=self.scale,
+            q_data_type=_KIND, kv_data_type=_KIND,
         )  # fmt: skip
+
+
+def _of_latents(space: Tensor) -> str:
+    """The backend of latent attention for the GPU that `space` is on."""
+    of_hopper = space.is_cuda and torch.cuda.get_device_capability(space.device) == _HOPPER
+    return "fa3" if of_hopper else "fa2"
 
 
 class Paged:
@@ -200,8 +211,8 @@ def mla(bound: Bound, step: Step) -> Work:
     def attends(wide: Tensor, mixed: Tensor) -> None:
         query = wide.view(-1, heads, rank + rope)
         planned.wrapper.run(
-            query[..., :rank], query[..., rank:], paged[..., :rank], paged[..., rank:],
-            out=mixed.view(-1, heads, rank),
+            q_nope=query[..., :rank], q_pe=query[..., rank:], ckv_cache=paged[..., :rank],
+            kpe_cache=paged[..., rank:], out=mixed.view(-1, heads, rank),
         )  # fmt: skip
 
     def work(call: Call) -> None:

@@ -72,10 +72,8 @@ def prompt(
     values: torch.Tensor,
     y: torch.Tensor,
     *,
-    kv_heads: int,
-    head_dim: int,
-    v_dim: int,
     scale: float,
+    turned: torch.Tensor | None = None,
     bounds: Bounds = NO_BOUNDS,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -83,17 +81,22 @@ def prompt(
     before: int = 0,
 ) -> None:
     """y bf16 [T, heads * v_dim] of q [T, heads * head_dim], the last T positions of keys and values
-    bf16 [S, kv_heads * head_dim or v_dim], none seeing later ones. Of these the first is at
-    position `before`, where with chunks one begins. Options as of `attend`."""
-    tokens, heads = len(q), q.shape[1] // head_dim
-    head = Head(head_dim, v_dim)
+    bf16 [S, kv_heads, head_dim or v_dim], none seeing later ones. The last columns of all heads'
+    keys are `turned` [S, columns], where there are such. Of the positions the first is `before`,
+    where with chunks one begins. Options as of `attend`."""
+    tokens, (total, kv_heads, columns) = len(q), keys.shape
+    apart = 0 if turned is None else turned.shape[1]
+    head = Head(columns + apart, values.shape[2], apart=apart)
+    heads = q.shape[1] // head.head_dim
+    rests = keys[..., head.cut :] if turned is None else turned[:, None]
     tile = attend_tiles.many(head, arch(q.device), not bounds.reach and not softcap)
     library.kernels().attend_prompt[-(-tokens // tile.rows), heads](
-        q, keys, values, q if sinks is None else sinks, y, scale, growth[0] if growth else 0.0,
-        tokens, len(keys) - tokens, before, q.stride(0), keys.stride(0), values.stride(0),
-        y.stride(0), GROUP=heads // kv_heads, SOFTCAP=softcap, SINKS=sinks is not None,
-        QUERIES=tile.rows, KEYS=tile.keys, **_constants(bounds, growth), **head.constants,
-        **tile.options,
+        q, keys, rests, values, q if sinks is None else sinks, y, scale,
+        growth[0] if growth else 0.0, tokens, total - tokens, before, q.stride(0), keys.stride(0),
+        rests.stride(0), values.stride(0), y.stride(0), GROUP=heads // kv_heads, SOFTCAP=softcap,
+        SINKS=sinks is not None, K_HEAD=keys.stride(1), R_HEAD=0 if apart else rests.stride(1),
+        V_HEAD=values.stride(1), QUERIES=tile.rows, KEYS=tile.keys, **_constants(bounds, growth),
+        **head.constants, **tile.options,
     )  # fmt: skip
 
 

@@ -39,8 +39,8 @@ class Workspace:
 
     @cached_property
     def paged(self) -> torch.Tensor:
-        """What the library of paged attention works in: as much as it asks for."""
-        return torch.empty(_PAGED_BYTES, dtype=torch.uint8, device=self.counters.device)
+        """What the library of paged attention works in: as much as it asks for, 0 at first."""
+        return torch.zeros(_PAGED_BYTES, dtype=torch.uint8, device=self.counters.device)
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _linear(
     one, two = (w.planes[-1] if each is None else each for each in biases)
     eights = isinstance(x, Terms)
     name = "pair" if pair else "linear"
-    tile = table.tile(name, arch(x.device), tokens, eights).of(w.layout)
+    tile = _tile(name, w, x.device, tokens, eights)
     tiles = -(-tokens // tile.tokens) * -(-w.rows // tile.rows)
     parts = table.parts(tile, tiles, w.columns, processors(x.device), pair)
     build.kernels(w.layout, act, eights).linear[tiles, parts](
@@ -236,6 +236,14 @@ def _linear(
         work.partials, work.counters, tokens, w.rows, w.columns, w.stride, parts,
         **tile.constants, **tile.options, PAIR=pair, SPLIT=parts > 1, BIAS=bias is not None,
     )  # fmt: skip
+
+
+def _tile(
+    name: str, w: Weight, device: torch.device, tokens: int, eights: bool = False
+) -> table.Tile:
+    """The tile of a kernel."""
+    found = arch(device)
+    return table.tile(name, found, tokens, eights).of(w.layout, found)
 
 
 def experts(
@@ -304,7 +312,7 @@ def _act(
 ) -> None:  # fmt: skip
     w, count = held.gate, len(held.ids)
     eights = isinstance(x, Terms)
-    tile = table.tile("experts_act", arch(x.device), mean, eights).of(w.layout)
+    tile = _tile("experts_act", w, x.device, mean, eights)
     most = min(len(hidden), len(hidden) // tile.tokens + count)
     build.kernels(w.layout, act, eights).experts_act[most, -(-w.rows // tile.rows)](
         _taken(x), len(x), slots, routing, held.ids, begins, ends, held.table, w.planes[-1], hidden,
@@ -319,7 +327,7 @@ def _down(
 ) -> None:  # fmt: skip
     w = held.down
     eights = isinstance(hidden, Terms)
-    tile = table.tile("experts_down", arch(y.device), mean, eights).of(w.layout)
+    tile = _tile("experts_down", w, y.device, mean, eights)
     build.kernels(w.layout, eights=eights).experts_down[-(-w.rows // tile.rows), ranges](
         _taken(hidden), len(hidden), slots, routing, held.ids, counts, counts[1:], held.downs,
         w.planes[-1], y, first, counts.shape[1], len(held.ids), top_k, w.rows, w.columns, w.stride,
@@ -332,7 +340,7 @@ def _down_few(
     held: Experts, work: Workspace, y: torch.Tensor, tokens: int, top_k: int, act: str, adds: bool,
 ) -> None:  # fmt: skip
     w, count = held.down, len(held.ids)
-    tile = table.tile("experts_down_few", arch(y.device), tokens).of(w.layout)
+    tile = _tile("experts_down_few", w, y.device, tokens)
     tiles = -(-w.rows // tile.rows)
     parts = min(count, len(hidden), table.most_parts(tile, tiles, processors(y.device)))
     build.kernels(w.layout).experts_down_few[tiles, parts](

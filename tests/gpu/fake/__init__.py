@@ -15,5 +15,6 @@ Missing   what kernels compute: memory keeps what it had. Time. Work of streams 
           cuDNN, NCCL, memory of other processes.
 
 What control flow reads of values (experts chosen, where they begin) is written by `hooks.py`. The
-sanitizer sees what goes through PyTorch's dispatcher: kernels of Triton are none of that.
+sanitizer sees what goes through PyTorch's dispatcher; it is told of Triton's launches by
+`launches.py`.
 """

@@ -52,7 +52,8 @@ def runs() -> Iterator[Run]:
             yield Run(check, machine)
     for machine in (Played(89, 24), Played(120, 32)):
         yield Run("memory", machine)
-    yield Run("small model", Played(120, 32, sanitized=True))
+    for check in ("small model", "sanitizer"):
+        yield Run(check, Played(120, 32, sanitized=True))
     yield Run("default streams", Played(120, 32, gpus=2))
     yield Run("beside", Played(120, 32, gpus=2))
 

@@ -25,15 +25,17 @@ from device_ops_fake import Buffers, step_of, stored
 from gpu import check as gpu_check
 from gpu import parity
 from gpu import sizes as gpu_sizes
-from gpu.fake import log
+from gpu.fake import launches, log
 from gpu.fake.machine import here
 from gpu.fake.opened import ids, prompt, shaped, tiny, without_cpu
 from gpu.models import DEEPSEEK
 from gpu.rows import Clock, Row
 from hmc.plan import Phase, Step
 from hmc.plan.phases import BESIDE, DECODE, DUAL, PREFILL, STREAM
-from hmc.runtime.device_ops import DEVICE_OPS
+from hmc.runtime.device_ops.gpu.table import TRITON_OPS
 from hmc.runtime.device_ops.matmul import Matrix
+from hmc.runtime.device_ops.triton.launch import Workspace
+from hmc.runtime.devices.cuda import CudaStream
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.phases.phase import DevicePhase
@@ -132,8 +134,14 @@ def _product(form: str, tokens: int, rows: int, columns: int) -> None:
     x = torch.zeros(tokens, columns, dtype=torch.bfloat16, device="cuda")
     y = x.new_zeros(tokens, rows, dtype=torch.float32)
     bound: Any = Buffers({"x": x, "y": y}, {"weight": w})
+    bound.workspace = lambda step: _workspace()
     call: Any = SimpleNamespace(tokens=tokens, count=lambda share: tokens)
-    DEVICE_OPS["linear"](bound, step_of("linear", bound, "y", n=rows, k=columns))(call)
+    TRITON_OPS["linear"](bound, step_of("linear", bound, "y", n=rows, k=columns))(call)
+
+
+@cache
+def _workspace() -> Workspace:
+    return Workspace(torch.device("cuda"))
 
 
 @cache
@@ -213,6 +221,19 @@ def _captures(executor: Executor) -> Iterator[Statement]:
         yield _unstopped(f"tiny-kjv, {name}: nothing stops the thread in a call")
         for sequence in sequences:
             executor.release(sequence)
+
+
+def sanitizer() -> Iterator[Statement]:
+    """What the other statements about races are worth: streams that wait for nothing."""
+    with tiny("shared") as executor:
+        sequence, why = executor.open(), "nothing is seen"
+        with mock.patch.object(CudaStream, "wait", Mock()):
+            try:
+                _append(executor, [sequence], _PROMPT, STREAM)
+            except Exception as error:  # the sanitizer's
+                why = told(error)
+        text = "tiny-kjv, without waits: a race is seen at a launch of Triton's"
+        yield Statement(text, bool(launches.races), str(log.counts()), (why,))
 
 
 def default_streams() -> Iterator[Statement]:
@@ -361,6 +382,7 @@ CHECKS: dict[str, Check] = {
     "gpu-check": gpu_check_ends,
     "products": products,
     "small model": small_model,
+    "sanitizer": sanitizer,
     "default streams": default_streams,
     "beside": beside,
     "order": order,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu.fake import log
+from gpu.fake import launches, log
 from gpu.fake.machine import here
 from hmc.errors import MachineError
 from hmc.plan import Step
@@ -57,6 +57,7 @@ def install() -> None:
     _set(CudaBackend, "cpu_done", _waiting(CudaBackend.cpu_done))
     if here().sanitized:
         _for_the_sanitizer()
+        launches.install()
 
 
 def _set(owner: Any, name: str, value: Any) -> None:

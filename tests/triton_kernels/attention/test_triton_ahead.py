@@ -42,10 +42,18 @@ def many(kv_heads: int, group: int, head_dim: int, v_dim: int, window: int = 0,
          growth: Growth = None) -> None:  # fmt: skip
     heads = kv_heads * group
     attention.prompt(
-        torch.zeros(3, heads * head_dim), halves(7, kv_heads * head_dim),
-        halves(7, kv_heads * v_dim), halves(3, heads * v_dim), kv_heads=kv_heads,
-        head_dim=head_dim, v_dim=v_dim, scale=0.1, bounds=Bounds(window, chunk), softcap=softcap,
-        sinks=torch.zeros(heads) if sinks else None, growth=growth,
+        torch.zeros(3, heads * head_dim), halves(7, kv_heads, head_dim),
+        halves(7, kv_heads, v_dim), halves(3, heads * v_dim), scale=0.1,
+        bounds=Bounds(window, chunk), softcap=softcap, sinks=torch.zeros(heads) if sinks else None,
+        growth=growth,
+    )  # fmt: skip
+
+
+def lifted(heads: int, nope: int, rope: int, v_dim: int) -> None:
+    keys, values = halves(7, heads, nope + v_dim).split((nope, v_dim), 2)
+    attention.prompt(
+        torch.zeros(3, heads * (nope + rope)), keys, values, halves(3, heads * v_dim),
+        turned=halves(7, rope), scale=0.1,
     )  # fmt: skip
 
 
@@ -99,6 +107,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "prompt 80": partial(many, 8, 4, 80, 80),
     "prompt 128 window": partial(many, 8, 4, 128, 128, 1024, 50.0, True),
     "prompt 192": partial(many, 128, 1, 192, 128),
+    "prompt lifted": partial(lifted, 128, 128, 64, 128),
+    "prompt lifted 256": partial(lifted, 20, 192, 64, 256),
     "prompt 192 sinks": partial(many, 8, 8, 192, 128, 128, 0.0, True),
     "prompt 512": partial(many, 2, 8, 512, 512),
     "prompt 128 chunks": partial(many, 8, 5, 128, 128, chunk=8192),

@@ -43,18 +43,34 @@ def test_queries_see_no_later_keys(
     heads, total, scale = kv_heads * group, past + tokens, head_dim**-0.5
     q = random(tokens, heads * head_dim + 3)[:, 3:] * 3.0
     keys, values = (
-        random(total, kv_heads * dim, seed=dim).to(torch.bfloat16) for dim in (head_dim, v_dim + 1)
+        random(total, kv_heads, dim, seed=dim).to(torch.bfloat16) for dim in (head_dim, v_dim + 1)
     )
-    values = values[:, : kv_heads * v_dim]
+    values = values[..., :v_dim]
     y = torch.full((tokens, heads * v_dim), float("nan"), dtype=torch.bfloat16)
     sink = random(heads, seed=3) if sinks else None
     low = max(0, bounds.first(past))  # keys before it need not be there
     prompt(
-        q, keys[low:], values[low:], y, kv_heads=kv_heads, head_dim=head_dim, v_dim=v_dim,
-        scale=scale, bounds=bounds, softcap=softcap, sinks=sink, growth=growth, before=low,
+        q, keys[low:], values[low:], y, scale=scale, bounds=bounds, softcap=softcap, sinks=sink,
+        growth=growth, before=low,
     )  # fmt: skip
     query, key = torch.arange(past, total)[:, None], torch.arange(total)[None]
     hidden = (key > query) | (key < bounds.first(query))
-    parts = (each.reshape(total, kv_heads, -1) for each in (keys, values))
     wide = grown(q, query[:, 0], growth).reshape(tokens, heads, -1)
-    assert error(y, attended(wide, *parts, scale, softcap, sink, hidden)) < ROUNDED
+    assert error(y, attended(wide, keys, values, scale, softcap, sink, hidden)) < ROUNDED
+
+
+@pytest.mark.parametrize(("nope", "rope", "v_dim"), [(128, 64, 128), (40, 8, 24)])
+def test_keys_and_values_side_by_side_and_what_all_heads_turn(
+    nope: int, rope: int, v_dim: int, work: Workspace
+) -> None:
+    heads, tokens, past, scale = 3, 70, 61, (nope + rope) ** -0.5
+    q = random(tokens, heads * (nope + rope)) * 3.0
+    both = random(past + tokens, heads, nope + v_dim, seed=1).to(torch.bfloat16)
+    turned = random(past + tokens, rope + 2, seed=2).to(torch.bfloat16)[:, 2:]
+    keys, values = both.split((nope, v_dim), 2)
+    y = torch.full((tokens, heads * v_dim), float("nan"), dtype=torch.bfloat16)
+    prompt(q, keys, values, y, turned=turned, scale=scale)
+    whole = torch.cat((keys, turned[:, None].expand(-1, heads, -1)), 2)
+    hidden = torch.arange(past + tokens)[None] > torch.arange(past, past + tokens)[:, None]
+    exact = attended(q.view(tokens, heads, -1), whole, values, scale, hidden=hidden)
+    assert error(y, exact) < ROUNDED
