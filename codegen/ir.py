@@ -1,10 +1,10 @@
 """Helpers that make llvmlite emitters read like the loops they emit; hides pointer casts, blocks
 and phi-free loops.
 
-Constants are made once a process: what a kernel is written in is mostly constant vectors, and
-llvmlite takes as long to write one as an instruction. Loop variables and accumulators live in entry-block allocas; LLVM's mem2reg turns them into
-registers, so emitters never write a phi. Vectors are `<n x T>`; LLVM splits those wider than the
-tier's registers.
+Constants are made once a process: kernels are mostly written in constant vectors, and llvmlite
+takes as long to write one as an instruction. Loop variables and accumulators live in entry-block
+allocas; LLVM's mem2reg turns them into registers, so emitters never write a phi. Vectors are
+`<n x T>`; LLVM splits those wider than the tier's registers.
 """
 
 from __future__ import annotations
