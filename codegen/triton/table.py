@@ -13,8 +13,9 @@ from hmc.codegen.triton.layout import LEAST, Layout
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that a program may have, by compute capability."""
 
-_APART = 100
-"""The architecture whose products are in a memory apart from registers."""
+_WIDE_PRODUCTS = (90, 100)
+"""Architectures whose products are of so many rows that registers, or a memory apart, hold those of
+a few steps alone."""
 
 LINE = 128
 """Bytes of a row of codes that are loaded at once at most."""
@@ -37,7 +38,7 @@ class Tile:
         """As many columns in the steps that a layout's scales allow, but of wide codes no more than
         LINE bytes of a row; of codes of several terms, which fill registers, as of f32, for fewer
         tokens, and by more threads; for fewer tokens also of 8 bits less zeros, and of the shortest
-        steps where products have a memory apart, which holds those of all steps at once.
+        steps where products are wide.
         """
         several = layout.terms > 1
         columns = min(self.depth, 8 * LINE // (32 if several else layout.unit))
@@ -46,7 +47,7 @@ class Tile:
         if several:
             return replace(found, tokens=min(self.tokens, 64), warps=8, stages=3)
         less = layout.bits == 8 and any(scale.zero for scale in layout.scales)
-        if less or (arch == _APART and layout.step == LEAST):
+        if less or (arch in _WIDE_PRODUCTS and layout.step == LEAST):
             return replace(found, tokens=min(self.tokens, 32))
         return found
 
