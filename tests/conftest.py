@@ -30,6 +30,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `few(n)` any n of its cases are quick; the draw depends on names alone, so
+    a case stays what it is when others come.
+    """
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        mark = cases[0].get_closest_marker("few")
+        assert mark is not None
+        drawn = sorted(cases, key=lambda case: sha256(case.nodeid.encode()).digest())
+        for case in drawn[mark.args[0] :]:
+            case.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """`golden(name, text)` asserts that tests/golden/<name> holds `text`; `--update-golden` writes

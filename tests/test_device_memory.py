@@ -24,6 +24,7 @@ def _check(plan: Plan) -> None:
         assert all(item.bytes > 0 for item in plan.ledger if item.device == name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "machine", "context"),
     [
@@ -43,6 +44,7 @@ def test_whole_models_fit_the_machine_they_are_planned_for(
     _check(plan)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("vram", [16, 24, 30])
 @pytest.mark.parametrize("machine", [ONE, TWO])
 def test_cut_models_fit_smaller_gpus(machine: str, vram: int) -> None:

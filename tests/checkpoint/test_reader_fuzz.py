@@ -10,7 +10,7 @@ from fuzz_seeds import READERS, Reader
 
 from hmc.errors import ConfigError
 
-FILES = {"safetensors": 150, "index": 150, "quantization": 100, "config": 50, "gguf": 100}
+FILES = {"safetensors": 60, "index": 60, "quantization": 40, "config": 20, "gguf": 40}
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -1,5 +1,5 @@
 """Fixtures of the kernel tests; of the tier between the best and the smallest, `make test` runs the
-matmuls and expressions, and `make test-all` the rest.
+expressions, and `make test-all` the rest.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 
 _BETWEEN = list(TIERS)[1:-1]
-_ALWAYS = {"test_linear.py", "test_gemm.py", "test_pointwise.py", "test_checks.py"}
+_ALWAYS = {"test_pointwise.py", "test_checks.py"}
 
 
 @pytest.hookimpl(tryfirst=True)

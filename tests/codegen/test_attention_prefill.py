@@ -102,6 +102,7 @@ class Case:
         assert error < (2.2e-3 if rounding < 1e-3 else 6e-3), error
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("isa", "params", "past", "tokens"),
     dealt(TIERS, SHAPES, [(0, 97), (45, 19), (0, 1), (191, 70)]),
@@ -114,6 +115,7 @@ def test_against_float64(jit: Jit, isa: str, params: Params, past: int, tokens: 
         assert (case.run(jit, workers) == y).all()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("isa", "options", "params", "past", "tokens"),
     dealt(TIERS, OPTIONS, [(s, *c) for s in SHAPES for c in ((191, 70), (45, 19), (0, 97))]),
@@ -128,6 +130,7 @@ def test_options(
         assert (case.run(jit, workers) == y).all()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("params", HEADS, ids=str)
 def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:
@@ -135,6 +138,7 @@ def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:
     case.check(case.run(jit, 2))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("options", [NO_OPTIONS, Options(window=50), Options(chunk=64)], ids=str)
 def test_chunks_give_the_bits_of_the_whole(jit: Jit, isa: str, options: Options) -> None:

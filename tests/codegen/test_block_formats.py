@@ -25,6 +25,7 @@ CASES = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "isa", "op"), CASES)
 def test_sums_are_exact_but_for_rounding(jit: Jit, name: str, isa: str, op: str) -> None:
     need(isa)

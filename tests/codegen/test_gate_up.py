@@ -58,6 +58,7 @@ def test_gate_up(jit: Jit, weight: WeightFormat, k: int, group: int, isa: str) -
         assert_gated(y[:, :rows], seen, gate.values, up.values)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("expr", OTHERS)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("isa", TIERS)

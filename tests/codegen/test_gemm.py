@@ -54,6 +54,7 @@ def call(
     return y[:, :rows]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("isa", "weight", "k"), dealt(TIERS, FORMATS, [7, 100, 128, 200, 384]))
 def test_every_format_and_tier_at_odd_sizes(
     jit: Jit, isa: str, weight: WeightFormat, k: int
@@ -131,6 +132,7 @@ def test_every_fp8_code_is_exact(jit: Jit, isa: str) -> None:
         assert np.isnan(y[:, ~finite]).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("group", "scale_dtype", "isa"),
     dealt([(32, 1), (64, 0), (128, 0), (128, 1)], ["avx512_bf16", "avx2"]),

@@ -99,6 +99,7 @@ def both(
     return act, y[:, :hidden]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("isa", "weight", "hidden", "inner"), dealt(TIERS, FORMATS, [(200, 130), (128, 33)])
 )
@@ -136,6 +137,7 @@ def test_experts_against_float64(
         assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("biased", [False, True])
 def test_biases_and_weights_on_the_input(jit: Jit, isa: str, biased: bool) -> None:
@@ -163,6 +165,7 @@ def test_biases_and_weights_on_the_input(jit: Jit, isa: str, biased: bool) -> No
     assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:
     need(isa)

@@ -163,6 +163,7 @@ def test_tiny(jit: Jit, weight: WeightFormat, isa: str) -> None:
             assert (case.run(jit, workers) == y).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("weight", ["fp8", "bf16"])
 def test_ragged(jit: Jit, isa: str, weight: WeightFormat) -> None:
@@ -180,6 +181,7 @@ def test_queries_that_grow(jit: Jit, isa: str) -> None:
     case.check(case.run(jit, 2))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("weight", ["fp8", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_deepseek(jit: Jit, isa: str, weight: WeightFormat) -> None:
@@ -192,6 +194,7 @@ def test_deepseek(jit: Jit, isa: str, weight: WeightFormat) -> None:
     assert (np.concatenate(parts) == whole).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sizes", [{"nope": 24}, {"v_dim": 40}, {"nope": 25, "rope": 3}])
 def test_odd_heads(jit: Jit, sizes: dict[str, int]) -> None:
     case = Case(best_isa().name, "fp8", TINY | sizes, 45, 19)
@@ -204,6 +207,7 @@ def test_a_rank_that_leaves_room_for_few_positions(jit: Jit) -> None:
     case.check(case.run(jit, 1))
 
 
+@pytest.mark.slow
 def test_more_tokens_than_a_unit_holds(jit: Jit) -> None:
     case = Case(next(iter(TIERS)), "fp8", TINY | {"heads": 2}, 5, 2100)
     y = case.run(jit, 1)

@@ -85,6 +85,7 @@ def reference(
     return route(logits, bias, factor=factor, **rest)
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form['scoring']}-{form['experts']}")
 def test_every_form(jit: Jit, isa: str, form: dict[str, int]) -> None:

@@ -134,6 +134,7 @@ def kernels(isa: str) -> list[KernelSpec]:
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 def test_kernels_keep_to_the_features_of_their_tier(jit: Jit, isa: str) -> None:
     specs = kernels(isa)

@@ -46,6 +46,7 @@ def test_on_the_cpu(checkpoint: Path, expected: Floats) -> None:
         assert_close(engine.decode_logits(IDS.tolist()), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_on_devices(gpus: int, checkpoint: Path, expected: Floats) -> None:
     plan: Plan = split_plan(checkpoint, gpus=gpus, held=0.4)

@@ -119,6 +119,7 @@ def test_on_the_cpu(
         assert_close(engine.decode_logits(IDS.tolist()), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_on_devices(gpus: int, checkpoint: Path, expected: Floats) -> None:
     plan = split_plan(checkpoint, gpus=gpus, held=0.4)

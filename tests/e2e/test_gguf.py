@@ -64,7 +64,7 @@ def twin(checkpoint, tmp_path_factory):
 
 
 KINDS = [("f32", "F32"), ("bf16", "BF16"), ("fp16", "F16")]
-QUICK = {("qwen3_moe", "F32"), ("mixtral", "BF16")}
+QUICK = {("mixtral", "BF16")}
 """Those whose kernels other tests build too; the rest in `make test-all`."""
 CASES = [
     pytest.param(family, *each, marks=() if (family, each[1]) in QUICK else pytest.mark.slow)
@@ -125,9 +125,9 @@ MIXED = {"embed_tokens": "Q4_K", "lm_head": "Q6_K", "v_proj": "Q6_K",
 @pytest.mark.parametrize(
     ("kind", "kinds"),
     [
-        pytest.param("Q4_K", MIXED, id="Q4_K_M"),
+        pytest.param("Q4_K", MIXED, id="Q4_K_M", marks=pytest.mark.slow),
         *(
-            pytest.param(kind, {}, id=kind, marks=pytest.mark.slow)
+            pytest.param(kind, {}, id=kind, marks=() if kind == "Q8_0" else pytest.mark.slow)
             for kind in (each.title for each in GGUF)
         ),
     ],

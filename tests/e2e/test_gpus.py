@@ -92,6 +92,7 @@ def test_another_number_of_gpus_is_refused(plan: Plan, checkpoint: Callable[...,
             Engine(plan, threads=1, devices="host", gpus=2, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["mapped", pytest.param("shared", marks=pytest.mark.slow)])
 def test_the_command_line(
     home: str, plan: Plan, tmp_path: Path, capfd: pytest.CaptureFixture[str]

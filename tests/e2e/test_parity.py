@@ -45,9 +45,7 @@ CASES = [
     for family in ("qwen3_moe", "mixtral", "deepseek_v3")
     for quant in ("bf16", "fp8", "int4")
 ] + [
-    pytest.param(
-        family, quant, isa, marks=() if (quant, isa) == ("fp8", OTHERS[-1]) else pytest.mark.slow
-    )
+    pytest.param(family, quant, isa, marks=pytest.mark.slow)
     for isa in OTHERS
     for family, quant in ALWAYS
 ]

@@ -109,6 +109,7 @@ def test_a_broken_pointwise_step_is_refused(checkpoint: Path) -> None:
         verify_plan(plan.model_copy(update={"kernels": {**plan.kernels, key: other}}))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_on_devices(gpus: int, checkpoint: Path, expected: Floats) -> None:
     plan: Plan = split_plan(checkpoint, gpus=gpus, held=0.4)

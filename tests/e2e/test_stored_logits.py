@@ -69,15 +69,9 @@ def _check(directory: Path, formats: set[str]) -> None:
             assert_as_close_as_bf16(ours, directory / "twin", LENGTHS)
 
 
-QUICK = {("qwen3_moe", "nvfp4-times")}
-CASES = [
-    pytest.param(family, name, marks=() if (family, name) in QUICK else pytest.mark.slow)
-    for name, each in STORED.items()
-    for family in SIZES
-]
-
-
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("name", STORED)
 def test_one_format(stored: Callable[..., Path], family: str, name: str) -> None:
     way = STORED[name]
     experts = STORED["fp8 of V4"] if name == "mxfp4-i8" else way  # which are all that V4 has so

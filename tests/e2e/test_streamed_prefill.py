@@ -93,6 +93,7 @@ def test_the_closing_line_names_the_phases_and_a_trace_shows_them(
     assert {each["cat"] for each in events if each["ph"] == "X"} == {STREAM, "decode"}
 
 
+@pytest.mark.slow
 def test_bench_runs_the_phases_named(plans: dict[str, Path], run: Run) -> None:
     code, out, err = run(
         *("bench", plans["one"], "-p", 24, "-n", 3, "--repetitions", 1, "--megabytes", 8),

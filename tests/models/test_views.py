@@ -91,7 +91,8 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "fused", Family("fused", fused))
 
 
-@pytest.mark.parametrize("quant", [pytest.param("bf16", marks=pytest.mark.slow), "fp8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["bf16", "fp8"])
 def test_views_are_the_same_weights(
     checkpoint: Callable[..., Path], tmp_path: Path, quant: str
 ) -> None:

@@ -83,6 +83,7 @@ def answers(
     return found
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "chunk"),
     [

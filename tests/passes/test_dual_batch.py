@@ -23,6 +23,7 @@ def _plan(machine: str = ONE, model: str = "deepseek-v3") -> Plan:
     return plan_for(model, machine, 10 if machine == ONE else 16, vram=18)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-30b-a3b-fp8", "mixtral-8x7b"])
 @pytest.mark.parametrize("machine", [ONE, TWO])
 def test_hybrid_decode_computes_every_layer_where_its_weights_are(model: str, machine: str) -> None:
@@ -45,6 +46,7 @@ def test_hybrid_decode_computes_every_layer_where_its_weights_are(model: str, ma
         assert homes == set(placement.tiers)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("phase", ["decode", DUAL])
 @pytest.mark.parametrize("machine", [ONE, TWO])
 def test_a_dropped_event_is_always_caught(machine: str, phase: str) -> None:

@@ -47,6 +47,7 @@ def _streamed(phase: Phase, layer: int) -> Counter[int]:
     )
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("machine", [ONE, TWO])
 @pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-30b-a3b", "kimi-k2", "mixtral-8x7b"])
 def test_every_host_expert_is_streamed_once_and_residents_never(model: str, machine: str) -> None:
@@ -77,6 +78,7 @@ def test_resources_are_those_of_the_ranks() -> None:
     assert two == {"cpu", "gpu0", "gpu1", "h2d0", "h2d1", "d2h0", "link"}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("machine", [ONE, TWO])
 def test_a_dropped_event_is_always_caught(machine: str) -> None:
     plan = _plan(machine)

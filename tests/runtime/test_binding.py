@@ -194,7 +194,7 @@ class Errors:
 
 
 CASES = [
-    ("qwen3_moe", "fp8"),
+    pytest.param("qwen3_moe", "fp8", marks=pytest.mark.slow),
     ("mixtral", "bf16"),
     ("deepseek_v3", "fp8"),
     pytest.param("qwen3_moe", "int4", marks=pytest.mark.slow),

@@ -94,6 +94,7 @@ def answer(found: Executor, ids: list[int], tokens: int, phase: str) -> tuple[li
     return [int(each.argmax()) for each in seen], np.stack(seen)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "quant"), CASES)
 def test_one_program_gives_the_bits_of_single_steps_whatever_the_timing(
     family: str, quant: str, checkpoint: Checkpoint

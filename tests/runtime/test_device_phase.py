@@ -113,6 +113,7 @@ def expected(checkpoint: Checkpoint) -> Callable[[str, str], list[Floats]]:
     return get
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("family", "quant", "ring", "gpus"),
     dealt([(family, "fp8") for family in FAMILIES], [(2, 1), (3, 1), (0, 1)])
@@ -148,6 +149,7 @@ def test_streamed_logits_are_the_cpu_plans_whatever_the_timing(
         same_under_delays(found, range(SEEDS), prompts, first)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ring", [2, 3])
 def test_streamed_logits_do_not_depend_on_timing(ring: int, checkpoint: Checkpoint) -> None:
     directory = checkpoint("mixtral", "bf16", layers=2)

@@ -422,6 +422,7 @@ HANGS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("moment", HANGS)
 def test_a_process_with_a_worker_that_hangs_ends(moment: str) -> None:
     """Nobody ever frees the worker."""

@@ -144,6 +144,7 @@ def test_a_gpu_without_enough_memory(
     gone(started[0])
 
 
+@pytest.mark.slow
 def test_a_gpus_memory_is_there_once(checkpoint: Callable[..., Path]) -> None:
     """The process of a rank works in the memory that rank 0's process has on its GPU."""
     directory = wide(checkpoint)

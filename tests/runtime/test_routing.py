@@ -94,6 +94,7 @@ def test_tokens_do_not_change(plan_file: Path) -> None:
     assert found["learn"]["tokens"] + found["held_out"]["tokens"] == done
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_compile_reads(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_small_phase_runs_at_the_times_of_the_golden_file(
     golden("runtime/schedule.txt", "\n".join(line.rstrip() for line in lines) + "\n")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "tokens",
     [*(pytest.param(n, marks=pytest.mark.slow) for n in (1024, 16_384, 32_768)), 4096, 65_536],
@@ -148,6 +149,7 @@ ALL_SEEDS = int(os.environ.get("HMC_TEST_SEEDS", "300"))
 """Delay patterns of all phases together (give 1000 to search)."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "percent"),
     [("stream, one GPU", 30), ("stream, two GPUs", 25), ("decode", 40), ("dual", 5)],
@@ -166,6 +168,7 @@ def test_every_step_finds_what_it_needs_under_any_delays(name: str, percent: int
         assert all(0 <= s <= f for s, f in zip(measured.start, measured.finish, strict=True))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["stream, one GPU", "stream, two GPUs", "decode"])
 def test_a_dropped_wait_lets_a_step_run_too_early(name: str) -> None:
     """What the events keep apart does happen without them: where the step waited for is slow, its

@@ -39,6 +39,7 @@ def engine(request, checkpoint):
         yield engine
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("engine", ["qwen3_moe", "deepseek_v3"], indirect=True)
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_mixed_requests_answer_as_if_alone(engine, prefix_cache, monkeypatch):

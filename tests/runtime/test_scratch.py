@@ -280,6 +280,7 @@ ROUNDED = {"experts", "attention", "attention with a past", "attention in a wind
 ROUNDED |= {"mla", "mla absorbed", "attention with a cap", "attention of a batch with a cap"}
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_keep_to_their_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = CASES[name](), CASES[name]()

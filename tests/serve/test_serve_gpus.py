@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from split_plans import split_plan
 
 from hmc.plan.phases import BESIDE
@@ -17,6 +18,7 @@ LONG = " ".join(["And the king said unto the people that were with him"] * 3)
 SHORT = ("And it came to pass", "In those days there was no king")
 
 
+@pytest.mark.slow
 def test_lanes_decode_while_a_prompt_streams(model: Path, start: Callable[..., Any]) -> None:
     plan = split_plan(model, gpus=2, held=0.5, switches=True, max_context=512)
     with start(plan, Settings(name="tiny", devices="host", threads=2)) as live:

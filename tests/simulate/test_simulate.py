@@ -59,6 +59,7 @@ def test_a_timeline_is_exact() -> None:
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("machine", "phase"), [(ONE, "decode"), (TWO, "prefill.stream"), (ONE, "decode.dual")]
 )

@@ -100,6 +100,7 @@ def check(name: str, form: str, arch: int, tokens: int, eights: bool = False) ->
         assert made.instruction or kernel in NO_PRODUCTS, kernel
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "form", "arch", "tokens"),
     [("linear", "fp8", 80, 4096), ("linear", "int4", 80, 1), ("experts", "fp8", 120, 4096),

@@ -123,6 +123,7 @@ def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
     assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), adds=False), exact) < BOUND
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU])
 @pytest.mark.parametrize("tokens", [3, 21])

@@ -60,6 +60,7 @@ def plan_of(directory: Path, patch: pytest.MonkeyPatch) -> Plan:
     return plan
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("family", "quant"), [("deepseek_v3", "fp8"), ("mixtral", "bf16")])
 def test_decode_by_the_library(
     family: str, quant: str, played: None, of_any_size: None, checkpoint: Callable[..., Path],

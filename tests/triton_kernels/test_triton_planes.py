@@ -46,6 +46,7 @@ READ = [row for row in FORMATS.values() if not row.read_as and not row.codes.blo
         and all(plane.kind != "order" for plane in row.planes)]  # fmt: skip
 
 
+@pytest.mark.few(14)
 @pytest.mark.parametrize("row", [*READ, TWO_BITS, OFF_LINE], ids=lambda row: row.name)
 def test_random_codes(row: Format, work: Workspace) -> None:
     """Rows that no tile divides, and columns in cut blocks where a format has them."""

@@ -30,7 +30,7 @@ from hmc.runtime.device_ops.triton import rows
 
 CASES = [
     ("deepseek_v3", "fp8", 1),
-    ("qwen3_moe", "int4", 1),
+    pytest.param("qwen3_moe", "int4", 1, marks=pytest.mark.slow),
     pytest.param("mixtral", "bf16", 2, marks=pytest.mark.slow),
     pytest.param("deepseek_v3", "fp8", 2, marks=pytest.mark.slow),
 ]
@@ -97,6 +97,7 @@ def calls(kv: Any, bound: Any, tokens: int) -> Any:
                 yield bound.call(ids, wanted + past, ids, rows)
 
 
+@pytest.mark.slow
 def test_true_shapes_find_all_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, rng = plan_for("deepseek-v3", ONE, 5, vram=26), np.random.default_rng(1)
     for module in (dense, routed, attends):

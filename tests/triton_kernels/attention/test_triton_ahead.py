@@ -136,6 +136,7 @@ def check(name: str, arch: int) -> None:
             assert made.instruction, kernel
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("arch", [80, 120])
 @pytest.mark.parametrize("name", ["attend 128", "prompt 128"])
 def test_some_kernels(name: str, arch: int) -> None:

@@ -20,6 +20,7 @@ ROUNDED = 3e-3
 """Relative error of results in bf16."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "v_dim", "bounds", "softcap", "sinks", "growth"),
     [

@@ -19,6 +19,7 @@ ROUNDED = 6e-3
 """Relative error of results in bf16, of queries, latents and sums in bf16."""
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "row",
     [*map(format_of, ("fp8", "bf16", "f32", "int4-zero")), BLOCKS, FOUR_BITS,

@@ -15,6 +15,7 @@ from hmc.runtime.device_ops.triton.launch import Workspace
 ROUNDED = 3e-3
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "v_dim", "tokens", "past", "bounds", "softcap", "sinks"),
     [
