@@ -169,6 +169,7 @@ def test_a_pass_of_experts_reads_them_all() -> None:
     matrices.close()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("op", ["linear", pytest.param("experts", marks=pytest.mark.slow)])
 def test_kernels_from_memory(run: Run, op: str) -> None:
     code, out, err = run(
@@ -191,6 +192,7 @@ def test_kernels_from_memory(run: Run, op: str) -> None:
     assert {"machine", "isa", "date"} <= set(found)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("op", ["gemm", "grouped"])
 def test_prefill_kernels_against_the_peak(run: Run, op: str) -> None:
     code, out, err = run(
@@ -226,6 +228,7 @@ def test_kernel_table(run: Run) -> None:
 # -- models ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_config_alone_is_benched_with_dummy_weights(config: Path, run: Run) -> None:
     code, out, err = run(
         *(config, "--dummy-weights", "--layers", 2, "-p", "5,20", "-n", 3, "--context", 7),

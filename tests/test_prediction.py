@@ -164,6 +164,7 @@ def test_threads_that_were_not_probed_predict_nothing(
     assert f"no prediction: the rates of {_rated().name} are those of {more} cores" in err
 
 
+@pytest.mark.slow
 def test_bench_has_predictions(hmc: Run, plan_file: Path, profile: Path) -> None:
     arguments = ["bench", plan_file, "--dummy-weights", "-p", 20, "-n", 4, "--context", 30]
     arguments += ["--repetitions", 2, "--megabytes", 4]

@@ -91,6 +91,7 @@ def test_the_file_plans_and_predicts(small: None, tmp_path: Path, run: Run) -> N
     assert [each.name for each in tmp_path.iterdir()] == ["machine.json"]
 
 
+@pytest.mark.slow
 def test_the_table_and_the_default_place(
     small: None, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

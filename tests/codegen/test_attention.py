@@ -127,13 +127,13 @@ def test_attention(jit: Jit, isa: str, params: Params) -> None:
     check(jit, isa, params)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("isa", "options", "params"), dealt(TIERS, OPTIONS, SHAPES))
 def test_options(jit: Jit, isa: str, params: Params, options: Options) -> None:
     check(jit, isa, params, options)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("params", HEADS, ids=str)
 def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:

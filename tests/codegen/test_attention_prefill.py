@@ -115,7 +115,7 @@ def test_against_float64(jit: Jit, isa: str, params: Params, past: int, tokens: 
         assert (case.run(jit, workers) == y).all()
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("isa", "options", "params", "past", "tokens"),
     dealt(TIERS, OPTIONS, [(s, *c) for s in SHAPES for c in ((191, 70), (45, 19), (0, 97))]),
@@ -130,7 +130,7 @@ def test_options(
         assert (case.run(jit, workers) == y).all()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("params", HEADS, ids=str)
 def test_heads_of_any_size(jit: Jit, isa: str, params: Params) -> None:

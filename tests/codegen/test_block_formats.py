@@ -25,7 +25,7 @@ CASES = [
 ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "isa", "op"), CASES)
 def test_sums_are_exact_but_for_rounding(jit: Jit, name: str, isa: str, op: str) -> None:
     need(isa)

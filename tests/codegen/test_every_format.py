@@ -53,7 +53,7 @@ _SELDOM = [
 ]
 
 
-@pytest.mark.few(16)
+@pytest.mark.few(10)
 @pytest.mark.parametrize(("name", "isa", "op"), dealt(_NAMES, _OFTEN) + _SELDOM)
 def test_as_f32(jit: Jit, name: str, isa: str, op: str) -> None:
     need(isa)
@@ -85,7 +85,7 @@ def decoder() -> Jit:
     return new_jit({"linear": decoding})
 
 
-@pytest.mark.few(30)
+@pytest.mark.few(20)
 @pytest.mark.parametrize(("name", "isa"), dealt(_NAMES, [(isa,) for isa in TIERS]))
 def test_made_decoders_give_the_bits_of_the_reference(decoder: Jit, name: str, isa: str) -> None:
     """With every dtype that scales may be in, as they are in memory."""

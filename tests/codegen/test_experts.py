@@ -125,7 +125,7 @@ class Layer:
         return y[:, : self.hidden]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS)
 def test_experts(
@@ -160,7 +160,7 @@ CLAMPED = (
 WEIGHED = "silu(gate * weight) * (up * weight)"
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(("act", "biased"), [(CLAMPED, True), (WEIGHED, False), (WEIGHED, True)])
 @pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS[1:])

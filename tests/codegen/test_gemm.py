@@ -54,7 +54,7 @@ def call(
     return y[:, :rows]
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("isa", "weight", "k"), dealt(TIERS, FORMATS, [7, 100, 128, 200, 384]))
 def test_every_format_and_tier_at_odd_sizes(
     jit: Jit, isa: str, weight: WeightFormat, k: int
@@ -94,6 +94,7 @@ def test_workers_tiles_and_neighbours_change_no_bit(
     assert np.array_equal(call(jit, small, x, w, rows, tokens), alone)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 def test_gather_bias_and_bf16_result(jit: Jit, isa: str) -> None:
     need(isa)

@@ -186,6 +186,7 @@ def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:
         assert np.array_equal(y, alone[1])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 def test_slots_of_experts_elsewhere_add_nothing(jit: Jit, isa: str) -> None:
     need(isa)

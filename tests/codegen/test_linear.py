@@ -70,7 +70,7 @@ def run_linear(
     return y[:, :rows]
 
 
-@pytest.mark.few(10)
+@pytest.mark.few(7)
 @pytest.mark.parametrize(
     ("weight", "k", "group", "bits", "isa"),
     [(*size, isa) for size in SIZES for isa in TIERS] + dealt(MORE, TIERS),

@@ -97,7 +97,7 @@ def test_absorb(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> Non
         assert (alone[0] == y[-1]).all()
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("isa", "weight", "params"), dealt(TIERS, FORMATS, SHAPES))
 def test_up(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     need(isa)

@@ -153,6 +153,7 @@ class Case:
             assert error < most, error
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("weight", "isa"), dealt(FORMATS, TIERS))
 def test_tiny(jit: Jit, weight: WeightFormat, isa: str) -> None:
     for past, tokens in ((0, 1), (0, 97), (45, 19), (191, 70)):
@@ -175,6 +176,7 @@ def test_ragged(jit: Jit, isa: str, weight: WeightFormat) -> None:
         assert (case.run(jit, 4) == y).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 def test_queries_that_grow(jit: Jit, isa: str) -> None:
     case = Case(isa, "bf16", TINY, 45, 60, GROWTH)

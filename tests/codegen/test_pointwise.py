@@ -100,6 +100,7 @@ def test_choices_and_nan(jit: Jit, isa: str) -> None:
         np.testing.assert_allclose(y[0], exact, rtol=1e-6, atol=1e-30, err_msg=expr)
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("width", [7, 8, 9, 31, 33, 1000])
 def test_odd_widths_and_formats(jit: Jit, isa: str, width: int) -> None:
@@ -112,6 +113,7 @@ def test_odd_widths_and_formats(jit: Jit, isa: str, width: int) -> None:
     assert (np.abs(y - want) <= 2.0**-8 * np.abs(want) + 1e-6).all()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(("groups", "size"), [(1, 200), (3, 33), (5, 7), (4, 1)])
 def test_sums_by_group(jit: Jit, isa: str, groups: int, size: int) -> None:

@@ -101,6 +101,7 @@ def expected(checkpoint: Path) -> Floats:
         return model(torch.from_numpy(IDS), torch.arange(len(IDS))).numpy()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "isa", [HERE[0], *(pytest.param(isa, marks=pytest.mark.slow) for isa in HERE[1:])]
 )
@@ -119,6 +120,7 @@ def test_on_the_cpu(
         assert_close(engine.decode_logits(IDS.tolist()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_on_devices(gpus: int, checkpoint: Path, expected: Floats) -> None:

@@ -127,7 +127,7 @@ MIXED = {"embed_tokens": "Q4_K", "lm_head": "Q6_K", "v_proj": "Q6_K",
     [
         pytest.param("Q4_K", MIXED, id="Q4_K_M", marks=pytest.mark.slow),
         *(
-            pytest.param(kind, {}, id=kind, marks=() if kind == "Q8_0" else pytest.mark.slow)
+            pytest.param(kind, {}, id=kind, marks=pytest.mark.slow)
             for kind in (each.title for each in GGUF)
         ),
     ],

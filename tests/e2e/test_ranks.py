@@ -25,6 +25,7 @@ if int(os.environ.get("HMC_TEST_SEEDS", "0")) >= 1000:
     CASES += MORE  # every family with every number of ranks: each rank's process takes seconds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "quant", "gpus", "sizes"), CASES)
 def test_ranks_give_the_logits_of_one_process(
     family: str, quant: str, gpus: int, sizes: dict[str, int], checkpoint: Callable[..., Path]

@@ -124,7 +124,7 @@ def _assert_meant(stated: str, found: float) -> None:
     assert near or value - unit / 2 <= found / 1e9 < value + unit, (stated, found)
 
 
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 @ALL
 def test_compiles(name: str) -> None:
     """The first layers, for both machines."""

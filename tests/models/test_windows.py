@@ -83,7 +83,7 @@ def answers(
     return found
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("family", "chunk"),
     [

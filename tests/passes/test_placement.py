@@ -103,7 +103,7 @@ def test_deepseek_is_within_a_percent_of_the_linear_bound(gigabytes: int, skew: 
     assert 0.99 * bound <= result.gain <= bound * (1 + 1e-9)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("machine", [ONE, TWO])
 @pytest.mark.parametrize("gigabytes", [16, 24, 32, 80, 200])
 def test_no_device_holds_more_than_its_memory(machine: str, gigabytes: int) -> None:

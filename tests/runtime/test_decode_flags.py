@@ -125,6 +125,7 @@ def test_one_program_gives_the_bits_of_single_steps_whatever_the_timing(
                 backend.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "quant"), [CASES[0], *_SLOW])
 def test_tokens_are_the_cpu_plans(family: str, quant: str, checkpoint: Checkpoint) -> None:
     directory = checkpoint(family, quant)

@@ -115,7 +115,7 @@ def by_definition(row, prompt, temperature, top_k=0, top_p=1.0, min_p=0.0, repet
     return weights / weights.sum()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("vocab", [40, 151_936])
 @pytest.mark.parametrize("how", SETTINGS)
 def test_distribution_is_that_of_the_definition(vocab, how):

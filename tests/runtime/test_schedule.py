@@ -100,6 +100,7 @@ def test_a_small_phase_runs_at_the_times_of_the_golden_file(
     golden("runtime/schedule.txt", "\n".join(line.rstrip() for line in lines) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize(
     "tokens",

@@ -105,6 +105,7 @@ class Routed:
         return y
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("adds", [False, True])
 def test_few_tokens(adds: bool, work: Workspace) -> None:
     layer, call = Layer.of("fp8", "int4", [0, 3, 5]), Routed.of(3)
@@ -123,7 +124,7 @@ def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
     assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), adds=False), exact) < BOUND
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU])
 @pytest.mark.parametrize("tokens", [3, 21])
@@ -136,6 +137,7 @@ def test_biases_and_weights_on_the_input(
     assert error(call.run(layer, work, torch.zeros(tokens, HIDDEN), False), exact) < 1e-4
 
 
+@pytest.mark.slow
 def test_many_tokens_in_ranges(work: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "LEAST_SPAN", 7)
     layer, call = Layer.of("int4", "fp8", [1, 5]), Routed.of(21)

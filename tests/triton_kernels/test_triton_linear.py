@@ -32,6 +32,7 @@ def test_fp8_of_few_tokens_and_of_many(
     assert error(matmul(x, weight, work), x.double() @ values.t()) < BOUND
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     "row",
     [*map(format_of, ("bf16", "fp16", "f32", "int4", "int4-zero", "nvfp4")), E5M2_ROWS, FOUR_BITS,

@@ -40,7 +40,7 @@ def compare(
     assert torch.allclose(weights, exact * 2.5, rtol=1e-5, atol=0, equal_nan=True)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("scoring", [SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_every_scoring(scoring: int, normalise: bool, work: Workspace) -> None:
@@ -80,7 +80,7 @@ def test_ties_and_what_is_no_number(work: Workspace) -> None:
     compare(logits, bias, 4, SIGMOID, False, 2, 1)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("slots", "experts"), [(1, 1), (37, 5), (700, 100)])
