@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hmc.plan import load_plan, save_plan
 from hmc.version import VERSION as __version__
 
 if TYPE_CHECKING:

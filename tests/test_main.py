@@ -49,6 +49,12 @@ def test_a_reader_that_is_gone_ends_it_in_silence(arguments: list[str]) -> None:
     assert done.returncode == 141 and not done.stderr
 
 
+def test_the_package_alone_loads_nothing() -> None:
+    """Nor do the processes that compile kernels load what plans are checked with."""
+    script = "import sys, hmc.codegen.build; print({'pydantic', 'torch'} & sys.modules.keys())"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "set()\n"
+
+
 @pytest.mark.parametrize("more", [[], pytest.param(["--dummy-weights"], marks=pytest.mark.slow)])
 def test_a_plan_for_cpus_runs_without_torch(tmp_path: Path, more: list[str]) -> None:
     example = Path(__file__).parents[1] / "examples" / "tiny-kjv"

@@ -102,6 +102,7 @@ def test_the_same_bits(family: str, chunk: int, checkpoint: Callable[[str], Path
         np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.slow
 def test_rings_that_are_too_short_show(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
