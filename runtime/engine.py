@@ -90,6 +90,7 @@ class Engine(Closing):
     def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`."""
         params = sampling_params(self.text, options)
+        params.check_tokens(self.plan.model.vocab)
         ids = prompt_ids(prompt, self.text, self.plan)
         most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         ends = Ends(most, self.eos_token_ids, StopStrings(options.get("stop")))

@@ -18,9 +18,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hmc.errors import HmcError
-from hmc.serve import prepare
+from hmc.serve import conversation
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, bad_request, of_error, of_validation
+from hmc.serve.fields import read
 from hmc.serve.generate import Generations
 from hmc.serve.live import live, plan_facts, step_times
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
@@ -112,6 +113,9 @@ class _Routes:
                 response = of_error(error).response()
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
+            if unknown := getattr(request.state, "unknown_fields", ()):
+                self._metrics.unknown.labels(path).inc(len(unknown))
+                response.headers["X-Hmc-Unknown-Fields"] = ", ".join(unknown)
             self._metrics.http.labels(path, str(response.status_code)).inc()
             return response
 
@@ -139,7 +143,7 @@ class _Routes:
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give prompt or messages")
         if body.messages is not None:
-            tokens = text.encode_chat(prepare.messages(self._service, body.messages))
+            tokens = conversation.encoded(self._service, text, body)
         else:
             tokens = text.encode(body.prompt, special=body.add_special_tokens)
         most = self._service.plan.limits.max_context
@@ -184,7 +188,7 @@ class _Routes:
                     headers={"Connection": "close"},
                 )
             parts.append(part)
-        body = form.model_validate_json(b"".join(parts))
+        body, request.state.unknown_fields = read(form, b"".join(parts))
         self._check_model(body.model)
         return body
 

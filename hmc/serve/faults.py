@@ -81,9 +81,5 @@ def of_validation(error: ValidationError) -> ApiError:
     place = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "json_invalid":
         return bad_request(f"the body is not JSON: {fault['msg']}")
-    if fault["type"] == "extra_forbidden":
-        return bad_request(
-            f"unknown field {place!r}: this server does not know it", place, "unknown_field"
-        )
     message = fault["msg"]
     return bad_request(f"{place}: {message}" if place else message, place or None)

@@ -17,11 +17,12 @@ from hmc.errors import HmcError
 from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve import prepare
 from hmc.serve.answers import Names, tool_calls
-from hmc.serve.bodies import ChatBody, CompletionBody
+from hmc.serve.bodies import ChatBody, CompletionBody, StreamOptions
 from hmc.serve.delivery import Hub, Replies
 from hmc.serve.faults import of_error
 from hmc.serve.metrics import Metrics
 from hmc.serve.prepare import Prepared
+from hmc.serve.reasoning import ThoughtFinder
 from hmc.serve.service import Service
 from hmc.serve.sse import EventStream, watched
 from hmc.serve.tools import Call, CallFinder
@@ -34,7 +35,10 @@ class _Choice:
     """What one choice has said so far."""
 
     finder: CallFinder | None = None
+    thoughts: ThoughtFinder | None = None
+    most_calls: int | None = None
     text: str = ""
+    thought: str = ""
     calls: list[Call] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -43,24 +47,32 @@ class _Choice:
     offset: int = 0
     begun: bool = False
 
-    def take(self, update: Update) -> tuple[str, list[Call]]:
-        """Add an update; the text and the calls that became certain with it."""
+    def take(self, update: Update) -> tuple[str, str, list[Call]]:
+        """Add an update; the thought, the text and the calls that became certain with it."""
         self.tokens += update.token_ids
         self.logprobs += update.logprobs
         if update.prompt_logprobs is not None:
             self.scored = update.prompt_logprobs
-        text, calls = update.piece, list[Call]()
+        ends = update.finish_reason is not None
+        thought, text, calls = "", update.piece, list[Call]()
+        if self.thoughts is not None:
+            thought, text = self.thoughts.push(text)
+            last = self.thoughts.flush() if ends else ("", "")
+            thought, text = thought + last[0], text + last[1]
         if self.finder is not None:
-            text, calls = self.finder.push(update.piece)
-        if update.finish_reason is not None:
-            if self.finder is not None:
-                rest, last = self.finder.flush()
-                text, calls = text + rest, calls + last
-            ended = update.finish_reason == "stop"
-            self.reason = "tool_calls" if ended and (self.calls or calls) else update.finish_reason
+            text, calls = self.finder.push(text)
+            if ends:
+                rest, left = self.finder.flush()
+                text, calls = text + rest, calls + left
+            if self.most_calls is not None:
+                calls = calls[: self.most_calls - len(self.calls)]
+        self.thought += thought
         self.text += text
         self.calls += calls
-        return text, calls
+        if ends:
+            called = update.finish_reason == "stop" and self.calls
+            self.reason = "tool_calls" if called else update.finish_reason
+        return thought, text, calls
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,7 @@ class _News:
 
     index: int
     first: bool
+    thought: str
     text: str
     calls: Sequence[Call]
     logprobs: Sequence[TokenLogprob]
@@ -94,7 +107,13 @@ class Generation(ABC, Generic[Asked]):
         self._names = Names(service.vocabulary)
         self._replies = Replies(hub)
         self.choices = [
-            _Choice(prepared.finder(), self._opening(i)) for i in range(len(prepared.requests))
+            _Choice(
+                prepared.finder(),
+                prepared.thought_finder(),
+                prepared.most_calls,
+                self._opening(i),
+            )
+            for i in range(len(prepared.requests))
         ]
         self._cached = 0
 
@@ -118,7 +137,7 @@ class Generation(ABC, Generic[Asked]):
             async for _ in self._updates():
                 pass
         parts = [
-            self._part(_News(i, True, c.text, c.calls, c.logprobs, c.tokens))
+            self._part(_News(i, True, c.thought, c.text, c.calls, c.logprobs, c.tokens))
             for i, c in enumerate(self.choices)
         ]
         return JSONResponse({**head, "choices": parts, "usage": self._usage()})
@@ -131,9 +150,9 @@ class Generation(ABC, Generic[Asked]):
     def _said(self, news: _News) -> dict[str, Any]:
         """What an answer says of a choice."""
 
-    async def _updates(self) -> AsyncGenerator[tuple[int, Update, str, list[Call]], None]:
-        """(choice, update, new text, new calls) until all have ended; cancels what is left when it
-        is closed early.
+    async def _updates(self) -> AsyncGenerator[tuple[int, Update, str, str, list[Call]], None]:
+        """(choice, update, new thought, text and calls) until all have ended; cancels what is left
+        when it is closed early.
         """
         try:
             async for index, update in self._replies.updates():
@@ -151,20 +170,24 @@ class Generation(ABC, Generic[Asked]):
 
     async def _chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any] | str, None]:
         updates, body = self._updates(), self.body
+        options = body.stream_options or StreamOptions()
         wants_all = body.return_token_ids or body.logprobs not in (None, False)
         try:
-            async for index, update, text, calls in updates:
+            async for index, update, thought, text, calls in updates:
                 choice = self.choices[index]
                 first, choice.begun = not choice.begun, True
-                if first or text or calls or choice.reason is not None or wants_all:
-                    news = _News(index, first, text, calls, update.logprobs, update.token_ids)
-                    yield {**head, "choices": [self._part(news)]}
+                if first or thought or text or calls or choice.reason is not None or wants_all:
+                    said = (thought, text, calls, update.logprobs, update.token_ids)
+                    chunk = {**head, "choices": [self._part(_News(index, first, *said))]}
+                    yield chunk | (
+                        {"usage": self._usage()} if options.continuous_usage_stats else {}
+                    )
         except HmcError as error:
             yield of_error(error).body()
             return
         finally:
             await updates.aclose()
-        if body.stream_options is not None and body.stream_options.include_usage:
+        if options.include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
         yield "[DONE]"
 
@@ -218,9 +241,12 @@ class _Chat(Generation[ChatBody]):
 
     def _said(self, news: _News) -> dict[str, Any]:
         text, calls = news.text, news.calls
+        thought = news.thought if self.body.include_reasoning else ""
         logprobs = self._names.chat(news.logprobs) if self.body.logprobs else None
         if self.body.stream:
             delta: dict[str, Any] = {"role": "assistant"} if news.first else {}
+            if thought:
+                delta["reasoning_content"] = thought
             if news.first or text:
                 delta["content"] = text
             if calls:
@@ -228,6 +254,8 @@ class _Chat(Generation[ChatBody]):
                 delta["tool_calls"] = tool_calls(calls, before, indexed=True)
             return {"delta": delta, "logprobs": logprobs}
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
         if calls:
             listed = tool_calls(calls, indexed=False)
             message |= {"content": text.strip() or None, "tool_calls": listed}

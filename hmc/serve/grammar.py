@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import ExecutionError, UsageError
+from hmc.serve import schemas
 from hmc.serve.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -42,7 +43,17 @@ class Grammars:
         """The grammar of JSON documents that satisfy a schema; `UsageError` for one that cannot be
         compiled.
         """
+        schemas.check(schema)
         return self._checked(llguidance.LLMatcher.grammar_from_json_schema(schema, None, _SPELLING))
+
+    def regex(self, pattern: str) -> str:
+        """The grammar of texts that a regular expression matches whole."""
+        return self._checked(llguidance.LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, texts: Sequence[str]) -> str:
+        """The grammar of any one of some texts."""
+        rule = " | ".join(json.dumps(text) for text in texts)
+        return self._checked(llguidance.LLMatcher.grammar_from_lark(f"start: {rule}"))
 
     def either(self, parts: Sequence[tuple[str, dict[str, Any], str]]) -> str:
         """The grammar of a literal text, a JSON document by a schema and another literal text, by
@@ -50,6 +61,7 @@ class Grammars:
         """
         rules = [f"start: {' | '.join(f'part{i}' for i in range(len(parts)))}"]
         for number, (before, schema, after) in enumerate(parts):
+            schemas.check(schema)
             schema = {**schema, "x-guidance": _SPELLING}
             words = [f"%json {json.dumps(schema)}"]
             words = ([json.dumps(before)] if before else []) + words
@@ -65,8 +77,13 @@ class Grammars:
         failed, faults = llguidance.LLMatcher.validate_grammar_with_warnings(
             grammar, self._tokenizer
         )
-        if failed:
-            raise UsageError(f"the schema cannot be used: {' '.join(faults[0].split())[:300]}")
+        fault = faults[0] if failed else ""
+        if not failed:  # some faults show only when it begins
+            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+            matcher.compute_bitmask()
+            fault = matcher.get_error() if matcher.is_error() else ""
+        if fault:
+            raise UsageError(f"the schema cannot be used: {' '.join(fault.split())[:300]}")
         return grammar
 
 

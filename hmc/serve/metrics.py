@@ -37,6 +37,9 @@ class Metrics:
             "hmc_request_seconds", "From submission to the last token", buckets=_TOTAL, registry=own
         )
         self.http = Counter("hmc_http_requests", "HTTP answers", ("route", "status"), registry=own)
+        self.unknown = Counter(
+            "hmc_unknown_fields", "Fields of bodies that were ignored", ("route",), registry=own
+        )
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -5,7 +5,7 @@ defaults and what excludes what.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,20 +13,37 @@ import numpy as np
 
 from hmc.runtime.engine import Engine
 from hmc.runtime.tokens.generation import Ends
-from hmc.runtime.tokens.requests import Mask, Request, token_ids
+from hmc.runtime.tokens.requests import Request, token_ids
 from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 from hmc.runtime.tokens.text import StopStrings, Text
-from hmc.serve.bodies import ChatBody, CompletionBody, Message, NamedChoice, Sampling, ToolCall
+from hmc.serve.bodies import (
+    ChatBody,
+    CompletionBody,
+    ResponseFormat,
+    Sampling,
+    StructuredOutputs,
+)
+from hmc.serve.conversation import encoded, offered
 from hmc.serve.faults import bad_request
+from hmc.serve.grammar import Grammars
+from hmc.serve.reasoning import Markers, ThoughtFinder, markers_of
 from hmc.serve.service import Service
 from hmc.serve.tools import CallFinder, Form
 
 _MOST_STOPS = 16
+_COMPLETION_TOKENS = 16  # OpenAI's default
+_TAIL = 8  # tokens of a prompt that may begin a thought
+_OBJECT: dict[str, Any] = {"type": "object"}
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
+    *("frequency_penalty", "presence_penalty", "logit_bias"),
+)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Requests in the order of their choices; `finder` makes a finder of tool calls for a choice.
+    """Requests in the order of their choices; `finder` makes a finder of tool calls for a choice,
+    `thought_finder` one of the thought that it begins with (the prompt does, if `thinking`).
 
     `choices_per_prompt` requests share each prompt.
     """
@@ -36,10 +53,17 @@ class Prepared:
     choices_per_prompt: int
     tools: Form | None = None
     opening: str = ""
+    thoughts: Markers | None = None
+    thinking: bool = False
+    most_calls: int | None = None
 
     def finder(self) -> CallFinder | None:
         """A new finder of tool calls; None when the answer is not searched for any."""
         return None if self.tools is None else CallFinder(self.tools, self.opening)
+
+    def thought_finder(self) -> ThoughtFinder | None:
+        """A new finder of the thought; None when the answer is not searched for any."""
+        return None if self.thoughts is None else ThoughtFinder(self.thoughts, begun=self.thinking)
 
     @property
     def prompt_tokens(self) -> int:
@@ -50,15 +74,18 @@ class Prepared:
 def completions(service: Service, body: CompletionBody) -> Prepared:
     """The requests of a completion; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
-    prompts = _prompts(engine.text, body.prompt)
+    prompts = _prompts(engine.text, body)
     _check(service, body, len(prompts) * body.n, "prompt")
-    if body.max_tokens == 0 and not body.echo:
+    asked = _limit(body, _COMPLETION_TOKENS)
+    if asked == 0 and not body.echo:
         raise bad_request("max_tokens: 0 is for scoring a prompt, with echo", "max_tokens")
+    constraint = _constraint(service, body)
     requests = []
     for prompt in prompts:
-        _fits(engine, prompt, body.max_tokens)
+        most = _fits(engine, prompt, asked)
         for number in range(body.n):
-            request = _request(engine, body, prompt, body.max_tokens, number)
+            request = _request(engine, body, prompt, most, number)
+            _hold(service, request, constraint)
             request.logprobs = body.logprobs
             request.prompt_logprobs = body.echo and body.logprobs is not None
             requests.append(request)
@@ -68,84 +95,84 @@ def completions(service: Service, body: CompletionBody) -> Prepared:
 def chat(service: Service, body: ChatBody) -> Prepared:
     """The requests of a chat; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise bad_request("give max_tokens or max_completion_tokens, not both", "max_tokens")
+    asked = _limit(body, None)
+    if asked == 0:
+        raise bad_request("max_tokens: an answer has at least one token", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
     _check(service, body, body.n, "n")
-    offered, chosen = _offered(body)
+    tools, chosen = offered(body)
     text = _text(engine)
-    form = service.form() if offered else None
-    constraint = None
+    form = service.form() if tools else None
     opening = ""
     if form is not None and chosen:
         forced = form.forced(chosen)
         opening = forced.opening
         constraint = service.grammars().either(forced.parts)
-    elif body.response_format is not None:
-        constraint = _format(service, body)
-    prompt = text.encode_chat(messages(service, body.messages), tools=offered or None)
+    else:
+        constraint = _constraint(service, body)
+    prompt = encoded(service, text, body)
+    thoughts = markers_of(text.chat) if text.chat else None
+    thinking = thoughts is not None and thoughts.begun(text.decode(prompt[-_TAIL:]))
+    if thoughts is not None and thinking and constraint is not None:  # it thinks about nothing
+        prompt += text.encode(f"\n{thoughts.end}\n\n", special=False)
+        thinking = False
     if opening:
         prompt += text.encode(opening, special=False)
-    asked = body.max_completion_tokens or body.max_tokens
     most = _fits(engine, prompt, asked)
     requests = []
     for number in range(body.n):
         request = _request(engine, body, prompt, most, number)
         if body.logprobs:
             request.logprobs = body.top_logprobs or 0
-        if constraint is not None:
-            mask: Mask = service.grammars().mask(constraint)
-            request.mask = mask
+        _hold(service, request, constraint)
         requests.append(request)
-    return Prepared(requests, [prompt], body.n, form, opening)
+    if body.reasoning_format == "none":
+        thoughts = None
+    return Prepared(
+        requests,
+        [prompt],
+        body.n,
+        form,
+        opening,
+        thoughts,
+        thinking,
+        None if body.parallel_tool_calls else 1,
+    )
 
 
-def messages(service: Service, given: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as the model's chat template wants them: content as text, arguments of calls in its
-    form.
-    """
-    result = []
-    for message in given:
-        content = message.content
-        if content is None and message.role != "assistant":
-            raise bad_request(f"messages: a message of the {message.role} without content")
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
-        entry = message.model_dump(include={"name", "tool_call_id"}, exclude_none=True)
-        entry["role"] = "system" if message.role == "developer" else message.role
-        entry["content"] = content or ""
-        if message.tool_calls:
-            entry["tool_calls"] = [_called(service, call) for call in message.tool_calls]
-        result.append(entry)
-    return result
+def _hold(service: Service, request: Request, constraint: str | None) -> None:
+    """Hold an answer to a grammar."""
+    if constraint is not None:
+        request.mask = service.grammars().mask(constraint)
 
 
-def _called(service: Service, call: ToolCall) -> dict[str, Any]:
-    found = call.model_dump()
-    if not service.form().arguments_as_text:
-        try:
-            found["function"]["arguments"] = json.loads(call.function.arguments)
-        except ValueError as error:
-            raise bad_request(f"messages: arguments of a tool call are not JSON: {error}") from None
-    return found
+def _limit(body: Sampling, default: int | None) -> int | None:
+    """How many new tokens are asked for; None: as many as fit."""
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise bad_request("max_tokens and max_completion_tokens differ: give one", "max_tokens")
+    for asked in (body.max_completion_tokens, body.max_tokens, body.n_predict):
+        if asked is not None:
+            return None if asked == -1 else asked
+    return default
 
 
 def _request(
     engine: Engine, body: Sampling, prompt: Sequence[int], most: int, number: int
 ) -> Request:
-    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    stops = body.stop or []
     if len(stops) > _MOST_STOPS:
         raise bad_request(f"stop: at most {_MOST_STOPS} stop strings", "stop")
     if stops:
         _text(engine)
-    explicit = body.model_dump(
-        include={"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"}
-    )
+    explicit = {name: getattr(body, name) for name in _SAMPLING}
+    if body.repetition_penalty is None:
+        explicit["repetition_penalty"] = body.repeat_penalty
     if body.seed is not None:
         explicit["seed"] = body.seed + number
     params = SamplingParams.resolve(explicit, engine.text.generation_config if engine.text else {})
-    eos = () if body.ignore_eos else engine.eos_token_ids
+    params.check_tokens(engine.plan.model.vocab)
+    eos = (*(() if body.ignore_eos else engine.eos_token_ids), *(body.stop_token_ids or ()))
     return Request(
         np.asarray(prompt, np.int32),
         Sampler(params, prompt),
@@ -154,8 +181,9 @@ def _request(
     )
 
 
-def _prompts(text: Text | None, given: str | list[Any]) -> list[list[int]]:
+def _prompts(text: Text | None, body: CompletionBody) -> list[list[int]]:
     """Prompts as token ids."""
+    given: Any = body.prompt
     if isinstance(given, str):
         given = [given]
     if not given:
@@ -168,7 +196,7 @@ def _prompts(text: Text | None, given: str | list[Any]) -> list[list[int]]:
         raise bad_request("this checkpoint has no tokenizer: give token ids", "prompt")
     if not all(given):
         raise bad_request("prompt: it is empty", "prompt")
-    return [text.encode(prompt) for prompt in given]
+    return [text.encode(prompt, special=body.add_special_tokens) for prompt in given]
 
 
 def _fits(engine: Engine, prompt: Sequence[int], asked: int | None) -> int:
@@ -203,32 +231,53 @@ def _check(service: Service, body: Sampling, choices: int, field: str) -> None:
         )
 
 
-def _offered(body: ChatBody) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The tools offered, and those of which one has to be called."""
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()]
-    choice = body.tool_choice
-    if choice in ("auto", "required") and not tools:
-        raise bad_request("tool_choice needs tools", "tool_choice")
-    if choice == "none":
-        return [], []
-    if isinstance(choice, NamedChoice):
-        name = choice.function.name
-        chosen = [tool for tool in tools if tool["function"]["name"] == name]
-        if not chosen:
-            raise bad_request(f"tool_choice: no tool is named {name!r}", "tool_choice")
-        return tools, chosen
-    return tools, tools if choice == "required" else []
-
-
-def _format(service: Service, body: ChatBody) -> str | None:
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
+def _constraint(service: Service, body: Sampling) -> str | None:
+    """The grammar that the answer is held to; None for any."""
+    structured = body.structured_outputs or StructuredOutputs()
+    ways: tuple[tuple[str, Callable[[Grammars, Any], str], Any], ...] = (
+        ("response_format", Grammars.json, _format(body.response_format)),
+        ("structured_outputs.json", Grammars.json, structured.json_),
+        ("structured_outputs.json_object", Grammars.json, structured.json_object and _OBJECT),
+        ("structured_outputs.regex", Grammars.regex, structured.regex),
+        ("structured_outputs.choice", Grammars.choice, structured.choice),
+        ("guided_json", Grammars.json, body.guided_json),
+        ("guided_regex", Grammars.regex, body.guided_regex),
+        ("guided_choice", Grammars.choice, body.guided_choice),
+        ("json_schema", Grammars.json, body.json_schema),
+    )
+    asked = [way for way in ways if way[2] not in (None, False)]
+    if not asked:
         return None
-    if wanted.type == "json_object":
-        return service.grammars().json({"type": "object"})
-    if wanted.json_schema is None:
-        raise bad_request("response_format.json_schema is missing", "response_format.json_schema")
-    return service.grammars().json(wanted.json_schema.schema_)
+    name, make, value = asked[0]
+    if len(asked) > 1:
+        other = asked[1][0]
+        raise bad_request(f"{name} and {other} both say what the answer is: give one", other)
+    if make is Grammars.json and isinstance(value, str):
+        value = _schema(name, value)
+    return make(service.grammars(), value)
+
+
+def _format(form: ResponseFormat | None) -> dict[str, Any] | None:
+    """The schema of a response_format; None for a text."""
+    if form is None or form.type == "text":
+        return None
+    if form.type == "json_object":
+        return form.schema_ or _OBJECT
+    if form.json_schema is None:
+        name = "response_format.json_schema"
+        raise bad_request(f"{name} is missing", name)
+    return form.json_schema.schema_ or _OBJECT
+
+
+def _schema(name: str, text: str) -> dict[str, Any]:
+    """A JSON schema that is given as text."""
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        schema = None
+    if not isinstance(schema, dict):
+        raise bad_request(f"{name}: the text is no JSON schema", name)
+    return schema
 
 
 def _text(engine: Engine) -> Text:

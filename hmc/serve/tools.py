@@ -163,7 +163,7 @@ class CallFinder:
             stop = self._held.find(end, start) if start >= 0 else -1
             certain = start
             if start < 0:
-                certain = len(self._held) - _tail(self._held, (begin, *self._form.wrappers))
+                certain = len(self._held) - tail(self._held, (begin, *self._form.wrappers))
             text += self._bare(self._held[:certain])
             self._held = self._held[certain:]
             if stop < 0:
@@ -190,7 +190,7 @@ class CallFinder:
         return text
 
 
-def _tail(text: str, markers: Sequence[str]) -> int:
+def tail(text: str, markers: Sequence[str]) -> int:
     """Length of the longest end of `text` that begins one of `markers`."""
     longest = max(len(marker) for marker in markers)
     for length in range(min(len(text), longest), 0, -1):

@@ -8,7 +8,8 @@ those that transformers gives them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -32,7 +33,7 @@ class _GenerationBlock(jinja2.ext.Extension):
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens it may print."""
+    """One compiled template with the special tokens it may print; `source` is its text."""
 
     def __init__(self, source: str, tokens: dict[str, str], origin: str) -> None:
         """Raises `TokenizerError` naming `origin` when the template does not parse."""
@@ -44,6 +45,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        self.source = source
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -51,21 +53,39 @@ class ChatTemplate:
         self._tokens = tokens
 
     def render(
-        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The prompt text of `messages` ({"role": ..., "content": ...} each).
+        """The prompt text of `messages` ({"role": ..., "content": ...} each), ready for an answer.
+
+        With `continue_final_message` it ends where the last message's content does, for the model
+        to go on with it. `variables` are what this template knows besides.
 
         Raises `UsageError` with the template's own words when it refuses the messages.
         """
+        given, mark = list(messages), ""
+        if continue_final_message:
+            mark = uuid.uuid4().hex  # no content holds it
+            given[-1] = {**given[-1], "content": given[-1]["content"] + mark}
+        names = {
+            **(variables or {}),
+            **self._tokens,
+            "messages": given,
+            "tools": None if tools is None else list(tools),
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+        }
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None if tools is None else list(tools),
-                add_generation_prompt=True,
-                **self._tokens,
-            )
+            text = self._template.render(names)
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             raise UsageError(f"the chat template refuses these messages: {error}") from error
+        if mark not in text:
+            raise UsageError("the chat template does not show the content of the last message")
+        return text[: text.rindex(mark)] if mark else text
 
 
 def _raise(message: str) -> None:

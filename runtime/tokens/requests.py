@@ -144,7 +144,8 @@ def token_ids(
     if len(wrong):
         at = int(wrong[0])
         raise UsageError(
-            f"token id {array[at]} at place {at} is outside the vocabulary: 0..{vocab - 1}"
+            f"token id {array[at]} at place {at} of the prompt is outside the vocabulary:"
+            f" 0..{vocab - 1}"
         )
     if len(array) > context:
         raise ContextLengthError(

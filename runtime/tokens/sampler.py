@@ -1,17 +1,18 @@
 """Choosing the next token from a row of logits; hides the order of the filters, their defaults and
 the random stream.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p, then one
-draw. Temperature 0 means greedy: the largest penalised logit, the lowest id where several are
-largest. Each sequence owns its random stream, so what a sequence draws depends on its seed and its
-logits alone, never on its neighbours.
+The order is that of transformers, and what OpenAI adds to logits follows the penalty that
+multiplies them: repetition penalty, logit bias with frequency and presence penalties, temperature,
+top-k, top-p, min-p, then one draw. Temperature 0 means greedy: the largest penalised logit, the
+lowest id where several are largest. Each sequence owns its random stream, so what a sequence draws
+depends on its seed and its logits alone, never on its neighbours.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,8 @@ Reals = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
+_MOST_PENALTY, _MOST_BIAS = 2, 100  # OpenAI's ranges
+_LIKELIEST = 1e-300  # a share that the likeliest token alone reaches
 _BLOCK = 512  # weights that are summed at once before a draw
 
 
@@ -34,11 +37,15 @@ class SamplingParams:
 
     temperature         >= 0; 0 is greedy
     top_k               >= 0; 0 is off; tokens that tie with the k-th stay
-    top_p               0 < p <= 1; the smallest set of likeliest tokens whose probability reaches
-                        p, of equally likely ones the lowest ids; 1 is off
+    top_p               0 <= p <= 1; the smallest set of likeliest tokens whose probability reaches
+                        p, of equally likely ones the lowest ids; 1 is off, 0 leaves the likeliest
     min_p               0 <= p <= 1; tokens at least p times as likely as the likeliest; 0 is off
     repetition_penalty  > 0; positive logits of seen tokens (prompt and answer) are divided by it,
                         negative ones multiplied (CTRL, arXiv:1909.05858); 1 is off
+    frequency_penalty   -2..2; taken from a token's logit for every time the answer has it
+    presence_penalty    -2..2; taken once from the logit of every token that the answer has
+                        (both as OpenAI defines them: the prompt does not count); 0 is off
+    logit_bias          token id -> -100..100, added to its logit; {} is off
     seed                >= 0, or None for one from the operating system
     """
 
@@ -48,16 +55,35 @@ class SamplingParams:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Raise `UsageError` naming the argument and its range."""
         _number("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")
         _whole("top_k", self.top_k)
-        _number("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _number("top_p", self.top_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         _number("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
         _number("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number > 0")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _number(name, value, lambda x: abs(x) <= _MOST_PENALTY, "a number in [-2, 2]")
+        for token, bias in self.logit_bias.items():
+            _whole("logit_bias", token)
+            _number(
+                f"logit_bias.{token}",
+                bias,
+                lambda x: abs(x) <= _MOST_BIAS,
+                "a number in [-100, 100]",
+            )
         if self.seed is not None:
             _whole("seed", self.seed)
+
+    def check_tokens(self, vocab: int) -> None:
+        """Raise `UsageError` for a bias of a token that a vocabulary of `vocab` does not have."""
+        if (last := max(self.logit_bias, default=0)) >= vocab:
+            raise UsageError(f"logit_bias: token id {last} is outside 0..{vocab - 1}")
 
     @property
     def greedy(self) -> bool:
@@ -78,7 +104,7 @@ class SamplingParams:
         config = generation_config or {}
         given = {name: value for name, value in explicit.items() if value is not None}
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-        if unknown := sorted(set(given) - {*names, "seed"}):
+        if unknown := sorted(set(given) - {each.name for each in fields(SamplingParams)}):
             raise UsageError(f"{unknown[0]}: no such sampling argument")
         values = {name: config[name] for name in names if config.get(name) is not None}
         values |= given
@@ -98,6 +124,8 @@ class Sampler:
         self._params = params
         self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._seen = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        self._said: set[int] = set()
+        self._added = dict(params.logit_bias)  # to the logits of these tokens
 
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token's id from f32 logits [vocab], remembered as seen.
@@ -110,20 +138,22 @@ class Sampler:
             ids, weights = self._survivors(scores, float(scores[likeliest]))
             drawn = _drawn(weights, self._random.random())
             token = drawn if ids is None else int(ids[drawn])
-        if self._params.repetition_penalty != 1:
-            self._see(token)
+        self._remember(token)
         return token
 
     def _scores(self, logits: npt.NDArray[np.float32]) -> tuple[Reals, int]:
         """The logits, penalised (and f64 then), and where the first of the largest is."""
         scores: Reals = np.asarray(logits)
-        penalty = self._params.repetition_penalty
-        if penalty != 1 or scores.dtype not in (np.float32, np.float64):
+        penalty, added = self._params.repetition_penalty, self._added
+        if penalty != 1 or added or scores.dtype not in (np.float32, np.float64):
             scores = scores.astype(np.float64)
         if penalty != 1:
             old = scores[self._seen]
             with np.errstate(over="ignore"):
                 scores[self._seen] = np.where(old < 0, old * penalty, old / penalty)
+        if added:
+            tokens = np.fromiter(added, np.int64, len(added))
+            scores[tokens] += np.fromiter(added.values(), np.float64, len(added))
         likeliest = int(scores.argmax())  # of a NaN, where there is one
         if not np.isfinite(scores[likeliest]):
             raise ExecutionError("the model's logits hold NaN or infinity: no token can be chosen")
@@ -151,14 +181,22 @@ class Sampler:
                 weights /= params.temperature
             np.exp(weights, out=weights)
         if params.top_p < 1:
-            kept = nucleus(weights, params.top_p)
+            kept = nucleus(weights, params.top_p or _LIKELIEST)
             ids, weights = kept if ids is None else ids[kept], weights[kept]
         if params.min_p > 0:
             kept = np.flatnonzero(weights >= params.min_p)
             ids, weights = kept if ids is None else ids[kept], weights[kept]
         return ids, weights
 
-    def _see(self, token: int) -> None:
+    def _remember(self, token: int) -> None:
+        params = self._params
+        if params.frequency_penalty or params.presence_penalty:
+            once = 0.0 if token in self._said else params.presence_penalty
+            self._said.add(token)
+            before = self._added.get(token, 0.0)
+            self._added[token] = before - once - params.frequency_penalty
+        if params.repetition_penalty == 1:
+            return
         place = int(np.searchsorted(self._seen, token))
         if place == len(self._seen) or self._seen[place] != token:
             self._seen = np.insert(self._seen, place, token)

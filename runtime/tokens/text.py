@@ -70,17 +70,15 @@ class Text:
         last = [self._special_id("eos_token")] if flags[1] else []
         return [token for token in (*first, *ids, *last) if token is not None]
 
-    def encode_chat(
-        self, messages: Sequence[dict[str, Any]], *, tools: Sequence[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]], **how: Any) -> list[int]:
         """Token ids of a conversation ({"role", "content"} each) in the checkpoint's chat form,
-        ready to be answered.
+        ready to be answered; `how` is for `ChatTemplate.render`.
 
         Raises `UsageError` when the checkpoint has no chat template.
         """
         if self.chat is None:
             raise UsageError("this checkpoint has no chat template: give a plain prompt instead")
-        return self.encode(self.chat.render(messages, tools=tools), special=False)
+        return self.encode(self.chat.render(messages, **how), special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""

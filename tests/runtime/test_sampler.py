@@ -233,6 +233,85 @@ def test_a_token_of_no_probability_is_never_drawn(monkeypatch):
         assert sampler.sample(row) == expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    vocab=st.sampled_from([2, 7, 33, 1500]),
+    temperature=st.sampled_from([0.0, 0.4, 1.0, 1.7]),
+    frequency=st.floats(-2, 2),
+    presence=st.floats(-2, 2),
+    repetition=st.sampled_from([1.0, 1.3]),
+    bias=st.dictionaries(st.integers(0, 1499), st.floats(-100, 100), max_size=5),
+)
+def test_what_is_added_is_what_openai_defines(
+    seed, vocab, temperature, frequency, presence, repetition, bias
+):
+    """mu[j] + bias[j] - c[j] * frequency - (c[j] > 0) * presence, c over the answer alone."""
+    bias = {token % vocab: value for token, value in bias.items()}
+    params = SamplingParams(
+        temperature,
+        repetition_penalty=repetition,
+        seed=seed,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias=bias,
+    )
+    prompt = [0, 1, 1]
+    sampler, counts = Sampler(params, prompt), np.zeros(vocab, int)
+    for step in range(12):
+        row = logits(seed + step, vocab)
+        scores = row.astype(np.float64)
+        seen = sorted({0, 1} | set(np.flatnonzero(counts)))
+        scores[seen] *= np.where(scores[seen] < 0, repetition, 1 / repetition)
+        scores[list(bias)] += list(bias.values())
+        scores -= counts * frequency + (counts > 0) * presence
+        before = row.copy()
+        found, likeliest = sampler._scores(row)
+        np.testing.assert_allclose(found, scores, rtol=1e-12, atol=1e-9)
+        token = sampler.sample(row)
+        np.testing.assert_array_equal(row, before)
+        assert temperature > 0 or token == likeliest
+        counts[token] += 1
+
+
+def test_nothing_added_leaves_the_draws_as_they_are():
+    row = logits(6, 700)
+    plain = SamplingParams(1.0, seed=3)
+    zeros = SamplingParams(1.0, seed=3, frequency_penalty=0, presence_penalty=0, logit_bias={5: 0})
+    first, second = Sampler(plain), Sampler(zeros)
+    assert [first.sample(row) for _ in range(9)] == [second.sample(row) for _ in range(9)]
+
+
+def test_a_bias_bans_and_selects_and_brings_no_masked_token_back():
+    row = logits(4, 100)
+    best, other = int(row.argmax()), int(row.argmin())
+    assert Sampler(SamplingParams(1.0, seed=1, logit_bias={other: 100})).sample(row) == other
+    ban = Sampler(SamplingParams(1.5, seed=1, logit_bias={best: -100}))
+    assert best not in {ban.sample(row) for _ in range(300)}
+    row[other] = -np.inf
+    assert Sampler(SamplingParams(logit_bias={other: 100})).sample(row) == best
+
+
+def test_a_frequency_penalty_ends_repetition():
+    row = np.array([5.0, 4.0, 3.0, 2.0], np.float32)
+    once = Sampler(SamplingParams(presence_penalty=1.5))
+    assert [once.sample(row) for _ in range(4)] == [0, 1, 0, 0]
+    often = Sampler(SamplingParams(frequency_penalty=1.5))
+    assert [often.sample(row) for _ in range(4)] == [0, 1, 0, 2]
+
+
+def test_a_top_p_of_zero_leaves_the_likeliest():
+    row = logits(8, 3000)
+    assert {Sampler(SamplingParams(2.0, top_p=0, seed=s)).sample(row) for s in range(9)} == {
+        int(row.argmax())
+    }
+
+
+def test_a_bias_outside_the_vocabulary_is_named():
+    with pytest.raises(UsageError, match=r"logit_bias: token id 9 is outside 0\.\.8"):
+        SamplingParams(logit_bias={2: 1, 9: 1}).check_tokens(9)
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 1e-4, 1e300])
 @pytest.mark.parametrize("rest", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"min_p": 1.0}, {"top_k": 3}])
 def test_extreme_temperatures(temperature, rest):
@@ -263,12 +342,15 @@ def test_bad_logits_raise(bad, how):
         ("temperature", "hot"),
         ("top_k", -1),
         ("top_k", 1.5),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.01),
         ("min_p", 2),
         ("repetition_penalty", 0),
         ("seed", -4),
         ("seed", True),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", "x"),
+        ("logit_bias", {-1: 0}),
     ],
 )
 def test_wrong_arguments_are_named(name, value):

@@ -1,4 +1,6 @@
-"""A live server with the example model, whose chat template is given the tools of Hermes."""
+"""A live server with the example model, whose chat template is given the tools of Hermes and the
+thoughts of Qwen.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TEMPLATE = """{{ bos_token }}
 {%- if tools -%}<|user|>Tools:
 {%- for tool in tools -%}{{ tool | tojson }}{%- endfor -%}{%- endif -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}<|assistant|>{{ message['content'] | trim }}
+{%- if message['role'] == 'assistant' -%}<|assistant|>
+{%- if message.reasoning_content -%}<think>{{ message.reasoning_content }}</think>{%- endif -%}
+{{ message['content'] | trim }}
 {%- for call in message['tool_calls'] or [] -%}
 <tool_call>
 {"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
@@ -32,7 +36,9 @@ TEMPLATE = """{{ bos_token }}
 {%- endfor -%}<|end|>
 {%- else -%}<|user|>{{ message['content'] | trim }}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}
+{%- if add_generation_prompt -%}<|assistant|>
+{%- if enable_thinking is defined and enable_thinking -%}<think>{%- endif -%}
+{%- endif -%}
 """
 
 

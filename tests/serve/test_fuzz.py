@@ -31,7 +31,7 @@ MALFORMED = (
     b'{"model": "tiny", "prompt": "x", "max_tokens": 99999999999999999999}',
     b'{"model": "tiny", "prompt": "x", "seed": 99999999999999999999999}',
     b'{"model": "tiny", "prompt": "x", "top_k": 99999999999999999999999}',
-    b'{"model": "tiny", "prompt": "x", "stop": [""]}',
+    b'{"model": "tiny", "prompt": "x", "stop": [1]}',
     b'{"model": "tiny", "prompt": "\xff\xfe"}',
     b'{"model": "tiny", "prompt": "\\ud800"}',
     b'{"model": ' + b"[" * 5000 + b"]" * 5000 + b"}",
