@@ -105,6 +105,7 @@ def chat(service: Service, body: ChatBody) -> Prepared:
     text = _text(engine)
     form = service.form() if tools else None
     opening = ""
+    constraint: str | None
     if form is not None and chosen:
         forced = form.forced(chosen)
         opening = forced.opening

@@ -163,9 +163,8 @@ def _turn(client: openai.OpenAI, history: list[Any], stream: bool, **more: Any) 
     arguments: Any = {"model": "tiny", "messages": history, "max_tokens": 60, "temperature": 0}
     if stream:
         with client.chat.completions.stream(**arguments, **more) as events:
-            for _ in events:
-                pass
-            choice = events.get_final_completion().choices[0]
+            snapshots = [event.snapshot for event in events if event.type == "chunk"]
+        choice = snapshots[-1].choices[0]
     else:
         choice = client.chat.completions.create(**arguments, **more).choices[0]
     history.append(choice.message.model_dump())
