@@ -14,6 +14,8 @@ from hmc.serve.fields import Amount, Body, Most, Number, Whole
 _MOST_CHOICES = 128
 _MOST_LOGPROBS = 20
 _MOST_BIAS = 100
+_LONGEST_PATTERN = 8192
+_MOST_TEXTS = 4096
 
 Ids = list[StrictInt]
 Stops = Annotated[
@@ -28,6 +30,8 @@ Seed = Annotated[Whole, AfterValidator(lambda seed: None if seed == -1 else seed
 TopK = Annotated[Whole, Field(ge=-1), AfterValidator(lambda top_k: max(top_k, 0))]
 Biases = dict[Annotated[int, Field(ge=0)], Annotated[Number, Field(ge=-_MOST_BIAS, le=_MOST_BIAS)]]
 Schema = dict[str, Any]
+Pattern = Annotated[str, Field(max_length=_LONGEST_PATTERN)]
+Texts = Annotated[list[str], Field(min_length=1, max_length=_MOST_TEXTS)]
 
 
 class StreamOptions(Body):
@@ -49,8 +53,8 @@ class StructuredOutputs(Body):
 
     json_: Annotated[Schema | str | None, Field(alias="json")] = None
     json_object: StrictBool = False
-    regex: str | None = None
-    choice: Annotated[list[str], Field(min_length=1)] | None = None
+    regex: Pattern | None = None
+    choice: Texts | None = None
 
 
 class JsonSchema(Body):
@@ -142,8 +146,8 @@ class Sampling(Body):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | str | None = None
-    guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_regex: Pattern | None = None
+    guided_choice: Texts | None = None
     json_schema: Schema | None = None
 
 

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from hmc.serve import bodies
 from hmc.serve.bodies import Body, ChatBody, TokenizeBody
 from hmc.serve.faults import of_validation
 
+
+def _is_form(each: object) -> bool:
+    return isinstance(each, type) and issubclass(each, Body) and each.__module__ == bodies.__name__
+
+
+OWN_WORDS = {"type", "text", "role", "id", "function"}
+"""Of the objects within messages and tools."""
+PAGE = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
 SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
 WORDS = {"type": "text", "text": "What is this?"}
@@ -35,3 +46,10 @@ def test_parts_of_text_are_one_text() -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": [WORDS, WORDS]}]}
     content = ChatBody.model_validate(body).messages[0].content
     assert isinstance(content, list) and [part.text for part in content] == [WORDS["text"]] * 2
+
+
+@pytest.mark.parametrize("form", [each for each in vars(bodies).values() if _is_form(each)])
+def test_every_field_is_on_the_page(form: type[Body]) -> None:
+    fields = {each.alias or name for name, each in form.model_fields.items()}
+    told = set(re.findall(r"[`.\"](\w+)(?=[`\[\"])", PAGE))
+    assert not (fields | form.unused | set(form.neutral)) - told - OWN_WORDS
