@@ -6,8 +6,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
+from pydantic import BeforeValidator, ConfigDict, Field, StrictBool, StrictInt
 from pydantic_core import PydanticCustomError
+
+from hmc.first_fault import FirstFault
 
 _MOST_CHOICES = 128
 _MOST_LOGPROBS = 20
@@ -18,7 +20,7 @@ Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Stops = Annotated[str, Field(min_length=1)] | list[Annotated[str, Field(min_length=1)]]
 
 
-class Body(BaseModel):
+class Body(FirstFault):
     """Strict about unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
