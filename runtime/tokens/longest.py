@@ -43,6 +43,7 @@ def most_bytes(described: dict[str, Any]) -> int | None:
     factor = 1
     for step in normal:
         spaces = step.get("type") == "Replace" and step.get("pattern") == {"String": " "}
+        spaces = spaces and bool(step.get("content"))
         if not spaces and step.get("type") not in _SHRINKS:
             return None
         factor *= 1 if spaces else _SHRINKS[step["type"]]
