@@ -331,3 +331,11 @@ def test_other_threads_run_while_a_text_is_tokenised(write):
     ended.set()
     thread.join()
     assert sum(begin + 0.1 * (end - begin) < at < begin + 0.6 * (end - begin) for at in beats) > 2
+
+
+def test_settings_of_training_change_no_prompt(write):
+    tokenizer = byte_level()
+    plain = tokenizer.encode(SAMPLE).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=500)
+    assert Text.open(write(tokenizer)).encode(SAMPLE) == plain

@@ -114,6 +114,7 @@ def test_a_step_that_hangs_fails_its_requests_and_turns_health(
         assert httpx.post(url, json=ASK).status_code == 503
         release.set()
     said = capfd.readouterr().err
+    assert said.count("its stream ends with an error: a step has been running") == 1
     assert said.count("what the threads do") == 1 and "batching/batch.py" in said
 
 
