@@ -24,6 +24,9 @@ from pathlib import Path
 
 from hmc.errors import UsageError
 
+MOST_THREADS = 4096
+"""Native workers that hmc starts at most."""
+
 _collecting = threading.Lock()
 _uncollected = 0  # how many `uncollected` blocks are under way, in all threads
 _was_collecting = True
@@ -80,7 +83,7 @@ def isa_cap() -> str | None:
 
 def threads() -> int:
     """Native worker threads: `HMC_THREADS`, else the size of the process's CPU affinity mask."""
-    return _integer("HMC_THREADS", default=len(os.sched_getaffinity(0)), low=1, high=4096)
+    return _integer("HMC_THREADS", default=len(os.sched_getaffinity(0)), low=1, high=MOST_THREADS)
 
 
 def graphs(default: bool) -> bool:

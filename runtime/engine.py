@@ -56,7 +56,7 @@ class Engine(Closing):
         """
         directory = Path(checkpoint or plan.checkpoint.path)
         self.plan = plan
-        self.text = text or Text.open(directory)
+        self.text = text or Text.open(directory, plan.limits.max_context)
         self.executor = Executor(plan, directory, **options)
 
     def logits(self, token_ids: Items[int]) -> Logits:

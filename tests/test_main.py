@@ -97,3 +97,12 @@ def test_the_collector_is_off_until_the_last_thread_is_through() -> None:
     go_on.set()
     thread.join(20)
     assert gc.isenabled()
+
+
+def test_a_death_by_a_signal_leaves_a_line() -> None:
+    dies = "import os, hmc.cli as c; c._run = lambda _: os.kill(os.getpid(), 11); c.main([])"
+    ended = subprocess.run(
+        [sys.executable, "-c", dies], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == -11
+    assert ended.stderr.startswith("Fatal Python error: Segmentation fault")

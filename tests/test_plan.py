@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 import hmc
-from hmc.errors import PlanError, PlanFormatError
+from hmc.errors import PlanError, PlanFormatError, VerifyError
 from hmc.plan import Plan, load_plan, save_plan
+from hmc.plan.model import SCHEMA_VERSION, CheckpointInfo
+from hmc.plan.verify import verify_plan
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def test_what_is_no_plan_is_refused(content: bytes, tmp_path: Path) -> None:
         load_plan(path)
 
 
-@pytest.mark.parametrize(("entry", "size"), [("plan.json", 257 << 20), ("digest.json", 5 << 10)])
+@pytest.mark.parametrize(("entry", "size"), [("plan.json", 65 << 20), ("digest.json", 5 << 10)])
 def test_an_entry_that_unpacks_to_much_more_than_a_plan_is_refused(
     plan: Plan, tmp_path: Path, entry: str, size: int
 ) -> None:
@@ -110,6 +114,39 @@ def test_a_plan_compressed_otherwise_is_refused(plan: Plan, tmp_path: Path, meth
         archive.writestr("digest.json", b"{}")
     with pytest.raises(PlanFormatError, match="not deflated"):
         load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("digest", "body", "message"),
+    [
+        (b"[" * 2000 + b"]" * 2000, b"{}", "its digest is unreadable"),
+        (None, b"[" * 100_000, "recursion limit"),
+        (None, b'{"phases":[' + b"0," * (5 << 20) + b"0]}", "values, more than"),
+        (None, b'"":' * (1 << 21), "names, more than"),
+        (None, b'{"phases":[' + b"0," * (1 << 16) + b"0]}", "Field required"),
+    ],
+)
+def test_a_plan_that_would_take_much_memory_is_refused(
+    tmp_path: Path, digest: bytes | None, body: bytes, message: str
+) -> None:
+    path = tmp_path / "a.hmp"
+    hashed = {"schema_version": SCHEMA_VERSION, "sha256": hashlib.sha256(body).hexdigest()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("digest.json", digest or json.dumps(hashed))
+        archive.writestr("plan.json", body)
+    with pytest.raises(PlanFormatError, match=message):
+        load_plan(path)
+
+
+def test_what_is_wrong_with_every_element_is_one_fault() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CheckpointInfo.model_validate_json('{"shards": [' + "0," * 9999 + "0]}")
+    assert caught.value.error_count() < 9
+
+
+def test_a_plan_of_a_thousand_million_threads_is_refused(plan: Plan) -> None:
+    with pytest.raises(VerifyError, match=r"1000000000 threads: there must be 1\.\."):
+        verify_plan(plan.model_copy(update={"threads": 10**9}))
 
 
 def test_a_damaged_plan_is_refused(plan: Plan, tmp_path: Path) -> None:

@@ -102,6 +102,13 @@ def test_rates_come_from_the_plan_then_the_profile(plan_file: Path, profile: Pat
     assert machine_here(mine) == mine
 
 
+def test_a_profile_that_cannot_be_looked_for_is_none(
+    plan_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HMC_CONFIG", str(tmp_path / ("x" * 300)))
+    assert machine_here(load_plan(plan_file).machine) is None
+
+
 def test_rates_of_another_machine_predict_nothing(plan_file: Path, profile: Path) -> None:
     plan = load_plan(plan_file)
     other = _rated().model_copy(update={"cpu": "another CPU"})

@@ -6,6 +6,7 @@ Subcommands are imported when they are called, so that `hmc --help` and `hmc sho
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import select
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit; an `HmcError` ends in one line on stderr and its exit code,
     a reader of stdout or stderr that is gone in 141, as a shell has it for SIGPIPE.
     """
+    if sys.__stderr__ is not None and not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__)  # a death by a signal leaves more than an exit code
     try:
         code = _run(arguments)
         for stream in filter(None, (sys.stdout, sys.stderr)):

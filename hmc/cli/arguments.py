@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hmc.cli.output import size
+from hmc.env import MOST_THREADS
 from hmc.machine.detect import detect
 from hmc.version import VERSION
 
@@ -51,7 +52,12 @@ def output(what: str) -> Option:
     return click.option("-o", "--output", required=True, type=file, help=f"The {what} to write.")
 
 
-THREADS = positive("--threads", help="Native workers [default: the plan's, or one a core].")
+THREADS = option(
+    "--threads",
+    metavar="N",
+    type=_Whole(1, MOST_THREADS),
+    help="Native workers [default: the plan's, or one a core].",
+)
 REPETITIONS = positive("--repetitions", default=5, metavar="R", help="Turns of each measurement.")
 CHECKPOINT = option("--checkpoint", metavar="DIR", help="Model directory, if it has moved.")
 DUMMY_WEIGHTS = option(

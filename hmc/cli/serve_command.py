@@ -21,8 +21,38 @@ from hmc.plan import load_plan
 @option(
     "--port", type=click.IntRange(0, 65535), default=8000, metavar="N", help="0: any free port."
 )
+@option("--unix-socket", metavar="PATH", help="Listen there, and on no port.")
 @option(
     "--api-key", metavar="KEY", help="What clients have to send [default: HMC_API_KEY, else none]."
+)
+@option("--api-key-file", metavar="FILE", help="Keys, one a line; each is accepted.")
+@option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    metavar="NAME",
+    help="Answer requests for this name too (*: any) [default: on a loopback address its names"
+    " alone, else any].",
+)
+@option(
+    "--allow-origin",
+    "allowed_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Let pages of https://ORIGIN use the server (*: all).",
+)
+@option(
+    "--access-log",
+    type=click.Choice(["off", "text", "json"]),
+    default="off",
+    help="A line for every request on stderr; those that fail for the server's fault have one.",
+)
+@option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=60.0,
+    metavar="SECONDS",
+    help="After SIGTERM, for what has been accepted.",
 )
 @positive("--max-queue", default=64, help="Requests that may wait.")
 @option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
@@ -48,7 +78,10 @@ def command(
     plan_path: str,
     host: str,
     port: int,
+    unix_socket: str | None,
     api_key: str | None,
+    api_key_file: str | None,
+    allowed_hosts: tuple[str, ...],
     served_name: str | None,
     watchdog: float,
     threads: int | None,
@@ -59,7 +92,8 @@ def command(
 ) -> None:
     """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
 
-    SIGTERM or Ctrl-C finishes what has been accepted and ends; a second one ends at once.
+    SIGTERM or Ctrl-C finishes what has been accepted, within --drain-seconds, and ends; a second
+    one ends at once.
 
     \b
     hmc serve plan.hmp --port 8000
@@ -68,11 +102,9 @@ def command(
     """
     if prefill_threads is not None and prefill_process == "off":
         raise UsageError("--prefill-threads: there is no such process with --prefill-process off")
-    key = api_key if api_key is not None else os.environ.get("HMC_API_KEY")
-    if api_key == "":
-        raise UsageError("--api-key: it is empty")
+    keys = _keys(api_key, api_key_file)
     plan = load_plan(plan_path)
-    server, disaggregation = _extras()
+    server, disaggregation, hosts = _extras()
     decision = disaggregation.decide(
         plan,
         prefill_process,
@@ -85,26 +117,47 @@ def command(
     settings = server.Settings(
         name=served_name or Path(plan_path).stem,
         threads=threads,
-        api_key=key or None,
+        api_keys=keys,
+        allowed_hosts=hosts.allowed_hosts(host, allowed_hosts),
         watchdog_seconds=watchdog,
         prefill=decision,
         home=home,
         **others,
     )
-    server.serve(plan, settings, host, port)
+    server.serve(plan, settings, host, port, unix_socket)
 
 
-def _extras() -> tuple[Any, Any]:
+def _keys(given: str | None, file: str | None) -> tuple[str, ...]:
+    """What clients may send; () where no key is asked for. `UsageError` for one that is empty."""
+    if file is not None:
+        if given is not None:
+            raise UsageError("--api-key-file: there is an --api-key too; give one")
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--api-key-file {file}: cannot be read: {error}") from error
+        if keys := tuple(line.strip() for line in lines if line.strip()):
+            return keys
+        raise UsageError(f"--api-key-file {file}: there is no key in it")
+    where, key = "--api-key", given
+    if key is None:
+        where, key = "HMC_API_KEY", os.environ.get("HMC_API_KEY")
+    if key is not None and not key.strip():
+        raise UsageError(f"{where}: it is empty; leave it out to serve without a key")
+    return () if key is None else (key,)
+
+
+def _extras() -> tuple[Any, Any, Any]:
     """hmc.serve.server, which needs packages that hmc alone does not bring, and what decides on
     its processes.
     """
     try:
         from hmc.runtime.prefill import disaggregation
-        from hmc.serve import server
+        from hmc.serve import hosts, server
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "hmc":
             raise
         raise UsageError(
             f"hmc serve needs the package {error.name}: pip install 'hmc[serve]'"
         ) from error
-    return server, disaggregation
+    return server, disaggregation, hosts

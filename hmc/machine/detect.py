@@ -4,6 +4,7 @@ and what memory is free now. Hides /proc, /sys, cgroups, and where profiles are.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -167,12 +168,12 @@ def machine_here(planned: Machine, name: str | None = None) -> Machine | None:
     if name is not None:
         return rated_machine(name)
     path = profile_path()
-    if planned.rates is None and not path.exists():
+    if planned.rates is None and not os.path.exists(path):
         return None
     here = detect()
     if planned.rates is not None and _same(planned, here):
         return planned
-    if path.exists():
+    if os.path.exists(path):  # not where its folder may not be read
         machine = load_machine(str(path))
         if machine.rates is not None and _same(machine, here):
             return machine

@@ -25,8 +25,11 @@ from hmc.files import write_file
 from hmc.plan.model import SCHEMA_VERSION, Plan
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_DIGEST_BYTES, _PLAN_BYTES = 4 << 10, 256 << 20
-"""What the entries may unpack to: the plan of a model of 671e9 parameters has some MiB."""
+_DIGEST_BYTES, _PLAN_BYTES = 4 << 10, 64 << 20
+_MOST = {"values": (b",", 4 << 20), "names": (b'":', 1 << 20)}
+"""What the entries may unpack to, in bytes and in parts, which take more memory: the plan of 671e9
+parameters has 3.5 MB, 0.23 million values and 0.18 million names.
+"""
 
 
 def canonical_json(plan: Plan) -> str:
@@ -85,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Plan:
     try:
         digest = json.loads(digest_text)
         version, expected = digest["schema_version"], digest["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PlanFormatError(f"{source} is no hmc plan: its digest is unreadable") from error
     if version != SCHEMA_VERSION:
         raise PlanFormatError(
@@ -96,12 +99,18 @@ def load(path: str | os.PathLike[str]) -> Plan:
         raise PlanFormatError(
             f"{source} was changed after it was made (its digest differs): compile the model again"
         )
+    for what, (mark, most) in _MOST.items():
+        if (found := text.count(mark)) > most:
+            raise PlanFormatError(
+                f"{source} is no hmc plan: it has {found:,} {what}, more than the {most:,} that one"
+                " may have"
+            )
     with env.uncollected():
         try:
             plan = Plan.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "plan.json"
             raise PlanFormatError(f"{source}: {where}: {first['msg']}") from error
     return plan
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from math import isfinite
 
+from hmc import env
 from hmc.codegen.spec import MAX_TOKENS
 from hmc.errors import VerifyError
 from hmc.ops import State
@@ -164,13 +165,14 @@ def check_limits(plan: Plan) -> None:
         and 0 < limits.max_batch <= min(kv.capacity_tokens // kv.block, kv.sequences)
         and kv.slots < _MOST_TOKENS
         and all(kv.rows(layer, state) < _MOST_TOKENS for layer, state in kv.each())
-        and plan.threads > 0
     ):
         raise VerifyError(
             f"limits: a cache of {kv.capacity_tokens} tokens in blocks of {kv.block} is none for"
             f" contexts of {limits.max_context}, chunks of {limits.max_chunk} and"
             f" {limits.max_batch} sequences"
         )
+    if not 0 < plan.threads <= env.MOST_THREADS:
+        raise VerifyError(f"{plan.threads} threads: there must be 1..{env.MOST_THREADS}")
     cpu = all(step.resource == "cpu" for phase in plan.phases for step in phase.steps)
     if kv.room not in (0, limits.max_chunk) or (kv.room and not cpu):
         raise VerifyError(

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -20,12 +22,14 @@ from starlette.routing import Route
 from hmc.errors import HmcError
 from hmc.serve import conversation
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from hmc.serve.faults import ApiError, bad_request, of_error, of_validation
-from hmc.serve.fields import read
+from hmc.serve.faults import ApiError, bad_request, of
 from hmc.serve.generate import Generations
+from hmc.serve.hosts import check_host
 from hmc.serve.live import live, plan_facts, step_times
+from hmc.serve.log import RequestLog, note_fault
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
-from hmc.serve.service import Service
+from hmc.serve.reading import body as read_body
+from hmc.serve.service import Service, Settings
 from hmc.version import VERSION
 
 _OPEN = {"/", "/health"}
@@ -40,7 +44,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 Form = TypeVar("Form", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
 
 
-def application(service: Service, failed: Callable[[], None]) -> Starlette:
+def application(service: Service, failed: Callable[[], None]) -> RequestLog:
     """The application; it begins and closes the service. `failed` is called, in another thread,
     when loading fails.
     """
@@ -70,14 +74,27 @@ def application(service: Service, failed: Callable[[], None]) -> Starlette:
         ("/live/plan", "GET", _telling(lambda: facts)),
         ("/live/steps", "GET", _telling(lambda: step_times(service))),
     ]
-    return Starlette(
+    inner = Starlette(
         routes=[
             Route(path, routes.guarded(path, handler), methods=[method])
             for path, method, handler in table
         ],
         lifespan=lifespan,
+        middleware=_around(service.settings),
         exception_handlers={HTTPException: _http_error, Exception: _fault},
     )
+    return RequestLog(inner, service.settings.access_log)
+
+
+def _around(settings: Settings) -> list[Middleware]:
+    """What every request passes: the leave of other origins' pages."""
+    if not settings.allowed_origins:
+        return []
+    origins, methods = list(settings.allowed_origins), ["GET", "POST"]
+    leave = Middleware(
+        CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=["*"]
+    )
+    return [leave]
 
 
 def _telling(make: Callable[[], dict[str, Any]]) -> Handler:
@@ -94,23 +111,22 @@ class _Routes:
         self._service = service
         self._metrics = Metrics(service)
         self._generations = Generations(service, self._metrics)
-        key = service.settings.api_key
-        self._key = None if key is None else f"Bearer {key}".encode()
+        self._keys = [f"Bearer {key}".encode() for key in service.settings.api_keys]
 
     def guarded(self, path: str, handler: Handler) -> Handler:
         """The handler behind the key check, with its errors answered and counted."""
 
         async def answer(request: Request) -> Response:
             try:
+                check_host(request, self._service.settings.allowed_hosts)
                 if path not in _OPEN:
                     self._check_key(request)
                 response = await handler(request)
-            except ApiError as error:
-                response = error.response()
-            except ValidationError as error:
-                response = of_validation(error).response()
-            except HmcError as error:
-                response = of_error(error).response()
+            except (ApiError, ValidationError, HmcError) as error:
+                fault = of(error)
+                if fault.status >= 500:
+                    note_fault(request.scope, fault.message)
+                response = fault.response()
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
             if unknown := getattr(request.state, "unknown_fields", ()):
@@ -143,9 +159,10 @@ class _Routes:
         if (body.prompt is None) == (body.messages is None):
             raise bad_request("give prompt or messages")
         if body.messages is not None:
-            tokens = conversation.encoded(self._service, text, body)
+            tokens = await asyncio.to_thread(conversation.encoded, self._service, text, body)
         else:
-            tokens = text.encode(body.prompt, special=body.add_special_tokens)
+            special = body.add_special_tokens
+            tokens = await asyncio.to_thread(text.encode, body.prompt, special=special)
         most = self._service.plan.limits.max_context
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
 
@@ -172,31 +189,16 @@ class _Routes:
         return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _body(self, request: Request, form: type[Form]) -> Form:
-        """The body, read no further than the limit, of a request for the model served here."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "the body must be sent with Content-Type: application/json")
-        most = self._service.settings.max_body_bytes
-        parts, total = [], 0
-        async for part in request.stream():
-            total += len(part)
-            if total > most:
-                raise ApiError(
-                    413,
-                    f"the body has more than {most} bytes",
-                    code="body_too_large",
-                    headers={"Connection": "close"},
-                )
-            parts.append(part)
-        body, request.state.unknown_fields = read(form, b"".join(parts))
+        """The body of a request for the model served here."""
+        body, unknown = await read_body(request, form, self._service.most_body_bytes)
+        request.state.unknown_fields = unknown
         self._check_model(body.model)
         return body
 
     def _check_key(self, request: Request) -> None:
-        if self._key is None:
-            return
         given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, self._key):
+        found = [hmac.compare_digest(given, key) for key in self._keys]  # as long for each
+        if self._keys and not any(found):
             raise ApiError(
                 401,
                 "the API key is missing or wrong: send Authorization: Bearer KEY",
@@ -233,9 +235,10 @@ class _Routes:
         return engine.text
 
 
-async def _fault(_: Request, error: Exception) -> Response:
+async def _fault(request: Request, error: Exception) -> Response:
     """A mistake of ours; the server's log gets the traceback."""
     text = f"the server made a mistake: {type(error).__name__}: {error}"
+    note_fault(request.scope, text)
     return ApiError(500, text, kind="server_error", code="internal_error").response()
 
 

@@ -53,6 +53,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def of(error: ApiError | ValidationError | HmcError) -> ApiError:
+    """The answer to whatever goes wrong on purpose."""
+    if isinstance(error, HmcError):
+        return of_error(error)
+    return of_validation(error) if isinstance(error, ValidationError) else error
+
+
 def of_error(error: HmcError) -> ApiError:
     """The answer to an error of hmc."""
     text = str(error)
@@ -61,6 +68,7 @@ def of_error(error: HmcError) -> ApiError:
     if isinstance(error, UsageError):
         return bad_request(text)
     if isinstance(error, QueueFullError):
+        # Not 503: clients wait and try again after either, but routers take a server out for 503.
         return ApiError(
             429,
             text,

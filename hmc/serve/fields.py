@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from hmc.first_fault import FirstFault
 from hmc.serve.faults import bad_request
 
 _MOST_NAMED = 16
@@ -31,7 +32,7 @@ Most = Annotated[Whole, Field(ge=-1)]
 """A limit of tokens; -1: as many as fit."""
 
 
-class Body(BaseModel):
+class Body(FirstFault):
     """An object of a body."""
 
     model_config = ConfigDict(extra="allow")

@@ -20,6 +20,7 @@ from hmc.serve.answers import Names, tool_calls
 from hmc.serve.bodies import ChatBody, CompletionBody, StreamOptions
 from hmc.serve.delivery import Hub, Replies
 from hmc.serve.faults import of_error
+from hmc.serve.log import say
 from hmc.serve.metrics import Metrics
 from hmc.serve.prepare import Prepared
 from hmc.serve.reasoning import ThoughtFinder
@@ -183,7 +184,10 @@ class Generation(ABC, Generic[Asked]):
                         {"usage": self._usage()} if options.continuous_usage_stats else {}
                     )
         except HmcError as error:
-            yield of_error(error).body()
+            fault = of_error(error)
+            if fault.status >= 500:
+                say(f"{head['id']}: its stream ends with an error: {fault.message}")
+            yield fault.body()
             return
         finally:
             await updates.aclose()

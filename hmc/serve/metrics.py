@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from hmc.runtime.batching.stats import SchedulerStats
 from hmc.runtime.tokens.generation import Timings
 from hmc.serve.service import Service
+from hmc.version import VERSION
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -65,6 +66,11 @@ class _Scheduler:
         yield GaugeMetricFamily(
             "hmc_ready", "1 when requests are served", value=float(service.state == "ready")
         )
+        built = {"version": VERSION, "model": service.plan.model.architecture}
+        built |= {"isa": service.plan.isa, "plan_by": service.plan.hmc_version}
+        info = GaugeMetricFamily("hmc_build_info", "What runs", labels=tuple(built))
+        info.add_metric(tuple(built.values()), 1)
+        yield info
         if service.scheduler is None:
             return
         stats = service.scheduler.stats()

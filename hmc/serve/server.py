@@ -6,21 +6,23 @@ import asyncio
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.serve.app import application
+from hmc.serve.connections import Connection, Listener
+from hmc.serve.hosts import is_loopback
+from hmc.serve.log import say
 from hmc.serve.service import Service, Settings
 
 _CLIENT_SECONDS = 5.0
-_LOOPBACK = ("127.", "::1", "localhost")
 
 
 class Server(uvicorn.Server):
@@ -31,7 +33,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 application(self.service, self.stop),
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="on",
                 log_level="warning",
@@ -46,9 +48,32 @@ class Server(uvicorn.Server):
         self.service.drain()
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with listeners that count connections."""
+        await super().startup(sockets=[])
+        state, app_state = self.server_state, self.lifespan.state
+
+        def make() -> Connection:
+            return Connection(self.config, state, app_state)
+
+        listeners: list[Any] = [Listener(each, state.connections, make) for each in sockets or ()]
+        self.servers = listeners
+
+    async def on_tick(self, counter: int) -> bool:
+        """As uvicorn's, ten times a second."""
+        if counter % 10 == 0:
+            self._tend()
+        return await super().on_tick(counter)
+
+    def _tend(self) -> None:
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
+            connection.tend()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's, which waits for every client; those that do not read their answer, or never
-        finish their question, are left once everything accepted has been answered.
+        finish their question, are left once everything accepted has been answered, or when
+        `drain_seconds` are over.
         """
         leaving = asyncio.create_task(self._leave_clients())
         await super().shutdown(sockets)
@@ -57,9 +82,13 @@ class Server(uvicorn.Server):
             await leaving
 
     async def _leave_clients(self) -> None:
-        while not self.service.answered:  # the watchdog ends a step that hangs
+        loop, seconds = asyncio.get_running_loop(), self.service.settings.drain_seconds
+        end = loop.time() + seconds
+        while not self.service.answered and loop.time() < end:
             await asyncio.sleep(0.1)
-        await asyncio.sleep(_CLIENT_SECONDS)
+        if not self.service.answered:
+            say(f"what has not been answered {seconds:g} s after the signal is cut off")
+        await asyncio.sleep(min(_CLIENT_SECONDS, max(0.0, end - loop.time())))
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
@@ -86,6 +115,36 @@ class Server(uvicorn.Server):
         self.stop()
 
 
+@contextmanager
+def listen_unix(path: str) -> Generator[socket.socket, None, None]:
+    """A listening socket in the file system for the length of a `with`; one that nobody answers any
+    more is replaced. `UsageError` when there can be none.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        try:
+            _free(path)
+            listener.bind(path)
+            listener.listen(1024)
+        except OSError as error:
+            raise UsageError(f"cannot listen on {path}: {error.strerror or error}") from error
+        yield listener
+    with suppress(OSError):
+        os.unlink(path)
+
+
+def _free(path: str) -> None:
+    """Remove a socket that nobody answers."""
+    with socket.socket(socket.AF_UNIX) as other:
+        try:
+            other.connect(path)
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise UsageError(f"cannot listen on {path}: somebody else does")
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; `UsageError` when there can be none."""
     try:
@@ -96,24 +155,26 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def serve(plan: Plan, settings: Settings, host: str, port: int) -> None:
-    """Serve until a signal; returns once everything accepted has been answered.
+def serve(plan: Plan, settings: Settings, host: str, port: int, unix: str | None = None) -> None:
+    """Serve until a signal, on a host's port or on a socket `unix`; returns once everything that
+    was accepted has been answered, or `drain_seconds` are over.
 
     Raises what loading the engine raises, and `UsageError` when the address cannot be had.
     """
     server = Server(plan, settings)
-    with listen(host, port) as listener:
-        address = f"[{host}]" if ":" in host else host
-        bound = listener.getsockname()[1]
-        if settings.api_key is None and not host.startswith(_LOOPBACK):
-            print(
-                f"hmc: warning: {host} is not a loopback address and there is no --api-key:"
-                " whoever reaches this port can use the model",
-                file=sys.stderr,
-            )
-        print(f"hmc: serving {settings.name} on http://{address}:{bound}", file=sys.stderr)
-        print(f"hmc: {settings.prefill.reason}", file=sys.stderr)
-        sys.stderr.flush()
+    with listen_unix(unix) if unix is not None else listen(host, port) as listener:
+        if unix is not None:
+            where = f"unix:{unix}"
+        else:
+            address = f"[{host}]" if ":" in host else host
+            where = f"http://{address}:{listener.getsockname()[1]}"
+            if not settings.api_keys and not is_loopback(host):
+                say(
+                    f"warning: {host} is not a loopback address and there is no --api-key:"
+                    " whoever reaches this port can use the model"
+                )
+        say(f"serving {settings.name} on {where}")
+        say(settings.prefill.reason)
         server.run(sockets=[listener])
     if server.service.failure is not None:
         raise server.service.failure

@@ -25,8 +25,10 @@ from hmc.runtime.tokens.files import TokenizerFiles
 from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.grammar import Grammars
+from hmc.serve.log import Access, say
 from hmc.serve.tools import Form, form_of
 from hmc.serve.vocabulary import Vocabulary
+from hmc.serve.watch import StepWatch
 
 State = Literal["loading", "ready", "unhealthy", "draining"]
 
@@ -34,6 +36,8 @@ _WATCH_SECONDS = 1.0
 _RECENT = 128
 _CLOSE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+_PROGRESS_SECONDS = 5.0
+_ELSE_BYTES = 1 << 20  # of a body besides its prompts: tools, schemas
 _ONE_PROCESS = Decision(None, "prefill process: off")
 
 
@@ -45,7 +49,11 @@ class Settings:
     checkpoint: str | None = None
     threads: int | None = None
     dummy_weights: bool = False
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    access_log: Access = "off"
+    drain_seconds: float = 60.0
     max_queue: int = 64
     watchdog_seconds: float = 300.0
     keep_alive_seconds: float = 15.0
@@ -114,6 +122,14 @@ class Service:
         """The share of the step of loading under way, 0..1; 1 when loaded."""
         _, done, total = self._progress
         return 1.0 if self._scheduler is not None else min(1.0, done / max(total, 1))
+
+    @property
+    def most_body_bytes(self) -> int:
+        """What a body may have: the ids of as many prompts as may wait, each as long as the context
+        (a text of one, escaped, has about as many bytes), and what else there is.
+        """
+        prompts = 8 * self.settings.max_queue * self.plan.limits.max_context
+        return min(self.settings.max_body_bytes, _ELSE_BYTES + prompts)
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -201,8 +217,14 @@ class Service:
     def _open(self, stack: ExitStack) -> tuple[Disaggregated, Scheduler]:
         """Everything that answers requests; `stack` closes it again."""
 
+        begin = told = time.monotonic()
+
         def report(what: str, done: int, total: int) -> None:
+            nonlocal told
             self._progress = (what, done, total)
+            if time.monotonic() - told > _PROGRESS_SECONDS:
+                told = time.monotonic()
+                say(self.reason)
 
         opened = stack.enter_context(
             Disaggregated(
@@ -233,6 +255,11 @@ class Service:
             prefill=opened.worker,
         )
         scheduler.start()
+        limits = self.plan.limits
+        say(
+            f"ready after {time.monotonic() - begin:.1f} s: context {limits.max_context}, up to"
+            f" {limits.max_batch} requests at a time and {self.settings.max_queue} waiting"
+        )
         return opened, scheduler
 
     def _tell(self, opened: Disaggregated) -> None:
@@ -241,19 +268,24 @@ class Service:
         for told in filter(None, (executor.pinned, executor.handover)):
             if told not in self._told:
                 self._told.add(told)
-                print(f"hmc: {told}", file=sys.stderr, flush=True)
+                say(told)
 
     def _watch(self) -> None:
         """The watchdog: a step that takes too long ends all requests and turns /health."""
         limit = self.settings.watchdog_seconds
-        while not self._closing.wait(min(_WATCH_SECONDS, limit / 4)):
-            scheduler = self._scheduler
-            if self._opened is not None:
-                self._tell(self._opened)
-            if scheduler is None or scheduler.stuck_for <= limit:
+        period = min(_WATCH_SECONDS, limit / 4)
+        watch, restarts = StepWatch(limit, period), 0
+        while not self._closing.wait(period):
+            scheduler, opened = self._scheduler, self._opened
+            if opened is not None:
+                self._tell(opened)
+                if opened.worker is not None and opened.worker.restarts > restarts:
+                    restarts = opened.worker.restarts
+                    say(f"the prefill process was replaced ({restarts} so far)")
+            if scheduler is None or not watch.hangs(scheduler.stuck_for, time.monotonic()):
                 continue
             self._hung = f"a step has been running for more than {limit:g} s"
-            print(f"hmc: {self._hung}; what the threads do:", file=sys.stderr, flush=True)
+            say(f"{self._hung}; what the threads do:")
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             scheduler.abandon(WorkerError(self._hung))
             return

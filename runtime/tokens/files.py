@@ -50,11 +50,16 @@ class TokenizerFiles:
         return TokenizerFiles(path, _text(path), config, generation, template, template_path, ends)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer itself."""
+        """The tokenizer itself, which cuts nothing off and fills nothing up: settings of training
+        that some files keep.
+        """
         try:
-            return tokenizers.Tokenizer.from_str(self.described)
+            found = tokenizers.Tokenizer.from_str(self.described)
         except Exception as error:  # the library raises bare Exception for everything
             raise TokenizerError(f"{self.path}: not a readable tokenizer: {error}") from error
+        found.no_truncation()
+        found.no_padding()
+        return found
 
 
 def _of_gguf(path: Path) -> TokenizerFiles | None:

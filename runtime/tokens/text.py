@@ -6,15 +6,17 @@ strings wherever token boundaries fall. The chat template lives in runtime/token
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from hmc.errors import UsageError
+from hmc.errors import ContextLengthError, UsageError
 from hmc.runtime.tokens.chat import ChatTemplate
 from hmc.runtime.tokens.files import TokenizerFiles
+from hmc.runtime.tokens.longest import most_bytes
 
 _CONTEXT_TOKENS = 5  # prompt tokens a detokeniser starts from, so that a leading space is kept
 _LONGEST_HOLD = 16  # tokens that no character needs: beyond it the bytes held back are not UTF-8
@@ -33,16 +35,21 @@ class Text:
         chat: ChatTemplate | None,
         eos_token_ids: tuple[int, ...],
         generation_config: dict[str, Any],
+        most_bytes: int | None = None,
     ) -> None:
+        """A text of more than `most_bytes` is refused unread, where that is a number."""
         self._tokenizer = tokenizer
         self._config = config
         self.chat = chat
         self.eos_token_ids = eos_token_ids
         self.generation_config = generation_config
+        self._most_bytes = most_bytes
 
     @staticmethod
-    def open(location: Path) -> Text | None:
-        """Of a model directory or a GGUF file; None when the checkpoint has no tokenizer.
+    def open(location: Path, context: int | None = None) -> Text | None:
+        """Of a model directory or a GGUF file; None when the checkpoint has no tokenizer. A text
+        that must have more than `context` tokens is refused unread, where the tokenizer's longest
+        token tells so.
 
         Raises `TokenizerError` naming the file that cannot be read.
         """
@@ -51,21 +58,26 @@ class Text:
             return None
         tokens, origin = special_tokens(files.config), str(files.template_path)
         chat = ChatTemplate(files.template, tokens, origin) if files.template else None
-        return Text(files.tokenizer(), files.config, chat, files.eos_token_ids, files.generation)
+        tokenizer, ends, generation = files.tokenizer(), files.eos_token_ids, files.generation
+        longest = None if context is None else most_bytes(json.loads(files.described))
+        most = None if longest is None or context is None else longest * context
+        return Text(tokenizer, files.config, chat, ends, generation, most)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text`; with `special`, framed by BOS and EOS as the checkpoint's tokenizer
         does it.
 
         `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of
-        tokenizer.json where they are given, as in transformers.
+        tokenizer.json where they are given, as in transformers. Other threads run meanwhile.
+
+        Raises `ContextLengthError` for a text of so many bytes that the context cannot hold it.
         """
         if not special:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._ids(text, special=False)
         flags = [self._config.get(f"add_{name}_token") for name in ("bos", "eos")]
         if flags == [None, None]:
-            return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._ids(text, special=True)
+        ids = self._ids(text, special=False)
         first = [self._special_id("bos_token")] if flags[0] else []
         last = [self._special_id("eos_token")] if flags[1] else []
         return [token for token in (*first, *ids, *last) if token is not None]
@@ -83,6 +95,17 @@ class Text:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        most = self._most_bytes
+        if most is not None and len(text) * 4 > most and (found := len(text.encode())) > most:
+            raise ContextLengthError(
+                f"the text has {found} bytes, of which the plan's context holds {most} at the most:"
+                " shorten it or compile with a larger --max-context"
+            )
+        # `encode` keeps other threads waiting, and finds offsets that nobody asks for.
+        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        return list(encoding.ids)
 
     def _special_id(self, name: str) -> int | None:
         token = special_tokens(self._config).get(name)

@@ -3,13 +3,25 @@ stop strings.
 """
 
 import json
+import threading
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
-from hmc.errors import TokenizerError, UsageError
+from hmc.errors import ContextLengthError, TokenizerError, UsageError
+from hmc.runtime.tokens.longest import most_bytes
 from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
 SAMPLE = "Grüße 日本語の文字 🙂🙃 emoji 👩‍👩‍👧 and plain words, plain words. "
@@ -263,3 +275,67 @@ def test_added_special_tokens_are_left_out_of_text(write):
     text = Text.open(write(tokenizer))
     ids = text.encode("a<|im_end|><think>b", special=False)
     assert "".join(stream(text, ids)) == text.decode(ids) == "a<think>b"
+
+
+def test_a_text_too_long_for_the_context_is_refused_unread(write):
+    folder = write(byte_level())
+    vocabulary = byte_level().get_vocab()
+    longest = most_bytes(json.loads((folder / "tokenizer.json").read_text()))
+    assert longest == max(map(len, vocabulary))
+    token = max(vocabulary, key=len)
+    piece = byte_level().decode([vocabulary[token]], skip_special_tokens=False)
+    text = Text.open(folder, 10)
+    fits = "a" * (10 * longest)
+    assert len(text.encode(fits)) > 10  # whose tokens are short: the one who counts them refuses it
+    assert len(piece.encode()) <= longest
+    text._tokenizer = None
+    with pytest.raises(ContextLengthError, match=f"{10 * longest + 1} bytes"):
+        text.encode(fits + "a")
+    with pytest.raises(ContextLengthError):
+        text.encode("\u20ac" * (4 * longest))
+
+
+def test_tokenizers_that_drop_text_have_no_longest_token():
+    def bound(change):
+        tokenizer = byte_level()
+        change(tokenizer)
+        return most_bytes(json.loads(tokenizer.to_str()))
+
+    plain = bound(lambda tokenizer: None)
+    assert bound(lambda t: setattr(t, "normalizer", normalizers.NFC())) == 4 * plain
+    assert bound(lambda t: setattr(t, "normalizer", normalizers.Strip())) is None
+    assert bound(lambda t: t.add_tokens([AddedToken("<m>", lstrip=True)])) is None
+    removed = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    assert bound(lambda t: setattr(t, "pre_tokenizer", removed)) is None
+    fallback = json.loads(byte_fallback().to_str())
+    assert most_bytes(fallback) == len("<0x00>")
+    del fallback["model"]["vocab"]["<0x41>"]
+    assert most_bytes(fallback) is None
+
+
+def test_other_threads_run_while_a_text_is_tokenised(write):
+    """`encode` holds the interpreter for the whole of it."""
+    text, beats, ended = Text.open(write(byte_level())), [], threading.Event()
+
+    def beat():
+        while not ended.wait(0.001):
+            beats.append(time.monotonic())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    begin = time.monotonic()
+    text.encode(SAMPLE * 600)
+    end = time.monotonic()
+    ended.set()
+    thread.join()
+    assert sum(begin + 0.1 * (end - begin) < at < begin + 0.6 * (end - begin) for at in beats) > 2
+
+
+def test_settings_of_training_change_no_prompt(write):
+    tokenizer = byte_level()
+    plain = tokenizer.encode(SAMPLE).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=500)
+    assert Text.open(write(tokenizer)).encode(SAMPLE) == plain

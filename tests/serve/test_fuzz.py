@@ -79,7 +79,7 @@ async def _one(client: httpx.AsyncClient, seed: int) -> str:
     elif kind == "cut":
         text = json.dumps(body).encode()
         _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
-        head = f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = f"POST {route} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(text)}\r\n\r\n".encode())
         writer.write(text[: pick.randrange(len(text) + 1)])
         await writer.drain()

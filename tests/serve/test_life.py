@@ -57,7 +57,7 @@ def test_while_loading_health_tells_the_progress_and_a_failure_ends_the_server(
 
 
 def test_key_size_type_route_and_queue_are_checked(plan: Plan, start: Callable[..., Any]) -> None:
-    settings = Settings(name="tiny", api_key="s3cret", max_body_bytes=2000, max_queue=1)
+    settings = Settings(name="tiny", api_keys=("old", "s3cret"), max_body_bytes=2000, max_queue=1)
     with start(plan, settings) as live:
         live.wait_ready()
         with httpx.Client(base_url=live.url) as client:
@@ -114,6 +114,7 @@ def test_a_step_that_hangs_fails_its_requests_and_turns_health(
         assert httpx.post(url, json=ASK).status_code == 503
         release.set()
     said = capfd.readouterr().err
+    assert said.count("its stream ends with an error: a step has been running") == 1
     assert said.count("what the threads do") == 1 and "batching/batch.py" in said
 
 
@@ -160,7 +161,9 @@ def test_a_client_that_never_finishes_its_question_does_not_keep_the_server(
         live.wait_ready()
         host, port = live.url.removeprefix("http://").split(":")
         client = socket.create_connection((host, int(port)))
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
         client.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
         time.sleep(0.2)
     with client:  # the server has ended: `start` waits half a minute for that

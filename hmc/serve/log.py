@@ -1,0 +1,75 @@
+"""What the server tells its operator on stderr: a line for every request where that is asked for,
+for every answer of 5xx always; and the id by which a request is found in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+import uuid
+from typing import Literal
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+Access = Literal["off", "text", "json"]
+
+_ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
+_FAULT = "hmc.fault"
+
+
+def say(text: str) -> None:
+    """A line to the operator."""
+    print(f"hmc: {text}", file=sys.stderr, flush=True)
+
+
+def note_fault(scope: Scope, message: str) -> None:
+    """Why a request fails, for its line."""
+    scope[_FAULT] = message
+
+
+class RequestLog:
+    """Gives each request an id (the client's `x-request-id`, where it sends a plain one), answers
+    with it, and writes the lines. Polling /health while the model loads makes none.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app, self._access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI application."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        known = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+        begin, status, sent = time.monotonic(), 499, 0
+
+        async def tagged(message: Message) -> None:
+            nonlocal status, sent
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", known)]
+            sent += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, tagged)
+        finally:
+            self._tell(scope, known.decode(), status, time.monotonic() - begin, sent)
+
+    def _tell(self, scope: Scope, known: str, status: int, seconds: float, sent: int) -> None:
+        fault = scope.get(_FAULT, "")
+        failed = (status >= 500 or bool(fault)) and scope["path"] != "/health"
+        client = (scope.get("client") or ("-",))[0]
+        if self._access == "json":
+            entry = {"time": round(time.time(), 3), "id": known, "client": client}
+            entry |= {"method": scope["method"], "path": scope["path"], "status": status}
+            entry |= {"seconds": round(seconds, 4), "bytes": sent}
+            print(json.dumps(entry | ({"error": fault} if fault else {})), file=sys.stderr)
+        elif failed or self._access == "text":
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            asked = json.dumps(f"{scope['method']} {scope['path']}")  # one line, whatever it holds
+            line = f"{stamp} {client} {asked} {status} {seconds:.3f}s {sent}B {known}"
+            say(f"{line}: {fault}" if fault else line)
