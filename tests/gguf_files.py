@@ -13,13 +13,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from gguf_metadata import ARCHITECTURES, METADATA
 from safetensors.torch import load_file, save_file
 
 from hmc.formats.blocks import BLOCKS, put_scale
 
-ARCHITECTURES = {"qwen3_moe": "qwen3moe", "deepseek_v3": "deepseek2", "mixtral": "llama",
-                 "gpt_oss": "gpt-oss"}  # fmt: skip
-KEPT = re.compile(r"norm|bias|mlp\.(gate|router)\.weight|block_sparse_moe\.gate\.weight")
+KEPT = re.compile(
+    r"norm|bias|mlp\.(gate|router)\.(wg\.|gate\.)?weight|block_sparse_moe\.(gate|router)|expert_gate"
+)
 """Tensors that converters keep in F32 whatever the type of the others."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
@@ -53,9 +54,10 @@ def write_gguf(
         for name, tensor in load_file(shard).items()
     }
     name = ARCHITECTURES[config["model_type"]]
+    config = {**config, **config.get("text_config", {}), "model_type": config["model_type"]}
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
-    metadata = {**_METADATA[config["model_type"]](config), **keys}
+    metadata = {**METADATA[config["model_type"]](config), **keys}
     for key, value in metadata.items():
         if value is not None:
             _add(
@@ -63,7 +65,7 @@ def write_gguf(
                 key if "." in key and key.split(".")[0] in _ROOTS else f"{name}.{key}",
                 value,
             )
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, metadata["block_count"])
     if not old_experts:
         tensors = _stacked(tensors)
     meant: dict[str, torch.Tensor] = {}
@@ -76,7 +78,7 @@ def write_gguf(
         )
         if config["model_type"] == "mixtral":
             theirs = _of_mixtral(theirs)
-        known = theirs.replace("e_score_correction_bias", "e_score_correction.bias")
+        known = re.sub("(e_score_correction)_bias|(expert_bias)$", _BIAS, theirs)
         ours = _named(names, known, old_experts)
         writer.add_tensor(ours, data, raw_dtype=raw)
     writer.write_header_to_file()
@@ -88,6 +90,10 @@ def write_gguf(
         (twin / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
         save_file(meant, twin / "model.safetensors")
     return path
+
+
+def _BIAS(match: re.Match[str]) -> str:  # noqa: N802
+    return f"{match[1] or match[2]}.bias"
 
 
 _ROOTS = ("general", "tokenizer", "split")
@@ -134,7 +140,13 @@ def _named(names: Any, theirs: str, old_experts: bool) -> str:
         layer = re.search(r"layers\.(\d+)", theirs)[1]
         role = {"w1": "gate", "w2": "down", "w3": "up"}.get(match[3], match[3].split("_")[0])
         return f"blk.{layer}.ffn_{role}.{match[2]}.weight"
-    found = names.get_name(theirs, try_suffixes=(".weight", ".bias"))
+    if re.match(r"rope_factors|blk\.", theirs):
+        return theirs
+    suffixes = (".weight", ".bias")
+    found = names.get_name(theirs, try_suffixes=suffixes)
+    if found is None:  # a dense layer, which published models of the architecture lack
+        dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
+        found = dense.get_name(theirs, try_suffixes=suffixes)
     assert found is not None, theirs
     return found
 
@@ -169,14 +181,26 @@ def _of_mixtral(name: str) -> str:
 
 def _moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: bool):
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    rope = config.get("rope_scaling") or {}
+    for which in ("long", "short"):
+        if f"{which}_factor" in rope:
+            yield f"rope_factors_{which}.weight", torch.tensor(rope[f"{which}_factor"])
+    left = LEFT.get(config["model_type"], "^$")
     for name, tensor in tensors.items():
-        if config["model_type"] == "gpt_oss":
-            yield from _of_gpt_oss(name, tensor)
+        if re.search(left, name):
             continue
-        if config["model_type"] == "mixtral" and "q_proj" in name:
-            tensor = _permuted(tensor, heads)
-        if config["model_type"] == "mixtral" and "k_proj" in name:
-            tensor = _permuted(tensor, kv_heads)
+        if config["model_type"] in _OTHERWISE:
+            yield from _OTHERWISE[config["model_type"]](name, tensor)
+            continue
+        if config["model_type"] in PERMUTED and "q_proj" in name:
+            tensor = permuted(tensor, heads)
+        if config["model_type"] in PERMUTED and "k_proj" in name:
+            tensor = permuted(tensor, kv_heads)
+        if "input_linear" in name:  # Granite's
+            layer, end = name.split(".")[2], "shexp" if "shared" in name else "exps"
+            for role, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):
+                yield f"blk.{layer}.ffn_{role}_{end}.weight", half
+            continue
         if split_kv_b and "kv_b_proj" in name:
             nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
             both = tensor.reshape(heads, nope + v_dim, -1)
@@ -201,88 +225,26 @@ def _of_gpt_oss(name: str, tensor: torch.Tensor):
         yield name.replace("gate_up", role), tensor[:, place::2]
 
 
-def _permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
+def _of_qwen3_vl_moe(name: str, tensor: torch.Tensor):
+    """The text model, its experts by rows, gate and up apart."""
+    name = name.replace("language_model.", "")
+    if ".experts." not in name:
+        yield name, tensor
+    elif "down" in name:
+        yield f"{name}.weight", tensor.mT
+    else:
+        for role, half in zip(("gate", "up"), tensor.mT.chunk(2, 1), strict=True):
+            yield f"{name.replace('gate_up', role)}.weight", half
+
+
+_OTHERWISE = {"gpt_oss": _of_gpt_oss, "qwen3_vl_moe": _of_qwen3_vl_moe}
+LEFT = {"deepseek_v3": r"layers\.3\.", "ernie4_5_moe": "mtp_", "qwen3_vl_moe": "visual"}
+"""What converters leave out, or left out for long, by `model_type`."""
+PERMUTED = ("mixtral", "granitemoe", "granitemoeshared")
+"""Families whose rows of q and k converters move."""
+
+
+def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
     """Neighbours for pairs: row i and row i + half of a head side by side."""
     half = len(rows) // heads // 2
     return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _common(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "rope.freq_base": float(config.get("rope_theta") or rope.get("rope_theta", 10000.0)),
-        "expert_used_count": config["num_experts_per_tok"],
-        "vocab_size": config["vocab_size"],
-        "tokenizer.ggml.eos_token_id": config["eos_token_id"],
-    }
-    if rope.get("rope_type", rope.get("type")) == "yarn":
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        }
-    if "mscale_all_dim" in rope:
-        found["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
-    return found
-
-
-def _qwen3_moe(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config) | {
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "expert_count": config.get("num_experts") or config["num_local_experts"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-    }
-
-
-def _mixtral(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config) | {
-        "expert_count": config["num_local_experts"],
-        "rope.dimension_count": config["hidden_size"] // config["num_attention_heads"],
-    }
-
-
-def _deepseek_v3(config: dict[str, Any]) -> dict[str, Any]:
-    rotated, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
-    found = _common(config) | {
-        "attention.head_count_kv": 1,
-        "attention.kv_lora_rank": config["kv_lora_rank"],
-        "attention.key_length": config["kv_lora_rank"] + rotated,
-        "attention.value_length": config["kv_lora_rank"],
-        "attention.key_length_mla": nope + rotated,
-        "attention.value_length_mla": config["v_head_dim"],
-        "rope.dimension_count": rotated,
-        "leading_dense_block_count": config["first_k_dense_replace"],
-        "expert_count": config["n_routed_experts"],
-        "expert_feed_forward_length": config["moe_intermediate_size"],
-        "expert_shared_count": config["n_shared_experts"],
-        "expert_group_count": config["n_group"],
-        "expert_group_used_count": config["topk_group"],
-        "expert_weights_scale": config["routed_scaling_factor"],
-        "expert_weights_norm": config["norm_topk_prob"],
-        "expert_gating_func": 2,
-    }
-    if config["q_lora_rank"]:
-        found["attention.q_lora_rank"] = config["q_lora_rank"]
-    return found
-
-
-def _gpt_oss(config: dict[str, Any]) -> dict[str, Any]:
-    return _common(config) | {
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "attention.sliding_window": config["sliding_window"],
-        "expert_count": config["num_local_experts"],
-        "expert_feed_forward_length": config["intermediate_size"],
-    }
-
-
-_METADATA = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3,
-             "gpt_oss": _gpt_oss}  # fmt: skip

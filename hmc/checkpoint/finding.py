@@ -55,7 +55,8 @@ class Finder:
     def _plain(self, row: Format, data: TensorInfo, shape: Shape, linear: bool) -> WeightSource:
         if len(shape) == 2 and (problem := cut_groups(row, 0, shape)):
             raise self.error(data, problem)
-        alone = len(shape) == 1 and data.shape == (1, *shape)  # a vector as the row of a matrix
+        # A vector as the row of a matrix, and the other way round.
+        alone = (1, *shape) == data.shape or (1, *data.shape) == shape
         self._check_shape(data, row.codes.stored_shape(shape, 0, data.dtype), alone)
         ends = {end for each in FORMATS.values() for plane in each.scales for end in plane.suffixes}
         for end in sorted(ends):

@@ -20,7 +20,7 @@ from hmc.models.common import (
 from hmc.models.family import Family
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import routed_experts
-from hmc.models.stacks import stacked
+from hmc.models.stacks import lie_apart, stacked
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -82,12 +82,14 @@ def _routed(config: ModelConfig, shared: int) -> MoE:
     experts, top_k = routed_experts(config, "num_local_experts")
     hidden = config.require_int("hidden_size")
     width = config.require_int("intermediate_size", minimum=1)
+    apart = lie_apart(config)
+    shared_mlp = GatedMLP if apart else SharedMLP
     return MoE(
         hidden,
         width,
         Route(experts, top_k, Scoring.SOFTMAX_CHOSEN, normalise=False),
-        SharedMLP(hidden, shared) if shared else None,
-        stacked=stacked(experts, hidden, width),
+        shared_mlp(hidden, shared) if shared else None,
+        stacked=None if apart else stacked(experts, hidden, width),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
 
 Stacks = Mapping[str, tuple[str, View]]
@@ -42,6 +43,14 @@ def stacked(
             "down_bias": (f"{down}_bias", View((experts, hidden))),
         }
     return found
+
+
+def lie_apart(config: ModelConfig) -> bool:
+    """Whether gate and up, which published stacks hold in one, and each expert's matrices are
+    tensors of their own: as GGUF files are read.
+    """
+    section = config.section("quantization_config")
+    return section is not None and section.get_str("quant_method", "") == "gguf"
 
 
 def apart(experts: int, hidden: int, inner: int, gate: str, up: str, down: str) -> Stacks:

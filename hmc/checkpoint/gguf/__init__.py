@@ -1,9 +1,10 @@
 """GGUF files as checkpoints: their headers (header, files), the names and the configuration that
-hmc's families ask for (families and a row for each architecture, names), the tokenizer and the chat
+hmc's families ask for (families, table and a row for each architecture, names), the tokenizer and the chat
 template that their metadata hold (vocabulary, splitting).
 """
 
-from hmc.checkpoint.gguf.checkpoint import GGUF_FAMILIES, GgufCheckpoint, open_gguf
+from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf
+from hmc.checkpoint.gguf.table import GGUF_FAMILIES
 from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer
 
 __all__ = ["GGUF_FAMILIES", "GgufCheckpoint", "GgufTokenizer", "open_gguf", "read_tokenizer"]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from hmc.checkpoint.config import ModelConfig
-from hmc.checkpoint.gguf.deepseek2 import DEEPSEEK2
-from hmc.checkpoint.gguf.families import Facts, GgufFamily, Values
+from hmc.checkpoint.gguf.families import Facts, Values
 from hmc.checkpoint.gguf.files import read_files
-from hmc.checkpoint.gguf.gptoss import GPT_OSS
 from hmc.checkpoint.gguf.header import GgufFile
-from hmc.checkpoint.gguf.llama import LLAMA
 from hmc.checkpoint.gguf.names import published
-from hmc.checkpoint.gguf.qwen3moe import QWEN3_MOE
+from hmc.checkpoint.gguf.table import GGUF_FAMILIES
 from hmc.checkpoint.gguf.vocabulary import end_ids
 from hmc.checkpoint.headers import TensorInfo
 from hmc.checkpoint.jsonfile import first_few, quote
@@ -22,17 +21,11 @@ from hmc.checkpoint.quantization import Quantization
 from hmc.checkpoint.source import Part, Shape, WeightSource
 from hmc.checkpoint.views import View
 from hmc.checkpoint.weights import Checkpoint
-from hmc.errors import ConfigError, UnsupportedError
-from hmc.formats import told_by_dtype
+from hmc.errors import ConfigError, TensorError, UnsupportedError
+from hmc.formats import WIDE, told_by_dtype
 from hmc.formats.ggml import GGML_TYPES
 
-GGUF_FAMILIES: Mapping[str, GgufFamily] = {
-    "deepseek2": DEEPSEEK2,
-    "gpt-oss": GPT_OSS,
-    "llama": LLAMA,
-    "qwen3moe": QWEN3_MOE,
-}
-"""Rows by `general.architecture`."""
+_LARGEST_SETTING = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +72,11 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         )
     raw = [tensor for file in files for tensor in file.tensors]
     _check_types(path, raw)
-    facts = Facts(head.settings, architecture, frozenset(tensor.name for tensor in raw))
+    names = frozenset(tensor.name for tensor in raw)
+    facts = Facts(head.settings, architecture, names, partial(_floats, files, raw))
     values = {**family.config(facts), **_vocabulary(head, raw)}
-    found = published(family, raw, facts.whole("expert_count", 0), str(path))
+    weights = [tensor for tensor in raw if tensor.name not in family.settings]
+    found = published(family, weights, facts.whole("expert_count", 0), str(path))
     return GgufCheckpoint(
         path.parent,
         ModelConfig(path, values, head.shard.header_sha256),
@@ -90,6 +85,22 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         found.tensors,
         found.parts,
     )
+
+
+def _floats(files: Sequence[GgufFile], tensors: Sequence[TensorInfo], name: str) -> list[float]:
+    """The numbers of a vector of F32 and at most 64 KiB."""
+    tensor = next((each for each in tensors if each.name == name), None)
+    where = f"{files[0].path}: tensor {quote(name)}"
+    if tensor is None:
+        raise TensorError(f"{where} is missing")
+    if len(tensor.shape) != 1 or tensor.dtype != WIDE or tensor.nbytes > _LARGEST_SETTING:
+        raise TensorError(f"{where} is {tensor.dtype} {list(tensor.shape)}, no short vector of F32")
+    with files[tensor.shard].path.open("rb") as file:
+        file.seek(tensor.offset)
+        data = file.read(tensor.nbytes)
+    if len(data) != tensor.nbytes:
+        raise TensorError(f"{where}: the file ends in it")
+    return [number for (number,) in struct.iter_unpack("<f", data)]
 
 
 def _check_types(path: Path, tensors: list[TensorInfo]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from hmc.checkpoint.gguf.families import (
     COMMON,
+    GROUPED,
     LAYER,
     Facts,
     GgufFamily,
     Piece,
     Values,
     common_config,
-    experts,
     gating,
+    grouped_config,
 )
 
 
@@ -21,22 +22,12 @@ def _config(facts: Facts) -> Values:
     values = {
         "model_type": "deepseek_v3" if scoring == "sigmoid" else "deepseek_v2",
         **common_config(facts),
-        "scoring_func": scoring,
+        **grouped_config(facts, scoring),
         "num_key_value_heads": facts.whole("attention.head_count"),
         "kv_lora_rank": facts.whole("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
         "qk_nope_head_dim": _head(facts, "key") - rotated,
         "v_head_dim": _head(facts, "value"),
-        "intermediate_size": facts.whole("feed_forward_length"),
-        "moe_intermediate_size": facts.whole("expert_feed_forward_length"),
-        "first_k_dense_replace": facts.whole("leading_dense_block_count", 0),
-        "n_routed_experts": facts.whole("expert_count"),
-        "num_experts_per_tok": facts.whole("expert_used_count"),
-        "n_shared_experts": facts.whole("expert_shared_count", 0),
-        "n_group": facts.whole("expert_group_count", 1),
-        "topk_group": facts.whole("expert_group_used_count", 1),
-        "norm_topk_prob": facts.flag("expert_weights_norm", False),
-        "routed_scaling_factor": facts.number("expert_weights_scale", 1.0),
         "rope_interleave": True,
     }
     values["architectures"] = [f"DeepseekV{values['model_type'][-1]}ForCausalLM"]
@@ -73,10 +64,6 @@ DEEPSEEK2 = GgufFamily(
         # Files of 2025 on: each head's keys, by the latent's columns, and its values.
         "blk.{n}.attn_k_b.weight": Piece(LAYER + "self_attn.kv_b_proj.weight", transposed=True),
         "blk.{n}.attn_v_b.weight": Piece(LAYER + "self_attn.kv_b_proj.weight"),
-        "blk.{n}.ffn_gate_shexp": LAYER + "mlp.shared_experts.gate_proj",
-        "blk.{n}.ffn_up_shexp": LAYER + "mlp.shared_experts.up_proj",
-        "blk.{n}.ffn_down_shexp": LAYER + "mlp.shared_experts.down_proj",
-        "blk.{n}.exp_probs_b.bias": LAYER + "mlp.gate.e_score_correction_bias",
-        **experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+        **GROUPED,
     },
 )

@@ -25,6 +25,8 @@ class Facts:
     settings: ModelConfig
     architecture: str
     tensors: frozenset[str]
+    floats: Callable[[str], list[float]]
+    """The numbers of a vector of 32-bit floats, by the tensor's name."""
 
     def has(self, key: str) -> bool:
         """Whether there is a key."""
@@ -88,11 +90,13 @@ class GgufFamily:
     `tensors` maps a name, or one without its ".weight" or ".bias", to the published one; `{n}` is
     the layer, `{e}` the expert. Of a target with an expert that the name lacks the tensor holds
     all, and of several targets it holds their rows, as many of each, one after the other. Pieces of
-    a target are in the order of rows. `config` gives the values of config.json.
+    a target are in the order of rows. `config` gives the values of config.json; tensors that hold
+    such, and no weights, are `settings`.
     """
 
     config: Callable[[Facts], Values]
     tensors: Mapping[str, str | tuple[str, ...] | Piece]
+    settings: tuple[str, ...] = ()
 
 
 LAYER = "model.layers.{n}."
@@ -110,11 +114,34 @@ COMMON: Mapping[str, str] = {
     "blk.{n}.ffn_gate": LAYER + "mlp.gate_proj",
     "blk.{n}.ffn_up": LAYER + "mlp.up_proj",
     "blk.{n}.ffn_down": LAYER + "mlp.down_proj",
+    "blk.{n}.nextn.eh_proj": LAYER + "eh_proj",
+    "blk.{n}.nextn.embed_tokens": LAYER + "embed_tokens",
+    "blk.{n}.nextn.enorm": LAYER + "enorm",
+    "blk.{n}.nextn.hnorm": LAYER + "hnorm",
+    "blk.{n}.nextn.shared_head_head": LAYER + "shared_head.head",
+    "blk.{n}.nextn.shared_head_norm": LAYER + "shared_head.norm",
 }
 """Tensors that most families have."""
 
+QK_NORMS: Mapping[str, str] = {
+    "blk.{n}.attn_q_norm": LAYER + "self_attn.q_norm",
+    "blk.{n}.attn_k_norm": LAYER + "self_attn.k_norm",
+}
 
-def experts(prefix: str, gate: str, up: str, down: str) -> dict[str, str | tuple[str, ...]]:
+Names = dict[str, str | tuple[str, ...]]
+
+
+def shared_expert(prefix: str) -> Names:
+    """The MLP below `prefix` of a layer that every token goes through."""
+    return {
+        f"blk.{{n}}.ffn_{role}_shexp": f"{LAYER}{prefix}.{role}_proj"
+        for role in ("gate", "up", "down")
+    }
+
+
+def experts(
+    prefix: str = "mlp.", gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj"
+) -> Names:
     """Router and routed experts below `prefix` of a layer: all of a projection in one tensor, of
     gate and up too, or (files of early 2024) each in its own.
     """
@@ -151,17 +178,31 @@ def common_config(facts: Facts) -> Values:
 
 def head_dim(facts: Facts) -> Values:
     """The size of a head, where all of it is rotated."""
+    size = _head_size(facts)
+    if facts.whole("rope.dimension_count", size) != size:
+        raise facts.settings.unsupported(
+            f"{facts.architecture}.rope.dimension_count", f"{size}, all of a head"
+        )
+    return {"head_dim": size}
+
+
+def rotated_head_dim(facts: Facts) -> Values:
+    """The size of a head, and how much of it is rotated."""
+    size = _head_size(facts)
+    return {
+        "head_dim": size,
+        "partial_rotary_factor": facts.whole("rope.dimension_count", size) / size,
+    }
+
+
+def _head_size(facts: Facts) -> int:
     heads = facts.whole("attention.head_count") or 1
     size = facts.whole("attention.key_length", facts.whole("embedding_length") // heads)
     if facts.whole("attention.value_length", size) != size:
         raise facts.settings.unsupported(
             f"{facts.architecture}.attention.value_length", f"{size}, as keys have"
         )
-    if facts.whole("rope.dimension_count", size) != size:
-        raise facts.settings.unsupported(
-            f"{facts.architecture}.rope.dimension_count", f"{size}, all of a head"
-        )
-    return {"head_dim": size}
+    return size
 
 
 def experts_config(facts: Facts, count_key: str) -> Values:
@@ -170,6 +211,33 @@ def experts_config(facts: Facts, count_key: str) -> Values:
         count_key: facts.whole("expert_count"),
         "num_experts_per_tok": facts.whole("expert_used_count"),
     }
+
+
+def grouped_config(facts: Facts, scoring: str) -> Values:
+    """What DeepSeek's and its followers' say of experts, whose scores are made by `scoring`."""
+    return {
+        **experts_config(facts, "n_routed_experts"),
+        "scoring_func": scoring,
+        "intermediate_size": facts.whole("feed_forward_length", 0),
+        "moe_intermediate_size": facts.whole("expert_feed_forward_length"),
+        "first_k_dense_replace": facts.whole("leading_dense_block_count", 0),
+        "n_shared_experts": facts.whole("expert_shared_count", 0),
+        "n_group": facts.whole("expert_group_count", 1),
+        "topk_group": facts.whole("expert_group_used_count", 1),
+        "norm_topk_prob": facts.flag("expert_weights_norm", False),
+        "routed_scaling_factor": facts.number("expert_weights_scale", 1.0),
+    }
+
+
+APART: Values = {"quantization_config": {"quant_method": "gguf"}}
+"""Says that gate and up, which published stacks hold in one, are apart (hmc/models/stacks.py)."""
+
+GROUPED: Names = {
+    **experts(),
+    **shared_expert("mlp.shared_experts"),
+    "blk.{n}.exp_probs_b.bias": LAYER + "mlp.gate.e_score_correction_bias",
+}
+"""Experts as DeepSeek's and its followers' are called."""
 
 
 def _rope_scaling(facts: Facts) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hmc.checkpoint.gguf.families import (
+    APART,
     COMMON,
     LAYER,
     Facts,
@@ -24,7 +25,7 @@ def _config(facts: Facts) -> Values:
         **experts_config(facts, "num_local_experts"),
         "intermediate_size": facts.whole("expert_feed_forward_length"),
         "sliding_window": facts.whole("attention.sliding_window"),
-        "quantization_config": {"quant_method": "gguf"},  # gate and up apart, by rows
+        **APART,
     }
     if "rope_scaling" in values:  # of which files do not say that its bounds are no whole numbers
         values["rope_scaling"] |= {"truncate": False}
@@ -35,7 +36,7 @@ GPT_OSS = GgufFamily(
     _config,
     {
         **COMMON,
-        **experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+        **experts(),
         "blk.{n}.attn_sinks.weight": LAYER + "self_attn.sinks",
         "blk.{n}.post_attention_norm": LAYER + "post_attention_layernorm",
         "blk.{n}.ffn_gate_inp": LAYER + "mlp.router",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hmc.checkpoint.gguf.families import (
     COMMON,
-    LAYER,
+    QK_NORMS,
     Facts,
     GgufFamily,
     Values,
@@ -33,8 +33,7 @@ QWEN3_MOE = GgufFamily(
     _config,
     {
         **COMMON,
-        "blk.{n}.attn_q_norm": LAYER + "self_attn.q_norm",
-        "blk.{n}.attn_k_norm": LAYER + "self_attn.k_norm",
-        **experts("mlp.", "gate_proj", "up_proj", "down_proj"),
+        **QK_NORMS,
+        **experts(),
     },
 )

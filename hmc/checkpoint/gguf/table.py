@@ -1,0 +1,39 @@
+"""The table of architectures that GGUF files are read of: a row each, from the file that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hmc.checkpoint.gguf.afmoe import AFMOE
+from hmc.checkpoint.gguf.deepseek2 import DEEPSEEK2
+from hmc.checkpoint.gguf.ernie import ERNIE_4_5_MOE
+from hmc.checkpoint.gguf.families import GgufFamily
+from hmc.checkpoint.gguf.glm4moe import DOTS1, GLM4_MOE
+from hmc.checkpoint.gguf.gptoss import GPT_OSS
+from hmc.checkpoint.gguf.granitemoe import GRANITE_MOE
+from hmc.checkpoint.gguf.hunyuan import HUNYUAN_MOE
+from hmc.checkpoint.gguf.llama import LLAMA
+from hmc.checkpoint.gguf.minimaxm2 import MINIMAX_M2
+from hmc.checkpoint.gguf.olmoe import OLMOE
+from hmc.checkpoint.gguf.phimoe import PHIMOE
+from hmc.checkpoint.gguf.qwen2moe import QWEN2_MOE
+from hmc.checkpoint.gguf.qwen3moe import QWEN3_MOE
+
+GGUF_FAMILIES: Mapping[str, GgufFamily] = {
+    "afmoe": AFMOE,
+    "deepseek2": DEEPSEEK2,
+    "dots1": DOTS1,
+    "ernie4_5-moe": ERNIE_4_5_MOE,
+    "glm4moe": GLM4_MOE,
+    "gpt-oss": GPT_OSS,
+    "granitemoe": GRANITE_MOE,
+    "hunyuan-moe": HUNYUAN_MOE,
+    "llama": LLAMA,
+    "minimax-m2": MINIMAX_M2,
+    "olmoe": OLMOE,
+    "phimoe": PHIMOE,
+    "qwen2moe": QWEN2_MOE,
+    "qwen3moe": QWEN3_MOE,
+    "qwen3vlmoe": QWEN3_MOE,  # of text alone, which has no more than one position a token
+}
+"""Rows by `general.architecture`."""
