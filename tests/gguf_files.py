@@ -78,7 +78,7 @@ def write_gguf(
         )
         if config["model_type"] == "mixtral":
             theirs = _of_mixtral(theirs)
-        known = re.sub("(e_score_correction)_bias|(expert_bias)$", _BIAS, theirs)
+        known = re.sub("(e_score_correction)_bias|(expert_bias)$", _biased, theirs)
         ours = _named(names, known, old_experts)
         writer.add_tensor(ours, data, raw_dtype=raw)
     writer.write_header_to_file()
@@ -92,7 +92,7 @@ def write_gguf(
     return path
 
 
-def _BIAS(match: re.Match[str]) -> str:  # noqa: N802
+def _biased(match: re.Match[str]) -> str:
     return f"{match[1] or match[2]}.bias"
 
 

@@ -1,5 +1,5 @@
-"""The metadata of GGUF files as llama.cpp's converters write them, of the configurations that models
-are published with.
+"""The metadata of GGUF files as llama.cpp's converters write them, of configurations as models are
+published with them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ ARCHITECTURES = {
     "deepseek_v3": "deepseek2",
     "dots1": "dots1",
     "ernie4_5_moe": "ernie4_5-moe",
+    "exaone_moe": "exaone-moe",
     "glm4_moe": "glm4moe",
     "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe",
@@ -223,9 +224,27 @@ def _afmoe(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _exaone(config: dict[str, Any]) -> dict[str, Any]:
+    ahead = config["num_nextn_predict_layers"]
+    slides = [each == "sliding_attention" for each in config["layer_types"]]
+    return _grouped(
+        config
+        | {
+            "n_routed_experts": config["num_experts"],
+            "n_shared_experts": config["num_shared_experts"],
+        }
+    ) | {
+        "block_count": config["num_hidden_layers"] + ahead,
+        "nextn_predict_layers": ahead,
+        "rope.scaling.type": "none",
+        "attention.sliding_window": config["sliding_window"],
+        "attention.sliding_window_pattern": slides,
+    }
+
+
 METADATA = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3,
             "gpt_oss": _gpt_oss, "qwen3_vl_moe": _qwen3_moe, "qwen2_moe": _qwen2_moe,
             "glm4_moe": _glm4_moe, "solar_open": _glm4_moe, "dots1": _grouped,
             "olmoe": _olmoe, "minimax_m2": _minimax_m2, "ernie4_5_moe": _ernie,
             "hunyuan_v1_moe": _hunyuan, "granitemoe": _granite, "granitemoeshared": _granite,
-            "phimoe": _phimoe, "afmoe": _afmoe}  # fmt: skip
+            "phimoe": _phimoe, "afmoe": _afmoe, "exaone_moe": _exaone}  # fmt: skip

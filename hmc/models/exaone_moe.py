@@ -14,7 +14,7 @@ from hmc.models.common import (
     attention_heads,
     check_values,
 )
-from hmc.models.family import LOOKS_AHEAD, Aside, Family
+from hmc.models.family import LOOKS_AHEAD, Aside, Family, look_ahead
 from hmc.models.rope import rope
 from hmc.models.routing import dense_mlp, grouped_moe, is_routed
 from hmc.models.windows import SLIDING, layer_types, window
@@ -47,6 +47,6 @@ FAMILIES = (
         "norms of q and k by head, sliding windows, layers without rope, sigmoid routing in groups",
         ("LGAI-EXAONE/K-EXAONE-236B-A23B",),
         names=((r"\.gate\.e_score_correction_bias$", ".e_score_correction_bias"),),
-        aside=lambda config: (Aside("mtp.*", LOOKS_AHEAD),),
+        aside=lambda config: (Aside("mtp.*", LOOKS_AHEAD), *look_ahead(config)),
     ),
 )

@@ -22,6 +22,7 @@ from tiny_models import prompt
 import hmc
 from hmc.checkpoint import Checkpoint
 from hmc.checkpoint.gguf import GGUF_FAMILIES, GgufCheckpoint, open_gguf
+from hmc.errors import ConfigError, TensorError
 from hmc.graph.printer import graph_text
 from hmc.models import load
 from hmc.passes.graph.trace import trace
@@ -86,6 +87,24 @@ def test_tensors_are_found_by_published_names(family: str, twin: Callable[[str],
         values = _values(opened, name)
         wanted = expected[name].float().numpy().reshape(values.shape)
         assert np.array_equal(values, wanted), name
+
+
+def test_metadata_that_are_missing(twin: Callable[..., Twin], tmp_path: Path) -> None:
+    directory, _ = twin("exaone_moe")
+    pattern = {"attention.sliding_window_pattern": None}
+    path = write_gguf(tmp_path / "a.gguf", directory, **pattern)
+    with pytest.raises(ConfigError, match=r"a\.gguf: \S+_pattern must be one for each layer"):
+        open_gguf(path)
+
+
+def test_settings_that_are_missing(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = json.loads((tiny("phimoe") / "config.json").read_text())
+    del config["rope_scaling"]["short_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(tiny("phimoe") / "model.safetensors")
+    path = write_gguf(tmp_path / "a.gguf", tmp_path)
+    with pytest.raises(TensorError, match=r'tensor "rope_factors_short\.weight" is missing'):
+        open_gguf(path)
 
 
 @pytest.mark.slow

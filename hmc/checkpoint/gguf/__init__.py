@@ -1,6 +1,6 @@
 """GGUF files as checkpoints: their headers (header, files), the names and the configuration that
-hmc's families ask for (families, table and a row for each architecture, names), the tokenizer and the chat
-template that their metadata hold (vocabulary, splitting).
+hmc's families ask for (families, table and a row for each architecture, names), the tokenizer and
+the chat template that their metadata hold (vocabulary, splitting).
 """
 
 from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf

@@ -50,6 +50,13 @@ class Facts:
         """True or false."""
         return self.settings.get_bool(self._full(key), default)
 
+    def flags(self, key: str) -> list[bool]:
+        """One for each layer."""
+        found = self.settings.values.get(self._full(key))
+        if not isinstance(found, memoryview) or len(found) < self.layers:
+            raise self.settings.error(self._full(key), "must be one for each layer")
+        return [bool(each) for each in found[: self.layers]]
+
     def text(self, key: str, default: str) -> str:
         """A string."""
         return self.settings.get_str(self._full(key), default)

@@ -1,6 +1,4 @@
-"""Hunyuan-A13B as GGUF files name it. Its scaling of positions is part of the base of frequencies in
-them.
-"""
+"""Hunyuan-A13B as GGUF files name it. The base of frequencies that they say is the scaled one."""
 
 from __future__ import annotations
 

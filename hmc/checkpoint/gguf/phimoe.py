@@ -1,5 +1,5 @@
-"""Phi-3.5-MoE as GGUF files name it. Factors of its frequencies are tensors in them. What they say
-cos and sin are multiplied by is another number than the published one, which is taken.
+"""Phi-3.5-MoE as GGUF files name it. Factors of its frequencies are tensors in them; cos and sin are
+multiplied by the published number, and not by the one that the converter made up.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from hmc.checkpoint.gguf.afmoe import AFMOE
 from hmc.checkpoint.gguf.deepseek2 import DEEPSEEK2
 from hmc.checkpoint.gguf.ernie import ERNIE_4_5_MOE
+from hmc.checkpoint.gguf.exaone import EXAONE_MOE
 from hmc.checkpoint.gguf.families import GgufFamily
 from hmc.checkpoint.gguf.glm4moe import DOTS1, GLM4_MOE
 from hmc.checkpoint.gguf.gptoss import GPT_OSS
@@ -24,6 +25,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "deepseek2": DEEPSEEK2,
     "dots1": DOTS1,
     "ernie4_5-moe": ERNIE_4_5_MOE,
+    "exaone-moe": EXAONE_MOE,
     "glm4moe": GLM4_MOE,
     "gpt-oss": GPT_OSS,
     "granitemoe": GRANITE_MOE,
