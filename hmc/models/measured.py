@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hmc.checkpoint.gguf import GGUF_FAMILIES
 from hmc.checkpoint.jsonfile import parse_object, read_bytes
 from hmc.errors import ConfigError
 from hmc.models.family import Family
@@ -31,6 +32,7 @@ those that installed packages add, too. Weights of any family may lie in any for
   one, with fewer experts where memory is short. Of decode the share of the streaming read that the
   weights a step reads make, of a prompt of 512 tokens the share of the multiply-add peak that its
   matmuls make, as `hmc bench` measures both. The output layer is much of so few layers.
+
 """
 COLUMNS = (
     "family",
@@ -79,10 +81,15 @@ def measured(path: Path = PATH) -> tuple[dict[str, Measured], list[str]]:
     return found, about
 
 
+def _gguf() -> str:
+    names = ", ".join(f"`{name}`" for name in sorted(GGUF_FAMILIES))
+    return f"GGUF files are read of these architectures (`general.architecture`): {names}."
+
+
 def markdown(families: Sequence[Family]) -> Iterator[str]:
     """docs/models.md, line by line."""
     found, about = measured()
-    yield HEAD
+    yield f"{HEAD}{_gguf()}\n"
     if about:
         yield " ".join(about) + "\n"
     yield f"| {' | '.join(COLUMNS)} |"

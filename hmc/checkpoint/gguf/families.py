@@ -7,6 +7,7 @@ constants.py and tensor_mapping.py; conversion/).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -196,10 +197,11 @@ def head_dim(facts: Facts) -> Values:
 def rotated_head_dim(facts: Facts) -> Values:
     """The size of a head, and how much of it is rotated."""
     size = _head_size(facts)
-    return {
-        "head_dim": size,
-        "partial_rotary_factor": facts.whole("rope.dimension_count", size) / size,
-    }
+    rotated = facts.whole("rope.dimension_count", size)
+    share = rotated / (size or 1)
+    if int(size * share) < rotated:  # rounded down
+        share = math.nextafter(share, math.inf)
+    return {"head_dim": size, "partial_rotary_factor": share}
 
 
 def _head_size(facts: Facts) -> int:

@@ -1,5 +1,5 @@
-"""Phi-3.5-MoE as GGUF files name it. Factors of its frequencies are tensors in them; cos and sin are
-multiplied by the published number, and not by the one that the converter made up.
+"""Phi-3.5-MoE as GGUF files name it. Factors of its frequencies are tensors in them; what cos and
+sin are multiplied by is the published number, and not the one that the converter made up.
 """
 
 from __future__ import annotations
