@@ -196,6 +196,8 @@ def _moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b:
             tensor = permuted(tensor, heads)
         if config["model_type"] in PERMUTED and "k_proj" in name:
             tensor = permuted(tensor, kv_heads)
+        if name.endswith("attention_sink_bias"):
+            name += ".weight"
         if "input_linear" in name:  # Granite's
             layer, end = name.split(".")[2], "shexp" if "shared" in name else "exps"
             for role, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):

@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "granitemoe": "granitemoe",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
+    "mimo_v2_flash": "mimo2",
     "minimax_m2": "minimax-m2",
     "mixtral": "llama",
     "olmoe": "olmoe",
@@ -242,9 +243,27 @@ def _exaone(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _mimo(config: dict[str, Any]) -> dict[str, Any]:
+    pattern = config["hybrid_layer_pattern"]
+    kinds = config["num_key_value_heads"], config["swa_num_key_value_heads"]
+    return _common(config | {"rms_norm_eps": config["layernorm_epsilon"]}) | {
+        "attention.head_count_kv": [kinds[each] for each in pattern],
+        "attention.value_length": config["v_head_dim"],
+        "attention.value_scale": config["attention_value_scale"],
+        "attention.sliding_window": config["sliding_window_size"],
+        "attention.sliding_window_pattern": [bool(each) for each in pattern],
+        "rope.dimension_count": _rotated(config, config["partial_rotary_factor"]),
+        "rope.freq_base_swa": float(config["swa_rope_theta"]),
+        "expert_count": config["n_routed_experts"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+        "expert_gating_func": 2,
+    }
+
+
 METADATA = {"qwen3_moe": _qwen3_moe, "mixtral": _mixtral, "deepseek_v3": _deepseek_v3,
             "gpt_oss": _gpt_oss, "qwen3_vl_moe": _qwen3_moe, "qwen2_moe": _qwen2_moe,
             "glm4_moe": _glm4_moe, "solar_open": _glm4_moe, "dots1": _grouped,
             "olmoe": _olmoe, "minimax_m2": _minimax_m2, "ernie4_5_moe": _ernie,
             "hunyuan_v1_moe": _hunyuan, "granitemoe": _granite, "granitemoeshared": _granite,
-            "phimoe": _phimoe, "afmoe": _afmoe, "exaone_moe": _exaone}  # fmt: skip
+            "phimoe": _phimoe, "afmoe": _afmoe, "exaone_moe": _exaone,
+            "mimo_v2_flash": _mimo}  # fmt: skip

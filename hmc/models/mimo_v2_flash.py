@@ -17,7 +17,7 @@ from hmc.models.common import (
     attention_heads,
     check_values,
 )
-from hmc.models.family import LOOKS_AHEAD, Aside, Family
+from hmc.models.family import LOOKS_AHEAD, Aside, Family, look_ahead
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import dense_mlp, grouped_moe
 from hmc.models.windows import FULL, SLIDING
@@ -100,6 +100,6 @@ FAMILIES = (
         "sliding windows with sinks, heads and rope by layer type, part of each head rotated,"
         " scaled values, sigmoid routing in groups",
         ("XiaomiMiMo/MiMo-V2-Flash",),
-        aside=lambda config: (Aside("model.mtp.*", LOOKS_AHEAD),),
+        aside=lambda config: (Aside("model.mtp.*", LOOKS_AHEAD), *look_ahead(config)),
     ),
 )

@@ -18,7 +18,7 @@ from hmc.checkpoint.gguf.families import (
 
 
 def _config(facts: Facts) -> Values:
-    slides = facts.flags("attention.sliding_window_pattern")
+    slides = facts.by_layer("attention.sliding_window_pattern")
     return {
         "model_type": "exaone_moe",
         "architectures": ["ExaoneMoEForCausalLM"],

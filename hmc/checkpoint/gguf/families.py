@@ -51,12 +51,12 @@ class Facts:
         """True or false."""
         return self.settings.get_bool(self._full(key), default)
 
-    def flags(self, key: str) -> list[bool]:
-        """One for each layer."""
+    def by_layer(self, key: str) -> list[int]:
+        """A whole number, or true and false as such, for each layer."""
         found = self.settings.values.get(self._full(key))
         if not isinstance(found, memoryview) or len(found) < self.layers:
             raise self.settings.error(self._full(key), "must be one for each layer")
-        return [bool(each) for each in found[: self.layers]]
+        return [int(each) for each in found[: self.layers]]
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -166,15 +166,15 @@ def experts(
     }
 
 
-def common_config(facts: Facts) -> Values:
-    """What every family's config.json says."""
+def common_config(facts: Facts, kv_heads: int = 0) -> Values:
+    """What every family's config.json says; `kv_heads` are those of keys where layers differ."""
     heads = facts.whole("attention.head_count")
     return {
         "hidden_size": facts.whole("embedding_length"),
         "num_hidden_layers": facts.layers,
         "num_nextn_predict_layers": facts.whole("nextn_predict_layers", 0),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads or facts.whole("attention.head_count_kv", heads),
         "max_position_embeddings": facts.whole("context_length"),
         "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": facts.number("rope.freq_base", 10000.0),
@@ -197,11 +197,14 @@ def head_dim(facts: Facts) -> Values:
 def rotated_head_dim(facts: Facts) -> Values:
     """The size of a head, and how much of it is rotated."""
     size = _head_size(facts)
+    return {"head_dim": size, "partial_rotary_factor": rotated_share(facts, size)}
+
+
+def rotated_share(facts: Facts, size: int) -> float:
+    """How much of a head of `size` elements is rotated."""
     rotated = facts.whole("rope.dimension_count", size)
     share = rotated / (size or 1)
-    if int(size * share) < rotated:  # rounded down
-        share = math.nextafter(share, math.inf)
-    return {"head_dim": size, "partial_rotary_factor": share}
+    return math.nextafter(share, math.inf) if int(size * share) < rotated else share
 
 
 def _head_size(facts: Facts) -> int:

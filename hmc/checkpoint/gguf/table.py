@@ -14,6 +14,7 @@ from hmc.checkpoint.gguf.gptoss import GPT_OSS
 from hmc.checkpoint.gguf.granitemoe import GRANITE_MOE
 from hmc.checkpoint.gguf.hunyuan import HUNYUAN_MOE
 from hmc.checkpoint.gguf.llama import LLAMA
+from hmc.checkpoint.gguf.mimo2 import MIMO2
 from hmc.checkpoint.gguf.minimaxm2 import MINIMAX_M2
 from hmc.checkpoint.gguf.olmoe import OLMOE
 from hmc.checkpoint.gguf.phimoe import PHIMOE
@@ -31,6 +32,7 @@ GGUF_FAMILIES: Mapping[str, GgufFamily] = {
     "granitemoe": GRANITE_MOE,
     "hunyuan-moe": HUNYUAN_MOE,
     "llama": LLAMA,
+    "mimo2": MIMO2,
     "minimax-m2": MINIMAX_M2,
     "olmoe": OLMOE,
     "phimoe": PHIMOE,
