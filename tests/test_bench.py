@@ -314,7 +314,7 @@ def test_bytes_and_flops_of_a_plan(config: Path) -> None:
         (("CONFIG", "--dummy-weights", "-n", "-1"), "x>=0"),
         (("CONFIG", "--dummy-weights", "--context", "-1"), "x>=0"),
         (("CONFIG", "--dummy-weights", "--repetitions", "0"), "x>=1"),
-        (("CONFIG", "--dummy-weights", "--threads", "0"), "x>=1"),
+        (("CONFIG", "--dummy-weights", "--threads", "0"), "1<=x<=4096"),
         (("CONFIG", "--dummy-weights", "--layers", "9"), "--layers 9"),
         (("CONFIG", "--dummy-weights", "--home", "arena"), "huge pages always"),
         (("PLAN", "--dummy-weights", "--layers", "1"), "not a plan"),
