@@ -2,8 +2,8 @@
 kernels read it, and how exactly they multiply.
 
 Measured are the kernels that a format is read by (`Format.kernels`), each once: GB/s of one core
-from its L2, the share of the streaming read at one token and at four, and the relative error (L2)
-of a product with bf16 activations against float64 on the same weights.
+from its L2, the streaming read of the same minutes, the share of it at one token and at four, and
+the relative error (L2) of a product with bf16 activations against float64 on the same weights.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ from hmc.formats.decode import NUMPY, decode
 from hmc.runtime.weights.tensors import array_at
 
 COLUMNS = ("format", "planes", "tensors", "exact in", "native decoders")
-MEASURED = ("GB/s from L2", "read, 1 token", "read, 4 tokens", "error")
+MEASURED = ("GB/s from L2", "streaming read, GB/s", "of it, 1 token", "of it, 4 tokens", "error")
 _TOKENS = (1, 4)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one format: bytes/s, shares by tokens, the error."""
+    """Of one format: bytes/s from L2, bytes/s of the streaming read beside which it was measured at
+    one token, the shares of it by tokens, the error.
+    """
 
     cache_rate: float
+    read_rate: float
     shares: tuple[float, ...]
     error: float
 
     def cells(self) -> tuple[str, ...]:
         """As the table has them."""
         shares = (f"{share:.2f}" for share in self.shares)
-        return (f"{self.cache_rate / 1e9:.1f}", *shares, f"{self.error:.1e}")
+        rates = (f"{rate / 1e9:.1f}" for rate in (self.cache_rate, self.read_rate))
+        return (*rates, *shares, f"{self.error:.1e}")
 
 
 def described(row: Format) -> tuple[str, ...]:
@@ -95,7 +99,8 @@ def measure(
     for at, name in enumerate(kernels):
         of_name = streamed[at * len(_TOKENS) :][: len(_TOKENS)]
         shares = tuple(row.compared.ratio for row in of_name)
-        found[name] = Measured(cached[at].compared.value, shares, errors[at])
+        read = of_name[0].compared.reference
+        found[name] = Measured(cached[at].compared.value, read, shares, errors[at])
     return {name: found[format_of(name).kernels] for name in names}
 
 

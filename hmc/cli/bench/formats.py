@@ -32,9 +32,9 @@ def formats(
 ) -> None:
     """Print the table of docs/formats.md as Markdown.
 
-    Of each format the kernels of one token are measured: GB/s of one core from its L2, the share of
-    the fastest streaming read from memory at one token and at four, and the relative error of a
-    product against float64.
+    Of each format the kernels of one token are measured: GB/s of one core from its L2, the fastest
+    streaming read from memory beside them, the share of it at one token and at four, and the
+    relative error of a product against float64.
 
     \b
     hmc bench formats
