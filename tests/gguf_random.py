@@ -79,7 +79,7 @@ def write(path: Path, config_path: Path, layers: int, mix: str) -> None:
         layer = int(re.search(r"layers\.(\d+)", spec.name + " layers.0")[1])
         shape = (spec.experts, *spec.shape) if spec.experts else spec.shape
         name = name_of(names, spec, layer)
-        if not spec.linear and spec.role != "table" or KEPT.search(spec.name):
+        if (not spec.linear and spec.role != "table") or KEPT.search(spec.name):
             plain = rng.standard_normal(shape, np.float32) * _SPREAD + ("norm" in spec.name)
             writer.add_tensor(name, plain.astype(np.float32))
             continue
