@@ -35,6 +35,7 @@ from hmc.models.measured import PATH
 
 PUBLISHED = Path(__file__).parent / "published"
 EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "moe_topk", "top_k_experts")
 SEEDS = range(3)
 
 
@@ -97,13 +98,18 @@ def _few(config: ModelConfig) -> int:
 
 
 def _fitting(config: ModelConfig, folder: Path, memory: float) -> tuple[Path, str]:
-    """The configuration with so many experts that the weights of its first layers fit."""
+    """The configuration with so many experts that the weights of its first layers fit, or as few as
+    its router takes.
+    """
     layers, key = _few(config), next(key for key in EXPERTS if key in config.text)
     experts = whole = config.text.require_int(key)
+    chosen = [config.text.values[each] for each in CHOSEN if each in config.text]
+    least = max(np.max(chosen), 2 * config.text.get_int("n_group", 1))
     while True:
         cut = config.with_text(**{key: experts, "num_hidden_layers": layers})
         (folder / "config.json").write_text(json.dumps(cut.values))
-        if total_bytes(hmc.compile(folder, max_context=1024, dummy_weights=True)) < memory:
+        taken = total_bytes(hmc.compile(folder, max_context=1024, dummy_weights=True))
+        if taken < memory or experts // 2 < least:
             break
         experts //= 2
     words = f"{layers} layer" + "s" * (layers > 1)
