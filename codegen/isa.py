@@ -2,8 +2,8 @@
 may ask for; which tier this machine runs.
 
     tier          features                          what it brings                  since
-    avx512_bf16   avx512 + BF16, VBMI               dot products of bf16 pairs,     Zen 4,
-                                                    tables of 128 bytes             Sapphire Rapids
+    avx512_bf16   avx512 + BF16, VBMI, VNNI         dot products of pairs of bf16   Zen 4,
+                                                    and i16, tables of 128 bytes    Sapphire Rapids
     avx512        avx2 + AVX-512 F, BW, DQ, VL, CD  512 bits, 32 registers          Skylake-X
     avx2          AVX2, FMA, F16C, BMI 1 and 2      256 bits, 16 registers          Haswell, Zen 1
 
@@ -39,6 +39,7 @@ class Isa:
     flags: frozenset[str]
     pair_dot: bool = False
     byte_table: bool = False
+    word_dot: bool = False
     pause: str = "llvm.x86.sse2.pause"
 
     @property
@@ -46,7 +47,7 @@ class Isa:
         """Exactly `flags`, as LLVM spells features. The AVX features imply the older vector ones,
         as they do on every CPU that has them.
         """
-        spelt = {"bmi1": "bmi", "avx512_bf16": "avx512bf16"}
+        spelt = {"bmi1": "bmi", "avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni"}
         names = [f"+{spelt.get(flag, flag)}" for flag in sorted(self.flags)]
         return ",".join([*names, "-prefer-256-bit"])
 
@@ -65,12 +66,12 @@ class Isa:
 
 _AVX2 = frozenset("avx2 fma f16c bmi1 bmi2 popcnt".split())
 _AVX512 = _AVX2 | frozenset("avx512f avx512bw avx512dq avx512vl avx512cd".split())
-_BF16 = _AVX512 | frozenset("avx512_bf16 avx512vbmi".split())
+_BF16 = _AVX512 | frozenset("avx512_bf16 avx512vbmi avx512_vnni".split())
 
 TIERS: dict[str, Isa] = {
     tier.name: tier
     for tier in (
-        Isa("avx512_bf16", 512, 32, "znver4", _BF16, pair_dot=True, byte_table=True),
+        Isa("avx512_bf16", 512, 32, "znver4", _BF16, pair_dot=True, byte_table=True, word_dot=True),
         Isa("avx512", 512, 32, "skylake-avx512", _AVX512),
         Isa("avx2", 256, 16, "haswell", _AVX2),
     )

@@ -96,10 +96,22 @@ def _blocks(row: Format, kind: Arithmetic) -> bool:
 
 
 def arithmetic(isa: str, weight: str) -> Arithmetic:
-    """How tier `isa` multiplies weights of a format by activations."""
+    """How tier `isa` multiplies weights of a format by activations of many tokens."""
     row = format_of(weight)
     best: Arithmetic = "bf16" if TIERS[isa].pair_dot else "whole"
     return best if best in row.exact_in and (_decodes(row, best) or _blocks(row, best)) else "f32"
+
+
+def of_few(isa: str, weight: str) -> Arithmetic:
+    """How the tier multiplies weights of a format by up to 16 tokens.
+
+    Blocks with a byte a code are whole numbers of 16 bits after one instruction, pairs of bf16
+    after five; in panels the codes of many tokens' products are converted once.
+    """
+    columns, size = format_of(weight).codes.block
+    if TIERS[isa].word_dot and columns and size >= columns:
+        return "whole"
+    return arithmetic(isa, weight)
 
 
 def has_native(isa: str, weight: str) -> bool:

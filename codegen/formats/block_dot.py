@@ -8,16 +8,17 @@ Weights are decoded where they are first multiplied, not before: few are in regi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
+
+from llvmlite import ir
 
 from hmc.codegen.formats.code_words import PAIRS, Words
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.kquants import KINDS, LANES, WORDS, Block, Kind
 from hmc.codegen.formats.planes import Row
-from hmc.codegen.ir import F32, I16, Emitter, Value, const
-from hmc.codegen.vector import bf16_bits, dot_pairs, in_groups, resize
+from hmc.codegen.ir import F32, I16, Emitter, Value, const, lanes_mask
+from hmc.codegen.vector import bf16_bits, dot_pairs, in_groups
 from hmc.formats import format_of
 
 
@@ -94,7 +95,8 @@ class BlockDot(Dot):
         if step == self.kind.steps:
             first, count = (e.b.udiv(k, const(self.kind.summed)), self.unit // self.kind.summed)
             sums = e.offset(prepared, const(self._sums))
-            return [resize(e, e.load_vec(sums, first, F32, count), LANES)]
+            some = e.load_vec(sums, first, F32, count)
+            return [_placed(e, some, self.kind.minima_at)]
         size = self.unit // self.kind.steps
         starts = range(step * size, (step + 1) * size, WORDS)
         return [e.load_vec(prepared, e.b.add(k, const(at)), I16, WORDS, align=64) for at in starts]
@@ -105,12 +107,19 @@ class BlockDot(Dot):
         if step == kind.steps:
             assert kind.minima is not None
             return e.fma(block.once(kind.minima), activations[0], total)
-        pairs = zip(block.once(kind.vectors, step), activations, strict=True)
-        return e.fma(self._sum(e, pairs), block.once(kind.scales, step), total)
+        found = self._sum(e, block.once(kind.vectors, step), activations)
+        return e.fma(found, block.once(kind.scales, step), total)
 
-    def _sum(self, e: Emitter, pairs: Iterable[tuple[Value, Value]]) -> Value:
+    def _sum(self, e: Emitter, words: list[Value], activations: list[Value]) -> Value:
         """Of products of words, in f32."""
         found: Value = e.zeros(F32, LANES)
-        for vector, one in pairs:
+        for vector, one in zip(words, activations, strict=True):
             found = dot_pairs(e, found, vector, one)
         return found
+
+
+def _placed(e: Emitter, some: Value, first: int) -> Value:
+    """`some` from lane `first` of a vector on, among zeros."""
+    count = some.type.count
+    mask = [count] * first + list(range(count)) + [count] * (LANES - first - count)
+    return e.b.shuffle_vector(some, ir.Constant(some.type, None), lanes_mask(mask[:LANES]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -92,14 +93,23 @@ def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
     ]
 
 
-def _whole_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
-    """Two vectors of whole numbers `<n x i16>` of 2 n codes `<n x i16>`; `values` are whole."""
+def is_line(values: Sequence[float]) -> bool:
+    """Whether values are whole numbers, each one more than the one before it."""
+    return bool(values) and list(values) == [values[0] + code for code in range(len(values))]
+
+
+def _whole_pairs(
+    e: Emitter, values: Sequence[float], codes: Value, raised: bool = False
+) -> list[Value]:
+    """Two vectors of whole numbers `<n x i16>` of 2 n codes `<n x i16>`; `values` are whole. Those
+    in a line begin at 0 if they are `raised`.
+    """
     b, kind = e.b, codes.type
     eight = splat_int(I16, kind.count, 8)
     if values:
-        least = int(values[0])
+        least = 0 if raised else int(values[0])
         codes = b.and_(codes, splat_int(I16, kind.count, (len(values) - 1) * 0x101))
-        if list(values) == [least + code for code in range(len(values))]:
+        if is_line(values):
             words = b.and_(codes, splat_int(I16, kind.count, 255)), b.lshr(codes, eight)
             more = splat_int(I16, kind.count, least)
             return [b.add(word, more) if least else word for word in words]
@@ -134,3 +144,5 @@ PAIRS = Words(_bf16_pairs, _bf16_signed)
 """As bf16, on tiers that multiply pairs."""
 WHOLE = Words(_whole_pairs, _whole_signed)
 """As whole numbers."""
+RAISED = Words(partial(_whole_pairs, raised=True), _whole_signed)
+"""As whole numbers, those in a line from 0 up."""

@@ -17,14 +17,14 @@ from hmc.codegen.formats.micro import (
 from hmc.codegen.formats.planes import planes_of
 from hmc.codegen.formats.whole import WholeDot
 from hmc.codegen.native import GRAIN as CHUNK
-from hmc.codegen.native import arithmetic, is_e4m3, is_native, reads_blocks
+from hmc.codegen.native import arithmetic, is_e4m3, is_native, of_few, reads_blocks
 from hmc.codegen.spec import KernelSpec
 from hmc.formats import format_of
 
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
-    whole = arithmetic(spec.isa, spec.weight) == "whole"
+    whole = of_few(spec.isa, spec.weight) == "whole"
     if reads_blocks(spec):
         return (WholeBlockDot if whole else BlockDot)(spec, k)
     return (WholeDot if whole and is_native(spec) else Dot)(spec, k)

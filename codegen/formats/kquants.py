@@ -24,6 +24,7 @@ from hmc.codegen.formats.code_words import (
     LESS_32,
     TWO_BITS,
     Words,
+    is_line,
     moved,
 )
 from hmc.codegen.ir import (
@@ -40,7 +41,7 @@ from hmc.codegen.ir import (
     lanes_mask,
     vec,
 )
-from hmc.codegen.vector import concat, isplat, resize, splat_int
+from hmc.codegen.vector import concat, isplat, splat_int
 from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
 
 LANES, WORDS, BYTES = 16, 32, 64
@@ -110,7 +111,8 @@ class Kind:
     `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
     or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
     `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
-    columns, what is added to each.
+    columns, what is added to each, from lane `minima_at` on. `least` is what code 0 means, of codes
+    that are whole numbers in a line.
     """
 
     unit: int
@@ -119,6 +121,8 @@ class Kind:
     scales: Callable[[Block, int], Value]
     minima: Callable[[Block], Value] | None = None
     summed: int = 32
+    minima_at: int = 0
+    least: int = 0
 
     @property
     def period(self) -> int:
@@ -129,6 +133,11 @@ class Kind:
     def steps(self) -> int:
         """In a unit."""
         return self.unit // self.period * len(self.columns)
+
+
+def least_of(values: Sequence[float]) -> int:
+    """What code 0 means of codes that are whole numbers in a line, else 0."""
+    return int(values[0]) if is_line(values) else 0
 
 
 def _words(codes: Value, e: Emitter) -> Value:
@@ -198,7 +207,7 @@ def _four(
         return found
 
     columns = _in_places(_SIXTEENS) + _in_places([column + 16 for column in _SIXTEENS])
-    return Kind(128, (columns,), vectors, scales, minima)
+    return Kind(128, (columns,), vectors, scales, minima, least=least_of(values))
 
 
 def _added(block: Block) -> Value:
@@ -215,16 +224,28 @@ def _bytes(block: Block, step: int) -> list[Value]:
 # -- blocks of 256: steps of the low and the high halves of 64 bytes, twice ------------------------
 
 
-def _scale_codes(block: Block, minima: int) -> Value:
-    """Of eight groups the 6 bits that scales (or minima) are: `<8 x float>`."""
-    b = block.e.b
-    low, last = block.load(8 if minima else 4, I32), block.load(12, I32)
-    half = b.lshr(last, I32(4)) if minima else last
-    top = b.shl(b.and_(b.lshr(low, I32(6)), I32(0x03030303)), I32(4))
-    late = b.zext(b.or_(b.and_(half, I32(0x0F0F0F0F)), top), I64)
-    early = b.zext(b.and_(low, I32(0x3F3F3F3F)), I64)
-    both = b.bitcast(b.or_(early, b.shl(late, I64(32))), vec(I8, 8))
-    return b.fmul(b.uitofp(both, vec(F32, 8)), block.half(2 * minima, 8))
+def _eights(block: Block) -> Value:
+    """Of eight groups the scales, then of each what is added: codes of 6 bits, the lower ones of
+    which lie in 4 bytes each, the upper ones in nibbles of 4 bytes and the top bits of the lower.
+    """
+    e, b = block.e, block.e.b
+    words = b.bitcast(block.bytes(0, 16), vec(I16, 8))
+    bytes_ = [b.bitcast(moved(e, words, -right), vec(I8, 16)) for right in (0, 4, 2)]
+
+    def chosen(first: Value, second: Value, *starts: int) -> Value:
+        return b.shuffle_vector(
+            first, second, lanes_mask([start + i for start in starts for i in range(4)])
+        )
+
+    def masked(some: Value, *masks: int) -> Value:
+        return b.and_(some, ir.Constant(vec(I8, 16), [mask for mask in masks for _ in range(4)]))
+
+    low = masked(chosen(bytes_[0], bytes_[1], 4, 12, 8, 16 + 12), 63, 15, 63, 15)
+    top = masked(chosen(bytes_[2], bytes_[2], 4, 4, 8, 8), 0, 48, 0, 48)
+    codes = b.uitofp(b.zext(b.or_(low, top), vec(I32, LANES)), vec(F32, LANES))
+    halves = b.fpext(b.bitcast(block.load(0, I32), vec(F16, 2)), vec(F32, 2))
+    signed = b.fmul(halves, ir.Constant(vec(F32, 2), [1.0, -1.0]))
+    return b.fmul(codes, _spread(block, signed, (0, 1)))
 
 
 def _small_codes(block: Block, step: int, at: int) -> Value:
@@ -278,12 +299,11 @@ def _q3_k_scales(block: Block, step: int) -> Value:
 
 def _group_scales(block: Block, step: int) -> Value:
     half, part = divmod(step, 2)
-    scales = block.once(_scale_codes, 0)
-    return _spread(block, scales, (4 * half + part, 4 * half + 2 + part))
+    return _spread(block, block.once(_eights), (4 * half + part, 4 * half + 2 + part))
 
 
-def _negative_minima(block: Block) -> Value:
-    return resize(block.e, block.e.b.fneg(_scale_codes(block, 1)), LANES)
+def _eight_minima(block: Block) -> Value:
+    return block.once(_eights)
 
 
 def _low(block: Block, at: int, half: int) -> Value:
@@ -375,10 +395,10 @@ KINDS: Mapping[str, Kind] = {
     "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
     "q2_k": Kind(256, _two(range(64), 64), _q2_k, _q2_k_scales, _q2_k_minima, 16),
-    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales),
-    "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _negative_minima),
-    "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _negative_minima),
-    "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales),
+    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales, least=-4),
+    "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _eight_minima, minima_at=8),
+    "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _eight_minima, minima_at=8),
+    "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales, least=-32),
     "iq4_xs": Kind(256, _two(_SIXTEENS, 16), _iq4_xs, _iq4_xs_scales),
 }
 """By the name of a format."""

@@ -40,6 +40,7 @@ from hmc.codegen.vector import (
 _LARGEST = 32767.0
 _SMALLEST = 1e-30  # a chunk's largest counts as no less, so that its reciprocal is finite
 _ROUND = 1.5 * 2.0**23  # added, it leaves round(x) in the low bits
+_ADDED = "llvm.x86.avx512.vpdpwssd.512"
 _MULTIPLY = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
@@ -184,10 +185,14 @@ def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
 
 def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value:
     """`total` `<n x i32>` + the sums of two products of neighbours of `left`, `right` `<2n x i16>`
-    (`vpmaddwd`), in vectors of the tier.
+    (`vpmaddwd`, or `vpdpwssd` where there is one), in vectors of the tier.
     """
     count, lanes = total.type.count, e.lanes
     if count > lanes:
         parts = (cut(e, total, lanes), cut(e, left, 2 * lanes), cut(e, right, 2 * lanes))
         return concat(e, [multiply_words(e, *each) for each in zip(*parts, strict=True)])
+    if e.spec.tier.word_dot and count == lanes:
+        return e.call(
+            _ADDED, total.type, total, *(e.b.bitcast(x, total.type) for x in (left, right))
+        )
     return e.b.add(total, e.call(_MULTIPLY[count], total.type, left, right))

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from hmc.codegen.native import arithmetic
+from hmc.codegen.native import of_few
 from hmc.plan import Plan
 
 _LARGE = ("", "k", "M", "G", "T", "P")
@@ -113,7 +113,7 @@ def _switches(plan: Plan) -> Iterator[str]:
 def _numerics(plan: Plan) -> str:
     """How a plan multiplies."""
     read = {(kernel.isa, kernel.weight) for kernel in plan.kernels.values() if kernel.weight}
-    ways = {weight: arithmetic(isa, weight) for isa, weight in read}
+    ways = {weight: of_few(isa, weight) for isa, weight in read}
     whole = sorted(weight for weight, way in ways.items() if way == "whole")
     how = f"; {', '.join(whole)} x 16-bit activations in whole numbers" if whole else ""
     return f"exact: stored weights{how}, bf16 x f32 sums"

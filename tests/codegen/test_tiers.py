@@ -41,6 +41,7 @@ VECTORS = {
         vpmovm2[bdqw] vpmov(db|dw|qd|qw|wb) vpcmp[a-z]*[bdqw] vptestn?m[bdqw]
         v(blendm|compress|expand)p[sd] vpsrlvw vpsllvw vpsravw""",
     "avx512_bf16": "vcvtne2ps2bf16 vcvtneps2bf16 vdpbf16ps",
+    "avx512_vnni": "vpdpwssd",
     "avx512vbmi": "vperm[it]2b vpermb",
 }
 """Mnemonics, by the flag of /proc/cpuinfo that says a CPU has them; AVX comes with avx2, and F, BW,
