@@ -14,9 +14,10 @@ from functools import partial
 
 import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
-from hmc.codegen.ir import BF16, F32, I8, I16, I32, Emitter, Value, vec
-from hmc.codegen.vector import concat, cut, isplat, splat_int
+from hmc.codegen.ir import BF16, F32, I8, I16, Emitter, Value, vec
+from hmc.codegen.vector import concat, cut, splat_int
 
 TWO_BITS = (0.0, 1.0, 2.0, 3.0)
 FOUR_BITS = tuple(float(code) for code in range(16))
@@ -76,21 +77,33 @@ def _bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value
 
 
 def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
-    """Of a whole number of 8 bits an f32 has nothing in its lower half."""
-    b, count = e.b, codes.type.count // 2
-    fours = b.bitcast(codes, vec(I32, count))
+    """High and low bytes of the bf16 numbers of 64 codes of 8 bits, by tables of 7 bits for each
+    sign; words of them are those of codes in even and in odd places.
+    """
+    b, kind, bytes_ = e.b, codes.type, vec(I8, 64)
+    each = b.bitcast(codes, bytes_)
+    negative = b.icmp_signed("<", each, splat_int(I8, 64, 0))
+    bits = np.array([*range(128), *range(-128, 0)], np.float32).view(np.uint32) >> 16
 
-    def number(byte: int) -> Value:
-        whole = b.ashr(moved(e, fours, 24 - 8 * byte), isplat(24, count))
-        return b.bitcast(b.sitofp(whole, vec(F32, count)), fours.type)
+    def looked_up(shift: int) -> Value:
+        halves = (bits[128:] >> shift & 0xFF, bits[:128] >> shift & 0xFF)
+        return b.bitcast(b.select(negative, *(_byte(e, half, each) for half in halves)), kind)
 
+    top, low = looked_up(8), looked_up(0)
+    under = splat_int(I16, 32, 0x00FF)
     return [
-        b.bitcast(
-            b.or_(moved(e, number(low), -16), b.and_(number(low + 2), isplat(-65536, count))),
-            codes.type,
-        )
-        for low in (0, 1)
+        b.or_(moved(e, top, 8), b.and_(low, under)),
+        b.or_(b.and_(top, splat_int(I16, 32, 0xFF00)), moved(e, low, -8)),
     ]
+
+
+def _byte(e: Emitter, table: NDArray[np.uint32], codes: Value) -> Value:
+    """Of a table of 128 bytes those that 64 codes name by their lower 7 bits (`vpermi2b`)."""
+    low, high = (
+        ir.Constant(codes.type, [ir.Constant(I8, int(byte)) for byte in half])
+        for half in (table[:64], table[64:])
+    )
+    return e.call("llvm.x86.avx512.vpermi2var.qi.512", codes.type, low, codes, high)
 
 
 def is_line(values: Sequence[float]) -> bool:
