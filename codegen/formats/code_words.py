@@ -97,7 +97,7 @@ def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
     ]
 
 
-def _byte(e: Emitter, table: NDArray[np.uint32], codes: Value) -> Value:
+def _byte(e: Emitter, table: NDArray[np.integer], codes: Value) -> Value:
     """Of a table of 128 bytes those that 64 codes name by their lower 7 bits (`vpermi2b`)."""
     low, high = (
         ir.Constant(codes.type, [ir.Constant(I8, int(byte)) for byte in half])
