@@ -185,10 +185,10 @@ class Panels:
             def total_of(t: int, v: int) -> Value:
                 return e.load_vec(totals, const((t * VECTORS + v) * lanes), F32, lanes, align=4)
 
+            inside = form.held or not scaled  # totals are in registers all along
+            held = {c: e.local(total_of(*c).type, total_of(*c)) for c in cells if inside}
             with e.for_range(0, groups) as group:
-                sums = {
-                    cell: e.local(none.type, none if scaled else total_of(*cell)) for cell in cells
-                }
+                sums = {c: e.local(none.type, none) for c in cells} if scaled else held
                 first = b.mul(group, steps)
                 with e.for_range(first, b.add(first, steps), _UNROLL) as step:
                     for pointer in ahead:
@@ -223,14 +223,23 @@ class Panels:
                     own = t * form.token_numbers
                     factor = partial(e.load, token_factors, const(own), F32, align=4)
                     total = form.micro.finish(e, b.load(sums[t, v]), factor)
-                    before = total_of(t, v) if scaled else None
+                    before = b.load(held[t, v]) if inside else total_of(t, v)
                     if minima:
                         at = b.add(group, const(own + form.micro.token_factors))
                         more = e.splat(e.load(token_factors, at, F32, align=4), lanes)
                         before = e.fma(more, minima[v], before)
                     if scaled:
                         total = e.fma(total, factors[v], before)
-                    e.store(total, totals, const((t * VECTORS + v) * lanes), align=4)
+                    if inside:
+                        b.store(total, held[t, v])
+                    else:
+                        self._keep(totals, t, v, total)
+            for (t, v), total in held.items():
+                self._keep(totals, t, v, b.load(total))
+
+    def _keep(self, totals: Value, token: int, vector: int, total: Value) -> None:
+        place = const((token * VECTORS + vector) * self.form.lanes)
+        self.e.store(total, totals, place, align=4)
 
     def _prefetch(self, pointer: Value, step: Value) -> None:
         """The lines that `_UNROLL` steps of one vector of rows take: all steps fetch a chunk."""
