@@ -16,7 +16,17 @@ import click
 
 from hmc import env
 from hmc.checkpoint.location import is_gguf, model_name
-from hmc.errors import CheckpointError, PlanError, PlanMismatchError, UsageError
+from hmc.cli import hub
+from hmc.cli.summary import memory, prediction
+from hmc.errors import (
+    CapacityError,
+    CheckpointError,
+    PlanError,
+    PlanMismatchError,
+    UsageError,
+    VerifyError,
+)
+from hmc.hub.names import HubName
 from hmc.machine.detect import detect
 from hmc.plan import Plan, load_plan, save_plan
 from hmc.plan.model import SCHEMA_VERSION
@@ -39,43 +49,109 @@ class Planned:
 
 
 def planned(
-    argument: str, checkpoint: str | None = None, *, dummy_weights: bool = False
+    argument: str,
+    checkpoint: str | None = None,
+    *,
+    dummy_weights: bool = False,
+    fetch: bool = True,
 ) -> Planned:
-    """The plan in the file `argument`, or of the model there: a directory or a GGUF file.
+    """The plan in the file `argument`, or of the model there: a directory, a GGUF file or a hub id.
 
     A model is compiled for this machine and the plan kept in hmc's cache, by where the model is,
     the machine and the options. A plan that is there already is taken if it is still that of the
-    checkpoint. What was done is said on stderr. `checkpoint` is where the user says that it is.
+    checkpoint. Weights at the hub are fetched, unless they are not wanted (`fetch`). What was done
+    is said on stderr. `checkpoint` is where the user says that it is.
+
+    Raises `HubError` for a plan of a hub id whose weights are wanted and have not been fetched.
     """
     path = Path(argument)
     if path.is_dir() or (is_gguf(path) and path.exists()):
-        return _kept(path.absolute(), checkpoint, {"dummy_weights": dummy_weights})
-    return Planned(load_plan(path), argument, path.stem, checkpoint)
+        _refuse(checkpoint, argument)
+        location = path.absolute()
+        return _kept(model_name(location), location, {"dummy_weights": dummy_weights})
+    if path.suffix == ".hmp" or (name := hub.hub_name(argument)) is None:
+        plan = load_plan(path)
+        if plan.checkpoint.hub and fetch and not (checkpoint or dummy_weights):
+            checkpoint = hub.here(plan, argument)
+        return Planned(plan, argument, path.stem, checkpoint)
+    _refuse(checkpoint, argument)
+    return _of_hub(name, {"dummy_weights": dummy_weights}, fetch)
 
 
-def _kept(location: Path, checkpoint: str | None, options: dict[str, Any]) -> Planned:
-    """The plan of a model in the cache; compiled anew where there is none that holds."""
+def _refuse(checkpoint: str | None, argument: str) -> None:
     if checkpoint is not None:
-        raise UsageError(f"--checkpoint: {location} is a model itself; leave it out")
-    name = model_name(location)
-    path = env.cache_dir() / "plans" / f"{name}-{_key(location, options)}.hmp"
-    if path.exists():
+        raise UsageError(f"--checkpoint: {argument} is a model itself; leave it out")
+
+
+def _of_hub(name: HubName, options: dict[str, Any], fetch: bool) -> Planned:
+    """The plan of a model at the hub, in the cache as others are; its weights fetched."""
+    listing = hub.look_up(name)
+    path = _path(name.model, str(hub.place(listing, weights=not options["dummy_weights"])), options)
+    plan = _load(path)
+    if plan is None:
+        started = time.perf_counter()
+        found = hub.compiled(listing, options)
+        where = _keep(found.plan, path)
+        _say_compiled(str(found.name), started, where)
+    else:
+        found, where = hub.of_plan(plan, listing), str(path)
+        click.echo(f"[plan of an earlier run: {path}]", err=True)
+    if fetch and not found.plan.checkpoint.dummy:
+        if found.missing:
+            for line in (*memory(found.plan), f"  {prediction(found.plan)}"):
+                click.echo(line, err=True)
+            if found.plan.too_large:
+                raise CapacityError(
+                    f"{found.name}: this machine is too small for it: nothing was fetched;"
+                    f" `hmc show {name}` has the ledger"
+                )
+            if not hub.confirmed(found):
+                raise click.Abort
         try:
-            plan = load_plan(path)
-            _check(plan, location)
-        except (PlanError, CheckpointError) as error:
-            click.echo(f"[the plan of an earlier run does not hold: {error}]", err=True)
-        else:
-            click.echo(f"[plan of an earlier run: {path}]", err=True)
-            return Planned(plan, str(path), name)
+            hub.fetch(found)
+        except PlanMismatchError:
+            path.unlink(missing_ok=True)  # the next run compiles what is there now
+            raise
+    return Planned(found.plan, where, found.name.model)
+
+
+def _kept(name: str, location: Path, options: dict[str, Any]) -> Planned:
+    """The plan of a model on this machine; compiled anew where the cache has none that holds."""
+    path = _path(name, str(location), options)
+    plan = _load(path, location)
+    if plan is not None:
+        click.echo(f"[plan of an earlier run: {path}]", err=True)
+        return Planned(plan, str(path), name)
     from hmc.compiler import compile as compile_plan
 
     started = time.perf_counter()
     plan = compile_plan(location, **options)
     where = _keep(plan, path)
-    seconds = time.perf_counter() - started
-    click.echo(f"[compiled {location} in {seconds:.1f} s{where and f': {where}'}]", err=True)
+    _say_compiled(str(location), started, where)
     return Planned(plan, where, name)
+
+
+def _say_compiled(what: str, started: float, where: str) -> None:
+    seconds = time.perf_counter() - started
+    click.echo(f"[compiled {what} in {seconds:.1f} s{where and f': {where}'}]", err=True)
+
+
+def _path(name: str, location: str, options: dict[str, Any]) -> Path:
+    return env.cache_dir() / "plans" / f"{name}-{_key(location, options)}.hmp"
+
+
+def _load(path: Path, location: Path | None = None) -> Plan | None:
+    """A plan of the cache; None, and said, where it is damaged or not that of the checkpoint."""
+    if not path.exists():
+        return None
+    try:
+        plan = load_plan(path)
+        if location is not None:
+            _check(plan, location)
+    except (PlanError, CheckpointError, VerifyError) as error:
+        click.echo(f"[the plan of an earlier run does not hold: {error}]", err=True)
+        return None
+    return plan
 
 
 def _keep(plan: Plan, path: Path) -> str:
@@ -100,11 +176,11 @@ def _check(plan: Plan, location: Path) -> None:
         raise PlanMismatchError(f"{location}: config.json has changed")
 
 
-def _key(location: Path, options: dict[str, Any]) -> str:
+def _key(location: str, options: dict[str, Any]) -> str:
     """12 hex digits over all that a plan follows from, but for what is in the checkpoint."""
     machine = detect().model_dump(mode="json")
     settings = (env.isa_cap(), env.threads())
-    parts = (str(location), machine, settings, options, VERSION, SCHEMA_VERSION, _source())
+    parts = (location, machine, settings, options, VERSION, SCHEMA_VERSION, _source())
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
