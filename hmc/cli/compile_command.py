@@ -10,7 +10,7 @@ import click
 
 from hmc.checkpoint.location import model_name
 from hmc.cli import hub
-from hmc.cli.arguments import option
+from hmc.cli.arguments import option, output
 from hmc.cli.output import JSON, print_json, size
 from hmc.cli.summary import memory, prediction
 from hmc.plan import Plan, save_plan
@@ -21,12 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("compile")
 @click.argument("model")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False),
-    help="The plan to write [default: the model's name and .hmp, in this folder].",
-)
+@output("plan (.hmp)", default="the model's name and .hmp, in this folder")
 @option(
     "--machine",
     default="auto",

@@ -36,7 +36,7 @@ def command(
     """Show a plan, or that of a model, compiled for this machine: model, machine, memory,
     placement, kernels, phases, and each decision with its reason.
     """
-    plan = planned(plan_path).plan
+    plan = planned(plan_path, fetch=False).plan
     if expert is not None and layer is None:
         raise UsageError("--expert needs --layer")
     if ir is not None or asm is not None:

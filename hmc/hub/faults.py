@@ -26,9 +26,17 @@ def told(name: HubName, what: str = "") -> Iterator[None]:
         raise HubError(f"{where}: not on this machine, and HF_HUB_OFFLINE is set") from None
     except errors.HfHubHTTPError as error:
         raise HubError(f"{where}: {_refusal(name, error)}") from None
-    except httpx2.HTTPError as error:
-        reason = str(error) or type(error).__name__
+    except errors.FileMetadataError as error:
+        raise HubError(f"{where}: {no_hub(str(error))}") from None
+    except (httpx2.HTTPError, httpx2.InvalidURL, errors.LocalEntryNotFoundError) as error:
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        reason = str(cause).partition("\n")[0] or type(cause).__name__
         raise HubError(f"{where}: {constants.ENDPOINT} cannot be reached: {reason}") from None
+
+
+def no_hub(reason: str) -> str:
+    """What to say of a server that answers, and not as it should."""
+    return f"{constants.ENDPOINT} does not answer as a hub does: {reason}"
 
 
 def _refusal(name: HubName, error: errors.HfHubHTTPError) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from hmc.checkpoint.directory import shard_names
 from hmc.checkpoint.gguf import parse_gguf, settings_of
 from hmc.checkpoint.headers import HEADER_CAP
-from hmc.errors import CheckpointError, CompileError, HubError
+from hmc.errors import CheckpointError, CompileError, HubError, PlanMismatchError
 from hmc.hub import cache
 from hmc.hub.listing import HubFile, Listing
 from hmc.hub.ranges import read
@@ -48,7 +48,7 @@ def headers(listing: Listing, wanted: Wanted, report: Report) -> Iterator[Header
         folder = Path(name)
         try:
             yield Headers(folder / wanted.gguf, _written(listing, wanted, folder, report))
-        except (CheckpointError, CompileError) as error:
+        except (CheckpointError, CompileError, PlanMismatchError) as error:
             said = str(error).replace(str(folder), str(listing.name))
             raise type(error)(said) from error
 

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants, is_offline_mode
 
 from hmc.errors import HubError
 from hmc.hub import cache
-from hmc.hub.faults import told
+from hmc.hub.faults import no_hub, told
 from hmc.hub.names import HubName
 
 
@@ -63,22 +63,18 @@ def look_up(name: HubName) -> Listing:
                 raise
             return _cached(name, f"{constants.ENDPOINT} cannot be reached ({error})")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise HubError(f"{name}: {_no_hub(repr(error))}") from error
+            raise HubError(f"{name}: {no_hub(repr(error))}") from error
     if not cache.is_commit(info.sha or "") or info.siblings is None:
-        raise HubError(f"{name}: {_no_hub('it names no commit')}")
+        raise HubError(f"{name}: {no_hub('it names no commit')}")
     files = {}
     for each in info.siblings:
         etag = each.lfs.sha256 if each.lfs else each.blob_id
         if each.size is None or etag is None:
-            raise HubError(f"{name}: {_no_hub(f'it has no hash of {each.rfilename}')}")
+            raise HubError(f"{name}: {no_hub(f'it has no hash of {each.rfilename}')}")
         files[each.rfilename] = HubFile(each.rfilename, each.size, etag)
     commit = str(info.sha)
     cache.remember(name.repo, name.revision, commit)
     return Listing(name, commit, files)
-
-
-def _no_hub(reason: str) -> str:
-    return f"{constants.ENDPOINT} does not answer as a hub does: {reason}"
 
 
 def _cached(name: HubName, why: str) -> Listing:

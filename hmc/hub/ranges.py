@@ -18,7 +18,6 @@ from hmc.version import VERSION
 
 _PIECE = 1 << 30
 """Bytes of one request; addresses that the hub redirects to hold for an hour."""
-_CHUNK = 1 << 20
 _PAUSES = (0.2, 1, 2, 4, 8)
 """Seconds before each new try, of those that bring nothing."""
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -70,7 +69,7 @@ def _request(listing: Listing, file: HubFile, begin: int, end: int) -> Iterator[
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as answer:
         hf_raise_for_status(answer)
         skip, left = _skipped(listing, file, answer, begin), end - begin
-        for chunk in answer.iter_bytes(min(_CHUNK, end - begin)):
+        for chunk in answer.iter_bytes():
             found = chunk[skip:][:left]
             skip -= len(chunk) - len(chunk[skip:])
             left -= len(found)

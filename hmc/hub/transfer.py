@@ -58,11 +58,15 @@ def transfer(
             return
         with begun.open("a+b") as out:
             digest, at = _so_far(out.fileno(), file)
-            report(at)
+            told = 0
             for chunk in stream(listing, file, at, file.size, stop):
                 out.write(chunk)
                 digest.update(chunk)
-                report(len(chunk))
+                at += len(chunk)
+                if at - told >= _BLOCK:
+                    report(at - told)
+                    told = at
+            report(at - told)
             out.flush()
             os.fsync(out.fileno())
         if digest.hexdigest() != file.etag:

@@ -53,8 +53,8 @@ def wanted(listing: Listing, *, weights: bool = True) -> Wanted:
         raise HubError(f"{name}: which of its GGUF files? {_listed(listing, models)}")
     others = [each for each in files if each.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     reason = f"; hmc does not read {first_few(others, 2)}" if others else ""
-    here = " on this machine" if listing.unasked else ""
-    raise HubError(f"{name}: no .safetensors and no .gguf file in it{here}{reason}")
+    here = f" on this machine, and {listing.unasked}" if listing.unasked else ""
+    raise HubError(f"{name}: no .safetensors and no .gguf file of it{here}{reason}")
 
 
 def _models(files: Iterable[str]) -> list[str]:

@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
+from hmc.hub import ranges
+
 _API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/revision/([^/]+))?")
+_TREE = re.compile(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _STORAGE = re.compile(r"/storage/([0-9a-f]{64})")
 _LARGE = (".safetensors", ".gguf", ".bin")
@@ -47,6 +53,8 @@ class PlayedHub:
     wrong: bool = False
     """Whether the last byte of large files is another."""
     ranges: bool = True
+    answer: bytes = b""
+    """What is said of any model, where it is not empty."""
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -91,6 +99,14 @@ def playing() -> Iterator[PlayedHub]:
             thread.join(30)
 
 
+def believe(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT says is read once a process."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(ranges, "_PAUSES", (0, 0))
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     played: PlayedHub
@@ -111,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.played.requests.append(request)
         if match := _API.fullmatch(path):
             self._info(match[1], unquote(match[2] or "main"))
+        elif match := _TREE.fullmatch(path):
+            self._tree(match[1])
         elif match := _RESOLVE.fullmatch(path):
             self._resolve(request, match[1], unquote(match[2]), unquote(match[3]))
         elif match := _STORAGE.fullmatch(path):
@@ -121,17 +139,32 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, name: str, revision: str) -> None:
         files = self.played.models.get(name)
         commit = self._commit(revision)
+        if self.played.answer:
+            self._say(None, self.played.answer)
+            return
         if files is None or commit is None:
             self._refuse(404, "RepoNotFound" if files is None else "RevisionNotFound")
             return
         siblings = [
             {"rfilename": file, "size": len(data), "blobId": git_hash(data)}
-            | ({"lfs": _lfs(data)} if file.endswith(_LARGE) else {})
+            | ({"lfs": _lfs(data)} if _is_large(file) else {})
             for file, data in files.items()
         ]
         about = {"id": name, "modelId": name, "sha": commit, "private": False, "tags": [],
                  "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip
-        body = json.dumps(about).encode()
+        self._say(about)
+
+    def _tree(self, name: str) -> None:
+        self._say(
+            [
+                {"type": "file", "path": file, "size": len(data), "oid": git_hash(data)}
+                | ({"lfs": {"oid": _lfs(data)["sha256"]} | _lfs(data)} if _is_large(file) else {})
+                for file, data in self.played.models[name].items()
+            ]
+        )
+
+    def _say(self, value: object, instead: bytes = b"") -> None:
+        body = instead or json.dumps(value).encode()
         self._head(200, {"Content-Length": str(len(body)), "Content-Type": "application/json"})
         self.wfile.write(body)
 
@@ -143,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(403 if request.authorization else 401, "GatedRepo")
         elif file not in files:
             self._refuse(404, "EntryNotFound", {"X-Repo-Commit": commit})
-        elif file.endswith(_LARGE):
+        elif _is_large(file):
             lfs = _lfs(files[file])
             where = f"http://localhost:{self.played.port}/storage/{lfs['sha256']}"
             linked = {"X-Linked-Etag": f'"{lfs["sha256"]}"', "X-Linked-Size": str(lfs["size"])}
@@ -197,6 +230,10 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+def _is_large(file: str) -> bool:
+    return file.endswith(_LARGE)
 
 
 def git_hash(data: bytes) -> str:
