@@ -33,6 +33,6 @@ def prediction(plan: Plan) -> str:
     except MachineError as error:
         return f"no prediction: {error}"
     return (
-        f"predicted: the first token of a prompt of {prompt} after {found.ttft:.2f} s"
+        f"predicted: the first token of a prompt of {prompt} after {found.ttft:.3f} s"
         f" ({found.prefill_rate:.1f} tok/s), decode {found.decode_rate:.1f} tok/s"
     )
