@@ -157,6 +157,19 @@ def test_a_file_that_changes_while_it_is_fetched_is_refused(
     refused(run("compile", NAME), 3, "it changed meanwhile, begin again")
 
 
+def test_a_kept_plan_of_another_file_is_compiled_again(king: PlayedHub, run: Run) -> None:
+    """Which no hub that keeps its commits makes of it."""
+    assert run("show", NAME)[0] == 0
+    shard = king.models[NAME]["model.safetensors"]
+    length = 8 + int.from_bytes(shard[:8], "little")
+    header = shard[8:length].rstrip().replace(b'"dtype"', b' "dtype"', 1).ljust(length)
+    longer = len(header).to_bytes(8, "little") + header + shard[length:]
+    king.models[NAME]["model.safetensors"] = longer
+    refused(run("run", NAME, "-p", "x"), 5, "the checkpoint changed, compile it again")
+    code, _, err = run("run", NAME, "-p", "And", "-n", 1)
+    assert code == 0 and "[compiled king/tiny-kjv@" in err
+
+
 def test_without_room_nothing_is_fetched(
     king: PlayedHub, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
