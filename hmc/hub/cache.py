@@ -17,11 +17,17 @@ from hmc.errors import HubError
 from hmc.files import write_beside
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_ETAG = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def is_commit(revision: str) -> bool:
     """Whether a revision can name no other files tomorrow."""
     return _COMMIT.fullmatch(revision) is not None
+
+
+def is_etag(text: str) -> bool:
+    """Whether a hash is one that blobs are kept by: git's, or a SHA-256."""
+    return _ETAG.fullmatch(text) is not None
 
 
 def folder() -> Path:

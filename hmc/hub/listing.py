@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, constants, is_offline_mode
 from hmc.errors import HubError
 from hmc.hub import cache
 from hmc.hub.faults import no_hub, told
-from hmc.hub.names import HubName
+from hmc.hub.names import HubName, is_inside
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,11 @@ def look_up(name: HubName) -> Listing:
     files = {}
     for each in info.siblings:
         etag = each.lfs.sha256 if each.lfs else each.blob_id
-        if each.size is None or etag is None:
+        if not is_inside(each.rfilename):
+            raise HubError(f"{name}: {no_hub(f'it has a file {each.rfilename!r}')}")
+        if each.size is None or not cache.is_etag(etag or ""):
             raise HubError(f"{name}: {no_hub(f'it has no hash of {each.rfilename}')}")
-        files[each.rfilename] = HubFile(each.rfilename, each.size, etag)
+        files[each.rfilename] = HubFile(each.rfilename, each.size, str(etag))
     commit = str(info.sha)
     cache.remember(name.repo, name.revision, commit)
     return Listing(name, commit, files)

@@ -20,6 +20,12 @@ _FILES = frozenset(
 """Ends of names of files, which no model is asked for by."""
 
 
+def is_inside(path: str) -> bool:
+    """Whether a path with `/` between its parts stays in the folder that it is a path of."""
+    parts = path.split("/")
+    return path.isprintable() and "\\" not in path and not {"", ".", ".."} & set(parts)
+
+
 @dataclass(frozen=True)
 class HubName:
     """A model of the hub: `repo` is org/name, `revision` a branch, a tag or a commit ("": the main
@@ -38,9 +44,10 @@ class HubName:
         match = _ID.fullmatch(argument)
         if match is None or PurePosixPath(match["repo"]).suffix.lower() in _FILES:
             return None
-        if ".." in PurePosixPath(match["file"] or "").parts or (match["file"] or "")[:1] == "/":
+        repo, revision, file = (match[part] or "" for part in ("repo", "revision", "file"))
+        if not all(is_inside(part) for part in (repo, revision, file) if part):
             return None
-        return HubName(match["repo"], match["revision"] or "", match["file"] or "")
+        return HubName(repo, revision, file)
 
     @property
     def model(self) -> str:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class PlayedHub:
     def sent(self, end: str = "") -> int:
         """Bytes of files that went out so far; of those with this end alone, if it is given."""
         names = {
-            hashlib.sha256(data).hexdigest(): name
+            _lfs(data)["sha256"]: name
             for files in self.models.values()
             for name, data in files.items()
         }
@@ -236,10 +237,12 @@ def _is_large(file: str) -> bool:
     return file.endswith(_LARGE)
 
 
+@lru_cache(64)
 def git_hash(data: bytes) -> str:
     """What git calls a blob."""
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
+@lru_cache(64)
 def _lfs(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}

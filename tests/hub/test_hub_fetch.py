@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -214,20 +215,23 @@ def test_servers_that_are_no_hub(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
         refused(run("compile", NAME), 3, said)
 
 
+def _about(**file: object) -> bytes:
+    return json.dumps({"id": "a/b", "sha": COMMIT, "siblings": [file]}).encode()
+
+
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
         (b"<html>", "does not answer as a hub does"),
         (b"[]", "does not answer as a hub does"),
         (b'{"id": "a/b"}', "it names no commit"),
-        (
-            b'{"id": "a/b", "sha": "%s", "siblings": [{"rfilename": "x"}]}' % (b"a" * 40),
-            "no hash of x",
-        ),
+        (_about(rfilename="x", size=1), "no hash of x"),
+        (_about(rfilename="x", size=1, blobId="../y"), "no hash of x"),
+        (_about(rfilename="../x", size=1, blobId=COMMIT), "a file '../x'"),
     ],
 )
 def test_answers_that_are_none(hub: PlayedHub, run: Run, answer: bytes, said: str) -> None:
-    hub.answer = answer.replace(b"SHA", COMMIT.encode())
+    hub.answer = answer
     refused(run("compile", NAME), 3, said)
 
 

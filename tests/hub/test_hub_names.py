@@ -31,7 +31,8 @@ def test_hub_ids(argument: str, parts: tuple[str, str, str]) -> None:
 
 
 NO_IDS = """model ./a/b ../b /a/b a/b/c a/ /b a/.b .a/b a/b.gguf a/plan.hmp a/config.json
-a/b.safetensors a/b:c a/b:../c.gguf a/b:/c.gguf a/b@ a/b@../x:c a\\b ~/b a/b?c é/b""".split()
+a/b.safetensors a/b:c a/b:../c.gguf a/b:/c.gguf a/b@ a/b@../x a/b@x/../y a/b@x//y
+a/b:c//d.gguf a\\b ~/b a/b?c é/b""".split()
 
 
 @pytest.mark.parametrize("argument", [*NO_IDS, "", "a b/c", "a/b\n", "\0"])
