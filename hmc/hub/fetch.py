@@ -22,6 +22,7 @@ from hmc.hub.transfer import partial, transfer
 _AT_ONCE = 8
 
 Report = Callable[[str, int, int], None]
+"""`report(what, done, total)`."""
 
 
 def missing(listing: Listing, files: Iterable[HubFile]) -> tuple[HubFile, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +15,10 @@ from pathlib import Path
 from hmc.checkpoint.directory import shard_names
 from hmc.checkpoint.gguf import parse_gguf, settings_of
 from hmc.checkpoint.headers import HEADER_CAP
+from hmc.checkpoint.location import is_gguf
 from hmc.errors import CheckpointError, CompileError, HubError, PlanMismatchError
 from hmc.hub import cache
+from hmc.hub.fetch import Report
 from hmc.hub.listing import HubFile, Listing
 from hmc.hub.ranges import read
 from hmc.hub.wanted import Wanted
@@ -24,8 +26,6 @@ from hmc.hub.wanted import Wanted
 _AT_ONCE = 8
 _FIRST = 1 << 16
 """Bytes of the first request; many headers are shorter."""
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def headers(listing: Listing, wanted: Wanted, report: Report) -> Iterator[Header
         try:
             yield Headers(folder / wanted.gguf, _written(listing, wanted, folder, report))
         except (CheckpointError, CompileError, PlanMismatchError) as error:
-            said = str(error).replace(str(folder), str(listing.name))
+            said = str(error).replace(str(folder), listing.name.repo)
             raise type(error)(said) from error
 
 
@@ -87,8 +87,9 @@ def _header(listing: Listing, file: HubFile, folder: Path) -> None:
     if _link(listing, file, folder):
         return
     with target.open("wb") as out:
-        parts = _of_gguf if file.name.endswith(".gguf") else _of_shard
-        for begin, data in parts(listing, file, target):
+        gguf = is_gguf(target)
+        parts = _of_gguf(listing, file, target) if gguf else _of_shard(listing, file)
+        for begin, data in parts:
             out.seek(begin)
             out.write(data)
     os.truncate(target, file.size)
@@ -104,7 +105,7 @@ def _link(listing: Listing, file: HubFile, folder: Path) -> bool:
     return False
 
 
-def _of_shard(listing: Listing, file: HubFile, path: Path) -> Iterator[tuple[int, bytes]]:
+def _of_shard(listing: Listing, file: HubFile) -> Iterator[tuple[int, bytes]]:
     """The header of a safetensors shard; a length that makes no sense is left to the reader."""
     start = read(listing, file, 0, min(_FIRST, file.size))
     yield 0, start

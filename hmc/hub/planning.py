@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,13 @@ from hmc.checkpoint.location import shard_paths
 from hmc.compiler import compile as compile_plan
 from hmc.errors import HubError
 from hmc.hub import cache
-from hmc.hub.fetch import fetch, missing
+from hmc.hub.fetch import Report, fetch, missing
 from hmc.hub.headers import headers
 from hmc.hub.listing import HubFile, Listing
 from hmc.hub.names import HubName
 from hmc.hub.wanted import wanted
 from hmc.plan import Plan
 from hmc.runtime.weights.tensors import check_checkpoint
-
-Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

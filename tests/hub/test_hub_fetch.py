@@ -137,7 +137,7 @@ def test_a_file_that_changed_since_the_plan_is_refused(king: PlayedHub, run: Run
     before = king.sent(".safetensors")
     shard = king.models[NAME]["model.safetensors"]
     king.models[NAME]["model.safetensors"] = shard.replace(b"model.layers.0", b"model.layers.9")
-    refused(run("fetch", "tiny-kjv.hmp"), 5, "king/tiny-kjv@aaa", "its header differs")
+    refused(run("fetch", "tiny-kjv.hmp"), 5, "king/tiny-kjv/model.safetensors: its header differs")
     assert king.sent(".safetensors") - before < SIZE / 10
     del king.models[NAME]["model.safetensors"]
     king.models[NAME]["other.safetensors"] = shard
