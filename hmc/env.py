@@ -4,7 +4,7 @@ rules and parsing.
 HMC_DEBUG      0-6: 1 decisions and times, 2 op diff per pass, 3 graph after each pass, 4 plan,
                5 LLVM IR, 6 assembly (each level includes those below); goes to stderr
 HMC_DUMP       folder that receives 00-trace.txt, 01-<pass>.txt, plan.json, kernels/*.ll, *.s
-HMC_CACHE      folder of compiled kernels   (default $XDG_CACHE_HOME/hmc)
+HMC_CACHE      folder of compiled kernels and kept plans (default $XDG_CACHE_HOME/hmc)
 HMC_CONFIG     folder of machine profiles   (default $XDG_CONFIG_HOME/hmc)
 HMC_ISA        cap on the kernel tier: avx512_bf16, avx512 or avx2 (default: the best there is)
 HMC_THREADS    native worker threads (default: every core the process may use)
@@ -67,7 +67,7 @@ def dump(name: str, text: str) -> None:
 
 
 def cache_dir() -> Path:
-    """Folder for compiled kernels; not created here."""
+    """Folder for compiled kernels and kept plans; not created here."""
     return _folder("HMC_CACHE", "XDG_CACHE_HOME", ".cache")
 
 

@@ -8,7 +8,8 @@ exit code.
     |   |-- ConfigError          3   config.json is absent, unreadable or contradictory
     |   |-- ShardError           3   a shard is absent, truncated or its header lies
     |   |-- TensorError          3   a tensor is missing, extra, mis-shaped or mis-typed
-    |   `-- TokenizerError       3   no tokenizer, or one that cannot be read
+    |   |-- TokenizerError       3   no tokenizer, or one that cannot be read
+    |   `-- HubError             3   the hub lacks a model, refuses it or cannot be reached
     |-- CompileError             4   the compiler cannot lower the model
     |   |-- UnsupportedError     4   an unknown family, format or option
     |   |-- PassFailedError      4   a pass met a graph it cannot handle
@@ -67,6 +68,10 @@ class TensorError(CheckpointError):
 
 class TokenizerError(CheckpointError):
     """No tokenizer, or one that cannot be read."""
+
+
+class HubError(CheckpointError):
+    """The hub lacks a model or a file, refuses it, cannot be reached, or sends something else."""
 
 
 class CompileError(HmcError):

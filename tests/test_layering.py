@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = """
 hmc.__main__
 hmc/cli/bench hmc/cli
+hmc/hub
 hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
 runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops/gpu
@@ -45,6 +46,7 @@ FORBIDDEN = {
     "hmc/formats": "torch",
     "hmc/checkpoint": "torch",
     "hmc/serve": "torch",
+    "hmc/hub": "torch",
 }
 """Folder -> a library that nothing in it may import."""
 

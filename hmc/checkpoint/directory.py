@@ -35,25 +35,30 @@ def local_directory(argument: str) -> Path:
         )
     if _HUB_ID.fullmatch(argument):
         raise UsageError(
-            f"{argument}: no such directory; if it is a Hugging Face hub id, download the model and"
-            " pass a local directory"
+            f"{argument}: no such directory; if it is a hub id, `hmc compile {argument}` fetches it"
         )
     raise UsageError(f"{quote(argument)}: no such directory")
 
 
+def shard_names(directory: Path) -> tuple[list[str], dict[str, str] | None]:
+    """The files of a checkpoint that hold its weights, and what the index says where there is one;
+    found as transformers does: one file, else the index, else whatever shards there are. That the
+    files exist is all that is asked of them.
+    """
+    index = directory / INDEX_NAME
+    if (directory / SINGLE_NAME).exists():
+        return [SINGLE_NAME], None
+    if not index.exists():
+        return _list_shards(directory), None
+    weight_map = _read_index(index)
+    names = sorted(set(weight_map.values()))
+    _require_files(directory, names, f"named by {INDEX_NAME}")
+    return names, weight_map
+
+
 def read_shards(directory: Path) -> tuple[tuple[ShardInfo, ...], dict[str, TensorInfo]]:
-    """All shards of a checkpoint by name, and their tensors; found as transformers does: one file,
-    else the index, else whatever shards there are."""
-    single, index = directory / SINGLE_NAME, directory / INDEX_NAME
-    weight_map: dict[str, str] | None = None
-    if single.exists():
-        names = [SINGLE_NAME]
-    elif index.exists():
-        weight_map = _read_index(index)
-        names = sorted(set(weight_map.values()))
-        _require_files(directory, names, f"named by {INDEX_NAME}")
-    else:
-        names = _list_shards(directory)
+    """All shards of a checkpoint by name, and their tensors."""
+    names, weight_map = shard_names(directory)
     shards: list[ShardInfo] = []
     tensors: dict[str, TensorInfo] = {}
     for number, file in enumerate(names):
@@ -67,7 +72,7 @@ def read_shards(directory: Path) -> tuple[tuple[ShardInfo, ...], dict[str, Tenso
         shards.append(shard)
         tensors.update(found)
     if weight_map is not None:
-        _compare(index, weight_map, shards, tensors)
+        _compare(directory / INDEX_NAME, weight_map, shards, tensors)
     return tuple(shards), tensors
 
 

@@ -21,11 +21,12 @@ from hmc.errors import ExecutionError, HmcError
 from hmc.version import VERSION
 
 _COMMANDS = {
-    "compile": "Compile a model directory or a GGUF file into a plan.",
-    "run": "Write tokens from a plan.",
+    "compile": "Compile a model directory, a GGUF file or a hub id into a plan.",
+    "fetch": "Fetch the weights of a plan that was made from a hub id.",
+    "run": "Write tokens from a plan or a model.",
     "models": "List the model families hmc reads.",
     "show": "Show what a plan holds, and why.",
-    "serve": "Serve a plan over HTTP to OpenAI's clients.",
+    "serve": "Serve a plan or a model over HTTP to OpenAI's clients.",
     "bench": "Measure a plan, a model shape, or single kernels.",
     "simulate": "Predict what a plan or a model will do on a machine.",
     "doctor": "Show what hmc finds on this machine and what it will use.",
@@ -68,7 +69,7 @@ def cli() -> None:
     """Compile a Mixture-of-Experts checkpoint into an execution plan for this machine, and run it.
 
     \b
-    hmc compile model/ -o plan.hmp
+    hmc compile model/ -o plan.hmp    (or org/name of the hub)
     hmc show plan.hmp
     hmc run plan.hmp -p "Once upon a time"
     """

@@ -46,10 +46,11 @@ def positive(*names: str, metavar: str = "N", **settings: Any) -> Option:
     return option(*names, metavar=metavar, type=POSITIVE, **settings)
 
 
-def output(what: str) -> Option:
-    """Where a command writes, which has to be said."""
+def output(what: str, default: str = "") -> Option:
+    """Where a command writes; it has to be said unless there is a `default`, told in words."""
     file = click.Path(dir_okay=False)
-    return click.option("-o", "--output", required=True, type=file, help=f"The {what} to write.")
+    about = f"The {what} to write{f' [default: {default}]' if default else ''}."
+    return click.option("-o", "--output", required=not default, type=file, help=about)
 
 
 THREADS = option(

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.checkpoint.location import model_name
+from hmc.cli import hub
 from hmc.cli.arguments import option, output
 from hmc.cli.output import JSON, print_json, size
-from hmc.plan import save_plan
+from hmc.cli.summary import memory, prediction
+from hmc.plan import Plan, save_plan
+
+if TYPE_CHECKING:
+    from hmc.hub.planning import HubPlan
 
 
 @click.command("compile")
 @click.argument("model")
-@output("plan (.hmp)")
+@output("plan (.hmp)", default="the model's name and .hmp, in this folder")
 @option(
     "--machine",
     default="auto",
@@ -45,49 +51,83 @@ from hmc.plan import save_plan
 )
 @option("--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20.")
 @option("--routing-profile", default="", metavar="FILE", help="Recorded routing, for hot experts.")
+@hub.FETCH
 @JSON
-def command(model: str, output: str, as_json: bool, **options: Any) -> None:
-    """Compile MODEL, a directory or a .gguf file (the first of a split one), into a plan.
+def command(
+    model: str, output: str | None, fetch: bool | None, as_json: bool, **options: Any
+) -> None:
+    """Compile MODEL into a plan: a directory, a .gguf file (the first of a split one), or a hub id:
+    org/name, org/name@revision, org/name:file.gguf.
 
     Reads config.json and the headers of the safetensors shards, or of the GGUF file: no weight is
     loaded. The plan says which kernel computes what in which format, where every expert lives, what
     memory is needed, and why; see `hmc show`.
-    """
-    from hmc.compiler import compile as compile_plan
 
+    Of a hub id, too, headers alone are read at first. Once the plan was shown, the weights are
+    fetched into the hub's cache (HF_HOME), finished where they were begun, and checked by hash.
+    """
+    name = hub.hub_name(model)
     started = time.perf_counter()
-    plan = compile_plan(model, **options)
-    save_plan(plan, output)
+    found = None
+    if name is not None:
+        found = hub.compiled(hub.look_up(name), options)
+        plan, called = found.plan, found.name.model
+    else:
+        from hmc.compiler import compile as compile_plan
+
+        plan, called = compile_plan(model, **options), model_name(Path(model))
+    path = output or f"{called}.hmp"
+    save_plan(plan, path)
     seconds = time.perf_counter() - started
-    written = Path(output).stat().st_size
-    totals, fits = plan.ledger_totals, not plan.too_large
+    if not as_json:
+        _say(plan, path, seconds)
+    if found is not None:
+        click.echo(f"  {prediction(plan)}", err=as_json)
+        if _wanted(found, fetch, options["machine"], path):
+            hub.fetch(found)
     if as_json:
+        fetched = {} if found is None else {"hub": str(found.name), "missing": hub.to_fetch(found)}
         print_json(
             {
-                "plan": output,
-                "bytes": written,
+                "plan": path,
+                "bytes": Path(path).stat().st_size,
                 "seconds": round(seconds, 3),
                 "family": plan.model.family,
                 "isa": plan.isa,
-                "memory": totals,
-                "fits": fits,
+                "memory": plan.ledger_totals,
+                "fits": not plan.too_large,
                 "max_context": plan.limits.max_context,
+                **fetched,
             }
         )
-        return
+
+
+def _say(plan: Plan, path: str, seconds: float) -> None:
     click.echo(
-        f"{output}: {plan.model.architecture}, {plan.model.layers} layers x"
+        f"{path}: {plan.model.architecture}, {plan.model.layers} layers x"
         f" {plan.model.experts} experts, context {plan.limits.max_context}, {plan.isa} kernels;"
-        f" {size(written)} in {seconds:.1f} s"
+        f" {size(Path(path).stat().st_size)} in {seconds:.1f} s"
     )
-    for device, total in totals.items():
-        click.echo(f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}")
+    for line in memory(plan):
+        click.echo(line)
     for each in plan.decisions:
         if each.subject == "GPUs":  # that there are, and that the plan leaves alone
             click.echo(f"  GPUs {each.choice}: {each.reason}", err=True)
-    if not fits:
+    if plan.too_large:
         click.echo(
             "  this machine is too small for the plan: `hmc run` will refuse here;"
             " `hmc show` has the ledger",
             err=True,
         )
+
+
+def _wanted(found: HubPlan, asked: bool | None, machine: str, path: str) -> bool:
+    """Whether to fetch the weights; says how to, where not."""
+    total = hub.to_fetch(found)
+    if not total or asked:
+        return True
+    fits = machine == "auto" and not found.plan.too_large
+    if asked is None and fits and hub.confirmed(found):
+        return True
+    click.echo(f"[{size(total)} not fetched: `hmc fetch {path}` does that]", err=True)
+    return False

@@ -71,18 +71,29 @@ def size(count: float) -> str:
 
 
 @contextmanager
-def progress(enabled: bool = True) -> Iterator[Report]:
+def progress(enabled: bool = True, *, transfer: bool = False) -> Iterator[Report]:
     """A progress bar on stderr for whatever is reported to it; shown from the first report on, on
-    terminals only.
+    terminals only. Of a `transfer` bytes are reported, and the bar has speed and time left.
     """
     err = Console(stderr=True)
     if not enabled or not err.is_terminal:
         yield lambda what, done, total: None
         return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich import progress as bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
+    columns: list[bars.ProgressColumn] = [
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+    ]
+    if transfer:
+        columns += [
+            bars.DownloadColumn(),
+            bars.TransferSpeedColumn(),
+            bars.TimeRemainingColumn(),
+        ]
+    else:
+        columns.append(bars.TimeElapsedColumn())
+    with bars.Progress(*columns, console=err, transient=True) as bar:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:

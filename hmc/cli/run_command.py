@@ -14,12 +14,13 @@ import click
 
 from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS, placed, telling
 from hmc.cli.output import JSON, print_json, progress
+from hmc.cli.planned import PLAN, planned
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 from hmc.files import write_file
 from hmc.ops import OPS
 from hmc.ops.row import PAGED
-from hmc.plan import Plan, load_plan
+from hmc.plan import Plan
 from hmc.plan.memory import paged
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @click.command("run")
-@click.argument("plan_path", metavar="PLAN")
+@PLAN
 @click.option("-p", "--prompt", help="The prompt; without it, standard input.")
 @click.option(
     "--chat", is_flag=True, help="Use the model's chat template; without -p, talk turn by turn."
@@ -90,9 +91,10 @@ def command(
     stop: tuple[str, ...],
     **sampling: Any,
 ) -> None:
-    """Write tokens from the plan PLAN: text streams to standard output, the closing figures go to
-    stderr, and what the simulator predicted beside what was measured; both are kept in
-    PLAN.measured.json (`hmc report` shows it).
+    """Write tokens from a plan, or from a model (a directory or a .gguf file), which is compiled
+    into hmc's cache first: text streams to standard output, the closing figures go to stderr, and
+    what the simulator predicted beside what was measured; both are kept in PLAN.measured.json
+    (`hmc report` shows it).
     """
     if sum(given is not None for given in (prompt, ids, prompts)) > 1:
         raise UsageError("give one of -p, --ids and --prompts")
@@ -101,7 +103,8 @@ def command(
     for option, path in (("--trace", trace), ("--record-routing", record_routing)):
         if path is not None and not Path(path).parent.is_dir():
             raise UsageError(f"{option} {path}: its folder does not exist")
-    plan = load_plan(plan_path)
+    found = planned(plan_path, checkpoint, dummy_weights=dummy_weights)
+    plan, plan_path, checkpoint = found.plan, found.path, found.checkpoint
     if record_routing is not None and not plan.experts:
         raise UsageError("--record-routing: this model routes nothing, it has no experts")
     from hmc.runtime.engine import Engine

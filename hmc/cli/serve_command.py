@@ -9,13 +9,13 @@ from typing import Any, Literal
 import click
 
 from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, THREADS, option, placed, positive
+from hmc.cli.planned import PLAN, planned
 from hmc.errors import UsageError
 from hmc.machine.detect import machine_here
-from hmc.plan import load_plan
 
 
 @click.command("serve")
-@click.argument("plan_path", metavar="PLAN")
+@PLAN
 @CHECKPOINT
 @option("--host", default="127.0.0.1", help="Address to listen on; give a key too.")
 @option(
@@ -55,7 +55,11 @@ from hmc.plan import load_plan
     help="After SIGTERM, for what has been accepted.",
 )
 @positive("--max-queue", default=64, help="Requests that may wait.")
-@option("--served-name", metavar="NAME", help="The model's name [default: the plan's file].")
+@option(
+    "--served-name",
+    metavar="NAME",
+    help="The model's name [default: that of the plan's file or the model].",
+)
 @option(
     "--watchdog",
     type=click.FloatRange(min=0, min_open=True),
@@ -76,6 +80,8 @@ from hmc.plan import load_plan
 @DUMMY_WEIGHTS
 def command(
     plan_path: str,
+    checkpoint: str | None,
+    dummy_weights: bool,
     host: str,
     port: int,
     unix_socket: str | None,
@@ -90,7 +96,8 @@ def command(
     home: Literal["mapped", "arena", "shared"],
     **others: Any,
 ) -> None:
-    """Serve the plan PLAN over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
+    """Serve a plan, or a model (a directory or a .gguf file), which is compiled into hmc's cache
+    first, over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
 
     SIGTERM or Ctrl-C finishes what has been accepted, within --drain-seconds, and ends; a second
     one ends at once.
@@ -103,7 +110,8 @@ def command(
     if prefill_threads is not None and prefill_process == "off":
         raise UsageError("--prefill-threads: there is no such process with --prefill-process off")
     keys = _keys(api_key, api_key_file)
-    plan = load_plan(plan_path)
+    found = planned(plan_path, checkpoint, dummy_weights=dummy_weights)
+    plan = found.plan
     server, disaggregation, hosts = _extras()
     decision = disaggregation.decide(
         plan,
@@ -115,7 +123,9 @@ def command(
     if decision.division is not None and home != "mapped":
         raise UsageError(f"--home {home}: the prefill process shares mapped weights; leave it out")
     settings = server.Settings(
-        name=served_name or Path(plan_path).stem,
+        name=served_name or found.name,
+        checkpoint=found.checkpoint,
+        dummy_weights=dummy_weights,
         threads=threads,
         api_keys=keys,
         allowed_hosts=hosts.allowed_hosts(host, allowed_hosts),

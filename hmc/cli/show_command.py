@@ -8,15 +8,16 @@ from itertools import accumulate, islice
 import click
 
 from hmc.cli.output import JSON, console, print_json, records, size, table
+from hmc.cli.planned import PLAN, planned
 from hmc.errors import UsageError
-from hmc.plan import Operand, Phase, Plan, load_plan
+from hmc.plan import Operand, Phase, Plan
 from hmc.plan.stored import expand_runs
 from hmc.ranges import expert_ranges, ranges
 from hmc.report.words import facts
 
 
 @click.command("show")
-@click.argument("plan_path", metavar="PLAN")
+@PLAN
 @click.option("--layer", type=int, help="One layer: its weights, placement and steps.")
 @click.option("--expert", type=int, help="With --layer: where one routed expert is, and why.")
 @click.option("--graph", is_flag=True, help="The steps of every phase, one a line.")
@@ -32,10 +33,10 @@ def command(
     asm: str | None,
     as_json: bool,
 ) -> None:
-    """Show the plan PLAN: model, machine, memory, placement, kernels, phases, and each decision
-    with its reason.
+    """Show a plan, or that of a model, compiled for this machine: model, machine, memory,
+    placement, kernels, phases, and each decision with its reason.
     """
-    plan = load_plan(plan_path)
+    plan = planned(plan_path, fetch=False).plan
     if expert is not None and layer is None:
         raise UsageError("--expert needs --layer")
     if ir is not None or asm is not None:

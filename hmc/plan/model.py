@@ -53,13 +53,15 @@ class ModelInfo(Frozen):
 
 class CheckpointInfo(Frozen):
     """The checkpoint the plan was made from; `path` is a hint, the hashes decide. No shards: made
-    from a config alone. `lossy` says what `hmc quantize` lost, where it made the checkpoint.
+    from a config alone. `lossy` says what `hmc quantize` lost, where it made the checkpoint; `hub`
+    is the hub id that it was asked for by, with the commit.
     """
 
     path: str
     config_sha256: str
     shards: tuple[ShardInfo, ...]
     lossy: str = ""
+    hub: str = ""
 
     @property
     def dummy(self) -> bool:

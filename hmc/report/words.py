@@ -81,6 +81,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
             f"{count(model.parameters)}, {count(model.active_parameters)} active a token",
         ),
         ("Checkpoint", f"{plan.checkpoint.path}, {shards}"),
+        *([("Hub id", plan.checkpoint.hub)] if plan.checkpoint.hub else []),
         *([("Lossy", plan.checkpoint.lossy)] if plan.checkpoint.lossy else []),
         ("Formats", ", ".join(f"{form} {si(b, 'B')}" for form, b in formats.most_common() if b)),
         ("Numerics", _numerics(plan)),

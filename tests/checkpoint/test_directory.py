@@ -78,7 +78,7 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for hub_id in ("deepseek-ai/DeepSeek-V3", "Qwen/Qwen3-30B-A3B-FP8@refs/pr/1"):
         text = refusal(UsageError, hub_id)
         assert f"{hub_id}: no such directory" in text
-        assert "pass a local directory" in text
+        assert f"`hmc compile {hub_id}` fetches it" in text
     assert "no such directory" in refusal(UsageError, "a\nb\0c")
     assert "cannot be looked up: File name too long" in refusal(UsageError, "x" * 5000)
 

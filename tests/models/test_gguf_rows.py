@@ -21,7 +21,8 @@ from tiny_models import prompt
 
 import hmc
 from hmc.checkpoint import Checkpoint
-from hmc.checkpoint.gguf import GGUF_FAMILIES, GgufCheckpoint, open_gguf
+from hmc.checkpoint.gguf import GGUF_FAMILIES, GgufCheckpoint, open_gguf, settings_of
+from hmc.checkpoint.gguf.header import read_gguf
 from hmc.errors import ConfigError, TensorError
 from hmc.graph.printer import graph_text
 from hmc.models import load
@@ -105,6 +106,21 @@ def test_settings_that_are_missing(tiny: Callable[..., Path], tmp_path: Path) ->
     path = write_gguf(tmp_path / "a.gguf", tmp_path)
     with pytest.raises(TensorError, match=r"rope_factors_short\.weight' is missing"):
         open_gguf(path)
+
+
+def test_of_data_the_settings_alone_are_read(twin: Callable[..., Twin], tmp_path: Path) -> None:
+    """As by whoever has no more of a file than that."""
+    _, path = twin("phimoe")
+    head, hollow = read_gguf(path), tmp_path / "hollow.gguf"
+    data = path.read_bytes()
+    with hollow.open("wb") as file:
+        file.write(data[: head.shard.header_bytes])
+        for tensor in settings_of(head):
+            file.seek(tensor.offset)
+            file.write(data[tensor.offset : tensor.offset + tensor.nbytes])
+        file.truncate(len(data))
+    assert [tensor.name for tensor in settings_of(head)]
+    assert open_gguf(hollow).config.values == open_gguf(path).config.values
 
 
 @pytest.mark.slow

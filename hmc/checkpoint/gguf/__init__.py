@@ -3,8 +3,17 @@ hmc's families ask for (families, table and a row for each architecture, names),
 the chat template that their metadata hold (vocabulary, splitting).
 """
 
-from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf
+from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf, settings_of
+from hmc.checkpoint.gguf.header import parse_gguf
 from hmc.checkpoint.gguf.table import GGUF_FAMILIES
 from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer
 
-__all__ = ["GGUF_FAMILIES", "GgufCheckpoint", "GgufTokenizer", "open_gguf", "read_tokenizer"]
+__all__ = [
+    "GGUF_FAMILIES",
+    "GgufCheckpoint",
+    "GgufTokenizer",
+    "open_gguf",
+    "parse_gguf",
+    "read_tokenizer",
+    "settings_of",
+]

@@ -87,6 +87,13 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     )
 
 
+def settings_of(file: GgufFile) -> tuple[TensorInfo, ...]:
+    """The tensors of a file whose data `open_gguf` reads besides headers."""
+    family = GGUF_FAMILIES.get(file.settings.get_str("general.architecture", ""))
+    names = family.settings if family else ()
+    return tuple(t for t in file.tensors if t.name in names and t.nbytes <= _LARGEST_SETTING)
+
+
 def _floats(files: Sequence[GgufFile], tensors: Sequence[TensorInfo], name: str) -> list[float]:
     """The numbers of a vector of F32 and at most 64 KiB."""
     tensor = next((each for each in tensors if each.name == name), None)

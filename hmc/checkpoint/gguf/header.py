@@ -12,9 +12,8 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +66,25 @@ def read_gguf(path: Path, index: int = 0) -> GgufFile:
         if not stat.S_ISREG(os.stat(path).st_mode):  # before open: that of a pipe would block
             raise ShardError(f"{path}: not a regular file")
         with open(path, "rb") as file:
-            return _read(_Cursor(path, file), index)
+            return parse_gguf(path, os.fstat(file.fileno()).st_size, file.read, index)
     except FileNotFoundError:
         raise ShardError(f"{path}: no such file") from None
     except OSError as problem:
         raise ShardError(f"{path}: cannot be read: {problem.strerror}") from None
 
 
+def parse_gguf(path: Path, size: int, read: Callable[[int], bytes], index: int = 0) -> GgufFile:
+    """`read_gguf` of a file of `size` bytes that `read(count)` gives from its beginning on, `count`
+    of them or, at its end, fewer.
+    """
+    return _read(_Cursor(path, size, read), index)
+
+
 class _Cursor:
     """Reads numbers and strings one after the other; `bytes` is all that was read so far."""
 
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        self.path, self._file = path, file
-        self.size = os.fstat(file.fileno()).st_size
+    def __init__(self, path: Path, size: int, read: Callable[[int], bytes]) -> None:
+        self.path, self.size, self._read = path, size, read
         self.bytes = bytearray()
         self.at = 0
 
@@ -122,7 +127,7 @@ class _Cursor:
             raise ShardError(
                 f"{self.path}: {what}: the header is over the cap of {HEADER_CAP} bytes: damaged"
             )
-        self.bytes += self._file.read(max(end - len(self.bytes), _PIECE))
+        self.bytes += self._read(max(end - len(self.bytes), _PIECE))
         if end > len(self.bytes):
             raise ShardError(f"{self.path}: truncated while being read")
 
