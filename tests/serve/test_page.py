@@ -44,6 +44,6 @@ def test_the_page_chats_and_shows_the_plan(live: Any, tmp_path: Path) -> None:
     answer = re.search(r'class="turn assistant">([^<]+)<span class="note">first token', page)
     assert answer, page[page.find('id="log"') :][:500]
     assert "DeepseekV3ForCausalLM" in page and "host: 96 experts" in page
-    assert page.count("<rect") == len(live.server.service.plan.placement)
+    assert page.count("<rect") == len(live.service.plan.placement)
     assert re.search(r'id="running">\d', page) and "blocks in use" in page
     assert 'class="turn error"' not in page

@@ -104,10 +104,10 @@ def test_a_process_that_cannot_begin_ends_the_server(
     monkeypatch.setattr(PrefillWorker, "wait_ready", refuse)
     with start(chunked, Settings(name="tiny", prefill=DECISION)) as live:
         limit = time.monotonic() + WAIT
-        while live.server.service.failure is None:
+        while live.server.models.failure is None:
             assert time.monotonic() < limit
             time.sleep(0.01)
-    assert isinstance(live.server.service.failure, CapacityError)
+    assert isinstance(live.server.models.failure, CapacityError)
 
 
 @pytest.mark.parametrize(
