@@ -109,9 +109,12 @@ _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 class Duration(click.ParamType):  # type: ignore[type-arg]
-    """`90s`, `10m`, `1.5h` or plain seconds, as seconds."""
+    """`90s`, `10m`, `1.5h` or plain seconds, as seconds; 0 only where that means something."""
 
     name = "duration"
+
+    def __init__(self, *, zero: bool = True) -> None:
+        self._zero = zero
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
@@ -121,7 +124,10 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
         if found is None:
             self.fail(f"{value!r} is no time, such as 90s, 10m or 2h", param, ctx)
-        return float(found[1]) * _SECONDS[found[2]]
+        seconds = float(found[1]) * _SECONDS[found[2]]
+        if not seconds and not self._zero:
+            self.fail("it has to be more than 0", param, ctx)
+        return seconds
 
 
 def circumstances(isa: str, threads: int) -> dict[str, Any]:

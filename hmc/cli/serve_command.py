@@ -88,7 +88,7 @@ from hmc.plan import load_plan
 @option(
     "--load-timeout",
     "load_seconds",
-    type=Duration(),
+    type=Duration(zero=False),
     default="5m",
     metavar="TIME",
     help="A request waits so long for its plan, and for memory that others in use hold.",

@@ -8,14 +8,15 @@ loaded or unloaded at a time. All of it is the event loop's, but for `drain`.
 from __future__ import annotations
 
 import asyncio
-import gc
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from hmc.errors import CapacityError, HmcError
 from hmc.plan import Plan
 from hmc.runtime.batching.stats import SchedulerStats
+from hmc.runtime.memory.release import release
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.log import say
 from hmc.serve.room import Needs, lacking
@@ -96,6 +97,7 @@ class Models:
         self._begun = self.only is None  # the server can serve, whatever is loaded
         self._draining = False
         self._moving = asyncio.Lock()
+        self._freed = asyncio.Event()  # a request has ended
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __iter__(self) -> Iterator[Model]:
@@ -160,7 +162,14 @@ class Models:
         """
         if self.state in ("loading", "draining"):
             raise _unavailable(self.reason, self.state)
+        model.users += 1
         return Use(self, model)
+
+    def let_go(self, model: Model) -> None:
+        """A use of a model has ended."""
+        model.users -= 1
+        model.used = time.monotonic()
+        self._freed.set()
 
     async def wait(self, model: Model, seconds: float) -> bool:
         """Wait until a model is loaded, which begins now where it has not; whether it is. Raises
@@ -224,7 +233,7 @@ class Models:
             try:
                 await asyncio.wait({self._open(model)})
             finally:
-                model.users -= 1
+                self.let_go(model)
         if self.only is not None and not self.only.loaded:
             self.failure = self.only.failure
         self._begun = True
@@ -232,11 +241,15 @@ class Models:
     async def _load(self, model: Model) -> None:
         """Load it once there is room, for as long as somebody wants it."""
         try:
-            while model.users and not model.loaded:
+            while model.users:
+                self._freed.clear()
                 async with self._moving:
-                    if await self._has_room(model) and await self._opened(model):
-                        return
-                await asyncio.sleep(_POLL_SECONDS)
+                    if await self._has_room(model):
+                        if await self._opened(model):
+                            return
+                        continue
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._freed.wait(), _POLL_SECONDS)
         finally:
             model.opening, model.waits_for = None, ""
 
@@ -251,11 +264,14 @@ class Models:
             model.failure, model.used = None, time.monotonic()
             model.loads += 1
             return True
-        await asyncio.to_thread(_closed, service)
+        why = service.failure
+        await asyncio.to_thread(service.close)
         model.service = None
-        if isinstance(service.failure, CapacityError) and await self._unload_one(model):
+        del service
+        await asyncio.to_thread(release)
+        if isinstance(why, CapacityError) and await self._unload_one(model):
             return False
-        self._failed(model, service.failure)
+        self._failed(model, why)
         return True
 
     async def _has_room(self, model: Model) -> bool:
@@ -283,23 +299,31 @@ class Models:
 
     async def _unload_one(self, wanted: Model) -> bool:
         """Unload the one that was unused longest; whether there is one that nobody uses."""
-        idle = [model for model in self.all if model.loaded and not model.users]
+        idle = [
+            model
+            for model in self.all
+            if model.service is not None
+            and model.loaded
+            and not model.users
+            and not model.service.hangs
+        ]
         if not idle:
             return False
-        await self._unload(
-            min(idle, key=lambda model: model.used), f"{wanted.name} needs its memory"
-        )
+        longest = min(idle, key=lambda model: model.used)
+        await self._unload(longest, f"{wanted.name} takes its place")
         return True
 
     async def _unload(self, model: Model, why: str) -> None:
         service, model.service = model.service, None
         assert service is not None
         model.unloads += 1
-        await asyncio.to_thread(_closed, service)
-        if service.failure is not None:
+        await asyncio.to_thread(service.close)
+        if service.hangs:
             model.service = service  # its memory is still taken
             say(f"{model.name} cannot be unloaded: {service.failure}")
             return
+        del service
+        await asyncio.to_thread(release)
         say(f"{model.name} is unloaded: {why}")
 
     async def _tend(self) -> None:
@@ -331,14 +355,13 @@ class Models:
 
 
 class Use:
-    """One request's use of a model, from its making to `end`."""
+    """One request's use of a model, from `Models.use` to `end`."""
 
     def __init__(self, models: Models, model: Model) -> None:
         self.model = model
         self._models = models
         self._open = True
         self._until = time.monotonic() + models.settings.load_seconds
-        model.users += 1
 
     async def soon(self, seconds: float) -> bool:
         """Whether the model is loaded within `seconds`; raises as `ready` does."""
@@ -360,19 +383,12 @@ class Use:
         """The request has been answered; a second call does nothing."""
         if self._open:
             self._open = False
-            self.model.users -= 1
-            self.model.used = time.monotonic()
+            self._models.let_go(self.model)
 
     @property
     def left(self) -> float:
         """Seconds that it still waits for the model."""
         return max(0.0, self._until - time.monotonic())
-
-
-def _closed(service: Service) -> None:
-    """Close it, and let go of what only refers to itself."""
-    service.close()
-    gc.collect()
 
 
 def _unavailable(reason: str, code: str) -> ApiError:

@@ -94,6 +94,7 @@ class Service:
         it has failed.
         """
         loaded: Future[None] = Future()
+        loaded.set_running_or_notify_cancel()  # who no longer waits does not end it
         for name, work in (("load", lambda: self._load(loaded)), ("watch", self._watch)):
             threading.Thread(target=work, name=f"hmc-serve-{name}", daemon=True).start()
         return loaded
@@ -191,6 +192,7 @@ class Service:
             self.failure = self.failure or WorkerError(self._hung)
         if opened is not None and ended:
             opened.close()
+            self._opened = self._grammars = None
         elif opened is not None and opened.worker is not None:
             opened.worker.close()
 

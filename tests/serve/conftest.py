@@ -131,3 +131,9 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 def start() -> Callable[..., object]:
     """`start(plan, settings)`: another live server, as a context manager."""
     return running
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., object]:
+    """`serve(models)`: the same of several models."""
+    return serving

@@ -128,7 +128,7 @@ def test_the_command_line_decides(
     if "on" in arguments and len(CPUS) < 2:
         pytest.skip("two cores are divided")
     seen: list[Settings] = []
-    monkeypatch.setattr(server, "serve", lambda plan, settings, *_: seen.append(settings))
+    monkeypatch.setattr(server, "serve", lambda models, *_: seen.append(models.settings))
     save_plan(chunked, tmp_path / "p.hmp")
     result = CliRunner().invoke(cli, ["serve", str(tmp_path / "p.hmp"), *arguments])
     assert result.exit_code == 0, result.output
