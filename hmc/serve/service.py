@@ -88,6 +88,7 @@ class Service:
         self._draining = False
         self._closing = threading.Event()
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
 
     def begin(self) -> Future[None]:
         """Load in a thread; what it returns is done when that has ended, and `failure` says why if
@@ -96,7 +97,9 @@ class Service:
         loaded: Future[None] = Future()
         loaded.set_running_or_notify_cancel()  # who no longer waits does not end it
         for name, work in (("load", lambda: self._load(loaded)), ("watch", self._watch)):
-            threading.Thread(target=work, name=f"hmc-serve-{name}", daemon=True).start()
+            thread = threading.Thread(target=work, name=f"hmc-serve-{name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         return loaded
 
     @property
@@ -193,6 +196,9 @@ class Service:
         if opened is not None and ended:
             opened.close()
             self._opened = self._grammars = None
+            for thread in self._threads:  # which have it, too
+                if thread is not threading.current_thread():
+                    thread.join(_CLOSE_SECONDS)
         elif opened is not None and opened.worker is not None:
             opened.worker.close()
 

@@ -301,15 +301,6 @@ def test_what_has_failed_is_loaded_anew_where_there_are_others(
     assert "hmc: a is unloaded: it has failed: the device is gone" in capfd.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Plan:
-    """A plan of 75 MB of weights."""
-    directory = tmp_path_factory.mktemp("large")
-    config = json.loads((model / "config.json").read_text()) | {"n_routed_experts": 384}
-    (directory / "config.json").write_text(json.dumps(config))
-    return compile_plan(directory, dummy_weights=True, threads=2)
-
-
 def anonymous_bytes() -> int:
     found = re.search(r"^RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     assert found
@@ -317,27 +308,28 @@ def anonymous_bytes() -> int:
 
 
 def test_what_is_idle_gives_everything_back(
-    large: Plan, serve: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+    plan: Plan, serve: Callable[..., Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = Settings(name="large", dummy_weights=True, idle_seconds=0.2)
-    body = {"prompt": [5, 6, 7], "max_tokens": 2}
-    with serve(Models([Model(large, settings)])) as live:
+    settings = Settings(name="tiny", home="arena", idle_seconds=0.2)
+    weights = sum(item.bytes for item in plan.ledger if item.detail == "weights")
+    with serve(Models([Model(plan, settings)])) as live:
         model = live.server.models.only
         live.wait_ready()
         use = live.server.models.use(model)
-        assert httpx.post(f"{live.url}/v1/completions", json=body, timeout=WAIT).status_code == 200
+        assert complete(live.url, "tiny").status_code == 200
         loaded, threads = anonymous_bytes(), len(os.listdir("/proc/self/task"))
         executor = model.service._opened.engine.executor
         parts = [weakref.ref(each) for each in (executor, executor.pool, executor._parts.jit)]
         workers, before = executor.pool.workers, model.loads
         del executor
+        capfd.readouterr()
         use.end()
         until(lambda: not model.loaded and "is unloaded: it has been" in capfd.readouterr().err)
-        assert anonymous_bytes() < loaded - 0.9 * large.ledger_totals["host"]
+        assert anonymous_bytes() < loaded - 0.9 * weights
         assert len(os.listdir("/proc/self/task")) <= threads - workers
         assert [part() for part in parts] == [None] * 3
         assert httpx.get(f"{live.url}/health").json()["status"] == "ready"
-        assert httpx.post(f"{live.url}/v1/completions", json=body, timeout=WAIT).status_code == 200
+        assert complete(live.url, "tiny").status_code == 200
         assert model.loads == before + 1
 
 
