@@ -1,11 +1,13 @@
-"""`hmc serve`: a plan behind an HTTP interface that OpenAI's clients speak.
+"""`hmc serve`: plans behind an HTTP interface that OpenAI's clients speak.
 
 A request's way: app.py checks key and size, bodies.py the fields (by the rules of fields.py),
+models.py finds the model, which opening.py waits for and holds while the request is answered,
 prepare.py makes scheduler requests of it (conversation.py the prompt of a chat, grammar.py with
 schemas.py and tools.py constrained answers), delivery.py carries updates from the scheduler's
 thread to the event loop, generate.py tells thoughts (reasoning.py), text and calls apart,
-answers.py turns them into OpenAI's JSON, sse.py streams it. service.py owns the engine, its
-scheduler and the watchdog; server.py the socket and signals.
+answers.py turns them into OpenAI's JSON, sse.py streams it. service.py owns a plan's engine, its
+scheduler and the watchdog; room.py knows whether there is memory for one more, progress.py tells of
+loading; server.py has the socket and signals.
 
 Needs the extra `hmc[serve]`.
 """

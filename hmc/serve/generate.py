@@ -21,7 +21,7 @@ from hmc.serve.bodies import ChatBody, CompletionBody, StreamOptions
 from hmc.serve.delivery import Hub, Replies
 from hmc.serve.faults import of_error
 from hmc.serve.log import say
-from hmc.serve.metrics import Metrics
+from hmc.serve.metrics import Latencies, Metrics
 from hmc.serve.prepare import Prepared
 from hmc.serve.reasoning import ThoughtFinder
 from hmc.serve.service import Service
@@ -101,9 +101,9 @@ class Generation(ABC, Generic[Asked]):
     chunk: ClassVar[str] = ""
 
     def __init__(
-        self, service: Service, hub: Hub, metrics: Metrics, body: Asked, prepared: Prepared
+        self, service: Service, hub: Hub, latencies: Latencies, body: Asked, prepared: Prepared
     ) -> None:
-        self._service, self._metrics = service, metrics
+        self._service, self._latencies = service, latencies
         self.body, self._prepared = body, prepared
         self._names = Names(service.vocabulary)
         self._replies = Replies(hub)
@@ -160,7 +160,7 @@ class Generation(ABC, Generic[Asked]):
                 choice = self.choices[index]
                 times = update.timings
                 if times is not None and times.new_tokens and update.finish_reason != "cancelled":
-                    self._metrics.observe(times)
+                    self._latencies.observe(times)
                     self._service.ttft.append(times.ttft_s)
                 whole = index % self._prepared.choices_per_prompt == 0  # of each prompt one
                 if update.finish_reason is not None and whole:
@@ -269,20 +269,24 @@ class _Chat(Generation[ChatBody]):
 class Generations:
     """The two routes."""
 
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self._service, self._metrics = service, metrics
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._hub: Hub | None = None
 
-    async def completions(self, request: Request, body: CompletionBody) -> Response:
+    async def completions(
+        self, service: Service, request: Request, body: CompletionBody
+    ) -> Response:
         """POST /v1/completions."""
-        prepared = await asyncio.to_thread(prepare.completions, self._service, body)
-        found = _Completion(self._service, self._here(), self._metrics, body, prepared)
+        prepared = await asyncio.to_thread(prepare.completions, service, body)
+        latencies = self._metrics.of(service.settings.name)
+        found = _Completion(service, self._here(), latencies, body, prepared)
         return await found.answer(request)
 
-    async def chat(self, request: Request, body: ChatBody) -> Response:
+    async def chat(self, service: Service, request: Request, body: ChatBody) -> Response:
         """POST /v1/chat/completions."""
-        prepared = await asyncio.to_thread(prepare.chat, self._service, body)
-        found = _Chat(self._service, self._here(), self._metrics, body, prepared)
+        prepared = await asyncio.to_thread(prepare.chat, service, body)
+        latencies = self._metrics.of(service.settings.name)
+        found = _Chat(service, self._here(), latencies, body, prepared)
         return await found.answer(request)
 
     def _here(self) -> Hub:
