@@ -24,7 +24,7 @@ KEPT = re.compile(
     r"|moe\.gate\.weight|\brouter\."
 )
 """Tensors that converters keep in F32 whatever the type of the others."""
-_LIKE = {"cohere2moe": "dots1", "deepseek32": "glm-dsa", "hy_v3": "dots1", "laguna": "step35",
+LIKE = {"cohere2moe": "dots1", "deepseek32": "glm-dsa", "hy_v3": "dots1", "laguna": "step35",
          "mellum": "qwen3moe"}  # fmt: skip
 """Architectures that gguf does not know yet, and one whose tensors are called alike."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
@@ -60,7 +60,7 @@ def write_gguf(
     }
     name = ARCHITECTURES[config["model_type"]]
     config = {**config, **config.get("text_config", {}), "model_type": config["model_type"]}
-    like = _LIKE.get(name, name)
+    like = LIKE.get(name, name)
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == like)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
     metadata = {**METADATA[config["model_type"]](config), **keys}

@@ -26,6 +26,12 @@ def moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: 
     for name, tensor in tensors.items():
         if re.search(left, name):
             continue
+        if split_kv_b and "kv_b_proj" in name:
+            nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
+            both = tensor.reshape(heads, nope + v_dim, -1)
+            yield name.replace("kv_b", "k_b"), both[:, :nope].transpose(1, 2)
+            yield name.replace("kv_b", "v_b"), both[:, nope:]
+            continue
         if config["model_type"] in _OTHERWISE:
             yield from _OTHERWISE[config["model_type"]](name, tensor)
             continue
@@ -39,12 +45,6 @@ def moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: 
             layer, end = name.split(".")[2], "shexp" if "shared" in name else "exps"
             for role, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):
                 yield f"blk.{layer}.ffn_{role}_{end}.weight", half
-            continue
-        if split_kv_b and "kv_b_proj" in name:
-            nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
-            both = tensor.reshape(heads, nope + v_dim, -1)
-            yield name.replace("kv_b", "k_b"), both[:, :nope].transpose(1, 2)
-            yield name.replace("kv_b", "v_b"), both[:, nope:]
             continue
         yield name, tensor
 

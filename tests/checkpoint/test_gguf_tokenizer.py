@@ -201,9 +201,7 @@ LISTED = {
     ],
 }
 """Patterns as llama.cpp lists them, for another engine."""
-NUMBERS = (
-    "1 12 123 1234 12345 1234567 a1234 1234a 1,234,567.89 ١٢٣٤٥ x_12345_y"
-)
+NUMBERS = "1 12 123 1234 12345 1234567 a1234 1234a 1,234,567.89 ١٢٣٤٥ x_12345_y"
 
 
 @pytest.mark.parametrize("pre", LISTED)
