@@ -46,7 +46,7 @@ COLUMNS = (
 )
 EMPTY = "-"
 _WITHOUT_GGUF = ("axk1", "flex_olmo", "flint", "kolibri1", "sarvam_mla")
-"""Families that llama.cpp's converter does not know."""
+"""Families that llama.cpp's converter did not know when its rows were written."""
 
 
 class Measured(NamedTuple):
@@ -88,7 +88,7 @@ def _gguf() -> str:
     others = ", ".join(f"`{name}`" for name in _WITHOUT_GGUF)
     return (
         f"GGUF files are read of these architectures (`general.architecture`): {names}."
-        f" llama.cpp has none for {others}."
+        f" No row stands for {others}, which llama.cpp's releases did not convert."
     )
 
 
