@@ -38,12 +38,10 @@ def _mistral4(facts: Facts) -> Values:
     values = _latent(facts, "mistral4")
     values["norm_topk_prob"] = facts.flag("expert_weights_norm", True)
     if scaling := values.pop("rope_scaling", None):
-        original, by = "original_max_position_embeddings", "attention.temperature"
-        scaling["llama_4_scaling_beta"] = facts.number(f"{by}_scale", _GROWTH)
-        if facts.whole(f"{by}_length", scaling.get(original, 0)) != scaling.get(original):
-            raise facts.settings.unsupported(
-                f"{facts.architecture}.{by}_length", "rope.scaling.original_context_length"
-            )
+        original, length = "rope.scaling.original_context_length", "attention.temperature_length"
+        if facts.whole(length, facts.whole(original)) != facts.whole(original):
+            raise facts.settings.unsupported(f"{facts.architecture}.{length}", original)
+        scaling["llama_4_scaling_beta"] = facts.number("attention.temperature_scale", _GROWTH)
         values["rope_parameters"] = {**scaling, "rope_theta": values["rope_theta"]}
     return values
 

@@ -81,14 +81,14 @@ class Facts:
         count = self.whole("block_count")
         if not extra < count:
             raise self.settings.error(self._full("block_count"), f"is {count}: no layers")
+        if count > len(self.tensors):
+            raise ConfigError(
+                f"{self.settings.path}: {count} layers, but {len(self.tensors)} tensors"
+            )
         return count - extra
 
     def layers_without(self, tensor: str) -> list[int]:
         """Layers that have no tensor "blk.<n>.<tensor>"."""
-        if self.layers > len(self.tensors):
-            raise ConfigError(
-                f"{self.settings.path}: {self.layers} layers, but {len(self.tensors)} tensors"
-            )
         return [n for n in range(self.layers) if f"blk.{n}.{tensor}" not in self.tensors]
 
     def _array(self, key: str) -> Any:

@@ -63,9 +63,9 @@ def _proportional(facts: Facts) -> Values:
     factors = facts.floats(FACTORS)
     turned = [factor for factor in factors if factor < _STANDS]
     first = turned[0] if turned else 1.0
-    if len(factors) * 2 != facts.whole("attention.key_length") or factors != [
-        first if index < len(turned) else factors[-1] for index in range(len(factors))
-    ]:
+    expected = turned[:1] * len(turned) + factors[-1:] * (len(factors) - len(turned))
+    fits = len(factors) * 2 == facts.whole("attention.key_length") and first > 0
+    if not fits or factors != expected:
         raise UnsupportedError(
             f"{facts.settings.path}: tensor {FACTORS!r} is not one factor for the first pairs of a"
             " head and another for those that stand"

@@ -27,7 +27,7 @@ def _config(facts: Facts) -> Values:
     sigmoid_alone(facts)
     heads, size = facts.by_layer("attention.head_count"), facts.whole("attention.key_length")
     window = facts.whole("attention.sliding_window", 0)
-    gates = facts.tensors.get("blk.0.attn_gate.weight", (0,))[0]
+    gates = facts.tensors.get("blk.0.attn_gate.weight", ())[:1]
     return {
         "model_type": "laguna",
         "architectures": ["LagunaForCausalLM"],
@@ -36,7 +36,7 @@ def _config(facts: Facts) -> Values:
         **experts_config(facts, "num_experts"),
         "head_dim": size,
         "num_attention_heads_per_layer": heads,
-        "gating": "per-element" if gates == heads[0] * size else "per-head",
+        "gating": "per-element" if gates == (heads[0] * size,) else "per-head",
         "sliding_window": window,
         "layer_types": layer_types(
             facts.slides([int(window > 0 and index % _PERIOD > 0) for index in range(facts.layers)])

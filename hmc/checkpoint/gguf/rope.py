@@ -43,14 +43,18 @@ def llama3(facts: Facts, low: float, high: float, original: int) -> Values:
     if FACTORS not in facts.tensors:
         return {}
     found = facts.floats(FACTORS)
-    factor = max(found, default=1.0)
-    base, size = facts.number("rope.freq_base"), facts.whole("attention.key_length")
-    expected = [
-        _slower(2 * math.pi * base ** (index / size), factor, original / low, original / high)
-        for index in range(0, size, 2)
-    ]
-    if len(found) != len(expected) or not all(
-        math.isclose(*pair, rel_tol=1e-3) for pair in zip(found, expected, strict=True)
+    factor, size = max(found, default=1.0), 2 * len(found)
+    base = max(facts.number("rope.freq_base"), 1.0)
+    fits = size == facts.whole("attention.key_length") and 1 <= factor < math.inf
+    if not fits or not all(
+        math.isclose(
+            each,
+            _slower(
+                2 * math.pi * base ** (2 * pair / size), factor, original / low, original / high
+            ),
+            rel_tol=1e-3,
+        )
+        for pair, each in enumerate(found)
     ):
         raise UnsupportedError(
             f"{facts.settings.path}: tensor {FACTORS!r}: other factors than those of rope_type"
