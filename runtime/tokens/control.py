@@ -28,8 +28,10 @@ from hmc.runtime.tokens.chat import ChatTemplate
 
 Messages = Sequence[dict[str, Any]]
 
-_MARKS = [chr(code) for code in (*range(0xFDD0, 0xFDE0), *range(0xF0000, 0xF1000))]
-"""Characters of no script; one that the conversation does not have is its mark."""
+_MARKS = [chr(code) for code in (*range(0x12000, 0x12399), *range(0x13000, 0x13430))]
+"""Signs of cuneiform and hieroglyphs; one that the conversation does not have is its mark. They are
+letters without case: no way to write a text escapes or changes them, as `repr` does those of no
+script."""
 _NAME = "".join(chr(0xFDE0 + secrets.randbelow(16)) for _ in range(24))
 """What the names of the template's own control tokens begin with, in this process."""
 _SAID = ("content", "reasoning_content", "reasoning", "thinking")
@@ -61,7 +63,7 @@ class Control:
         used = set().union(*texts)
         mark = next((each for each in _MARKS if each not in used), None)
         if mark is None:
-            raise UsageError("the conversation has too many characters of no script")
+            raise UsageError("the conversation has every sign of cuneiform and hieroglyphs, of which one is needed")
         marked = {name: _changed(value, self._all.marking(mark)) for name, value in given.items()}
         text = self._chat.render(
             [self._message(each, mark) for each in messages], **{**how, **marked}, mark=mark

@@ -20,7 +20,8 @@ from hmc.errors import TokenizerError
 class TokenizerFiles:
     """`described` is tokenizer.json as text, `config` what tokenizer_config.json says, `generation`
     generation_config.json, `template` that of chats ("" without one), each beside the file that
-    an error about it names.
+    an error about it names. `ends` are ids of tokens that end an answer, by config.json and
+    generation_config.json.
     """
 
     path: Path
@@ -29,7 +30,7 @@ class TokenizerFiles:
     generation: dict[str, Any]
     template: str
     template_path: Path
-    eos_token_ids: tuple[int, ...]
+    ends: tuple[int, ...]
 
     @staticmethod
     def read(location: Path) -> TokenizerFiles | None:
@@ -46,7 +47,7 @@ class TokenizerFiles:
         config = {**special, **read_json(location / "tokenizer_config.json")}
         generation = read_json(location / "generation_config.json")
         template, template_path = _template(location, config)
-        ends = _eos_ids(generation) or _eos_ids(read_json(location / "config.json"))
+        ends = (*_ends(location / "generation_config.json"), *_ends(location / "config.json"))
         return TokenizerFiles(path, _text(path), config, generation, template, template_path, ends)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -67,8 +68,8 @@ def _of_gguf(path: Path) -> TokenizerFiles | None:
     if found.tokenizer is None:
         return None
     described = json.dumps(found.tokenizer)
-    template, ends = found.config.get("chat_template", ""), _eos_ids(found.generation)
-    return TokenizerFiles(path, described, found.config, found.generation, template, path, ends)
+    template, ends = found.config.get("chat_template", ""), found.generation["eos_token_id"]
+    return TokenizerFiles(path, described, found.config, found.generation, template, path, tuple(ends))
 
 
 def _template(directory: Path, config: dict[str, Any]) -> tuple[str, Path]:
@@ -94,12 +95,21 @@ def _text(path: Path) -> str:
         raise TokenizerError(f"{path}: cannot be read: {error}") from error
 
 
-def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
-    """What ends an answer; () where nothing is named."""
-    value = config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _ends(path: Path) -> tuple[int, ...]:
+    """The ids that a file names as ends, its part about the text included; () where it names none.
+
+    Raises `TokenizerError` for what is no id.
+    """
+    whole = read_json(path)
+    inner = whole.get("text_config")
+    found: list[Any] = []
+    for config in (whole, inner if isinstance(inner, dict) else {}):
+        value = config.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, int) or each < 0:
+            raise TokenizerError(f"{path}: eos_token_id {json.dumps(each)} is no token id")
+    return tuple(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pickle
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,11 +70,7 @@ class Renderers:
 
     def _told(self, ask: Ask, seconds: float) -> Told:
         """What a process says; one that is not heard to the end is no more."""
-        try:
-            child = self._free.pop()
-        except IndexError:
-            child = _started()
-        heard = False
+        child, heard = self._child(), False
         try:
             child.send(ask)
             told = child.hear(seconds)
@@ -91,6 +88,16 @@ class Renderers:
         if not isinstance(told, Told):
             raise UsageError(f"the chat template takes more than {seconds:g} s for these messages")
         return told
+
+    def _child(self) -> Child:
+        """One that has nothing to do."""
+        while self._free:
+            with suppress(IndexError):  # another thread was faster
+                child = self._free.pop()
+                if not child.dead:
+                    return child
+                child.end()
+        return _started()
 
 
 def _started() -> Child:

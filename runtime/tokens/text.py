@@ -62,7 +62,9 @@ class Text:
             return None
         tokens, origin = special_tokens(files.config), str(files.template_path)
         chat = ChatTemplate(files.template, tokens, origin) if files.template else None
-        tokenizer, ends, generation = files.tokenizer(), files.eos_token_ids, files.generation
+        tokenizer, generation = files.tokenizer(), files.generation
+        named = tokenizer.token_to_id(tokens.get("eos_token", ""))
+        ends = tuple(dict.fromkeys((*files.ends, *(() if named is None else (named,)))))
         longest = None if context is None else most_bytes(json.loads(files.described))
         most = None if longest is None or context is None else longest * context
         return Text(tokenizer, files.config, chat, ends, generation, most)
