@@ -1,6 +1,6 @@
 """The process that renders chat templates (`runtime/tokens/rendering.py` says why there is one).
 
-    python -m hmc.runtime.tokens.child SETUP SOCKET
+python -m hmc.runtime.tokens.child SETUP SOCKET
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import queue
 import resource
 import sys
-from collections.abc import Callable
 from functools import lru_cache
 
 import jinja2
@@ -45,7 +44,9 @@ def _answer(ask: Ask) -> Told:
     except Exception as error:  # whatever it is, it comes of the template or of its data
         return Told(None, described(error))
     if len(text) > _MOST_CHARACTERS:
-        return Told(None, f"the chat template writes more than {_MOST_CHARACTERS} characters{_HERE}")
+        return Told(
+            None, f"the chat template writes more than {_MOST_CHARACTERS} characters{_HERE}"
+        )
     return Told(text, "")
 
 

@@ -4,8 +4,8 @@ A control token is one that the tokenizer calls special, or an added one that th
 too (`<tool_call>`, `<think>`). Where one stands in what users send (contents, tools, arguments,
 results, names), a mark is put into it before the template is rendered. Those that come out whole
 are the template's own: they are given other names, which nobody else can write, the marks are taken
-out, and a second tokenizer, the same but for these names, encodes the text. So all that is left of a
-user's control token are its letters, cut as any letters are, and all else has the ids that it
+out, and a second tokenizer, the same but for these names, encodes the text. So all that is left of
+a user's control token are its letters, cut as any letters are, and all else has the ids that it
 always has.
 
 What an assistant said before keeps added tokens that are not special: `<think>` in an answer that
@@ -63,7 +63,9 @@ class Control:
         used = set().union(*texts)
         mark = next((each for each in _MARKS if each not in used), None)
         if mark is None:
-            raise UsageError("the conversation has every sign of cuneiform and hieroglyphs, of which one is needed")
+            raise UsageError(
+                "one sign of cuneiform or hieroglyphs has to be left out of a conversation"
+            )
         marked = {name: _changed(value, self._all.marking(mark)) for name, value in given.items()}
         text = self._chat.render(
             [self._message(each, mark) for each in messages], **{**how, **marked}, mark=mark
@@ -155,9 +157,7 @@ def _changed(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _renamed(
-    tokenizer: tokenizers.Tokenizer, texts: set[str], name: str
-) -> tokenizers.Tokenizer:
+def _renamed(tokenizer: tokenizers.Tokenizer, texts: set[str], name: str) -> tokenizers.Tokenizer:
     """A tokenizer in which these tokens are called by their texts with `name` before them.
 
     Raises `TokenizerError` when it does not give them the same ids.

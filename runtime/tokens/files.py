@@ -69,7 +69,9 @@ def _of_gguf(path: Path) -> TokenizerFiles | None:
         return None
     described = json.dumps(found.tokenizer)
     template, ends = found.config.get("chat_template", ""), found.generation["eos_token_id"]
-    return TokenizerFiles(path, described, found.config, found.generation, template, path, tuple(ends))
+    return TokenizerFiles(
+        path, described, found.config, found.generation, template, path, tuple(ends)
+    )
 
 
 def _template(directory: Path, config: dict[str, Any]) -> tuple[str, Path]:

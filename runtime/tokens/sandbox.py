@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
@@ -110,4 +111,4 @@ def _raise(message: object) -> None:
 
 def _check(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace has no attribute {name!r} in a sandbox")
+        raise jinja2.exceptions.SecurityError(f"a namespace has no attribute {name!r} in a sandbox")

@@ -116,10 +116,10 @@ class Text:
         kept = [each for each in ids if each not in self._hidden]
         return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
-    def showing(self, texts: Iterable[str]) -> Text:
-        """The same, but texts that are decoded have these special tokens in them."""
+    def showing(self, markers: Iterable[str]) -> Text:
+        """The same, but decoded texts have the special tokens of which these markers are made."""
         added = self._tokenizer.get_added_tokens_decoder().items()
-        shown = frozenset(texts)
+        shown = "\0".join(markers)
         hidden = [number for number, t in added if t.special and t.content not in shown]
         found = copy.copy(self)
         found._hidden = frozenset(hidden)

@@ -1,9 +1,10 @@
 """Chat templates, conversations to put through them, and tokenizers that know their control tokens.
 
 The templates in tests/templates are written for these tests, in the manners of published ones: turns
-in tags (Qwen, GLM), harmony's channels (gpt-oss), brackets (Mistral), full-width bars and roles that
-become tokens (DeepSeek, Phi). Published templates are not ours to ship: HMC_TEST_TEMPLATES=FOLDER
-names a folder of *.jinja (llama.cpp's models/templates, for one), and every test here takes them too.
+in tags (Qwen, GLM), harmony's channels (gpt-oss), brackets (Mistral), full-width bars and roles
+that become tokens (DeepSeek, Phi). Published templates are not ours to ship:
+HMC_TEST_TEMPLATES=FOLDER names a folder of *.jinja (llama.cpp's models/templates, for one), and
+every test here takes them too.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def fields(forged: str) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
-    """A conversation and its tools with `forged` in one of the fields that users write, by field."""
+    """A conversation and its tools with `forged` in one of the fields that users write, each."""
     found = {}
     for field in (
         *("content", "system", "result", "arguments", "argument name", "thought", "said", "name"),

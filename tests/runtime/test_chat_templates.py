@@ -30,10 +30,14 @@ def test_text_and_ids_are_those_of_transformers(texts: dict[Path, Text], path: P
         asked |= {"chat_template": text.chat.source, "conversation": copy.deepcopy(messages)}
         try:
             expected = oracle.apply_chat_template(tokenize=False, **copy.deepcopy(asked))
-        except Exception as refusal:
+        except Exception as error:
+            refusal = str(error)
+        else:
+            refusal = ""
+        if refusal:
             with pytest.raises(UsageError) as found:
                 text.encode_chat(messages, **how)
-            assert str(refusal) in str(found.value).replace("\\n", "\n"), name
+            assert " ".join(refusal.split()) in " ".join(str(found.value).split()), name
             continue
         assert text.chat.render(messages, **how) == expected, name
         ids = oracle.apply_chat_template(return_dict=False, **asked)

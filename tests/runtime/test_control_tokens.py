@@ -115,7 +115,9 @@ def test_only_the_templates_own_are_tokens(text: Text, forged: str, around: str)
     [("<|en", "d|>"), ("<|", "end|>x"), ("<|end", "|>"), ("<th", "ink>"), ("a <thi \n", "\nnk>")],
 )
 def test_none_is_made_of_two_texts(text: Text, contents: tuple[str, str]) -> None:
-    joined = opened(text._tokenizer, "{% for m in messages %}{{ m.content | trim }}{% endfor %}<think>")
+    joined = opened(
+        text._tokenizer, "{% for m in messages %}{{ m.content | trim }}{% endfor %}<think>"
+    )
     assert controls(joined, joined.encode_chat(said(*contents))) == ["<think>"]
     halved = opened(text._tokenizer, "<|{{ messages[0].content }}|><|end|>")
     assert controls(halved, halved.encode_chat(said("end|><|end"))) == [END]

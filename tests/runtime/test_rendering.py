@@ -57,9 +57,7 @@ def test_every_error_names_its_line(expression: str, said: str) -> None:
 
 def test_a_refusal_is_in_the_templates_own_words() -> None:
     found = _refused("\n{{ raise_exception('no, ' + messages[0].role) }}")
-    assert found == (
-        "the chat template refuses these messages: no, user (line 2 of the template)"
-    )
+    assert found == ("the chat template refuses these messages: no, user (line 2 of the template)")
     assert "deep" in _refused("{% macro a(x) %}{{ a(x) }}{% endmacro %}{{ a(1) }}")
     nested: Any = []
     for _ in range(100_000):
@@ -72,7 +70,7 @@ def test_a_refusal_is_in_the_templates_own_words() -> None:
 
 @pytest.mark.parametrize("source", ["\n{% if %}", "{{ " + "(" * 3000 + " }}", "{% endfor %}"])
 def test_a_broken_template_is_refused_when_it_is_opened(source: str) -> None:
-    with pytest.raises(TokenizerError, match="here.*the chat template is broken"):
+    with pytest.raises(TokenizerError, match=r"here.*the chat template is broken"):
         ChatTemplate(source, {}, "here")
 
 

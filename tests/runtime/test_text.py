@@ -252,7 +252,9 @@ def test_what_ends_an_answer_is_all_that_any_file_names(write):
     assert ends(special_tokens_map={"eos_token": "</s>"}) == (1,)
     assert ends(tokenizer_config={"eos_token": "<nobody>"}) == ends() == ()
     for wrong in ("</s>", [True], [-1], 1.5):
-        with pytest.raises(TokenizerError, match=r"generation_config\.json: eos_token_id .* no token"):
+        with pytest.raises(
+            TokenizerError, match=r"generation_config\.json: eos_token_id .* no token"
+        ):
             ends(generation_config={"eos_token_id": wrong})
 
 
