@@ -1,5 +1,5 @@
 """A checkpoint's tokenizer as it is stored: tokenizer.json and its siblings in a model directory,
-or what the metadata of a GGUF file say instead.
+or what tiktoken's vocabulary or the metadata of a GGUF file say instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tokenizers
 from hmc.checkpoint.gguf import read_tokenizer
 from hmc.checkpoint.location import is_gguf
 from hmc.errors import TokenizerError
+from hmc.runtime.tokens.tiktoken import FILE as TIKTOKEN
+from hmc.runtime.tokens.tiktoken import read_tiktoken
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,16 @@ class TokenizerFiles:
         """
         if is_gguf(location):
             return _of_gguf(location)
-        path = location / "tokenizer.json"
-        if not path.is_file():
+        if (path := _stored(location)) is None:
             return None
         special = read_json(location / "special_tokens_map.json")
         config = {**special, **read_json(location / "tokenizer_config.json")}
         generation = read_json(location / "generation_config.json")
         template, template_path = _template(location, config)
         ends = (*_ends(location / "generation_config.json"), *_ends(location / "config.json"))
-        return TokenizerFiles(path, _text(path), config, generation, template, template_path, ends)
+        json_text = path.suffix == ".json"
+        described = _text(path) if json_text else json.dumps(read_tiktoken(path, config))
+        return TokenizerFiles(path, described, config, generation, template, template_path, ends)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer itself, which cuts nothing off and fills nothing up: settings of training
@@ -61,6 +64,23 @@ class TokenizerFiles:
         found.no_truncation()
         found.no_padding()
         return found
+
+
+def _stored(directory: Path) -> Path | None:
+    """The file that holds a directory's tokenizer; None where it has none.
+
+    Raises `TokenizerError` for one of a kind that is not read.
+    """
+    for name in ("tokenizer.json", TIKTOKEN):
+        if (directory / name).is_file():
+            return directory / name
+    for path in (directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))):
+        if path.is_file():
+            raise TokenizerError(
+                f"{path}: hmc reads tokenizer.json and Kimi's {TIKTOKEN}: save the tokenizer as"
+                " tokenizer.json with transformers, beside it"
+            )
+    return None
 
 
 def _of_gguf(path: Path) -> TokenizerFiles | None:

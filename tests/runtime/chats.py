@@ -1,6 +1,6 @@
 """Chat templates, conversations to put through them, and tokenizers that know their control tokens.
 
-The templates in tests/templates are written for these tests, in the manners of published ones: turns
+The templates in tests/templates are written for these tests, in the manners of published ones:
 in tags (Qwen, GLM), harmony's channels (gpt-oss), brackets (Mistral), full-width bars and roles
 that become tokens (DeepSeek, Phi). Published templates are not ours to ship:
 HMC_TEST_TEMPLATES=FOLDER names a folder of *.jinja (llama.cpp's models/templates, for one), and
