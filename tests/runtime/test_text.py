@@ -286,6 +286,17 @@ def test_added_special_tokens_are_left_out_of_text(write):
     assert "".join(stream(text, ids)) == text.decode(ids) == "a<think>b"
 
 
+def test_special_tokens_are_shown_where_they_are_markers(write):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|channel|>", "<|end|>", "[THINK]"])
+    text = Text.open(write(tokenizer))
+    ids = text.encode("a<|channel|>b[THINK]c<|end|>", special=False)
+    assert text.decode(ids) == "abc"
+    shown = text.showing(["<|channel|>thought\n", "[THINK]"])
+    assert "".join(stream(shown, ids)) == shown.decode(ids) == "a<|channel|>b[THINK]c"
+    assert text.decode(ids) == text.showing([]).decode(ids) == "abc"
+
+
 def test_a_text_too_long_for_the_context_is_refused_unread(write):
     folder = write(byte_level())
     vocabulary = byte_level().get_vocab()

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from chats import byte_level
 
 from hmc.errors import UsageError
 from hmc.runtime.tokens.chat import ChatTemplate
+from hmc.runtime.tokens.files import TokenizerFiles
 from hmc.serve import forms
+from hmc.serve.grammar import Grammars
 from hmc.serve.tools import Call, CallFinder, Form, form_of
+from hmc.serve.vocabulary import Vocabulary
 
 BAR, BLANK = "\uff5c", "\u2581"
 V3 = (
@@ -189,3 +194,22 @@ def test_a_template_that_knows_no_tools_or_no_known_form() -> None:
 
 def _template(source: str) -> ChatTemplate:
     return ChatTemplate(source, {}, "here")
+
+
+def test_a_forced_call_is_held_to_its_special_tokens(tmp_path: Path) -> None:
+    """Which a model writes as one token each, and not as letters."""
+    tokenizer = byte_level(list(forms.HARMONY.inner), [])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    files = TokenizerFiles.read(tmp_path)
+    assert files is not None
+    end = tokenizer.token_to_id("<|return|>")
+    size = tokenizer.get_vocab_size()
+    grammars = Grammars(Vocabulary(files), size, [end])
+    tools = [{"function": {"name": name, "parameters": {"type": "object"}}} for name in "ab"]
+    mask = grammars.mask(grammars.either(forms.HARMONY.forced(tools).parts))
+    said = tokenizer.encode("b <|constrain|>json<|message|>{}").ids
+    for place, token in enumerate(said):
+        allowed = mask(said[:place])
+        assert allowed[token], tokenizer.id_to_token(token)
+    ends = mask(said)
+    assert ends[end] and not ends[said[0]]
