@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer as it is stored: tokenizer.json and its siblings in a model directory,
-or what tiktoken's vocabulary or the metadata of a GGUF file say instead.
+or what a vocabulary of tiktoken's, a SentencePiece model or the metadata of a GGUF file say
+instead.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import tokenizers
 from hmc.checkpoint.gguf import read_tokenizer
 from hmc.checkpoint.location import is_gguf
 from hmc.errors import TokenizerError
-from hmc.runtime.tokens.tiktoken import FILE as TIKTOKEN
+from hmc.runtime.tokens.sentencepiece import read_sentencepiece
 from hmc.runtime.tokens.tiktoken import read_tiktoken
+
+_READERS = {"tiktoken.model": read_tiktoken, "tokenizer.model": read_sentencepiece}
+"""Files that stand for a tokenizer.json where there is none."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class TokenizerFiles:
         generation = read_json(location / "generation_config.json")
         template, template_path = _template(location, config)
         ends = (*_ends(location / "generation_config.json"), *_ends(location / "config.json"))
-        json_text = path.suffix == ".json"
-        described = _text(path) if json_text else json.dumps(read_tiktoken(path, config))
+        reader = _READERS.get(path.name)
+        described = json.dumps(reader(path, config)) if reader else _text(path)
         return TokenizerFiles(path, described, config, generation, template, template_path, ends)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
@@ -71,15 +75,14 @@ def _stored(directory: Path) -> Path | None:
 
     Raises `TokenizerError` for one of a kind that is not read.
     """
-    for name in ("tokenizer.json", TIKTOKEN):
+    for name in ("tokenizer.json", *_READERS):
         if (directory / name).is_file():
             return directory / name
-    for path in (directory / "tokenizer.model", *sorted(directory.glob("*.tiktoken"))):
-        if path.is_file():
-            raise TokenizerError(
-                f"{path}: hmc reads tokenizer.json and Kimi's {TIKTOKEN}: save the tokenizer as"
-                " tokenizer.json with transformers, beside it"
-            )
+    for path in sorted(directory.glob("*.tiktoken")):
+        raise TokenizerError(
+            f"{path}: hmc reads tokenizer.json, {' and '.join(_READERS)}: save the tokenizer as"
+            " tokenizer.json with transformers"
+        )
     return None
 
 

@@ -17,7 +17,6 @@ from hmc.errors import TokenizerError
 
 Json = dict[str, Any]
 
-FILE = "tiktoken.model"
 _KNOWN = {"tokenization_kimi.TikTokenTokenizer": "kimi-k2"}
 """By what tokenizer_config.json says loads the tokenizer: how it cuts words (`SPLITTINGS`)."""
 _RESERVED = 258  # ids after those of the vocabulary that are tokens, named or not

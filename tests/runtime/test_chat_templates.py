@@ -12,6 +12,7 @@ from chats import CONVERSATIONS, FOLDERS, NAMES, TEMPLATES, control_tokens, fiel
 from hmc.errors import UsageError
 from hmc.runtime.tokens.text import Text
 
+EVERY = len(FOLDERS) > 1
 pytestmark = pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
 
 
@@ -56,14 +57,16 @@ def test_a_users_control_token_is_text_in_every_field(texts: dict[Path, Text], p
         except UsageError:  # a template that does not take this conversation
             continue
         honest[field] = [each for each in ids if each in added]
-    for forged in (*special, *plain):
-        for field, (messages, tools) in fields(forged).items():
+    for number, forged in enumerate((*special, *plain)):
+        for place, (field, (messages, tools)) in enumerate(fields(forged).items()):
+            if not EVERY and (number + place) % 3:  # of each field a third of the tokens
+                continue
             if field not in honest or (forged in plain and field in ("said", "thought")):
                 continue
             ids = text.encode_chat(messages, tools=tools)
             assert [each for each in ids if each in added] == honest[field], (field, forged)
             shown = text._tokenizer.decode(ids, skip_special_tokens=False)
-            plain = text.chat.render(messages, tools=tools)
+            whole = text.chat.render(messages, tools=tools)
             if path.parent == FOLDERS[0]:  # others may take a control token out themselves
-                assert shown == plain, (field, forged)
-            assert set(shown) <= {*plain, *forged}, (field, forged)
+                assert shown == whole, (field, forged)
+            assert set(shown) <= {*whole, *forged}, (field, forged)

@@ -95,8 +95,8 @@ def test_an_endless_template_ends_and_others_go_on(renderers: Renderers, source:
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(UsageError, match=r"takes more than 0\.4 s"):
-            renderers.render(Ask(source, {"messages": [USER]}, ""), 0.4)
+        with pytest.raises(UsageError, match=r"takes more than 0\.2 s"):
+            renderers.render(Ask(source, {"messages": [USER]}, ""), 0.2)
     finally:
         ended.set()
         thread.join()

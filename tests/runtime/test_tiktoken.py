@@ -119,8 +119,7 @@ def test_what_is_not_known_is_refused_by_name(
     assert said in str(found.value) and "\n" not in str(found.value)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model", "hy.tiktoken"])
-def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(TokenizerError, match=f"{name}: hmc reads tokenizer.json"):
+def test_another_kind_of_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "hy.tiktoken").write_bytes(b"")
+    with pytest.raises(TokenizerError, match=r"hy\.tiktoken: hmc reads tokenizer\.json, tiktoken"):
         Text.open(tmp_path)

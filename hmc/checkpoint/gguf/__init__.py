@@ -5,6 +5,13 @@ the chat template that their metadata hold (vocabulary, splitting).
 
 from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf
 from hmc.checkpoint.gguf.table import GGUF_FAMILIES
-from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer
+from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer, sentence_piece
 
-__all__ = ["GGUF_FAMILIES", "GgufCheckpoint", "GgufTokenizer", "open_gguf", "read_tokenizer"]
+__all__ = [
+    "GGUF_FAMILIES",
+    "GgufCheckpoint",
+    "GgufTokenizer",
+    "open_gguf",
+    "read_tokenizer",
+    "sentence_piece",
+]

@@ -177,34 +177,42 @@ def _sentence_piece(tokens: _Tokens) -> tuple[Json, bool, bool]:
     scores = _numbers(tokens.settings, "scores")
     if len(scores) != len(tokens.texts):
         raise tokens.wrong(f"has {len(tokens.texts)} tokens and {len(scores)} scores")
-    vocabulary = tokens.vocabulary()
-    unknown = next((text for text, kind in zip(tokens.texts, tokens.kinds, strict=True)
-                    if kind == _UNKNOWN), None)  # fmt: skip
     prefix = tokens.settings.get_bool(_KEY + "add_space_prefix", True)
+    pieces = list(zip(tokens.texts, scores, tokens.kinds, strict=True))
+    return sentence_piece(pieces, tokens.vocabulary(), prefix=prefix), True, False
+
+
+def sentence_piece(
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int], *, prefix: bool
+) -> Json:
+    """tokenizer.json of SentencePiece BPE without its added tokens, of pieces (text, score, kind)
+    in the order of ids; `prefix`: a text begins with a space.
+    """
+    unknown = next((text for text, _, kind in pieces if kind == _UNKNOWN), None)
     begin = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    made = _made(
+    return _made(
         {"type": "Sequence", "normalizers": [*begin, spaces]},
         None,
         {"type": "Sequence",
          "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        {"vocab": vocabulary, "merges": _merges(tokens, vocabulary, scores), "unk_token": unknown,
-         "fuse_unk": True, "byte_fallback": _BYTE in tokens.kinds, "ignore_merges": False},
+        {"vocab": vocabulary, "merges": _merges(pieces, vocabulary), "unk_token": unknown,
+         "fuse_unk": True, "byte_fallback": any(kind == _BYTE for _, _, kind in pieces),
+         "ignore_merges": False},
     )  # fmt: skip
-    return made, True, False
 
 
 def _merges(
-    tokens: _Tokens, vocabulary: Mapping[str, int], scores: Sequence[float]
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """Every pair of tokens that makes one, the best-scored result first; of those of one result the
     longer left part first, as transformers orders them (convert_slow_tokenizer.py).
     """
     found = [
-        (scores[number], len(text[:cut]), text[:cut], text[cut:])
-        for number, (text, kind) in enumerate(zip(tokens.texts, tokens.kinds, strict=True))
+        (score, len(text[:cut]), text[:cut], text[cut:])
+        for text, score, kind in pieces
         if kind == _NORMAL
         for cut in range(1, len(text))
         if text[:cut] in vocabulary and text[cut:] in vocabulary
