@@ -190,10 +190,9 @@ def _sentence_piece(tokens: _Tokens) -> tuple[Json, bool, bool]:
     scores = _numbers(tokens.settings, "scores")
     if len(scores) != len(tokens.texts):
         raise tokens.wrong(f"has {len(tokens.texts)} tokens and {len(scores)} scores")
-    vocabulary = tokens.vocabulary()
-    merges = _merges(tokens, vocabulary, scores)
     prefix = tokens.settings.get_bool(_KEY + "add_space_prefix", True)
-    return _of_characters(tokens, vocabulary, merges, prefix), True, False
+    pieces = list(zip(tokens.texts, scores, tokens.kinds, strict=True))
+    return sentence_piece(pieces, tokens.vocabulary(), prefix=prefix), True, False
 
 
 def _merged_characters(tokens: _Tokens) -> tuple[Json, bool, bool]:
@@ -201,21 +200,31 @@ def _merged_characters(tokens: _Tokens) -> tuple[Json, bool, bool]:
     with special tokens.
     """
     prefix = tokens.settings.get_bool(_KEY + "add_space_prefix", False)
-    made = _of_characters(tokens, tokens.vocabulary(), tokens.merges(), prefix)
+    kinds = list(zip(tokens.texts, tokens.kinds, strict=True))
+    made = _of_characters(kinds, tokens.vocabulary(), tokens.merges(), prefix)
     return made, tokens.settings.get_str(_KEY + "model", "") == "gemma4", False
 
 
+def sentence_piece(
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int], *, prefix: bool
+) -> Json:
+    """tokenizer.json of SentencePiece BPE without its added tokens, of pieces (text, score, kind)
+    in the order of ids; `prefix`: a text begins with a space.
+    """
+    kinds = [(text, kind) for text, _, kind in pieces]
+    return _of_characters(kinds, vocabulary, _merges(pieces, vocabulary), prefix)
+
+
 def _of_characters(
-    tokens: _Tokens,
+    pieces: Sequence[tuple[str, int]],
     vocabulary: Mapping[str, int],
     merges: Sequence[tuple[str, ...]],
     prefix: bool,
 ) -> Json:
-    """Spaces are U+2581, with `prefix` one stands before a text; bytes stand for characters that
-    are no tokens.
+    """Of pieces (text, kind). Spaces are U+2581, with `prefix` one stands before a text; bytes
+    stand for characters that are no tokens.
     """
-    unknown = next((text for text, kind in zip(tokens.texts, tokens.kinds, strict=True)
-                    if kind == _UNKNOWN), None)  # fmt: skip
+    unknown = next((text for text, kind in pieces if kind == _UNKNOWN), None)
     begin = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
@@ -225,20 +234,20 @@ def _of_characters(
         None,
         {"type": "Sequence",
          "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        {"vocab": vocabulary, "merges": merges, "unk_token": unknown,
-         "fuse_unk": True, "byte_fallback": _BYTE in tokens.kinds, "ignore_merges": False},
+        {"vocab": vocabulary, "merges": merges, "unk_token": unknown, "fuse_unk": True,
+         "byte_fallback": any(kind == _BYTE for _, kind in pieces), "ignore_merges": False},
     )  # fmt: skip
 
 
 def _merges(
-    tokens: _Tokens, vocabulary: Mapping[str, int], scores: Sequence[float]
-) -> list[tuple[str, ...]]:
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int]
+) -> list[tuple[str, str]]:
     """Every pair of tokens that makes one, the best-scored result first; of those of one result the
     longer left part first, as transformers orders them (convert_slow_tokenizer.py).
     """
     found = [
-        (scores[number], len(text[:cut]), text[:cut], text[cut:])
-        for number, (text, kind) in enumerate(zip(tokens.texts, tokens.kinds, strict=True))
+        (score, len(text[:cut]), text[:cut], text[cut:])
+        for text, score, kind in pieces
         if kind == _NORMAL
         for cut in range(1, len(text))
         if text[:cut] in vocabulary and text[cut:] in vocabulary
