@@ -229,24 +229,24 @@ def test_the_context_ends_an_answer(fake):
 
 
 def test_the_queue_is_bounded_and_served_in_order(fake):
-    scheduler = Scheduler(fake, max_queue=3)
+    scheduler = Scheduler(fake, max_queue=4)
     order = []
 
-    def ended(name):
-        return lambda update: update.finish_reason and order.append(name)
+    def begun(name):
+        return lambda update: name in order or order.append(name)
 
-    # The second asks for more room than the first leaves; the third would fit, and waits its turn.
-    sizes = {"a": 60, "b": 60, "c": 2}
+    # The second asks for more room than the first leaves: those that need little pass it.
+    sizes = {"a": 60, "b": 60, "c": 2, "d": 4}
     tickets = [
-        scheduler.submit(request([3], new, eos=(), listener=ended(name)))
-        for name, new in sizes.items()
+        scheduler.submit(request([3] * size, 4, eos=(), listener=begun(name)))
+        for name, size in sizes.items()
     ]
-    fake.kv.reserve(held := fake.open(), 10)
-    with pytest.raises(QueueFullError, match="3 requests wait"):
+    fake.kv.reserve(held := fake.open(), 20)
+    with pytest.raises(QueueFullError, match="4 requests wait"):
         scheduler.submit(request([2]))
     scheduler.start()
     assert all(ticket.wait(WAIT) for ticket in tickets)
-    assert order == ["a", "c", "b"]  # b and c ran together after a: c is the shorter
+    assert order == ["c", "d", "a", "b"]  # a's chunk between them is the first of several
     scheduler.close()
     fake.release(held)
 
