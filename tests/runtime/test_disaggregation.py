@@ -214,7 +214,7 @@ def test_blocks_of_a_cancelled_prompt_are_free_when_the_process_has_let_go(both,
     with paused(both.worker):
         first = scheduler.submit(ask(prompt(both, 400, seed=14), 6))
         second = scheduler.submit(ask(prompt(both, 300, seed=15), 6))
-        until(lambda: scheduler.stats().prefill.prompts == 2)
+        until(lambda: scheduler.stats().prefilling == 2)
         held = allocator.used
         for ticket in (first, second):
             ticket.cancel()
