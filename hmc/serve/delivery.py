@@ -50,11 +50,13 @@ class Replies:
         self._open = 0
 
     def submit(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
-        """Submit them all or none; raises what `Scheduler.submit` raises."""
+        """Submit them all or none, in places of the queue that the caller holds; raises what
+        `Scheduler.submit` raises.
+        """
         for index, request in enumerate(requests):
             request.listener = self._listener(index)
             try:
-                self._tickets.append(scheduler.submit(request))
+                self._tickets.append(scheduler.submit(request, held=True))
             except BaseException:
                 self.cancel()
                 raise

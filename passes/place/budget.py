@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from hmc.errors import CapacityError, UsageError
 from hmc.ops.row import PAGED
+from hmc.passes.place.needs import with_snapshots
 from hmc.passes.place.windows import whole_windows, windowed
 from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
 from hmc.plan import KVLayout, Limits
@@ -55,6 +56,7 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
     if budget is None:
         context = asked or _limit(model, options)
         pages = _host_cache(needs, cache, target, options, context) // cache.block
+        cache = with_snapshots(cache, options, pages)
         cache = windowed(cache, options, context, pages, notes)
         tokens = _host_tokens(needs, cache, target, options, notes)
         held = _host_cache(needs, cache, target, options, tokens)
@@ -184,9 +186,7 @@ def _more(needs: Needs, options: Options, tokens: int, held: int, room: Sequence
     return min(fits, _most(cache, options, tokens) - held)
 
 
-def _note_cache(
-    cache: KVLayout, options: Options, tokens: int, held: int, notes: Notes
-) -> None:
+def _note_cache(cache: KVLayout, options: Options, tokens: int, held: int, notes: Notes) -> None:
     """Say what the cache holds, and why not less or more."""
     why = f"{_CACHE_SHARE:.0%} of the memory that nothing else needs at most"
     if options.cache_tokens:

@@ -21,9 +21,7 @@ _SNAPSHOTS = 4
 """Of what rings save, this part may go to more snapshots than there are sequences."""
 
 
-def windowed(
-    cache: KVLayout, options: Options, context: int, pages: int, notes: Notes
-) -> KVLayout:
+def windowed(cache: KVLayout, options: Options, context: int, pages: int, notes: Notes) -> KVLayout:
     """The layout, without capacity, for contexts of so many tokens on the CPU alone, which has
     memory for so many whole pages.
     """

@@ -79,13 +79,13 @@ class Batch:
                 self._leave(job)
                 job.end_early()
         self._take(self.beside.tend())
-        job = self._next_prompt()
-        if job is not None:
-            self._prefill(job)
+        prompt = self._next_prompt()
+        if prompt is not None:
+            self._prefill(prompt)
         decoding = self._with_room()
         if decoding:
             self._decode(decoding)
-        return job is not None or bool(decoding)
+        return prompt is not None or bool(decoding)
 
     def fail(self, error: HmcError) -> None:
         """End everything with `error`."""
