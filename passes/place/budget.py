@@ -192,9 +192,9 @@ def _note_cache(cache: KVLayout, options: Options, tokens: int, held: int, notes
     if options.cache_tokens:
         why = "asked for"
     elif held == _least(cache, options, tokens):
-        why = f"{options.concurrency} whole context(s), the least: weights take the rest"
+        why = f"{options.concurrency} full context(s), the least: weights take the rest"
     elif held == _most(cache, options, tokens):
-        why = f"a whole context for each of {options.max_batch} sequences; {why}"
+        why = f"a full context for each of {options.max_batch} sequences; {why}"
     size = held * cache.bytes_per_token / 1e9
     notes.decide(
         "cache",
