@@ -121,7 +121,7 @@ class Generation(ABC, Generic[Asked]):
 
     def submit(self, scheduler: Scheduler) -> None:
         """Begin, in places that the caller holds; raises what the scheduler refuses with."""
-        self._replies.submit(scheduler, self._prepared.requests)
+        self._replies.submit(scheduler, self._prepared.requests, held=True)
 
     async def answer(self, request: Request) -> Response:
         """Of what was submitted, a stream of chunks, or the whole once every choice has ended; a

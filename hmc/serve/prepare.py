@@ -96,6 +96,7 @@ def choices(service: Service, body: CompletionBody | ChatBody) -> int:
 def completions(service: Service, body: CompletionBody) -> Prepared:
     """The requests of a completion; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
+    choices(service, body)
     prompts = _prompts(engine.text, body)
     asked = _limit(body, _COMPLETION_TOKENS)
     if asked == 0 and not body.echo:
@@ -121,6 +122,7 @@ def chat(service: Service, body: ChatBody) -> Prepared:
         raise bad_request("max_tokens: an answer has at least one token", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
+    choices(service, body)
     tools, chosen = offered(body)
     text = _text(engine)
     form = service.form() if tools else None

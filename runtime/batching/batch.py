@@ -244,7 +244,7 @@ class Batch:
             piece = job.answer.push(token)
             wanted = job.request.logprobs
             logprobs = () if wanted is None else (token_logprob(logits, token, wanted),)
-            update = Update(piece, (token,), logprobs)
+            update = Update(piece, (token,), logprobs, cached_tokens=job.cached)
             part = "listener"
             reason = job.answer.reason
             if reason is None:

@@ -131,6 +131,8 @@ class Job:
     def _filled(self, update: Update) -> Update:
         """With what the prompt gave."""
         scored, self.scored = self.scored, None
+        if scored is None and update.cached_tokens == self.cached:
+            return update
         known = None if scored is None else tuple(scored)
         return replace(update, prompt_logprobs=known, cached_tokens=self.cached)
 
