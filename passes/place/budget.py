@@ -25,7 +25,7 @@ from hmc.errors import CapacityError, UsageError
 from hmc.ops.row import PAGED
 from hmc.passes.place.needs import with_snapshots
 from hmc.passes.place.windows import whole_windows, windowed
-from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
+from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
 from hmc.plan import KVLayout, Limits
 from hmc.plan.memory import PAGED_SCRATCH, SCRATCH, context_scratch
 from hmc.plan.options import Options
@@ -210,7 +210,7 @@ def _default(model: int) -> int:
 
 def _limit(model: int, options: Options) -> int:
     """The same, where the cache's size was asked for."""
-    return min(_default(model), options.cache_tokens or DEFAULT_CONTEXT)
+    return min(_default(model), options.cache_tokens // BLOCK * BLOCK or DEFAULT_CONTEXT)
 
 
 def _allowed(target: Target) -> str:
