@@ -13,9 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import ExecutionError, HmcError
+from hmc.errors import HmcError
 from hmc.plan.phases import PREFILL, decode_phase, prefill_phase
 from hmc.runtime.batching.job import Job, as_error
+from hmc.runtime.batching.masks import Masks
 from hmc.runtime.batching.prefill import Arrival, PrefillsBeside
 from hmc.runtime.batching.room import Room, no_room, youngest
 from hmc.runtime.batching.stats import Meter
@@ -46,7 +47,7 @@ class Batch:
         self.running: list[Job] = []
         self._executor, self._meter, self._requeue = executor, meter, requeue
         self._counts = meter.counts
-        self._room, self._turns = Room(executor), Turns()
+        self._room, self._turns, self._masks = Room(executor), Turns(), Masks()
         self.beside = PrefillsBeside(
             prefill or executor.beside, grown=executor.kv.keep, release=self._room.release
         )
@@ -92,6 +93,11 @@ class Batch:
         for job in self.jobs:
             self._leave(job)
             job.end("error", error)
+        self.finish()
+
+    def finish(self) -> None:
+        """Nothing follows: wait until nobody's blocks are written to."""
+        self._masks.close()
         self.beside.finish()
 
     def _take(self, arrival: Arrival | None) -> None:
@@ -223,6 +229,7 @@ class Batch:
         sequences = [job.place for job in jobs]
         tokens = np.array([job.pending for job in jobs], np.int32)
         phase = decode_phase(self._executor.plan, len(jobs))
+        self._masks.ahead(jobs)
         with self._meter.call(phase):
             logits = self._executor.decode(sequences, tokens, phase)
         self._meter.did(decoded=len(jobs))
@@ -236,7 +243,7 @@ class Batch:
         """Choose the next token of a request and tell it; it leaves at once if that ends it."""
         part = "mask"
         try:
-            scores = _masked(job, logits)
+            scores = self._masks.applied(job, logits)
             part = "sampling"
             token = job.request.sampler.sample(scores)
             self._counts.tokens_generated += 1
@@ -266,20 +273,3 @@ class Batch:
             return
         (self.running if job in self.running else self.prompts).remove(job)
         self._room.release(job.place)
-
-
-def _masked(job: Job, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The logits with those of forbidden tokens at -inf."""
-    if job.request.mask is None:
-        return logits
-    allowed = job.request.mask(list(job.answer.tokens))
-    if allowed is None:
-        return logits
-    if allowed.shape != logits.shape or allowed.dtype != np.bool_:
-        raise ExecutionError(
-            f"request {job.ticket.id}: its mask is {allowed.dtype} {list(allowed.shape)}, not bool"
-            f" {list(logits.shape)}"
-        )
-    if not allowed.any():
-        raise ExecutionError(f"request {job.ticket.id}: its mask allows no token")
-    return np.where(allowed, logits, np.float32(-np.inf))

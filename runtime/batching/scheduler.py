@@ -221,7 +221,7 @@ class Scheduler(Closing):
         if self._failure is not None:
             self._batch.fail(self._failure)
         else:
-            self._batch.beside.finish()
+            self._batch.finish()
 
     def _wait(self) -> bool:
         """Sleep until there is work, or what is computed beside is to be looked after; False when

@@ -69,7 +69,7 @@ class Request:
     logprobs          how many likeliest tokens are wanted with each token; 0: the chosen one alone
     prompt_logprobs   also for the prompt, as many as `logprobs`; nothing is taken from the prefix
                       cache then. With max_new_tokens 0 the prompt is scored and that is all
-    mask              asked before each sample, in the scheduler's thread
+    mask              asked once before each sample, in any thread: while the model computes
     listener          told every update, in the scheduler's thread: it must not block. If it raises,
                       the request ends with that error and the listener is not called again
     """
