@@ -246,7 +246,7 @@ class Service:
             files = TokenizerFiles.read(Path(path))
             self.vocabulary = Vocabulary(files) if files else None
         if self.vocabulary is not None:
-            report("reading the vocabulary for constraints", 0, 1)
+            self._progress("reading the vocabulary for constraints", 0, 1)
             self._read_grammars(self.vocabulary, opened.engine)
             stack.callback(self._close_grammars)
         scheduler = Scheduler(
