@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hmc.errors import HmcError
+from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve import prepare
 from hmc.serve.answers import Names, tool_calls
@@ -118,12 +119,14 @@ class Generation(ABC, Generic[Asked]):
         ]
         self._cached = 0
 
+    def submit(self, scheduler: Scheduler) -> None:
+        """Begin, in places that the caller holds; raises what the scheduler refuses with."""
+        self._replies.submit(scheduler, self._prepared.requests, held=True)
+
     async def answer(self, request: Request) -> Response:
-        """A stream of chunks, or the whole once every choice has ended; a client that hangs up
-        cancels them. Raises what the scheduler refuses with.
+        """Of what was submitted, a stream of chunks, or the whole once every choice has ended; a
+        client that hangs up cancels them.
         """
-        _, scheduler = self._service.ready()
-        self._replies.submit(scheduler, self._prepared.requests)
         head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.kind + (self.chunk if self.body.stream else ""),
@@ -277,16 +280,22 @@ class Generations:
         self, service: Service, request: Request, body: CompletionBody
     ) -> Response:
         """POST /v1/completions."""
-        prepared = await asyncio.to_thread(prepare.completions, service, body)
+        _, scheduler = service.ready()
         latencies = self._metrics.of(service.settings.name)
-        found = _Completion(service, self._here(), latencies, body, prepared)
+        with scheduler.places(prepare.choices(service, body)):
+            prepared = await asyncio.to_thread(prepare.completions, service, body)
+            found = _Completion(service, self._here(), latencies, body, prepared)
+            found.submit(scheduler)
         return await found.answer(request)
 
     async def chat(self, service: Service, request: Request, body: ChatBody) -> Response:
         """POST /v1/chat/completions."""
-        prepared = await asyncio.to_thread(prepare.chat, service, body)
+        _, scheduler = service.ready()
         latencies = self._metrics.of(service.settings.name)
-        found = _Chat(service, self._here(), latencies, body, prepared)
+        with scheduler.places(prepare.choices(service, body)):
+            prepared = await asyncio.to_thread(prepare.chat, service, body)
+            found = _Chat(service, self._here(), latencies, body, prepared)
+            found.submit(scheduler)
         return await found.answer(request)
 
     def _here(self) -> Hub:
