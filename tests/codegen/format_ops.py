@@ -173,7 +173,7 @@ class Call:
             scratch = np.zeros(2 * prefill_scratch_bytes(spec), np.uint8)
             args |= queries | result
             args |= {"cache": address(cache), "w_scale": w.beside, "tables": address(tables),
-                     "table_stride": 2, "sequence": address(sequence), "scale": 0.25,
+                     "table_stride": 2, "sequence": address(sequence), "scale": 2.0**-7,
                      "positions": address(positions), "scratch": address(scratch),
                      "growth": 0.0}  # fmt: skip
         in_turn(self.jit, spec, 2, **args)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hmc.formats import FORMATS, Format, forms
-from hmc.formats.arrange import arranged
+from hmc.formats.arrange import all_arranged
 from hmc.formats.base import Form
 from hmc.formats.decode import NUMPY, decode
 
@@ -22,7 +22,7 @@ RNG = np.random.default_rng(0)
 def in_memory(row: Format, stored: list[Any], dtypes: list[str]) -> Any:
     """The weight f32 [N, K] of tensors as a checkpoint holds them."""
     found: list[Form] = list(forms(row, (N, K), GROUP if row.grouped else 0, dtypes))
-    planes = [arranged(form, np.asarray(each)) for form, each in zip(found, stored, strict=True)]
+    planes = all_arranged(zip(found, map(np.asarray, stored), strict=True))
     for form, plane in zip(found, planes, strict=True):
         assert plane.shape == form.shape
     kept = [form.plane.layout.makes or form.plane.means(form.dtype) for form in found]
