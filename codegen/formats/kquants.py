@@ -108,8 +108,8 @@ class Kind:
     """How blocks of a format are multiplied: `unit` columns at once, by steps, each of some vectors
     of codes that share the vector of scales.
 
-    `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
-    or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
+    `columns[step]`: the column of each code of the step in the order of its vectors; in longer
+    units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
     `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
     columns, what is added to each, from lane `minima_at` on. `least` is what code 0 means, of codes
     that are whole numbers in a line.
@@ -248,14 +248,10 @@ def _eights(block: Block) -> Value:
     return b.fmul(codes, _spread(block, signed, (0, 1)))
 
 
-def _small_codes(block: Block, step: int, at: int) -> Value:
-    """64 codes of 2 bits, of 32 bytes for each half."""
-    half, part = divmod(step, 2)
-    return block.once(_high, at + 32 * half, 4 * part, 2)
-
-
 def _q2_k(block: Block, step: int) -> list[Value]:
-    return block.pairs(TWO_BITS, _small_codes(block, step, 16))
+    """Both bytes of a word of 64 have a code at each second bit."""
+    low, twos = block.once(_low, 16, 0), block.words.twos
+    return [twos(block.e, TWO_BITS, low, byte + 2 * step) for byte in (0, 8)]
 
 
 def _q2(block: Block, bits: int, factor: int) -> Value:
@@ -266,7 +262,7 @@ def _q2(block: Block, bits: int, factor: int) -> Value:
 
 
 def _q2_k_scales(block: Block, step: int) -> Value:
-    return _spread(block, block.once(_q2, 0, 80), range(4 * step, 4 * step + 4))
+    return _spread(block, block.once(_q2, 0, 80), _small_groups(step))
 
 
 def _q2_k_minima(block: Block) -> Value:
@@ -274,27 +270,35 @@ def _q2_k_minima(block: Block) -> Value:
 
 
 def _q3_k(block: Block, step: int) -> list[Value]:
+    low, high, threes = block.once(_low, 32, 0), block.once(_thirds), block.words.threes
+    return [threes(block.e, LESS_4, low, high, byte + 2 * step) for byte in (0, 8)]
+
+
+def _thirds(block: Block) -> Value:
+    """The third bits of step s at bit s of each byte: those of the second half are behind."""
     e = block.e
-    low = _masked(e, _small_codes(block, step, 32), 3)
-    high = _masked(e, moved(e, block.once(_high, 0, 2 * step, 1), 2), 4)
-    return block.pairs(LESS_4, e.b.or_(low, high))
+    bits = _words(concat(e, [block.bytes(0, 32)] * 2), e)
+    half = ir.Constant(bits.type, [I16(4 * (word // 16)) for word in range(WORDS)])
+    return e.b.lshr(bits, half)
 
 
 def _q3_scales(block: Block) -> Value:
     e, b = block.e, block.e.b
 
-    def fields(at: int, count: int, each: int) -> Value:
-        some = block.bytes(at, count)
-        moved_ = [b.lshr(some, splat_int(I8, count, bits)) for bits in range(0, 8, each)]
-        return b.and_(concat(e, moved_), splat_int(I8, 16, 2**each - 1))
+    def fields(at: int, kind: ir.IntType, each: int) -> Value:
+        """The lowest `each` bits of the bytes of a number, then the next ones, and so on."""
+        shifts = [kind(bits) for bits in range(0, 8, each)]
+        some = e.splat(block.load(at, kind), len(shifts))
+        some = b.lshr(some, ir.Constant(some.type, shifts))
+        return b.and_(b.bitcast(some, vec(I8, 16)), splat_int(I8, 16, 2**each - 1))
 
-    both = b.or_(fields(96, 8, 4), b.shl(fields(104, 4, 2), splat_int(I8, 16, 4)))
+    both = b.or_(fields(96, I64, 4), b.shl(fields(104, I32, 2), splat_int(I8, 16, 4)))
     codes = b.sitofp(b.sub(both, splat_int(I8, 16, 32)), vec(F32, 16))
     return b.fmul(codes, block.half(108, 16))
 
 
 def _q3_k_scales(block: Block, step: int) -> Value:
-    return _spread(block, block.once(_q3_scales), range(4 * step, 4 * step + 4))
+    return _spread(block, block.once(_q3_scales), _small_groups(step))
 
 
 def _group_scales(block: Block, step: int) -> Value:
@@ -378,8 +382,22 @@ def _in_places(columns: Sequence[int]) -> tuple[int, ...]:
     return (*columns[::2], *columns[1::2])
 
 
+def _small_columns(step: int) -> tuple[int, ...]:
+    """Of codes of 2 and 3 bits: even places of 32 columns of both halves, then the odd ones."""
+    places = [128 * (word // 16) + 32 * step + 2 * (word % 16) for word in range(WORDS)]
+    return (*places, *(place + 1 for place in places))
+
+
+def _small_groups(step: int) -> list[int]:
+    """The 16 columns that each lane is of."""
+    return [column // 16 for column in _small_columns(step)[:WORDS:2]]
+
+
 _SIXTEENS = [32 * (byte // 16) + byte % 16 for byte in range(BYTES)]
 _THIRTIES = [64 * (byte // 32) + byte % 32 for byte in range(BYTES)]
+
+
+_SMALL = tuple(_small_columns(step) for step in range(4))
 
 
 def _two(columns: Sequence[int], apart: int) -> tuple[tuple[int, ...], ...]:
@@ -394,8 +412,8 @@ KINDS: Mapping[str, Kind] = {
     "q5_1": _four(FIVE_BITS, 8, _halves, _added, high=4),
     "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
-    "q2_k": Kind(256, _two(range(64), 64), _q2_k, _q2_k_scales, _q2_k_minima, 16),
-    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales, least=-4),
+    "q2_k": Kind(256, _SMALL, _q2_k, _q2_k_scales, _q2_k_minima, 16),
+    "q3_k": Kind(256, _SMALL, _q3_k, _q3_k_scales, least=-4),
     "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _eight_minima, minima_at=8),
     "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _eight_minima, minima_at=8),
     "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales, least=-32),

@@ -32,9 +32,9 @@ class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
 
     `tile` tokens are multiplied at once; `copies` of packed tokens are one for each vector of rows
-    of a panel where these are of matrices whose columns have orders of their own; `scales` and `zeros` are what lies beside codes that a
-    native decoder reads, by place in `planes`. `straddles`: the rows of one vector may lie in two
-    blocks of scales.
+    of a panel where these are of matrices whose columns have orders of their own; `scales` and
+    `zeros` are what lies beside codes that a native decoder reads, by place in `planes`.
+    `straddles`: the rows of one vector may lie in two blocks of scales.
     """
 
     spec: KernelSpec
@@ -147,7 +147,7 @@ class Form:
         return int(self.micro.token_factors) + self.micro.token_sums
 
     # Scratch: panel, scales f32 [group][rows], minima where sums of tokens go with them, totals f32
-    # [block][rows], and for each copy packed tokens and `token_numbers`: f32 [chunk][token][number].
+    # [block][rows], and of each copy packed tokens and `token_numbers`: f32 [chunk][token][number].
 
     @property
     def scales_offset(self) -> int:

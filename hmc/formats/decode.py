@@ -84,7 +84,8 @@ def _codes(
 
 
 def _spread(
-    plane: Plane, array: Array, dtype: str, shape: tuple[int, ...], group: int, first: int, last: int
+    plane: Plane, array: Array, dtype: str, shape: tuple[int, ...], group: int, first: int,
+    last: int,
 ) -> Floats:  # fmt: skip
     rows, columns = matrix_of(shape)
     down, across = plane.elements(shape, group)

@@ -44,9 +44,7 @@ TRANSPOSED = Layout("transposed", lambda n, k, bits: (k, n))
 """Elements [k, n]."""
 BY_INPUT = {bits: Layout(f"by_input{bits}", _by_input(bits)) for bits in (4, 8)}
 """GPTQ's codes: words along the inputs, [k / 8, n]."""
-BY_GROUP = {
-    bits: Layout(f"by_group{bits}", _by_input(bits), ordered=True) for bits in (4, 8)
-}
+BY_GROUP = {bits: Layout(f"by_group{bits}", _by_input(bits), ordered=True) for bits in (4, 8)}
 """The same where each column is of a group of its own: in memory they lie group after group."""
 GROUP_OF = Layout("group_of", AS_READ.shape)
 """The group of each column: in memory which column lies where."""

@@ -76,8 +76,9 @@ class Buffers:
         """ys[t][row] = expr(gate[row] . x[t], up[row] . x[t]) for rows [start, stop), as bf16.
 
         `gate` and `up` are (weights, scales); `ys` is i8** of `tokens` rows, and so are `xs`: one
-        prepared for both matrices, or one for each; `following` is what the caller reads next. `biases` f32 of gate and up are added to the products;
-        `shares` f32* are the tokens' weights.
+        prepared for both matrices, or one for each; `following` is what the caller reads next.
+        `biases` f32 of gate and up are added to the products; `shares` f32* are the tokens'
+        weights.
         """
         tiles, e = self._tiles, self._tiles.e
         b, row_bytes, stride = e.b, const(tiles.dot.row_bytes), const(ROWS)
