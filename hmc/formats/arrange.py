@@ -118,7 +118,9 @@ def _by_group(stored: Words, shape: tuple[int, ...], order: Array, bits: int) ->
     found = np.empty((shape[0], shape[1] * 4), np.uint8)
     for first in range(0, shape[0], step):
         part = np.ascontiguousarray(stored[:, first : first + step])
-        each = part.view(np.uint8).reshape(*part.shape, 4).swapaxes(1, 2).reshape(-1, part.shape[1])
+        each: Array = (
+            part.view(np.uint8).reshape(*part.shape, 4).swapaxes(1, 2).reshape(-1, part.shape[1])
+        )
         if bits == 4:
             each = np.stack((each & 15, each >> 4), 1).reshape(inputs, -1)
         codes = np.zeros_like(each)

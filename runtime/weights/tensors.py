@@ -72,7 +72,7 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
             shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
             found.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick))
-        groups += _with_order(found)
+        groups += with_order(found)
     for e in plan.experts:
         found = []
         for column, form in zip(e.planes, forms_of(e), strict=True):
@@ -82,11 +82,11 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
             found.append(
                 TensorGroup(key, e.format, form, shards, offsets, fan_in, pick=column.pick)
             )
-        groups += _with_order(found)
+        groups += with_order(found)
     return groups
 
 
-def _with_order(planes: list[TensorGroup]) -> list[TensorGroup]:
+def with_order(planes: list[TensorGroup]) -> list[TensorGroup]:
     """The planes of a weight; those that its order lays out know it."""
     order = next((each for each in planes if each.form.plane.kind == "order"), None)
     return [

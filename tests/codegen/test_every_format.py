@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from dealt import dealt
 from emulated import new_jit
-from format_ops import F32, OPS, Call, columns, matrices, plain
+from format_ops import F32, OPS, Call, columns, matrices, near, plain
 from format_rows import ROWS, Made, made
 from kernel_calls import filled, guarded
-from prefill_data import from_bf16, need
+from prefill_data import need
 
 from hmc.codegen.checks import check_spec
 from hmc.codegen.formats.dot import Dot
@@ -66,10 +66,7 @@ def test_as_f32(jit: Jit, name: str, isa: str, op: str) -> None:
     if summed_alike and not is_native(spec) and not reads_blocks(spec):
         assert np.array_equal(found, expected)
         return
-    values, exact = (from_bf16(y) if y.dtype == np.uint16 else y for y in (found, expected))
-    step = 2.0**-7 if found.dtype == np.uint16 else 0.0  # both are rounded
-    limit = 3e-4 * np.sqrt(np.mean(exact**2)) + step * np.abs(exact)
-    assert (np.abs(values - exact) <= limit).all()
+    assert near(found, expected)
 
 
 def decoding(spec: KernelSpec) -> str:
