@@ -71,17 +71,6 @@ def _unpacked(words: Words, bits: int, order: tuple[int, ...] = ()) -> Words:
     return codes.reshape(len(words), words.shape[1] * each)
 
 
-def _packed(codes: Words, bits: int) -> Words:
-    """[n, k * bits / 32] of [n, k], the first in the lowest bits; the last word is filled up."""
-    each = 32 // bits
-    rows, columns = codes.shape
-    padded = np.zeros((rows, -(-columns // each) * each), np.uint32)
-    padded[:, :columns] = codes
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    found: Words = np.bitwise_or.reduce(padded.reshape(rows, -1, each) << shifts, axis=2)
-    return found
-
-
 def _bf16(codes: Array) -> Array:
     """Whole numbers from -256 to 256 as bf16."""
     found: Array = (codes.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -89,15 +78,18 @@ def _bf16(codes: Array) -> Array:
 
 
 def _awq(stored: Words, shape: tuple[int, ...]) -> Array:
-    """In blocks of inputs, so that codes apart take little room."""
-    rows = shape[0]
-    found = np.empty(shape, np.uint32)
-    step = 1024
-    for first in range(0, len(stored), step):
-        codes = _unpacked(stored[first : first + step], 4, AWQ_ORDER)[:, :rows]
-        part = _packed(codes.T, 4)
-        found[:, first // 8 : first // 8 + part.shape[1]] = part
-    return found
+    """Some outputs at once, so that codes apart are in a cache."""
+    words, step = stored.shape[1], 8
+    found = np.empty((8 * words, 4 * shape[1]), np.uint8)
+    for first in range(0, words, step):
+        part = np.zeros((8 * shape[1], min(step, words - first)), np.uint32)
+        part[: len(stored)] = stored[:, first : first + step]
+        each = part.view(np.uint8).reshape(*part.shape, 4)
+        for place, output in enumerate(AWQ_ORDER):
+            codes = each[..., place // 2] >> 4 * (place % 2) & 15
+            last = 8 * (first + step)
+            found[8 * first + output : last : 8] = (codes[::2] | codes[1::2] << 4).T
+    return found[: shape[0]].view(np.uint32)
 
 
 def _order(stored: Words, group: int) -> Words:
