@@ -78,7 +78,7 @@ _TABLES: Mapping[Arithmetic, Callable[[Format], bool]] = {
 
 def _decodes(row: Format, kind: Arithmetic) -> bool:
     """Whether there is a decoder in arithmetic `kind` of codes as the row's are."""
-    if row.codes.block[1] or any(plane.kind == "order" for plane in row.scales):
+    if row.codes.block[1]:
         return False
     if not row.values:
         return not row.scales and row.codes.dtypes[0] in _PLAIN.get(kind, ())
@@ -128,7 +128,7 @@ def is_native(spec: KernelSpec) -> bool:
         return False
     for plane in format_of(spec.weight).scales:
         columns = spec.get("group") if plane.columns == GROUP else plane.columns
-        if columns % GRAIN and columns not in GRAINS:
+        if plane.kind != "order" and columns % GRAIN and columns not in GRAINS:
             return False
     return True
 

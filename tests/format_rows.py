@@ -108,7 +108,7 @@ def _plane(rng: np.random.Generator, row: Format, form: Form, k: int) -> npt.NDA
     if plane.block[1]:
         return _blocks(rng, row, form.shape)
     if plane.kind == "order":
-        return rng.integers(0, -(-k // form.group), form.shape).astype(kind)
+        return rng.permutation(k).reshape(form.shape).astype(kind)
     if plane is not row.codes:
         zero = plane.kind == "zero"
         values = rng.integers(1, 2**row.code_bits, form.shape) if zero else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from hmc.codegen.decode.streams import Tile, emit_streams
 from hmc.codegen.formats.dot import Dot
+from hmc.codegen.formats.order import gather, has_order, order_of, room
 from hmc.codegen.ir import F32, I8, I64, Emitter, Value, const, vec
 
 BYTES = I8.as_pointer()
@@ -52,6 +53,9 @@ class Tiles:
 
     def __init__(self, e: Emitter, dot: Dot, tokens: int) -> None:
         self.e, self.dot = e, dot
+        self.ordered = has_order(dot.planes)
+        """Whether rows are prepared for one matrix alone, whose columns lie in an order."""
+        self._gathered = room(e, dot.k) if self.ordered else None
         self.rows = e.spec.tiled("rows", 4)
         self._streams = e.spec.tiled("streams", 4)
         self._prefetch_bytes = e.spec.tiled("prefetch", _AHEAD[dot.registers])
@@ -62,28 +66,47 @@ class Tiles:
 
     # -- for callers -------------------------------------------------------------------------------
 
-    def prepare(self, x: Value, count: Value, stride: Value, most: int) -> Value:
-        """Bring `count` <= `most` bf16 rows (from i8* `x`, `stride` elements apart) into the form's
-        order.
+    def room(self, count: int) -> Value:
+        """Stack room (i8*) for `count` prepared rows."""
+        e = self.e
+        prepared = e.local(vec(I64, 8), count=count * self.dot.prepared_bytes // 64)
+        prepared.align = 64
+        return e.b.bitcast(prepared, BYTES)
+
+    def place(self, base: Value, row: Value) -> Value:
+        """Address of prepared row number `row` of those at `base`."""
+        return self.e.offset(base, self.e.b.mul(row, const(self.dot.prepared_bytes)))
+
+    def prepare_row(self, x: Value, target: Value, beside: Value | None) -> None:
+        """Bring the bf16 row at `x` into the form's order; `beside` is what lies beside the codes
+        of the matrix, if tiles are `ordered`.
+        """
+        if self.ordered:
+            order = order_of(self.e, self.dot.planes, beside)
+            gather(self.e, x, order, const(0), self.dot.k, self._gathered)
+            x = self._gathered
+        self.dot.prepare(self.e, x, target)
+
+    def prepare(
+        self, x: Value, count: Value, stride: Value, most: int, beside: Value | None = None
+    ) -> Value:
+        """The same for `count` <= `most` rows (from i8* `x`, `stride` elements apart).
 
         Returns the i8* of the prepared rows, `dot.prepared_bytes` apart.
         """
-        e = self.e
-        prepared = e.local(vec(I64, 8), count=most * self.dot.prepared_bytes // 64)
-        prepared.align = 64
-        base = e.b.bitcast(prepared, BYTES)
+        e, base = self.e, self.room(most)
         with e.for_range(0, count) as row:
             source = e.offset(x, e.b.mul(row, e.b.shl(stride, const(1))))
-            target = e.offset(base, e.b.mul(row, const(self.dot.prepared_bytes)))
-            self.dot.prepare(e, source, target)
+            self.prepare_row(source, self.place(base, row), beside)
         return base
 
-    def prepared(self, x: Value, count: Value, stride: Value, most: int) -> Value:
+    def prepared(
+        self, x: Value, count: Value, stride: Value, most: int, beside: Value | None = None
+    ) -> Value:
         """The same, and the addresses of the prepared rows (i8**)."""
-        base, table = self.prepare(x, count, stride, most), pointers(self.e, most)
+        base, table = self.prepare(x, count, stride, most, beside), pointers(self.e, most)
         with self.e.for_range(0, count) as index:
-            place = self.e.b.mul(index, const(self.dot.prepared_bytes))
-            self.e.b.store(self.e.offset(base, place), self.e.b.gep(table, [index]))
+            self.e.b.store(self.place(base, index), self.e.b.gep(table, [index]))
         return table
 
     def matvec(

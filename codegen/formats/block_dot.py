@@ -13,9 +13,10 @@ from typing import ClassVar
 
 from llvmlite import ir
 
+from hmc.codegen.formats.block_kind import LANES, WORDS, Block, Kind
 from hmc.codegen.formats.code_words import PAIRS, Words
 from hmc.codegen.formats.dot import Dot
-from hmc.codegen.formats.kquants import KINDS, LANES, WORDS, Block, Kind
+from hmc.codegen.formats.kquants import KINDS
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.ir import F32, I16, Emitter, Value, const, lanes_mask
 from hmc.codegen.vector import bf16_bits, dot_pairs, in_groups

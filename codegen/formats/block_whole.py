@@ -8,8 +8,8 @@ from __future__ import annotations
 from functools import partial
 
 from hmc.codegen.formats.block_dot import BlockDot
+from hmc.codegen.formats.block_kind import LANES, WORDS
 from hmc.codegen.formats.code_words import RAISED
-from hmc.codegen.formats.kquants import LANES, WORDS
 from hmc.codegen.formats.whole import bf16_values, multiply_words, whole_numbers
 from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.vector import concat, for_blocks, in_groups, isplat, splat_int

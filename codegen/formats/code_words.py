@@ -36,11 +36,15 @@ _SHUFFLE = {32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 @dataclass(frozen=True)
 class Words:
     """What codes become: `pairs(e, values, codes)` of codes `<n x i16>`, two a word: the words of
-    those in even places and of those in odd ones; `signed(e, bytes)` of `<n x i8>` in two's
+    those in even places and of those in odd ones; `twos(e, values, low, bit)` of the codes of 2
+    bits that begin at a bit of words `<n x i16>`; `threes(e, values, low, high, bit)` with third
+    bits, which lie half as far up a byte of words `high`; `signed(e, bytes)` of `<n x i8>` in two's
     complement `<n x i16>` in order.
     """
 
     pairs: Callable[[Emitter, Sequence[float], Value], list[Value]]
+    twos: Callable[[Emitter, Sequence[float], Value, int], Value]
+    threes: Callable[[Emitter, Sequence[float], Value, Value, int], Value]
     signed: Callable[[Emitter, Value], Value]
 
 
@@ -59,21 +63,64 @@ def _bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value
     """
     if not values:
         return _signed_bf16(e, codes)
-    bits = [int(each) >> 16 for each in np.array(values, np.float32).view(np.uint32)]
-    bits *= max(1, _WORDS // len(bits))
-    tables = [
-        ir.Constant(codes.type, [ir.Constant(I16, word) for word in bits[at : at + _WORDS]])
+    table = list(values) * max(1, _WORDS // len(values))
+    return [_looked_up(e, table, index) for index in (codes, moved(e, codes, -8))]
+
+
+def _bf16_twos(e: Emitter, values: Sequence[float], low: Value, bit: int) -> Value:
+    """A look-up reads 5 bits: two codes of 2 bits begin there, and each has a table."""
+    below = bit % 4
+    table = [values[index >> below & 3] for index in range(_WORDS)]
+    return _looked_up(e, table, moved(e, low, below - bit))
+
+
+def _bf16_threes(e: Emitter, values: Sequence[float], low: Value, high: Value, bit: int) -> Value:
+    """A look-up of two tables reads 6 bits: two codes, then the third bits of both."""
+    place, second = bit % 8 // 4 * 2, bit % 4 // 2
+    lows = _kept(e, moved(e, low, -2 * place), 0x0F0F)
+    highs = _kept(e, moved(e, high, 4 - place), 0x3030)
+    index = moved(e, e.b.or_(lows, highs), -(bit // 8 * 8))
+    table = [
+        values[index >> 2 * second & 3 | (index >> 4 + second & 1) << 2]
+        for index in range(2 * _WORDS)
+    ]
+    return _looked_up(e, table, index)
+
+
+def _looked_up(e: Emitter, table: Sequence[float], index: Value) -> Value:
+    """bf16 by the 5 or 6 lowest bits of words."""
+    bits = [int(each) >> 16 for each in np.array(table, np.float32).view(np.uint32)]
+    parts = [
+        ir.Constant(index.type, [ir.Constant(I16, word) for word in bits[at : at + _WORDS]])
         for at in range(0, len(bits), _WORDS)
     ]
-    found = []
-    for index in (codes, moved(e, codes, -8)):
-        if len(tables) == 1:
-            name = "llvm.x86.avx512.permvar.hi.512"
-            found.append(e.call(name, index.type, tables[0], index))
-        else:
-            name = "llvm.x86.avx512.vpermi2var.hi.512"
-            found.append(e.call(name, index.type, tables[0], index, tables[1]))
-    return found
+    if len(set(map(str, parts))) == 1:
+        return e.call("llvm.x86.avx512.permvar.hi.512", index.type, parts[0], index)
+    name = "llvm.x86.avx512.vpermi2var.hi.512"
+    return e.call(name, index.type, parts[0], index, parts[1])
+
+
+def _kept(e: Emitter, words: Value, bits: int) -> Value:
+    return e.b.and_(words, splat_int(I16, words.type.count, bits))
+
+
+def _whole_twos(e: Emitter, values: Sequence[float], low: Value, bit: int) -> Value:
+    assert not values[0]
+    return _kept(e, moved(e, low, -bit), 3)
+
+
+def _whole_threes(
+    e: Emitter, values: Sequence[float], low: Value, high: Value, bit: int, raised: bool = False
+) -> Value:
+    third = moved(e, high, 2 - bit // 8 * 8 - bit % 8 // 2)
+    codes = e.b.or_(_kept(e, moved(e, low, -bit), 3), _kept(e, third, 4))
+    return _above(e, codes, values, raised)
+
+
+def _above(e: Emitter, codes: Value, values: Sequence[float], raised: bool) -> Value:
+    """Codes as whole numbers from the first value up, or from 0 if `raised`."""
+    least = 0 if raised else int(values[0])
+    return e.b.add(codes, splat_int(I16, codes.type.count, least)) if least else codes
 
 
 def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
@@ -120,12 +167,10 @@ def _whole_pairs(
     b, kind = e.b, codes.type
     eight = splat_int(I16, kind.count, 8)
     if values:
-        least = 0 if raised else int(values[0])
         codes = b.and_(codes, splat_int(I16, kind.count, (len(values) - 1) * 0x101))
         if is_line(values):
-            words = b.and_(codes, splat_int(I16, kind.count, 255)), b.lshr(codes, eight)
-            more = splat_int(I16, kind.count, least)
-            return [b.add(word, more) if least else word for word in words]
+            words = _kept(e, codes, 255), b.lshr(codes, eight)
+            return [_above(e, word, values, raised) for word in words]
         codes = _shuffled(e, values, codes)
     return [b.ashr(b.shl(codes, eight), eight), b.ashr(codes, eight)]
 
@@ -153,9 +198,14 @@ def _whole_signed(e: Emitter, codes: Value) -> Value:
     return e.b.sext(codes, vec(I16, codes.type.count))
 
 
-PAIRS = Words(_bf16_pairs, _bf16_signed)
+PAIRS = Words(_bf16_pairs, _bf16_twos, _bf16_threes, _bf16_signed)
 """As bf16, on tiers that multiply pairs."""
-WHOLE = Words(_whole_pairs, _whole_signed)
+WHOLE = Words(_whole_pairs, _whole_twos, _whole_threes, _whole_signed)
 """As whole numbers."""
-RAISED = Words(partial(_whole_pairs, raised=True), _whole_signed)
+RAISED = Words(
+    partial(_whole_pairs, raised=True),
+    _whole_twos,
+    partial(_whole_threes, raised=True),
+    _whole_signed,
+)
 """As whole numbers, those in a line from 0 up."""

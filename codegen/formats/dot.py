@@ -124,7 +124,7 @@ class Dot:
     def inner(self) -> tuple[Beside, ...]:
         """What sums of a chunk are less and multiplied by."""
         planes = self.planes if self.native else ()
-        return tuple(plane for plane in planes if plane.columns < ALL)
+        return tuple(each for each in planes if each.kind != "order" and each.columns < ALL)
 
     @property
     def zeros(self) -> bool:

@@ -11,128 +11,23 @@ codes in even and odd places (code_words.py): the order that activations are bro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from llvmlite import ir
 
+from hmc.codegen.formats.block_kind import BYTES, LANES, WORDS, Block, Kind, spread, words_of
 from hmc.codegen.formats.code_words import (
     FIVE_BITS,
     FOUR_BITS,
-    LESS_4,
     LESS_8,
     LESS_16,
     LESS_32,
-    TWO_BITS,
-    Words,
     is_line,
     moved,
 )
-from hmc.codegen.ir import (
-    F16,
-    F32,
-    I1,
-    I8,
-    I16,
-    I32,
-    I64,
-    Emitter,
-    Value,
-    const,
-    lanes_mask,
-    vec,
-)
+from hmc.codegen.formats.small_codes import SMALL
+from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.vector import concat, isplat, splat_int
 from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
-
-LANES, WORDS, BYTES = 16, 32, 64
-"""f32, bf16 and codes of a vector."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """What lies at `address` (i8*): a block of 256 columns, or `count` of 32, `size` bytes each;
-    codes become `words`.
-    """
-
-    e: Emitter
-    words: Words
-    address: Value
-    count: int
-    size: int
-    _made: dict[object, Value] = field(default_factory=dict)
-
-    def once(self, make: Callable[..., Value], *args: int) -> Value:
-        """`make(self, *args)`, emitted where it is first asked for."""
-        key = (make, *args)
-        if key not in self._made:
-            self._made[key] = make(self, *args)
-        return self._made[key]
-
-    def pairs(self, values: Sequence[float], codes: Value) -> list[Value]:
-        """Words of 64 codes: of those in even places, then of those in odd ones."""
-        return self.words.pairs(self.e, values, codes)
-
-    def load(self, at: int, kind: ir.Type) -> Value:
-        """The number at byte `at`."""
-        return self.e.load(self.e.offset(self.address, const(at)), const(0), kind)
-
-    def half(self, at: int, lanes: int) -> Value:
-        """The f16 number at byte `at`, as f32 in all lanes."""
-        return self.e.splat(self.e.b.fpext(self.load(at, F16), F32), lanes)
-
-    def bytes(self, at: int, count: int = BYTES) -> Value:
-        """`<count x i8>`."""
-        return self.e.load_vec(self.address, const(at), I8, count)
-
-    def each(self, at: int, kind: ir.IntType) -> Value:
-        """`<16 x kind>`: what stands at byte `at` of each of four blocks of 32, in the four lanes
-        of its codes; 0 for blocks that are not there.
-        """
-        found: Value = self.e.zeros(kind, LANES)
-        for number in range(self.count):
-            mask = ir.Constant(vec(I1, LANES), [int(lane // 4 == number) for lane in range(LANES)])
-            one = self.e.splat(self.load(number * self.size + at, kind), LANES)
-            found = self.e.b.select(mask, one, found)
-        return found
-
-    def sixteens(self, at: int) -> Value:
-        """`<64 x i8>`: the 16 bytes from `at` on of each of four blocks of 32."""
-        none = self.e.zeros(I8, 16)
-        starts = [number * self.size + at for number in range(self.count)]
-        parts = [self.bytes(start, 16) for start in starts] + [none] * (4 - self.count)
-        return concat(self.e, parts)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How blocks of a format are multiplied: `unit` columns at once, by steps, each of some vectors
-    of codes that share the vector of scales.
-
-    `columns[step]`: the column of each code of the step in the order of its vectors, of 128 columns
-    or fewer; in longer units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
-    `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
-    columns, what is added to each, from lane `minima_at` on. `least` is what code 0 means, of codes
-    that are whole numbers in a line.
-    """
-
-    unit: int
-    columns: tuple[tuple[int, ...], ...]
-    vectors: Callable[[Block, int], list[Value]]
-    scales: Callable[[Block, int], Value]
-    minima: Callable[[Block], Value] | None = None
-    summed: int = 32
-    minima_at: int = 0
-    least: int = 0
-
-    @property
-    def period(self) -> int:
-        """Columns after which the steps repeat."""
-        return sum(map(len, self.columns))
-
-    @property
-    def steps(self) -> int:
-        """In a unit."""
-        return self.unit // self.period * len(self.columns)
 
 
 def least_of(values: Sequence[float]) -> int:
@@ -140,18 +35,8 @@ def least_of(values: Sequence[float]) -> int:
     return int(values[0]) if is_line(values) else 0
 
 
-def _words(codes: Value, e: Emitter) -> Value:
-    return e.b.bitcast(codes, vec(I16, WORDS))
-
-
 def _masked(e: Emitter, words: Value, byte: int) -> Value:
     return e.b.and_(words, splat_int(I16, WORDS, byte * 0x101))
-
-
-def _spread(block: Block, scales: Value, groups: Sequence[int]) -> Value:
-    """`<16 x float>`: of `scales` the one of each group, in as many lanes each as there are."""
-    mask = lanes_mask([groups[lane * len(groups) // LANES] for lane in range(LANES)])
-    return block.e.b.shuffle_vector(scales, ir.Constant(scales.type, ir.Undefined), mask)
 
 
 # -- blocks of 32 ----------------------------------------------------------------------------------
@@ -183,7 +68,7 @@ def _fifths(block: Block, at: int) -> Value:
         all_ = b.or_(all_, b.shl(bits, const(16 * number)))
     set_ = b.bitcast(all_, vec(I1, BYTES))
     found = b.select(set_, splat_int(I8, BYTES, 16), splat_int(I8, BYTES, 0))
-    return _words(found, block.e)
+    return words_of(found, block.e)
 
 
 def _four(
@@ -198,7 +83,7 @@ def _four(
     """
 
     def vectors(block: Block, step: int) -> list[Value]:
-        e, words, found = block.e, _words(block.sixteens(at), block.e), []
+        e, words, found = block.e, words_of(block.sixteens(at), block.e), []
         for part in range(2):
             codes = moved(e, words, -4 * part)
             if high is not None:
@@ -245,61 +130,12 @@ def _eights(block: Block) -> Value:
     codes = b.uitofp(b.zext(b.or_(low, top), vec(I32, LANES)), vec(F32, LANES))
     halves = b.fpext(b.bitcast(block.load(0, I32), vec(F16, 2)), vec(F32, 2))
     signed = b.fmul(halves, ir.Constant(vec(F32, 2), [1.0, -1.0]))
-    return b.fmul(codes, _spread(block, signed, (0, 1)))
-
-
-def _small_codes(block: Block, step: int, at: int) -> Value:
-    """64 codes of 2 bits, of 32 bytes for each half."""
-    half, part = divmod(step, 2)
-    return block.once(_high, at + 32 * half, 4 * part, 2)
-
-
-def _q2_k(block: Block, step: int) -> list[Value]:
-    return block.pairs(TWO_BITS, _small_codes(block, step, 16))
-
-
-def _q2(block: Block, bits: int, factor: int) -> Value:
-    """Sixteen codes of 4 bits, from bit `bits` of a byte on, times the factor at a byte."""
-    b = block.e.b
-    codes = b.and_(b.lshr(block.bytes(0, 16), splat_int(I8, 16, bits)), splat_int(I8, 16, 15))
-    return b.fmul(b.uitofp(codes, vec(F32, 16)), block.half(factor, 16))
-
-
-def _q2_k_scales(block: Block, step: int) -> Value:
-    return _spread(block, block.once(_q2, 0, 80), range(4 * step, 4 * step + 4))
-
-
-def _q2_k_minima(block: Block) -> Value:
-    return block.e.b.fneg(_q2(block, 4, 82))
-
-
-def _q3_k(block: Block, step: int) -> list[Value]:
-    e = block.e
-    low = _masked(e, _small_codes(block, step, 32), 3)
-    high = _masked(e, moved(e, block.once(_high, 0, 2 * step, 1), 2), 4)
-    return block.pairs(LESS_4, e.b.or_(low, high))
-
-
-def _q3_scales(block: Block) -> Value:
-    e, b = block.e, block.e.b
-
-    def fields(at: int, count: int, each: int) -> Value:
-        some = block.bytes(at, count)
-        moved_ = [b.lshr(some, splat_int(I8, count, bits)) for bits in range(0, 8, each)]
-        return b.and_(concat(e, moved_), splat_int(I8, 16, 2**each - 1))
-
-    both = b.or_(fields(96, 8, 4), b.shl(fields(104, 4, 2), splat_int(I8, 16, 4)))
-    codes = b.sitofp(b.sub(both, splat_int(I8, 16, 32)), vec(F32, 16))
-    return b.fmul(codes, block.half(108, 16))
-
-
-def _q3_k_scales(block: Block, step: int) -> Value:
-    return _spread(block, block.once(_q3_scales), range(4 * step, 4 * step + 4))
+    return b.fmul(codes, spread(block, signed, (0, 1)))
 
 
 def _group_scales(block: Block, step: int) -> Value:
     half, part = divmod(step, 2)
-    return _spread(block, block.once(_eights), (4 * half + part, 4 * half + 2 + part))
+    return spread(block, block.once(_eights), (4 * half + part, 4 * half + 2 + part))
 
 
 def _eight_minima(block: Block) -> Value:
@@ -307,7 +143,7 @@ def _eight_minima(block: Block) -> Value:
 
 
 def _low(block: Block, at: int, half: int) -> Value:
-    return _words(block.bytes(at + BYTES * half), block.e)
+    return words_of(block.bytes(at + BYTES * half), block.e)
 
 
 def _q4_k(block: Block, step: int) -> list[Value]:
@@ -321,7 +157,7 @@ def _high(block: Block, at: int, shift: int, each: int) -> Value:
     b, packed = block.e.b, block.bytes(at, 32)
     parts = [b.lshr(packed, splat_int(I8, 32, bits)) if bits else packed
              for bits in (shift, shift + each)]  # fmt: skip
-    return _words(concat(block.e, parts), block.e)
+    return words_of(concat(block.e, parts), block.e)
 
 
 def _q5_k(block: Block, step: int) -> list[Value]:
@@ -345,7 +181,7 @@ def _sixteen_scales(block: Block) -> Value:
 
 def _q6_k_scales(block: Block, step: int) -> Value:
     first = 4 * step
-    return _spread(block, block.once(_sixteen_scales), range(first, first + 4))
+    return spread(block, block.once(_sixteen_scales), range(first, first + 4))
 
 
 def _eight_scales(block: Block) -> Value:
@@ -364,7 +200,7 @@ def _eight_scales(block: Block) -> Value:
 
 def _iq4_xs_scales(block: Block, step: int) -> Value:
     half = step // 2
-    return _spread(block, block.once(_eight_scales), range(4 * half, 4 * half + 4))
+    return spread(block, block.once(_eight_scales), range(4 * half, 4 * half + 4))
 
 
 def _iq4_xs(block: Block, step: int) -> list[Value]:
@@ -394,8 +230,7 @@ KINDS: Mapping[str, Kind] = {
     "q5_1": _four(FIVE_BITS, 8, _halves, _added, high=4),
     "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
-    "q2_k": Kind(256, _two(range(64), 64), _q2_k, _q2_k_scales, _q2_k_minima, 16),
-    "q3_k": Kind(256, _two(range(64), 64), _q3_k, _q3_k_scales, least=-4),
+    **SMALL,
     "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _eight_minima, minima_at=8),
     "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _eight_minima, minima_at=8),
     "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales, least=-32),

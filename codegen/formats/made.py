@@ -8,12 +8,10 @@ multiplies knows nothing of them. Routines of their own, since they are long.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from hmc.codegen.formats.blocks import block_weights
-from hmc.codegen.formats.planes import Beside, Row, planes_of, spread
+from hmc.codegen.formats.planes import Row, planes_of, spread
 from hmc.codegen.formats.values import codes_f32
-from hmc.codegen.ir import F32, I8, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I8, I64, Emitter, Value, vec
 from hmc.codegen.spec import KernelSpec
 from hmc.formats import format_of
 
@@ -40,20 +38,8 @@ def _decoded(e: Emitter, spec: KernelSpec, row: Row, k: Value, count: int) -> Va
     if known.codes.block[1]:
         return block_weights(e, known, row.codes, k)
     total = codes_f32(e, known, row.codes, k, count)
-    planes = list(zip(planes_of(spec), row.planes, strict=True))
-    order = _order(e, planes, k, count)
     for kind, combine in (("zero", e.b.fsub), ("scale", e.b.fmul)):
-        for plane, base in planes:
+        for plane, base in zip(planes_of(spec), row.planes, strict=True):
             if plane.kind == kind:
-                total = combine(total, spread(e, plane, base, k, count, order))
+                total = combine(total, spread(e, plane, base, k, count))
     return total
-
-
-def _order(
-    e: Emitter, planes: Sequence[tuple[Beside, Value]], k: Value, count: int
-) -> list[Value] | None:
-    """The group of each column (i64), where a plane says so."""
-    for plane, base in planes:
-        if plane.kind == "order":
-            return [plane.load(e, base, e.b.add(k, const(lane))) for lane in range(count)]
-    return None

@@ -48,9 +48,8 @@ class Beside:
         return e.offset(address, e.b.mul(row, const(self.row_bytes(k))))
 
     def load(self, e: Emitter, row: Value, index: Value) -> Value:
-        """Element `index` of the elements at `row`, as f32 (of an order: i64)."""
-        raw = e.load(row, index, ELEMENTS.get(self.dtype, I8))
-        return e.b.sext(raw, I64) if self.kind == "order" else number(e, self.dtype, raw)
+        """Element `index` of the elements at `row`, as f32."""
+        return number(e, self.dtype, e.load(row, index, ELEMENTS.get(self.dtype, I8)))
 
 
 @dataclass(frozen=True)
@@ -145,20 +144,17 @@ _BYTES = {"F8_E4M3": fp8_to_f32, "F8_E5M2": _e5m2_to_f32, "F8_E8M0": e8m0_to_f32
 """Elements of a byte: how vectors of them become f32."""
 
 
-def spread(
-    e: Emitter, plane: Beside, row: Value, k: Value, count: int, order: list[Value] | None = None
-) -> Value:
+def spread(e: Emitter, plane: Beside, row: Value, k: Value, count: int) -> Value:
     """A vector of the tier: the elements at `row` that cover the `count` columns from `k` (a
-    multiple of its lanes) on; those of the groups `order` where columns are not in the order of
-    groups.
+    multiple of its lanes) on.
     """
     if plane.columns == ALL:
         return e.splat(plane.load(e, row, const(0)), e.lanes)
-    if order is None and plane.columns % e.lanes == 0:
+    if plane.columns % e.lanes == 0:
         return e.splat(plane.load(e, row, e.b.udiv(k, const(plane.columns))), e.lanes)
     found: Value = e.zeros(F32, e.lanes)
     for lane in range(count):
         index = e.b.udiv(e.b.add(k, const(lane)), const(plane.columns))
-        one = plane.load(e, row, index if order is None else order[lane])
+        one = plane.load(e, row, index)
         found = e.b.insert_element(found, one, ir.Constant(I32, lane))
     return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from hmc.codegen.formats.order import gather, room
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.panel.tiling import CHUNK, Form
 
@@ -29,19 +30,21 @@ def each_tile(e: Emitter, form: Form, tokens: Value) -> Iterator[tuple[Value, Va
         yield tile, first, b.udiv(b.mul(tokens, b.add(tile, const(1))), tiles)
 
 
-def factors_at(e: Emitter, form: Form, scratch: Value, index: Value) -> Value:
-    """f32* of the numbers of chunk and token `index` = chunk * tokens + token."""
+def factors_at(e: Emitter, form: Form, packed: Value, index: Value) -> Value:
+    """f32* of the numbers of chunk and token `index` = chunk * tokens + token, of those packed at
+    `packed`.
+    """
     index = e.b.mul(index, const(form.token_numbers))
-    return e.at(e.offset(scratch, const(form.factors_offset)), index, F32)
+    return e.at(e.offset(packed, const(form.factors_offset)), index, F32)
 
 
 def emit_pack(e: Emitter, form: Form) -> None:
-    """Emit pack(scratch, addresses of rows, tokens): rows to x[chunk][tile][block][token of the
-    tile], zero past K.
+    """Emit pack(packed, addresses of rows, tokens, order of columns where there is one): rows to
+    x[chunk][tile][block][token of the tile], zero past K.
     """
-    with e.subroutine("pack", _PTR, I64.as_pointer(), I64) as (scratch, sources, tokens):
+    with e.subroutine("pack", _PTR, I64.as_pointer(), I64, _PTR) as (x, sources, tokens, order):
         b = e.b
-        x = e.offset(scratch, const(form.x_offset))
+        part = room(e, CHUNK) if form.ordered else None
         stride = b.mul(tokens, const(form.token_bytes))
         chunk = const(0)
         for length, chunks in form.lengths:
@@ -53,15 +56,18 @@ def emit_pack(e: Emitter, form: Form) -> None:
                 ):
                     row = b.inttoptr(b.load(b.gep(sources, [token])), _PTR)
                     from_k = b.mul(chunk_index, const(CHUNK))
+                    if part is not None:
+                        gather(e, row, order, from_k, length, part)
+                        row, from_k = part, const(0)
                     moved = b.mul(first, const(form.token_bytes))
                     moved = b.add(moved, b.mul(b.sub(token, first), const(BLOCK)))
                     start, apart = e.offset(place, moved), b.sub(end, first)
                     factor = None
                     if form.token_numbers:
                         index = b.add(b.mul(chunk_index, tokens), token)
-                        factor = factors_at(e, form, scratch, index)
-                    for part, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):
-                        _store(e, part, start, apart, at)
+                        factor = factors_at(e, form, x, index)
+                    for vector, at in form.micro.pack(e, row, from_k, length, CHUNK, factor):
+                        _store(e, vector, start, apart, at)
             chunk = const(chunks)
 
 

@@ -25,6 +25,7 @@ from functools import partial
 from llvmlite import ir
 
 from hmc.codegen.formats.interleave import Chunk, Zeros
+from hmc.codegen.formats.order import order_of
 from hmc.codegen.formats.planes import ALL, ELEMENTS, Row, addresses, number
 from hmc.codegen.formats.weights import row_bytes, span_bytes
 from hmc.codegen.ir import F32, I8, I32, I64, Emitter, Value, const, vec
@@ -81,12 +82,19 @@ class Panels:
         codes = e.offset(weights, b.mul(row, const(row_bytes(form.spec.weight, form.k))))
         return Rows(codes, beside, row, b.sub(end, row))
 
-    def pack(self, source: Callable[[Value], Value], tokens: Value) -> None:
-        """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`."""
-        e = self.e
+    def pack(
+        self, source: Callable[[Value], Value], tokens: Value, besides: Sequence[Value]
+    ) -> None:
+        """Copy `tokens` (at most `form.block`) bf16 rows, K long, from addresses `source(i)`;
+        `besides` (i8*) lie beside the codes of the matrices that they are multiplied by.
+        """
+        e, form = self.e, self.form
         with e.for_range(0, tokens) as token:
             e.b.store(e.b.ptrtoint(source(token), I64), e.b.gep(self._sources, [token]))
-        e.run("pack", self.scratch, self._sources, tokens)
+        for copy, beside in enumerate(besides[: form.copies]):
+            order = order_of(e, form.planes, beside) if form.ordered else beside
+            x = e.offset(self.scratch, const(form.x_offset + copy * form.copy_bytes))
+            e.run("pack", x, self._sources, tokens, order)
 
     def multiply(self, panel: tuple[Rows, Rows], tokens: Value, ahead: tuple[Value, Value]) -> None:
         """Totals of the packed tokens x two vectors of rows; meanwhile prefetch from `ahead` on."""
@@ -138,21 +146,26 @@ class Panels:
             e.offset(pointer, b.mul(moved, const(form.lanes)))
             for pointer in words[each * VECTORS :]
         ]
-        x = e.offset(scratch, const(form.x_offset))
-        x = e.offset(x, b.mul(chunk, b.mul(tokens, const(form.token_bytes))))
+        copies = [
+            e.offset(scratch, const(form.x_offset + copy * form.copy_bytes))
+            for copy in range(form.copies)
+        ]
+        before = b.mul(chunk, b.mul(tokens, const(form.token_bytes)))
         totals = e.offset(scratch, const(form.totals_offset))
         with each_tile(e, form, tokens) as (tile, first, end):
             # Only the first tile fetches ahead; the others touch the panel, which is in L1.
             is_first = b.icmp_signed("==", tile, const(0))
+            here = b.add(before, b.mul(first, const(form.token_bytes)))
+            token = b.add(b.mul(chunk, tokens), first)
             values = [
                 e.offset(totals, b.mul(first, const(form.rows * 4))),
                 scratch,
-                e.offset(x, b.mul(first, const(form.token_bytes))),
                 scales,
                 const(groups),
                 const(steps),
                 *(b.select(is_first, pointer, scratch) for pointer in fetch),
-                b.bitcast(factors_at(e, form, scratch, b.add(b.mul(chunk, tokens), first)), _PTR),
+                *(e.offset(copy, here) for copy in copies),
+                *(b.bitcast(factors_at(e, form, copy, token), _PTR) for copy in copies),
             ]
             self._switch_tile(b.sub(end, first), values)
 
@@ -169,14 +182,16 @@ class Panels:
         b.position_at_end(done)
 
     def _emit_tile(self, count: int) -> None:
-        """tile(totals, panel, x, scales, groups, steps, 2 x ahead, factors): `count` tokens, one
-        chunk.
+        """tile(totals, panel, scales, groups, steps, 2 x ahead, x and factors of each copy):
+        `count` tokens, one chunk.
         """
         e, form = self.e, self.form
         lanes = form.lanes
-        kinds = [_PTR, _PTR, _PTR, _PTR, I64, I64, *[_PTR] * VECTORS, _PTR]
+        kinds = [_PTR, _PTR, _PTR, I64, I64, *[_PTR] * (VECTORS + 2 * form.copies)]
         with e.subroutine(f"tile{count}", *kinds) as values:
-            totals, panel, x, scales, groups, steps, *ahead, token_factors = values
+            totals, panel, scales, groups, steps, *pointers = values
+            ahead, copies = pointers[:VECTORS], pointers[VECTORS:]
+            xs, token_factors = copies[: form.copies], copies[form.copies :]
             b = e.b
             scaled = form.scaled
             none = form.micro.zero(e)
@@ -194,7 +209,8 @@ class Panels:
                     for pointer in ahead:
                         self._prefetch(pointer, step)
                     panel_step = e.offset(panel, b.mul(step, const(form.rows * 4)))
-                    x_step = e.offset(x, b.mul(step, const(4 * count)))  # a block of each token
+                    moved = b.mul(step, const(4 * count))  # a block of each token
+                    x_steps = [e.offset(x, moved) for x in xs]
                     for u in range(_UNROLL):
                         weights = [
                             e.load_vec(
@@ -204,9 +220,12 @@ class Panels:
                         ]
                         for t in range(count):
                             index = const(t * _UNROLL + u)
-                            one = e.splat(e.load(x_step, index, F32, align=4), lanes)
+                            ones = [
+                                e.splat(e.load(x_step, index, F32, align=4), lanes)
+                                for x_step in x_steps
+                            ]
                             for v in range(VECTORS):
-                                slot = sums[t, v]
+                                slot, one = sums[t, v], ones[v % form.copies]
                                 total = form.micro.multiply_add(e, weights[v], one, b.load(slot))
                                 b.store(total, slot)
                 scales_row = b.mul(group, const(form.rows))
@@ -220,13 +239,13 @@ class Panels:
                     for at, there in ((0, scaled), (form.minima, form.micro.token_sums))
                 )
                 for t, v in cells:
-                    own = t * form.token_numbers
-                    factor = partial(e.load, token_factors, const(own), F32, align=4)
+                    own, numbers = t * form.token_numbers, token_factors[v % form.copies]
+                    factor = partial(e.load, numbers, const(own), F32, align=4)
                     total = form.micro.finish(e, b.load(sums[t, v]), factor)
                     before = b.load(held[t, v]) if inside else total_of(t, v)
                     if minima:
                         at = b.add(group, const(own + form.micro.token_factors))
-                        more = e.splat(e.load(token_factors, at, F32, align=4), lanes)
+                        more = e.splat(e.load(numbers, at, F32, align=4), lanes)
                         before = e.fma(more, minima[v], before)
                     if scaled:
                         total = e.fma(total, factors[v], before)

@@ -6,9 +6,11 @@ The routines that work with them are in codegen/panel/panel.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from hmc.codegen.formats.forms import micro_of
 from hmc.codegen.formats.micro import MicroKernel
+from hmc.codegen.formats.order import has_order
 from hmc.codegen.formats.planes import Beside, planes_of
 from hmc.codegen.formats.weights import span_bytes
 from hmc.codegen.native import is_native
@@ -18,6 +20,9 @@ from hmc.formats.base import Kind
 VECTORS = 2
 """Vectors of weight rows in a panel."""
 
+_SIDE_BY_SIDE = frozenset({"grouped_gate_up"})
+"""Ops whose panels are a vector of rows of one matrix beside one of another."""
+
 CHUNK = 128
 """Weights of a row that are decoded at once: one block of FP8 scales; the panel fits L1."""
 
@@ -26,9 +31,10 @@ CHUNK = 128
 class Form:
     """How one spec multiplies: everything here follows from its format, tier and K.
 
-    `tile` tokens are multiplied at once; `scales` and `zeros` are what lies beside codes that a
-    native decoder reads, by place in `planes`. `straddles`: the rows of one vector may lie in two
-    blocks of scales.
+    `tile` tokens are multiplied at once; `copies` of packed tokens are one for each vector of rows
+    of a panel where these are of matrices whose columns have orders of their own; `scales` and
+    `zeros` are what lies beside codes that a native decoder reads, by place in `planes`.
+    `straddles`: the rows of one vector may lie in two blocks of scales.
     """
 
     spec: KernelSpec
@@ -44,6 +50,16 @@ class Form:
         if form.held:
             form = replace(form, tile=form.tile // 2)
         return replace(form, tile=spec.tiled("tokens", form.tile))
+
+    @cached_property
+    def ordered(self) -> bool:
+        """Whether columns lie in an order of their own."""
+        return has_order(self.planes)
+
+    @property
+    def copies(self) -> int:
+        """Packed copies of the tokens."""
+        return VECTORS if self.ordered and self.spec.op in _SIDE_BY_SIDE else 1
 
     @property
     def lanes(self) -> int:
@@ -121,7 +137,8 @@ class Form:
     @property
     def block(self) -> int:
         """Most tokens that one pass over the weights multiplies; their packed copy is bounded."""
-        fits = self.spec.tiled("x_bytes", 1536 << 10) // (self.chunks * self.token_bytes)
+        each = self.copies * self.chunks * self.token_bytes
+        fits = self.spec.tiled("x_bytes", 1536 << 10) // each
         return max(48, min(256, fits))
 
     @property
@@ -130,7 +147,7 @@ class Form:
         return int(self.micro.token_factors) + self.micro.token_sums
 
     # Scratch: panel, scales f32 [group][rows], minima where sums of tokens go with them, totals f32
-    # [block][rows], packed tokens and `token_numbers`: f32 [chunk][token][number].
+    # [block][rows], and of each copy packed tokens and `token_numbers`: f32 [chunk][token][number].
 
     @property
     def scales_offset(self) -> int:
@@ -149,19 +166,24 @@ class Form:
 
     @property
     def x_offset(self) -> int:
-        """Where the packed tokens start."""
+        """Where the first copy of the tokens starts."""
         return self.totals_offset + self.block * self.rows * 4
 
     @property
     def factors_offset(self) -> int:
-        """Where the numbers of the tokens' chunks start."""
-        return self.x_offset + self.chunks * self.block * self.token_bytes
+        """Where the numbers of the tokens' chunks start in a copy."""
+        return self.chunks * self.block * self.token_bytes
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of a copy of the tokens, a multiple of 64."""
+        factors = self.chunks * self.block * 4 * self.token_numbers
+        return self.factors_offset + (factors + 63) // 64 * 64
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of one worker, a multiple of 64."""
-        factors = self.chunks * self.block * 4 * self.token_numbers
-        return self.factors_offset + (factors + 63) // 64 * 64
+        return self.x_offset + self.copies * self.copy_bytes
 
 
 def panel_scratch_bytes(spec: KernelSpec) -> int:

@@ -4,12 +4,13 @@ the names of `layouts.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hmc.errors import TensorError
 from hmc.formats.base import Form
 from hmc.formats.layouts import (
     AWQ,
@@ -30,15 +31,32 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight outputs nibble i of AWQ's words holds."""
 
 
-def arranged(form: Form, stored: Array) -> Array:
+def arranged(form: Form, stored: Array, order: Array | None = None) -> Array:
     """A plane of `form` as kernels read it, still in its stored dtype where that is widened
     afterwards; `stored` has the elements of `form.stored`, as numpy holds them (`decode.NUMPY`).
+    Planes whose layout is `ordered` take the weight's `order`, arranged already. `TensorError` for
+    an order whose groups are not all of as many columns.
     """
-    name = form.plane.layout.name
-    if not name:
+    layout = form.plane.layout
+    if not layout.name:
         return stored.reshape(form.shape)
-    found = ARRANGE[name](stored.reshape(form.stored), form.shape)
+    stored = stored.reshape(form.stored)
+    if form.plane.kind == "order":
+        found = _order(stored, form.group)
+    elif layout.ordered:
+        assert order is not None
+        found = _by_group(stored, form.shape, order.reshape(-1), form.plane.bits)
+    else:
+        found = ARRANGE[layout.name](stored, form.shape)
     return np.ascontiguousarray(found).reshape(form.shape)
+
+
+def all_arranged(planes: Iterable[tuple[Form, Array]]) -> list[Array]:
+    """`arranged` of each plane of a weight."""
+    given = list(planes)
+    orders = [arranged(*each) for each in given if each[0].plane.kind == "order"]
+    order = orders[0] if orders else None
+    return [arranged(form, stored, order) for form, stored in given]
 
 
 def _unpacked(words: Words, bits: int, order: tuple[int, ...] = ()) -> Words:
@@ -53,17 +71,6 @@ def _unpacked(words: Words, bits: int, order: tuple[int, ...] = ()) -> Words:
     return codes.reshape(len(words), words.shape[1] * each)
 
 
-def _packed(codes: Words, bits: int) -> Words:
-    """[n, k * bits / 32] of [n, k], the first in the lowest bits; the last word is filled up."""
-    each = 32 // bits
-    rows, columns = codes.shape
-    padded = np.zeros((rows, -(-columns // each) * each), np.uint32)
-    padded[:, :columns] = codes
-    shifts = np.arange(0, 32, bits, dtype=np.uint32)
-    found: Words = np.bitwise_or.reduce(padded.reshape(rows, -1, each) << shifts, axis=2)
-    return found
-
-
 def _bf16(codes: Array) -> Array:
     """Whole numbers from -256 to 256 as bf16."""
     found: Array = (codes.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -71,15 +78,49 @@ def _bf16(codes: Array) -> Array:
 
 
 def _awq(stored: Words, shape: tuple[int, ...]) -> Array:
-    """In blocks of inputs, so that codes apart take little room."""
-    rows = shape[0]
-    found = np.empty(shape, np.uint32)
-    step = 1024
-    for first in range(0, len(stored), step):
-        codes = _unpacked(stored[first : first + step], 4, AWQ_ORDER)[:, :rows]
-        part = _packed(codes.T, 4)
-        found[:, first // 8 : first // 8 + part.shape[1]] = part
-    return found
+    """Some outputs at once, so that codes apart are in a cache."""
+    words, step = stored.shape[1], 8
+    found = np.empty((8 * words, 4 * shape[1]), np.uint8)
+    for first in range(0, words, step):
+        part = np.zeros((8 * shape[1], min(step, words - first)), np.uint32)
+        part[: len(stored)] = stored[:, first : first + step]
+        each = part.view(np.uint8).reshape(*part.shape, 4)
+        for place, output in enumerate(AWQ_ORDER):
+            codes = each[..., place // 2] >> 4 * (place % 2) & 15
+            last = 8 * (first + step)
+            found[8 * first + output : last : 8] = (codes[::2] | codes[1::2] << 4).T
+    return found[: shape[0]].view(np.uint32)
+
+
+def _order(stored: Words, group: int) -> Words:
+    """Columns group after group, of the group of each; those of a group as they lie."""
+    groups = stored.reshape(-1)
+    most = len(groups) // group
+    sizes = np.bincount(groups, minlength=most) if groups.max() < most else None
+    if sizes is None or (sizes != group).any():
+        raise TensorError(f"columns must be of {most} groups, {group} of each: the file is damaged")
+    return np.argsort(groups, kind="stable").astype(np.uint32)
+
+
+def _by_group(stored: Words, shape: tuple[int, ...], order: Array, bits: int) -> Words:
+    """Words of codes along the inputs, these in an order; some outputs at once, so that codes apart
+    are in a cache.
+    """
+    step, inputs = 64, stored.shape[0] * 32 // bits
+    found = np.empty((shape[0], shape[1] * 4), np.uint8)
+    for first in range(0, shape[0], step):
+        part = np.ascontiguousarray(stored[:, first : first + step])
+        each: Array = (
+            part.view(np.uint8).reshape(*part.shape, 4).swapaxes(1, 2).reshape(-1, part.shape[1])
+        )
+        if bits == 4:
+            each = np.stack((each & 15, each >> 4), 1).reshape(inputs, -1)
+        codes = np.zeros_like(each)
+        codes[: len(order)] = each[order]
+        if bits == 4:
+            codes = codes[::2] | codes[1::2] << 4
+        found[first : first + step] = codes.T
+    return found.view(np.uint32)
 
 
 def _zeros(bits: int, order: tuple[int, ...] = (), less: int = 0) -> Arrange:

@@ -51,8 +51,8 @@ class Plane:
     """One tensor of a weight [N, K].
 
     The first plane of a weight are its codes; the `kind` of others: scales, which codes are
-    multiplied by; zeros, the code that stands for 0; or the order, the number of the group that
-    each column is of (i32), where scales and zeros are not of neighbouring columns. `dtypes` are
+    multiplied by; zeros, the code that stands for 0; or the order (i32): columns lie in memory
+    group after group, and it says of each place which column of the weight lies there. `dtypes` are
     those it may be stored in, the first one that of invented weights; `suffixes` what may follow
     the weight's name in the tensor's (`named`). An element covers `rows` x `columns` of the weight
     (`WHOLE`, `GROUP`); the last block of a row may be cut, unless it is not `ragged`. `bits` of an

@@ -3,6 +3,7 @@ against, and what is used where nothing has to be fast.
 
 A weight is `values[code]`, or the code itself where it is a float, less the zero that covers it,
 times every scale that covers it, from the first plane to the last, each product rounded to f32.
+Where columns lie in an order of their own, they are put back last.
 """
 
 from __future__ import annotations
@@ -48,13 +49,14 @@ def decode(
     if row.codes.block[1]:
         return BLOCKS[row.name](planes[0].reshape(rows, -1)[first:stop], columns)
     total = _codes(row, planes[0], dtypes[0], rows, columns, first, stop)
-    by_kind = {plane.kind: array for plane, array in zip(row.scales, planes[1:], strict=True)}
-    order = by_kind.get("order")
     for kind in ("zero", "scale"):
         for plane, array, dtype in zip(row.scales, planes[1:], dtypes[1:], strict=True):
             if plane.kind == kind:
-                spread = _spread(plane, array, dtype, shape, group, first, stop, order)
+                spread = _spread(plane, array, dtype, shape, group, first, stop)
                 total = total - spread if kind == "zero" else total * spread
+    for plane, array in zip(row.scales, planes[1:], strict=True):
+        if plane.kind == "order":
+            total[:, array.reshape(-1)] = total.copy()
     return total
 
 
@@ -83,11 +85,11 @@ def _codes(
 
 def _spread(
     plane: Plane, array: Array, dtype: str, shape: tuple[int, ...], group: int, first: int,
-    last: int, order: Array | None,
+    last: int,
 ) -> Floats:  # fmt: skip
     rows, columns = matrix_of(shape)
     down, across = plane.elements(shape, group)
     numbers = floats(array.reshape(down, across), dtype)
     wide = (group if plane.columns == GROUP else plane.columns) or columns
     picked = numbers[np.arange(first, last) // (plane.rows or rows)]
-    return picked[:, np.arange(columns) // wide if order is None else order.reshape(-1)]
+    return picked[:, np.arange(columns) // wide]

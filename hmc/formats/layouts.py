@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Layout:
     """`shape(n, k, bits)` is that of the stored tensor; `makes` the dtype that its numbers have in
-    memory where that is not the stored one.
+    memory where that is not the stored one; `ordered`: columns lie in memory in the order that the
+    weight's plane of order says.
     """
 
     name: str
     shape: Callable[[int, int, int], tuple[int, ...]] = field(repr=False)
     makes: str = ""
+    ordered: bool = False
 
 
 def _packed(code: int) -> Callable[[int, int, int], tuple[int, ...]]:
@@ -42,6 +44,10 @@ TRANSPOSED = Layout("transposed", lambda n, k, bits: (k, n))
 """Elements [k, n]."""
 BY_INPUT = {bits: Layout(f"by_input{bits}", _by_input(bits)) for bits in (4, 8)}
 """GPTQ's codes: words along the inputs, [k / 8, n]."""
+BY_GROUP = {bits: Layout(f"by_group{bits}", _by_input(bits), ordered=True) for bits in (4, 8)}
+"""The same where each column is of a group of its own: in memory they lie group after group."""
+GROUP_OF = Layout("group_of", AS_READ.shape)
+"""The group of each column: in memory which column lies where."""
 AWQ = Layout("awq", _packed(4))
 """AWQ's codes: words along the outputs, [k, n / 8], whose nibbles hold outputs 0 2 4 6 1 3 5 7."""
 AWQ_ZEROS = Layout("awq_zeros", _packed(4), "BF16")

@@ -104,7 +104,8 @@ def _apart(
     """Weights of AWQ and GPTQ, whose planes lie by inputs in files and by outputs in memory."""
     columns = replace(_BY_GROUP, dtypes=("F16", "BF16", "F32"), suffixes=(".scales",),
                       layout=TRANSPOSED)  # fmt: skip
-    order = Plane("order", ("I32",), (".g_idx",), rows=WHOLE, kind="order")
+    order = Plane("order", ("I32",), (".g_idx",), rows=WHOLE, kind="order",
+                  layout=layouts.GROUP_OF)  # fmt: skip
     plain = INT4_ZERO if bits == 4 else INT8_PACKED_ZERO
     return Format(
         name=name,
@@ -128,7 +129,8 @@ def _gptq(name: str, bits: int, version: str = "gptq", ordered: bool = False) ->
     zeros = layouts.GPTQ2_ZEROS if version == "gptq_v2" else layouts.GPTQ_ZEROS
     ends = (*_APART, ".g_idx") if ordered else _APART
     find = gptq(name, ends, bits, version, ordered=ordered)
-    return _apart(name, bits, layouts.BY_INPUT[bits], zeros[bits], find, ordered)
+    codes = (layouts.BY_GROUP if ordered else layouts.BY_INPUT)[bits]
+    return _apart(name, bits, codes, zeros[bits], find, ordered)
 
 
 _APART = (".qweight", ".scales", ".qzeros")

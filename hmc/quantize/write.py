@@ -25,10 +25,10 @@ from hmc.checkpoint.directory import INDEX_NAME
 from hmc.checkpoint.headers import read_header
 from hmc.checkpoint.jsonfile import read_object
 from hmc.checkpoint.mapped import MappedShards
-from hmc.errors import CheckpointError, UsageError
+from hmc.errors import CheckpointError, TensorError, UsageError
 from hmc.files import write_file
 from hmc.formats import DTYPE_BITS, format_of, forms
-from hmc.formats.arrange import arranged
+from hmc.formats.arrange import all_arranged
 from hmc.formats.decode import NUMPY, decode
 from hmc.quantize.choice import Choice, choose
 from hmc.quantize.encode import ENCODINGS, Encoding
@@ -217,14 +217,18 @@ class _Writer:
         row, count = format_of(source.format), prod(stack)
         found = forms(row, (n, k), source.group, source.dtypes)
         for number in range(count):
-            planes = []
+            stored = []
             for form, tensor in zip(found, source.tensors, strict=True):
                 size = tensor.nbytes // count
                 place = self._bases[tensor.shard] + tensor.offset + number * size
                 raw = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(place))
                 kind = NUMPY[form.plane.means(form.dtype)]
-                planes.append(arranged(form, raw.view(kind)))
+                stored.append((form, raw.view(kind)))
             kept = [form.plane.layout.makes or form.plane.means(form.dtype) for form in found]
+            try:
+                planes = all_arranged(stored)
+            except TensorError as error:
+                raise TensorError(f"{source.name}: {error}") from error
             yield torch.from_numpy(decode(row, planes, kept, (n, k), source.group))
 
 

@@ -58,7 +58,7 @@ class Patterns:
     def _beside(self, row: Format, form: Form, std: float) -> Array:
         """Scales, zeros, the order of columns."""
         if form.plane.kind == "order":
-            return np.arange(form.shape[1], dtype=np.uint32) // np.uint32(form.group)
+            return np.random.default_rng(0).permutation(form.shape[1]).astype(np.uint32)
         if form.plane.kind == "zero":
             return _bits(np.full(4096, 2 ** (row.code_bits - 1), np.float32), form.kept)
         last = [plane for plane in row.scales if plane.kind == "scale"][-1]

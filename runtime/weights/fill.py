@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import ShardError
+from hmc.errors import ShardError, TensorError
 from hmc.formats import DTYPE_BITS, Form, matrix_of, told_by_dtype
 from hmc.formats.arrange import arranged
 from hmc.formats.decode import NUMPY, decode, floats
@@ -54,7 +54,7 @@ def read_spans(
             for group in groups:
                 size = group.form.stored_bytes
                 spans = zip(group.shards, group.offsets, places[group.key], strict=True)
-                for shard, start, target in spans:
+                for number, (shard, start, target) in enumerate(spans):
                     file, offset, to = files[int(shard)], int(start), int(target)
                     if group.parts:
                         yield partial(_put_together, group, files, to), size
@@ -63,7 +63,7 @@ def read_spans(
                         yield from _picking(group.form, group.pick, file, offset, to)
                         continue
                     if group.copied:
-                        yield partial(_read_anew, group.form, file, offset, to, group.pick), size
+                        yield partial(_read_anew, group, number, files, to), size
                         continue
                     for at in range(0, size, _CHUNK):
                         part = min(_CHUNK, size - at)
@@ -201,16 +201,27 @@ def _place(rows: range, row: int) -> int:
     return min(len(rows), max(0, -(-(row - rows.start) // rows.step)))
 
 
-def _read_anew(form: Form, file: FileIO, offset: int, target: int, pick: StoredPick | None) -> None:
+def _read_anew(group: TensorGroup, number: int, files: Sequence[FileIO], target: int) -> None:
+    """Tensor `number` of a group."""
+    form, found = group.form, _arranged(group, number, files)
+    if form.widened:
+        found = floats(found, form.plane.means(form.dtype))
+    _bytes(target, form.bytes)[:] = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
+
+
+def _arranged(group: TensorGroup, number: int, files: Sequence[FileIO]) -> npt.NDArray[Any]:
+    form, pick = group.form, group.pick
+    file, offset = files[int(group.shards[number])], int(group.offsets[number])
     raw = np.empty(form.stored_bytes, np.uint8)
     if pick is None:
         _read(file, offset, raw)
     else:
         _pick_some(form, pick, file, offset, raw, 0, _stored_rows(form, pick))
-    found = arranged(form, raw.view(NUMPY[form.plane.means(form.dtype)]))
-    if form.widened:
-        found = floats(found, form.plane.means(form.dtype))
-    _bytes(target, form.bytes)[:] = np.ascontiguousarray(found).view(np.uint8).reshape(-1)
+    order = None if group.order is None else _arranged(group.order, number, files)
+    try:
+        return arranged(form, raw.view(NUMPY[form.plane.means(form.dtype)]), order)
+    except TensorError as error:
+        raise TensorError(f"{file.name}: {group.name(number)}: {error}") from error
 
 
 def _put_together(group: TensorGroup, files: Sequence[FileIO], target: int) -> None:

@@ -8,7 +8,7 @@ import ctypes
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class TensorGroup:
     """One plane of a weight, or of one projection of all experts of a layer.
 
     Tensor i is `form.stored_bytes` at `offsets[i]` of shard `shards[i]`. `fan_in` is the K of the
-    matmul, 0 for vectors.
+    matmul, 0 for vectors. `order` is the plane that says how the columns of this one are laid out
+    anew.
     """
 
     key: Key
@@ -45,6 +46,13 @@ class TensorGroup:
     fan_in: int = 0
     parts: tuple[StoredPart, ...] = ()
     pick: StoredPick | None = None
+    order: TensorGroup | None = None
+
+    def name(self, number: int) -> str:
+        """What tensor `number` is, for messages."""
+        if self.key[0] == "weight":
+            return f"{self.form.plane.name} of {self.key[1]}"
+        return f"{self.form.plane.name} of expert {number} of layer {self.key[1]}, {self.key[2]}"
 
     @property
     def copied(self) -> bool:
@@ -56,23 +64,34 @@ class TensorGroup:
 
 def tensor_groups(plan: Plan) -> list[TensorGroup]:
     """Every tensor the plan names, planes of a weight one after the other."""
-    groups = []
+    groups: list[TensorGroup] = []
     for w in plan.weights:
-        fan_in = w.shape[-1] if len(w.shape) > 1 else 0
+        fan_in, found = w.shape[-1] if len(w.shape) > 1 else 0, []
         for place, form in zip(w.planes, forms_of(w), strict=True):
             key: Key = "weight", w.name, place.name
             shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
-            groups.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick))
+            found.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick))
+        groups += with_order(found)
     for e in plan.experts:
+        found = []
         for column, form in zip(e.planes, forms_of(e), strict=True):
             key = ("expert", e.layer, e.role, column.name)
             shards, offsets = _expand(column.shards), np.cumsum(column.offsets)
             fan_in = e.shape[-1] if len(e.shape) > 1 else 0
-            groups.append(
+            found.append(
                 TensorGroup(key, e.format, form, shards, offsets, fan_in, pick=column.pick)
             )
+        groups += with_order(found)
     return groups
+
+
+def with_order(planes: list[TensorGroup]) -> list[TensorGroup]:
+    """The planes of a weight; those that its order lays out know it."""
+    order = next((each for each in planes if each.form.plane.kind == "order"), None)
+    return [
+        replace(each, order=order) if each.form.plane.layout.ordered else each for each in planes
+    ]
 
 
 def array_at(address: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:

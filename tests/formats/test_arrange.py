@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hmc.errors import TensorError
 from hmc.formats import FORMATS, Format, forms
-from hmc.formats.arrange import arranged
+from hmc.formats.arrange import all_arranged, arranged
 from hmc.formats.base import Form
 from hmc.formats.decode import NUMPY, decode
 
@@ -22,7 +23,7 @@ RNG = np.random.default_rng(0)
 def in_memory(row: Format, stored: list[Any], dtypes: list[str]) -> Any:
     """The weight f32 [N, K] of tensors as a checkpoint holds them."""
     found: list[Form] = list(forms(row, (N, K), GROUP if row.grouped else 0, dtypes))
-    planes = [arranged(form, np.asarray(each)) for form, each in zip(found, stored, strict=True)]
+    planes = all_arranged(zip(found, map(np.asarray, stored), strict=True))
     for form, plane in zip(found, planes, strict=True):
         assert plane.shape == form.shape
     kept = [form.plane.layout.makes or form.plane.means(form.dtype) for form in found]
@@ -78,6 +79,17 @@ def test_gptq(name: str, bits: int, less: int) -> None:
         dtypes.append("I32")
     found = in_memory(FORMATS[name], stored, dtypes)
     np.testing.assert_array_equal(found, expected(codes, zeros, scales, order))
+
+
+@pytest.mark.parametrize("changed", [0, 1, K // GROUP, 2**32 - 1])
+def test_a_damaged_order_is_refused(changed: int) -> None:
+    dtypes = ["I32", "F16", "I32", "I32"]
+    *_, form = forms(FORMATS["gptq-order"], (N, K), GROUP, dtypes)
+    order = (np.arange(K) // GROUP).astype(np.uint32)
+    arranged(form, order)
+    order[0 if changed else -1] = changed
+    with pytest.raises(TensorError, match="columns must be of 2 groups, 32 of each"):
+        arranged(form, order)
 
 
 def test_zeros_of_compressed_tensors() -> None:

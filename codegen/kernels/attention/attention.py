@@ -130,12 +130,12 @@ def emit_mla_up(e: Emitter) -> None:
         with b.if_then(b.icmp_signed("<", low, high)):
             latent = e.at(e.arg["y_latent"], b.mul(head, const(rank)), I16)
             stride = const(heads * rank)
-            xs = tiles.prepared(b.bitcast(latent, BYTES), tokens, stride, most)
+            matrix = e.arg["w"], e.arg["scale"]
+            xs = tiles.prepared(b.bitcast(latent, BYTES), tokens, stride, most, matrix[1])
             row = b.add(b.mul(head, const(nope + v_dim)), const(nope))
             first, last = b.add(row, low), b.add(row, high)
             next_row = b.mul(b.add(row, const(nope + v_dim)), const(tiles.dot.row_bytes))
             following = e.offset(e.arg["w"], next_row)
-            matrix = e.arg["w"], e.arg["scale"]
             tiles.matvec(matrix, first, last, xs, tokens, out, const(v_dim), following)
             with e.for_range(0, tokens) as token:
                 line = e.at(out, b.mul(token, const(v_dim)), F32)

@@ -108,7 +108,7 @@ class LatentKeys:
             row = self._pages.row(b.add(start, index), const(0))
             return e.offset(e.arg["cache"], b.mul(row, const(2 * (self._rank + self._rope))))
 
-        panels.pack(latent, count)
+        panels.pack(latent, count, [e.arg["w_scale"]])
         with e.for_range(0, count) as index:
             rotated = e.offset(latent(index), const(2 * self._rank))
             key = unit.part("keys", index, form.key_words)

@@ -11,6 +11,7 @@ from functools import partial
 
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.lanes import over_lanes
+from hmc.codegen.formats.order import has_order, order_of
 from hmc.codegen.formats.pairs import middle_of
 from hmc.codegen.formats.planes import ALL, Beside, Row
 from hmc.codegen.formats.weights import weights_f32
@@ -70,6 +71,7 @@ class _Nest:
             and plane.columns % _BLOCK == 0
             and (plane.rows > 1 or plane.columns == ALL)
             for plane in self._planes
+            if plane.kind != "order"
         )
 
     def add_rows(
@@ -200,6 +202,8 @@ class _Nest:
         inside = self._planes if self._in_queries else ()
         scales = None
         for at, plane in enumerate(inside):
+            if plane.kind == "order":
+                continue
             wide, found = plane.columns // _BLOCK, e.zeros(F32, rows)
             group = b.udiv(block, const(wide)) if wide > 1 else block
             for j, line in enumerate(lines):
@@ -216,6 +220,8 @@ class _Nest:
     def store(self, token: Value, target: Value, low: Value, high: Value) -> None:
         """target[blocks low to high] = sums[token], in order."""
         e, b, size = self.e, self.e.b, self._size
+        ordered = has_order(self._dot.planes)
+        columns = order_of(e, self._dot.planes, e.arg["scale"]) if ordered else None
 
         def unit(index: Value, valid: int) -> None:
             at = b.add(b.mul(token, const(self.padded)), index)
@@ -227,7 +233,13 @@ class _Nest:
                 each = range(4)
                 order = [v * 16 + group * 4 + item for group in each for v in each for item in each]
                 row = b.shuffle_vector(row, row, lanes_mask(order))
-            e.store(resize(e, row, valid), target, index)
+            if columns is None:
+                e.store(resize(e, row, valid), target, index)
+                return
+            e.store(row, self.sums, at, 4)
+            with e.for_range(0, valid) as lane:
+                value = e.load(self.sums, b.add(at, lane), F32, 4)
+                e.store(value, target, e.load_int(columns, b.add(index, lane)), 4)
 
         whole = self.rank // size * size
         end = b.mul(high, const(_BLOCK))

@@ -42,9 +42,9 @@ def emit_experts_gate_up(e: Emitter) -> None:
     b, spec = e.b, e.spec
     n = spec["n"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
-    prepared = tiles.prepare(e.arg["x"], e.arg["tokens"], e.arg["x_stride"], spec["tokens"])
     groups = Groups(e)
-    xs, ys = (pointers(e, groups.most) for _ in range(2))
+    inputs = _Inputs(e, tiles, groups)
+    ys = pointers(e, groups.most)
     buffers = Buffers(tiles, groups.most)
     shares = e.local(F32, count=groups.most) if weighs(spec.expr) else None
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of
@@ -56,21 +56,19 @@ def emit_experts_gate_up(e: Emitter) -> None:
         before = b.mul(index, blocks)
         start = b.mul(e.positive(b.sub(begin, before)), const(GRAIN))
         stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
+        gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
         with groups.members(index) as (place, pair):
-            token = b.udiv(pair, const(spec["top_k"]))
-            x = e.offset(prepared, b.mul(token, const(tiles.dot.prepared_bytes)))
-            b.store(x, b.gep(xs, [place]))
+            inputs.put(place, pair, (gate, up))
             b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
             if shares is not None:
                 b.store(e.load(e.arg["routing"], pair, F32), b.gep(shares, [place]))
-        gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
         following = groups.address(groups.after(index), GATE)
         biases = []
         if spec.get("biased"):
             own = b.mul(groups.expert(index), const(4 * n))
             biases = [e.offset(e.arg[name], own) for name in ("gate_bias", "up_bias")]
         size = groups.size(index)
-        buffers.gate_up(gate, up, start, stop, xs, ys, size, following, biases, shares)
+        buffers.gate_up(gate, up, start, stop, inputs.xs, ys, size, following, biases, shares)
 
 
 def emit_experts_down(e: Emitter) -> None:
@@ -81,17 +79,17 @@ def emit_experts_down(e: Emitter) -> None:
     n, top_k = spec["n"], spec["top_k"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
-    prepared = tiles.prepare(e.arg["act"], groups.pairs, const(spec["k"]), groups.most)
-    xs = pointers(e, groups.most)
+    prepared, xs = tiles.room(groups.most), pointers(e, groups.most)
     scratch = b.bitcast(e.arg["scratch"], FLOATS)
     start, stop = e.split(const(n), GRAIN)
     skipped = b.mul(start, const(tiles.dot.row_bytes))
     with e.for_range(0, groups.active) as index:
+        down = groups.matrix(index, DOWN)
         with groups.members(index) as (place, pair):
-            x = e.offset(prepared, b.mul(pair, const(tiles.dot.prepared_bytes)))
+            x = tiles.place(prepared, place)
+            tiles.prepare_row(e.offset(e.arg["act"], b.mul(pair, const(2 * spec["k"]))), x, down[1])
             b.store(x, b.gep(xs, [place]))
         rows = b.add(b.mul(groups.start(index), const(n)), start)
-        down = groups.matrix(index, DOWN)
         following = e.offset(groups.address(groups.after(index), DOWN), skipped)
         count, out = groups.size(index), b.gep(scratch, [rows])
         tiles.matvec(down, start, stop, xs, count, out, const(n), following)
@@ -114,6 +112,33 @@ def emit_experts_down(e: Emitter) -> None:
                         value = b.fadd(value, e.load_some(e.arg["bias"], row, F32, width))
                     b.store(e.fma(share, value, b.load(total)), total)
             e.store(b.load(total), e.arg["y"], b.add(y, index))
+
+
+class _Inputs:
+    """Prepared tokens of the expert under way, `xs` i8** for gate and up together, or where columns
+    lie in an order one for each: then they are prepared for every expert, else once for all.
+    """
+
+    def __init__(self, e: Emitter, tiles: Tiles, groups: Groups) -> None:
+        self.e, self._tiles = e, tiles
+        self.xs = [pointers(e, groups.most) for _ in range(1 + tiles.ordered)]
+        if tiles.ordered:
+            self._rooms = [tiles.room(groups.most) for _ in self.xs]
+        else:
+            tokens, stride, most = e.arg["tokens"], e.arg["x_stride"], e.spec["tokens"]
+            self._rooms = [tiles.prepare(e.arg["x"], tokens, stride, most)]
+
+    def put(self, place: Value, pair: Value, matrices: tuple[tuple[Value, Value], ...]) -> None:
+        """The token of `pair` at `place`, for the `matrices` gate and up."""
+        e, b, tiles = self.e, self.e.b, self._tiles
+        token = b.udiv(pair, const(e.spec["top_k"]))
+        row = place if tiles.ordered else token
+        for xs, room, (_, beside) in zip(self.xs, self._rooms, matrices, strict=False):
+            x = tiles.place(room, row)
+            if tiles.ordered:
+                stride = b.shl(e.arg["x_stride"], const(1))
+                tiles.prepare_row(e.offset(e.arg["x"], b.mul(token, stride)), x, beside)
+            b.store(x, b.gep(xs, [place]))
 
 
 class Groups:

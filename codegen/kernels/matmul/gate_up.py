@@ -18,13 +18,16 @@ def emit_gate_up(e: Emitter) -> None:
     """IR of `gate_up`; expr; params k, tokens (, biased) (, group, scale_dtype for int4)."""
     b, spec, tokens = e.b, e.spec, e.arg["tokens"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
-    xs = tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
+    gate, up = ((e.arg[name], e.arg[f"{name}_scale"]) for name in ("gate", "up"))
+    xs = tuple(
+        tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"], beside)
+        for _, beside in (gate, up)[: 1 + tiles.ordered]
+    )
     ys = pointers(e, spec["tokens"])
     with e.for_range(0, tokens) as token:
         place = b.mul(token, b.shl(e.arg["y_stride"], const(1)))
         b.store(e.offset(e.arg["y"], place), b.gep(ys, [token]))
     start, stop = e.split(e.arg["rows"], GRAIN)
-    gate, up = ((e.arg[name], e.arg[f"{name}_scale"]) for name in ("gate", "up"))
     end = e.offset(gate[0], b.mul(stop, const(tiles.dot.row_bytes)))
     biases = (e.arg["gate_bias"], e.arg["up_bias"]) if spec.get("biased") else ()
     buffers = Buffers(tiles, spec["tokens"])
@@ -63,18 +66,19 @@ class Buffers:
         up: tuple[Value, Value],
         start: Value,
         stop: Value,
-        xs: Value,
+        xs: Sequence[Value],
         ys: Value,
         tokens: Value,
         following: Value,
         biases: Sequence[Value] = (),
         shares: Value | None = None,
     ) -> None:
-        """ys[t][row] = expr(gate[row] . xs[t], up[row] . xs[t]) for rows [start, stop), as bf16.
+        """ys[t][row] = expr(gate[row] . x[t], up[row] . x[t]) for rows [start, stop), as bf16.
 
-        `gate` and `up` are (weights, scales); `xs` and `ys` are i8** of `tokens` rows; `following`
-        is what the caller reads next. `biases` f32 of gate and up are added to the products;
-        `shares` f32* are the tokens' weights.
+        `gate` and `up` are (weights, scales); `ys` is i8** of `tokens` rows, and so are `xs`: one
+        prepared for both matrices, or one for each; `following` is what the caller reads next.
+        `biases` f32 of gate and up are added to the products; `shares` f32* are the tokens'
+        weights.
         """
         tiles, e = self._tiles, self._tiles.e
         b, row_bytes, stride = e.b, const(tiles.dot.row_bytes), const(ROWS)
@@ -83,8 +87,8 @@ class Buffers:
             same_up = e.offset(up[0], b.mul(first, row_bytes))
             next_gate = e.offset(gate[0], b.mul(last, row_bytes))
             after = b.select(b.icmp_signed("<", last, stop), next_gate, following)
-            tiles.matvec(gate, first, last, xs, tokens, self._gate, stride, same_up)
-            tiles.matvec(up, first, last, xs, tokens, self._up, stride, after)
+            tiles.matvec(gate, first, last, xs[0], tokens, self._gate, stride, same_up)
+            tiles.matvec(up, first, last, xs[-1], tokens, self._up, stride, after)
             with e.for_range(0, tokens) as token:
                 line = b.mul(token, stride)
                 left, right = (

@@ -42,7 +42,7 @@ def emit_gemm(e: Emitter) -> None:
         here = b.sub(end, first)
         with b.if_then(b.icmp_signed("!=", b.load(packed), block)):
             b.store(block, packed)
-            panels.pack(lambda token: _source(e, b.add(first, token)), here)
+            panels.pack(lambda token: _source(e, b.add(first, token)), here, [e.arg["scale"]])
         row = b.mul(panel, const(form.rows))
         parts = [_rows(e, panels, b.add(row, const(v * form.lanes))) for v in range(2 * VECTORS)]
         ahead = (parts[2].weights, parts[3].weights)

@@ -84,7 +84,8 @@ def emit_grouped_gate_up(e: Emitter) -> None:
             token = b.udiv(slot, const(spec["top_k"]))
             return e.offset(e.arg["x"], b.mul(token, b.mul(e.arg["x_stride"], const(2))))
 
-        _expert(e, panels, first, tokens, start, stop, source, body)
+        besides = [_matrix(e, expert, column)[1] for column in (GATE, UP)]
+        _expert(e, panels, first, tokens, start, stop, source, besides, body)
 
 
 def emit_grouped_down(e: Emitter) -> None:
@@ -132,7 +133,8 @@ def emit_grouped_down(e: Emitter) -> None:
         def source(slot: Value) -> Value:
             return e.offset(e.arg["act"], b.mul(slot, const(2 * spec["k"])))
 
-        _expert(e, panels, first, tokens, start, stop, source, body)
+        besides = [_matrix(e, expert, DOWN)[1]]
+        _expert(e, panels, first, tokens, start, stop, source, besides, body)
 
 
 def _biases(
@@ -169,15 +171,17 @@ def _clamp(e: Emitter, value: Value, high: Value) -> Value:
 
 def _rows(e: Emitter, panels: Panels, expert: Value, column: int, row: Value) -> Rows:
     """The vector of rows from `row` on of one matrix of `expert`."""
+    return panels.rows(*_matrix(e, expert, column), row, const(e.spec["n"]))
+
+
+def _matrix(e: Emitter, expert: Value, column: int) -> tuple[Value, Value]:
+    """i8* of one matrix of `expert` and of what lies beside it."""
     place = e.b.mul(expert, const(TABLE_WIDTH))
-    weights, scales = (
-        e.b.inttoptr(
-            e.load(e.arg["table"], e.b.add(place, const(column + i)), I64, align=8),
-            I8.as_pointer(),
-        )
-        for i in (0, 1)
+    words = (
+        e.load(e.arg["table"], e.b.add(place, const(column + i)), I64, align=8) for i in (0, 1)
     )
-    return panels.rows(weights, scales, row, const(e.spec["n"]))
+    codes, beside = (e.b.inttoptr(word, I8.as_pointer()) for word in words)
+    return codes, beside
 
 
 def _ahead(
@@ -207,9 +211,12 @@ def _expert(
     start: Value,
     stop: Value,
     source: Callable[[Value], Value],
+    besides: list[Value],
     body: Callable[[Value, Value, Value], None],
 ) -> None:
-    """For each block of tokens: pack, then `body(panel, first position, tokens)` for each panel."""
+    """For each block of tokens: pack them for the matrices `besides`, then `body(panel, first
+    position, tokens)` for each panel.
+    """
     b = e.b
     some = b.and_(b.icmp_signed("<", start, stop), b.icmp_signed(">", tokens, const(0)))
     with b.if_then(some):
@@ -218,6 +225,6 @@ def _expert(
             begin = b.udiv(b.mul(tokens, block), blocks)
             end = b.udiv(b.mul(tokens, b.add(block, const(1))), blocks)
             at, here = b.add(first, begin), b.sub(end, begin)
-            panels.pack(lambda token: source(_slot(e, b.add(at, token))), here)
+            panels.pack(lambda token: source(_slot(e, b.add(at, token))), here, besides)
             with e.for_range(start, stop) as panel:
                 body(panel, at, here)

@@ -13,15 +13,14 @@ def emit_linear(e: Emitter) -> None:
     """IR of `linear`; params k, tokens (, group, scale_dtype for int4); `out` f32 or bf16."""
     b, spec = e.b, e.spec
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
-    w, tokens = e.arg["w"], e.arg["tokens"]
-    xs = tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"])
+    w, scale, tokens = e.arg["w"], e.arg["scale"], e.arg["tokens"]
+    xs = tiles.prepared(e.arg["x"], tokens, e.arg["x_stride"], spec["tokens"], scale)
     out = e.local(F32, count=spec["tokens"] * ROWS)
     start, stop = e.split(e.arg["rows"], GRAIN)
     with e.for_range(start, stop, ROWS) as first:
         last = e.minimum(b.add(first, const(ROWS)), stop)
         following = e.offset(w, b.mul(last, const(tiles.dot.row_bytes)))
-        matrix = w, e.arg["scale"]
-        tiles.matvec(matrix, first, last, xs, tokens, out, const(ROWS), following)
+        tiles.matvec((w, scale), first, last, xs, tokens, out, const(ROWS), following)
         with e.for_range(0, tokens) as token:
             line = e.offset(b.bitcast(out, BYTES), b.mul(token, const(4 * ROWS)))
             y = b.add(b.mul(token, e.arg["y_stride"]), first)
