@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = """
 hmc.__main__
-hmc/cli/bench hmc/cli
+hmc/cli/bench hmc/cli hmc/cli/chat
 hmc/hub
 hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
