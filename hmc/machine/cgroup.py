@@ -47,9 +47,9 @@ def cpus(root: Path = Path("/")) -> float | None:
     """How many CPUs' time a second the process may use; None when unlimited."""
     found = []
     for folder in _groups(root, ""):
-        quota, _, period = text_of(folder / "cpu.max").partition(" ")
-        if quota.isdigit() and period.isdigit():
-            found.append(int(quota) / int(period))
+        share, _, span = text_of(folder / "cpu.max").partition(" ")
+        if share.isdigit() and span.isdigit():
+            found.append(int(share) / int(span))
     for folder in _groups(root, "cpu"):
         quota, period = (integer(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota is not None and period:  # no limit is -1, which is no count
