@@ -6,6 +6,7 @@ HMC_DEBUG      0-6: 1 decisions and times, 2 op diff per pass, 3 graph after eac
 HMC_DUMP       folder that receives 00-trace.txt, 01-<pass>.txt, plan.json, kernels/*.ll, *.s
 HMC_CACHE      folder of compiled kernels and kept plans (default $XDG_CACHE_HOME/hmc)
 HMC_CONFIG     folder of machine profiles   (default $XDG_CONFIG_HOME/hmc)
+HMC_STATE      folder of what hmc remembers: a chat's history (default $XDG_STATE_HOME/hmc)
 HMC_ISA        cap on the kernel tier: avx512_bf16, avx512 or avx2 (default: the best there is)
 HMC_THREADS    native worker threads (default: every core the process may use)
 HMC_GRAPHS     1: decode hands GPUs its steps as graphs, 0: one by one (default: 1 for CUDA, 0 for
@@ -74,6 +75,11 @@ def cache_dir() -> Path:
 def config_dir() -> Path:
     """Folder for machine profiles; not created here."""
     return _folder("HMC_CONFIG", "XDG_CONFIG_HOME", ".config")
+
+
+def state_dir() -> Path:
+    """Folder for what is remembered between runs; not created here."""
+    return _folder("HMC_STATE", "XDG_STATE_HOME", ".local/state")
 
 
 def isa_cap() -> str | None:

@@ -17,6 +17,7 @@ from hmc.closing import Closing
 from hmc.plan import Plan
 from hmc.runtime.executor import Executor, ExecutorOptions, Logits
 from hmc.runtime.tokens.generation import Ends, Generation, Stream, opened
+from hmc.runtime.tokens.kept import Kept
 from hmc.runtime.tokens.prompts import (
     DEFAULT_NEW_TOKENS,
     Options,
@@ -87,14 +88,18 @@ class Engine(Closing):
                 pass
         return stream.result
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Stream:
-        """As `generate`, token by token: iterate over `Piece`s, then read `.result`."""
+    def stream(
+        self, prompt: Prompt, *, kept: Kept | None = None, **options: Unpack[Options]
+    ) -> Stream:
+        """As `generate`, token by token: iterate over `Piece`s, then read `.result`. What `kept`
+        holds of the prompt is not computed again.
+        """
         params = sampling_params(self.text, options)
         params.check_tokens(self.plan.model.vocab)
         ids = prompt_ids(prompt, self.text, self.plan)
         most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         ends = Ends(most, self.eos_token_ids, StopStrings(options.get("stop")))
-        return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends)
+        return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends, kept)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 ROOMS = """
 hmc.__main__
-hmc/cli/bench hmc/cli
+hmc/cli/bench hmc/cli hmc/cli/chat
 hmc/hub
-hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/bench/probe hmc/bench
+hmc/bench/serve hmc/report hmc/tune hmc/serve hmc/serve/page hmc/bench/probe hmc/bench
 runtime/batching runtime/prefill runtime/engine runtime/tokens runtime/executor
 runtime/phases runtime/ranks runtime/binding runtime/schedule runtime/device_ops/gpu
 runtime/device_ops runtime/device_ops/triton runtime/host

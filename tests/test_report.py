@@ -25,6 +25,7 @@ from hmc.predict import measured as store
 from hmc.predict.cost import CostModel
 from hmc.predict.loads import Load, common_loads, predictions
 from hmc.predict.measured import Measured
+from hmc.report import page as report_page
 from hmc.report.heatmap import LEFT, heat_map
 from hmc.report.page import render
 from hmc.report.roofline import roofline
@@ -172,7 +173,7 @@ def test_every_expert_is_drawn_once(plan: Plan) -> None:
     drawn: dict[float, list[tuple[float, float, int]]] = {}
     for cell in chart.cells:
         first = (cell.x - LEFT) / chart.column
-        drawn.setdefault(cell.y, []).append((first, cell.width / chart.column, cell.tier))
+        drawn.setdefault(cell.y, []).append((first, cell.width / chart.column, cell.colour))
     assert len(drawn) == len(plan.placement)
     for (_, runs), placement in zip(sorted(drawn.items()), plan.placement, strict=True):
         end = 0.0
@@ -180,7 +181,7 @@ def test_every_expert_is_drawn_once(plan: Plan) -> None:
             assert first == pytest.approx(end, abs=1e-6)
             end = first + width
         assert end == pytest.approx(256)
-        assert len({tier for _, _, tier in runs}) == len(placement.tiers)
+        assert len({colour for _, _, colour in runs}) == len(placement.tiers)
     assert sum(tier.experts for tier in chart.tiers) == 256 * 5
     assert [tier.name for tier in chart.tiers] == ["host", "gpu0"]
     gpu = next(i.bytes for i in plan.ledger if (i.device, i.kind) == ("gpu0", "routed experts"))
@@ -375,6 +376,29 @@ def test_words() -> None:
     assert number(0.1234) == "0.123"
 
 
+def test_a_colour_means_one_thing(plan: Plan) -> None:
+    """Families of ops, tiers, other kinds of memory, and predicted or measured: in both schemes no
+    two share a colour, and memory that is for one family has the family's.
+    """
+    style = (Path(report_page.__file__).parent / "templates" / "style.css").read_text()
+    schemes = [part for part in style.split(":root")[1:] if "--f0" in part]
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = re.findall(r"--[ftkp]\d: (#\w+);", scheme)
+        assert len(colours) == len(set(colours)) > 18
+    html = render(plan, "a.hmp")
+    families = [
+        re.sub("<.*?>", "", row) for row in re.findall(r'<li><i class="f\d">.*?</li>', html)
+    ]
+    shown = set(re.findall(r'class="swatch (\w+)"></span>([\w ]+)', html))
+    kinds = {kind: style for style, kind in shown}
+    assert kinds["routed experts"] == f"f{families.index('experts')}"
+    assert kinds["attention"] == f"f{families.index('attention')}"
+    others = [style for kind, style in kinds.items() if style[0] == "k"]
+    assert kinds["KV cache"] in others and len(others) == len(set(others))
+    assert len(shown) == len(kinds)  # a kind has one colour
+
+
 # -- in a browser ----------------------------------------------------------------------------------
 
 
@@ -419,6 +443,22 @@ def test_it_fits_a_laptop(browser: str, plan: Plan, tmp_path: Path, width: int) 
     assert found["wide"] == []
     assert len(found["tall"]) == 6
     assert all(height > 80 for height in found["tall"])
+
+
+def test_a_phone_scrolls_no_way_but_down(browser: str, plan: Plan, tmp_path: Path) -> None:
+    """Headless windows are 500 wide at least, so the page is framed; tables and charts scroll
+    within themselves."""
+    page, frame = tmp_path / "a.html", tmp_path / "frame.html"
+    page.write_text(render(plan, "a.hmp", [ROW]).replace("<details>", "<details open>"))
+    frame.write_text(
+        f'<title></title><iframe src="{page.as_uri()}" width="390" height="844"></iframe>'
+        "<script>onload = () => { const root = frames[0].document.documentElement;"
+        " document.title = root.scrollWidth + ' of ' + root.clientWidth; }</script>"
+    )
+    arguments = ("--allow-file-access-from-files", "--dump-dom", frame.as_uri())
+    dom = _chromium(browser, tmp_path, *arguments)
+    scroll, client = re.findall(r"<title>(\d+) of (\d+)</title>", dom)[0]
+    assert int(scroll) <= int(client) <= 390
 
 
 def test_screenshot(browser: str, plan: Plan, tmp_path: Path) -> None:

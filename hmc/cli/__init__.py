@@ -15,6 +15,7 @@ import sys
 from typing import NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from hmc import env
 from hmc.errors import ExecutionError, HmcError
@@ -35,7 +36,11 @@ _COMMANDS = {
     "probe": "Measure this machine and write it as a machine file.",
     "quantize": "Write a lossy copy of a model in few bits.",
     "tune": "Change a plan by hand, or by search on this machine.",
+    "completion": "Print the script that completes hmc in a shell.",
 }
+
+_COMPLETE = "_HMC_COMPLETE"
+"""In the environment while a shell asks how a line may go on."""
 
 _STANDARD = (1, 2)
 """Descriptors of standard output and error."""
@@ -56,7 +61,20 @@ class _Lazy(click.Group):
             home = "bench" if cmd_name == "bench" else f"{cmd_name}_command"
             command = importlib.import_module(f"hmc.cli.{home}").command
         assert isinstance(command, click.Command)
+        if _COMPLETE in os.environ:
+            importlib.import_module("hmc.cli.completion").prepare(command)
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """click's own would load every command for its help."""
+        if incomplete.startswith("-"):
+            return click.Command.shell_complete(self, ctx, incomplete)
+        commands = _COMMANDS.items()
+        return [
+            CompletionItem(name, help=line)
+            for name, line in commands
+            if name.startswith(incomplete)
+        ]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -97,6 +115,8 @@ def _run(arguments: list[str] | None) -> int:
     is stdout or stderr that nobody reads.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if _COMPLETE in os.environ:
+        return int(importlib.import_module("hmc.cli.completion").answer(cli))
     try:
         # Not `cli.main`, which takes every broken pipe for a closed stdout.
         with cli.make_context("hmc", given, obj=shlex.join(["hmc", *given])) as context:

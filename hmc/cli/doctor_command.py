@@ -1,10 +1,14 @@
-"""`hmc doctor`: what this machine offers and what hmc will use of it."""
+"""`hmc doctor`: what this machine offers, what hmc will use of it, and what makes it slower than it
+has to be.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
 import resource
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,20 +18,31 @@ from hmc import env
 from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.codegen.isa import TIERS, best_isa, cpu_flags
 from hmc.errors import HmcError
+from hmc.machine.checkup import Finding, Needs, checkup, read_speed, slow_disk
 from hmc.machine.detect import available_bytes, detect
-from hmc.machine.topology import text_of
+from hmc.machine.topology import text_of, this_machine
+from hmc.plan import load_plan
 
 _PACKAGES = ("torch", "numpy", "safetensors", "llvmlite", "pydantic", "tokenizers", "transformers")
 
 
 @click.command("doctor")
+@click.argument("plan_path", metavar="[PLAN]", required=False)
+@click.option(
+    "--read-test",
+    metavar="FILE",
+    help="Read up to 1 GiB of FILE from its disk, for 2 s at most: a shard of the model, say.",
+)
 @JSON
-def command(as_json: bool) -> None:
+def command(plan_path: str | None, read_test: str | None, as_json: bool) -> None:
     """Show ISA, memory and cgroup limits, huge pages, memlock, GPU and versions, and what hmc will
-    use.
+    use; then what hurts on this machine (with PLAN also in memory), what that costs, and the
+    command that mends it.
 
     Exits with 5 when this machine cannot run hmc's kernels.
     """
+    needs = _needs(plan_path) if plan_path else None
+    speed = read_speed(Path(read_test)) if read_test else None
     machine = detect()
     problem: HmcError | None = None
     try:
@@ -52,17 +67,37 @@ def command(as_json: bool) -> None:
         ),
         ("huge pages", huge or "not offered by this kernel", _huge_use(huge)),
         ("locked memory", _memlock(), "needed by pinned copies to a GPU only"),
-        ("GPU", _gpu(), "none: this version computes on the CPU"),
+        ("GPU", _gpu(), "plans that are made for GPUs; plans for the CPU need none"),
         ("kernel cache", str(env.cache_dir() / "kernels"), _writable(env.cache_dir())),
         ("Python", platform.python_version(), "-"),
     ]
     rows += [(name, _version(name), "-") for name in _PACKAGES]
+    findings = checkup(this_machine().cpus, isa="" if problem else isa, needs=needs)
+    if read_test and speed is not None:
+        rows.append(("disk", f"{speed / 1e6:.0f} MB/s from {read_test}", "weights are read once"))
+        findings += slow_disk(Path(read_test), speed, needs.weights if needs else 0)
     if as_json:
-        print_json({"rows": records(("item", "found", "used"), rows)})
+        told = [asdict(finding) for finding in findings]
+        print_json({"rows": records(("item", "found", "used"), rows), "findings": told})
     else:
         console().print(table("hmc doctor", ("", "found", "used by hmc"), rows))
+        _tell(findings)
     if problem is not None:
         raise problem
+
+
+def _needs(path: str) -> Needs:
+    """Host bytes of the plan of a file."""
+    items = [item for item in load_plan(path).ledger if item.device == "host"]
+    weights = sum(item.bytes for item in items if item.detail == "weights")
+    return Needs(weights, sum(item.bytes for item in items) - weights)
+
+
+def _tell(findings: Sequence[Finding]) -> None:
+    """A few lines each: a command in a table's column would be broken."""
+    click.echo("\nWhat hurts" if findings else "\nNothing found that hurts.")
+    for each in findings:
+        click.echo(f"  {each.item}: {each.found}\n    costs: {each.cost}\n    mends: {each.mend}")
 
 
 def _huge_use(text: str) -> str:

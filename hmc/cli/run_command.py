@@ -1,4 +1,4 @@
-"""`hmc run`: tokens from a plan, for one prompt, a file of prompts, or a chat."""
+"""`hmc run`: tokens from a plan, for one prompt or a file of prompts; chats are hmc/cli/chat's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from hmc.runtime.engine import Engine
-    from hmc.runtime.routing import RoutingRecorder
     from hmc.runtime.tokens.prompts import Prompt
 
 
@@ -36,7 +35,9 @@ if TYPE_CHECKING:
 @PLAN
 @click.option("-p", "--prompt", help="The prompt; without it, standard input.")
 @click.option(
-    "--chat", is_flag=True, help="Use the model's chat template; without -p, talk turn by turn."
+    "--chat",
+    is_flag=True,
+    help="Use the model's chat template; without -p, talk turn by turn, a line of input each.",
 )
 @click.option("--system", help="With --chat: the system message.")
 @click.option("--ids", help="Token ids instead of text: 1,2,3.")
@@ -45,7 +46,13 @@ if TYPE_CHECKING:
     type=click.Path(exists=True, dir_okay=False),
     help='JSON lines: {"prompt": TEXT}, {"ids": [..]} or {"messages": [..]}.',
 )
-@click.option("-n", "--max-new-tokens", default=256, show_default=True, metavar="N")
+@click.option(
+    "-n",
+    "--max-new-tokens",
+    type=int,
+    metavar="N",
+    help="[default: 256; turn by turn as many as fit]",
+)
 @click.option(
     "--temperature", type=float, metavar="T", help="0 is greedy [default: generation_config.json]."
 )
@@ -107,6 +114,7 @@ def command(
     plan, plan_path, checkpoint = found.plan, found.path, found.checkpoint
     if record_routing is not None and not plan.experts:
         raise UsageError("--record-routing: this model routes nothing, it has no experts")
+    from hmc.cli.chat.loop import talk
     from hmc.runtime.engine import Engine
     from hmc.runtime.routing import RoutingRecorder
     from hmc.runtime.tokens.prompts import prompt_ids, sampling_params
@@ -119,10 +127,13 @@ def command(
     if not dummy_weights:
         check_checkpoint(plan, directory)
     text = Text.open(directory)
-    arguments = {**sampling, "stop": list(stop) or None}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    arguments = {**given, "stop": list(stop) or None}
     sampling_params(text, arguments)
-    talk = chat and prompt is None and ids is None and prompts is None and sys.stdin.isatty()
-    asked = [] if talk else _prompts(prompt, chat, system, ids, prompts)
+    talks = chat and (prompt, ids, prompts) == (None, None, None) and not as_json
+    if talks and (text is None or text.chat is None):
+        raise UsageError("--chat: this checkpoint has no chat template: give a plain prompt")
+    asked = [] if talks else _prompts(prompt, chat, system, ids, prompts)
     waiting = [prompt_ids(each, text, plan) for each in asked]
     routing = RoutingRecorder() if record_routing is not None else None
     with progress(not as_json) as report:
@@ -142,9 +153,9 @@ def command(
         # counting takes its share of the time: there is nothing to compare then
         workers = engine.executor.pool.workers
         compared = None if routing else Comparison(plan, machine, workers, plan_path)
-        if talk:
-            _talk(engine, system, arguments, routing)
         with _tracing(engine, trace):
+            if talks and text is not None:
+                talk(engine, text, arguments, system or "", routing)
             for each in waiting:
                 if routing is not None:
                     routing.begin()
@@ -285,30 +296,3 @@ def _kernels(plan: Plan) -> str:
 def _phases(calls: Mapping[str, int]) -> str:
     """The phases that ran and how often: `prefill.stream, decode x 12`."""
     return ", ".join(name if count == 1 else f"{name} x {count}" for name, count in calls.items())
-
-
-def _talk(
-    engine: Engine,
-    system: str | None,
-    arguments: dict[str, Any],
-    routing: RoutingRecorder | None,
-) -> None:
-    """Turn by turn until end of input; Ctrl-C ends an answer, a second one the conversation."""
-    messages = _system(system)
-    while True:
-        try:
-            line = input("> ")
-        except (EOFError, KeyboardInterrupt):
-            click.echo()
-            return
-        if not line.strip():
-            continue
-        messages.append({"role": "user", "content": line})
-        if routing is not None:
-            routing.begin()
-        stream = engine.stream(messages, **arguments)
-        for piece in stream:
-            click.echo(piece.text, nl=False)
-            sys.stdout.flush()
-        click.echo()
-        messages.append({"role": "assistant", "content": stream.result.text})

@@ -1,7 +1,8 @@
 """A machine as data, and this one as /proc and /sys describe it.
 
 model.py     the records: cores, nodes, GPUs, rates
-detect.py    this machine, or one of a file
+detect.py    this machine, or one of a file, and the saved rates
+cgroup.py    what control groups leave of memory and CPU time
+checkup.py   what makes it slower than it has to be
 topology.py  cores, siblings and NUMA nodes of the process's CPUs
-here.py      the saved rates of this machine
 """

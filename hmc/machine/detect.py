@@ -1,5 +1,5 @@
 """Reads this machine, or a machine file, into a `Machine`, and finds the rates that are true here;
-and what memory is free now. Hides /proc, /sys, cgroups, and where profiles are.
+and what memory is free now. Hides /proc, /sys, and where profiles are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from hmc.codegen.isa import cpu_flags
 from hmc.env import config_dir
 from hmc.errors import MachineError, UsageError
+from hmc.machine import cgroup
 from hmc.machine.model import Machine, NumaNode
 from hmc.machine.topology import text_of, this_machine
 
@@ -83,15 +84,15 @@ def available_bytes() -> int:
     cgroup leaves.
     """
     free = int(psutil.virtual_memory().available)
-    limit, used = _cgroup()
-    return free if limit is None else max(0, min(free, limit - used))
+    allowed = cgroup.memory()
+    return free if allowed is None else min(free, allowed.left)
 
 
 def memory_limit() -> int:
     """Total RAM in bytes, or the cgroup's limit where that is lower."""
     total = int(psutil.virtual_memory().total)
-    limit, _ = _cgroup()
-    return total if limit is None else min(total, limit)
+    allowed = cgroup.memory()
+    return total if allowed is None else min(total, allowed.limit)
 
 
 def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
@@ -105,40 +106,8 @@ def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
 def free_huge_pages() -> int:
     """Pages of 2 MiB that were reserved by the administrator and nobody uses or will use."""
     folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-    free = _integer(folder / "free_hugepages") or 0
-    return max(0, free - (_integer(folder / "resv_hugepages") or 0))
-
-
-def _cgroup() -> tuple[int | None, int]:
-    """(limit, bytes in use without page cache) of this process's cgroup, v2 or v1; (None, 0) when
-    unlimited.
-    """
-    own = root = Path("/sys/fs/cgroup")
-    for line in text_of(Path("/proc/self/cgroup")).splitlines():
-        if line.startswith("0::"):
-            own = root / line[3:].lstrip("/")
-    for folder in (own, *own.parents):
-        limit = _integer(folder / "memory.max")
-        if limit is not None:
-            return limit, max(
-                0, (_integer(folder / "memory.current") or 0) - _inactive_file(folder)
-            )
-        if folder == root:
-            break
-    limit = _integer(root / "memory" / "memory.limit_in_bytes")
-    if limit is not None and limit < 1 << 60:
-        return limit, _integer(root / "memory" / "memory.usage_in_bytes") or 0
-    return None, 0
-
-
-def _inactive_file(folder: Path) -> int:
-    found = re.search(r"^inactive_file (\d+)$", text_of(folder / "memory.stat"), re.M)
-    return int(found[1]) if found else 0
-
-
-def _integer(path: Path) -> int | None:
-    text = text_of(path)
-    return int(text) if text.isdigit() else None
+    free = cgroup.integer(folder / "free_hugepages") or 0
+    return max(0, free - (cgroup.integer(folder / "resv_hugepages") or 0))
 
 
 def _cpu_name() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,12 +17,12 @@ WIDTH, LEFT, TOP, BOTTOM = 1200, 52, 8, 40
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of experts of one layer in one tier."""
+    """A run of experts of one layer in one tier, of a colour."""
 
     x: float
     y: float
     width: float
-    tier: int
+    colour: int
     title: str
 
 
@@ -30,6 +31,7 @@ class Tier:
     """A tier in the legend."""
 
     name: str
+    colour: int
     experts: int
     share: float
     bytes: str
@@ -74,11 +76,13 @@ def heat_map(plan: Plan) -> HeatMap | None:
                 which = f"experts {first} to {last}" if count > 1 else f"expert {first}"
                 title = f"layer {placement.layer}, {which}: {tier}, {si(size, 'B')}"
                 x, y = LEFT + first * column, TOP + number * row
-                cells.append(Cell(x, y, count * column, names.index(tier), title))
+                cells.append(Cell(x, y, count * column, tier_colour(tier), title))
     total = sum(held.values())
     every = math.ceil(13 / row)
     step = next(s for s in (1, 2, 4, 8, 16, 32, 64, 128) if widest / s <= 16 or s == 128)
-    tiers = [Tier(n, held[n], held[n] / total, si(bytes_held[n], "B")) for n in names]
+    tiers = [
+        Tier(n, tier_colour(n), held[n], held[n] / total, si(bytes_held[n], "B")) for n in names
+    ]
     shown = list(enumerate(placement.layer for placement in plan.placement))[::every]
     return HeatMap(
         TOP + row * len(plan.placement) + BOTTOM,
@@ -97,3 +101,9 @@ def tier_names(plan: Plan) -> list[str]:
     used = {tier for placement in plan.placement for tier in placement.tiers}
     order = {"host": "0", "streamed": "2"}
     return sorted(used, key=lambda name: (order.get(name, "1"), name))
+
+
+def tier_colour(name: str) -> int:
+    """Which of the style's colours a tier has, the same in every plan."""
+    fixed = {"host": 0, "streamed": 4}
+    return fixed[name] if name in fixed else 1 + int(re.sub(r"\D", "", name) or 0) % 3

@@ -60,12 +60,36 @@ def render(plan: Plan, name: str, measured: Sequence[Measured] = ()) -> str:
         drawings=drawings,
         unknown=unknown,
         families=list(FAMILIES),
+        colours=_colours(plan),
         roof=roofline(plan, model, context, prompt),
         roof_loads=(context, prompt),
         compared=_compared(plan, figures, measured),
         anything_measured=bool(measured),
         kernels=_kernel_rows(plan),
     )
+
+
+_KIND_FAMILIES = {
+    "attention": "attention",
+    "routed experts": "experts",
+    "shared experts and dense MLPs": "dense matmuls",
+    "routers": "routing",
+    "norms and router biases": "norms and sums",
+    "streaming": "transfers",
+}
+"""Kinds of memory that are for one family of ops, and have its colour."""
+_OTHER_COLOURS = 7
+
+
+def _colours(plan: Plan) -> dict[str, str]:
+    """The style of each kind of memory: its family's, else one that means nothing else."""
+    kinds = dict.fromkeys(item.kind for item in plan.ledger)
+    others = [kind for kind in kinds if kind not in _KIND_FAMILIES]
+    found = {kind: f"k{number % _OTHER_COLOURS}" for number, kind in enumerate(others)}
+    for kind in kinds.keys() & _KIND_FAMILIES.keys():
+        family = next(n for n, each in enumerate(FAMILIES) if each == _KIND_FAMILIES[kind])
+        found[kind] = f"f{family}"
+    return found
 
 
 def _tiles(figures: Sequence[Predicted], plan: Plan) -> list[tuple[str, str, str]]:

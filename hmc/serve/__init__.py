@@ -7,7 +7,7 @@ schemas.py and tools.py constrained answers), delivery.py carries updates from t
 thread to the event loop, generate.py tells thoughts (reasoning.py), text and calls apart,
 answers.py turns them into OpenAI's JSON, sse.py streams it. service.py owns a plan's engine, its
 scheduler and the watchdog; room.py knows whether there is memory for one more, progress.py tells of
-loading; server.py has the socket and signals.
+loading; server.py has the socket and signals; page/ is what a browser gets.
 
 Needs the extra `hmc[serve]`.
 """

@@ -6,7 +6,6 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -19,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hmc.errors import HmcError
+from hmc.serve import page
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, of
 from hmc.serve.generate import Generations
@@ -34,12 +34,6 @@ from hmc.serve.texts import detokenize, tokenize
 from hmc.version import VERSION
 
 _OPEN = {"/", "/health"}
-_PAGE = Path(__file__).parent / "page" / "index.html"
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-    " connect-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none';"
-    " form-action 'none'"
-)
 
 Handler = Callable[[Request], Awaitable[Response]]
 Form = TypeVar("Form", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
@@ -155,8 +149,8 @@ class _Routes:
         return handler
 
     async def page(self, _: Request) -> Response:
-        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
-        return Response(_PAGE.read_bytes(), media_type="text/html", headers=headers)
+        headers = {"Content-Security-Policy": page.policy(), "X-Content-Type-Options": "nosniff"}
+        return Response(page.document(), media_type="text/html", headers=headers)
 
     async def listed(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_described(each) for each in self._models]})

@@ -1,7 +1,8 @@
 """One generation: prefill, then sample and decode until something ends it; hides the loop, Ctrl-C,
 clocks.
 
-A generation frees its cache blocks however it ends.
+A generation frees its cache blocks however it ends, but for those that a conversation keeps
+(kept.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
 from hmc.runtime.tokens.emoji import WholeEmoji
+from hmc.runtime.tokens.kept import Kept
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
@@ -148,8 +150,8 @@ class Answer:
 
 
 class Stream:
-    """A generation under way: iterate over its pieces, or `close` it early; `result` is what there
-    is so far.
+    """A generation under way: iterate over its pieces, or `cancel` or `close` it early; `result` is
+    what there is so far.
 
     Ctrl-C while it computes ends the iteration and marks it cancelled; the cache blocks are freed
     in every case.
@@ -162,9 +164,14 @@ class Stream:
         ids: npt.NDArray[np.int32],
         sampler: Sampler,
         ends: Ends,
+        kept: Kept | None = None,
     ) -> None:
+        """`kept` holds the sequence before and afterwards; without, it is opened and released."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were in the cache already."""
         self._answer = Answer(text, ids, ends, executor.plan.limits.max_context)
-        self._pieces = self._run(executor, ids, sampler)
+        self._cancelled = False
+        self._pieces = self._run(executor, ids, sampler, kept)
 
     @property
     def result(self) -> Generation:
@@ -181,6 +188,10 @@ class Stream:
             self._pieces.close()
             raise StopIteration from None
 
+    def cancel(self) -> None:
+        """End the generation after the call under way; for signal handlers and other threads."""
+        self._cancelled = True
+
     def close(self) -> None:
         """End the generation and free its cache blocks."""
         self._pieces.close()
@@ -193,15 +204,23 @@ class Stream:
         return kind is KeyboardInterrupt
 
     def _run(
-        self, executor: Executor, ids: npt.NDArray[np.int32], sampler: Sampler
+        self, executor: Executor, ids: npt.NDArray[np.int32], sampler: Sampler, kept: Kept | None
     ) -> Generator[Piece, None, None]:
-        """Prefill, then sample and decode until something ends it."""
-        with opened(executor) as sequence:
-            *_, logits = executor.prefill(sequence, ids)
-            while True:
+        """Prefill what is not there yet, then sample and decode until something ends it."""
+        place = kept.holding(ids, self._answer.tokens) if kept else opened(executor)
+        with place as sequence:
+            self.cached_tokens = sequence.length
+            logits = np.empty((0, 0), np.float32)
+            for chunk in executor.prefill(sequence, ids[sequence.length :]):
+                logits = chunk
+                if kept:
+                    kept.grown(sequence, ids)
+                if self._cancelled:
+                    return
+            while not self._cancelled:
                 token = sampler.sample(logits[0])
                 yield Piece(self._answer.push(token), (token,))
-                if self._answer.reason is not None:
+                if self._answer.reason is not None or self._cancelled:
                     return
                 logits = executor.decode([sequence], np.array([token], np.int32))
 

@@ -155,6 +155,9 @@ def test_run_ids_prompts_chat_and_stdin(
     assert run("run", plan, "--chat", "-p", "hello", "-n", 2)[0] == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))
     assert run("run", plan, "-n", 2)[0] == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/stats\n"))
+    code, out, _ = run("run", plan, "--chat", "-n", 2)
+    assert code == 0 and "context: " in out
 
 
 def test_run_writes_a_chrome_trace(plan: Path, run: Run, tmp_path: Path) -> None:
@@ -188,6 +191,8 @@ def test_a_model_without_tokenizer_runs_by_ids(
     )
     code, _, err = run("run", path, "-p", "text")
     assert_one_line(code, err, 2, "tokenizer")
+    code, _, err = run("run", path, "--chat")
+    assert_one_line(code, err, 2, "no chat template")
     code, _, err = run("run", path, "--ids", "1", "--stop", "x")
     assert_one_line(code, err, 2, "stop")
     code, _, err = run("run", path, "--ids", "1", "--top-p", "2")

@@ -23,7 +23,8 @@ from hmc.plan import Plan
 from hmc.plan.verify import verify_plan
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.memory.kv import cache_bytes
-from hmc.runtime.tokens.generation import Ends
+from hmc.runtime.tokens.generation import Ends, opened
+from hmc.runtime.tokens.kept import Kept
 from hmc.runtime.tokens.requests import Request
 from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 from hmc.runtime.tokens.text import StopStrings
@@ -167,6 +168,35 @@ def test_requests_that_make_room_answer_as_if_alone(checkpoint: Callable[[str], 
         assert scheduler.stats().preemptions > 0
         allocator.give_back(held)
         assert allocator.used == 0
+
+
+def test_a_conversation_goes_on_or_begins_at_a_snapshot(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """A ring holds no past: where a prompt leaves what is stored, it is not cut there."""
+    directory = checkpoint("gpt_oss")
+    plan, ids = compiled(directory), ids_of(300, 8)
+    with executor(plan, directory, threads=1) as runs, Kept(runs) as kept:
+
+        def computed(prompt: NDArray[np.int32], said: list[int]) -> int:
+            with kept.holding(prompt, said) as sequence:
+                there = sequence.length
+                logits = None
+                for each in runs.prefill(sequence, prompt[there:]):
+                    kept.grown(sequence, prompt)
+                    logits = each.copy()
+                for token in said:
+                    runs.decode([sequence], np.array([token], np.int32))
+            with opened(runs) as alone:
+                *_, whole = runs.prefill(alone, prompt)
+                assert np.linalg.norm(logits - whole) < 0.03 * np.linalg.norm(whole)
+            return len(prompt) - there
+
+        assert computed(ids[:200], [5, 6, 7]) == 200
+        assert computed(np.append(ids[:200], [5, 6, 7, 9]).astype(np.int32), []) == 1
+        assert computed(np.append(ids[:200], [5, 8, 9]).astype(np.int32), [4]) == 203 - 3 * BLOCK
+        assert computed(ids[50:], []) == 250
+    assert runs.kv.allocator.used == 0
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

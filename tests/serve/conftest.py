@@ -10,10 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import browser as chromium
 import httpx
 import openai
 import pytest
+from page_person import Person
 
 from hmc.compiler import compile as compile_plan
 from hmc.plan import Plan, save_plan
@@ -137,3 +140,19 @@ def start() -> Callable[..., object]:
 def serve() -> Callable[..., object]:
     """`serve(models)`: the same of several models."""
     return serving
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
+    with chromium.Browser(tmp_path_factory.mktemp("browser")) as found:
+        yield found
+
+
+@pytest.fixture
+def person(browser: chromium.Browser, live: Any) -> Iterator[Person]:
+    page = browser.open(f"{live.url}/")
+    page.run("localStorage.clear()")
+    found = Person(page)
+    yield found
+    assert page.faults == []
+    page.call("Page.close")

@@ -1,0 +1,84 @@
+"""What the control groups of this process leave it of memory and CPU time, v2 or v1; hides where
+their files are.
+
+Every group on the way up to the root limits what is in it, so the tightest one counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hmc.machine.topology import text_of
+
+_UNLIMITED = 1 << 60
+"""What v1 writes for no limit is above this."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that may be used, and how many of them can still be had."""
+
+    limit: int
+    left: int
+
+
+def memory(root: Path = Path("/")) -> Memory | None:
+    """What the groups allow; None when unlimited."""
+    found: list[tuple[int, int]] = []
+    for folder in _groups(root, ""):
+        limit = integer(folder / "memory.max")
+        if limit is not None:
+            found.append((limit, (integer(folder / "memory.current") or 0) - _cached(folder)))
+    for folder in _groups(root, "memory"):
+        limit = integer(folder / "memory.limit_in_bytes")
+        if limit is not None and limit < _UNLIMITED:
+            used = integer(folder / "memory.usage_in_bytes") or 0
+            found.append((limit, used - _cached(folder)))
+    if not found:
+        return None
+    left = min(limit - max(0, used) for limit, used in found)
+    return Memory(min(limit for limit, _ in found), max(0, left))
+
+
+def cpus(root: Path = Path("/")) -> float | None:
+    """How many CPUs' time a second the process may use; None when unlimited."""
+    found = []
+    for folder in _groups(root, ""):
+        share, _, span = text_of(folder / "cpu.max").partition(" ")
+        if share.isdigit() and span.isdigit():
+            found.append(int(share) / int(span))
+    for folder in _groups(root, "cpu"):
+        quota, period = (integer(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        if quota is not None and period:  # no limit is -1, which is no count
+            found.append(quota / period)
+    return min(found, default=None)
+
+
+def integer(path: Path) -> int | None:
+    """A count that a file of /proc or /sys holds; None where there is none."""
+    text = text_of(path)
+    return int(text) if text.isdigit() else None
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The process's group and those around it, of a controller of v1 or ("") of v2."""
+    top, own = root / "sys/fs/cgroup" / controller, ""
+    for line in text_of(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        names, _, path = rest.partition(":")
+        if controller in names.split(","):
+            own = path.lstrip("/")
+    for folder in (top / own, *(top / own).parents):
+        yield folder
+        if folder == top:
+            return
+
+
+def _cached(folder: Path) -> int:
+    """Page cache that the kernel drops when memory is wanted."""
+    name = r"^(?:total_)?inactive_file (\d+)$"
+    found = re.findall(name, text_of(folder / "memory.stat"), re.M)
+    return max(map(int, found), default=0)
