@@ -1,4 +1,4 @@
-"""The ASGI application: routes, the key, bounded bodies and errors in OpenAI's shape."""
+"""The ASGI application: routes, the key, bounded bodies, and errors in each interface's shape."""
 
 from __future__ import annotations
 
@@ -23,12 +23,16 @@ from hmc.errors import HmcError
 from hmc.serve import conversation
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, bad_request, of
-from hmc.serve.generate import Generations
+from hmc.serve.generations import Generations
 from hmc.serve.hosts import check_host
 from hmc.serve.live import live, plan_facts, step_times
 from hmc.serve.log import RequestLog, note_fault
+from hmc.serve.messages import faults as of_messages
+from hmc.serve.messages.body import CountBody, MessagesBody
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
+from hmc.serve.props import props
 from hmc.serve.reading import body as read_body
+from hmc.serve.responses.body import ResponsesBody
 from hmc.serve.service import Service, Settings
 from hmc.version import VERSION
 
@@ -41,7 +45,16 @@ _POLICY = (
 )
 
 Handler = Callable[[Request], Awaitable[Response]]
-Form = TypeVar("Form", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+Form = TypeVar(
+    "Form",
+    CompletionBody,
+    ChatBody,
+    MessagesBody,
+    CountBody,
+    ResponsesBody,
+    TokenizeBody,
+    DetokenizeBody,
+)
 
 
 def application(service: Service, failed: Callable[[], None]) -> RequestLog:
@@ -65,6 +78,11 @@ def application(service: Service, failed: Callable[[], None]) -> RequestLog:
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/v1/chat/completions", "POST", routes.chat),
         ("/v1/completions", "POST", routes.completions),
+        ("/v1/messages", "POST", routes.messages),
+        ("/v1/messages/count_tokens", "POST", routes.count),
+        ("/v1/responses", "POST", routes.responses),
+        ("/v1/embeddings", "POST", _no_embeddings),
+        ("/props", "GET", _telling(lambda: props(service))),
         ("/tokenize", "POST", routes.tokenize),
         ("/detokenize", "POST", routes.detokenize),
         ("/health", "GET", routes.health),
@@ -110,8 +128,8 @@ class _Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._metrics = Metrics(service)
-        self._generations = Generations(service, self._metrics)
-        self._keys = [f"Bearer {key}".encode() for key in service.settings.api_keys]
+        self._generations = Generations(self._metrics)
+        self._keys = [key.encode() for key in service.settings.api_keys]
 
     def guarded(self, path: str, handler: Handler) -> Handler:
         """The handler behind the key check, with its errors answered and counted."""
@@ -126,7 +144,7 @@ class _Routes:
                 fault = of(error)
                 if fault.status >= 500:
                     note_fault(request.scope, fault.message)
-                response = fault.response()
+                response = _told(request, fault)
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
             if unknown := getattr(request.state, "unknown_fields", ()):
@@ -146,12 +164,24 @@ class _Routes:
         return JSONResponse(self.described())
 
     async def completions(self, request: Request) -> Response:
-        return await self._generations.completions(
-            request, await self._body(request, CompletionBody)
-        )
+        body = await self._body(request, CompletionBody)
+        return await self._generations.completions(self._service, request, body)
 
     async def chat(self, request: Request) -> Response:
-        return await self._generations.chat(request, await self._body(request, ChatBody))
+        body = await self._body(request, ChatBody)
+        return await self._generations.chat(self._service, request, body)
+
+    async def messages(self, request: Request) -> Response:
+        body = await self._body(request, MessagesBody)
+        return await self._generations.messages(self._service, request, body)
+
+    async def count(self, request: Request) -> Response:
+        body = await self._body(request, CountBody)
+        return await self._generations.count(self._service, request, body)
+
+    async def responses(self, request: Request) -> Response:
+        body = await self._body(request, ResponsesBody)
+        return await self._generations.responses(self._service, request, body)
 
     async def tokenize(self, request: Request) -> Response:
         body = await self._body(request, TokenizeBody)
@@ -196,12 +226,14 @@ class _Routes:
         return body
 
     def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        found = [hmac.compare_digest(given, key) for key in self._keys]  # as long for each
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        own = request.headers.get("x-api-key", "")
+        given = [bearer.encode() if scheme == "Bearer" else b"", own.encode()]
+        found = [hmac.compare_digest(g, k) for g in given for k in self._keys]  # as long for each
         if self._keys and not any(found):
             raise ApiError(
                 401,
-                "the API key is missing or wrong: send Authorization: Bearer KEY",
+                "the API key is missing or wrong: send Authorization: Bearer KEY or x-api-key",
                 kind="authentication_error",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -235,11 +267,23 @@ class _Routes:
         return engine.text
 
 
+async def _no_embeddings(_: Request) -> Response:
+    text = "hmc serves models that write text: it has no embedding models"
+    raise ApiError(404, text, kind="not_found_error", code="unsupported")
+
+
+def _told(request: Request, fault: ApiError) -> Response:
+    """An error in the shape that the route's clients read."""
+    if of_messages.is_ours(request.url.path):
+        return of_messages.response(fault, request.scope)
+    return fault.response()
+
+
 async def _fault(request: Request, error: Exception) -> Response:
     """A mistake of ours; the server's log gets the traceback."""
     text = f"the server made a mistake: {type(error).__name__}: {error}"
     note_fault(request.scope, text)
-    return ApiError(500, text, kind="server_error", code="internal_error").response()
+    return _told(request, ApiError(500, text, kind="server_error", code="internal_error"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -250,5 +294,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"no such route: {path}",
         405: f"{request.method} is not allowed on {path}",
     }.get(error.status_code, str(error.detail))
-    fault = ApiError(error.status_code, message, headers=dict(error.headers or {}))
-    return fault.response()
+    return _told(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))

@@ -17,6 +17,7 @@ Access = Literal["off", "text", "json"]
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _FAULT = "hmc.fault"
+_KNOWN_AS = "hmc.request_id"
 
 
 def say(text: str) -> None:
@@ -27,6 +28,11 @@ def say(text: str) -> None:
 def note_fault(scope: Scope, message: str) -> None:
     """Why a request fails, for its line."""
     scope[_FAULT] = message
+
+
+def request_id(scope: Scope) -> str:
+    """By what a request is found in the log; "" outside `RequestLog`."""
+    return str(scope.get(_KNOWN_AS, ""))
 
 
 class RequestLog:
@@ -44,6 +50,7 @@ class RequestLog:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         known = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+        scope[_KNOWN_AS] = known.decode()
         begin, status, sent = time.monotonic(), 499, 0
 
         async def tagged(message: Message) -> None:

@@ -102,7 +102,7 @@ def chat(service: Service, body: ChatBody) -> Prepared:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
     _check(service, body, body.n, "n")
     tools, chosen = offered(body)
-    text = _text(engine)
+    text = text_of(engine)
     form = service.form() if tools else None
     opening = ""
     constraint: str | None
@@ -165,7 +165,7 @@ def _request(
     if len(stops) > _MOST_STOPS:
         raise bad_request(f"stop: at most {_MOST_STOPS} stop strings", "stop")
     if stops:
-        _text(engine)
+        text_of(engine)
     explicit = {name: getattr(body, name) for name in _SAMPLING}
     if body.repetition_penalty is None:
         explicit["repetition_penalty"] = body.repeat_penalty
@@ -281,7 +281,8 @@ def _schema(name: str, text: str) -> dict[str, Any]:
     return schema
 
 
-def _text(engine: Engine) -> Text:
+def text_of(engine: Engine) -> Text:
+    """The tokenizer; a 400 when there is none."""
     if engine.text is None:
         raise bad_request("this checkpoint has no tokenizer: give token ids to /v1/completions")
     return engine.text

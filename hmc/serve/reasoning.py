@@ -45,6 +45,11 @@ class ThoughtFinder:
         self._state = "thought" if begun else "start"
         self._bare = begun  # nothing but white space so far
 
+    @property
+    def within(self) -> bool:
+        """Whether the thought goes on."""
+        return self._state == "thought"
+
     def push(self, piece: str) -> tuple[str, str]:
         """(thought, text) that are certain now."""
         self._held += piece

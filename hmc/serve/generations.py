@@ -1,0 +1,100 @@
+"""The routes that answer with tokens: a body is prepared, submitted and written in the words of the
+interface that it came by.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hmc.serve import prepare
+from hmc.serve.answers import Names
+from hmc.serve.bodies import ChatBody, CompletionBody
+from hmc.serve.chunks import ChatChunks, CompletionChunks
+from hmc.serve.conversation import encoded
+from hmc.serve.delivery import Hub
+from hmc.serve.faults import ApiError
+from hmc.serve.generate import Answering
+from hmc.serve.log import request_id
+from hmc.serve.messages import conversation as of_messages
+from hmc.serve.messages.body import CountBody, MessagesBody
+from hmc.serve.messages.writer import MessagesWriter
+from hmc.serve.metrics import Metrics
+from hmc.serve.prepare import Prepared
+from hmc.serve.responses import conversation as of_responses
+from hmc.serve.responses.body import ResponsesBody
+from hmc.serve.responses.writer import ResponsesWriter
+from hmc.serve.service import Service
+from hmc.serve.writing import Writer, answer
+
+
+class Generations:
+    """What every such route needs."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._hub: Hub | None = None
+
+    async def completions(
+        self, service: Service, request: Request, body: CompletionBody
+    ) -> Response:
+        """POST /v1/completions."""
+        prepared = await asyncio.to_thread(prepare.completions, service, body)
+        engine, _ = service.ready()
+        name, names = service.settings.name, Names(service.vocabulary)
+        answering = self._answering(service, prepared)
+        writer = CompletionChunks(answering, body, name, names, engine.text)
+        return await _answer(service, request, writer)
+
+    async def chat(self, service: Service, request: Request, body: ChatBody) -> Response:
+        """POST /v1/chat/completions."""
+        prepared = await asyncio.to_thread(prepare.chat, service, body)
+        name, names = service.settings.name, Names(service.vocabulary)
+        writer = ChatChunks(self._answering(service, prepared), body, name, names)
+        return await _answer(service, request, writer)
+
+    async def messages(self, service: Service, request: Request, body: MessagesBody) -> Response:
+        """POST /v1/messages."""
+
+        def prepared() -> Prepared:
+            return prepare.chat(service, of_messages.chat_of(body))
+
+        answering = self._answering(service, await asyncio.to_thread(prepared))
+        writer = MessagesWriter(answering, body, service.settings.name)
+        response = await _answer(service, request, writer)
+        response.headers["request-id"] = request_id(request.scope)
+        return response
+
+    async def count(self, service: Service, request: Request, body: CountBody) -> Response:
+        """POST /v1/messages/count_tokens."""
+
+        def counted() -> int:
+            text = prepare.text_of(service.ready()[0])
+            return len(encoded(service, text, of_messages.chat_of(body)))
+
+        headers = {"request-id": request_id(request.scope)}
+        return JSONResponse({"input_tokens": await asyncio.to_thread(counted)}, headers=headers)
+
+    async def responses(self, service: Service, request: Request, body: ResponsesBody) -> Response:
+        """POST /v1/responses."""
+
+        def prepared() -> Prepared:
+            try:
+                return prepare.chat(service, of_responses.chat_of(body))
+            except ApiError as fault:
+                raise of_responses.in_its_words(fault) from None
+
+        answering = self._answering(service, await asyncio.to_thread(prepared))
+        writer = ResponsesWriter(answering, body, service.settings.name)
+        return await _answer(service, request, writer)
+
+    def _answering(self, service: Service, prepared: Prepared) -> Answering:
+        if self._hub is None:  # the loop runs now
+            self._hub = Hub()
+        return Answering(service, self._hub, self._metrics, prepared)
+
+
+async def _answer(service: Service, request: Request, writer: Writer) -> Response:
+    return await answer(request, writer, service.settings.keep_alive_seconds)
