@@ -93,7 +93,9 @@ def test_what_streams_are_made_of(client: openai.OpenAI) -> None:
         *(*part[0], "output_text.delta", "output_text.done", *part[1]),
         "completed",
     ]
-    for kind, item in zip(("reasoning_text", "output_text"), events[-1].response.output, strict=True):
+    for kind, item in zip(
+        ("reasoning_text", "output_text"), events[-1].response.output, strict=True
+    ):
         text = item.content[0].text
         told = [event for event in events if event.type.startswith(f"response.{kind}.")]
         assert "".join(event.delta for event in told[:-1]) == told[-1].text == text
