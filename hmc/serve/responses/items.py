@@ -59,10 +59,11 @@ def response(
     form = body.text.format.model_dump(by_alias=True, exclude_unset=True)
     return {
         **head,
+        "status": None,
         "error": None,
         "incomplete_details": None,
-        "usage": None,
         "output": list(output),
+        "usage": None,
         **state,
         "instructions": body.instructions,
         "metadata": body.metadata,
