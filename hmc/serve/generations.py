@@ -59,7 +59,7 @@ class Generations:
         """POST /v1/messages."""
 
         def prepared() -> Prepared:
-            return prepare.chat(service, of_messages.chat_of(body))
+            return prepare.chat(service, of_messages.chat_of(body), clipped=True)
 
         answering = self._answering(service, await asyncio.to_thread(prepared))
         writer = MessagesWriter(answering, body, service.settings.name)

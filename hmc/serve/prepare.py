@@ -92,8 +92,10 @@ def completions(service: Service, body: CompletionBody) -> Prepared:
     return Prepared(requests, prompts, body.n)
 
 
-def chat(service: Service, body: ChatBody) -> Prepared:
-    """The requests of a chat; raises `ApiError` or `HmcError`."""
+def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared:
+    """The requests of a chat; raises `ApiError` or `HmcError`. If `clipped`, more tokens may be
+    asked for than the context has room for.
+    """
     engine, _ = service.ready()
     asked = _limit(body, None)
     if asked == 0:
@@ -120,7 +122,9 @@ def chat(service: Service, body: ChatBody) -> Prepared:
         thinking = False
     if opening:
         prompt += text.encode(opening, special=False)
-    most = _fits(engine, prompt, asked)
+    most = _fits(engine, prompt, None if clipped else asked)
+    if asked is not None:
+        most = min(most, asked)
     requests = []
     for number in range(body.n):
         request = _request(engine, body, prompt, most, number)

@@ -4,13 +4,14 @@ and makes events of it, or the whole.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hmc.errors import HmcError
 from hmc.serve.faults import ApiError, of_error
@@ -71,7 +72,9 @@ async def answer(request: Request, writer: Writer, keep_alive: float) -> Respons
     async with watched(request.receive, answering.cancel), aclosing(answering.news()) as news:
         async for _ in news:
             pass
-    return JSONResponse(writer.whole(answering.told()))
+    # A model may write half a character as an escape, which is JSON and no UTF-8.
+    text = json.dumps(writer.whole(answering.told()), separators=(",", ":"))
+    return Response(text, media_type="application/json")
 
 
 async def _events(writer: Writer) -> AsyncGenerator[Event, None]:

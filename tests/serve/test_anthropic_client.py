@@ -119,6 +119,14 @@ def test_stops_prefills_and_schemas(claude: anthropic.Anthropic, stream: bool) -
     assert used.input_tokens + used.cache_read_input_tokens > 0 and used.output_tokens > 0
 
 
+def test_an_answer_ends_where_the_context_does(claude: anthropic.Anthropic) -> None:
+    asked: Any = {"messages": [{"role": "user", "content": "the " * 480}], "max_tokens": 5000}
+    told = claude.messages.count_tokens(model="tiny", messages=asked["messages"])
+    found = _answer(claude, True, **asked, extra_body={"ignore_eos": True})
+    assert found.stop_reason == "model_context_window_exceeded"
+    assert told.input_tokens + found.usage.output_tokens == 1025  # the last one is not stored
+
+
 def test_a_tool_by_name_and_what_streams_are_made_of(claude: anthropic.Anthropic) -> None:
     choice: Any = {"type": "tool", "name": "weather"}
     arguments: Any = {"model": "tiny", "max_tokens": 100, "messages": ASK, "tools": TOOLS}
@@ -144,8 +152,8 @@ def test_errors_are_those_of_the_client(claude: anthropic.Anthropic, live: Any) 
         claude.messages.create(model="other", max_tokens=1, messages=ASK)
     assert missing.value.type == "not_found_error"
     assert missing.value.request_id == missing.value.body["request_id"]
-    with pytest.raises(anthropic.BadRequestError, match="the context holds") as long:
-        claude.messages.create(model="tiny", max_tokens=5000, messages=ASK)
+    with pytest.raises(anthropic.BadRequestError, match="context holds") as long:
+        claude.messages.create(model="tiny", max_tokens=1, messages=ASK, system="the " * 1100)
     assert long.value.type == "invalid_request_error"
     reply = claude.messages.with_raw_response.create(model="tiny", max_tokens=1, messages=ASK)
     assert reply.headers["request-id"] == reply.headers["x-request-id"]

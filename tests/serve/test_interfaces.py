@@ -105,6 +105,54 @@ def test_keys_full_queues_and_broken_streams(plan: Plan, start: Callable[..., An
         assert kind(client.post("/v1/messages", json=ASK)) == (529, "overloaded_error")
 
 
+CALLS = 'I look.\n<tool_call>\n{"name": "ark", "arguments": {"a": "\\ud800"}}\n</tool_call>\n'
+CALLS += '<tool_call>\n{"name": "ark", "arguments": [1]}\n</tool_call>'
+"""What a model may write: text, half a character as an escape, arguments that are no object."""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_before_calls_and_arguments_of_any_json(live: Any, stream: bool) -> None:
+    more: Any = {"structured_outputs": {"choice": [CALLS]}, "stream": stream}
+    ark: Any = {"name": "ark", "input_schema": {"type": "object"}}
+    body = {**ASK, "max_tokens": 200, "tools": [ark], **more}
+    tools = [{"type": "function", "name": "ark"}]
+    items = {"input": "Who?", "tools": tools, **more}
+    with httpx.Client(base_url=live.url, timeout=60) as client:
+        message, response = (
+            _told(client.post(route, json=body), stream)
+            for route, body in (("/v1/messages", body), ("/v1/responses", items))
+        )
+        chat = client.post(
+            "/v1/chat/completions",
+            json={**body, "tools": [{"type": "function", "function": {"name": "ark"}}]},
+        )
+        assert chat.status_code == 200
+    if stream:
+        begun = [event["content_block"] for event in message if "content_block" in event]
+        given = [event["delta"] for event in message if event["type"] == "content_block_delta"]
+        assert "".join(delta.get("text", "") for delta in given) == "I look."
+        given = [json.loads(d["partial_json"]) for d in given if "partial_json" in d]
+        assert [block["type"] for block in begun] == ["text", "tool_use", "tool_use"]
+        output = response[-1]["response"]["output"]
+    else:
+        assert message["stop_reason"] == "tool_use"
+        text, *calls = message["content"]
+        assert text["text"] == "I look."
+        given, output = [call["input"] for call in calls], response["output"]
+    assert given == [{"a": "\ud800"}, [1]]
+    assert output[0]["content"][0]["text"] == "I look."
+    assert [json.loads(call["arguments"]) for call in output[1:]] == given
+
+
+def _told(reply: httpx.Response, stream: bool) -> Any:
+    """The whole answer, or its events."""
+    assert reply.status_code == 200, reply.text
+    if not stream:
+        return json.loads(reply.text)
+    lines = [line for line in reply.text.splitlines() if line.startswith("data: ")]
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
 def test_props_are_those_of_a_llama_server(live: Any) -> None:
     told = httpx.get(f"{live.url}/props").json()
     assert told["total_slots"] > 1 and told["model_alias"] == "tiny"

@@ -16,6 +16,7 @@ from hmc.serve.sealed import seal
 from hmc.serve.writing import Event, Writer
 
 _REASONS = {"tool_calls": "tool_use", "length": "max_tokens"}
+_FULL = "model_context_window_exceeded"
 
 
 class MessagesWriter(Writer):
@@ -26,7 +27,7 @@ class MessagesWriter(Writer):
 
     def __init__(self, answering: Answering, body: MessagesBody, model: str) -> None:
         super().__init__(answering, f"msg_{uuid.uuid4().hex}", stream=body.stream)
-        self._model = model
+        self._model, self._most = model, body.max_tokens
         self._parts = Parts(calls=answering.prepared.tools is not None)
         self._omits = body.thinking is not None and body.thinking.display == "omitted"
 
@@ -71,6 +72,8 @@ class MessagesWriter(Writer):
     def _ending(self, reason: str | None) -> dict[str, Any]:
         stop = None if reason != "stop" else self.answering.stop_met(0)
         told = _REASONS.get(reason or "", "end_turn" if stop is None else "stop_sequence")
+        if reason == "length" and self.answering.new_tokens < self._most:
+            told = _FULL
         return {"stop_reason": reason and told, "stop_sequence": stop}
 
     def _usage(self) -> dict[str, Any]:
