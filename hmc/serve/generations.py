@@ -5,6 +5,7 @@ interface that it came by.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -41,19 +42,22 @@ class Generations:
         self, service: Service, request: Request, body: CompletionBody
     ) -> Response:
         """POST /v1/completions."""
-        prepared = await asyncio.to_thread(prepare.completions, service, body)
-        engine, _ = service.ready()
-        name, names = service.settings.name, Names(service.vocabulary)
-        answering = self._answering(service, prepared)
-        writer = CompletionChunks(answering, body, name, names, engine.text)
-        return await _answer(service, request, writer)
+
+        def written(answering: Answering) -> Writer:
+            names, text = Names(service.vocabulary), service.ready()[0].text
+            return CompletionChunks(answering, body, service.settings.name, names, text)
+
+        return await self._answer(
+            service, request, lambda: prepare.completions(service, body), written
+        )
 
     async def chat(self, service: Service, request: Request, body: ChatBody) -> Response:
         """POST /v1/chat/completions."""
-        prepared = await asyncio.to_thread(prepare.chat, service, body)
-        name, names = service.settings.name, Names(service.vocabulary)
-        writer = ChatChunks(self._answering(service, prepared), body, name, names)
-        return await _answer(service, request, writer)
+
+        def written(answering: Answering) -> Writer:
+            return ChatChunks(answering, body, service.settings.name, Names(service.vocabulary))
+
+        return await self._answer(service, request, lambda: prepare.chat(service, body), written)
 
     async def messages(self, service: Service, request: Request, body: MessagesBody) -> Response:
         """POST /v1/messages."""
@@ -61,9 +65,10 @@ class Generations:
         def prepared() -> Prepared:
             return prepare.chat(service, of_messages.chat_of(body), clipped=True)
 
-        answering = self._answering(service, await asyncio.to_thread(prepared))
-        writer = MessagesWriter(answering, body, service.settings.name)
-        response = await _answer(service, request, writer)
+        def written(answering: Answering) -> Writer:
+            return MessagesWriter(answering, body, service.settings.name)
+
+        response = await self._answer(service, request, prepared, written)
         response.headers["request-id"] = request_id(request.scope)
         return response
 
@@ -86,15 +91,23 @@ class Generations:
             except ApiError as fault:
                 raise of_responses.in_its_words(fault) from None
 
-        answering = self._answering(service, await asyncio.to_thread(prepared))
-        writer = ResponsesWriter(answering, body, service.settings.name)
-        return await _answer(service, request, writer)
+        def written(answering: Answering) -> Writer:
+            return ResponsesWriter(answering, body, service.settings.name)
 
-    def _answering(self, service: Service, prepared: Prepared) -> Answering:
+        return await self._answer(service, request, prepared, written)
+
+    async def _answer(
+        self,
+        service: Service,
+        request: Request,
+        prepared: Callable[[], Prepared],
+        written: Callable[[Answering], Writer],
+    ) -> Response:
+        """Prepare in a thread, submit, and write; raises what these refuse with."""
         if self._hub is None:  # the loop runs now
             self._hub = Hub()
-        return Answering(service, self._hub, self._metrics, prepared)
-
-
-async def _answer(service: Service, request: Request, writer: Writer) -> Response:
-    return await answer(request, writer, service.settings.keep_alive_seconds)
+        ready = await asyncio.to_thread(prepared)
+        answering = Answering(service, self._hub, self._metrics, ready)
+        writer = written(answering)
+        answering.submit()
+        return await answer(request, writer, service.settings.keep_alive_seconds)

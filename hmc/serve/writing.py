@@ -56,11 +56,10 @@ class Writer(ABC):
 
 
 async def answer(request: Request, writer: Writer, keep_alive: float) -> Response:
-    """A stream of events, or the whole once every choice has ended; a client that hangs up cancels
-    them. Raises what the scheduler refuses with.
+    """Of what was submitted, a stream of events, or the whole once every choice has ended; a client
+    that hangs up cancels them.
     """
     answering = writer.answering
-    answering.submit()
     if writer.stream:
         return EventStream(
             _events(writer),
