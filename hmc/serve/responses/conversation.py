@@ -24,6 +24,8 @@ _NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "response_form
 
 def chat_of(body: ResponsesBody) -> ChatBody:
     """The chat; raises `ApiError` naming what does not fit together."""
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream", "stream_options")
     tools = [
         {"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in body.tools
     ]
@@ -37,7 +39,6 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         max_tokens=body.max_output_tokens,
         reasoning_effort=body.reasoning.effort,
         response_format=_format(body.text.format),
-        stream_options=body.stream_options,
     )
 
 
