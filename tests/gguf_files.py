@@ -14,14 +14,19 @@ import gguf
 import numpy as np
 import torch
 from gguf_metadata import ARCHITECTURES, METADATA
+from gguf_moves import moved
 from safetensors.torch import load_file, save_file
 
 from hmc.formats.blocks import BLOCKS, put_scale
 
 KEPT = re.compile(
     r"norm|bias|mlp\.(gate|router)\.(wg\.|gate\.)?weight|block_sparse_moe\.(gate|router)|expert_gate"
+    r"|moe\.gate\.weight|\brouter\."
 )
 """Tensors that converters keep in F32 whatever the type of the others."""
+LIKE = {"cohere2moe": "dots1", "deepseek32": "glm-dsa", "hy_v3": "dots1", "laguna": "step35",
+         "mellum": "qwen3moe"}  # fmt: skip
+"""Architectures that gguf does not know yet, and one whose tensors are called alike."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
 
 
@@ -55,7 +60,8 @@ def write_gguf(
     }
     name = ARCHITECTURES[config["model_type"]]
     config = {**config, **config.get("text_config", {}), "model_type": config["model_type"]}
-    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
+    like = LIKE.get(name, name)
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == like)
     writer = gguf.GGUFWriter(path, name, split_max_tensors=split)
     metadata = {**METADATA[config["model_type"]](config), **keys}
     for key, value in metadata.items():
@@ -69,7 +75,7 @@ def write_gguf(
     if not old_experts:
         tensors = _stacked(tensors)
     meant: dict[str, torch.Tensor] = {}
-    for theirs, tensor in _moved(tensors, config, split_kv_b):
+    for theirs, tensor in moved(tensors, config, split_kv_b):
         others = [each for word, each in (kinds or {}).items() if word in theirs]
         used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
         data, raw = _encoded(tensor, used)
@@ -140,13 +146,13 @@ def _named(names: Any, theirs: str, old_experts: bool) -> str:
         layer = re.search(r"layers\.(\d+)", theirs)[1]
         role = {"w1": "gate", "w2": "down", "w3": "up"}.get(match[3], match[3].split("_")[0])
         return f"blk.{layer}.ffn_{role}.{match[2]}.weight"
-    if re.match(r"rope_factors|blk\.", theirs):
+    if re.match(r"rope_(factors|freqs)|blk\.", theirs):
         return theirs
     suffixes = (".weight", ".bias")
     found = names.get_name(theirs, try_suffixes=suffixes)
-    if found is None:  # a dense layer, which published models of the architecture lack
-        dense = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 8)
-        found = dense.get_name(theirs, try_suffixes=suffixes)
+    if found is None:  # a dense layer or one that looks ahead, which gguf does not know of all
+        others = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GLM_DSA, 8)
+        found = others.get_name(theirs, try_suffixes=suffixes)
     assert found is not None, theirs
     return found
 
@@ -177,76 +183,3 @@ def _of_mixtral(name: str) -> str:
     if ".experts.w" in name:
         name = name.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward")
     return name
-
-
-def _moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: bool):
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    rope = config.get("rope_scaling") or {}
-    for which in ("long", "short"):
-        if f"{which}_factor" in rope:
-            yield f"rope_factors_{which}.weight", torch.tensor(rope[f"{which}_factor"])
-    left = LEFT.get(config["model_type"], "^$")
-    for name, tensor in tensors.items():
-        if re.search(left, name):
-            continue
-        if config["model_type"] in _OTHERWISE:
-            yield from _OTHERWISE[config["model_type"]](name, tensor)
-            continue
-        if config["model_type"] in PERMUTED and "q_proj" in name:
-            tensor = permuted(tensor, heads)
-        if config["model_type"] in PERMUTED and "k_proj" in name:
-            tensor = permuted(tensor, kv_heads)
-        if name.endswith("attention_sink_bias"):
-            name += ".weight"
-        if "input_linear" in name:  # Granite's
-            layer, end = name.split(".")[2], "shexp" if "shared" in name else "exps"
-            for role, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):
-                yield f"blk.{layer}.ffn_{role}_{end}.weight", half
-            continue
-        if split_kv_b and "kv_b_proj" in name:
-            nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
-            both = tensor.reshape(heads, nope + v_dim, -1)
-            yield name.replace("kv_b", "k_b"), both[:, :nope].transpose(1, 2)
-            yield name.replace("kv_b", "v_b"), both[:, nope:]
-            continue
-        yield name, tensor
-
-
-def _of_gpt_oss(name: str, tensor: torch.Tensor):
-    """Matrices by rows, gate and up apart."""
-    if name.endswith("sinks"):
-        name += ".weight"
-    if ".experts." in name:
-        name = name.replace("_proj_bias", "_proj.bias")
-        if not name.endswith(".bias"):
-            name, tensor = f"{name}.weight", tensor.transpose(1, 2)
-    if "gate_up" not in name:
-        yield name, tensor
-        return
-    for place, role in enumerate(("gate", "up")):
-        yield name.replace("gate_up", role), tensor[:, place::2]
-
-
-def _of_qwen3_vl_moe(name: str, tensor: torch.Tensor):
-    """The text model, its experts by rows, gate and up apart."""
-    name = name.replace("language_model.", "")
-    if ".experts." not in name:
-        yield name, tensor
-    elif "down" in name:
-        yield f"{name}.weight", tensor.mT
-    else:
-        for role, half in zip(("gate", "up"), tensor.mT.chunk(2, 1), strict=True):
-            yield f"{name.replace('gate_up', role)}.weight", half
-
-
-_OTHERWISE = {"gpt_oss": _of_gpt_oss, "qwen3_vl_moe": _of_qwen3_vl_moe}
-LEFT = {"deepseek_v3": r"layers\.3\.", "ernie4_5_moe": "mtp_", "qwen3_vl_moe": "visual"}
-"""What converters leave out, or left out for long, by `model_type`."""
-PERMUTED = ("mixtral", "granitemoe", "granitemoeshared")
-"""Families whose rows of q and k converters move."""
-
-
-def permuted(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Neighbours for pairs: row i and row i + half of a head side by side."""
-    half = len(rows) // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

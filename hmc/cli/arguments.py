@@ -4,6 +4,7 @@ weights are; what a figure needs to be repeated, and what is said of devices.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -103,6 +104,31 @@ class Shape(click.ParamType):  # type: ignore[type-arg]
         except ValueError:
             self.fail(f"{value!r} is not ROWSxK, such as 2048x7168", param, ctx)
         return rows, k
+
+
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+class Duration(click.ParamType):  # type: ignore[type-arg]
+    """`90s`, `10m`, `1.5h` or plain seconds, as seconds; 0 only where that means something."""
+
+    name = "duration"
+
+    def __init__(self, *, zero: bool = True) -> None:
+        self._zero = zero
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", value.strip())
+        if found is None:
+            self.fail(f"{value!r} is no time, such as 90s, 10m or 2h", param, ctx)
+        seconds = float(found[1]) * _SECONDS[found[2]]
+        if not seconds and not self._zero:
+            self.fail("it has to be more than 0", param, ctx)
+        return seconds
 
 
 def circumstances(isa: str, threads: int) -> dict[str, Any]:

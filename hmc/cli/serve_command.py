@@ -1,4 +1,4 @@
-"""`hmc serve`: a plan behind an OpenAI-compatible HTTP server."""
+"""`hmc serve`: plans behind an OpenAI-compatible HTTP server."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from typing import Any, Literal
 
 import click
 
-from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, THREADS, option, placed, positive
-from hmc.cli.planned import PLAN, planned
+from hmc.cli.arguments import (
+    CHECKPOINT,
+    DUMMY_WEIGHTS,
+    THREADS,
+    Duration,
+    option,
+    placed,
+    positive,
+)
+from hmc.cli.planned import Planned, planned
 from hmc.errors import UsageError
 from hmc.machine.detect import machine_here
 
 
 @click.command("serve")
-@PLAN
+@click.argument("plan_paths", metavar="PLAN|MODEL...", nargs=-1, required=True)
 @CHECKPOINT
 @option("--host", default="127.0.0.1", help="Address to listen on; give a key too.")
 @option(
@@ -56,9 +64,39 @@ from hmc.machine.detect import machine_here
 )
 @positive("--max-queue", default=64, help="Requests that may wait.")
 @option(
+    "--name",
     "--served-name",
+    "served_name",
     metavar="NAME",
-    help="The model's name [default: that of the plan's file or the model].",
+    help="The model's name, where there is one [default: that of the plan's file or the model].",
+)
+@option(
+    "--preload",
+    multiple=True,
+    metavar="NAME",
+    help="Of several plans, load this one at the start; the others when they are asked for. One"
+    " plan always is.",
+)
+@option(
+    "--idle-unload",
+    "idle_seconds",
+    type=Duration(),
+    default="0",
+    metavar="TIME",
+    help="Unload what was unused for so long: 90s, 10m, 2h. 0: never.",
+)
+@option(
+    "--load-timeout",
+    "load_seconds",
+    type=Duration(zero=False),
+    default="5m",
+    metavar="TIME",
+    help="A request waits so long for its plan, and for memory that others in use hold.",
+)
+@positive(
+    "--models-max",
+    "most_loaded",
+    help="Plans that are loaded at a time [default: as many as memory holds].",
 )
 @option(
     "--watchdog",
@@ -79,16 +117,17 @@ from hmc.machine.detect import machine_here
 @placed
 @DUMMY_WEIGHTS
 def command(
-    plan_path: str,
-    checkpoint: str | None,
+    plan_paths: tuple[str, ...],
     dummy_weights: bool,
     host: str,
     port: int,
     unix_socket: str | None,
+    checkpoint: str | None,
     api_key: str | None,
     api_key_file: str | None,
     allowed_hosts: tuple[str, ...],
     served_name: str | None,
+    preload: tuple[str, ...],
     watchdog: float,
     threads: int | None,
     prefill_process: Literal["auto", "on", "off"],
@@ -96,8 +135,11 @@ def command(
     home: Literal["mapped", "arena", "shared"],
     **others: Any,
 ) -> None:
-    """Serve a plan, or a model (a directory or a .gguf file), which is compiled into hmc's cache
-    first, over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
+    """Serve plans, or models (a directory, a .gguf file or a hub id), which are compiled into hmc's
+    cache first, over HTTP as OpenAI's clients speak it; http://HOST:PORT/ shows a page.
+
+    Several are called by the names of their files, each loaded when a request names it and unloaded
+    when another one needs its memory.
 
     SIGTERM or Ctrl-C finishes what has been accepted, within --drain-seconds, and ends; a second
     one ends at once.
@@ -106,35 +148,68 @@ def command(
     hmc serve plan.hmp --port 8000
     curl localhost:8000/v1/completions -H 'Content-Type: application/json' \\
          -d '{"model": "plan", "prompt": "In the beginning"}'
+    hmc serve small.hmp large.hmp --idle-unload 10m
     """
     if prefill_threads is not None and prefill_process == "off":
         raise UsageError("--prefill-threads: there is no such process with --prefill-process off")
+    if len(plan_paths) > 1:
+        _check_several(served_name, checkpoint)
     keys = _keys(api_key, api_key_file)
-    found = planned(plan_path, checkpoint, dummy_weights=dummy_weights)
-    plan = found.plan
-    server, disaggregation, hosts = _extras()
-    decision = disaggregation.decide(
-        plan,
-        prefill_process,
-        machine=machine_here(plan.machine) if prefill_process != "off" else None,
-        threads=threads,
-        prefill_threads=prefill_threads,
-    )
-    if decision.division is not None and home != "mapped":
-        raise UsageError(f"--home {home}: the prefill process shares mapped weights; leave it out")
-    settings = server.Settings(
-        name=served_name or found.name,
-        checkpoint=found.checkpoint,
-        dummy_weights=dummy_weights,
-        threads=threads,
-        api_keys=keys,
-        allowed_hosts=hosts.allowed_hosts(host, allowed_hosts),
-        watchdog_seconds=watchdog,
-        prefill=decision,
-        home=home,
-        **others,
-    )
-    server.serve(plan, settings, host, port, unix_socket)
+    plans = [planned(path, checkpoint, dummy_weights=dummy_weights) for path in plan_paths]
+    names = _names(plans, plan_paths, served_name, preload)
+    disaggregation, hosts, models, server, service = _extras()
+    found = []
+    for name, each in zip(names, plans, strict=True):
+        plan = each.plan
+        decision = disaggregation.decide(
+            plan,
+            prefill_process,
+            machine=machine_here(plan.machine) if prefill_process != "off" else None,
+            threads=threads,
+            prefill_threads=prefill_threads,
+        )
+        if decision.division is not None and home != "mapped":
+            raise UsageError(
+                f"--home {home}: the prefill process shares mapped weights; leave it out"
+            )
+        settings = service.Settings(
+            name=name,
+            checkpoint=each.checkpoint,
+            dummy_weights=dummy_weights,
+            threads=threads,
+            api_keys=keys,
+            allowed_hosts=hosts.allowed_hosts(host, allowed_hosts),
+            watchdog_seconds=watchdog,
+            prefill=decision,
+            home=home,
+            **others,
+        )
+        found.append(models.Model(plan, settings))
+    server.serve(models.Models(found, preload), host, port, unix_socket)
+
+
+def _check_several(name: str | None, checkpoint: str | None) -> None:
+    """Refuse what is said of one plan where there are several."""
+    for option_name, given in (("--name", name), ("--checkpoint", checkpoint)):
+        if given is not None:
+            raise UsageError(f"{option_name} {given}: there are several plans; serve one")
+
+
+def _names(
+    plans: list[Planned], paths: tuple[str, ...], given: str | None, preload: tuple[str, ...]
+) -> list[str]:
+    """What the plans are called; `UsageError` for two of one name, and a `preload` that is none."""
+    names = [given or plan.name for plan in plans]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            first = paths[names.index(name)]
+            raise UsageError(
+                f"{first} and {paths[number]} are both called {name}: rename one of the files"
+            )
+    for name in preload:
+        if name not in names:
+            raise UsageError(f"--preload {name}: there are {', '.join(names)}")
+    return names
 
 
 def _keys(given: str | None, file: str | None) -> tuple[str, ...]:
@@ -157,17 +232,17 @@ def _keys(given: str | None, file: str | None) -> tuple[str, ...]:
     return () if key is None else (key,)
 
 
-def _extras() -> tuple[Any, Any, Any]:
-    """hmc.serve.server, which needs packages that hmc alone does not bring, and what decides on
-    its processes.
+def _extras() -> tuple[Any, Any, Any, Any, Any]:
+    """What decides on processes, and of hmc.serve, which needs packages that hmc alone does not
+    bring: hosts, models, server, service.
     """
     try:
         from hmc.runtime.prefill import disaggregation
-        from hmc.serve import hosts, server
+        from hmc.serve import hosts, models, server, service
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.split(".")[0] == "hmc":
             raise
         raise UsageError(
             f"hmc serve needs the package {error.name}: pip install 'hmc[serve]'"
         ) from error
-    return server, disaggregation, hosts
+    return disaggregation, hosts, models, server, service

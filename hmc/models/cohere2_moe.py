@@ -22,7 +22,7 @@ from hmc.models.common import (
     hidden_norm,
     norm_eps,
 )
-from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
+from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family, look_ahead
 from hmc.models.norms import LayerNorm
 from hmc.models.rope import rope
 from hmc.models.routing import is_routed, routed_experts
@@ -140,7 +140,7 @@ def _vision(config: ModelConfig) -> tuple[Aside, ...]:
 _NEEDS = "sliding windows, layers without rope, parallel blocks, LayerNorm, scores of the chosen"
 
 FAMILIES = (
-    Family("cohere2_moe", build, _NEEDS, ("CohereLabs/North-Mini-Code-1.0",)),
+    Family("cohere2_moe", build, _NEEDS, ("CohereLabs/North-Mini-Code-1.0",), aside=look_ahead),
     Family(
         "cohere2_vision",
         build_text,

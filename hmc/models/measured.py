@@ -45,6 +45,8 @@ COLUMNS = (
     "prefill",
 )
 EMPTY = "-"
+_WITHOUT_GGUF = ("axk1", "flex_olmo", "flint", "kolibri1", "sarvam_mla")
+"""Families that llama.cpp's converter did not know when its rows were written."""
 
 
 class Measured(NamedTuple):
@@ -83,7 +85,11 @@ def measured(path: Path = PATH) -> tuple[dict[str, Measured], list[str]]:
 
 def _gguf() -> str:
     names = ", ".join(f"`{name}`" for name in sorted(GGUF_FAMILIES))
-    return f"GGUF files are read of these architectures (`general.architecture`): {names}."
+    others = ", ".join(f"`{name}`" for name in _WITHOUT_GGUF)
+    return (
+        f"GGUF files are read of these architectures (`general.architecture`): {names}."
+        f" No row stands for {others}, which llama.cpp's releases did not convert."
+    )
 
 
 def markdown(families: Sequence[Family]) -> Iterator[str]:

@@ -184,8 +184,8 @@ def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: floa
     def index_turning(times: float) -> float:
         return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = index_turning(section.get_float("beta_fast", 0.0) or 32.0)
-    high = index_turning(section.get_float("beta_slow", 0.0) or 1.0)
+    low = index_turning(_turns(section, "beta_fast", 32.0))
+    high = index_turning(_turns(section, "beta_slow", 1.0))
     if section.get_bool("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -195,6 +195,14 @@ def _yarn(config: ModelConfig, section: ModelConfig, powers: Tensor, theta: floa
     keep = 1 - ramp.clamp(0, 1)
     inv_freq = 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep
     return Rope(_floats(inv_freq), attention_factor, _mscale(factor, all_dim) if all_dim else 1.0)
+
+
+def _turns(section: ModelConfig, key: str, default: float) -> float:
+    """A number of turns; 0 is the default, as null is."""
+    found = section.get_float(key, 0.0) or default
+    if found < 0:
+        raise section.error(key, f"is {found:g}, must be above 0")
+    return found
 
 
 def _longrope(section: ModelConfig, powers: Tensor, which: str) -> Rope:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hmc.blocks import GatedMLP, Linear, Route, Scoring
+from hmc.blocks import GatedMLP, Linear, RMSNorm, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.activations import gated
 from hmc.models.common import (
@@ -18,6 +18,7 @@ from hmc.models.common import (
     DecoderLayer,
     GroupedQueryAttention,
     MoE,
+    SizedNorm,
     check_values,
     norm_eps,
 )
@@ -36,7 +37,7 @@ class GatedAttention(GroupedQueryAttention):
 
     def __init__(self, config: ModelConfig, angles: Rope, heads: Heads, window: int) -> None:
         super().__init__(
-            config, angles, heads=heads, qk_norm="head", norm=CentredNorm, window=window
+            config, angles, heads=heads, qk_norm="head", norm=_sized(config), window=window
         )
         self.heads, _, self.head_dim = heads
         self.g_proj = Linear(config.require_int("hidden_size"), self.heads)
@@ -57,7 +58,6 @@ def build(config: ModelConfig) -> nn.Module:
         use_head_wise_attn_gate=True,
         use_moe_router_bias=True,
         use_qk_norm=True,
-        zero_centered=True,
     )
     kinds = layer_types(config)
     other = config.section("attention_other_setting") or config
@@ -82,7 +82,12 @@ def build(config: ModelConfig) -> nn.Module:
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return CentredNorm(config.require_int("hidden_size"), norm_eps(config))
+    return _sized(config)(config.require_int("hidden_size"), norm_eps(config), 1)
+
+
+def _sized(config: ModelConfig) -> SizedNorm:
+    """Norms times 1 + weight; where `zero_centered` is false, times the weight alone."""
+    return CentredNorm if config.get_bool("zero_centered", True) else RMSNorm
 
 
 def _mlp(config: ModelConfig, width: str, bound: float) -> GatedMLP:

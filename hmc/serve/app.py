@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,9 +19,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from hmc.errors import HmcError
-from hmc.serve import conversation
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from hmc.serve.faults import ApiError, bad_request, of
+from hmc.serve.faults import ApiError, of
 from hmc.serve.generations import Generations
 from hmc.serve.hosts import check_host
 from hmc.serve.live import live, plan_facts, step_times
@@ -30,10 +28,13 @@ from hmc.serve.log import RequestLog, note_fault
 from hmc.serve.messages import faults as of_messages
 from hmc.serve.messages.body import CountBody, MessagesBody
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
+from hmc.serve.models import Model, Models
+from hmc.serve.opening import Told, Uses, openai_event, with_model
 from hmc.serve.props import props
 from hmc.serve.reading import body as read_body
 from hmc.serve.responses.body import ResponsesBody
 from hmc.serve.service import Service, Settings
+from hmc.serve.texts import detokenize, tokenize
 from hmc.version import VERSION
 
 _OPEN = {"/", "/health"}
@@ -55,42 +56,48 @@ Form = TypeVar(
     TokenizeBody,
     DetokenizeBody,
 )
+Answer = Callable[[Service, Request, Form], Awaitable[Response]]
+"""Answers a body with the model that it asks for, which is loaded."""
 
 
-def application(service: Service, failed: Callable[[], None]) -> RequestLog:
-    """The application; it begins and closes the service. `failed` is called, in another thread,
-    when loading fails.
+def application(models: Models, failed: Callable[[], None]) -> RequestLog:
+    """The application; it begins and closes the models. `failed` is called when the only one cannot
+    be loaded at the start.
     """
-    routes = _Routes(service)
+    routes = _Routes(models)
+    generations = Generations(routes.metrics)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        service.begin(failed)
+        models.begin().add_done_callback(lambda _: failed() if models.failure else None)
         try:
             yield
         finally:
-            await asyncio.to_thread(service.close)
+            await models.close()
 
-    facts = plan_facts(service.plan, service.settings.name)
     table: list[tuple[str, str, Handler]] = [
         ("/", "GET", routes.page),
-        ("/v1/models", "GET", _telling(lambda: {"object": "list", "data": [routes.described()]})),
+        ("/v1/models", "GET", routes.listed),
         ("/v1/models/{name:path}", "GET", routes.model),
-        ("/v1/chat/completions", "POST", routes.chat),
-        ("/v1/completions", "POST", routes.completions),
-        ("/v1/messages", "POST", routes.messages),
-        ("/v1/messages/count_tokens", "POST", routes.count),
-        ("/v1/responses", "POST", routes.responses),
+        ("/v1/chat/completions", "POST", routes.asked(ChatBody, generations.chat)),
+        ("/v1/completions", "POST", routes.asked(CompletionBody, generations.completions)),
+        (
+            "/v1/messages",
+            "POST",
+            routes.asked(MessagesBody, generations.messages, told=of_messages.event),
+        ),
+        ("/v1/messages/count_tokens", "POST", routes.asked(CountBody, generations.count)),
+        ("/v1/responses", "POST", routes.asked(ResponsesBody, generations.responses)),
         ("/v1/embeddings", "POST", _no_embeddings),
-        ("/props", "GET", _telling(lambda: props(service))),
-        ("/tokenize", "POST", routes.tokenize),
-        ("/detokenize", "POST", routes.detokenize),
+        ("/props", "GET", routes.props),
+        ("/tokenize", "POST", routes.asked(TokenizeBody, tokenize)),
+        ("/detokenize", "POST", routes.asked(DetokenizeBody, detokenize)),
         ("/health", "GET", routes.health),
-        ("/metrics", "GET", routes.metrics),
-        ("/version", "GET", _telling(lambda: {"version": VERSION})),
-        ("/live", "GET", _telling(lambda: live(service))),
-        ("/live/plan", "GET", _telling(lambda: facts)),
-        ("/live/steps", "GET", _telling(lambda: step_times(service))),
+        ("/metrics", "GET", routes.measured),
+        ("/version", "GET", routes.version),
+        ("/live", "GET", routes.telling(live)),
+        ("/live/plan", "GET", routes.telling(plan_facts)),
+        ("/live/steps", "GET", routes.telling(step_times)),
     ]
     inner = Starlette(
         routes=[
@@ -98,10 +105,10 @@ def application(service: Service, failed: Callable[[], None]) -> RequestLog:
             for path, method, handler in table
         ],
         lifespan=lifespan,
-        middleware=_around(service.settings),
+        middleware=_around(models.settings),
         exception_handlers={HTTPException: _http_error, Exception: _fault},
     )
-    return RequestLog(inner, service.settings.access_log)
+    return RequestLog(Uses(inner), models.settings.access_log)
 
 
 def _around(settings: Settings) -> list[Middleware]:
@@ -115,28 +122,18 @@ def _around(settings: Settings) -> list[Middleware]:
     return [leave]
 
 
-def _telling(make: Callable[[], dict[str, Any]]) -> Handler:
-    """A handler that answers with what `make` gives."""
-
-    async def handler(_: Request) -> Response:
-        return JSONResponse(make())
-
-    return handler
-
-
 class _Routes:
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._metrics = Metrics(service)
-        self._generations = Generations(self._metrics)
-        self._keys = [key.encode() for key in service.settings.api_keys]
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self.metrics = Metrics(models)
+        self._keys = [key.encode() for key in models.settings.api_keys]
 
     def guarded(self, path: str, handler: Handler) -> Handler:
         """The handler behind the key check, with its errors answered and counted."""
 
         async def answer(request: Request) -> Response:
             try:
-                check_host(request, self._service.settings.allowed_hosts)
+                check_host(request, self._models.settings.allowed_hosts)
                 if path not in _OPEN:
                     self._check_key(request)
                 response = await handler(request)
@@ -148,82 +145,74 @@ class _Routes:
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
             if unknown := getattr(request.state, "unknown_fields", ()):
-                self._metrics.unknown.labels(path).inc(len(unknown))
+                self.metrics.unknown.labels(path).inc(len(unknown))
                 response.headers["X-Hmc-Unknown-Fields"] = ", ".join(unknown)
-            self._metrics.http.labels(path, str(response.status_code)).inc()
+            self.metrics.http.labels(path, str(response.status_code)).inc()
             return response
 
         return answer
+
+    def asked(
+        self, form: type[Form], answer: Answer[Form], *, told: Told = openai_event
+    ) -> Handler:
+        """A handler of bodies: finds the model that one names and answers once it is loaded."""
+
+        async def handler(request: Request) -> Response:
+            body, unknown = await read_body(request, form, self._models.most_body_bytes)
+            request.state.unknown_fields = unknown
+            return await with_model(
+                self._models,
+                self._models.find(body.model),
+                request,
+                lambda service: answer(service, request, body),
+                streams=getattr(body, "stream", False),
+                told=told,
+            )
+
+        return handler
+
+    def telling(self, tell: Callable[[Model], dict[str, Any]]) -> Handler:
+        """A handler that tells of the model that `?model=` names, loaded or not."""
+
+        async def handler(request: Request) -> Response:
+            return JSONResponse(tell(self._models.find(request.query_params.get("model"))))
+
+        return handler
 
     async def page(self, _: Request) -> Response:
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
         return Response(_PAGE.read_bytes(), media_type="text/html", headers=headers)
 
+    async def props(self, request: Request) -> Response:
+        async def answer(service: Service) -> Response:
+            return JSONResponse(props(service))
+
+        model = self._models.find(request.query_params.get("model"))
+        return await with_model(self._models, model, request, answer)
+
+    async def listed(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_described(each) for each in self._models]})
+
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return JSONResponse(self.described())
-
-    async def completions(self, request: Request) -> Response:
-        body = await self._body(request, CompletionBody)
-        return await self._generations.completions(self._service, request, body)
-
-    async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatBody)
-        return await self._generations.chat(self._service, request, body)
-
-    async def messages(self, request: Request) -> Response:
-        body = await self._body(request, MessagesBody)
-        return await self._generations.messages(self._service, request, body)
-
-    async def count(self, request: Request) -> Response:
-        body = await self._body(request, CountBody)
-        return await self._generations.count(self._service, request, body)
-
-    async def responses(self, request: Request) -> Response:
-        body = await self._body(request, ResponsesBody)
-        return await self._generations.responses(self._service, request, body)
-
-    async def tokenize(self, request: Request) -> Response:
-        body = await self._body(request, TokenizeBody)
-        text = self._text()
-        if (body.prompt is None) == (body.messages is None):
-            raise bad_request("give prompt or messages")
-        if body.messages is not None:
-            tokens = await asyncio.to_thread(conversation.encoded, self._service, text, body)
-        else:
-            special = body.add_special_tokens
-            tokens = await asyncio.to_thread(text.encode, body.prompt, special=special)
-        most = self._service.plan.limits.max_context
-        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
-
-    async def detokenize(self, request: Request) -> Response:
-        body = await self._body(request, DetokenizeBody)
-        text = self._text()
-        vocab = self._service.plan.model.vocab
-        if wrong := [token for token in body.tokens if not 0 <= token < vocab]:
-            raise bad_request(f"token id {wrong[0]} is outside 0..{vocab - 1}", "tokens")
-        return JSONResponse({"prompt": text.decode(body.tokens)})
+        return JSONResponse(_described(self._models.find(request.path_params["name"])))
 
     async def health(self, _: Request) -> Response:
-        service = self._service
-        state = service.state
+        models, state = self._models, self._models.state
         answer: dict[str, Any] = {"status": state}
-        stats = None if service.scheduler is None else service.scheduler.stats()
-        if stats is not None and stats.prefill is not None:
-            answer["prefill_process"] = asdict(stats.prefill)
         if state != "ready":
-            answer |= {"reason": service.reason, "progress": round(service.progress, 3)}
+            answer["reason"] = models.reason
+        if models.only is not None:
+            answer |= _beside(models.only)
+            if state != "ready" and models.only.service is not None:
+                answer["progress"] = round(models.only.service.progress, 3)
+        answer["models"] = {each.name: each.described() | _beside(each) for each in models}
         return JSONResponse(answer, 200 if state == "ready" else 503)
 
-    async def metrics(self, _: Request) -> Response:
-        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    async def measured(self, _: Request) -> Response:
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
-    async def _body(self, request: Request, form: type[Form]) -> Form:
-        """The body of a request for the model served here."""
-        body, unknown = await read_body(request, form, self._service.most_body_bytes)
-        request.state.unknown_fields = unknown
-        self._check_model(body.model)
-        return body
+    async def version(self, _: Request) -> Response:
+        return JSONResponse({"version": VERSION})
 
     def _check_key(self, request: Request) -> None:
         scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
@@ -239,32 +228,25 @@ class _Routes:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _check_model(self, name: str | None) -> None:
-        served = self._service.settings.name
-        if name is not None and name != served:
-            raise ApiError(
-                404,
-                f"the model {name!r} is not served here; {served!r} is",
-                kind="not_found_error",
-                param="model",
-                code="model_not_found",
-            )
 
-    def described(self) -> dict[str, Any]:
-        """The model as OpenAI lists one."""
-        return {
-            "id": self._service.settings.name,
-            "object": "model",
-            "created": self._service.created,
-            "owned_by": "hmc",
-            "max_model_len": self._service.plan.limits.max_context,
-        }
+def _described(model: Model) -> dict[str, Any]:
+    """A model as OpenAI lists one, with its status as llama-server's router has it."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "hmc",
+        "max_model_len": model.plan.limits.max_context,
+        "status": model.described(),
+    }
 
-    def _text(self) -> Any:
-        engine, _ = self._service.ready()
-        if engine.text is None:
-            raise bad_request("this checkpoint has no tokenizer")
-        return engine.text
+
+def _beside(model: Model) -> dict[str, Any]:
+    """The prefill process beside a model, where there is one."""
+    stats = model.stats()
+    if stats is None or stats.prefill is None:
+        return {}
+    return {"prefill_process": asdict(stats.prefill)}
 
 
 async def _no_embeddings(_: Request) -> Response:

@@ -71,7 +71,7 @@ def messages(service: Service, given: Sequence[Message]) -> list[dict[str, Any]]
         entry["role"] = "system" if message.role == "developer" else message.role
         entry["content"] = content or ""
         if thought := message.reasoning_content or message.reasoning:
-            entry["reasoning_content"] = entry["reasoning"] = thought
+            entry["reasoning_content"] = entry["reasoning"] = entry["thinking"] = thought
         if message.tool_calls:
             entry["tool_calls"] = [_called(service, call) for call in message.tool_calls]
         result.append(entry)

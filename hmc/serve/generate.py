@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve.delivery import Hub, Replies
-from hmc.serve.metrics import Metrics
+from hmc.serve.metrics import Latencies
 from hmc.serve.prepare import Prepared
 from hmc.serve.reasoning import ThoughtFinder
 from hmc.serve.service import Service
@@ -85,8 +85,10 @@ class News:
 class Answering:
     """One HTTP request for tokens on its way; `cached_tokens` of its prompts were known already."""
 
-    def __init__(self, service: Service, hub: Hub, metrics: Metrics, prepared: Prepared) -> None:
-        self._service, self._metrics = service, metrics
+    def __init__(
+        self, service: Service, hub: Hub, latencies: Latencies, prepared: Prepared
+    ) -> None:
+        self._service, self._latencies = service, latencies
         self._replies = Replies(hub)
         self.prepared = prepared
         self.choices = [
@@ -113,7 +115,7 @@ class Answering:
                 choice = self.choices[index]
                 times = update.timings
                 if times is not None and times.new_tokens and update.finish_reason != "cancelled":
-                    self._metrics.observe(times)
+                    self._latencies.observe(times)
                     self._service.ttft.append(times.ttft_s)
                 whole = index % self.prepared.choices_per_prompt == 0  # of each prompt one
                 if update.finish_reason is not None and whole:

@@ -107,7 +107,8 @@ class Generations:
         if self._hub is None:  # the loop runs now
             self._hub = Hub()
         ready = await asyncio.to_thread(prepared)
-        answering = Answering(service, self._hub, self._metrics, ready)
+        latencies = self._metrics.of(service.settings.name)
+        answering = Answering(service, self._hub, latencies, ready)
         writer = written(answering)
         answering.submit()
         return await answer(request, writer, service.settings.keep_alive_seconds)

@@ -5,6 +5,7 @@ llguidance.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Grammars:
         if not eos:
             raise UsageError("a constrained answer needs a model with an end-of-text token")
         self._vocab, self._eos = vocab, tuple(eos)
+        self._special = vocabulary.special
         self._tokenizer = llguidance.LLTokenizer(
             vocabulary.described, n_vocab=vocab, eos_token=list(eos)
         )
@@ -63,11 +65,20 @@ class Grammars:
         for number, (before, schema, after) in enumerate(parts):
             schemas.check(schema)
             schema = {**schema, "x-guidance": _SPELLING}
-            words = [f"%json {json.dumps(schema)}"]
-            words = ([json.dumps(before)] if before else []) + words
-            words += [json.dumps(after)] if after else []
+            words = [*self._literal(before), f"%json {json.dumps(schema)}", *self._literal(after)]
             rules.append(f"part{number}: {' '.join(words)}")
         return self._checked(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)))
+
+    def _literal(self, text: str) -> list[str]:
+        """A literal text as a grammar says it: special tokens by their ids."""
+        if not self._special:
+            return [json.dumps(text)] if text else []
+        found = re.split(f"({'|'.join(map(re.escape, self._special))})", text)
+        return [
+            f"<[{self._special[each]}]>" if each in self._special else json.dumps(each)
+            for each in found
+            if each
+        ]
 
     def mask(self, grammar: str) -> GrammarMask:
         """A mask for one answer."""

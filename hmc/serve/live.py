@@ -7,9 +7,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from hmc.plan import Plan
 from hmc.ranges import expert_intervals
-from hmc.serve.service import Service
+from hmc.runtime.batching.stats import SchedulerStats
+from hmc.serve.models import Model
 
 _FIGURES = (
     *("running", "prefilling", "waiting", "batch", "phase", "kv_used", "kv_cached", "kv_total"),
@@ -24,22 +24,23 @@ _FACTS = {
 }
 
 
-def live(service: Service) -> dict[str, Any]:
+def live(model: Model) -> dict[str, Any]:
     """The figures now; `placement` is in `plan_facts`, since it does not change."""
+    service = model.service
     result: dict[str, Any] = {
         "time": time.time(),
-        "state": service.state,
-        "reason": service.reason,
-        "progress": service.progress,
-        "prefill": {"decision": service.settings.prefill.reason, "process": None},
+        "state": model.status if service is None else service.state,
+        "reason": model.reason,
+        "progress": 0.0 if service is None else service.progress,
+        "prefill": {"decision": model.settings.prefill.reason, "process": None},
     }
-    if service.scheduler is None:
+    stats = model.stats()
+    if service is None or stats is None:
         return result
-    stats = service.scheduler.stats()
     waits = sorted(service.ttft)
     if stats.prefill is not None:
         result["prefill"]["process"] = asdict(stats.prefill)
-    lanes = {phase.name: phase.lanes for phase in service.plan.phases}
+    lanes = {phase.name: phase.lanes for phase in model.plan.phases}
     result["scheduler"] = {
         **{name: getattr(stats, name) for name in _FIGURES},
         "lanes": lanes.get(stats.phase, 1),
@@ -54,20 +55,20 @@ def live(service: Service) -> dict[str, Any]:
     return result
 
 
-def step_times(service: Service) -> dict[str, Any]:
+def step_times(model: Model) -> dict[str, Any]:
     """Steps made so far, and of the latest ones [seconds, seconds in the executor, sequences
-    decoded, prompt tokens computed], oldest first.
+    decoded, prompt tokens computed], oldest first; none while the model is not loaded.
     """
-    _, scheduler = service.ready()
-    stats = scheduler.stats()
+    stats = model.stats() or SchedulerStats()
     recent = [[s.seconds, s.executor, s.decoded, s.prefilled] for s in stats.recent]
     return {"steps": stats.steps, "recent": recent}
 
 
-def plan_facts(plan: Plan, name: str) -> dict[str, Any]:
+def plan_facts(model: Model) -> dict[str, Any]:
     """What does not change: the model, its limits, and where the experts of each layer are."""
+    plan = model.plan
     return {
-        "name": name,
+        "name": model.name,
         **plan.model.model_dump(include=_FACTS),
         "isa": plan.isa,
         "max_context": plan.limits.max_context,

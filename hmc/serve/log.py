@@ -16,8 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Access = Literal["off", "text", "json"]
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
-_FAULT = "hmc.fault"
-_KNOWN_AS = "hmc.request_id"
+_FAULT, _MODEL, _KNOWN_AS = "hmc.fault", "hmc.model", "hmc.request_id"
 
 
 def say(text: str) -> None:
@@ -33,6 +32,11 @@ def note_fault(scope: Scope, message: str) -> None:
 def request_id(scope: Scope) -> str:
     """By what a request is found in the log; "" outside `RequestLog`."""
     return str(scope.get(_KNOWN_AS, ""))
+
+
+def note_model(scope: Scope, name: str) -> None:
+    """Which model a request asks for, for its line."""
+    scope[_MODEL] = name
 
 
 class RequestLog:
@@ -67,16 +71,18 @@ class RequestLog:
             self._tell(scope, known.decode(), status, time.monotonic() - begin, sent)
 
     def _tell(self, scope: Scope, known: str, status: int, seconds: float, sent: int) -> None:
-        fault = scope.get(_FAULT, "")
+        fault, model = scope.get(_FAULT, ""), scope.get(_MODEL, "")
         failed = (status >= 500 or bool(fault)) and scope["path"] != "/health"
         client = (scope.get("client") or ("-",))[0]
         if self._access == "json":
             entry = {"time": round(time.time(), 3), "id": known, "client": client}
             entry |= {"method": scope["method"], "path": scope["path"], "status": status}
             entry |= {"seconds": round(seconds, 4), "bytes": sent}
+            entry |= {"model": model} if model else {}
             print(json.dumps(entry | ({"error": fault} if fault else {})), file=sys.stderr)
         elif failed or self._access == "text":
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             asked = json.dumps(f"{scope['method']} {scope['path']}")  # one line, whatever it holds
             line = f"{stamp} {client} {asked} {status} {seconds:.3f}s {sent}B {known}"
+            line += f" {model}" if model else ""
             say(f"{line}: {fault}" if fault else line)

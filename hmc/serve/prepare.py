@@ -26,7 +26,7 @@ from hmc.serve.bodies import (
 from hmc.serve.conversation import encoded, offered
 from hmc.serve.faults import bad_request
 from hmc.serve.grammar import Grammars
-from hmc.serve.reasoning import Markers, ThoughtFinder, markers_of
+from hmc.serve.reasoning import Harmony, Markers, ThoughtFinder, markers_of
 from hmc.serve.service import Service
 from hmc.serve.tools import CallFinder, Form
 
@@ -53,17 +53,20 @@ class Prepared:
     choices_per_prompt: int
     tools: Form | None = None
     opening: str = ""
-    thoughts: Markers | None = None
+    thoughts: Markers | Harmony | None = None
     thinking: bool = False
     most_calls: int | None = None
+    offered: Sequence[dict[str, Any]] = ()
 
     def finder(self) -> CallFinder | None:
         """A new finder of tool calls; None when the answer is not searched for any."""
-        return None if self.tools is None else CallFinder(self.tools, self.opening)
+        if self.tools is None:
+            return None
+        return CallFinder(self.tools, self.opening, self.offered)
 
     def thought_finder(self) -> ThoughtFinder | None:
         """A new finder of the thought; None when the answer is not searched for any."""
-        return None if self.thoughts is None else ThoughtFinder(self.thoughts, begun=self.thinking)
+        return None if self.thoughts is None else self.thoughts.finder(begun=self.thinking)
 
     @property
     def prompt_tokens(self) -> int:
@@ -116,9 +119,10 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
         constraint = _constraint(service, body)
     prompt = encoded(service, text, body)
     thoughts = markers_of(text.chat) if text.chat else None
-    thinking = thoughts is not None and thoughts.begun(text.decode(prompt[-_TAIL:]))
+    shown = text.showing((*(form.markers if form else ()), *(thoughts.shown if thoughts else ())))
+    thinking = thoughts is not None and thoughts.begun(shown.decode(prompt[-_TAIL:]))
     if thoughts is not None and thinking and constraint is not None:  # it thinks about nothing
-        prompt += text.encode(f"\n{thoughts.end}\n\n", special=False)
+        prompt += text.encode(thoughts.closing(opening), special=False)
         thinking = False
     if opening:
         prompt += text.encode(opening, special=False)
@@ -128,6 +132,7 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
     requests = []
     for number in range(body.n):
         request = _request(engine, body, prompt, most, number)
+        request.text = shown
         if body.logprobs:
             request.logprobs = body.top_logprobs or 0
         _hold(service, request, constraint)
@@ -143,6 +148,7 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
         thoughts,
         thinking,
         None if body.parallel_tool_calls else 1,
+        tools,
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Protocol
 
 from hmc.runtime.tokens.chat import ChatTemplate
+from hmc.serve.forms import HARMONY
 from hmc.serve.tools import tail
 
 
@@ -15,9 +18,60 @@ class Markers:
     begin: str
     end: str
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """What an answer has to show, special tokens or not."""
+        return (self.begin, self.end)
+
     def begun(self, prompt: str) -> bool:
         """Whether a prompt ends where a thought begins."""
-        return prompt.rstrip().endswith(self.begin)
+        return prompt.rstrip().endswith(self.begin.rstrip())
+
+    def closing(self, opening: str) -> str:
+        """What ends a thought that a prompt has begun, before an answer that is held to a grammar
+        after `opening`.
+        """
+        return f"\n{self.end}\n\n"
+
+    def finder(self, *, begun: bool) -> ThoughtFinder:
+        """Finds the thought of one answer; `begun`: the prompt ends within it."""
+        return TagFinder(self, begun=begun)
+
+
+class ThoughtFinder(Protocol):
+    """Splits a stream of text into a thought and what else there is."""
+
+    @property
+    def within(self) -> bool:
+        """Whether the thought goes on."""
+
+    def push(self, piece: str) -> tuple[str, str]:
+        """(thought, text) that are certain now."""
+
+    def flush(self) -> tuple[str, str]:
+        """What is left once no more text comes."""
+
+
+class Harmony:
+    """The messages of gpt-oss, which say in a header what they are: analysis is a thought, a call
+    goes on to whoever finds calls, all else is the answer.
+    """
+
+    begin = "<|start|>assistant"
+    end = "<|end|>"
+    shown = HARMONY.markers
+
+    def begun(self, prompt: str) -> bool:
+        """Whether a prompt ends where a header begins."""
+        return prompt.endswith(self.begin)
+
+    def closing(self, opening: str) -> str:
+        """A header for the answer, unless `opening` is one."""
+        return "" if opening else "<|channel|>final<|message|>"
+
+    def finder(self, *, begun: bool) -> ThoughtFinder:
+        """Tells messages of one answer apart; `begun`: it begins with a header."""
+        return ChannelFinder(begun=begun)
 
 
 _KNOWN = (
@@ -25,15 +79,18 @@ _KNOWN = (
     Markers("[THINK]", "[/THINK]"),
     Markers("<seed:think>", "</seed:think>"),
     Markers("<|START_THINKING|>", "<|END_THINKING|>"),
+    Markers("<|channel>thought\n", "<channel|>"),
 )
 
 
-def markers_of(template: ChatTemplate) -> Markers | None:
+def markers_of(template: ChatTemplate) -> Markers | Harmony | None:
     """How the model behind a template thinks aloud; None when its template knows no thoughts."""
+    if all(each in template.source for each in ("<|start|>", "<|channel|>", "<|message|>")):
+        return Harmony()
     return next((known for known in _KNOWN if known.end in template.source), None)
 
 
-class ThoughtFinder:
+class TagFinder:
     """Splits a stream of text into a thought, if it begins with one, and what follows; white space
     around the thought is dropped, text that may be the start of a marker held back.
     """
@@ -84,3 +141,71 @@ class ThoughtFinder:
         """What is left once no more text comes."""
         held, self._held = self._held, ""
         return (held.rstrip(), "") if self._state == "thought" else ("", held)
+
+
+_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+_HEADS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "to=")
+
+
+class ChannelFinder:
+    """Splits harmony's messages into thought and text; a call comes as text in the form that
+    `HARMONY` reads. An answer without headers is text.
+    """
+
+    def __init__(self, *, begun: bool) -> None:
+        """`begun`: a header comes first, else the text of an answer."""
+        self._held = ""
+        self._channel = "" if begun else "final"  # "" within a header
+        self._call = ""
+
+    @property
+    def within(self) -> bool:
+        """Whether the thought goes on."""
+        return self._channel == "analysis"
+
+    def push(self, piece: str) -> tuple[str, str]:
+        """(thought, text) that are certain now."""
+        self._held += piece
+        thought = text = ""
+        while self._held:
+            if not self._channel:
+                if not self._heading():
+                    break
+                text += self._call
+                continue
+            at, end = min(
+                ((at, end) for end in _ENDS if (at := self._held.find(end)) >= 0), default=(-1, "")
+            )
+            certain = at if end else len(self._held) - tail(self._held, _ENDS)
+            said, self._held = self._held[:certain], self._held[certain:]
+            thought += said if self._channel == "analysis" else ""
+            text += said if self._channel != "analysis" else ""
+            if not end:
+                break
+            text += HARMONY.end if self._channel == "call" else ""
+            self._held = self._held.removeprefix("" if end == "<|start|>" else end)
+            self._channel = ""
+        return thought, text
+
+    def flush(self) -> tuple[str, str]:
+        """What is left once no more text comes; a header that has not ended is dropped."""
+        held, self._held = self._held, ""
+        if not self._channel:
+            return "", ""
+        return (held, "") if self._channel == "analysis" else ("", held)
+
+    def _heading(self) -> bool:
+        """Read the header that the held text begins with; whether it is whole."""
+        bare = self._held.lstrip()
+        if not any(bare.startswith(head) or head.startswith(bare) for head in _HEADS):
+            self._channel = "final"
+            return True
+        header, found, rest = self._held.partition("<|message|>")
+        if not found:
+            return False
+        to = re.search(r"to=functions\.([^\s<]+)", header)
+        channel = re.search(r"<\|channel\|>(\w+)", header)
+        self._held = rest
+        self._channel = "call" if to else channel[1] if channel else "final"
+        self._call = f"{HARMONY.begin}{to[1]}<|message|>" if to else ""
+        return True

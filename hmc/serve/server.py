@@ -15,12 +15,11 @@ from typing import Any
 import uvicorn
 
 from hmc.errors import UsageError
-from hmc.plan import Plan
 from hmc.serve.app import application
 from hmc.serve.connections import Connection, Listener
 from hmc.serve.hosts import is_loopback
 from hmc.serve.log import say
-from hmc.serve.service import Service, Settings
+from hmc.serve.models import Models
 
 _CLIENT_SECONDS = 5.0
 
@@ -28,11 +27,11 @@ _CLIENT_SECONDS = 5.0
 class Server(uvicorn.Server):
     """uvicorn that drains on the first SIGTERM or SIGINT and ends at once on the second."""
 
-    def __init__(self, plan: Plan, settings: Settings) -> None:
-        self.service = Service(plan, settings)
+    def __init__(self, models: Models) -> None:
+        self.models = models
         super().__init__(
             uvicorn.Config(
-                application(self.service, self.stop),
+                application(models, self.stop),
                 http=Connection,
                 ws="none",
                 lifespan="on",
@@ -45,7 +44,7 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """From any thread: take no new requests, finish the others, end."""
-        self.service.drain()
+        self.models.drain()
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -82,11 +81,11 @@ class Server(uvicorn.Server):
             await leaving
 
     async def _leave_clients(self) -> None:
-        loop, seconds = asyncio.get_running_loop(), self.service.settings.drain_seconds
+        loop, seconds = asyncio.get_running_loop(), self.models.settings.drain_seconds
         end = loop.time() + seconds
-        while not self.service.answered and loop.time() < end:
+        while not self.models.answered and loop.time() < end:
             await asyncio.sleep(0.1)
-        if not self.service.answered:
+        if not self.models.answered:
             say(f"what has not been answered {seconds:g} s after the signal is cut off")
         await asyncio.sleep(min(_CLIENT_SECONDS, max(0.0, end - loop.time())))
         for connection in list(self.server_state.connections):
@@ -155,13 +154,13 @@ def listen(host: str, port: int) -> socket.socket:
         raise UsageError(f"cannot listen on {host} port {port}: {reason}") from error
 
 
-def serve(plan: Plan, settings: Settings, host: str, port: int, unix: str | None = None) -> None:
+def serve(models: Models, host: str, port: int, unix: str | None = None) -> None:
     """Serve until a signal, on a host's port or on a socket `unix`; returns once everything that
     was accepted has been answered, or `drain_seconds` are over.
 
-    Raises what loading the engine raises, and `UsageError` when the address cannot be had.
+    Raises what loading the only plan raises, and `UsageError` when the address cannot be had.
     """
-    server = Server(plan, settings)
+    server, settings = Server(models), models.settings
     with listen_unix(unix) if unix is not None else listen(host, port) as listener:
         if unix is not None:
             where = f"unix:{unix}"
@@ -173,8 +172,10 @@ def serve(plan: Plan, settings: Settings, host: str, port: int, unix: str | None
                     f"warning: {host} is not a loopback address and there is no --api-key:"
                     " whoever reaches this port can use the model"
                 )
-        say(f"serving {settings.name} on {where}")
-        say(settings.prefill.reason)
+        say(f"serving {', '.join(model.name for model in models)} on {where}")
+        for model in models:
+            reason = model.settings.prefill.reason
+            say(reason if models.only else f"{model.name}: {reason}")
         server.run(sockets=[listener])
-    if server.service.failure is not None:
-        raise server.service.failure
+    if models.failure is not None:
+        raise models.failure

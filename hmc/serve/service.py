@@ -1,5 +1,5 @@
-"""The engine behind the server: loaded in a thread, driven by one scheduler, watched for steps that
-hang; hides who starts and ends them.
+"""A plan that is loaded, or on its way: its engine, opened in a thread, driven by one scheduler,
+watched for steps that hang; hides who starts and ends them. models.py says when.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from hmc.runtime.weights.store import Home
 from hmc.serve.faults import ApiError, bad_request
 from hmc.serve.grammar import Grammars
 from hmc.serve.log import Access, say
+from hmc.serve.progress import Progress
 from hmc.serve.tools import Form, form_of
 from hmc.serve.vocabulary import Vocabulary
 from hmc.serve.watch import StepWatch
@@ -36,14 +37,14 @@ _WATCH_SECONDS = 1.0
 _RECENT = 128
 _CLOSE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-_PROGRESS_SECONDS = 5.0
-_ELSE_BYTES = 1 << 20  # of a body besides its prompts: tools, schemas
 _ONE_PROCESS = Decision(None, "prefill process: off")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to serve a plan; see `hmc serve --help`."""
+    """How to serve; see `hmc serve --help`. Where there are several plans, each has a copy with its
+    own `name` and `prefill`; all else is the same in all of them.
+    """
 
     name: str
     checkpoint: str | None = None
@@ -62,16 +63,18 @@ class Settings:
     devices: Devices = "auto"
     home: Home = "mapped"
     gpus: int | None = None
+    load_seconds: float = 300.0
+    idle_seconds: float = 0.0
+    most_loaded: int | None = None
 
 
 class Service:
-    """`begin` loads the engine in a thread; `close` ends everything. All else is for the event loop
-    and may be called in any state.
+    """`begin` loads the engine in a thread; `close` ends everything, for good. All else is for the
+    event loop and may be called in any state.
     """
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
         self.plan, self.settings = plan, settings
-        self.created = int(time.time())
         self.vocabulary: Vocabulary | None = None
         self.ttft: deque[float] = deque(maxlen=_RECENT)
         self.failure: HmcError | None = None
@@ -79,7 +82,7 @@ class Service:
         self._scheduler: Scheduler | None = None
         self._grammars: Grammars | None = None
         self._form: Form | None = None
-        self._progress = ("", 0, 1)
+        self._progress = Progress(settings.name)
         self._hung = ""
         self._told: set[str] = set()
         self._draining = False
@@ -87,12 +90,17 @@ class Service:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
-    def begin(self, failed: Callable[[], None]) -> None:
-        """Load in a thread; `failed` is called there if that fails, and `failure` says why."""
-        for name, work in (("load", lambda: self._load(failed)), ("watch", self._watch)):
+    def begin(self) -> Future[None]:
+        """Load in a thread; what it returns is done when that has ended, and `failure` says why if
+        it has failed.
+        """
+        loaded: Future[None] = Future()
+        loaded.set_running_or_notify_cancel()  # who no longer waits does not end it
+        for name, work in (("load", lambda: self._load(loaded)), ("watch", self._watch)):
             thread = threading.Thread(target=work, name=f"hmc-serve-{name}", daemon=True)
             self._threads.append(thread)
             thread.start()
+        return loaded
 
     @property
     def state(self) -> State:
@@ -113,23 +121,14 @@ class Service:
             return str(scheduler.failure)
         if self._draining:
             return "the server is shutting down"
-        what, done, total = self._progress
-        share = f": {what} {done / max(total, 1):.0%}" if what else ""
-        return f"the model is loading{share}" if scheduler is None else ""
+        if scheduler is not None:
+            return ""
+        return self._progress.told
 
     @property
     def progress(self) -> float:
         """The share of the step of loading under way, 0..1; 1 when loaded."""
-        _, done, total = self._progress
-        return 1.0 if self._scheduler is not None else min(1.0, done / max(total, 1))
-
-    @property
-    def most_body_bytes(self) -> int:
-        """What a body may have: the ids of as many prompts as may wait, each as long as the context
-        (a text of one, escaped, has about as many bytes), and what else there is.
-        """
-        prompts = 8 * self.settings.max_queue * self.plan.limits.max_context
-        return min(self.settings.max_body_bytes, _ELSE_BYTES + prompts)
+        return 1.0 if self._scheduler is not None else self._progress.share
 
     @property
     def scheduler(self) -> Scheduler | None:
@@ -173,13 +172,18 @@ class Service:
         """While draining: whether every request that was accepted has ended."""
         return self._scheduler is None or self._scheduler.drain(0.0)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether a step hangs: what it computes in cannot be given back."""
+        return bool(self._hung)
+
     def drain(self) -> None:
         """Refuse new requests; those accepted go on."""
         self._draining = True
 
     def close(self) -> None:
         """End all requests, the scheduler, the prefill process and the engine. A step that hangs is
-        left behind with the memory it computes in, and is the server's `failure`.
+        left behind with the memory it computes in, and is the `failure`.
         """
         self._draining = True
         self._closing.set()
@@ -187,45 +191,37 @@ class Service:
             opened, scheduler = self._opened, self._scheduler
         ended = scheduler is None or scheduler.close(0.0 if self._hung else _CLOSE_SECONDS)
         if not ended:
-            self.failure = self.failure or WorkerError(
-                self._hung or f"a step did not end within {_CLOSE_SECONDS:g} s"
-            )
+            self._hung = self._hung or f"a step did not end within {_CLOSE_SECONDS:g} s"
+            self.failure = self.failure or WorkerError(self._hung)
         if opened is not None and ended:
             opened.close()
+            self._opened = self._grammars = None
+            for thread in self._threads:  # which have it, too
+                if thread is not threading.current_thread():
+                    thread.join(_CLOSE_SECONDS)
         elif opened is not None and opened.worker is not None:
             opened.worker.close()
 
-    def _load(self, failed: Callable[[], None]) -> None:
+    def _load(self, loaded: Future[None]) -> None:
         try:
             with ExitStack() as stack:
                 opened, scheduler = self._open(stack)
                 stack.pop_all()
         except HmcError as error:
             self.failure = error
-            failed()
-            return
-        except Exception as fault:  # whatever it is, the server must not wait for ever
+        except Exception as fault:  # whatever it is, nobody must wait for ever
             self.failure = ExecutionError(f"loading failed: {type(fault).__name__}: {fault}")
             self.failure.__cause__ = fault
-            failed()
-            return
-        with self._lock:
-            self._opened, self._scheduler = opened, scheduler
-        if self._closing.is_set():  # too late: nobody else will end it
-            self.close()
+        else:
+            with self._lock:
+                self._opened, self._scheduler = opened, scheduler
+            if self._closing.is_set():  # too late: nobody else will end it
+                self.close()
+        loaded.set_result(None)
 
     def _open(self, stack: ExitStack) -> tuple[Disaggregated, Scheduler]:
         """Everything that answers requests; `stack` closes it again."""
-
-        begin = told = time.monotonic()
-
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal told
-            self._progress = (what, done, total)
-            if time.monotonic() - told > _PROGRESS_SECONDS:
-                told = time.monotonic()
-                say(self.reason)
-
+        begin = time.monotonic()
         opened = stack.enter_context(
             Disaggregated(
                 self.plan,
@@ -234,7 +230,7 @@ class Service:
                 silence=self.settings.watchdog_seconds,
                 threads=self.settings.threads,
                 dummy_weights=self.settings.dummy_weights,
-                progress=report,
+                progress=self._progress,
                 devices=self.settings.devices,
                 home=self.settings.home,
                 gpus=self.settings.gpus,
@@ -242,7 +238,7 @@ class Service:
         )
         self._tell(opened)
         if opened.worker is not None:
-            report("starting the prefill process", 0, 1)
+            self._progress("starting the prefill process", 0, 1)
             while not (opened.worker.wait_ready(_POLL_SECONDS) or self._closing.is_set()):
                 pass
         if opened.engine.text is not None:
@@ -257,8 +253,9 @@ class Service:
         scheduler.start()
         limits = self.plan.limits
         say(
-            f"ready after {time.monotonic() - begin:.1f} s: context {limits.max_context}, up to"
-            f" {limits.max_batch} requests at a time and {self.settings.max_queue} waiting"
+            f"{self.settings.name} is ready after {time.monotonic() - begin:.1f} s: context"
+            f" {limits.max_context}, up to {limits.max_batch} requests at a time and"
+            f" {self.settings.max_queue} waiting"
         )
         return opened, scheduler
 
@@ -272,7 +269,7 @@ class Service:
 
     def _watch(self) -> None:
         """The watchdog: a step that takes too long ends all requests and turns /health."""
-        limit = self.settings.watchdog_seconds
+        name, limit = self.settings.name, self.settings.watchdog_seconds
         period = min(_WATCH_SECONDS, limit / 4)
         watch, restarts = StepWatch(limit, period), 0
         while not self._closing.wait(period):
@@ -281,11 +278,11 @@ class Service:
                 self._tell(opened)
                 if opened.worker is not None and opened.worker.restarts > restarts:
                     restarts = opened.worker.restarts
-                    say(f"the prefill process was replaced ({restarts} so far)")
+                    say(f"{name}: the prefill process was replaced ({restarts} so far)")
             if scheduler is None or not watch.hangs(scheduler.stuck_for, time.monotonic()):
                 continue
             self._hung = f"a step has been running for more than {limit:g} s"
-            say(f"{self._hung}; what the threads do:")
+            say(f"{name}: {self._hung}; what the threads do:")
             faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
             scheduler.abandon(WorkerError(self._hung))
             return

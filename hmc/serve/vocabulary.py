@@ -11,7 +11,7 @@ from hmc.runtime.tokens.files import TokenizerFiles
 
 
 class Vocabulary:
-    """The tokens of a checkpoint's tokenizer, one by one."""
+    """The tokens of a checkpoint's tokenizer, one by one; `special` are the special ones' ids."""
 
     def __init__(self, files: TokenizerFiles) -> None:
         """Raises `TokenizerError` when the tokenizer cannot be read."""
@@ -20,7 +20,8 @@ class Vocabulary:
         described: dict[str, Any] = json.loads(files.described)
         added = described.get("added_tokens") or ()
         self._added = {token["id"] for token in added}
-        self._special = {token["id"] for token in added if token.get("special")}
+        self.special = {token["content"]: token["id"] for token in added if token.get("special")}
+        self._hidden = set(self.special.values())
         byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
         self._bytes = _byte_characters() if byte_level else None
 
@@ -39,7 +40,7 @@ class Vocabulary:
 
     def hidden(self, token: int) -> bool:
         """Whether a token is left out of texts."""
-        return token in self._special
+        return token in self._hidden
 
     def text(self, token: int) -> str:
         """The text of a token, with replacement characters where it is half a character."""

@@ -1,56 +1,44 @@
-"""A checkpoint's chat template: messages in, prompt text out; hides the sandbox it runs in.
+"""A checkpoint's chat template: messages in, prompt text out; hides where it is rendered.
 
-Templates come with a checkpoint and are not trusted: jinja2's immutable sandbox runs them. The
-names they may use (raise_exception, strftime_now, tojson, loop controls, generation blocks) are
-those that transformers gives them.
+Templates come with a checkpoint and are not trusted: jinja2's immutable sandbox (`sandbox.py`) runs
+them in a process of its own (`rendering.py`).
 """
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import jinja2
-import jinja2.ext
 import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 
 from hmc.errors import TokenizerError, UsageError
+from hmc.runtime.tokens.rendering import Ask, Renderers
+from hmc.runtime.tokens.sandbox import environment
 
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks an answer for training; here: its body."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_RENDERERS = Renderers()
+_OURS = ("messages", "tools", "add_generation_prompt")
 
 
 class ChatTemplate:
-    """One compiled template with the special tokens it may print; `source` is its text."""
+    """One template with the special tokens it may print; `source` is its text, `literals` what of
+    it can come out as it is.
+    """
 
     def __init__(self, source: str, tokens: dict[str, str], origin: str) -> None:
         """Raises `TokenizerError` naming `origin` when the template does not parse."""
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source = source
+        self.tokens = tokens
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"{origin}: the chat template is broken: {error}") from error
-        self._tokens = tokens
+            parsed = environment().parse(source)
+            texts = [each.data for each in parsed.find_all(jinja2.nodes.TemplateData)]
+            texts += [str(each.value) for each in parsed.find_all(jinja2.nodes.Const)]
+        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            line = getattr(error, "lineno", None)
+            place = f"{origin}, line {line}" if line else origin
+            raise TokenizerError(f"{place}: the chat template is broken: {error}") from error
+        self.literals = "\0".join(texts)
 
     def render(
         self,
@@ -60,46 +48,35 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
+        mark: str = "",
     ) -> str:
         """The prompt text of `messages` ({"role": ..., "content": ...} each), ready for an answer.
 
         With `continue_final_message` it ends where the last message's content does, for the model
-        to go on with it. `variables` are what this template knows besides.
+        to go on with it. `variables` are what this template knows besides. `mark`, a character in
+        the texts, comes through as it is.
 
-        Raises `UsageError` with the template's own words when it refuses the messages.
+        Raises `UsageError` with the template's own words, or what went wrong, and its line, when it
+        does not take the messages, and when that takes too much time or memory.
         """
-        given, mark = list(messages), ""
+        given, end = list(messages), ""
         if continue_final_message:
-            mark = uuid.uuid4().hex  # no content holds it
-            given[-1] = {**given[-1], "content": given[-1]["content"] + mark}
+            content = given[-1].get("content") if given else None
+            if not isinstance(content, str):
+                raise UsageError("continue_final_message: the last message has no text to go on")
+            end = uuid.uuid4().hex  # no content holds it
+            given[-1] = {**given[-1], "content": content + end}
+        if wrong := next((name for name in _OURS if name in (variables or {})), ""):
+            raise UsageError(f"{wrong} is no variable of chat templates")
         names = {
+            "documents": None,  # as transformers has it
             **(variables or {}),
-            **self._tokens,
+            **self.tokens,
             "messages": given,
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
-        try:
-            text = self._template.render(names)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UsageError(f"the chat template refuses these messages: {error}") from error
-        if mark not in text:
+        text = _RENDERERS.render(Ask(self.source, names, mark))
+        if end not in text:
             raise UsageError("the chat template does not show the content of the last message")
-        return text[: text.rindex(mark)] if mark else text
-
-
-def _raise(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Plain JSON: jinja2's own filter escapes HTML."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+        return text[: text.rindex(end)] if end else text

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer as it is stored: tokenizer.json and its siblings in a model directory,
-or what the metadata of a GGUF file say instead.
+or what a vocabulary of tiktoken's, a SentencePiece model or the metadata of a GGUF file say
+instead.
 """
 
 from __future__ import annotations
@@ -14,13 +15,19 @@ import tokenizers
 from hmc.checkpoint.gguf import read_tokenizer
 from hmc.checkpoint.location import is_gguf
 from hmc.errors import TokenizerError
+from hmc.runtime.tokens.sentencepiece import read_sentencepiece
+from hmc.runtime.tokens.tiktoken import read_tiktoken
+
+_READERS = {"tiktoken.model": read_tiktoken, "tokenizer.model": read_sentencepiece}
+"""Files that stand for a tokenizer.json where there is none."""
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
     """`described` is tokenizer.json as text, `config` what tokenizer_config.json says, `generation`
     generation_config.json, `template` that of chats ("" without one), each beside the file that
-    an error about it names.
+    an error about it names. `ends` are ids of tokens that end an answer, by config.json and
+    generation_config.json.
     """
 
     path: Path
@@ -29,7 +36,7 @@ class TokenizerFiles:
     generation: dict[str, Any]
     template: str
     template_path: Path
-    eos_token_ids: tuple[int, ...]
+    ends: tuple[int, ...]
 
     @staticmethod
     def read(location: Path) -> TokenizerFiles | None:
@@ -39,15 +46,16 @@ class TokenizerFiles:
         """
         if is_gguf(location):
             return _of_gguf(location)
-        path = location / "tokenizer.json"
-        if not path.is_file():
+        if (path := _stored(location)) is None:
             return None
         special = read_json(location / "special_tokens_map.json")
         config = {**special, **read_json(location / "tokenizer_config.json")}
         generation = read_json(location / "generation_config.json")
         template, template_path = _template(location, config)
-        ends = _eos_ids(generation) or _eos_ids(read_json(location / "config.json"))
-        return TokenizerFiles(path, _text(path), config, generation, template, template_path, ends)
+        ends = (*_ends(location / "generation_config.json"), *_ends(location / "config.json"))
+        reader = _READERS.get(path.name)
+        described = json.dumps(reader(path, config)) if reader else _text(path)
+        return TokenizerFiles(path, described, config, generation, template, template_path, ends)
 
     def tokenizer(self) -> tokenizers.Tokenizer:
         """The tokenizer itself, which cuts nothing off and fills nothing up: settings of training
@@ -62,13 +70,31 @@ class TokenizerFiles:
         return found
 
 
+def _stored(directory: Path) -> Path | None:
+    """The file that holds a directory's tokenizer; None where it has none.
+
+    Raises `TokenizerError` for one of a kind that is not read.
+    """
+    for name in ("tokenizer.json", *_READERS):
+        if (directory / name).is_file():
+            return directory / name
+    for path in sorted(directory.glob("*.tiktoken")):
+        raise TokenizerError(
+            f"{path}: hmc reads tokenizer.json, {' and '.join(_READERS)}: save the tokenizer as"
+            " tokenizer.json with transformers"
+        )
+    return None
+
+
 def _of_gguf(path: Path) -> TokenizerFiles | None:
     found = read_tokenizer(path)
     if found.tokenizer is None:
         return None
     described = json.dumps(found.tokenizer)
-    template, ends = found.config.get("chat_template", ""), _eos_ids(found.generation)
-    return TokenizerFiles(path, described, found.config, found.generation, template, path, ends)
+    template, ends = found.config.get("chat_template", ""), found.generation["eos_token_id"]
+    return TokenizerFiles(
+        path, described, found.config, found.generation, template, path, tuple(ends)
+    )
 
 
 def _template(directory: Path, config: dict[str, Any]) -> tuple[str, Path]:
@@ -94,12 +120,21 @@ def _text(path: Path) -> str:
         raise TokenizerError(f"{path}: cannot be read: {error}") from error
 
 
-def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
-    """What ends an answer; () where nothing is named."""
-    value = config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _ends(path: Path) -> tuple[int, ...]:
+    """The ids that a file names as ends, its part about the text included; () where it names none.
+
+    Raises `TokenizerError` for what is no id.
+    """
+    whole = read_json(path)
+    inner = whole.get("text_config")
+    found: list[Any] = []
+    for config in (whole, inner if isinstance(inner, dict) else {}):
+        value = config.get("eos_token_id")
+        found += value if isinstance(value, list) else [] if value is None else [value]
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, int) or each < 0:
+            raise TokenizerError(f"{path}: eos_token_id {json.dumps(each)} is no token id")
+    return tuple(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.tokens.emoji import WholeEmoji
 from hmc.runtime.tokens.sampler import Sampler
 from hmc.runtime.tokens.text import Detokenizer, StopStrings, Text
 
@@ -100,6 +101,7 @@ class Answer:
         tail = ids[-_TAIL:].tolist()
         self._detokenizer = Detokenizer(tokenizer, tail) if tokenizer else None
         self._ends = ends
+        self._emoji = WholeEmoji()
         # The last token is never stored, so a full context still gives one more.
         self._most = min(ends.max_new_tokens, context - len(ids) + 1)
         self.tokens: list[int] = []
@@ -122,8 +124,10 @@ class Answer:
         if (ended or full) and self._detokenizer is not None and not stopped:
             rest, stopped = self._rest(self._detokenizer.flush())
             piece += rest
+        piece = self._emoji.push(piece)
         if ended or stopped or full:
             self.reason = "stop" if ended or stopped else "length"
+            piece += self._emoji.flush()
         self.text += piece
         return piece
 

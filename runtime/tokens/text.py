@@ -6,8 +6,10 @@ strings wherever token boundaries fall. The chat template lives in runtime/token
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import tokenizers
 
 from hmc.errors import ContextLengthError, UsageError
 from hmc.runtime.tokens.chat import ChatTemplate
+from hmc.runtime.tokens.control import Control
 from hmc.runtime.tokens.files import TokenizerFiles
 from hmc.runtime.tokens.longest import most_bytes
 
@@ -44,6 +47,7 @@ class Text:
         self.eos_token_ids = eos_token_ids
         self.generation_config = generation_config
         self._most_bytes = most_bytes
+        self._hidden: frozenset[int] | None = None  # None: all special tokens
 
     @staticmethod
     def open(location: Path, context: int | None = None) -> Text | None:
@@ -58,7 +62,9 @@ class Text:
             return None
         tokens, origin = special_tokens(files.config), str(files.template_path)
         chat = ChatTemplate(files.template, tokens, origin) if files.template else None
-        tokenizer, ends, generation = files.tokenizer(), files.eos_token_ids, files.generation
+        tokenizer, generation = files.tokenizer(), files.generation
+        named = tokenizer.token_to_id(tokens.get("eos_token", ""))
+        ends = tuple(dict.fromkeys((*files.ends, *(() if named is None else (named,)))))
         longest = None if context is None else most_bytes(json.loads(files.described))
         most = None if longest is None or context is None else longest * context
         return Text(tokenizer, files.config, chat, ends, generation, most)
@@ -70,41 +76,69 @@ class Text:
         `add_bos_token` and `add_eos_token` of tokenizer_config.json replace the post-processor of
         tokenizer.json where they are given, as in transformers. Other threads run meanwhile.
 
-        Raises `ContextLengthError` for a text of so many bytes that the context cannot hold it.
+        Raises `ContextLengthError` for a text of so many bytes that the context cannot hold it,
+        `UsageError` for one with half a character (a lone surrogate).
         """
         if not special:
-            return self._ids(text, special=False)
+            return self._ids(text, self._tokenizer, special=False)
         flags = [self._config.get(f"add_{name}_token") for name in ("bos", "eos")]
         if flags == [None, None]:
-            return self._ids(text, special=True)
-        ids = self._ids(text, special=False)
+            return self._ids(text, self._tokenizer, special=True)
+        ids = self._ids(text, self._tokenizer, special=False)
         first = [self._special_id("bos_token")] if flags[0] else []
         last = [self._special_id("eos_token")] if flags[1] else []
         return [token for token in (*first, *ids, *last) if token is not None]
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], **how: Any) -> list[int]:
         """Token ids of a conversation ({"role", "content"} each) in the checkpoint's chat form,
-        ready to be answered; `how` is for `ChatTemplate.render`.
+        ready to be answered; `how` is for `ChatTemplate.render`. Control tokens in what users write
+        are encoded as the letters that they have.
 
-        Raises `UsageError` when the checkpoint has no chat template.
+        Raises `UsageError` when the checkpoint has no chat template, and what `render` raises.
         """
-        if self.chat is None:
+        if self.chat is None or self._control is None:
             raise UsageError("this checkpoint has no chat template: give a plain prompt instead")
-        return self.encode(self.chat.render(messages, **how), special=False)
+        try:
+            found = self._control.rendered(messages, how)
+            text, tokenizer = found or (self.chat.render(messages, **how), self._tokenizer)
+        except RecursionError as error:
+            raise UsageError("the messages go too deep") from error
+        return self._ids(text, tokenizer, special=False)
+
+    @cached_property
+    def _control(self) -> Control | None:
+        return None if self.chat is None else Control(self._tokenizer, self.chat)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens left out."""
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        if self._hidden is None:
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+        kept = [each for each in ids if each not in self._hidden]
+        return str(self._tokenizer.decode(kept, skip_special_tokens=False))
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
+    def showing(self, markers: Iterable[str]) -> Text:
+        """The same, but decoded texts have the special tokens of which these markers are made."""
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        shown = "\0".join(markers)
+        hidden = [number for number, t in added if t.special and t.content not in shown]
+        found = copy.copy(self)
+        found._hidden = frozenset(hidden)
+        return found
+
+    def _ids(self, text: str, tokenizer: tokenizers.Tokenizer, *, special: bool) -> list[int]:
         most = self._most_bytes
-        if most is not None and len(text) * 4 > most and (found := len(text.encode())) > most:
+        try:
+            found = len(text.encode())
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise UsageError(f"the text has half a character, {half} at {error.start}") from error
+        if most is not None and found > most:
             raise ContextLengthError(
                 f"the text has {found} bytes, of which the plan's context holds {most} at the most:"
                 " shorten it or compile with a larger --max-context"
             )
         # `encode` keeps other threads waiting, and finds offsets that nobody asks for.
-        (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=special)
         return list(encoding.ids)
 
     def _special_id(self, name: str) -> int | None:

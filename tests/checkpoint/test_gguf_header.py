@@ -349,7 +349,7 @@ def test_keys_and_values_of_other_heads(tmp_path) -> None:
 def test_architectures_that_are_not_read(tmp_path) -> None:
     path = raw(tmp_path / "a.gguf", [key("general.architecture", STRING, text("bert"))])
     with pytest.raises(
-        UnsupportedError, match="is 'bert'; of GGUF files hmc reads afmoe, deepseek2"
+        UnsupportedError, match="is 'bert'; of GGUF files hmc reads afmoe, bailingmoe2"
     ):
         open_gguf(path)
     with pytest.raises(ConfigError, match=r"general\.architecture is missing"):

@@ -10,6 +10,7 @@ from typing import Any
 
 import gguf
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -166,6 +167,63 @@ def test_what_is_a_word(pre) -> None:
     assert words == CUT[pre]
 
 
+_WORDS = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UP, _LOW = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASES = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UP}*{_LOW}+{_END}|[^\r\n\p{{L}}\p{{N}}]?{_UP}+{_LOW}*{_END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LISTED = {
+    "mellum": [_GPT],
+    "mellum2": [r"\p{N}", _GPT],
+    "cohere2_moe": [r"\p{N}", _GPT],
+    "llama4": [_CASES],
+    "tiny_aya": [r"\d{1,3}(?=(?:\d{3})*\b)", _CASES],
+    "laguna": ["[^\n]+|[\n]+", _WORDS],
+    "afmoe": [
+        r"(?r)\p{N}{1,3}",  # groups of three from the right
+        "[一-鿿㐀-䶿豈-﫿぀-ゟ\u30a0-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+        r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ],
+    "exaone-moe": [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+    ],
+    "bailingmoe2": [
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+        r"|\s*[\r\n]|\s+(?!\S)|\s+"
+    ],
+}
+"""Patterns as llama.cpp lists them, for another engine."""
+NUMBERS = "1 12 123 1234 12345 1234567 a1234 1234a 1,234,567.89 ١٢٣٤٥ x_12345_y"
+
+
+@pytest.mark.parametrize("pre", LISTED)
+def test_words_are_cut_as_by_another_engine(pre) -> None:
+    cuts = [pre_tokenizers.Split(Regex(each), "isolated") for each in SPLITTINGS[pre].patterns]
+    for text in (*TEXTS, *WORDS.values(), NUMBERS):
+        words = [text]
+        for pattern in LISTED[pre]:
+            words = [part for word in words for part in _cut(pattern, word)]
+        found = pre_tokenizers.Sequence(cuts).pre_tokenize_str(text)
+        assert [word for word, _ in found if word] == words
+
+
+def _cut(pattern: str, text: str) -> list[str]:
+    spans = sorted(match.span() for match in regex.finditer(pattern, text))
+    at, found = 0, []
+    for start, end in (*spans, (len(text), len(text))):
+        found += [text[at:start], text[start:end]]
+        at = end
+    return [part for part in found if part]
+
+
 @pytest.mark.parametrize("pre", sorted(SPLITTINGS))
 def test_every_pattern_is_one(pre) -> None:
     for pattern in SPLITTINGS[pre].patterns:
@@ -223,6 +281,32 @@ def test_scores_make_the_merges(sentence_piece, tmp_path) -> None:
     assert Text.open(plain).decode(Text.open(plain).encode(" a b")) == " a b"
 
 
+@pytest.mark.parametrize("kind", [{"model": "gemma4"}, {"model": "gpt2", "pre": "sarvam-moe"}])
+def test_merges_of_characters(sentence_piece, tmp_path, kind) -> None:
+    theirs, pieces = sentence_piece
+    tokenizer = Tokenizer.from_str(theirs.to_str())
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    merges = [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    keys = sentence_piece_keys(pieces) | {"merges": merges, **kind}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "add_bos_token": True}
+    text = Text.open(write(tmp_path / "a.gguf", **keys, **ends, add_space_prefix=False))
+    for each in (*TEXTS, " a  b <s>", "Ω unknown characters ∑ 字"):
+        ids = tokenizer.encode(each).ids
+        assert text.encode(each) == [1, *ids]
+        assert text.decode(ids) == tokenizer.decode(ids)
+
+
+def test_tokens_that_end_an_answer(tmp_path) -> None:
+    texts = ["a", "<turn|>", "<|tool_response>", "<|end|>", "<|flush|>", "<|calls|>"]
+    kinds = {"token_type": [NORMAL, CONTROL, USER, CONTROL, CONTROL, CONTROL]}
+    keys = {"model": "gpt2", "pre": "gpt-2", "tokens": texts, "merges": [], **kinds}
+    found = read_tokenizer(write(tmp_path / "a.gguf", **keys))
+    assert found.generation["eos_token_id"] == [1, 2, 4, 5]
+
+
 def test_no_vocabulary_and_unused_tokens(tmp_path) -> None:
     assert Text.open(write(tmp_path / "a.gguf", eos_token_id=3)) is None
     keys = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "[PAD1]"], "token_type": [1, 5]}
@@ -237,7 +321,7 @@ GOOD: dict[str, Any] = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "a
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; hmc reads gpt2 and llama"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert'; hmc reads gpt2, llama, gemma4"),
         ({"pre": "nobody-knows"}, "'nobody-knows': hmc does not know how this tokenizer cuts"),
         ({"pre": "default"}, "'default': hmc does not know"),
         ({"merges": ["ab"]}, "'ab' is no pair"),

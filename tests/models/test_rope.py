@@ -149,3 +149,10 @@ def test_mscale_is_that_of_deepseek() -> None:
 
 def _config(values: dict[str, Any]) -> ModelConfig:
     return ModelConfig(Path("config.json"), values, "")
+
+
+@pytest.mark.parametrize("key", ["beta_fast", "beta_slow"])
+def test_turns_below_zero(key: str) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, key: -1.0}
+    with pytest.raises(ConfigError, match=rf"{key} is -1, must be above 0"):
+        rope(_config({"max_position_embeddings": 256, "rope_scaling": yarn}), 64)

@@ -177,7 +177,7 @@ WRONG: dict[str, Any] = {
     "partial_rotary_factors": [0.5],
     "swiglu_limits": "none",
     "attention_other_setting": {"num_attention_heads": 5},
-    "zero_centered": False,
+    "zero_centered": "yes",
     "moe_topk": 99,
     "moe_k": 99,
     "hidden_act": "mish",

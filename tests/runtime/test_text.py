@@ -239,14 +239,23 @@ def test_untrusted_template_stays_in_its_sandbox(write):
         text.chat.render([])
 
 
-def test_eos_ids(write):
-    tokenizer = byte_level()
-    both = Text.open(
-        write(tokenizer, config={"eos_token_id": 5}, generation_config={"eos_token_id": [1, 7]})
-    )
-    assert both.eos_token_ids == (1, 7)
-    assert Text.open(write(tokenizer, config={"eos_token_id": 5})).eos_token_ids == (5,)
-    assert Text.open(write(tokenizer)).eos_token_ids == ()
+def test_what_ends_an_answer_is_all_that_any_file_names(write):
+    def ends(**files):
+        return Text.open(write(byte_level(), **files)).eos_token_ids
+
+    config, inner = {"eos_token_id": 5}, {"text_config": {"eos_token_id": [6, 5]}}
+    generation, named = {"eos_token_id": [1, 7]}, {"eos_token": {"content": "</s>"}}
+    assert ends(config=config, generation_config=generation) == (1, 7, 5)
+    assert ends(config=config | inner, tokenizer_config=named) == (5, 6, 1)
+    assert ends(config=inner, generation_config=generation, tokenizer_config=named) == (1, 7, 6, 5)
+    assert ends(tokenizer_config=named) == (1,)
+    assert ends(special_tokens_map={"eos_token": "</s>"}) == (1,)
+    assert ends(tokenizer_config={"eos_token": "<nobody>"}) == ends() == ()
+    for wrong in ("</s>", [True], [-1], 1.5):
+        with pytest.raises(
+            TokenizerError, match=r"generation_config\.json: eos_token_id .* no token"
+        ):
+            ends(generation_config={"eos_token_id": wrong})
 
 
 def test_absent_and_corrupt_files(write):
@@ -275,6 +284,17 @@ def test_added_special_tokens_are_left_out_of_text(write):
     text = Text.open(write(tokenizer))
     ids = text.encode("a<|im_end|><think>b", special=False)
     assert "".join(stream(text, ids)) == text.decode(ids) == "a<think>b"
+
+
+def test_special_tokens_are_shown_where_they_are_markers(write):
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<|channel|>", "<|end|>", "[THINK]"])
+    text = Text.open(write(tokenizer))
+    ids = text.encode("a<|channel|>b[THINK]c<|end|>", special=False)
+    assert text.decode(ids) == "abc"
+    shown = text.showing(["<|channel|>thought\n", "[THINK]"])
+    assert "".join(stream(shown, ids)) == shown.decode(ids) == "a<|channel|>b[THINK]c"
+    assert text.decode(ids) == text.showing([]).decode(ids) == "abc"
 
 
 def test_a_text_too_long_for_the_context_is_refused_unread(write):

@@ -17,8 +17,9 @@ import pytest
 
 from hmc.compiler import compile as compile_plan
 from hmc.plan import Plan, save_plan
+from hmc.serve.models import Model, Models
 from hmc.serve.server import Server, listen
-from hmc.serve.service import Settings
+from hmc.serve.service import Service, Settings
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-kjv"
 
@@ -50,6 +51,13 @@ class Live:
     url: str
 
     @property
+    def service(self) -> Service:
+        """The only plan, which is loading or loaded."""
+        assert self.server.models.only is not None
+        assert self.server.models.only.service is not None
+        return self.server.models.only.service
+
+    @property
     def client(self) -> openai.OpenAI:
         """The official client, without its retries."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -59,15 +67,22 @@ class Live:
         for _ in range(6000):
             if httpx.get(f"{self.url}/health").status_code == 200:
                 return
-            assert self.server.service.failure is None, self.server.service.failure
+            assert self.server.models.failure is None, self.server.models.failure
             threading.Event().wait(0.1)
         raise AssertionError("the server does not become ready")
 
 
 @contextmanager
 def running(plan: Plan, settings: Settings) -> Iterator[Live]:
+    """A live server of one plan for the length of a `with`."""
+    with serving(Models([Model(plan, settings)])) as live:
+        yield live
+
+
+@contextmanager
+def serving(models: Models) -> Iterator[Live]:
     """A live server for the length of a `with`."""
-    server = Server(plan, settings)
+    server = Server(models)
     with listen("127.0.0.1", 0) as socket:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
         thread.start()
@@ -116,3 +131,9 @@ def client(live: Live) -> Iterator[openai.OpenAI]:
 def start() -> Callable[..., object]:
     """`start(plan, settings)`: another live server, as a context manager."""
     return running
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., object]:
+    """`serve(models)`: the same of several models."""
+    return serving

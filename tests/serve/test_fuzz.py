@@ -116,7 +116,7 @@ def test_rude_clients_leave_nothing_behind(live: Any) -> None:
     assert len(kinds) == REQUESTS
     assert psutil.Process().memory_info().rss - before < 64e6
     assert len(set(kinds)) >= 5
-    scheduler = live.server.service.scheduler
+    scheduler = live.service.scheduler
     until = time.monotonic() + 10
     while time.monotonic() < until:
         stats = scheduler.stats()
@@ -148,7 +148,7 @@ def test_concurrent_greedy_answers_are_those_of_each_alone(live: Any) -> None:
 
 
 def test_a_client_that_hangs_up_is_cancelled(live: Any) -> None:
-    scheduler = live.server.service.scheduler
+    scheduler = live.service.scheduler
     before = scheduler.stats().finished.get("cancelled", 0)
     body = {"model": "tiny", "prompt": "And", "max_tokens": 900, "ignore_eos": True}
     with httpx.stream("POST", f"{live.url}/v1/completions", json={**body, "stream": True}) as reply:

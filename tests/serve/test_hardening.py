@@ -74,9 +74,9 @@ def test_hosts_origins_ids_and_the_log(
         assert made.headers["x-request-id"].startswith("req-")
         live.wait_ready()
         assert "hmc_build_info{" in client.get("/metrics").text
-        live.server.service.ready()[1]._failure = UsageError("broken")
+        live.service.ready()[1]._failure = UsageError("broken")
         assert client.post("/v1/completions", json=ASK).status_code == 503
-        live.server.service.ready = None
+        live.service.ready = None
         assert client.post("/v1/completions", json=ASK).status_code == 500
     said = capfd.readouterr().err
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -86,7 +86,7 @@ def test_hosts_origins_ids_and_the_log(
         "broken"
     ]
     assert "NoneType" in next(e["error"] for e in lines if e["status"] == 500)
-    assert "hmc: ready after" in said
+    assert "is ready after" in said
 
 
 def test_silent_and_slow_clients_shut_nobody_out_and_do_not_keep_the_server(

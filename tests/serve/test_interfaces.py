@@ -73,7 +73,7 @@ def test_keys_full_queues_and_broken_streams(plan: Plan, start: Callable[..., An
         large = client.post("/v1/messages", json={**ASK, "system": "x" * 3000})
         assert kind(large) == (413, "request_too_large")
 
-        engine, scheduler = live.server.service.ready()
+        engine, scheduler = live.service.ready()
         release = threading.Event()
 
         def breaks(*_: Any) -> None:

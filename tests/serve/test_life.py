@@ -50,10 +50,10 @@ def test_while_loading_health_tells_the_progress_and_a_failure_ends_the_server(
         assert httpx.get(f"{live.url}/live").json()["state"] == "loading"
         go_on.set()
         until = time.monotonic() + 10
-        while live.server.service.failure is None and time.monotonic() < until:
+        while live.server.models.failure is None and time.monotonic() < until:
             time.sleep(0.01)
         assert live.server.should_exit
-    assert isinstance(live.server.service.failure, ShardError)
+    assert isinstance(live.server.models.failure, ShardError)
 
 
 def test_key_size_type_route_and_queue_are_checked(plan: Plan, start: Callable[..., Any]) -> None:
@@ -100,7 +100,7 @@ def test_a_step_that_hangs_fails_its_requests_and_turns_health(
     settings = Settings(name="tiny", watchdog_seconds=0.6, keep_alive_seconds=0.1)
     with start(plan, settings) as live:
         live.wait_ready()
-        engine, _ = live.server.service.ready()
+        engine, _ = live.service.ready()
         release = threading.Event()
         engine.executor.decode = lambda *_: release.wait(20)
         url = f"{live.url}/v1/completions"

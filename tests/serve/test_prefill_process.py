@@ -104,10 +104,10 @@ def test_a_process_that_cannot_begin_ends_the_server(
     monkeypatch.setattr(PrefillWorker, "wait_ready", refuse)
     with start(chunked, Settings(name="tiny", prefill=DECISION)) as live:
         limit = time.monotonic() + WAIT
-        while live.server.service.failure is None:
+        while live.server.models.failure is None:
             assert time.monotonic() < limit
             time.sleep(0.01)
-    assert isinstance(live.server.service.failure, CapacityError)
+    assert isinstance(live.server.models.failure, CapacityError)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_the_command_line_decides(
     if "on" in arguments and len(CPUS) < 2:
         pytest.skip("two cores are divided")
     seen: list[Settings] = []
-    monkeypatch.setattr(server, "serve", lambda plan, settings, *_: seen.append(settings))
+    monkeypatch.setattr(server, "serve", lambda models, *_: seen.append(models.settings))
     save_plan(chunked, tmp_path / "p.hmp")
     result = CliRunner().invoke(cli, ["serve", str(tmp_path / "p.hmp"), *arguments])
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ def test_lanes_decode_while_a_prompt_streams(model: Path, start: Callable[..., A
     plan = split_plan(model, gpus=2, held=0.5, switches=True, max_context=512)
     with start(plan, Settings(name="tiny", devices="host", threads=2)) as live:
         live.wait_ready()
-        executor = live.server.service._opened.engine.executor
+        executor = live.service._opened.engine.executor
         began = threading.Barrier(3)
         answers: dict[str, str] = {}
 
@@ -52,4 +52,4 @@ def test_lanes_decode_while_a_prompt_streams(model: Path, start: Callable[..., A
         assert executor.calls[BESIDE] == 1
         assert executor.calls["decode.dual"] > 0
         assert executor.kv.allocator.used == 0
-        assert any("native program" in told for told in live.server.service._told)
+        assert any("native program" in told for told in live.service._told)

@@ -6,7 +6,7 @@ the chat template that their metadata hold (vocabulary, splitting).
 from hmc.checkpoint.gguf.checkpoint import GgufCheckpoint, open_gguf, settings_of
 from hmc.checkpoint.gguf.header import parse_gguf
 from hmc.checkpoint.gguf.table import GGUF_FAMILIES
-from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer
+from hmc.checkpoint.gguf.vocabulary import GgufTokenizer, read_tokenizer, sentence_piece
 
 __all__ = [
     "GGUF_FAMILIES",
@@ -15,5 +15,6 @@ __all__ = [
     "open_gguf",
     "parse_gguf",
     "read_tokenizer",
+    "sentence_piece",
     "settings_of",
 ]

@@ -72,8 +72,8 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         )
     raw = [tensor for file in files for tensor in file.tensors]
     _check_types(path, raw)
-    names = frozenset(tensor.name for tensor in raw)
-    facts = Facts(head.settings, architecture, names, partial(_floats, files, raw))
+    shapes = {tensor.name: tensor.shape for tensor in raw}
+    facts = Facts(head.settings, architecture, shapes, partial(_floats, files, raw))
     values = {**family.config(facts), **_vocabulary(head, raw)}
     weights = [tensor for tensor in raw if tensor.name not in family.settings]
     found = published(family, weights, facts.whole("expert_count", 0), str(path))

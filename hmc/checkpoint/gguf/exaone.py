@@ -14,11 +14,11 @@ from hmc.checkpoint.gguf.families import (
     gating,
     grouped_config,
     head_dim,
+    layer_types,
 )
 
 
 def _config(facts: Facts) -> Values:
-    slides = facts.by_layer("attention.sliding_window_pattern")
     return {
         "model_type": "exaone_moe",
         "architectures": ["ExaoneMoEForCausalLM"],
@@ -26,7 +26,7 @@ def _config(facts: Facts) -> Values:
         **head_dim(facts),
         **grouped_config(facts, gating(facts, default=2)),
         "sliding_window": facts.whole("attention.sliding_window"),
-        "layer_types": [f"{'sliding' if each else 'full'}_attention" for each in slides],
+        "layer_types": layer_types(facts.slides()),
     }
 
 

@@ -21,11 +21,11 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Facts:
-    """The metadata of one architecture, and the names of the tensors that there are."""
+    """The metadata of one architecture, and the shapes of the tensors that there are, by name."""
 
     settings: ModelConfig
     architecture: str
-    tensors: frozenset[str]
+    tensors: Mapping[str, tuple[int, ...]]
     floats: Callable[[str], list[float]]
     """The numbers of a vector of 32-bit floats, by the tensor's name."""
 
@@ -52,11 +52,23 @@ class Facts:
         return self.settings.get_bool(self._full(key), default)
 
     def by_layer(self, key: str) -> list[int]:
-        """A whole number, or true and false as such, for each layer."""
+        """A whole number, or true and false as such, for each layer; one is that of all."""
         found = self.settings.values.get(self._full(key))
-        if not isinstance(found, memoryview) or len(found) < self.layers:
-            raise self.settings.error(self._full(key), "must be one for each layer")
-        return [int(each) for each in found[: self.layers]]
+        if type(found) is int:
+            return [found] * self.layers
+        return [int(each) for each in self._array(key)]
+
+    def numbers(self, key: str) -> list[float]:
+        """A finite number for each layer, 0 where the key is not there."""
+        found = [float(each) for each in self._array(key)] if self.has(key) else [0.0] * self.layers
+        if not all(map(math.isfinite, found)):
+            raise self.settings.error(self._full(key), "must be finite numbers")
+        return found
+
+    def slides(self, default: list[int] | None = None) -> list[int]:
+        """Whether each layer sees a window of tokens alone, as 0 or 1."""
+        key = "attention.sliding_window_pattern"
+        return self.by_layer(key) if default is None or self.has(key) else default
 
     def text(self, key: str, default: str) -> str:
         """A string."""
@@ -69,15 +81,21 @@ class Facts:
         count = self.whole("block_count")
         if not extra < count:
             raise self.settings.error(self._full("block_count"), f"is {count}: no layers")
+        if count > len(self.tensors):
+            raise ConfigError(
+                f"{self.settings.path}: {count} layers, but {len(self.tensors)} tensors"
+            )
         return count - extra
 
     def layers_without(self, tensor: str) -> list[int]:
         """Layers that have no tensor "blk.<n>.<tensor>"."""
-        if self.layers > len(self.tensors):
-            raise ConfigError(
-                f"{self.settings.path}: {self.layers} layers, but {len(self.tensors)} tensors"
-            )
         return [n for n in range(self.layers) if f"blk.{n}.{tensor}" not in self.tensors]
+
+    def _array(self, key: str) -> Any:
+        found = self.settings.values.get(self._full(key))
+        if not isinstance(found, memoryview) or len(found) < self.layers:
+            raise self.settings.error(self._full(key), "must be one for each layer")
+        return found[: self.layers]
 
     def _full(self, key: str) -> str:
         return f"{self.architecture}.{key}"
@@ -166,9 +184,21 @@ def experts(
     }
 
 
-def common_config(facts: Facts, kv_heads: int = 0) -> Values:
-    """What every family's config.json says; `kv_heads` are those of keys where layers differ."""
-    heads = facts.whole("attention.head_count")
+def renamed(names: Mapping[str, str | tuple[str, ...]], old: str, new: str) -> Names:
+    """The same with `new` for the first `old` of each target."""
+    return {
+        key: target.replace(old, new, 1)
+        if isinstance(target, str)
+        else tuple(each.replace(old, new, 1) for each in target)
+        for key, target in names.items()
+    }
+
+
+def common_config(facts: Facts, kv_heads: int = 0, heads: int = 0) -> Values:
+    """What every family's config.json says; `heads`, and `kv_heads` of keys, where layers differ in
+    them.
+    """
+    heads = heads or facts.whole("attention.head_count")
     return {
         "hidden_size": facts.whole("embedding_length"),
         "num_hidden_layers": facts.layers,
@@ -176,12 +206,31 @@ def common_config(facts: Facts, kv_heads: int = 0) -> Values:
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads or facts.whole("attention.head_count_kv", heads),
         "max_position_embeddings": facts.whole("context_length"),
-        "rms_norm_eps": facts.number("attention.layer_norm_rms_epsilon"),
+        **_epsilon(facts),
         "rope_theta": facts.number("rope.freq_base", 10000.0),
         "attention_bias": "blk.0.attn_q.bias" in facts.tensors,
         "tie_word_embeddings": "output.weight" not in facts.tensors,
-        **_rope_scaling(facts),
+        **rope_scaling(facts),
     }
+
+
+def _epsilon(facts: Facts) -> Values:
+    """Of norms without means, or, where the file has none of those, of norms with."""
+    root, mean = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+    if facts.has(mean) and not facts.has(root):
+        return {"layer_norm_eps": facts.number(mean)}
+    return {"rms_norm_eps": facts.number(root)}
+
+
+def layer_types(slides: list[int]) -> list[str]:
+    """What the layers are called that slide and that do not."""
+    return [f"{'sliding' if each else 'full'}_attention" for each in slides]
+
+
+def mlp_types(facts: Facts) -> list[str]:
+    """What the layers are called that are routed and that are not."""
+    dense = facts.layers_without("ffn_gate_inp.weight")
+    return ["dense" if index in dense else "sparse" for index in range(facts.layers)]
 
 
 def head_dim(facts: Facts) -> Values:
@@ -200,9 +249,13 @@ def rotated_head_dim(facts: Facts) -> Values:
     return {"head_dim": size, "partial_rotary_factor": rotated_share(facts, size)}
 
 
-def rotated_share(facts: Facts, size: int) -> float:
+def rotated_share(facts: Facts, size: int, key: str = "rope.dimension_count") -> float:
     """How much of a head of `size` elements is rotated."""
-    rotated = facts.whole("rope.dimension_count", size)
+    return share_of(facts.whole(key, size), size)
+
+
+def share_of(rotated: int, size: int) -> float:
+    """A number that `size` times is `rotated`, rounded down."""
     share = rotated / (size or 1)
     return math.nextafter(share, math.inf) if int(size * share) < rotated else share
 
@@ -252,7 +305,8 @@ GROUPED: Names = {
 """Experts as DeepSeek's and its followers' are called."""
 
 
-def _rope_scaling(facts: Facts) -> Values:
+def rope_scaling(facts: Facts) -> Values:
+    """`rope_scaling` of config.json, where frequencies are scaled."""
     kind = facts.text("rope.scaling.type", "none")
     own = {"none": (), "linear": (), "yarn": _YARN}.get(kind)
     if own is None:
@@ -261,9 +315,6 @@ def _rope_scaling(facts: Facts) -> Values:
         )
     if kind == "none":
         return {}
-    # What files mean by this factor differs from what config.json does: 1 means the same in both.
-    if facts.number("rope.scaling.yarn_attn_factor", 1.0) != 1.0:
-        raise facts.settings.unsupported(f"{facts.architecture}.rope.scaling.yarn_attn_factor", "1")
     scaling: Values = {"rope_type": kind, "factor": facts.number("rope.scaling.factor")}
     scaling |= {name: facts.number(key) for key, name in own if facts.has(key)}
     if facts.has("rope.scaling.original_context_length"):
@@ -273,9 +324,17 @@ def _rope_scaling(facts: Facts) -> Values:
 
 
 _YARN = (
+    ("rope.scaling.yarn_attn_factor", "attention_factor"),
     ("rope.scaling.yarn_beta_fast", "beta_fast"),
     ("rope.scaling.yarn_beta_slow", "beta_slow"),
 )
+
+
+def sigmoid_alone(facts: Facts) -> str:
+    """How router logits become scores in families that know the sigmoid alone."""
+    if (scoring := gating(facts, default=2)) != "sigmoid":
+        raise facts.settings.unsupported(f"{facts.architecture}.expert_gating_func", "2 (sigmoid)")
+    return scoring
 
 
 def gating(facts: Facts, default: int) -> str:

@@ -13,10 +13,10 @@ from hmc.checkpoint.gguf.families import (
     GgufFamily,
     Values,
     common_config,
-    gating,
     grouped_config,
     head_dim,
     rotated_head_dim,
+    sigmoid_alone,
 )
 
 
@@ -26,7 +26,7 @@ def _config(facts: Facts) -> Values:
         "architectures": ["Glm4MoeForCausalLM"],
         **common_config(facts),
         **rotated_head_dim(facts),
-        **_routing(facts),
+        **grouped_config(facts, sigmoid_alone(facts)),
         "use_qk_norm": "blk.0.attn_q_norm.weight" in facts.tensors,
     }
 
@@ -37,15 +37,8 @@ def _dots1(facts: Facts) -> Values:
         "architectures": ["Dots1ForCausalLM"],
         **common_config(facts),
         **head_dim(facts),
-        **_routing(facts),
+        **grouped_config(facts, sigmoid_alone(facts)),
     }
-
-
-def _routing(facts: Facts) -> Values:
-    """Neither module has another way to score than the sigmoid."""
-    if (scoring := gating(facts, default=2)) != "sigmoid":
-        raise facts.settings.unsupported(f"{facts.architecture}.expert_gating_func", "2 (sigmoid)")
-    return grouped_config(facts, scoring)
 
 
 GLM4_MOE = GgufFamily(

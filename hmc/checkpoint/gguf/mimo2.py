@@ -17,7 +17,7 @@ from hmc.checkpoint.gguf.families import (
 
 
 def _config(facts: Facts) -> Values:
-    slides = facts.by_layer("attention.sliding_window_pattern")
+    slides = facts.slides()
     kinds = dict(zip(slides, facts.by_layer("attention.head_count_kv"), strict=True))
     dense = facts.layers_without("ffn_gate_inp.weight")
     size = facts.whole("attention.key_length")

@@ -17,7 +17,7 @@ from hmc.errors import TensorError
 from hmc.formats import DTYPE_BITS, WIDE
 from hmc.formats.ggml import GGML_TYPES
 
-_LAYER = re.compile(r"blk\.(\d+)\.((?:nextn\.)?\w+?)(?:\.(\d+))?((?:\.\w+)?)")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:(?:nextn|indexer)\.)?\w+?)(?:\.(\d+))?((?:\.\w+)?)")
 
 
 @dataclass(frozen=True)

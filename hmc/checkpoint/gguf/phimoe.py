@@ -30,7 +30,7 @@ def _config(facts: Facts) -> Values:
         "intermediate_size": facts.whole("feed_forward_length"),
         "lm_head_bias": "output.bias" in facts.tensors,
     }
-    if facts.tensors & {*_FACTORS.values()}:
+    if facts.tensors.keys() & {*_FACTORS.values()}:
         original = facts.whole("rope.scaling.original_context_length")
         values["original_max_position_embeddings"] = original
         values["rope_scaling"] = {

@@ -70,6 +70,26 @@ _DEEPSEEK_CODER = (
     "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
     r"\p{N}",
 )
+_THREES = r"(?<!\p{N})\p{N}{1,2}(?=(?:\p{N}{3})+(?!\p{N}))"
+"""The one or two digits before groups of three, counted from the right: found at the start of a
+number, so that long ones take no quadratic time.
+"""
+_THREES_OF_WORDS = r"(?<!\d)(?:\d{1,2}(?=(?:\d{3})*\b)|(?:\d{3})+\b)"
+_ASIAN = (
+    "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f"
+    "\u2f00-\u2fdf\u0e00-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f"
+    "\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+"
+)
+"""Scripts that are written without spaces, and Korean's."""
+_LETTERS_APART = rf"{_BEFORE}(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+"
+_EXAONE = (
+    rf"{_CONTRACTION}|{_LETTERS_APART}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|\s*[\r\n]"
+    r"|\s+(?!\S)|\s+"
+)
+_BAILING = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -87,14 +107,27 @@ class Splitting:
 
 _LLAMA3 = Splitting((_words(r"\p{N}{1,3}"),), whole_words=True, begins=True)
 _QWEN2 = Splitting((_words(r"\p{N}"),), composed=True)
+_O200K = _cased(r"\p{N}{1,3}", f"{_CONTRACTION}?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*")
 _KIMI = r"\p{Han}+|" + _cased(
     r"\p{N}{1,3}", f"{_CONTRACTION}?", _SYMBOLS, _UPPER[:-1] + _NO_HAN, _LOWER[:-1] + _NO_HAN
 )
 
 SPLITTINGS: Mapping[str, Splitting] = {
-    **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), Splitting((_GPT2,))),
     **dict.fromkeys(
-        ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"),
+        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "mellum"), Splitting((_GPT2,))
+    ),
+    **dict.fromkeys(
+        (
+            "starcoder",
+            "refact",
+            "command-r",
+            "smollm",
+            "codeshell",
+            "exaone",
+            "minerva-7b",
+            "cohere2_moe",
+            "mellum2",
+        ),
         Splitting((r"\p{N}", _GPT2)),
     ),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2"), _LLAMA3),
@@ -109,10 +142,12 @@ SPLITTINGS: Mapping[str, Splitting] = {
     "deepseek-llm": Splitting(_DEEPSEEK),
     "deepseek-coder": Splitting(_DEEPSEEK_CODER),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), Splitting(_DEEPSEEK3)),
-    **dict.fromkeys(
-        ("gpt-4o", "minimax-m2"),
-        Splitting((_cased(r"\p{N}{1,3}", f"{_CONTRACTION}?", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"),)),
-    ),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), Splitting((_O200K,))),
+    "tiny_aya": Splitting((_THREES_OF_WORDS, _O200K)),
+    "laguna": Splitting((r"[^\n]+|\n+", _words(r"\p{N}"))),
+    "afmoe": Splitting((_THREES, r"\p{N}{1,3}", _ASIAN, _DEEPSEEK3[-1])),
+    "exaone-moe": Splitting((_EXAONE,)),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), Splitting((_BAILING,))),
     "tekken": Splitting(
         (_cased(r"\p{N}", "", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"),), whole_words=True, begins=True
     ),

@@ -1,9 +1,10 @@
 """The tokenizer that a GGUF file's metadata hold, in the form that checkpoints have it beside their
 weights: tokenizer.json and what stands in tokenizer_config.json and generation_config.json.
 
-Two kinds are read, as llama.cpp calls them: "gpt2", byte-level BPE with merges, whose words are cut
-as `splitting` says; and "llama", SentencePiece BPE, whose merges follow from the tokens' scores,
-spaces as U+2581 and unknown characters as byte tokens.
+Three kinds are read, as llama.cpp calls them: "gpt2", byte-level BPE with merges, whose words are
+cut as `splitting` says; "llama", SentencePiece BPE, whose merges follow from the tokens' scores,
+spaces as U+2581 and unknown characters as byte tokens; and "gemma4", the same with merges of its
+own (Sarvam's is called "gpt2", with words that are cut as "sarvam-moe").
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ _NAMES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "seper
 _ENDS = frozenset(
     ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
      "<|eom_id|>", "<EOT>", "_<EOT>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
-     "<|return|>", "<|call|>")
+     "<turn|>", "<|tool_response>", "[EOT]", "[EOS]",
+     "<|return|>", "<|call|>", "<|flush|>", "<|calls|>")
 )  # fmt: skip
-"""Control tokens that end an answer wherever they are, though files name one of them alone."""
-_CALLS = frozenset(("<|return|>", "<|call|>"))  # then <|end|> ends a message, and no answer
+"""Tokens that end an answer wherever they are, though files name one of them alone."""
+_CALLS = frozenset(("<|return|>", "<|call|>", "<|flush|>", "<|calls|>"))
+"""Beside these, <|end|> ends a message, and no answer."""
+_CHARACTERS = ("gemma4", "sarvam-moe")
+"""Ways to cut words that are none: tokens are of characters, not of bytes."""
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
              "penalty_repeat": "repetition_penalty"}  # fmt: skip
 
@@ -60,9 +65,7 @@ def read_tokenizer(path: Path) -> GgufTokenizer:
         return GgufTokenizer(None, {}, generation)
     kind = settings.get_str(_KEY + "model", "")
     if kind not in _KINDS:
-        raise TokenizerError(
-            f"{path}: {_KEY}model is {quote(kind)}; hmc reads {' and '.join(_KINDS)}"
-        )
+        raise TokenizerError(f"{path}: {_KEY}model is {quote(kind)}; hmc reads {', '.join(_KINDS)}")
     tokens = _Tokens(settings)
     made, begins, ends = _KINDS[kind](tokens)
     config: Json = {
@@ -85,7 +88,7 @@ def end_ids(settings: ModelConfig) -> tuple[int, ...]:
     known = [
         number
         for number, (text, kind) in enumerate(zip(texts, kinds, strict=False))
-        if kind == _CONTROL and text in _ENDS
+        if kind in (_CONTROL, _USER) and text in _ENDS
     ]
     if any(texts[number] in _CALLS for number in known):
         known = [number for number in known if texts[number] != "<|end|>"]
@@ -121,6 +124,14 @@ class _Tokens:
             if kind in (_UNKNOWN, _CONTROL, _USER) and text
         ]  # fmt: skip
 
+    def merges(self) -> list[tuple[str, ...]]:
+        """Pairs of tokens, the first that are merged first."""
+        found = [tuple(merge.split(" ")) for merge in self.settings.get_strs(_KEY + "merges")]
+        for merge in found:
+            if len(merge) != 2:
+                raise self.wrong(f"{_KEY}merges: {quote(' '.join(merge))} is no pair")
+        return found
+
     def wrong(self, problem: str) -> TokenizerError:
         return TokenizerError(f"{self.path}: tokenizer: {problem}")
 
@@ -147,16 +158,14 @@ def _sampling(settings: ModelConfig) -> Json:
 def _byte_level(tokens: _Tokens) -> tuple[Json, bool, bool]:
     """tokenizer.json of byte-level BPE; whether texts begin and end with special tokens."""
     pre = tokens.settings.get_str(_KEY + "pre", "")
+    if pre in _CHARACTERS:
+        return _merged_characters(tokens)
     splitting = SPLITTINGS.get(pre)
     if splitting is None:
         raise TokenizerError(
             f"{tokens.path}: {_KEY}pre is {quote(pre)}: hmc does not know how this tokenizer cuts"
-            f" words; it knows {', '.join(SPLITTINGS)}"
+            f" words; it knows {', '.join((*SPLITTINGS, *_CHARACTERS))}"
         )
-    merges = [tuple(merge.split(" ")) for merge in tokens.settings.get_strs(_KEY + "merges")]
-    for merge in merges:
-        if len(merge) != 2:
-            raise tokens.wrong(f"{_KEY}merges: {quote(' '.join(merge))} is no pair")
     bytes_as_characters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                            "use_regex": False}  # fmt: skip
     words = [
@@ -167,7 +176,11 @@ def _byte_level(tokens: _Tokens) -> tuple[Json, bool, bool]:
         {"type": "NFC"} if splitting.composed else None,
         {"type": "Sequence", "pretokenizers": [*words, bytes_as_characters]},
         bytes_as_characters,
-        {"vocab": tokens.vocabulary(), "merges": merges, "ignore_merges": splitting.whole_words},
+        {
+            "vocab": tokens.vocabulary(),
+            "merges": tokens.merges(),
+            "ignore_merges": splitting.whole_words,
+        },
     )
     return made, splitting.begins, False
 
@@ -177,34 +190,64 @@ def _sentence_piece(tokens: _Tokens) -> tuple[Json, bool, bool]:
     scores = _numbers(tokens.settings, "scores")
     if len(scores) != len(tokens.texts):
         raise tokens.wrong(f"has {len(tokens.texts)} tokens and {len(scores)} scores")
-    vocabulary = tokens.vocabulary()
-    unknown = next((text for text, kind in zip(tokens.texts, tokens.kinds, strict=True)
-                    if kind == _UNKNOWN), None)  # fmt: skip
     prefix = tokens.settings.get_bool(_KEY + "add_space_prefix", True)
+    pieces = list(zip(tokens.texts, scores, tokens.kinds, strict=True))
+    return sentence_piece(pieces, tokens.vocabulary(), prefix=prefix), True, False
+
+
+def _merged_characters(tokens: _Tokens) -> tuple[Json, bool, bool]:
+    """tokenizer.json of BPE of characters whose merges the file has; whether texts begin and end
+    with special tokens.
+    """
+    prefix = tokens.settings.get_bool(_KEY + "add_space_prefix", False)
+    kinds = list(zip(tokens.texts, tokens.kinds, strict=True))
+    made = _of_characters(kinds, tokens.vocabulary(), tokens.merges(), prefix)
+    return made, tokens.settings.get_str(_KEY + "model", "") == "gemma4", False
+
+
+def sentence_piece(
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int], *, prefix: bool
+) -> Json:
+    """tokenizer.json of SentencePiece BPE without its added tokens, of pieces (text, score, kind)
+    in the order of ids; `prefix`: a text begins with a space.
+    """
+    kinds = [(text, kind) for text, _, kind in pieces]
+    return _of_characters(kinds, vocabulary, _merges(pieces, vocabulary), prefix)
+
+
+def _of_characters(
+    pieces: Sequence[tuple[str, int]],
+    vocabulary: Mapping[str, int],
+    merges: Sequence[tuple[str, ...]],
+    prefix: bool,
+) -> Json:
+    """Of pieces (text, kind). Spaces are U+2581, with `prefix` one stands before a text; bytes
+    stand for characters that are no tokens.
+    """
+    unknown = next((text for text, kind in pieces if kind == _UNKNOWN), None)
     begin = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     back = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    made = _made(
+    return _made(
         {"type": "Sequence", "normalizers": [*begin, spaces]},
         None,
         {"type": "Sequence",
          "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        {"vocab": vocabulary, "merges": _merges(tokens, vocabulary, scores), "unk_token": unknown,
-         "fuse_unk": True, "byte_fallback": _BYTE in tokens.kinds, "ignore_merges": False},
+        {"vocab": vocabulary, "merges": merges, "unk_token": unknown, "fuse_unk": True,
+         "byte_fallback": any(kind == _BYTE for _, kind in pieces), "ignore_merges": False},
     )  # fmt: skip
-    return made, True, False
 
 
 def _merges(
-    tokens: _Tokens, vocabulary: Mapping[str, int], scores: Sequence[float]
+    pieces: Sequence[tuple[str, float, int]], vocabulary: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """Every pair of tokens that makes one, the best-scored result first; of those of one result the
     longer left part first, as transformers orders them (convert_slow_tokenizer.py).
     """
     found = [
-        (scores[number], len(text[:cut]), text[:cut], text[cut:])
-        for number, (text, kind) in enumerate(zip(tokens.texts, tokens.kinds, strict=True))
+        (score, len(text[:cut]), text[:cut], text[cut:])
+        for text, score, kind in pieces
         if kind == _NORMAL
         for cut in range(1, len(text))
         if text[:cut] in vocabulary and text[cut:] in vocabulary
@@ -213,7 +256,7 @@ def _merges(
     return [(left, right) for _, _, left, right in found]
 
 
-_KINDS = {"gpt2": _byte_level, "llama": _sentence_piece}
+_KINDS = {"gpt2": _byte_level, "llama": _sentence_piece, "gemma4": _merged_characters}
 
 
 def _made(normalizer: Json | None, words: Json | None, decoder: Json, model: Json) -> Json:

@@ -4,6 +4,7 @@ which status has which type.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -34,6 +35,11 @@ def body(fault: ApiError) -> dict[str, Any]:
     other = "api_error" if fault.status >= 500 else "invalid_request_error"
     kind = _TYPES.get(fault.status, other)
     return {"type": "error", "error": {"type": kind, "message": fault.message}}
+
+
+def event(fault: ApiError) -> str:
+    """An error as an event of a stream, as it is sent."""
+    return f"event: error\ndata: {json.dumps(body(fault))}\n\n"
 
 
 def response(fault: ApiError, scope: Scope) -> JSONResponse:
