@@ -47,6 +47,7 @@ def compile(
     max_chunk: int = 512,
     vram: float = 0.0,
     concurrency: int = 1,
+    cache_tokens: int = 0,
     slo: str = "",
     routing_profile: str | Path = "",
     ring: int = 0,
@@ -59,10 +60,11 @@ def compile(
     sequence (0: what fits); `dummy_weights` needs config.json alone and makes a plan to be run with
     random weights; `layers` cuts the depth of such a plan (0: all); `family` reads the model as one
     of that family (see `hmc models`), whatever config.json calls it; `threads` native workers (0:
-    one a core). With GPUs, `vram` GB of each may be used (0: all), the cache holds `concurrency`
-    sequences, `routing_profile` names recorded routing, and `ring` experts (at least 2; 0: as many
-    as pay) fit into the slots of a streamed prefill; `attention` of decode is computed there by
-    hmc's own kernels or by FlashInfer's. `slo` are goals such as
+    one a core). At least `concurrency` sequences decode at a time, and the cache holds as many of
+    whole length, and more where memory is free; or `cache_tokens` tokens of all of them. With GPUs,
+    `vram` GB of each may be used (0: all), `routing_profile` names recorded routing, and `ring`
+    experts (at least 2; 0: as many as pay) fit into the slots of a streamed prefill; `attention` of
+    decode is computed there by hmc's own kernels or by FlashInfer's. `slo` are goals such as
     "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
     would lift it. Raises subclasses of `HmcError`.
     """
@@ -70,8 +72,8 @@ def compile(
         raise UsageError(
             "max_context, layers and threads must not be negative, max_chunk not below 1"
         )
-    if vram < 0 or concurrency < 1:
-        raise UsageError("vram must not be negative, concurrency not below 1")
+    if vram < 0 or cache_tokens < 0 or concurrency < 1:
+        raise UsageError("vram and cache_tokens must not be negative, concurrency not below 1")
     if ring < 0 or ring == 1:
         raise UsageError(f"ring={ring}: 2 experts at least, one computed while one is loaded")
     if layers and not dummy_weights:
@@ -85,6 +87,7 @@ def compile(
         layers=layers,
         vram=int(vram * 1e9),
         concurrency=concurrency,
+        cache_tokens=cache_tokens,
         ring=ring,
         attention=attention,
         slo=slo,

@@ -22,7 +22,8 @@ exit code.
     `-- ExecutionError           6   something broke while running
         |-- KernelError          6   a kernel could not be built or run
         |-- WorkerError          6   a native worker died or hangs
-        `-- QueueFullError       6   too many requests wait already
+        |-- QueueFullError       6   too many requests wait already
+        `-- RequestTimeoutError  6   a request took longer than a server gives one
 
 A message is one line: what is wrong, where, and what to do about it.
 """
@@ -130,3 +131,7 @@ class WorkerError(ExecutionError):
 
 class QueueFullError(ExecutionError):
     """Too many requests wait already; a later try may succeed."""
+
+
+class RequestTimeoutError(ExecutionError):
+    """A request took longer than a server gives one."""

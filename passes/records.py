@@ -91,8 +91,8 @@ class Needs:
 class Budget:
     """How a hybrid plan divides its GPUs, in bytes: `dense` and `cache` on gpu0 for decode,
     `workspace` on each, `experts` left for resident experts on each; `usable` of each GPU in all.
-    The cache holds `tokens` tokens of each sequence, and streamed prefill may have `ring` bytes of
-    slots and takes `stream_token` bytes of activations a token, roughly.
+    Contexts are of `tokens` tokens, the cache holds `held` in all; streamed prefill may have `ring`
+    bytes of slots and takes `stream_token` bytes of activations a token, roughly.
     """
 
     usable: tuple[int, ...]
@@ -102,6 +102,7 @@ class Budget:
     ring: int
     experts: tuple[int, ...]
     tokens: int
+    held: int
     stream_token: int
 
 

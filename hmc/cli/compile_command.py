@@ -42,7 +42,19 @@ if TYPE_CHECKING:
     "--family", default="", metavar="NAME", help="Read MODEL as one of this family; see hmc models."
 )
 @option("--vram", default=0.0, metavar="GB", help="Use so much of each GPU [default: all].")
-@option("--concurrency", default=1, metavar="C", help="Sequences the cache must hold.")
+@option(
+    "--concurrency",
+    default=1,
+    metavar="C",
+    help="Whole contexts the cache must hold; at least 16 sequences decode at a time.",
+)
+@option(
+    "--cache-tokens",
+    default=0,
+    metavar="N",
+    help="Tokens the cache holds of all sequences [default: what half of the free memory holds, up"
+    " to a context each].",
+)
 @option(
     "--attention",
     type=click.Choice(["triton", "flashinfer"]),

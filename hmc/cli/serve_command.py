@@ -99,6 +99,14 @@ from hmc.machine.detect import machine_here
     help="Plans that are loaded at a time [default: as many as memory holds].",
 )
 @option(
+    "--request-seconds",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="SECONDS",
+    help="What a request may take, from its place in the queue to its last token [default: as long"
+    " as it takes].",
+)
+@option(
     "--watchdog",
     type=click.FloatRange(min=0, min_open=True),
     default=300.0,

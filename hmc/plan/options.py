@@ -19,11 +19,12 @@ class Options(BaseModel):
 
     `max_context` tokens of one sequence, `max_chunk` of a prefill chunk, `threads` native workers.
     A plan with `dummy_weights` is made from a config alone, cut to `layers`. `vram` bytes of each
-    GPU may be used (0: all); the cache holds `concurrency` sequences; `ring` experts fit into the
-    slots of a streamed prefill. Of models that keep states a sequence, or windows in rings,
-    `snapshot_bytes` may hold those of prompts, for others that begin alike. `attention` says whose
-    kernels attend on GPUs in decode. `slo` are goals as the user wrote them, `family` is how to
-    read the model, whatever config.json calls it, `profile` recorded routing.
+    GPU may be used (0: all); the cache holds `concurrency` sequences of whole length at least, or
+    `cache_tokens` tokens of all of them; `ring` experts fit into the slots of a streamed prefill.
+    Of models that keep states a sequence, or windows in rings, `snapshot_bytes` may hold those of
+    prompts, for others that begin alike. `attention` says whose kernels attend on GPUs in decode.
+    `slo` are goals as the user wrote them, `family` is how to read the model, whatever config.json
+    calls it, `profile` recorded routing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -34,6 +35,7 @@ class Options(BaseModel):
     layers: Annotated[int, Field(ge=0)] = 0
     vram: Annotated[int, Field(ge=0)] = 0
     concurrency: Annotated[int, Field(ge=1)] = 1
+    cache_tokens: Annotated[int, Field(ge=0)] = 0
     ring: Annotated[int, Field(ge=0)] = 0
     snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     attention: Literal["triton", "flashinfer"] = "triton"

@@ -8,10 +8,11 @@ The policy, as far as the phases of a plan allow it:
       that share a phase, run in `prefill.host`.
     * a prompt that would stream its weights while others decode does so beside them, where the plan
       has a phase for that (`prefill.beside`) and the caller can run the two at the same time (the
-      scheduler can: runtime/phases/beside.py). Meanwhile no other prompt is computed: phases of
-      prompts share memory, and first come is first served. Where nobody decodes, or decode would
-      have to wait, `prefill.stream` is over sooner: it has all GPUs.
-    * a prompt in `prefill.host` runs in chunks. Alone, they are as long as the plan allows; while
+      scheduler can: runtime/phases/beside.py). Meanwhile no other prompt streams: such phases share
+      memory. Where nobody decodes, or decode would have to wait, `prefill.stream` is over sooner:
+      it has all GPUs.
+    * a prompt in `prefill.host` runs in chunks, in turns with others
+      (runtime/batching/turns.py). Alone, they are as long as the plan allows; while
       others decode, a quarter of it, and after each chunk every running sequence gets a token. So
       nobody waits for more than a quarter chunk between two tokens, however long the prompt is.
       A chunk reads nearly all experts whatever its length, so much shorter ones would make the

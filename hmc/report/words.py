@@ -95,7 +95,7 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         (
             "Limits",
             f"context {limits.max_context} of {model.context}, chunks of {limits.max_chunk},"
-            f" decode batch {limits.max_batch}",
+            f" decode batch {limits.max_batch}, cache of {plan.kv.capacity_tokens} tokens",
         ),
         ("Switch-over", "; ".join(_switches(plan)) or "none: one way to prefill, one to decode"),
         ("Made by", f"hmc {plan.hmc_version}, plan schema {plan.schema_version}"),

@@ -49,12 +49,16 @@ class Replies:
         self._tickets: list[Ticket] = []
         self._open = 0
 
-    def submit(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
-        """Submit them all or none; raises what `Scheduler.submit` raises."""
+    def submit(
+        self, scheduler: Scheduler, requests: Sequence[Request], *, held: bool = False
+    ) -> None:
+        """Submit them all or none, `held` in places of the queue that the caller holds; raises what
+        `Scheduler.submit` raises.
+        """
         for index, request in enumerate(requests):
             request.listener = self._listener(index)
             try:
-                self._tickets.append(scheduler.submit(request))
+                self._tickets.append(scheduler.submit(request, held=held))
             except BaseException:
                 self.cancel()
                 raise

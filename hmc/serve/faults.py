@@ -15,6 +15,7 @@ from hmc.errors import (
     ExecutionError,
     HmcError,
     QueueFullError,
+    RequestTimeoutError,
     UsageError,
 )
 
@@ -76,6 +77,11 @@ def of_error(error: HmcError) -> ApiError:
             code="queue_full",
             headers={"Retry-After": str(_RETRY_SECONDS)},
         )
+    if isinstance(error, RequestTimeoutError):
+        # OpenAI's clients send a 504 again by themselves: that would take as long.
+        again = {"X-Should-Retry": "false"}
+        kind = "timeout_error"
+        return ApiError(504, text, kind=kind, code="request_timeout", headers=again)
     if isinstance(error, ExecutionError):
         return ApiError(503, text, kind="server_error", code="unavailable")
     return ApiError(500, text, kind="server_error")

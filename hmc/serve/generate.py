@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.tokens.requests import TokenLogprob, Update
 from hmc.serve.delivery import Hub, Replies
 from hmc.serve.metrics import Latencies
@@ -97,10 +98,9 @@ class Answering:
         ]
         self.cached_tokens = 0
 
-    def submit(self) -> None:
-        """Hand it to the scheduler; raises what that refuses with."""
-        _, scheduler = self._service.ready()
-        self._replies.submit(scheduler, self.prepared.requests)
+    def submit(self, scheduler: Scheduler) -> None:
+        """Begin, in places that the caller holds; raises what the scheduler refuses with."""
+        self._replies.submit(scheduler, self.prepared.requests, held=True)
 
     def cancel(self) -> None:
         """End what has not ended."""

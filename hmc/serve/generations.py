@@ -47,8 +47,9 @@ class Generations:
             names, text = Names(service.vocabulary), service.ready()[0].text
             return CompletionChunks(answering, body, service.settings.name, names, text)
 
+        places = prepare.choices(service, body)
         return await self._answer(
-            service, request, lambda: prepare.completions(service, body), written
+            service, request, lambda: prepare.completions(service, body), written, places
         )
 
     async def chat(self, service: Service, request: Request, body: ChatBody) -> Response:
@@ -57,7 +58,10 @@ class Generations:
         def written(answering: Answering) -> Writer:
             return ChatChunks(answering, body, service.settings.name, Names(service.vocabulary))
 
-        return await self._answer(service, request, lambda: prepare.chat(service, body), written)
+        places = prepare.choices(service, body)
+        return await self._answer(
+            service, request, lambda: prepare.chat(service, body), written, places
+        )
 
     async def messages(self, service: Service, request: Request, body: MessagesBody) -> Response:
         """POST /v1/messages."""
@@ -79,8 +83,11 @@ class Generations:
             text = prepare.text_of(service.ready()[0])
             return len(encoded(service, text, of_messages.chat_of(body)))
 
+        _, scheduler = service.ready()
+        with scheduler.places(1):
+            count = await asyncio.to_thread(counted)
         headers = {"request-id": request_id(request.scope)}
-        return JSONResponse({"input_tokens": await asyncio.to_thread(counted)}, headers=headers)
+        return JSONResponse({"input_tokens": count}, headers=headers)
 
     async def responses(self, service: Service, request: Request, body: ResponsesBody) -> Response:
         """POST /v1/responses."""
@@ -102,13 +109,18 @@ class Generations:
         request: Request,
         prepared: Callable[[], Prepared],
         written: Callable[[Answering], Writer],
+        places: int = 1,
     ) -> Response:
-        """Prepare in a thread, submit, and write; raises what these refuse with."""
+        """Hold places in the queue, prepare in a thread, submit, and write; raises what these
+        refuse with.
+        """
         if self._hub is None:  # the loop runs now
             self._hub = Hub()
-        ready = await asyncio.to_thread(prepared)
-        latencies = self._metrics.of(service.settings.name)
-        answering = Answering(service, self._hub, latencies, ready)
-        writer = written(answering)
-        answering.submit()
+        _, scheduler = service.ready()
+        with scheduler.places(places):
+            ready = await asyncio.to_thread(prepared)
+            latencies = self._metrics.of(service.settings.name)
+            answering = Answering(service, self._hub, latencies, ready)
+            writer = written(answering)
+            answering.submit(scheduler)
         return await answer(request, writer, service.settings.keep_alive_seconds)

@@ -14,6 +14,7 @@ from hmc.serve.models import Model
 _FIGURES = (
     *("running", "prefilling", "waiting", "batch", "phase", "kv_used", "kv_cached", "kv_total"),
     *("snapshots", "snapshots_total", "tokens_generated", "prompt_tokens", "prefix_tokens"),
+    *("preemptions",),
     *("steps", "step_age", "step_seconds_total", "executor_seconds"),
 )
 """Of the scheduler's figures, those that the page shows as they are."""

@@ -183,6 +183,8 @@ def _counters(stats: SchedulerStats) -> Figures:
     yield "prompt_tokens", stats.prompt_tokens, "Prompt tokens computed"
     yield "prefix_hits", stats.prefix_hits, "Prompts that began with known blocks"
     yield "prefix_tokens", stats.prefix_tokens, "Prompt tokens taken from the prefix cache"
+    yield "preemptions", stats.preemptions, "Requests that made room in the cache for others"
+    yield "restored_tokens", stats.tokens_restored, "Tokens of their answers stored again"
     yield "steps", stats.steps, "Steps made"
     yield "step_seconds", stats.step_seconds_total, "Seconds in steps"
     yield "executor_seconds", stats.executor_seconds, "Seconds in the executor"

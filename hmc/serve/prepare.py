@@ -25,7 +25,7 @@ from hmc.serve.bodies import (
 )
 from hmc.serve.conversation import encoded, offered
 from hmc.serve.faults import bad_request
-from hmc.serve.grammar import Grammars
+from hmc.serve.grammar import Constraint, Grammars
 from hmc.serve.reasoning import Harmony, Markers, ThoughtFinder, markers_of
 from hmc.serve.service import Service
 from hmc.serve.tools import CallFinder, Form
@@ -74,11 +74,33 @@ class Prepared:
         return sum(len(prompt) for prompt in self.prompts)
 
 
+def choices(service: Service, body: CompletionBody | ChatBody) -> int:
+    """How many answers a body asks for, each of which takes a place in the queue; known before its
+    prompts are read. Raises `ApiError` for more than even an empty queue could take, and for
+    options of no stream.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream", "stream_options")
+    prompts, field = 1, "n"
+    if isinstance(body, CompletionBody):
+        field = "prompt"
+        if isinstance(body.prompt, list) and body.prompt and not isinstance(body.prompt[0], int):
+            prompts = len(body.prompt)
+    count, most = prompts * body.n, service.settings.max_queue
+    if count > most:
+        raise bad_request(
+            f"{field}: {count} choices in one request, {most} may wait at a time: ask for fewer"
+            " or serve with a larger --max-queue",
+            field,
+        )
+    return count
+
+
 def completions(service: Service, body: CompletionBody) -> Prepared:
     """The requests of a completion; raises `ApiError` or `HmcError`."""
     engine, _ = service.ready()
+    choices(service, body)
     prompts = _prompts(engine.text, body)
-    _check(service, body, len(prompts) * body.n, "prompt")
     asked = _limit(body, _COMPLETION_TOKENS)
     if asked == 0 and not body.echo:
         raise bad_request("max_tokens: 0 is for scoring a prompt, with echo", "max_tokens")
@@ -105,12 +127,12 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
         raise bad_request("max_tokens: an answer has at least one token", "max_tokens")
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
-    _check(service, body, body.n, "n")
+    choices(service, body)
     tools, chosen = offered(body)
     text = text_of(engine)
     form = service.form() if tools else None
     opening = ""
-    constraint: str | None
+    constraint: Constraint | None
     if form is not None and chosen:
         forced = form.forced(chosen)
         opening = forced.opening
@@ -152,7 +174,7 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
     )
 
 
-def _hold(service: Service, request: Request, constraint: str | None) -> None:
+def _hold(service: Service, request: Request, constraint: Constraint | None) -> None:
     """Hold an answer to a grammar."""
     if constraint is not None:
         request.mask = service.grammars().mask(constraint)
@@ -229,23 +251,10 @@ def _fits(engine: Engine, prompt: Sequence[int], asked: int | None) -> int:
     return asked
 
 
-def _check(service: Service, body: Sampling, choices: int, field: str) -> None:
-    """Refuse for good what even an empty queue could not take, and options of no stream."""
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options needs stream", "stream_options")
-    most = service.settings.max_queue
-    if choices > most:
-        raise bad_request(
-            f"{field}: {choices} choices in one request, {most} may wait at a time: ask for fewer"
-            " or serve with a larger --max-queue",
-            field,
-        )
-
-
-def _constraint(service: Service, body: Sampling) -> str | None:
-    """The grammar that the answer is held to; None for any."""
+def _constraint(service: Service, body: Sampling) -> Constraint | None:
+    """What the answer is held to; None for anything."""
     structured = body.structured_outputs or StructuredOutputs()
-    ways: tuple[tuple[str, Callable[[Grammars, Any], str], Any], ...] = (
+    ways: tuple[tuple[str, Callable[[Grammars, Any], Constraint], Any], ...] = (
         ("response_format", Grammars.json, _format(body.response_format)),
         ("structured_outputs.json", Grammars.json, structured.json_),
         ("structured_outputs.json_object", Grammars.json, structured.json_object and _OBJECT),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hmc.errors import ExecutionError, HmcError, WorkerError
+from hmc.errors import ExecutionError, HmcError, UsageError, WorkerError
 from hmc.plan import Plan
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.engine import Engine
@@ -56,6 +56,7 @@ class Settings:
     access_log: Access = "off"
     drain_seconds: float = 60.0
     max_queue: int = 64
+    request_seconds: float = 0.0
     watchdog_seconds: float = 300.0
     keep_alive_seconds: float = 15.0
     max_body_bytes: int = 16 << 20
@@ -81,6 +82,7 @@ class Service:
         self._opened: Disaggregated | None = None
         self._scheduler: Scheduler | None = None
         self._grammars: Grammars | None = None
+        self._unconstrained = ""
         self._form: Form | None = None
         self._progress = Progress(settings.name)
         self._hung = ""
@@ -148,15 +150,12 @@ class Service:
         return self._opened.engine, self._scheduler
 
     def grammars(self) -> Grammars:
-        """Compiles grammars for this model; a 400 when it has no tokenizer."""
-        engine, _ = self.ready()
-        if self.vocabulary is None:
-            raise bad_request("this checkpoint has no tokenizer: answers cannot be constrained")
-        with self._lock:
-            if self._grammars is None:
-                vocab = self.plan.model.vocab
-                self._grammars = Grammars(self.vocabulary, vocab, engine.eos_token_ids)
-            return self._grammars
+        """Compiles grammars for this model; a 400 when it has no tokenizer, or none for that."""
+        self.ready()
+        if self._grammars is None:
+            why = self._unconstrained or "this checkpoint has no tokenizer"
+            raise bad_request(f"{why}: answers cannot be constrained")
+        return self._grammars
 
     def form(self) -> Form:
         """How this model writes tool calls; `UsageError` when it does not know tools."""
@@ -193,6 +192,7 @@ class Service:
         if not ended:
             self._hung = self._hung or f"a step did not end within {_CLOSE_SECONDS:g} s"
             self.failure = self.failure or WorkerError(self._hung)
+        self._close_grammars()
         if opened is not None and ended:
             opened.close()
             self._opened = self._grammars = None
@@ -245,9 +245,14 @@ class Service:
             path = self.settings.checkpoint or self.plan.checkpoint.path
             files = TokenizerFiles.read(Path(path))
             self.vocabulary = Vocabulary(files) if files else None
+        if self.vocabulary is not None:
+            self._progress("reading the vocabulary for constraints", 0, 1)
+            self._read_grammars(self.vocabulary, opened.engine)
+            stack.callback(self._close_grammars)
         scheduler = Scheduler(
             opened.engine.executor,
             max_queue=self.settings.max_queue,
+            request_seconds=self.settings.request_seconds,
             prefill=opened.worker,
         )
         scheduler.start()
@@ -258,6 +263,21 @@ class Service:
             f" {self.settings.max_queue} waiting"
         )
         return opened, scheduler
+
+    def _read_grammars(self, vocabulary: Vocabulary, engine: Engine) -> None:
+        """Before anybody is served: it keeps the interpreter's lock, with a large vocabulary for
+        seconds.
+        """
+        try:
+            vocab = self.plan.model.vocab
+            self._grammars = Grammars(vocabulary, vocab, engine.eos_token_ids)
+        except (UsageError, ValueError) as fault:  # of a tokenizer that the grammar engine lacks
+            self._unconstrained = f"{fault}"
+            say(f"answers cannot be constrained: {fault}")
+
+    def _close_grammars(self) -> None:
+        if self._grammars is not None:
+            self._grammars.close()
 
     def _tell(self, opened: Disaggregated) -> None:
         """Say what is pinned for GPUs and how decode is handed over to them, where that is news."""

@@ -19,11 +19,13 @@ async def tokenize(service: Service, _: Request, body: TokenizeBody) -> Response
     text = _text(service)
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("give prompt or messages")
-    if body.messages is not None:
-        tokens = await asyncio.to_thread(conversation.encoded, service, text, body)
-    else:
-        prompt, special = body.prompt or "", body.add_special_tokens
-        tokens = await asyncio.to_thread(text.encode, prompt, special=special)
+    scheduler = service.ready()[1]
+    with scheduler.places(1):
+        if body.messages is not None:
+            tokens = await asyncio.to_thread(conversation.encoded, service, text, body)
+        else:
+            prompt, special = body.prompt or "", body.add_special_tokens
+            tokens = await asyncio.to_thread(text.encode, prompt, special=special)
     most = service.plan.limits.max_context
     return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
 

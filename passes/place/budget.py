@@ -8,6 +8,10 @@ Contract
       are recorded as decisions
     * an explicit context length is kept. Else with GPUs it is what gpu0 holds, on the CPU alone the
       largest that leaves a tenth of the memory free; at most 32,768 and the model's own
+    * the cache holds `concurrency` whole contexts at least. On the CPU alone it may take half of
+      the memory that weights and a tenth leave free, where all experts are on GPUs half of what is
+      left of gpu0; up to a whole context for every sequence that may decode. An explicit number of
+      tokens is kept
     * where the CPU works alone, windows have rings where they take less (place/windows.py)
     * a host too small is no error here: plans are made for machines that are not at hand. The
       ledger shows it, and a run refuses
@@ -15,10 +19,13 @@ Contract
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hmc.errors import CapacityError, UsageError
 from hmc.ops.row import PAGED
+from hmc.passes.place.needs import with_snapshots
 from hmc.passes.place.windows import whole_windows, windowed
-from hmc.passes.records import DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
+from hmc.passes.records import BLOCK, DEFAULT_CONTEXT, Budget, Capacity, Needs, Notes, Target
 from hmc.plan import KVLayout, Limits
 from hmc.plan.memory import PAGED_SCRATCH, SCRATCH, context_scratch
 from hmc.plan.options import Options
@@ -27,6 +34,8 @@ _SMALLEST = 1_024
 _GPU_RESERVE = 0.04
 """Share of a GPU's memory left to its driver, its libraries and fragmentation."""
 _HOST_RESERVE = 0.1
+_CACHE_SHARE = 0.5
+"""Share of the memory that nothing else needs which the cache may take."""
 
 
 def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
@@ -45,10 +54,14 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
     budget = divide(needs, target, options, notes)
     cache = needs.cache
     if budget is None:
-        cache = windowed(cache, options, asked or _default(model), notes)
-        tokens = _host_tokens(needs, cache, target, asked, notes)
+        context = asked or _limit(model, options)
+        pages = _host_cache(needs, cache, target, options, context) // cache.block
+        cache = with_snapshots(cache, options, pages)
+        cache = windowed(cache, options, context, pages, notes)
+        tokens = _host_tokens(needs, cache, target, options, notes)
+        held = _host_cache(needs, cache, target, options, tokens)
     else:
-        tokens = budget.tokens
+        tokens, held = budget.tokens, budget.held
         whole_windows(cache, notes)
         notes.decide(
             "context length",
@@ -57,8 +70,7 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
             f" of dense weights and {budget.cache / 1e9:.1f} GB of cache in"
             f" {budget.usable[0] / 1e9:.1f} GB",
         )
-    block = cache.block
-    held = -(-tokens // block) * block * options.concurrency + _partial_blocks(needs, options)
+    _note_cache(cache, options, tokens, held, notes)
     chunk = min(options.max_chunk, tokens)
     sizes = {"capacity_tokens": held, "room": min(cache.room, chunk)}
     return Capacity(
@@ -96,10 +108,15 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
         return None
     attention = context_scratch(needs.cache, tokens)
     workspace += attention
-    cache = per_token * (tokens * options.concurrency + _partial_blocks(needs, options))
-    cache += needs.cache.bytes_of_sequences
+    held = _least(needs.cache, options, tokens)
+    cache = per_token * held + needs.cache.bytes_of_sequences
     beside = [usable[0] - cache - workspace, *(each - SCRATCH - attention for each in usable[1:])]
     room = [beside[0] - dense, *beside[1:]]
+    if (more := _more(needs, options, tokens, held, room)) > 0:
+        held += more
+        cache += per_token * more
+        beside[0] -= per_token * more
+        room[0] -= per_token * more
     ring = 0
     if needs.experts_unread:
         notes.decide("experts on GPUs", "none, nor on their way", needs.experts_unread)
@@ -114,12 +131,76 @@ def divide(needs: Needs, target: Target, options: Options, notes: Notes) -> Budg
         head = needs.kinds.get("embedding and output", 0) - needs.table
         slots = max(ring, head - window)  # the output layer lies over the others
         room = [max(0, min(one, other - slots)) for one, other in zip(room, left, strict=True)]
-    return Budget(usable, dense, cache, workspace, ring, tuple(room), tokens, needs.stream_token)
+    return Budget(
+        usable, dense, cache, workspace, ring, tuple(room), tokens, held, needs.stream_token
+    )
 
 
-def _partial_blocks(needs: Needs, options: Options) -> int:
+def _least(cache: KVLayout, options: Options, tokens: int) -> int:
+    """Tokens of the cache that was asked for: so many, or so many whole contexts, and what
+    sequences may waste in blocks that are not full. `UsageError` where no context fits.
+    """
+    block, asked = cache.block, options.cache_tokens
+    context = -(-tokens // block) * block
+    if not asked:
+        return context * options.concurrency + _partial(cache, options)
+    least = max(context, block * options.max_batch)
+    if asked < least:
+        raise UsageError(
+            f"--cache-tokens {asked}: a context of {tokens} tokens and {options.max_batch}"
+            f" sequences need {least} at least; ask for more or a smaller --max-context"
+        )
+    return -(-asked // block) * block
+
+
+def _most(cache: KVLayout, options: Options, tokens: int) -> int:
+    """Tokens of a cache in which every sequence that may decode has a whole context."""
+    return -(-tokens // cache.block) * cache.block * options.max_batch
+
+
+def _partial(cache: KVLayout, options: Options) -> int:
     """Tokens of cache that many sequences at once may waste in blocks that are not full."""
-    return needs.cache.block * (options.max_batch - 1)
+    return cache.block * (options.max_batch - 1)
+
+
+def _host_cache(
+    needs: Needs, cache: KVLayout, target: Target, options: Options, tokens: int
+) -> int:
+    """Tokens of the cache on the CPU alone."""
+    least = _least(cache, options, tokens)
+    if options.cache_tokens:
+        return least
+    share = _CACHE_SHARE * (_host_free(needs, target) - cache.bytes_of_sequences)
+    fits = int(max(0, share) // max(1, cache.bytes_per_token)) // cache.block * cache.block
+    return max(least, min(fits, _most(cache, options, tokens)))
+
+
+def _more(needs: Needs, options: Options, tokens: int, held: int, room: Sequence[int]) -> int:
+    """Tokens of cache beside the least where GPUs have room for all experts, or can have none."""
+    if options.cache_tokens:
+        return 0
+    spare = sum(room) - (0 if needs.experts_unread else needs.experts)
+    cache = needs.cache
+    share = int(_CACHE_SHARE * max(0, min(room[0], spare)))
+    fits = share // max(1, cache.bytes_per_token) // cache.block * cache.block
+    return min(fits, _most(cache, options, tokens) - held)
+
+
+def _note_cache(cache: KVLayout, options: Options, tokens: int, held: int, notes: Notes) -> None:
+    """Say what the cache holds, and why not less or more."""
+    why = f"{_CACHE_SHARE:.0%} of the memory that nothing else needs at most"
+    if options.cache_tokens:
+        why = "asked for"
+    elif held == _least(cache, options, tokens):
+        why = f"{options.concurrency} full context(s), the least: weights take the rest"
+    elif held == _most(cache, options, tokens):
+        why = f"a full context for each of {options.max_batch} sequences; {why}"
+    size = held * cache.bytes_per_token / 1e9
+    notes.decide(
+        "cache",
+        f"{held} tokens, {size:.1f} GB",
+        f"{why}; requests take blocks as they grow; --cache-tokens asks for more or less",
+    )
 
 
 def _default(model: int) -> int:
@@ -127,21 +208,33 @@ def _default(model: int) -> int:
     return min(DEFAULT_CONTEXT, model or DEFAULT_CONTEXT)
 
 
+def _limit(model: int, options: Options) -> int:
+    """The same, where the cache's size was asked for."""
+    return min(_default(model), options.cache_tokens // BLOCK * BLOCK or DEFAULT_CONTEXT)
+
+
 def _allowed(target: Target) -> str:
     reason = target.info.context_reason
     return f"the model allows {target.info.context}" + (f" ({reason})" if reason else "")
 
 
-def _host_tokens(needs: Needs, cache: KVLayout, target: Target, asked: int, notes: Notes) -> int:
+def _host_free(needs: Needs, target: Target) -> int:
+    """Bytes of a machine's memory beside weights and the reserve; negative where it is small."""
+    weights = sum(needs.kinds.values()) + needs.experts
+    return int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
+
+
+def _host_tokens(
+    needs: Needs, cache: KVLayout, target: Target, options: Options, notes: Notes
+) -> int:
     """Context length on the CPU alone."""
-    if asked:
+    if asked := options.max_context:
         notes.decide("context length", f"{asked} tokens", "asked for")
         return asked
     model, weights = target.info.context, sum(needs.kinds.values()) + needs.experts
-    free = int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
-    free -= cache.bytes_of_sequences
+    free = _host_free(needs, target) - cache.bytes_of_sequences
     fits = max(0, free) // max(1, cache.bytes_per_token)
-    limit = _default(model)
+    limit = _limit(model, options)
     tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST, limit))
     notes.decide(
         "context length",
@@ -160,9 +253,12 @@ def _gpu_tokens(
     model, dense = target.info.context, needs.dense
     per_token = needs.cache.bytes_per_token
     attention = context_scratch(needs.cache, 1)
-    free = usable - dense - workspace - per_token * _partial_blocks(needs, options)
-    free -= needs.cache.bytes_of_sequences
-    fits = max(0, free) // max(1, per_token * options.concurrency + attention)
+    fixed = options.cache_tokens or _partial(needs.cache, options)
+    each = 0 if options.cache_tokens else per_token * options.concurrency
+    free = usable - dense - workspace - per_token * fixed - needs.cache.bytes_of_sequences
+    fits = max(0, free) // max(1, each + attention)
+    if options.cache_tokens:
+        fits = min(fits, options.cache_tokens)
     limit = _default(model)
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"

@@ -96,15 +96,15 @@ def _cache_layout(nodes: list[NodeMeta], options: Options) -> KVLayout:
     layout = KVLayout(
         block=BLOCK, capacity_tokens=0, sequences=options.max_batch, groups=state_groups(kept)
     )
-    return with_snapshots(layout, options, options.max_context or DEFAULT_CONTEXT)
+    pages = -(-(options.max_context or DEFAULT_CONTEXT) // BLOCK) * options.concurrency
+    return with_snapshots(layout, options, pages + options.max_batch - 1)
 
 
-def with_snapshots(layout: KVLayout, options: Options, context: int) -> KVLayout:
-    """The layout with as many snapshots as the options allow: at most one a page of contexts of so
-    many tokens; none where all states are in pages that prompts can share.
+def with_snapshots(layout: KVLayout, options: Options, pages: int) -> KVLayout:
+    """The layout with as many snapshots as the options allow: at most one for each of so many
+    pages; none where all states are in pages that prompts can share.
     """
     if not (each := layout.bytes_per_snapshot):
         return layout
-    pages = -(-context // BLOCK) * options.concurrency
-    most = min(options.snapshot_bytes // each, pages + options.max_batch - 1)
+    most = min(options.snapshot_bytes // each, pages)
     return layout.model_copy(update={"snapshots": most})

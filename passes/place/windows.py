@@ -21,13 +21,14 @@ _SNAPSHOTS = 4
 """Of what rings save, this part may go to more snapshots than there are sequences."""
 
 
-def windowed(cache: KVLayout, options: Options, context: int, notes: Notes) -> KVLayout:
-    """The layout, without capacity, for contexts of so many tokens on the CPU alone."""
+def windowed(cache: KVLayout, options: Options, context: int, pages: int, notes: Notes) -> KVLayout:
+    """The layout, without capacity, for contexts of so many tokens on the CPU alone, which has
+    memory for so many whole pages.
+    """
     if not _windows(cache):
         return cache
     room = min(options.max_chunk, context)
-    rings = with_snapshots(cache.model_copy(update={"room": room}), options, context)
-    pages = -(-context // cache.block) * options.concurrency + options.max_batch - 1
+    rings = with_snapshots(cache.model_copy(update={"room": room}), options, pages)
     whole, less = (_bytes(each, pages) for each in (cache, rings))
     if least := min(rings.snapshots, options.max_batch):
         saved = whole - _bytes(rings.model_copy(update={"snapshots": least}), pages)
@@ -38,7 +39,7 @@ def windowed(cache: KVLayout, options: Options, context: int, notes: Notes) -> K
     notes.decide(
         _SUBJECT,
         "rings" if fewer else "whole pages",
-        f"contexts of {context} tokens take {less / 1e6:.1f} MB with rings of"
+        f"{pages * cache.block} tokens take {less / 1e6:.1f} MB with rings of"
         f" {rings.bytes_per_sequence / 1e6:.1f} MB a sequence and {rings.snapshots} snapshots,"
         f" {whole / 1e6:.1f} MB with whole pages",
     )

@@ -6,15 +6,16 @@ Its methods run in the scheduler's thread, but for `Job.end`, which any may call
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 import numpy.typing as npt
 
-from hmc.errors import ExecutionError, HmcError
+from hmc.errors import ExecutionError, HmcError, RequestTimeoutError
 from hmc.runtime.batching.stats import Meter
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.phases.beside import PromptJob
 from hmc.runtime.tokens.generation import Answer, FinishReason
 from hmc.runtime.tokens.requests import Request, Ticket, TokenLogprob, Update
 
@@ -31,19 +32,25 @@ class Job:
         ticket: Ticket,
         context: int,
         meter: Meter,
+        seconds: float = inf,
     ) -> None:
+        """It may take `seconds` from now on."""
         self.request, self.ids, self.ticket = request, ids, ticket
         self.answer = Answer(request.text, ids, request.ends, context)
         self.sequence: Sequence | None = None
-        self.past = 0
-        """Tokens in the cache when `prompt`, who computes the prompt beside, began."""
-        self.prompt: PromptJob | None = None
-        self.attempts = 0
         self.phase = ""
-        self.cached = 0
+        """That computes its prompt, from when that has begun."""
+        self.tried = -1
+        """How much had been released when it last found no room."""
+        self.passed = 0
+        """Requests behind it that began while it found no room."""
+        self.begun = False
+        self.shared = self.cached = 0
+        """Tokens found in the cache: this time, and when it first began."""
         self.scored: list[TokenLogprob] | None = [] if request.prompt_logprobs else None
         # The last token is sampled, not stored.
         self.most_tokens = min(len(ids) + max(request.ends.max_new_tokens - 1, 0), context)
+        self._seconds, self._due = seconds, time.monotonic() + seconds
         self._meter = meter
 
     @property
@@ -51,6 +58,53 @@ class Job:
         """Where its tokens are, once it is admitted."""
         assert self.sequence is not None
         return self.sequence
+
+    @property
+    def known(self) -> npt.NDArray[np.int32]:
+        """The prompt and what has been answered so far, i32 [tokens]."""
+        return np.concatenate([self.ids, np.array(self.answer.tokens, np.int32)])
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that are not in the cache; nothing counts before it is admitted."""
+        return len(self.ids) - self.place.length
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is over."""
+        return time.monotonic() > self._due
+
+    @property
+    def pending(self) -> int:
+        """The token that the next decode step stores, of a request whose prompt is in the cache."""
+        return self.answer.tokens[self.place.length - len(self.ids)]
+
+    @property
+    def current(self) -> bool:
+        """Whether all that is known is in the cache, so that the next token can be chosen; not so
+        after a preemption, as long as answered tokens are stored again.
+        """
+        return self.place.length == len(self.ids) + len(self.answer.tokens)
+
+    def paused(self) -> None:
+        """It has made room: nothing of it is in the cache any more."""
+        self.sequence, self.phase = None, ""
+        if self.scored is not None:
+            self.scored = []
+
+    def end_early(self) -> None:
+        """End it because somebody has cancelled it, or because its time is over."""
+        if self.ticket.cancelled:
+            self.end("cancelled")
+        else:
+            self.end("error", self._late())
+
+    def _late(self) -> HmcError:
+        said = len(self.answer.tokens)
+        return RequestTimeoutError(
+            f"the request took longer than the {self._seconds:g} s that this server gives one; it"
+            f" had {said} token{'s' * (said != 1)} of its answer: ask for fewer"
+        )
 
     def tell(self, update: Update) -> None:
         """Give an update to the listener, whose error is raised."""
@@ -77,6 +131,8 @@ class Job:
     def _filled(self, update: Update) -> Update:
         """With what the prompt gave."""
         scored, self.scored = self.scored, None
+        if scored is None and update.cached_tokens == self.cached:
+            return update
         known = None if scored is None else tuple(scored)
         return replace(update, prompt_logprobs=known, cached_tokens=self.cached)
 

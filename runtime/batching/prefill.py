@@ -1,8 +1,8 @@
-"""The prompts that somebody computes beside a scheduler's thread, a prefill process or the devices:
-one at a time, first come first served; hides who may still write to which cache blocks.
+"""The prompt that somebody computes beside a scheduler's thread, a prefill process or the devices:
+one at a time; hides who may still write to which cache blocks.
 
-    takes(job)     ->  waiting  ->  being computed  ->  an arrival out of `tend`
-    drop(job)          gone at once  a ghost: its blocks are free when nobody writes to them
+    start(job)  ->  being computed  ->  an arrival out of `tend`
+    drop()          a ghost: its blocks are free when nobody writes to them
 
 A process that dies is replaced. The prompt it was computing is given to the new one once more, from
 the last token that is in the cache; if that one dies of it too, the prompt arrives as an error.
@@ -12,8 +12,8 @@ Nothing here waits for what computes but `finish`.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.batching.job import Job
 from hmc.runtime.memory.kv import Sequence
-from hmc.runtime.phases.beside import DevicePrefill
+from hmc.runtime.phases.beside import DevicePrefill, PromptJob
 from hmc.runtime.prefill.worker import PrefillState, PrefillWorker
 
 _ATTEMPTS = 2  # what the message of a lost prompt says
@@ -32,6 +32,23 @@ _TEND_SECONDS, _TEND_IDLE_SECONDS = 0.005, 1.0
 Arrival = tuple[Job, npt.NDArray[np.float32] | None, HmcError | None]
 """Whose prompt is in the cache, with f32 [vocab] logits of its last token; or what went wrong, and
 nothing is written to its blocks any more."""
+
+
+@dataclass
+class _Prompt:
+    """A request's prompt, of which `past` tokens were in the cache when `work` began; none is under
+    way between two attempts. A ghost when its work was stopped.
+    """
+
+    job: Job
+    sequence: Sequence
+    past: int = 0
+    work: PromptJob | None = None
+    attempts: int = 0
+
+    @property
+    def stopped(self) -> bool:
+        return self.work is not None and self.work.stopped
 
 
 class PrefillsBeside:
@@ -50,21 +67,23 @@ class PrefillsBeside:
         """
         self.computer = computer
         self._grown, self._release = grown, release
-        self._waiting: deque[Job] = deque()
-        self._current: Job | None = None
-        """A ghost when its prompt was stopped."""
+        self._current: _Prompt | None = None
 
     @property
     def jobs(self) -> list[Job]:
-        """Those whose prompts are on their way, first come first."""
+        """The request whose prompt is on its way, if there is one."""
         current = self._current
-        dropped = current is None or (current.prompt is not None and current.prompt.stopped)
-        return [*([] if current is None or dropped else [current]), *self._waiting]
+        return [] if current is None or current.stopped else [current.job]
 
     @property
     def empty(self) -> bool:
-        """Whether nobody's blocks are written to and nobody waits for that."""
-        return self._current is None and not self._waiting
+        """Whether nobody's blocks are written to: another prompt can be started."""
+        return self._current is None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether blocks become free as soon as nobody writes to them any more."""
+        return self._current is not None and self._current.stopped
 
     @property
     def exclusive(self) -> bool:
@@ -89,30 +108,33 @@ class PrefillsBeside:
         """The prefill process now, if there is one."""
         if not isinstance(self.computer, PrefillWorker):
             return None
-        count, current = len(self.jobs), self._current
-        if current is None or current.prompt is None or current.sequence is None:
-            return self.computer.state(count, 0, 0)
-        return self.computer.state(count, current.sequence.length, len(current.ids))
+        current = self._current
+        if current is None or current.stopped:
+            return self.computer.state(0, 0, 0)
+        return self.computer.state(1, current.sequence.length, len(current.job.ids))
 
-    def takes(self, job: Job) -> bool:
-        """Whether the rest of an admitted job's prompt is computed beside: it is begun then."""
-        left, every = len(job.ids) - job.cached, job.scored is not None
-        if self.computer is None or not self.computer.takes(job.phase, left, every=every):
-            return False
-        self._waiting.append(job)
+    def takes(self, job: Job, phase: str) -> bool:
+        """Whether the rest of the prompt of an admitted request is computed beside, which the
+        policy gives to `phase`.
+        """
+        every = job.scored is not None
+        return self.computer is not None and self.computer.takes(phase, job.left, every=every)
+
+    def start(self, job: Job) -> None:
+        """Have an admitted request's prompt computed; `empty` before."""
+        self._current = _Prompt(job, job.place)
         self._submit()
-        return True
 
-    def drop(self, job: Job) -> None:
-        """Forget a prompt; its sequence is released as soon as nothing is written to it."""
-        if job is not self._current:
-            self._waiting.remove(job)
-        elif job.prompt is not None:
-            job.prompt.stopped = True
-            return
-        else:
+    def drop(self) -> None:
+        """Forget the prompt under way; its sequence is released as soon as nothing is written to
+        it.
+        """
+        current = self._current
+        if current is not None and current.work is not None:
+            current.work.stopped = True
+        elif current is not None:
             self._current = None
-        self._release(job.place)
+            self._release(current.sequence)
 
     def tend(self) -> Arrival | None:
         """What has arrived since the last call; also looks after who computes."""
@@ -124,11 +146,10 @@ class PrefillsBeside:
         return arrival
 
     def finish(self) -> None:
-        """Drop everything, and wait until nothing of it is written to. A process that does not let
+        """Drop the prompt, and wait until nothing of it is written to. A process that does not let
         go within two seconds is ended; the devices' call is waited for.
         """
-        for job in self.jobs:
-            self.drop(job)
+        self.drop()
         limit = time.monotonic() + _FINISH_SECONDS
         while self._current is not None and self.computer is not None:
             # on devices their own deadlines end a call that hangs
@@ -138,32 +159,31 @@ class PrefillsBeside:
             time.sleep(_FINISH_POLL)
 
     def _submit(self) -> None:
-        """Have the next prompt computed, if none is."""
-        if self._current is None and self._waiting:
-            self._current = self._waiting.popleft()
-        job = self._current
-        if job is not None and job.prompt is None and self.computer is not None:
-            job.past = job.place.length
-            job.prompt = self.computer.start(job.place, job.ids[job.past :])
+        """Hand the prompt over, or what is left of it after the first attempt."""
+        current = self._current
+        if current is not None and current.work is None and self.computer is not None:
+            current.past = current.sequence.length
+            ids = current.job.ids[current.past :]
+            current.work = self.computer.start(current.sequence, ids)
 
     def _settle(self, computer: PrefillWorker | DevicePrefill) -> Arrival | None:
         """Take in how far the prompt under way has come."""
         computer.hear()
-        job = self._current
-        if job is None or job.prompt is None:
+        current = self._current
+        if current is None or current.work is None:
             return None
-        prompt, sequence = job.prompt, job.place
-        over, known = prompt.over, sequence.length
-        sequence.length = job.past + prompt.tokens
+        job, work, sequence = current.job, current.work, current.sequence
+        over, known = work.over, sequence.length
+        sequence.length = current.past + work.tokens
         if sequence.length > known:
             self._grown(sequence, job.ids)
         if not over:
             return None
-        error = prompt.error
-        if prompt.lost and not prompt.stopped:
-            job.attempts += 1
-            job.prompt = None
-            if job.attempts < _ATTEMPTS:
+        error = work.error
+        if work.lost and not work.stopped:
+            current.attempts += 1
+            current.work = None
+            if current.attempts < _ATTEMPTS:
                 return None
             reason = str(error).partition(":")[0]
             error = WorkerError(
@@ -171,7 +191,7 @@ class PrefillsBeside:
                 " serve without a prefill process"
             )
         self._current = None
-        if prompt.stopped:
+        if work.stopped:
             self._release(sequence)
             return None
-        return job, prompt.logits, error
+        return job, work.logits, error

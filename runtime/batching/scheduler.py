@@ -1,12 +1,12 @@
 """Many requests over one executor: a bounded queue, one thread, continuous batching; hides the
 thread, its locks, and how everything ends.
 
-The thread's loop: end what was cancelled, admit the first in the queue if there is room for the
-whole of it, compute one chunk of its prompt, then one token for every running sequence
-(runtime/batching/batch.py; the policy is in hmc/plan/phases.py). First come, first
-served: nobody overtakes a request that waits for room. Long prompts are
-computed beside the loop where a prefill process or the plan's phases for GPUs allow that, and join
-the running ones when they are done.
+The thread's loop: end what was cancelled, admit what there is room for, compute one chunk of a
+prompt, then one token for every running sequence (runtime/batching/batch.py). Who gets the chunk is
+turns.py's, who gets room in the cache room.py's, phases and lengths of calls hmc/plan/phases.py's.
+First come, first served: where the first in the queue finds no room, a few that need less may
+begin before it, and then nobody. Long prompts are computed beside the loop where a prefill process
+or the plan's phases for GPUs allow that, and join the running ones when they are done.
 
     scheduler = Scheduler(engine.executor)
     scheduler.start()
@@ -18,19 +18,28 @@ the running ones when they are done.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from bisect import insort
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
+from math import inf
 
 from hmc.closing import Closing
 from hmc.errors import CapacityError, ExecutionError, HmcError, QueueFullError, UsageError
 from hmc.runtime.batching.batch import Batch
 from hmc.runtime.batching.job import Job
+from hmc.runtime.batching.room import no_room
 from hmc.runtime.batching.stats import Meter, SchedulerStats
+from hmc.runtime.batching.turns import age
 from hmc.runtime.executor import Executor
 from hmc.runtime.prefill.worker import PrefillWorker
 from hmc.runtime.tokens.requests import Request, Ticket, token_ids
 
 _CLOSE_SECONDS = 10.0
+_TICK_SECONDS = 0.05
+"""Between looks for requests whose time is over, while nothing else happens."""
+_MOST_PASSED = 8
+"""Requests that may begin before one that finds no room."""
 
 
 class Scheduler(Closing):
@@ -44,9 +53,11 @@ class Scheduler(Closing):
         executor: Executor,
         *,
         max_queue: int = 64,
+        request_seconds: float = 0.0,
         prefill: PrefillWorker | None = None,
     ) -> None:
-        """At most `max_queue` requests wait. `prefill`, over the executor's weights and cache,
+        """At most `max_queue` requests wait, and each may take `request_seconds` in all (0: as long
+        as it takes). `prefill`, over the executor's weights and cache,
         computes long prompts; from `start` to `close` it is the scheduler's, which replaces its
         process when that dies or hangs, and ends it when it hangs at `close`.
         """
@@ -55,12 +66,15 @@ class Scheduler(Closing):
         self._executor = executor
         self._max_queue = max_queue
         self._meter = Meter()
-        self._batch = Batch(executor, self._meter, prefill)
-        self._queue: deque[Job] = deque()
+        self._batch = Batch(executor, self._meter, prefill, self._requeue)
+        self._queue: list[Job] = []
+        """By age: who made room for others is among the first."""
+        self._held = 0
+        self._seconds = request_seconds or inf
         self._changed = threading.Condition()
         self._numbers = count()
         self._draining = self._closing = False
-        self._blocked = False  # the first in the queue has found no room
+        self._still = False  # nothing was computed in the latest step
         self._resting = True  # the thread has nothing to do, and has ended all it had
         self._failure: HmcError | None = None
         self._thread: threading.Thread | None = None
@@ -72,8 +86,25 @@ class Scheduler(Closing):
                 self._thread = threading.Thread(target=self._run, name="hmc-scheduler", daemon=True)
                 self._thread.start()
 
-    def submit(self, request: Request) -> Ticket:
-        """Queue a request.
+    @contextmanager
+    def places(self, count: int) -> Iterator[None]:
+        """Hold `count` places in the queue for the length of a `with`, for requests that are being
+        prepared and then submitted with `held`.
+
+        Raises `QueueFullError` where there are none, `ExecutionError` as `submit` does.
+        """
+        with self._changed:
+            self._check_open()
+            self._check_places(count)
+            self._held += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= count
+
+    def submit(self, request: Request, *, held: bool = False) -> Ticket:
+        """Queue a request; `held`: the caller holds a place for it.
 
         Refuses at once: `UsageError` (empty prompt, token outside the vocabulary, bad argument),
         `ContextLengthError` (a prompt longer than the context), `CapacityError` (more than the
@@ -87,7 +118,7 @@ class Scheduler(Closing):
         if request.ends.max_new_tokens < 0:
             raise UsageError(f"max_new_tokens={request.ends.max_new_tokens}: must not be negative")
         ticket = Ticket(next(self._numbers), self._wake)
-        job = Job(request, ids, ticket, limits.max_context, self._meter)
+        job = Job(request, ids, ticket, limits.max_context, self._meter, self._seconds)
         capacity = self._executor.kv.capacity_tokens
         if job.most_tokens > capacity:
             raise CapacityError(
@@ -97,10 +128,8 @@ class Scheduler(Closing):
             )
         with self._changed:
             self._check_open()
-            if len(self._queue) >= self._max_queue:
-                raise QueueFullError(
-                    f"{len(self._queue)} requests wait already, the most allowed: try again later"
-                )
+            if not held:
+                self._check_places(1)
             self._queue.append(job)
             self._changed.notify_all()
         return ticket
@@ -110,7 +139,7 @@ class Scheduler(Closing):
         return self._meter.snapshot(
             self._executor.kv,
             running=len(self._batch.running),
-            prefilling=int(self._batch.prefilling is not None) + len(self._batch.beside.jobs),
+            prefilling=len(self._batch.prompts) + len(self._batch.beside.jobs),
             waiting=len(self._queue),
             error=str(self._failure or ""),
             prefill=self._batch.beside.state,
@@ -162,7 +191,7 @@ class Scheduler(Closing):
         if thread is threading.current_thread():
             return True  # a listener closes: the loop ends after this step
         if thread is None:
-            self._drop_cancelled()
+            self._drop_ended()
             return True
         thread.join(timeout)
         if thread.is_alive():
@@ -180,9 +209,9 @@ class Scheduler(Closing):
         try:
             while self._wait():
                 with self._meter.step():
-                    self._drop_cancelled()
+                    self._drop_ended()
                     self._admit()
-                    self._batch.step()
+                    self._still = not self._batch.step()
         except HmcError as fault:
             self.abandon(fault)
         except Exception as fault:  # whatever it is, nobody may be left waiting
@@ -192,7 +221,7 @@ class Scheduler(Closing):
         if self._failure is not None:
             self._batch.fail(self._failure)
         else:
-            self._batch.beside.finish()
+            self._batch.finish()
 
     def _wait(self) -> bool:
         """Sleep until there is work, or what is computed beside is to be looked after; False when
@@ -200,50 +229,57 @@ class Scheduler(Closing):
         """
         with self._changed:
             while self._failure is None and not self._queue and not self._batch.jobs:
-                self._resting = True
+                self._resting, self._still = True, False
                 self._changed.notify_all()
                 if self._closing:
                     return False
                 # Without patience nothing can happen but what notifies: a request, a close.
                 if not self._changed.wait(self._batch.beside.patience):
                     break
-            if self._batch.waits and (self._blocked or not self._queue):
-                self._changed.wait(self._batch.beside.patience)
+            if self._still:
+                self._changed.wait(self._batch.beside.patience or _TICK_SECONDS)
             self._resting = False
             return self._failure is None
 
     def _admit(self) -> None:
-        """Let the first in the queue begin, if there is room."""
+        """Let those in the queue begin for whom there is room."""
         with self._changed:
-            job = self._queue[0] if self._queue else None
-        if job is None:
-            self._blocked = False
-            return
-        empty = self._batch.empty
-        admitted = self._batch.admit(job)
-        self._blocked = not admitted and not empty
-        if self._blocked:
-            return
-        with self._changed:
-            if self._queue:  # empty after `abandon`, which has ended the job
-                self._queue.popleft()
-        if not admitted:
-            job.end(
-                "error",
-                CapacityError(
-                    f"request {job.ticket.id} finds no room in the KV cache though nothing runs:"
-                    " somebody else holds sequences of this executor"
-                ),
-            )
+            waiting = list(self._queue)
+        passed: Job | None = None
+        for job in waiting:
+            empty = self._batch.empty
+            if self._batch.admit(job):
+                self._unqueue(job)
+                if passed is not None:
+                    passed.passed += 1
+            elif empty:
+                self._unqueue(job)
+                job.end("error", no_room(job))
+            else:
+                passed = passed or job
+            if passed is not None and passed.passed >= _MOST_PASSED:
+                return
 
-    def _drop_cancelled(self) -> None:
-        """End the requests that were cancelled while they waited."""
+    def _unqueue(self, job: Job) -> None:
         with self._changed:
-            dropped = [job for job in self._queue if job.ticket.cancelled]
+            if job in self._queue:  # not after `abandon`, which has ended it
+                self._queue.remove(job)
+
+    def _requeue(self, job: Job) -> None:
+        """Have a request wait again, before those that came after it."""
+        with self._changed:
+            insort(self._queue, job, key=age)
+        if self._failure is not None:  # `abandon` may not have seen it
+            job.end("error", self._failure)
+
+    def _drop_ended(self) -> None:
+        """End the requests that were cancelled, or whose time was over, while they waited."""
+        with self._changed:
+            dropped = [job for job in self._queue if job.ticket.cancelled or job.late]
             for job in dropped:
                 self._queue.remove(job)
         for job in dropped:
-            job.end("cancelled")
+            job.end_early()
 
     def _all_ended(self) -> bool:
         return self._failure is not None or (self._resting and not self._queue)
@@ -251,6 +287,14 @@ class Scheduler(Closing):
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+
+    def _check_places(self, count: int) -> None:
+        """Raise `QueueFullError` where `count` more requests may not wait."""
+        waiting = len(self._queue) + self._held
+        if waiting + count > self._max_queue:
+            raise QueueFullError(
+                f"{waiting} requests wait already, of {self._max_queue} allowed: try again later"
+            )
 
     def _check_open(self) -> None:
         if self._failure is not None:

@@ -39,6 +39,8 @@ class SchedulerStats:
     tokens_generated               tokens sampled
     prompt_tokens                  prompt tokens computed; those reused are in `prefix_tokens`
     prefix_hits, prefix_tokens     prompts that began with known blocks, and their tokens
+    preemptions, tokens_restored   requests that made room for others, and tokens of their answers
+                                   that were stored again
     steps, recent                  steps made, and the times of the last 256
     executor_seconds, step_seconds_total  seconds in the executor, and in steps altogether
     batch                          sequences in the last decode call
@@ -60,6 +62,8 @@ class SchedulerStats:
     prompt_tokens: int = 0
     prefix_hits: int = 0
     prefix_tokens: int = 0
+    preemptions: int = 0
+    tokens_restored: int = 0
     steps: int = 0
     recent: tuple[StepTime, ...] = ()
     executor_seconds: float = 0.0

@@ -12,9 +12,10 @@ that is numbered as its row, all zeros when it is opened. Devices that keep stat
 
 Prefix reuse: full blocks of prompt tokens can be kept when their sequence is released, and a new
 sequence whose prompt begins with the same tokens shares them, read-only. Only what a *prefill*
-wrote is kept: a decode step computes the same values by other kernels, whose rounding may differ,
-and an answer must not depend on whether its prompt was an answer before. Where layers keep states a
-sequence or rings, blocks are shared up to one for whose end there is a snapshot of them
+wrote is kept for everybody: a decode step computes the same values by other kernels, whose rounding
+may differ, and an answer must not depend on whether its prompt was an answer before. What decode
+steps wrote of a sequence that has to make room can be kept for itself alone. Where layers keep
+states a sequence or rings, blocks are shared up to one for whose end there is a snapshot of them
 (snapshots.py).
 """
 
@@ -30,7 +31,7 @@ import numpy.typing as npt
 from hmc.errors import CapacityError, ExecutionError
 from hmc.plan import KVLayout, StateGroup
 from hmc.runtime.memory.blocks import LINE, Block, aligned
-from hmc.runtime.memory.prefix import PrefixIndex
+from hmc.runtime.memory.prefix import EVERYBODY, PrefixIndex
 from hmc.runtime.memory.snapshots import Snapshots
 
 _TYPES: dict[str, type[np.generic]] = {"f32": np.float32, "bf16": np.uint16}
@@ -235,15 +236,23 @@ class KVCache:
         """Sequences that can still be opened."""
         return len(self._rows)
 
-    def adopt(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> int:
-        """Let an empty sequence share the kept blocks that hold the beginning of its prompt `ids`
-        i32 [tokens]; how many tokens that is.
+    def adopt(
+        self,
+        sequence: Sequence,
+        ids: npt.NDArray[np.int32],
+        prompt: int = 0,
+        owner: int = EVERYBODY,
+    ) -> int:
+        """Let an empty sequence share the kept blocks that hold the beginning of `ids` i32
+        [tokens]; how many tokens that is. `ids` are a prompt, or begin with one of `prompt` tokens
+        and go on with what the `owner` was answered.
 
         At least one token is left to be computed: its logits are wanted.
         """
         if sequence.blocks or sequence.length:
             raise ExecutionError(f"sequence in cache row {sequence.row} is not empty")
-        blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block)
+        shared = (prompt or len(ids)) // self.block
+        blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block, shared, owner)
         if self.layout.bytes_per_sequence:
             while blocks and blocks[-1] not in self.snapshots:
                 blocks.pop()
@@ -263,15 +272,28 @@ class KVCache:
         """
         full = min(sequence.length, len(ids)) // self.block
         while sequence.indexed < full and not sequence.alone:
-            if self._prefixes.add(sequence.blocks, sequence.indexed, ids):
-                self.allocator.keep(sequence.blocks[sequence.indexed])
-                sequence.indexed += 1
-            else:
-                sequence.alone = True
+            self._index(sequence, ids)
         if self.layout.bytes_per_sequence and full and full * self.block == sequence.length:
             known = self._prefixes.match(ids, full)  # its own blocks, or those that hold the same
             if len(known) == full:
                 self.snapshots.keep(known[-1], sequence.row, full)
+
+    def keep_own(
+        self, sequence: Sequence, ids: npt.NDArray[np.int32], prompt: int, owner: int
+    ) -> None:
+        """Keep the full blocks that follow those of a sequence's prompt, the first `prompt` tokens
+        of `ids`, for its `owner` alone; where all blocks of the prompt are kept.
+        """
+        full = min(sequence.length, len(ids)) // self.block
+        while prompt // self.block <= sequence.indexed < full and not sequence.alone:
+            self._index(sequence, ids, owner)
+
+    def spare(self, sequence: Sequence, tokens: int) -> int:
+        """How many blocks can still be taken when there is room for `tokens` more tokens of a
+        sequence; negative where there is none.
+        """
+        wanted = -(-(sequence.length + tokens) // self.block) - len(sequence.blocks)
+        return self.allocator.available - max(0, wanted)
 
     def reserve(self, sequence: Sequence, tokens: int) -> None:
         """Make room for `tokens` more tokens after `sequence.length`.
@@ -311,6 +333,17 @@ class KVCache:
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
+
+    def _index(
+        self, sequence: Sequence, ids: npt.NDArray[np.int32], owner: int = EVERYBODY
+    ) -> None:
+        """Keep the first block of a sequence that is not kept yet."""
+        block = sequence.blocks[sequence.indexed]
+        if self._prefixes.add(sequence.blocks, sequence.indexed, ids, owner):
+            self.allocator.keep(block)
+            sequence.indexed += 1
+        else:
+            sequence.alone = True
 
     def _forget(self, block: int) -> None:
         self._prefixes.forget(block)

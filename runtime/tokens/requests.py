@@ -69,7 +69,7 @@ class Request:
     logprobs          how many likeliest tokens are wanted with each token; 0: the chosen one alone
     prompt_logprobs   also for the prompt, as many as `logprobs`; nothing is taken from the prefix
                       cache then. With max_new_tokens 0 the prompt is scored and that is all
-    mask              asked before each sample, in the scheduler's thread
+    mask              asked once before each sample, in any thread: while the model computes
     listener          told every update, in the scheduler's thread: it must not block. If it raises,
                       the request ends with that error and the listener is not called again
     """
@@ -86,12 +86,14 @@ class Request:
 
 class Ticket:
     """A submitted request, for any thread: `id` counts from 0 in the order of submission,
-    `cancelled` says whether somebody has asked to end it early."""
+    `cancelled` says whether somebody has asked to end it early, `done` whether it has ended, in
+    whatever way."""
 
     def __init__(self, number: int, wake: Callable[[], None]) -> None:
         """`wake` tells the scheduler that something has been cancelled."""
         self.id = number
         self.cancelled = False
+        self.done = False
         self._wake = wake
         self._claim = threading.Lock()
         self._answer: Future[Generation] = Future()
@@ -100,11 +102,6 @@ class Ticket:
         """End the request within one step; nothing happens to one that has ended."""
         self.cancelled = True
         self._wake()
-
-    @property
-    def done(self) -> bool:
-        """Whether the request has ended, in whatever way."""
-        return self._answer.done()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait up to `timeout` seconds (None: for as long as it takes); whether it has ended."""
@@ -121,6 +118,7 @@ class Ticket:
 
     def settle(self, generation: Generation, error: HmcError | None) -> None:
         """For the scheduler, after `claim`: wake those who wait."""
+        self.done = True
         if error is not None:
             self._answer.set_exception(error)
         else:

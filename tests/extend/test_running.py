@@ -244,6 +244,20 @@ def request(ids: list[int], new: int) -> Request:
     return Request(np.array(ids, np.int32), Sampler(SamplingParams(), ids), ends)
 
 
+def test_requests_that_make_room_answer_as_if_alone(engine: hmc.Engine) -> None:
+    mixed = [(ids_of(9 + 31 * seed, seed), 70 + seed) for seed in range(6)]
+    alone = [engine.generate(ids, max_new_tokens=n, temperature=0).token_ids for ids, n in mixed]
+    kv = engine.executor.kv
+    held = kv.allocator.take(kv.allocator.count - 6)
+    with Scheduler(engine.executor) as scheduler:
+        tickets = [scheduler.submit(request(ids, new)) for ids, new in mixed]
+        for ticket, answer in zip(tickets, alone, strict=True):
+            assert ticket.wait(60) and ticket.result().token_ids == answer
+        assert scheduler.stats().preemptions > 0
+    kv.allocator.give_back(held)
+    assert kv.allocator.used == 0
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_requests_answer_as_if_alone(
     engine: hmc.Engine, prefix_cache: bool, monkeypatch: pytest.MonkeyPatch

@@ -150,6 +150,25 @@ def request(ids: NDArray[np.int32], new: int) -> Request:
     return Request(ids, Sampler(SamplingParams(), ids.tolist()), ends)
 
 
+def test_requests_that_make_room_answer_as_if_alone(checkpoint: Callable[[str], Path]) -> None:
+    directory = checkpoint("mimo_v2_flash")
+    mixed = [(ids_of(9 + 31 * seed, seed), 70 + seed) for seed in range(6)]
+    with executor(compiled(directory), directory) as runs, Scheduler(runs) as scheduler:
+        alone = []
+        for ids, new in mixed:
+            ticket = scheduler.submit(request(ids, new))
+            assert ticket.wait(60)
+            alone.append(ticket.result().token_ids)
+        allocator = runs.kv.allocator
+        held = allocator.take(allocator.count - 6)
+        tickets = [scheduler.submit(request(ids, new)) for ids, new in mixed]
+        for ticket, answer in zip(tickets, alone, strict=True):
+            assert ticket.wait(60) and ticket.result().token_ids == answer
+        assert scheduler.stats().preemptions > 0
+        allocator.give_back(held)
+        assert allocator.used == 0
+
+
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_requests_answer_as_if_alone(
     prefix_cache: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

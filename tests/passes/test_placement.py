@@ -251,7 +251,7 @@ def test_pins_are_made_where_the_held_out_part_agrees(
     assert base.plan.model.experts == 16
     profile = RoutingProfile(learn=_counts(range(4), span), held_out=_counts(held_out, span))
     room = 4 * sum(stored_expert_bytes(base.plan).values())  # for four experts of each layer
-    budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024, 1024)
+    budget = Budget((1 << 30,), 0, 0, 0, 0, (room,), 1024, 1024, 1024)
     plan = ExpertPlacement(profile).run(base.plan, replace(base, budget=budget))
     hot = {p.tiers["gpu0"] for p in plan.placement if "gpu0" in p.tiers}
     assert (hot == {"0-3"}) is (choice == "pinned")

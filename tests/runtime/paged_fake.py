@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import threading
 import zlib
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,14 @@ def reference(ids, new, eos=(EOS,)):
         if tokens[-1] in eos:
             break
     return tokens[len(ids) :]
+
+
+@contextmanager
+def crowded(kv, left):
+    """All but `left` blocks of a cache are somebody else's in the `with` block."""
+    held = kv.allocator.take(kv.allocator.count - left)
+    yield
+    kv.allocator.give_back(held)
 
 
 class PagedFake:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paged_fake import WAIT, prompts, request, tokens_of
+from paged_fake import WAIT, crowded, prompts, request, tokens_of
 
 import hmc
 from hmc.errors import ExecutionError, MachineError, UsageError, WorkerError
@@ -214,7 +214,7 @@ def test_blocks_of_a_cancelled_prompt_are_free_when_the_process_has_let_go(both,
     with paused(both.worker):
         first = scheduler.submit(ask(prompt(both, 400, seed=14), 6))
         second = scheduler.submit(ask(prompt(both, 300, seed=15), 6))
-        until(lambda: scheduler.stats().prefill.prompts == 2)
+        until(lambda: scheduler.stats().prefilling == 2)
         held = allocator.used
         for ticket in (first, second):
             ticket.cancel()
@@ -225,6 +225,24 @@ def test_blocks_of_a_cancelled_prompt_are_free_when_the_process_has_let_go(both,
         assert 0 < allocator.used < held
         assert scheduler.drain(WAIT)  # all requests have ended
     until(lambda: allocator.used == 0)
+
+
+def test_a_prompt_beside_makes_room_for_who_came_before(both):
+    kv = both.engine.executor.kv
+    both.worker.wait_ready(WAIT)
+    ids, long = prompt(both, CHUNK, seed=20), prompt(both, 400, seed=21)
+    expected = alone(both, ids, 180), alone(both, long, 6)
+    with crowded(kv, left=9), Scheduler(both.engine.executor, prefill=both.worker) as crowd:
+        with paused(both.worker):
+            first = crowd.submit(ask(ids, 180))
+            second = crowd.submit(ask(long, 6))
+            until(lambda: crowd.stats().preemptions == 1)
+            stats = crowd.stats()
+            assert (stats.running, stats.waiting) == (1, 1)
+            assert stats.kv_used == stats.kv_total  # the process may still write there
+        assert tokens_of(first) == expected[0]
+        assert tokens_of(second) == expected[1]
+    assert kv.allocator.used == 0
 
 
 @pytest.mark.slow

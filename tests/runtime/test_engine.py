@@ -21,7 +21,8 @@ PROMPT = [5, 17, 230, 99, 4, 77]
 
 @pytest.fixture(scope="module")
 def engine(checkpoint):
-    plan = hmc.compile(checkpoint("qwen3_moe", "fp8", with_tokenizer=True), max_context=128)
+    directory = checkpoint("qwen3_moe", "fp8", with_tokenizer=True)
+    plan = hmc.compile(directory, max_context=128, cache_tokens=1088)
     with hmc.Engine(plan) as engine:
         yield engine
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from paged_fake import VOCAB, WAIT, PagedFake, prompts, reference, request, tokens_of
+from paged_fake import VOCAB, WAIT, PagedFake, crowded, prompts, reference, request, tokens_of
 
 import hmc
 from hmc.errors import (
@@ -62,6 +62,25 @@ def test_mixed_requests_answer_as_if_alone(engine, prefix_cache, monkeypatch):
     assert stats.tokens_generated == sum(len(each.token_ids) for each in alone)
     assert max(step.decoded for step in stats.recent) > 4
     assert engine.executor.kv.allocator.used == 0
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("engine", ["qwen3_moe", "deepseek_v3"], indirect=True)
+def test_requests_that_make_room_answer_as_if_alone(engine):
+    mixed = [(ids, 40 + 9 * i) for i, ids in enumerate(prompts(12, 120, 503, seed=8))]
+    sampling = {"temperature": 0.8, "seed": 3}
+    alone = [engine.generate(ids, max_new_tokens=new, **sampling) for ids, new in mixed]
+    kv = engine.executor.kv
+    with crowded(kv, left=7), Scheduler(engine.executor) as scheduler:
+        tickets = [
+            scheduler.submit(request(ids, new, eos=engine.eos_token_ids, sampling=sampling))
+            for ids, new in mixed
+        ]
+        for ticket, expected in zip(tickets, alone, strict=True):
+            assert tokens_of(ticket) == list(expected.token_ids)
+        stats = scheduler.stats()
+    assert stats.preemptions > 0
+    assert kv.allocator.used == 0
 
 
 def test_sampling_by_seed_does_not_depend_on_neighbours(engine):
@@ -229,24 +248,24 @@ def test_the_context_ends_an_answer(fake):
 
 
 def test_the_queue_is_bounded_and_served_in_order(fake):
-    scheduler = Scheduler(fake, max_queue=3)
+    scheduler = Scheduler(fake, max_queue=4)
     order = []
 
-    def ended(name):
-        return lambda update: update.finish_reason and order.append(name)
+    def begun(name):
+        return lambda update: name in order or order.append(name)
 
-    # The second asks for more room than the first leaves; the third would fit, and waits its turn.
-    sizes = {"a": 60, "b": 60, "c": 2}
+    # The second asks for more room than the first leaves: those that need little pass it.
+    sizes = {"a": 60, "b": 60, "c": 2, "d": 4}
     tickets = [
-        scheduler.submit(request([3], new, eos=(), listener=ended(name)))
-        for name, new in sizes.items()
+        scheduler.submit(request([3] * size, 4, eos=(), listener=begun(name)))
+        for name, size in sizes.items()
     ]
-    fake.kv.reserve(held := fake.open(), 10)
-    with pytest.raises(QueueFullError, match="3 requests wait"):
+    fake.kv.reserve(held := fake.open(), 20)
+    with pytest.raises(QueueFullError, match="4 requests wait"):
         scheduler.submit(request([2]))
     scheduler.start()
     assert all(ticket.wait(WAIT) for ticket in tickets)
-    assert order == ["a", "c", "b"]  # b and c ran together after a: c is the shorter
+    assert order == ["c", "d", "a", "b"]  # a's chunk between them is the first of several
     scheduler.close()
     fake.release(held)
 

@@ -64,16 +64,19 @@ def test_a_storm_of_cancellations_leaves_nothing_behind(fake, prefix_cache, coun
 def test_cancelling_works_queued_in_prefill_and_in_decode(fake):
     scheduler = Scheduler(fake)
     fake.gate.clear()
-    prefilling = scheduler.submit(request(range(2, 42)))
-    queued = scheduler.submit(request([3, 4]))
+    prefilling, begun, *queued = (
+        scheduler.submit(request(range(first, first + 40))) for first in range(2, 8)
+    )
     scheduler.start()
     while not fake.calls:
         time.sleep(0.001)
-    for ticket in (prefilling, queued, queued):
+    stats = scheduler.stats()
+    assert (stats.prefilling, stats.waiting) == (3, 3)  # a cache of 128 tokens
+    for ticket in (prefilling, begun, *queued, queued[0]):
         ticket.cancel()
         assert not ticket.done
     fake.gate.set()
-    for ticket in (prefilling, queued):
+    for ticket in (prefilling, begun, *queued):
         assert tokens_of(ticket) == []
         assert ticket.result().finish_reason == "cancelled"
     assert fake.calls == [("prefill.host", 14)]  # 40 tokens in three chunks: one was under way
@@ -162,7 +165,7 @@ def test_a_stuck_step_shows_and_can_be_abandoned(fake):
     while scheduler.stuck_for < 0.02:
         time.sleep(0.001)
     stats = scheduler.stats()
-    assert (stats.phase, stats.prefilling, stats.waiting) == ("prefill.host", 1, 2)
+    assert (stats.phase, stats.prefilling, stats.waiting) == ("prefill.host", 3, 0)
     assert stats.step_age >= 0.02
     scheduler.abandon(ExecutionError("a step hangs"))
     for ticket in tickets:
@@ -175,6 +178,7 @@ def test_a_stuck_step_shows_and_can_be_abandoned(fake):
 
 
 def test_closing_never_hangs(fake):
+    before = threading.enumerate()
     scheduler = Scheduler(fake)
     waiting = scheduler.submit(request([2]))
     scheduler.close()
@@ -191,7 +195,8 @@ def test_closing_never_hangs(fake):
         stuck.result()
     fake.gate.set()
     scheduler.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "hmc-scheduler"]
+    ours = [thread for thread in threading.enumerate() if thread not in before]
+    assert not [thread for thread in ours if thread.name == "hmc-scheduler"]
     assert fake.kv.allocator.used == 0
     with pytest.raises(ExecutionError, match="closing"):
         scheduler.submit(request([2]))

@@ -216,6 +216,7 @@ def test_a_thought_that_the_template_opens_is_closed_before_a_schema(client: ope
         model="tiny",
         messages=ASK,
         max_tokens=60,
+        seed=1,
         reasoning_effort="high",
         extra_body={"guided_json": WEATHER},
     )
