@@ -41,6 +41,10 @@ hmc/first_fault hmc/ranges hmc/files hmc/closing hmc/env hmc/errors hmc/version
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an
 import goes down. Names are of folders, dots where slashes are."""
 
+WITHIN = {"hmc/serve/messages": "hmc/serve", "hmc/serve/responses": "hmc/serve"}
+"""Folders that are of one room with another: an interface needs the server's forms, and the
+server's routes the interface."""
+
 FORBIDDEN = {
     "codegen": "torch",
     "hmc/formats": "torch",
@@ -71,7 +75,7 @@ def _room(module: str) -> str:
     """The folder of a module, or itself where it lies in a top-level folder."""
     path = MODULES[module].relative_to(ROOT)
     if path.name == "__init__.py" or len(path.parts) > 2:
-        return str(path.parent)
+        return WITHIN.get(str(path.parent), str(path.parent))
     return str(path.with_suffix(""))
 
 

@@ -1,4 +1,4 @@
-"""The ASGI application: routes, the key, bounded bodies and errors in OpenAI's shape."""
+"""The ASGI application: routes, the key, bounded bodies, and errors in each interface's shape."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from hmc.errors import HmcError
 from hmc.serve import page
 from hmc.serve.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from hmc.serve.faults import ApiError, of
-from hmc.serve.generate import Generations
+from hmc.serve.generations import Generations
 from hmc.serve.hosts import check_host
 from hmc.serve.live import live, plan_facts, step_times
 from hmc.serve.log import RequestLog, note_fault
+from hmc.serve.messages import faults as of_messages
+from hmc.serve.messages.body import CountBody, MessagesBody
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
 from hmc.serve.models import Model, Models
-from hmc.serve.opening import Uses, with_model
+from hmc.serve.opening import Told, Uses, openai_event, with_model
+from hmc.serve.props import props
 from hmc.serve.reading import body as read_body
+from hmc.serve.responses.body import ResponsesBody
 from hmc.serve.service import Service, Settings
 from hmc.serve.texts import detokenize, tokenize
 from hmc.version import VERSION
@@ -36,7 +40,16 @@ from hmc.version import VERSION
 _OPEN = {"/", "/health"}
 
 Handler = Callable[[Request], Awaitable[Response]]
-Form = TypeVar("Form", CompletionBody, ChatBody, TokenizeBody, DetokenizeBody)
+Form = TypeVar(
+    "Form",
+    CompletionBody,
+    ChatBody,
+    MessagesBody,
+    CountBody,
+    ResponsesBody,
+    TokenizeBody,
+    DetokenizeBody,
+)
 Answer = Callable[[Service, Request, Form], Awaitable[Response]]
 """Answers a body with the model that it asks for, which is loaded."""
 
@@ -62,6 +75,15 @@ def application(models: Models, failed: Callable[[], None]) -> RequestLog:
         ("/v1/models/{name:path}", "GET", routes.model),
         ("/v1/chat/completions", "POST", routes.asked(ChatBody, generations.chat)),
         ("/v1/completions", "POST", routes.asked(CompletionBody, generations.completions)),
+        (
+            "/v1/messages",
+            "POST",
+            routes.asked(MessagesBody, generations.messages, told=of_messages.event),
+        ),
+        ("/v1/messages/count_tokens", "POST", routes.asked(CountBody, generations.count)),
+        ("/v1/responses", "POST", routes.asked(ResponsesBody, generations.responses)),
+        ("/v1/embeddings", "POST", _no_embeddings),
+        ("/props", "GET", routes.props),
         ("/tokenize", "POST", routes.asked(TokenizeBody, tokenize)),
         ("/detokenize", "POST", routes.asked(DetokenizeBody, detokenize)),
         ("/health", "GET", routes.health),
@@ -98,7 +120,7 @@ class _Routes:
     def __init__(self, models: Models) -> None:
         self._models = models
         self.metrics = Metrics(models)
-        self._keys = [f"Bearer {key}".encode() for key in models.settings.api_keys]
+        self._keys = [key.encode() for key in models.settings.api_keys]
 
     def guarded(self, path: str, handler: Handler) -> Handler:
         """The handler behind the key check, with its errors answered and counted."""
@@ -113,7 +135,7 @@ class _Routes:
                 fault = of(error)
                 if fault.status >= 500:
                     note_fault(request.scope, fault.message)
-                response = fault.response()
+                response = _told(request, fault)
             except ClientDisconnect:
                 response = Response(status_code=499)  # nobody reads it
             if unknown := getattr(request.state, "unknown_fields", ()):
@@ -124,7 +146,9 @@ class _Routes:
 
         return answer
 
-    def asked(self, form: type[Form], answer: Answer[Form]) -> Handler:
+    def asked(
+        self, form: type[Form], answer: Answer[Form], *, told: Told = openai_event
+    ) -> Handler:
         """A handler of bodies: finds the model that one names and answers once it is loaded."""
 
         async def handler(request: Request) -> Response:
@@ -136,6 +160,7 @@ class _Routes:
                 request,
                 lambda service: answer(service, request, body),
                 streams=getattr(body, "stream", False),
+                told=told,
             )
 
         return handler
@@ -151,6 +176,13 @@ class _Routes:
     async def page(self, _: Request) -> Response:
         headers = {"Content-Security-Policy": page.policy(), "X-Content-Type-Options": "nosniff"}
         return Response(page.document(), media_type="text/html", headers=headers)
+
+    async def props(self, request: Request) -> Response:
+        async def answer(service: Service) -> Response:
+            return JSONResponse(props(service))
+
+        model = self._models.find(request.query_params.get("model"))
+        return await with_model(self._models, model, request, answer)
 
     async def listed(self, _: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_described(each) for each in self._models]})
@@ -177,12 +209,14 @@ class _Routes:
         return JSONResponse({"version": VERSION})
 
     def _check_key(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode()
-        found = [hmac.compare_digest(given, key) for key in self._keys]  # as long for each
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        own = request.headers.get("x-api-key", "")
+        given = [bearer.encode() if scheme == "Bearer" else b"", own.encode()]
+        found = [hmac.compare_digest(g, k) for g in given for k in self._keys]  # as long for each
         if self._keys and not any(found):
             raise ApiError(
                 401,
-                "the API key is missing or wrong: send Authorization: Bearer KEY",
+                "the API key is missing or wrong: send Authorization: Bearer KEY or x-api-key",
                 kind="authentication_error",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
@@ -209,11 +243,23 @@ def _beside(model: Model) -> dict[str, Any]:
     return {"prefill_process": asdict(stats.prefill)}
 
 
+async def _no_embeddings(_: Request) -> Response:
+    text = "hmc serves models that write text: it has no embedding models"
+    raise ApiError(404, text, kind="not_found_error", code="unsupported")
+
+
+def _told(request: Request, fault: ApiError) -> Response:
+    """An error in the shape that the route's clients read."""
+    if of_messages.is_ours(request.url.path):
+        return of_messages.response(fault, request.scope)
+    return fault.response()
+
+
 async def _fault(request: Request, error: Exception) -> Response:
     """A mistake of ours; the server's log gets the traceback."""
     text = f"the server made a mistake: {type(error).__name__}: {error}"
     note_fault(request.scope, text)
-    return ApiError(500, text, kind="server_error", code="internal_error").response()
+    return _told(request, ApiError(500, text, kind="server_error", code="internal_error"))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -224,5 +270,4 @@ async def _http_error(request: Request, error: Exception) -> Response:
         404: f"no such route: {path}",
         405: f"{request.method} is not allowed on {path}",
     }.get(error.status_code, str(error.detail))
-    fault = ApiError(error.status_code, message, headers=dict(error.headers or {}))
-    return fault.response()
+    return _told(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))

@@ -262,22 +262,18 @@ def _choice(choice: Any) -> Any:
     return "required" if choice == "any" else choice
 
 
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, BeforeValidator(_choice)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
 class Conversation(Body):
     """What is put before a model through its chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] = Field(default_factory=list)
-    tool_choice: (
-        Annotated[
-            Literal["none", "auto", "required"] | NamedChoice,
-            BeforeValidator(_choice),
-        ]
-        | None
-    ) = None
+    tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
-        None
-    )
+    reasoning_effort: Effort | None = None
     documents: list[dict[str, Any]] | None = None
     add_generation_prompt: StrictBool | None = None
     continue_final_message: StrictBool = False

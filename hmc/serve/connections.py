@@ -21,6 +21,9 @@ HEAD_SECONDS = 10.0
 WRITE_SECONDS = 30.0
 """Without a byte that the client has read of what waits for it."""
 
+_PROBE_SECONDS = 30
+"""Of silence before the first probe of TCP."""
+
 _KEPT = 32
 """Descriptors for all else: shards while they are read, pipes of processes, the log."""
 
@@ -111,6 +114,10 @@ class Listener:
             self._pause(1.0)
             return
         accepted.setblocking(False)
+        # What lies between forgets silent connections, and a whole answer may take minutes.
+        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if accepted.family != socket.AF_UNIX:
+            accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _PROBE_SECONDS)
         task = self._loop.create_task(self._loop.connect_accepted_socket(self._make, accepted))
         self._coming.add(task)
         task.add_done_callback(self._coming.discard)

@@ -91,8 +91,14 @@ def of_validation(error: ValidationError) -> ApiError:
     """The answer to a body that does not have the right form: its first fault, with the field's
     name.
     """
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(str(part) for part in fault["loc"])
+    faults = error.errors(include_url=False, include_context=False, include_input=False)
+    fault = faults[0]
+    if fault["loc"][-1:] == ("str",):  # a text or a list: what is wrong in the list says more
+        around = fault["loc"][:-1]
+        same = [each for each in faults if each["loc"][: len(around)] == around]
+        fault = max(same, key=lambda each: len(each["loc"]))
+    names = [str(part) for part in fault["loc"]]
+    place = ".".join(name for name in names if name != "str" and "[" not in name)
     if fault["type"] == "json_invalid":
         return bad_request(f"the body is not JSON: {fault['msg']}")
     message = fault["msg"]

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 Access = Literal["off", "text", "json"]
 
 _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
-_FAULT, _MODEL = "hmc.fault", "hmc.model"
+_FAULT, _MODEL, _KNOWN_AS = "hmc.fault", "hmc.model", "hmc.request_id"
 
 
 def say(text: str) -> None:
@@ -27,6 +27,11 @@ def say(text: str) -> None:
 def note_fault(scope: Scope, message: str) -> None:
     """Why a request fails, for its line."""
     scope[_FAULT] = message
+
+
+def request_id(scope: Scope) -> str:
+    """By what a request is found in the log; "" outside `RequestLog`."""
+    return str(scope.get(_KNOWN_AS, ""))
 
 
 def note_model(scope: Scope, name: str) -> None:
@@ -49,6 +54,7 @@ class RequestLog:
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         known = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
+        scope[_KNOWN_AS] = known.decode()
         begin, status, sent = time.monotonic(), 499, 0
 
         async def tagged(message: Message) -> None:

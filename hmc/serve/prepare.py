@@ -117,8 +117,10 @@ def completions(service: Service, body: CompletionBody) -> Prepared:
     return Prepared(requests, prompts, body.n)
 
 
-def chat(service: Service, body: ChatBody) -> Prepared:
-    """The requests of a chat; raises `ApiError` or `HmcError`."""
+def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared:
+    """The requests of a chat; raises `ApiError` or `HmcError`. If `clipped`, more tokens may be
+    asked for than the context has room for.
+    """
     engine, _ = service.ready()
     asked = _limit(body, None)
     if asked == 0:
@@ -127,7 +129,7 @@ def chat(service: Service, body: ChatBody) -> Prepared:
         raise bad_request("top_logprobs needs logprobs", "top_logprobs")
     choices(service, body)
     tools, chosen = offered(body)
-    text = _text(engine)
+    text = text_of(engine)
     form = service.form() if tools else None
     opening = ""
     constraint: Constraint | None
@@ -146,7 +148,9 @@ def chat(service: Service, body: ChatBody) -> Prepared:
         thinking = False
     if opening:
         prompt += text.encode(opening, special=False)
-    most = _fits(engine, prompt, asked)
+    most = _fits(engine, prompt, None if clipped else asked)
+    if asked is not None:
+        most = min(most, asked)
     requests = []
     for number in range(body.n):
         request = _request(engine, body, prompt, most, number)
@@ -193,7 +197,7 @@ def _request(
     if len(stops) > _MOST_STOPS:
         raise bad_request(f"stop: at most {_MOST_STOPS} stop strings", "stop")
     if stops:
-        _text(engine)
+        text_of(engine)
     explicit = {name: getattr(body, name) for name in _SAMPLING}
     if body.repetition_penalty is None:
         explicit["repetition_penalty"] = body.repeat_penalty
@@ -296,7 +300,8 @@ def _schema(name: str, text: str) -> dict[str, Any]:
     return schema
 
 
-def _text(engine: Engine) -> Text:
+def text_of(engine: Engine) -> Text:
+    """The tokenizer; a 400 when there is none."""
     if engine.text is None:
         raise bad_request("this checkpoint has no tokenizer: give token ids to /v1/completions")
     return engine.text

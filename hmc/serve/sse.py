@@ -1,5 +1,6 @@
-"""Server-sent events over ASGI: one `data:` line an event, comments while nothing happens; and
-noticing that a client has gone.
+"""Server-sent events over ASGI: one `data:` line an event, with its type as its name where the
+interface has names, a comment or another sign of life while nothing happens; and noticing that a
+client has gone.
 """
 
 from __future__ import annotations
@@ -16,20 +17,32 @@ from starlette.types import Receive, Scope, Send
 
 Events = AsyncGenerator[Mapping[str, Any] | str, None]
 
+COMMENT = ": keep-alive\n\n"
+"""What clients skip."""
+
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class EventStream(Response):
-    """Sends events as they come and a comment after every `keep_alive` seconds without any.
+    """Sends events as they come, and `silence` after every `keep_alive` seconds without any.
 
     `gone` is called when the client hangs up; `events` is closed however the stream ends.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, *, keep_alive: float, gone: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: Events,
+        *,
+        keep_alive: float,
+        gone: Callable[[], None],
+        named: bool = False,
+        silence: str = COMMENT,
+    ) -> None:
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
+        self._named, self._silence = named, silence
         self._events, self._keep_alive, self._gone = events, keep_alive, gone
         self._sent = 0.0
 
@@ -40,12 +53,17 @@ class EventStream(Response):
         try:
             async with watched(receive, self._gone), _background(self._comments(send)):
                 async for event in self._events:
-                    text = event if isinstance(event, str) else json.dumps(event)
                     self._sent = time.monotonic()
-                    await _part(send, f"data: {text}\n\n")
+                    await _part(send, self._written(event))
         finally:
             await self._events.aclose()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _written(self, event: Mapping[str, Any] | str) -> str:
+        if isinstance(event, str):
+            return f"data: {event}\n\n"
+        name = f"event: {event['type']}\n" if self._named else ""
+        return f"{name}data: {json.dumps(event)}\n\n"
 
     async def _comments(self, send: Send) -> None:
         while True:
@@ -54,7 +72,7 @@ class EventStream(Response):
                 await asyncio.sleep(left)
                 continue
             self._sent = time.monotonic()
-            await _part(send, ": keep-alive\n\n")
+            await _part(send, self._silence)
 
 
 @asynccontextmanager

@@ -195,7 +195,7 @@ class Detokenizer:
 
 class StopStrings:
     """Cuts a stream of text at the first stop string; holds back a tail that may be the start of
-    one.
+    one. `met` is the stop string that was found.
     """
 
     def __init__(self, stop: str | Sequence[str] | None) -> None:
@@ -204,15 +204,17 @@ class StopStrings:
         if not all(isinstance(text, str) and text for text in self._stops):
             raise UsageError("stop: a stop string must be a non-empty text")
         self._held = ""
+        self.met: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """Text that is safe to give out, and whether a stop string was met (it and all behind it
         are dropped).
         """
         self._held += text
-        hits = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        hits = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if hits:
-            piece, self._held = self._held[: min(hits)], ""
+            at, self.met = min(hits)
+            piece, self._held = self._held[:at], ""
             return piece, True
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from hmc.serve import bodies
+from hmc.serve import bodies, extras
 from hmc.serve.bodies import Body, ChatBody, TokenizeBody
 from hmc.serve.faults import of_validation
+from hmc.serve.messages import body as of_messages
+from hmc.serve.responses import body as of_responses
+
+HOMES = (bodies, extras, of_messages, of_responses)
 
 
-def _is_form(each: object) -> bool:
-    return isinstance(each, type) and issubclass(each, Body) and each.__module__ == bodies.__name__
+def _forms(home: ModuleType) -> Iterator[type[Body]]:
+    for each in vars(home).values():
+        if isinstance(each, type) and issubclass(each, Body) and each.__module__ == home.__name__:
+            yield each
 
 
 OWN_WORDS = {"type", "text", "role", "id", "function"}
@@ -48,7 +56,7 @@ def test_parts_of_text_are_one_text() -> None:
     assert isinstance(content, list) and [part.text for part in content] == [WORDS["text"]] * 2
 
 
-@pytest.mark.parametrize("form", [each for each in vars(bodies).values() if _is_form(each)])
+@pytest.mark.parametrize("form", [form for home in HOMES for form in _forms(home)])
 def test_every_field_is_on_the_page(form: type[Body]) -> None:
     fields = {each.alias or name for name, each in form.model_fields.items()}
     told = set(re.findall(r"[`.\"](\w+)(?=[`\[\"])", PAGE))

@@ -184,16 +184,15 @@ def test_what_is_in_use_keeps_its_memory_and_who_needs_it_waits(
     several: Several, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "memory_limit", lambda: round(1.5 * plan.ledger_totals["host"]))
-    with several("ab", load_seconds=WAIT) as found:
-        models = found.server.models
+    with several("ab", load_seconds=0.4) as found:
         with busy(found, "a"):
-            models.settings = replace(models.settings, load_seconds=0.4)
             late = complete(found.url, "b")
             assert late.status_code == 503 and int(late.headers["retry-after"]) > 0
             fault = late.json()["error"]
             assert fault["code"] == "memory_in_use"
             assert "not loaded within 0.4 s: b waits for a, in use" in fault["message"]
             assert states(found.url)["a"] == "loaded"
+        models = found.server.models
         models.settings = replace(models.settings, load_seconds=WAIT)
         assert complete(found.url, "b").status_code == 200
         assert states(found.url) == {"a": "unloaded", "b": "loaded"}
