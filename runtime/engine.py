@@ -89,17 +89,23 @@ class Engine(Closing):
         return stream.result
 
     def stream(
-        self, prompt: Prompt, *, kept: Kept | None = None, **options: Unpack[Options]
+        self,
+        prompt: Prompt,
+        *,
+        kept: Kept | None = None,
+        shown: Sequence[str] = (),
+        **options: Unpack[Options],
     ) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`. What `kept`
-        holds of the prompt is not computed again.
+        holds of the prompt is not computed again; of special tokens those of `shown` are in texts.
         """
         params = sampling_params(self.text, options)
         params.check_tokens(self.plan.model.vocab)
         ids = prompt_ids(prompt, self.text, self.plan)
         most = options.get("max_new_tokens", DEFAULT_NEW_TOKENS)
         ends = Ends(most, self.eos_token_ids, StopStrings(options.get("stop")))
-        return Stream(self.executor, self.text, ids, Sampler(params, ids.tolist()), ends, kept)
+        text = self.text.showing(shown) if self.text and shown else self.text
+        return Stream(self.executor, text, ids, Sampler(params, ids.tolist()), ends, kept)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ from hmc.runtime.tokens.generation import Stream, Timings
 from hmc.runtime.tokens.kept import Kept
 from hmc.runtime.tokens.prompts import prompt_ids, sampling_params
 from hmc.runtime.tokens.text import Text
-from hmc.serve.reasoning import ThoughtFinder, markers_of
+from hmc.serve.reasoning import markers_of
 
 _ROOM = 4
 """A prompt leaves one part in so many of the context to its answer, or as much as is asked for."""
@@ -162,11 +162,12 @@ class Session(Closing):
         ids, thinks = self._prompt()
         if self._routing is not None:
             self._routing.begin()
-        finder = ThoughtFinder(self._markers, begun=thinks) if self._markers else None
+        finder = self._markers.finder(begun=thinks) if self._markers else None
+        shown = self._markers.shown if self._markers else ()
         thought = said = ""
         options = {"max_new_tokens": self.context, **self._sampling(self.options)}
         with (
-            self._engine.stream(ids, kept=self._kept, **options) as stream,
+            self._engine.stream(ids, kept=self._kept, shown=shown, **options) as stream,
             _interrupting(stream),
         ):
             for piece in stream:
