@@ -93,7 +93,7 @@ class Engine(Closing):
         prompt: Prompt,
         *,
         kept: Kept | None = None,
-        shown: Sequence[str] = (),
+        shown: Items[str] = (),
         **options: Unpack[Options],
     ) -> Stream:
         """As `generate`, token by token: iterate over `Piece`s, then read `.result`. What `kept`
