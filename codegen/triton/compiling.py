@@ -83,5 +83,6 @@ def _told(do: Callable[[], Any]) -> None:
     try:
         do()
     except Exception as error:
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        first, *_, last = f"{type(error).__name__}: {error}\n".splitlines() * 2  # what, ..., why
+        told = first if first == last else f"{first} {last.strip()}"
         raise KernelError(f"a kernel of the GPU cannot be made: {told}") from error

@@ -27,6 +27,8 @@ from hmc.serve.reasoning import markers_of
 
 _ROOM = 4
 """A prompt leaves one part in so many of the context to its answer, or as much as is asked for."""
+_TAIL = 64
+"""Tokens of a prompt's end that show whether a thought has begun."""
 _AFTER_CUT = 2
 """When turns have to go, so many that the prompt fits one part in so many of the context: what is
 left is computed again, which should not be done every turn."""
@@ -69,7 +71,7 @@ class Session(Closing):
         self.messages: list[Message] = []
         self.system = ""
         self.turns: list[Turn] = []
-        self._engine, self._text, self._chat, self._routing = engine, text, text.chat, routing
+        self._engine, self._text, self._routing = engine, text, routing
         self._markers = markers_of(text.chat)
         self._kept = Kept(engine.executor)
         self._first = 0  # of the messages, the first that prompts show
@@ -94,7 +96,7 @@ class Session(Closing):
         """Say a system message before everything; `UsageError` where the template takes none."""
         before, self.system = self.system, system
         try:
-            self._rendered([{"role": "user", "content": "?"}])
+            self._encoded([{"role": "user", "content": "?"}])
         except UsageError:
             self.system = before
             raise
@@ -114,7 +116,7 @@ class Session(Closing):
         before, self.system = self.system, system
         try:
             if rest:
-                self._rendered(rest)
+                self._encoded(rest)
         except UsageError:
             self.system = before
             raise
@@ -200,8 +202,7 @@ class Session(Closing):
         limit = self.context - min(most, self.context // _ROOM)
         gone = 0
         while True:
-            prompt = self._rendered(self.messages[self._first :])
-            ids = self._text.encode(prompt, special=False)
+            ids = self._encoded(self.messages[self._first :])
             after = self._second_turn()
             if len(ids) <= limit or after is None:
                 break
@@ -213,7 +214,10 @@ class Session(Closing):
                 f"the context of {self.context} tokens is full: the {gone} oldest messages are no"
                 " longer shown to the model"
             )
-        thinks = self._markers is not None and self._markers.begun(prompt)
+        thinks = False
+        if self._markers:
+            shown = self._text.showing(self._markers.shown)
+            thinks = self._markers.begun(shown.decode(ids[-_TAIL:]))
         return prompt_ids(ids, self._text, self._engine.plan), thinks
 
     def _second_turn(self) -> int | None:
@@ -224,10 +228,10 @@ class Session(Closing):
     def _system(self) -> list[Message]:
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def _rendered(self, messages: list[Message]) -> str:
+    def _encoded(self, messages: list[Message]) -> list[int]:
         thinking = self.options.get("thinking")
         variables = {} if thinking is None else {"enable_thinking": thinking}
-        return self._chat.render([*self._system(), *messages], variables=variables)
+        return self._text.encode_chat([*self._system(), *messages], variables=variables)
 
     @staticmethod
     def _sampling(options: Mapping[str, Any]) -> dict[str, Any]:
