@@ -155,6 +155,8 @@ def test_what_triton_says_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("triton.compiler.compile", broken)
     with (
         triton_gpu.gpu(80),
-        pytest.raises(KernelError, match=r"cannot be made: RuntimeError: no such instruction and more$"),
+        pytest.raises(
+            KernelError, match=r"cannot be made: RuntimeError: no such instruction and more$"
+        ),
     ):
         make_ready(norms)
