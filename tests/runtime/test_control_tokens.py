@@ -80,7 +80,9 @@ def opened(tokenizer: Tokenizer, template: str = TEMPLATE) -> Text:
     return Text(tokenizer, {**names}, ChatTemplate(template, names, "here"), (), {})
 
 
-@pytest.fixture(scope="module", params=[sentence_piece, unigram, whole_words], ids=lambda make: make.__name__)
+@pytest.fixture(
+    scope="module", params=[sentence_piece, unigram, whole_words], ids=lambda make: make.__name__
+)
 def text(request: Any) -> Text:
     return opened(request.param())
 
