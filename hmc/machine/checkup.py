@@ -118,14 +118,15 @@ def _quota(root: Path, cpus: int) -> Iterator[Finding]:
 
 
 def _tier(root: Path, isa: str) -> Iterator[Finding]:
-    best = next(iter(TIERS))
-    if not isa or isa == best:
+    best, *_ = names = list(TIERS)
+    place = names.index(isa) if isa else 0
+    if not place:
         return
     flags = cpu_flags(root / "proc/cpuinfo")
-    possible = next((tier.name for tier in TIERS.values() if tier.flags <= flags), "")
+    usable = [at for at, name in enumerate(names) if TIERS[name].flags <= flags]
     missing = " ".join(sorted(TIERS[best].flags - flags))
-    if possible != isa:
-        found, mend = f"{isa}, though {possible} is there", "unset HMC_ISA"
+    if min(usable, default=place) < place:
+        found, mend = f"{isa}, though {names[usable[0]]} is there", "unset HMC_ISA"
     elif "hypervisor" in flags:
         found, mend = (
             f"{isa}: {missing} missing",

@@ -24,12 +24,24 @@ CTRL_A, CTRL_C, CTRL_D, CTRL_U, UP = "\x01", "\x03", "\x04", "\x15", "\x1b[A"
 class Typist:
     """The other end of a program's terminal."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, program: int) -> None:
+        self._descriptor, self._program = descriptor, program
         self.seen = ""
 
     def type(self, text: str) -> None:
         os.write(self._descriptor, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C at a prompt, once the program waits for keys: Python's readline sees a signal that
+        comes between its prompt and that only with the next key.
+        """
+        stat = Path(f"/proc/{self._program}/task/{self._program}/stat")
+        end, asleep = time.monotonic() + SECONDS, 0
+        while asleep < 5:
+            assert time.monotonic() < end, "the program does not wait for keys"
+            time.sleep(0.01)
+            asleep = asleep + 1 if stat.read_text().rpartition(")")[2].split()[0] == "S" else 0
+        self.type(CTRL_C)
 
     def wait_for(self, text: str) -> str:
         """Read until `text` comes; what came up to there since the last time."""
@@ -65,7 +77,7 @@ def at_a_terminal(
     )
     os.close(theirs)
     try:
-        yield Typist(ours), program
+        yield Typist(ours, program.pid), program
     finally:
         program.kill()
         program.wait(SECONDS)
@@ -103,15 +115,15 @@ def test_a_conversation_is_typed(talking: Path, tmp_path: Path) -> None:
         assert "Traceback" not in typist.wait_for("> ")
         typist.type("half a line")
         typist.wait_for("half a line")
-        typist.type(CTRL_C)
+        typist.interrupt()
         typist.wait_for("> ")
         typist.type("/stats\r")
         typist.wait_for("4: prompt")
         typist.wait_for("> ")
-        typist.type(CTRL_C)
+        typist.interrupt()
         typist.wait_for("once more")
         typist.wait_for("> ")
-        typist.type(CTRL_C)
+        typist.interrupt()
         assert program.wait(SECONDS) == 0
     saved = json.loads((tmp_path / "talk.json").read_text())["messages"]
     assert [each["content"] for each in saved if each["role"] == "user"] == [
