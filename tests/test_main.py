@@ -15,6 +15,7 @@ import pytest
 
 from hmc import cli, env
 from hmc.compiler import compile as compile_plan
+from hmc.errors import ExecutionError, PlanError
 from hmc.plan import save_plan
 
 
@@ -47,6 +48,19 @@ def test_a_reader_that_is_gone_ends_it_in_silence(arguments: list[str]) -> None:
         streams = {"stdout": gone, "stderr": subprocess.PIPE if silent else gone}
         done = subprocess.run(command, check=False, **streams)  # type: ignore[call-overload]
     assert done.returncode == 141 and not done.stderr
+
+
+def test_a_full_disk_is_one_line_and_stderr_changes_no_exit_code() -> None:
+    command = [sys.executable, "-m", "hmc"]
+    with open("/dev/full", "w") as full:
+        shown = subprocess.run(
+            [*command, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+        refused = subprocess.run([*command, "show", "nowhere.hmp"], stderr=full, check=False)
+    assert shown.returncode == ExecutionError.exit_code
+    assert shown.stderr.startswith("hmc: error: what hmc writes finds no room: ")
+    assert shown.stderr.count("\n") == 1
+    assert refused.returncode == PlanError.exit_code
 
 
 def test_the_package_alone_loads_nothing() -> None:

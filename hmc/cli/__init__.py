@@ -6,13 +6,14 @@ Subcommands are imported when they are called, so that `hmc --help` and `hmc sho
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import importlib
 import os
 import select
 import shlex
 import sys
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import click
 from click.shell_completion import CompletionItem
@@ -44,6 +45,8 @@ _COMPLETE = "_HMC_COMPLETE"
 
 _STANDARD = (1, 2)
 """Descriptors of standard output and error."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Lazy(click.Group):
@@ -95,19 +98,46 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit; an `HmcError` ends in one line on stderr and its exit code,
-    a reader of stdout or stderr that is gone in 141, as a shell has it for SIGPIPE.
+    a reader of stdout or stderr that is gone in 141, as a shell has it for SIGPIPE. What stderr has
+    no room for is lost without changing the exit code.
     """
     if sys.__stderr__ is not None and not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)  # a death by a signal leaves more than an exit code
     try:
         code = _run(arguments)
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         for descriptor in filter(_unread, _STANDARD):  # where Python flushes once more at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         code = 141
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        failure = ExecutionError(f"what hmc writes finds no room: {error}")
+        code = failure.exit_code
+        _tell(f"error: {failure}")
+    for stream, descriptor in zip((sys.stdout, sys.stderr), _STANDARD, strict=True):
+        _give_up(stream, descriptor)
     sys.exit(code)
+
+
+def _tell(text: str) -> None:
+    """A line on stderr, where that has room for it."""
+    try:
+        click.echo(f"hmc: {text}", err=True)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+
+
+def _give_up(stream: TextIO | None, descriptor: int) -> None:
+    """Lose what a standard stream cannot write, which Python would try once more at its end."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -130,16 +160,16 @@ def _run(arguments: list[str] | None) -> int:
         error.show()
         return error.exit_code
     except click.ClickException as error:
-        click.echo(f"hmc: error: {error.format_message()}", err=True)
+        _tell(f"error: {error.format_message()}")
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("hmc: cancelled", err=True)
+        _tell("cancelled")
         return 130
     except BrokenPipeError as error:
         if any(map(_unread, _STANDARD)):
             raise
         failure = ExecutionError(f"a process or a socket that hmc writes to is gone: {error}")
-    click.echo(f"hmc: error: {failure}", err=True)
+    _tell(f"error: {failure}")
     return failure.exit_code
 
 

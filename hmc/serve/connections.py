@@ -8,12 +8,13 @@ import asyncio
 import os
 import resource
 import socket
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from hmc.serve.log import say
 
 HEAD_SECONDS = 10.0
 """For a request's line and headers, from the first byte on, or from the connection on."""
@@ -21,8 +22,14 @@ HEAD_SECONDS = 10.0
 WRITE_SECONDS = 30.0
 """Without a byte that the client has read of what waits for it."""
 
+ROOM_SECONDS = 0.25
+"""A connection that has waited no longer for its client is not ended for another one: what was sent
+may be on its way."""
+
 _PROBE_SECONDS = 30
 """Of silence before the first probe of TCP."""
+
+_CLOSE = (b"connection", b"close")
 
 _KEPT = 32
 """Descriptors for all else: shards while they are read, pipes of processes, the log."""
@@ -55,6 +62,12 @@ class Connection(H11Protocol):
             return None
         return self._begun
 
+    def answer_last(self) -> None:
+        """Have the answer that has not begun tell the client that the connection ends with it."""
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_started and _CLOSE not in cycle.default_headers:
+            cycle.default_headers = [*cycle.default_headers, _CLOSE]
+
     def tend(self) -> None:
         """End what has waited too long; to be called every second or so. Bodies have a deadline in
         `reading.py`, which can answer, idle connections one of uvicorn's.
@@ -74,7 +87,7 @@ class Connection(H11Protocol):
 class Listener:
     """Accepts connections of a socket; what uvicorn expects of an asyncio server. One more than
     `most` ends the one that has waited longest for its client; where all are being answered, new
-    ones wait in the socket's queue.
+    ones wait in the socket's queue, and the others end with their answers.
     """
 
     def __init__(
@@ -109,7 +122,7 @@ class Listener:
             return
         except OSError as error:  # no descriptor or memory is left
             if not self._told:
-                print(f"hmc: connections wait: {error.strerror}", file=sys.stderr, flush=True)
+                say(f"connections wait: {error.strerror}")
             self._told = True
             self._pause(1.0)
             return
@@ -123,11 +136,14 @@ class Listener:
         task.add_done_callback(self._coming.discard)
 
     def _make_room(self) -> bool:
-        waiting = [(since, id(c), c) for c in self._connections if (since := c.waits_since)]
-        if not waiting:
-            return False
-        min(waiting)[-1].transport.abort()
-        return True
+        before = self._loop.time() - ROOM_SECONDS
+        waits = [(since, id(c), c) for c in self._connections if (since := c.waits_since)]
+        if waits and min(waits)[0] < before:
+            min(waits)[-1].transport.abort()
+            return True
+        for connection in self._connections:
+            connection.answer_last()
+        return False
 
     def _pause(self, seconds: float) -> None:
         self._loop.remove_reader(self._listener)

@@ -1,5 +1,6 @@
 """What the server tells its operator on stderr: a line for every request where that is asked for,
-for every answer of 5xx always; and the id by which a request is found in it.
+for every answer of 5xx always; and the id by which a request is found in it. A line that cannot be
+written (a full disk, a reader that is gone) is felt by no request: it is counted.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import threading
 import time
 import uuid
 from typing import Literal
@@ -19,9 +21,38 @@ _ID = re.compile(rb"[A-Za-z0-9_.:-]{1,128}")
 _FAULT, _MODEL, _KNOWN_AS = "hmc.fault", "hmc.model", "hmc.request_id"
 
 
+class _Lines:
+    """Lines on stderr, and how many could not be written; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.lost = self._untold = 0
+
+    def write(self, line: str) -> None:
+        """A line, after a word on those lost since the last."""
+        with self._lock:
+            try:
+                if self._untold:
+                    told = f"hmc: {self._untold} lines before this one could not be written in time"
+                    print(told, file=sys.stderr, flush=True)
+                    self._untold = 0
+                print(line, file=sys.stderr, flush=True)
+            except OSError:
+                self.lost += 1
+                self._untold += 1
+
+
+_LINES = _Lines()
+
+
 def say(text: str) -> None:
     """A line to the operator."""
-    print(f"hmc: {text}", file=sys.stderr, flush=True)
+    _LINES.write(f"hmc: {text}")
+
+
+def lost_lines() -> int:
+    """How many could not be written since the process began."""
+    return _LINES.lost
 
 
 def note_fault(scope: Scope, message: str) -> None:
@@ -79,7 +110,7 @@ class RequestLog:
             entry |= {"method": scope["method"], "path": scope["path"], "status": status}
             entry |= {"seconds": round(seconds, 4), "bytes": sent}
             entry |= {"model": model} if model else {}
-            print(json.dumps(entry | ({"error": fault} if fault else {})), file=sys.stderr)
+            _LINES.write(json.dumps(entry | ({"error": fault} if fault else {})))
         elif failed or self._access == "text":
             stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
             asked = json.dumps(f"{scope['method']} {scope['path']}")  # one line, whatever it holds

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from hmc.runtime.batching.stats import SchedulerStats
 from hmc.runtime.tokens.generation import Timings
+from hmc.serve.log import lost_lines
 from hmc.serve.models import Model, Models
 from hmc.version import VERSION
 
@@ -107,6 +108,8 @@ class _Collector:
             about = (VERSION, plan.model.architecture, plan.isa, plan.hmc_version)
             info.add_metric((*about, *self._of(model)), 1)
         yield info
+        about_lost = "Lines of the log that could not be written"
+        yield CounterMetricFamily("hmc_log_lines_lost", about_lost, value=lost_lines())
         yield from self._families(GaugeMetricFamily, _states)
         yield from self._families(CounterMetricFamily, _moves)
         yield from self._families(GaugeMetricFamily, _of_scheduler(_gauges))

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from processes import serving
 
 from hmc.errors import ShardError, WorkerError
 from hmc.plan import Plan
@@ -118,27 +117,8 @@ def test_a_step_that_hangs_fails_its_requests_and_turns_health(
     assert said.count("what the threads do") == 1 and "batching/batch.py" in said
 
 
-@contextmanager
-def _process(
-    plan_path: Path, *arguments: str, program: tuple[str, ...] = ("-m", "hmc")
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    serve = ["serve", str(plan_path), "--port", "0", *arguments]
-    command = [sys.executable, *program, *serve]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        try:
-            line = process.stderr.readline()
-            found = re.search(r"serving tiny on (http://\S+)", line)
-            assert found, line + process.stderr.read()
-            while httpx.get(f"{found[1]}/health").status_code != 200:
-                time.sleep(0.05)
-            yield process, found[1]
-        finally:
-            process.kill()
-
-
 def test_sigterm_finishes_what_has_been_accepted(plan_path: Path, live: Any) -> None:
-    with _process(plan_path) as (process, url):
+    with serving(plan_path) as (process, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -192,7 +172,7 @@ main(sys.argv[1:])
 
 def test_sigterm_ends_a_server_whose_native_program_hangs(plan_path: Path, live: Any) -> None:
     """Nobody ever frees the worker."""
-    with _process(plan_path, "--watchdog", "3", program=("-c", HUNG)) as (process, url):
+    with serving(plan_path, "--watchdog", "3", program=("-c", HUNG)) as (process, url):
         with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as reply:
             lines = reply.iter_lines()
             next(lines)
@@ -206,7 +186,7 @@ def test_sigterm_ends_a_server_whose_native_program_hangs(plan_path: Path, live:
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(plan_path: Path, live: Any) -> None:
     with (
-        _process(plan_path) as (process, url),
+        serving(plan_path) as (process, url),
         httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as reply,
     ):
         next(reply.iter_lines())
