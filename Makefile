@@ -57,7 +57,7 @@ test: check
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
 test-all: check
-	HMC_TEST_SEEDS=1000 HMC_TEST_REQUESTS=2000 HMC_TEST_EMULATE=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
+	HMC_TEST_SEEDS=1000 HMC_TEST_REQUESTS=3000 HMC_TEST_EMULATE=1 $(BIN)/pytest -n 2 --dist worksteal -m "slow or not slow"
 
 test-eval: $(VENV)/eval
 	$(BIN)/pytest tests/serve/test_lm_eval.py

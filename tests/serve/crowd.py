@@ -188,7 +188,7 @@ class Crowd:
             except TimeoutError:
                 return kind
         elif kind in ("stream", "hang up"):
-            return await self._read(route, body, pick.randrange(6) if kind == "hang up" else None)
+            await self._read(route, body, pick.randrange(6) if kind == "hang up" else None)
         else:
             await self._by_hand(kind, route, body, pick)
         return kind
@@ -198,7 +198,7 @@ class Crowd:
         self.told.statuses[reply.status_code] += 1
         return reply
 
-    async def _read(self, route: str, body: dict[str, Any], most: int | None) -> str:
+    async def _read(self, route: str, body: dict[str, Any], most: int | None) -> None:
         """A stream to its end, or `most` events of it."""
         events: list[str] = []
         async with self._client.stream("POST", route, json={**body, "stream": True}) as reply:
@@ -207,9 +207,8 @@ class Crowd:
             async for line in reply.aiter_lines():
                 events += [line] if line.startswith("data: ") else []
                 if most is not None and len(events) > most:
-                    return "hang up"
+                    return
         assert reply.status_code == FULL or ends_whole(route, events[-1]), events[-1]
-        return "stream"
 
     async def _by_hand(
         self, kind: str, route: str, body: dict[str, Any], pick: random.Random

@@ -14,19 +14,19 @@ from processes import held, idle, metric, serving, wait_for
 from hmc.compiler import compile as compile_plan
 from hmc.plan import save_plan
 
-REQUESTS = int(os.environ.get("HMC_TEST_REQUESTS", "100"))
+REQUESTS = int(os.environ.get("HMC_TEST_REQUESTS", "60"))
 AT_ONCE = 64
-WARM = 50 + REQUESTS // 10
+WARM = 40 + REQUESTS // 10
 _MOST_GROWTH = 48e6
 """Bytes that server and children may gain over the crowd once they are warm: fragments of the
-allocator's, and no more for 3,000 requests than for 100."""
+allocator's, and no more for 3,000 requests than for 60."""
 
 
 @pytest.fixture(scope="module")
 def crowded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plan for as many at a time, whose cache is too small for all of them."""
     path = tmp_path_factory.mktemp("load") / "tiny.hmp"
-    plan = compile_plan(model, threads=2, max_context=1024, concurrency=AT_ONCE, cache_tokens=6000)
+    plan = compile_plan(model, threads=2, max_context=1024, concurrency=AT_ONCE, cache_tokens=4096)
     save_plan(plan, path)
     return path
 

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def beside(chunked: Plan, start: Callable[..., Any]) -> Iterator[Any]:
 
 
 def ask(tokens: int) -> dict[str, Any]:
-    prompt = [3 + 7 * i % 900 for i in range(tokens)]
+    prompt = [tokens, *(3 + 7 * i % 900 for i in range(1, tokens))]  # no prefix of another one
     return {"model": "tiny", "prompt": prompt, "max_tokens": 8, "temperature": 0}
 
 
@@ -91,7 +92,24 @@ def test_a_killed_process_is_replaced(beside: Any) -> None:
     while not (now := process(beside.url))["ready"]:
         assert time.monotonic() < limit
         time.sleep(0.05)
-    assert now["restarts"] == 1 and now["pid"] != before["pid"]
+    assert now["restarts"] == before["restarts"] + 1 and now["pid"] != before["pid"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_under_load_costs_nobody_an_answer(beside: Any) -> None:
+    lengths = [300 + 3 * i for i in range(24)]
+    expected, before = [answer(beside.url, tokens) for tokens in lengths[:4]], process(beside.url)
+    limit = time.monotonic() + WAIT
+    with ThreadPoolExecutor(len(lengths)) as pool:
+        answers = [pool.submit(answer, beside.url, tokens) for tokens in lengths]
+        while not process(beside.url)["prompts"]:
+            assert time.monotonic() < limit
+        os.kill(before["pid"], signal.SIGKILL)
+        found = [each.result(WAIT) for each in answers]
+    assert found[:4] == expected and all(found)
+    while (now := process(beside.url))["restarts"] == before["restarts"] or not now["ready"]:
+        assert time.monotonic() < limit
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -142,7 +142,8 @@ def streams(target: Target, count: int, *, prompt: int, output: int, seed: int) 
     Raises `ExecutionError` when a request fails or too few steps hold all of them.
     """
     shots = [Shot(0.0, prompt, output)] * count
-    all_good(target.run([Shot(0.0, prompt, 4)], concurrency=0, seed=seed))  # the first one is slow
+    first = [Shot(0.0, prompt, 4)] * count  # the first steps of all of them are slow
+    all_good(target.run(first, concurrency=0, seed=seed))
     made = target.steps()["steps"]
     all_good(target.run(shots, concurrency=0, seed=seed + 1, stream=False))
     whole, undisturbed, _ = full_steps(target.steps(), made, count)
