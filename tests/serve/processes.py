@@ -40,11 +40,12 @@ def serving(
 
 @dataclass(frozen=True)
 class Held:
-    """What a server holds: bytes resident in it and its children, threads, file descriptors but for
-    one to each child, and its children.
+    """What a server holds: bytes resident in it, and in the largest of its children, threads, file
+    descriptors but for one to each child, and its children.
     """
 
     resident: int
+    child: int
     threads: int
     descriptors: int
     children: int
@@ -54,9 +55,10 @@ def held(pid: int) -> Held:
     """Of a process and its children, now."""
     process = psutil.Process(pid)
     children = process.children(recursive=True)
-    resident = sum(each.memory_info().rss for each in (process, *children))
+    resident = process.memory_info().rss
+    child = max((each.memory_info().rss for each in children), default=0)
     descriptors = process.num_fds() - len(children)
-    return Held(resident, process.num_threads(), descriptors, len(children))
+    return Held(resident, child, process.num_threads(), descriptors, len(children))
 
 
 def metric(url: str, name: str) -> float:

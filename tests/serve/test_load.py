@@ -14,12 +14,14 @@ from processes import held, idle, metric, serving, wait_for
 from hmc.compiler import compile as compile_plan
 from hmc.plan import save_plan
 
-REQUESTS = int(os.environ.get("HMC_TEST_REQUESTS", "60"))
+REQUESTS = int(os.environ.get("HMC_TEST_REQUESTS", "48"))
 AT_ONCE = 64
-WARM = 40 + REQUESTS // 10
-_MOST_GROWTH = 48e6
-"""Bytes that server and children may gain over the crowd once they are warm: fragments of the
-allocator's, and no more for 3,000 requests than for 60."""
+WARM = 30 + REQUESTS // 10
+_MOST_GROWTH = 32e6
+"""Bytes that the server, or a child of it, may gain over the crowd once it is warm: fragments of
+the allocator's, and no more for 3,000 requests than for 48."""
+_POOL = min(32, (os.cpu_count() or 1) + 4)
+"""Threads of asyncio's pool, which a short warm-up does not fill."""
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,11 @@ def test_a_crowd_leaves_nothing_behind(crowded: Path) -> None:
         wait_for(lambda: idle(url))
         wait_for(lambda: held(process.pid).descriptors <= before.descriptors)
         after = held(process.pid)
-        print(f"\n{told}\n{before}\n{after}", metric(url, "hmc_preemptions_total"))
+        print(f"\n{told}\n{before}\n{after}")  # pytest -s shows the figures
         assert sum(told.kinds.values()) == REQUESTS and set(told.kinds) == set(KINDS)
         assert after.resident - before.resident < _MOST_GROWTH
-        assert after.threads <= before.threads
+        assert after.child - (before.child or after.child) < _MOST_GROWTH
+        assert after.threads <= before.threads + _POOL
         assert metric(url, "hmc_kv_blocks_cached") <= metric(url, "hmc_kv_blocks_total")
         ends = httpx.get(f"{url}/metrics").text
         assert 'hmc_requests_total{reason="error"}' not in ends
