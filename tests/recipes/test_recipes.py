@@ -54,7 +54,13 @@ def started(words: list[str], ready: Callable[[str], Any]) -> Iterator[Any]:
     )
     assert program.stdout is not None
     output, lines, said = program.stdout, queue.Queue[str](), []
-    reader = threading.Thread(target=lambda: [lines.put(line) for line in (*output, "")])
+
+    def read() -> None:
+        for line in output:
+            lines.put(line)
+        lines.put("")  # it has ended
+
+    reader = threading.Thread(target=read)
     reader.start()
     try:
         while (line := lines.get(timeout=SECONDS)) and not (found := ready(line)):
