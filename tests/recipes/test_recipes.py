@@ -74,6 +74,7 @@ def started(words: list[str], ready: Callable[[str], Any]) -> Iterator[Any]:
         except subprocess.TimeoutExpired:
             program.kill()
         reader.join(60)
+        output.close()
 
 
 def wait_for(url: str) -> None:
@@ -169,6 +170,7 @@ def test_the_router_goes_on_when_a_server_ends(plan: Path, url: str) -> None:
     with serving(plan) as (second, address):
         port = _free_port()
         words = [sys.executable, *words[1 : at + 1], url, address, "--port", str(port)]
+        words += ["--prometheus-port", str(_free_port())]
         router = f"http://127.0.0.1:{port}"
         with started(words, lambda line: True):
             wait_for(f"{router}/health")
