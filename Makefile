@@ -3,6 +3,7 @@
 # make test-all  the same with the slow tests, all seeds and requests, and the kernels of CPUs other
 #             than this one (emulated)
 # make test-eval  lm-eval's client against a live server, with lm-eval installed as well
+# make test-recipes  docs/recipes.md with the neighbours' packages, installed as well
 # make check  lint and types alone
 # make gpu-check  on a machine with a GPU: parity, speed and predictions in under 10 minutes, one
 #             table; GPU_PYTHON=python3 takes the machine's own packages, GPU_ARGS="--devices host"
@@ -19,7 +20,7 @@ GPU_PYTHON ?= $(BIN)/python
 CUDA := .venv-cuda
 DEMO := build/demo
 
-.PHONY: demo test test-all test-eval check gpu-check gpu-fake clean
+.PHONY: demo test test-all test-eval test-recipes check gpu-check gpu-fake clean
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +34,10 @@ $(VENV)/test: $(VENV)/base
 
 $(VENV)/eval: $(VENV)/test
 	$(BIN)/pip install --quiet --editable ".[test,eval]"
+	touch $@
+
+$(VENV)/recipes: $(VENV)/test
+	$(BIN)/pip install --quiet --editable ".[test,recipes]"
 	touch $@
 
 $(CUDA)/base: pyproject.toml
@@ -61,6 +66,9 @@ test-all: check
 
 test-eval: $(VENV)/eval
 	$(BIN)/pytest tests/serve/test_lm_eval.py
+
+test-recipes: $(VENV)/recipes
+	$(BIN)/pytest tests/recipes -m slow
 
 gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/base)
 	PYTHONPATH=tests $(GPU_PYTHON) -m gpu.check $(GPU_ARGS)

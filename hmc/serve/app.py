@@ -30,7 +30,7 @@ from hmc.serve.messages.body import CountBody, MessagesBody
 from hmc.serve.metrics import CONTENT_TYPE, Metrics
 from hmc.serve.models import Model, Models
 from hmc.serve.opening import Told, Uses, openai_event, with_model
-from hmc.serve.props import props
+from hmc.serve.props import props, server_info
 from hmc.serve.reading import body as read_body
 from hmc.serve.responses.body import ResponsesBody
 from hmc.serve.service import Service, Settings
@@ -84,6 +84,7 @@ def application(models: Models, failed: Callable[[], None]) -> RequestLog:
         ("/v1/responses", "POST", routes.asked(ResponsesBody, generations.responses)),
         ("/v1/embeddings", "POST", _no_embeddings),
         ("/props", "GET", routes.props),
+        ("/server_info", "GET", routes.telling(server_info)),
         ("/tokenize", "POST", routes.asked(TokenizeBody, tokenize)),
         ("/detokenize", "POST", routes.asked(DetokenizeBody, detokenize)),
         ("/health", "GET", routes.health),

@@ -1,4 +1,6 @@
-"""/props: what llama-server tells its clients of the model and its slots."""
+"""What other servers tell their clients of the model and its slots: /props as llama-server has it,
+/server_info as SGLang has it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hmc.runtime.tokens.sampler import SamplingParams
+from hmc.serve.models import Model
 from hmc.serve.service import Service
 from hmc.version import VERSION
 
@@ -32,4 +35,13 @@ def props(service: Service) -> dict[str, Any]:
         "modalities": {"vision": False, "audio": False},
         "chat_template": text.chat.source if text and text.chat else "",
         "build_info": f"hmc {VERSION}",
+    }
+
+
+def server_info(model: Model) -> dict[str, Any]:
+    """A model, loaded or not, by which SGLang's router knows what a server behind it serves."""
+    return {
+        "served_model_name": model.name,
+        "max_running_requests": model.plan.limits.max_batch,
+        "version": f"hmc {VERSION}",
     }

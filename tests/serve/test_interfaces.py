@@ -162,6 +162,12 @@ def test_props_are_those_of_a_llama_server(live: Any) -> None:
     assert "tool_call" in told["chat_template"]
 
 
+def test_a_router_is_told_the_models_name(live: Any) -> None:
+    told = httpx.get(f"{live.url}/server_info").json()
+    assert told["served_model_name"] == "tiny" and told["version"].startswith("hmc ")
+    assert told["max_running_requests"] == httpx.get(f"{live.url}/props").json()["total_slots"]
+
+
 def _parts(news: list[tuple[str, str, list[Call], str | None]], calls: bool) -> list[Any]:
     parts = Parts(calls=calls)
     steps = [s for n in news for s in parts.take(News(0, False, *n[:3], (), (), n[3]))]
