@@ -12,7 +12,8 @@ or any plain float, less zeros and times scales of any blocks; and blocks of GGU
     f32          all                  E4M3; BF16, F16 and F32     shifts in place, or as they are
     f32, made    all                  all                         vectors, or a look-up a code
 
-Blocks of GGUF are multiplied as bf16 or as whole numbers by decoders of their own.
+Blocks of GGUF are multiplied as bf16 or as whole numbers by decoders of their own; those with a
+byte a code as whole numbers for few tokens wherever a tier has a dot product of such (`of_few`).
 """
 
 from __future__ import annotations

@@ -162,6 +162,7 @@ def test_run_json_has_the_seconds_of_every_step(hmc: Run, plan_file: Path, profi
     assert spent == pytest.approx(1 / decode)
 
 
+@pytest.mark.slow
 def test_threads_that_were_not_probed_predict_nothing(
     hmc: Run, plan_file: Path, profile: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_the_bundled_tokenizer_from_metadata(bundled) -> None:
                for n in range(4096))  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_through_the_bundled_tokenizer(bundled, text) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hub_commands import EXAMPLE
 from played_hub import PlayedHub
 
@@ -19,6 +20,7 @@ _WORDS = "And the king said unto"
 _DEADLINE_S = 300
 
 
+@pytest.mark.slow
 def test_the_tokens_are_those_of_the_local_directory(king: PlayedHub, tmp_path: Path) -> None:
     king.token = "hf_mine"
     names = {

@@ -214,6 +214,7 @@ def test_what_cannot_be_turned_is_refused(
         plans("fp8", {"interleaved": True})
 
 
+@pytest.mark.slow
 def test_experts_that_a_family_stacks_may_lie_one_by_one(
     tiny: Callable[[str], Path], tmp_path: Path
 ) -> None:

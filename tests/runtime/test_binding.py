@@ -195,7 +195,7 @@ class Errors:
 
 CASES = [
     pytest.param("qwen3_moe", "fp8", marks=pytest.mark.slow),
-    ("mixtral", "bf16"),
+    pytest.param("mixtral", "bf16", marks=pytest.mark.slow),
     ("deepseek_v3", "fp8"),
     pytest.param("qwen3_moe", "int4", marks=pytest.mark.slow),
     pytest.param("qwen3_moe", "bf16", marks=pytest.mark.slow),
@@ -238,7 +238,7 @@ def test_every_phase_computes_what_the_cpu_plan_does(
 
 RANKS = [
     pytest.param("qwen3_moe", "fp8", marks=pytest.mark.slow),
-    ("mixtral", "bf16"),
+    pytest.param("mixtral", "bf16", marks=pytest.mark.slow),
     ("deepseek_v3", "fp8"),
 ]
 

@@ -183,6 +183,7 @@ def same_under_delays(
         assert np.array_equal(bound.logits(call), expected[turn]), f"seed {seed}"
 
 
+@pytest.mark.slow
 def test_a_long_prompt_takes_several_calls(
     checkpoint: Checkpoint, expected: Callable[[str, str], list[Floats]]
 ) -> None:

@@ -29,7 +29,7 @@ def test_the_table_is_long_enough() -> None:
     assert sum(bool(named) for _, _, named in TABLE) >= 50
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", range(0, len(TABLE), 32))
 def test_bodies_are_taken_or_refused_by_name(live: Any, number: int) -> None:
     """Some at a time: what is wrong of these is told together."""

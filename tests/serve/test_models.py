@@ -4,6 +4,7 @@ of memory and threads is left.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -223,6 +224,7 @@ def test_while_a_model_loads_others_answer_and_its_stream_is_kept_alive(
         assert "".join(streamed) == waiting.result(WAIT).json()["choices"][0]["text"]
 
 
+@pytest.mark.slow
 def test_a_failure_to_load_ends_who_waits_for_it_and_not_the_server(
     several: Several, gate: Gate, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +251,7 @@ def test_a_failure_to_load_ends_who_waits_for_it_and_not_the_server(
     assert capfd.readouterr().err.count(f"hmc: {message}") == 2
 
 
+@pytest.mark.slow
 def test_memory_that_turns_out_too_small_is_that_of_the_idle(several: Several, gate: Gate) -> None:
     with several("ab") as found:
         assert complete(found.url, "a").status_code == 200
@@ -287,6 +290,7 @@ def test_who_waits_for_a_model_is_refused_when_the_server_ends(
     assert waiting.result().json()["error"]["code"] == "draining"
 
 
+@pytest.mark.slow
 def test_what_has_failed_is_loaded_anew_where_there_are_others(
     several: Several, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,7 +331,7 @@ def test_what_is_idle_gives_everything_back(
         until(lambda: not model.loaded and "is unloaded: it has been" in capfd.readouterr().err)
         assert anonymous_bytes() < loaded - 0.9 * weights
         assert len(os.listdir("/proc/self/task")) <= threads - workers
-        assert [part() for part in parts] == [None] * 3
+        until(lambda: gc.collect() >= 0 and not any(part() for part in parts))
         assert httpx.get(f"{live.url}/health").json()["status"] == "ready"
         assert complete(live.url, "tiny").status_code == 200
         assert model.loads == before + 1

@@ -74,6 +74,7 @@ def test_loads_that_cannot_be() -> None:
         beside(_plan(), prompt=4096, context=1, batch=1000)
 
 
+@pytest.mark.slow
 def test_the_command_prints_both(tmp_path: object) -> None:
     plan = f"{tmp_path}/two.hmp"
     save_plan(_plan(), plan)
