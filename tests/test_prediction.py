@@ -124,6 +124,7 @@ def test_rates_of_another_machine_predict_nothing(plan_file: Path, profile: Path
 # -- the commands ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_without_rates_says_how_to_get_them(hmc: Run, plan_file: Path) -> None:
     _, err = _generate(hmc, plan_file)
     assert "[no prediction: run `hmc probe" in err

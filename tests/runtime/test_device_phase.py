@@ -327,6 +327,7 @@ def test_a_trace_has_a_row_for_every_stream(checkpoint: Checkpoint) -> None:
         assert any(name.startswith("embed_bf16") for name in used)
 
 
+@pytest.mark.slow
 def test_routing_is_counted_on_gpus_too(checkpoint: Checkpoint) -> None:
     directory = checkpoint("deepseek_v3", "bf16")
     texts = []
