@@ -18,7 +18,7 @@ byte a code as whole numbers for few tokens wherever a tier has a dot product of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from hmc.codegen.isa import TIERS
 from hmc.codegen.spec import KernelSpec
@@ -45,18 +45,16 @@ _UNCHECKED: frozenset[Arithmetic] = frozenset({"f32"})
 """Arithmetics whose decoder of E4M3 takes NaN codes for numbers."""
 
 
-def is_line(row: Format) -> bool:
-    """Whether the codes of a row are whole numbers from the first value up."""
-    return bool(row.values) and all(
-        value == row.values[0] + code for code, value in enumerate(row.values)
-    )
+def is_line(values: Sequence[float]) -> bool:
+    """Whether the values of codes are whole numbers from the first one up."""
+    return bool(values) and all(value == values[0] + code for code, value in enumerate(values))
 
 
 def is_whole(row: Format) -> bool:
     """Whether the codes of a row are whole numbers in a line, two's complement, or of 4 bits and
     whole when doubled.
     """
-    if is_line(row):
+    if is_line(row.values):
         return row.code_bits in (4, 8)
     if row.code_bits == 8:
         return row.values == SIGNED

@@ -14,9 +14,10 @@ from functools import partial
 
 import numpy as np
 from llvmlite import ir
-from numpy.typing import NDArray
 
-from hmc.codegen.ir import BF16, F32, I8, I16, Emitter, Value, vec
+from hmc.codegen.formats.pairs import byte_tables
+from hmc.codegen.ir import I8, I16, Emitter, Value, vec
+from hmc.codegen.native import is_line
 from hmc.codegen.vector import concat, cut, splat_int
 
 TWO_BITS = (0.0, 1.0, 2.0, 3.0)
@@ -38,14 +39,12 @@ class Words:
     """What codes become: `pairs(e, values, codes)` of codes `<n x i16>`, two a word: the words of
     those in even places and of those in odd ones; `twos(e, values, low, bit)` of the codes of 2
     bits that begin at a bit of words `<n x i16>`; `threes(e, values, low, high, bit)` with third
-    bits, which lie half as far up a byte of words `high`; `signed(e, bytes)` of `<n x i8>` in two's
-    complement `<n x i16>` in order.
+    bits, which lie half as far up a byte of words `high`.
     """
 
     pairs: Callable[[Emitter, Sequence[float], Value], list[Value]]
     twos: Callable[[Emitter, Sequence[float], Value, int], Value]
     threes: Callable[[Emitter, Sequence[float], Value, Value, int], Value]
-    signed: Callable[[Emitter, Value], Value]
 
 
 def moved(e: Emitter, words: Value, left: int) -> Value:
@@ -124,38 +123,17 @@ def _above(e: Emitter, codes: Value, values: Sequence[float], raised: bool) -> V
 
 
 def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
-    """High and low bytes of the bf16 numbers of 64 codes of 8 bits, by tables of 7 bits for each
-    sign; words of them are those of codes in even and in odd places.
+    """High and low bytes of the bf16 numbers of 64 codes of 8 bits, by tables; words of them are
+    those of codes in even and in odd places.
     """
-    b, kind, bytes_ = e.b, codes.type, vec(I8, 64)
-    each = b.bitcast(codes, bytes_)
-    negative = b.icmp_signed("<", each, splat_int(I8, 64, 0))
-    bits = np.array([*range(128), *range(-128, 0)], np.float32).view(np.uint32) >> 16
-
-    def looked_up(shift: int) -> Value:
-        halves = (bits[128:] >> shift & 0xFF, bits[:128] >> shift & 0xFF)
-        return b.bitcast(b.select(negative, *(_byte(e, half, each) for half in halves)), kind)
-
-    top, low = looked_up(8), looked_up(0)
-    under = splat_int(I16, 32, 0x00FF)
+    b = e.b
+    numbers = np.array([*range(128), *range(-128, 0)], np.float32).view(np.uint32) >> 16
+    found = byte_tables(e, numbers.tolist(), b.bitcast(codes, vec(I8, 64)))
+    top, low = (b.bitcast(each, codes.type) for each in found)
     return [
-        b.or_(moved(e, top, 8), b.and_(low, under)),
-        b.or_(b.and_(top, splat_int(I16, 32, 0xFF00)), moved(e, low, -8)),
+        b.or_(moved(e, top, 8), _kept(e, low, 0x00FF)),
+        b.or_(_kept(e, top, 0xFF00), moved(e, low, -8)),
     ]
-
-
-def _byte(e: Emitter, table: NDArray[np.integer], codes: Value) -> Value:
-    """Of a table of 128 bytes those that 64 codes name by their lower 7 bits (`vpermi2b`)."""
-    low, high = (
-        ir.Constant(codes.type, [ir.Constant(I8, int(byte)) for byte in half])
-        for half in (table[:64], table[64:])
-    )
-    return e.call("llvm.x86.avx512.vpermi2var.qi.512", codes.type, low, codes, high)
-
-
-def is_line(values: Sequence[float]) -> bool:
-    """Whether values are whole numbers, each one more than the one before it."""
-    return bool(values) and list(values) == [values[0] + code for code in range(len(values))]
 
 
 def _whole_pairs(
@@ -187,25 +165,13 @@ def _shuffled(e: Emitter, values: Sequence[float], codes: Value) -> Value:
     return e.b.bitcast(found, codes.type)
 
 
-def _bf16_signed(e: Emitter, codes: Value) -> Value:
-    b, count = e.b, codes.type.count // 2
-    low, high = cut(e, b.sitofp(codes, vec(F32, 2 * count)), count)
-    name = f"llvm.x86.avx512bf16.cvtne2ps2bf16.{32 * count}"
-    return b.bitcast(e.call(name, vec(BF16, 2 * count), high, low), vec(I16, 2 * count))
-
-
-def _whole_signed(e: Emitter, codes: Value) -> Value:
-    return e.b.sext(codes, vec(I16, codes.type.count))
-
-
-PAIRS = Words(_bf16_pairs, _bf16_twos, _bf16_threes, _bf16_signed)
+PAIRS = Words(_bf16_pairs, _bf16_twos, _bf16_threes)
 """As bf16, on tiers that multiply pairs."""
-WHOLE = Words(_whole_pairs, _whole_twos, _whole_threes, _whole_signed)
+WHOLE = Words(_whole_pairs, _whole_twos, _whole_threes)
 """As whole numbers."""
 RAISED = Words(
     partial(_whole_pairs, raised=True),
     _whole_twos,
     partial(_whole_threes, raised=True),
-    _whole_signed,
 )
 """As whole numbers, those in a line from 0 up."""

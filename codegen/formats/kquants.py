@@ -21,11 +21,11 @@ from hmc.codegen.formats.code_words import (
     LESS_8,
     LESS_16,
     LESS_32,
-    is_line,
     moved,
 )
 from hmc.codegen.formats.small_codes import SMALL
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.native import is_line
 from hmc.codegen.vector import concat, isplat, splat_int
 from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
 
@@ -103,7 +103,8 @@ def _added(block: Block) -> Value:
 
 
 def _bytes(block: Block, step: int) -> list[Value]:
-    return [block.words.signed(block.e, block.bytes(2, WORDS))]
+    """As whole numbers: few tokens meet these in no other arithmetic (`native.of_few`)."""
+    return [block.e.b.sext(block.bytes(2, WORDS), vec(I16, WORDS))]
 
 
 # -- blocks of 256: steps of the low and the high halves of 64 bytes, twice ------------------------

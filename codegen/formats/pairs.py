@@ -101,22 +101,27 @@ class Bytes(PairCodes):
 
     def decode(self, e: Emitter, codes: Value) -> list[Value]:
         """Two vectors."""
-        b, bits, kind = e.b, self.table, vec(I16, 32)
-        if bits[128:] == [word | 0x8000 for word in bits[:128]]:
-            sign = b.and_(codes, splat_int(I8, 64, 0x80))
-            top = b.or_(_byte(e, bits[:128], 8, codes), sign)
-            bottom = _byte(e, bits[:128], 0, codes)
-        else:
-            upper = b.icmp_signed("<", codes, splat_int(I8, 64, 0))
-            top, bottom = (
-                b.select(upper, *(_byte(e, half, at, codes) for half in (bits[128:], bits[:128])))
-                for at in (8, 0)
-            )
+        b, kind = e.b, vec(I16, 32)
+        top, bottom = byte_tables(e, self.table, codes)
         return [b.bitcast(b.shuffle_vector(bottom, top, mask), kind) for mask in unpack_masks(64)]
 
     def pairs(self, e: Emitter, words: Value) -> list[Value]:
         """Four codes a lane to two vectors."""
         return self.decode(e, e.b.bitcast(words, vec(I8, 64)))
+
+
+def byte_tables(e: Emitter, bits: list[int], codes: Value) -> tuple[Value, Value]:
+    """High and low bytes of what `bits` (16 each, of 256 codes) says of 64 codes of 8 bits."""
+    b = e.b
+    if bits[128:] == [word | 0x8000 for word in bits[:128]]:
+        sign = b.and_(codes, splat_int(I8, 64, 0x80))
+        return b.or_(_byte(e, bits[:128], 8, codes), sign), _byte(e, bits[:128], 0, codes)
+    upper = b.icmp_signed("<", codes, splat_int(I8, 64, 0))
+    top, bottom = (
+        b.select(upper, *(_byte(e, half, at, codes) for half in (bits[128:], bits[:128])))
+        for at in (8, 0)
+    )
+    return top, bottom
 
 
 def _byte(e: Emitter, bits: list[int], shift: int, codes: Value) -> Value:

@@ -75,7 +75,7 @@ def _nibbles(e: Emitter, row: Format, base: Value, k: Value, count: int) -> Valu
 def _values(e: Emitter, row: Format, codes: Value) -> Value | None:
     """What codes `<lanes x i32>` are worth; None where it takes a table in memory."""
     b, lanes, kind = e.b, e.lanes, vec(F32, e.lanes)
-    if is_line(row):
+    if is_line(row.values):
         return b.sitofp(b.add(codes, isplat(int(row.values[0]), lanes)), kind)
     if row.code_bits == 8:
         if row.values == SIGNED:

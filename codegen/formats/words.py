@@ -179,5 +179,5 @@ def _words(
 def word_codes(row: Format, lanes: int) -> WordCodes:
     """Those of a format that is multiplied in whole numbers."""
     if row.code_bits == 8:
-        return (Bytes if is_line(row) else Signed)(row, lanes)
-    return (Nibbles if is_line(row) else Table)(row, lanes)
+        return (Bytes if is_line(row.values) else Signed)(row, lanes)
+    return (Nibbles if is_line(row.values) else Table)(row, lanes)
