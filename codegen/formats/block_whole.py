@@ -1,6 +1,7 @@
-"""Dot products of rows of GGUF's blocks in whole numbers, on tiers without `vdpbf16ps`: activations
-are rounded as in whole.py, in chunks of whole blocks, so sums of codes are exact; they go times the
-scale of their columns into the chunk's sum, and that times the token's factor.
+"""Dot products of rows of GGUF's blocks in whole numbers, on tiers without `vdpbf16ps` and, of
+blocks with a byte a code, wherever there is `vpdpwssd` (`native.of_few`): activations are rounded
+as in whole.py, in chunks of whole blocks, so sums of codes are exact; they go times the scale of
+their columns into the chunk's sum, and that times the token's factor.
 """
 
 from __future__ import annotations

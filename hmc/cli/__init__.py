@@ -28,7 +28,7 @@ _COMMANDS = {
     "run": "Write tokens from a plan or a model.",
     "models": "List the model families hmc reads.",
     "show": "Show what a plan holds, and why.",
-    "serve": "Serve a plan or a model over HTTP to OpenAI's clients.",
+    "serve": "Serve plans or models over HTTP to OpenAI's and Anthropic's clients.",
     "bench": "Measure a plan, a model shape, or single kernels.",
     "simulate": "Predict what a plan or a model will do on a machine.",
     "doctor": "Show what hmc finds on this machine and what it will use.",

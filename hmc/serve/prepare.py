@@ -26,13 +26,12 @@ from hmc.serve.bodies import (
 from hmc.serve.conversation import encoded, offered
 from hmc.serve.faults import bad_request
 from hmc.serve.grammar import Constraint, Grammars
-from hmc.serve.reasoning import Harmony, Markers, ThoughtFinder, markers_of
+from hmc.serve.reasoning import Harmony, Markers, ThoughtFinder, begun_by, markers_of
 from hmc.serve.service import Service
 from hmc.serve.tools import CallFinder, Form
 
 _MOST_STOPS = 16
 _COMPLETION_TOKENS = 16  # OpenAI's default
-_TAIL = 8  # tokens of a prompt that may begin a thought
 _OBJECT: dict[str, Any] = {"type": "object"}
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
@@ -142,7 +141,7 @@ def chat(service: Service, body: ChatBody, *, clipped: bool = False) -> Prepared
     prompt = encoded(service, text, body)
     thoughts = markers_of(text.chat) if text.chat else None
     shown = text.showing((*(form.markers if form else ()), *(thoughts.shown if thoughts else ())))
-    thinking = thoughts is not None and thoughts.begun(shown.decode(prompt[-_TAIL:]))
+    thinking = begun_by(thoughts, shown, prompt)
     if thoughts is not None and thinking and constraint is not None:  # it thinks about nothing
         prompt += text.encode(thoughts.closing(opening), special=False)
         thinking = False

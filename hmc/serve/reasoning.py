@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from hmc.runtime.tokens.chat import ChatTemplate
+from hmc.runtime.tokens.text import Text
 from hmc.serve.forms import HARMONY
 from hmc.serve.tools import tail
 
@@ -88,6 +90,15 @@ def markers_of(template: ChatTemplate) -> Markers | Harmony | None:
     if all(each in template.source for each in ("<|start|>", "<|channel|>", "<|message|>")):
         return Harmony()
     return next((known for known in _KNOWN if known.end in template.source), None)
+
+
+_TAIL = 64
+"""Tokens of a prompt's end that show whether a thought has begun."""
+
+
+def begun_by(thoughts: Markers | Harmony | None, shown: Text, prompt: Sequence[int]) -> bool:
+    """Whether the ids of a prompt end within a thought; texts of `shown` have the markers."""
+    return thoughts is not None and thoughts.begun(shown.decode(prompt[-_TAIL:]))
 
 
 class TagFinder:

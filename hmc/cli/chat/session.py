@@ -23,12 +23,10 @@ from hmc.runtime.tokens.generation import Stream, Timings
 from hmc.runtime.tokens.kept import Kept
 from hmc.runtime.tokens.prompts import prompt_ids, sampling_params
 from hmc.runtime.tokens.text import Text
-from hmc.serve.reasoning import markers_of
+from hmc.serve.reasoning import begun_by, markers_of
 
 _ROOM = 4
 """A prompt leaves one part in so many of the context to its answer, or as much as is asked for."""
-_TAIL = 64
-"""Tokens of a prompt's end that show whether a thought has begun."""
 _AFTER_CUT = 2
 """When turns have to go, so many that the prompt fits one part in so many of the context: what is
 left is computed again, which should not be done every turn."""
@@ -214,10 +212,8 @@ class Session(Closing):
                 f"the context of {self.context} tokens is full: the {gone} oldest messages are no"
                 " longer shown to the model"
             )
-        thinks = False
-        if self._markers:
-            shown = self._text.showing(self._markers.shown)
-            thinks = self._markers.begun(shown.decode(ids[-_TAIL:]))
+        shown = self._text.showing(self._markers.shown if self._markers else ())
+        thinks = begun_by(self._markers, shown, ids)
         return prompt_ids(ids, self._text, self._engine.plan), thinks
 
     def _second_turn(self) -> int | None:
