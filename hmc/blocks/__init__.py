@@ -19,6 +19,7 @@ from hmc.blocks.dense import (
 )
 from hmc.blocks.moe import Experts, Route, Scoring
 from hmc.blocks.pointwise import Pointwise, Vector, activated
+from hmc.blocks.recurrent import Conv, LinearAttention, SelectiveScan
 
 __all__ = [
     "MLA",
@@ -26,18 +27,21 @@ __all__ = [
     "Attention",
     "Block",
     "Columns",
+    "Conv",
     "Embedding",
     "Experts",
     "GateUp",
     "GatedMLP",
     "Growth",
     "Linear",
+    "LinearAttention",
     "Names",
     "Pointwise",
     "RMSNorm",
     "Rotary",
     "Route",
     "Scoring",
+    "SelectiveScan",
     "Vector",
     "activated",
     "place",

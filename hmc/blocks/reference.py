@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hmc.blocks import recurrent
 from hmc.blocks.pointwise import pointwise
 from hmc.ops.pointwise import rowwise
 
@@ -30,5 +31,5 @@ def _pointwise(
     return {"y": found.reshape(sequences, -1, found.shape[1])}, states
 
 
-REFERENCES: dict[str, Reference] = {"pointwise": _pointwise}
+REFERENCES: dict[str, Reference] = {"pointwise": _pointwise, **recurrent.REFERENCES}
 """By op. Those of attention work on all positions at once, and are blocks alone."""
