@@ -19,6 +19,7 @@ from hmc.formats import FORMATS
 
 _ATTENTION = "heads kv_heads head_dim v_dim block"
 _LATENT = "heads nope rope v_dim rank block"
+_RECURRENT = "heads key_heads key_dim value_dim"
 _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
     "pointwise": "width groups",
@@ -31,6 +32,7 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("kv_append", "attention", "attention_join", "attention_prefill"), _ATTENTION),
     **dict.fromkeys(("mla_append", "mla_attention", "mla_attention_join", "mla_prefill"), _LATENT),
     **dict.fromkeys(("mla_absorb", "mla_up"), f"{_LATENT} tokens"),
+    **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _RECURRENT),
     "route": "experts top_k",
     "sort_experts": "top_k experts",
     "resident_ids": "top_k",
@@ -117,6 +119,14 @@ def _check_expanded(spec: KernelSpec) -> None:
         raise _error(spec, f"needs nope + rope even, not {spec['nope']} + {spec['rope']}")
 
 
+def _check_recurrent(spec: KernelSpec) -> None:
+    if spec["heads"] % spec["key_heads"]:
+        raise _error(spec, f"cannot share {spec['key_heads']} key heads by {spec['heads']} heads")
+    for name in ("channels", "delta"):
+        if spec.get(name, -1) not in (0, 1):
+            raise _error(spec, f"needs {name} 0 or 1")
+
+
 def _check_rotary(spec: KernelSpec) -> None:
     start, dim, width = spec.get("start"), spec["dim"], spec["head_dim"]
     if dim % 2 or start < 0 or start + dim > width:
@@ -144,6 +154,7 @@ _RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),
     "mla_prefill": _check_expanded,
+    **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _check_recurrent),
     "rotary": _check_rotary,
     "route": _check_route,
     "pointwise": Rowwise.of,

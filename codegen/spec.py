@@ -217,6 +217,21 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* y* y_stride"
         " tokens scale~ scratch* growth~"
     ),
+    # Linear attention with decay (hmc/ops/recurrent.py): q, k f32 rows [key_heads, key_dim], v
+    # [heads, value_dim], decay [heads] or with `channels` [heads, key_dim], beta [heads] with
+    # `delta`; state f32 [slots, heads, key_dim, value_dim], in place; sequence i32 [tokens] =
+    # slots; y f32 [tokens, heads, value_dim]. params: heads, key_heads, key_dim, value_dim,
+    # channels, delta.
+    "linear_attention": _args(
+        "q* q_stride k* k_stride v* v_stride decay* decay_stride beta* beta_stride y* y_stride"
+        " state* sequence* tokens scale~"
+    ),
+    # The same for many tokens of one sequence (prefill), whose slot is sequence[0]. scratch:
+    # `linear_scratch_bytes(spec)` of kernels/recurrent/linear_form.py for every worker.
+    "linear_attention_prefill": _args(
+        "q* q_stride k* k_stride v* v_stride decay* decay_stride beta* beta_stride y* y_stride"
+        " state* sequence* tokens scale~ scratch*"
+    ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,
     # groups, top_groups (0: no grouping), group_best (unset: 2), eps and scaled (unset: 0); bias

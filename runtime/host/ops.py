@@ -19,6 +19,7 @@ from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
+from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import ARGS, Arg, KernelSpec
 from hmc.ops import OPS
@@ -176,6 +177,16 @@ def _mla(low: Lowering, step: Step) -> None:
     record(low, step, specs["mla_up"], given | scales, reads=["y_latent"])
 
 
+def _linear_attention(low: Lowering, step: Step) -> None:
+    ((op, spec),) = low.specs(step).items()
+    kept = ("recurrent", step.layer)
+    given = {"state": low.kv.address(step.layer, "recurrent")}
+    if op != step.op:
+        given["scratch"] = _private(low, op, linear_scratch_bytes(spec))
+    reads, writes = [*step.inputs.values(), kept], [*step.outputs.values(), kept]
+    record(low, step, spec, given, reads=reads, writes=writes)
+
+
 def _route(low: Lowering, step: Step) -> None:
     ids = step.outputs["ids"]
     assert low.arena.packed(ids) and low.arena.packed(step.outputs["routing"])
@@ -242,6 +253,7 @@ HOST_OPS: dict[str, OpFunction] = {
     "rotary": _rotary,
     "attention": _attention,
     "mla": _mla,
+    "linear_attention": _linear_attention,
     "route": _route,
     "experts": _experts,
 }

@@ -90,7 +90,13 @@ def kernels(isa: str) -> list[KernelSpec]:
     latent = {"heads": 2, "nope": 24, "rope": 8, "v_dim": 16, "rank": 64, "block": 8}
     shared = {"heads": 8, "kv_heads": 2, "head_dim": 40, "v_dim": 24, "block": 8}
     experts = {"k": 160, "n": 96, "top_k": 2, "experts": 4}
+    recurrent = {"heads": 4, "key_heads": 2, "key_dim": 24, "value_dim": 40}
     found = [
+        *(
+            spec(f"linear_attention{many}", **recurrent, channels=delta, delta=delta)
+            for many in ("", "_prefill")
+            for delta in (0, 1)
+        ),
         *(spec(op, **shared) for op in ("kv_append", "attention", "attention_join")),
         *(spec(op, **latent, tokens=2) for op in ("mla_append", "mla_attention")),
         spec("attention_prefill", **shared),
