@@ -13,6 +13,7 @@ from hmc.codegen.kernels.attention import attention, prefill
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
+from hmc.codegen.kernels.recurrent import conv, scan
 from hmc.codegen.kernels.routing import route, sort_experts
 from hmc.codegen.pool import flags, resident_ids, walker
 from hmc.codegen.spec import KernelSpec
@@ -40,6 +41,8 @@ _HOMES: Mapping[ModuleType, str] = {
     ),
     absorb: "mla_absorb",
     prefill: "attention_prefill mla_prefill",
+    conv: "conv",
+    scan: "selective_scan",
     route: "route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",
