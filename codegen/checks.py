@@ -13,7 +13,7 @@ from hmc.codegen.expr import ROUTED, activation, elementwise
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
-from hmc.codegen.spec import ARGS, MAX_TOKENS, KernelSpec
+from hmc.codegen.spec import ARGS, MAX_TAPS, MAX_TOKENS, KernelSpec
 from hmc.errors import KernelError
 from hmc.formats import FORMATS
 
@@ -24,6 +24,8 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
     "pointwise": "width groups",
     "rotary": "heads head_dim dim",
+    "conv": "width taps",
+    "selective_scan": "width states",
     "linear": "k tokens",
     "gate_up": "k tokens",
     "gemm": "k",
@@ -148,14 +150,21 @@ def _check_route(spec: KernelSpec) -> None:
         raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
 
 
+def _check_conv(spec: KernelSpec) -> None:
+    elementwise(spec.expr, "x")
+    if not 2 <= spec["taps"] <= MAX_TAPS:
+        raise _error(spec, f"takes 2 to {MAX_TAPS} taps, not {spec['taps']}")
+
+
 _GATED = ("gate_up", "experts_gate_up", "grouped_gate_up")
-_EXPRESSIONS = frozenset({"pointwise", "attention", "attention_prefill", *_GATED})
+_EXPRESSIONS = frozenset({"pointwise", "conv", "attention", "attention_prefill", *_GATED})
 _RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),
     "mla_prefill": _check_expanded,
     **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _check_recurrent),
     "rotary": _check_rotary,
+    "conv": _check_conv,
     "route": _check_route,
     "pointwise": Rowwise.of,
     "gate_up": lambda spec: activation(spec.expr),

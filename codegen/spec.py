@@ -32,6 +32,8 @@ WeightFormat = str
 
 MAX_TOKENS = 16
 """Largest batch of a native (decode) kernel; larger ones go to the prefill kernels."""
+MAX_TAPS = 8
+"""Most taps of a short convolution: their inputs are in registers."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,18 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     "linear_attention_prefill": _args(
         "q* q_stride k* k_stride v* v_stride decay* decay_stride beta* beta_stride y* y_stride"
         " state* sequence* tokens scale~ scratch*"
+    ),
+    # Causal convolution, column by column: y[t, c] = expr(x = sum_i weight[i, c] x_(t - taps + 1 +
+    # i)[c] (+ bias[c])), the last token's tap being the last; what came before a sequence's tokens
+    # is row sequence[t] of the states [taps - 1, width], oldest first, in place. weight f32 [taps,
+    # width], bias f32 [width]; params: width, taps, biased (unset: 0).
+    "conv": _args("x* x_stride weight* bias* state* sequence* y* y_stride tokens"),
+    # The scan of Mamba, column by column: of each element n of the states [states, width] of row
+    # sequence[t], in place, s[n] = exp(dt[t] rate[n]) s[n] + dt[t] x[t] b[t, n]; y[t] = sum_n c[t,
+    # n] s[n]. rate f32 [states, width], below 0; params: width, states.
+    "selective_scan": _args(
+        "x* x_stride dt* dt_stride b* b_stride c* c_stride rate* state* sequence* y* y_stride"
+        " tokens"
     ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,

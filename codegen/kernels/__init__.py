@@ -13,7 +13,7 @@ from hmc.codegen.kernels.attention import attention, prefill
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
-from hmc.codegen.kernels.recurrent import linear_attention, linear_prefill
+from hmc.codegen.kernels.recurrent import conv, linear_attention, linear_prefill, scan
 from hmc.codegen.kernels.routing import route, sort_experts
 from hmc.codegen.pool import flags, resident_ids, walker
 from hmc.codegen.spec import KernelSpec
@@ -43,6 +43,8 @@ _HOMES: Mapping[ModuleType, str] = {
     prefill: "attention_prefill mla_prefill",
     linear_attention: "linear_attention",
     linear_prefill: "linear_attention_prefill",
+    conv: "conv",
+    scan: "selective_scan",
     route: "route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",

@@ -73,15 +73,15 @@ def selective_scan(
     attrs: Mapping[str, Any], inputs: Tensors, weights: Tensors, states: Tensors
 ) -> tuple[Tensors, Tensors]:
     """The scan of Mamba (Gu and Dao, arXiv 2312.00752, algorithm 2): each column has `states`
-    elements, which decay by rates of their own in steps of dt.
+    elements, which decay by rates of their own in steps of dt. The state is [states, width].
     """
-    rate = -torch.exp(weights["a_log"])
+    rate = -torch.exp(weights["a_log"].T.to(inputs["dt"].dtype))
     state = states["scan"].reshape(-1, *rate.shape)
     made = []
     for t, x in enumerate(inputs["x"].unbind(1)):
         dt, b, c = (inputs[name][:, t] for name in ("dt", "b", "c"))
-        state = state * torch.exp(dt[..., None] * rate) + (dt * x)[..., None] * b[:, None]
-        made.append((state * c[:, None]).sum(-1))
+        state = state * torch.exp(dt[:, None] * rate) + (dt * x)[:, None] * b[..., None]
+        made.append((state * c[..., None]).sum(1))
     return {"y": torch.stack(made, 1)}, {"scan": state.flatten(1)}
 
 

@@ -55,8 +55,7 @@ class Finder:
     def _plain(self, row: Format, data: TensorInfo, shape: Shape, linear: bool) -> WeightSource:
         if len(shape) == 2 and (problem := cut_groups(row, 0, shape)):
             raise self.error(data, problem)
-        # A vector as the row of a matrix, and the other way round.
-        alone = (1, *shape) == data.shape or (1, *data.shape) == shape
+        alone = len(shape) != len(data.shape) and _without_ones(shape) == _without_ones(data.shape)
         self._check_shape(data, row.codes.stored_shape(shape, 0, data.dtype), alone)
         ends = {end for each in FORMATS.values() for plane in each.scales for end in plane.suffixes}
         for end in sorted(ends):
@@ -175,7 +174,12 @@ def _same(stored: Shape, wanted: Shape) -> bool:
     if len(stored) == 3 and stored[0] == wanted[0] and prod(stored[1:]) == prod(wanted[1:]):
         return True
     other = len(stored) != len(wanted) or prod(wanted) == 1
-    return other and [n for n in stored if n != 1] == [n for n in wanted if n != 1]
+    return other and _without_ones(stored) == _without_ones(wanted)
+
+
+def _without_ones(shape: Shape) -> list[int]:
+    """The dimensions that say how elements lie: a vector is also a row, or a column of rows."""
+    return [size for size in shape if size != 1]
 
 
 def _what(codes: TensorInfo, name: str) -> str:

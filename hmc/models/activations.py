@@ -31,6 +31,16 @@ def activation(config: ModelConfig) -> str:
     return gated(ACTIVATIONS[name])
 
 
+def unary(config: ModelConfig) -> str:
+    """What `hidden_act` makes of one operand x, as an expression of it; `UnsupportedError` as
+    `activation`.
+    """
+    name = config.get_str("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise config.unsupported("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
+    return str(substitute(parse(ACTIVATIONS[name]), {"gate": leaf("x")}))
+
+
 def gated(of_gate: str, *, limit: float = 0.0, after: bool = False, plus: float = 0.0) -> str:
     """`of_gate`, an expression of gate, times up + `plus`.
 

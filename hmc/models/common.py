@@ -307,7 +307,7 @@ def hidden_norm(config: ModelConfig) -> RMSNorm:
 
 def norm_eps(config: ModelConfig) -> float:
     """Epsilon of the hidden-state norms."""
-    keys = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon")
+    keys = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_eps")
     return config.require_float(next((key for key in keys if key in config), keys[0]))
 
 

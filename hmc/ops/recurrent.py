@@ -4,10 +4,11 @@ linear attention, selective scans.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Final
 
 from hmc.codegen.expr import elementwise
-from hmc.codegen.spec import KernelSpec
+from hmc.codegen.spec import MAX_TAPS, KernelSpec
 from hmc.errors import KernelError
 from hmc.ops.row import (
     Attrs,
@@ -39,12 +40,18 @@ def _conv_possible(attrs: Attrs) -> bool:
         elementwise(str(attrs["act"]), "x")
     except KernelError:
         return False
-    return int(attrs["width"]) > 0 and int(attrs["taps"]) > 1 and bool(attrs["state"])
+    width, taps = picked(attrs, "width", "taps").values()
+    return width > 0 and 2 <= taps <= MAX_TAPS and bool(attrs["state"])
 
 
 def _conv_state(attrs: Attrs) -> tuple[State, ...]:
     width, taps = picked(attrs, "width", "taps").values()
     return (State(str(attrs["state"]), (taps - 1) * width, "sequence", "f32"),)
+
+
+def _conv_launches(attrs: Attrs, load: Load) -> int:
+    """By its reference: a product and a sum a tap, and what brings rows and states together."""
+    return 2 * int(attrs["taps"]) + 8
 
 
 # -- linear attention ------------------------------------------------------------------------------
@@ -89,6 +96,11 @@ def _scan_work(attrs: Attrs, load: Load) -> Work:
     return Work(1.0, load.rows, scores=8.0 * int(attrs["width"]) * int(attrs["states"]) * load.rows)
 
 
+def _scan_launches(attrs: Attrs, load: Load) -> int:
+    """By its reference, one token of every sequence after the other."""
+    return 6 + 9 * ceil(load.rows / load.sequences)
+
+
 def _matrix(attrs: Attrs) -> tuple[int, ...]:
     return int(attrs["width"]), int(attrs["states"])
 
@@ -107,6 +119,7 @@ OPS: Final = (
         possible=_conv_possible,
         kernels=_conv,
         states=_conv_state,
+        launches=_conv_launches,
         family="attention",
     ),
     Op(
@@ -145,6 +158,7 @@ OPS: Final = (
         kernels=one_kernel("selective_scan", "width", "states"),
         states=lambda a: (State("scan", int(a["width"]) * int(a["states"]), "sequence", "f32"),),
         work=_scan_work,
+        launches=_scan_launches,
         family="attention",
     ),
 )

@@ -177,14 +177,31 @@ def _mla(low: Lowering, step: Step) -> None:
     record(low, step, specs["mla_up"], given | scales, reads=["y_latent"])
 
 
+def _recurrent(low: Lowering, step: Step, state: str, given: Mapping[str, int]) -> None:
+    """One record of the step's one kernel, which works in place on a state a sequence."""
+    held = ("state", step.layer, state)
+    (spec,) = low.specs(step).values()
+    given = {"state": low.kv.address(step.layer, state), **given}
+    reads, writes = ([*each.values(), held] for each in (step.inputs, step.outputs))
+    record(low, step, spec, given, reads=reads, writes=writes)
+
+
 def _linear_attention(low: Lowering, step: Step) -> None:
     ((op, spec),) = low.specs(step).items()
-    kept = ("recurrent", step.layer)
-    given = {"state": low.kv.address(step.layer, "recurrent")}
-    if op != step.op:
-        given["scratch"] = _private(low, op, linear_scratch_bytes(spec))
-    reads, writes = [*step.inputs.values(), kept], [*step.outputs.values(), kept]
-    record(low, step, spec, given, reads=reads, writes=writes)
+    scratch = {} if op == step.op else {"scratch": _private(low, op, linear_scratch_bytes(spec))}
+    _recurrent(low, step, "recurrent", scratch)
+
+
+def _conv(low: Lowering, step: Step) -> None:
+    (width,) = _ints(step, "width")
+    taps = low.tables.by_column(step.weights["weight"], width)
+    _recurrent(low, step, str(step.attrs["state"]), {"weight": taps})
+
+
+def _selective_scan(low: Lowering, step: Step) -> None:
+    (width,) = _ints(step, "width")
+    rate = low.tables.by_column(step.weights["a_log"], width, lambda found: -np.exp(found))
+    _recurrent(low, step, "scan", {"rate": rate})
 
 
 def _route(low: Lowering, step: Step) -> None:
@@ -254,6 +271,8 @@ HOST_OPS: dict[str, OpFunction] = {
     "attention": _attention,
     "mla": _mla,
     "linear_attention": _linear_attention,
+    "conv": _conv,
+    "selective_scan": _selective_scan,
     "route": _route,
     "experts": _experts,
 }

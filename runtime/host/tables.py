@@ -4,10 +4,13 @@ arrays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
 from hmc.formats.base import WIDE
+from hmc.formats.decode import Floats
 from hmc.plan import Plan
 from hmc.plan.model import ExpertRole
 from hmc.runtime.weights.store import WeightStore
@@ -49,6 +52,18 @@ class Tables:
         if name not in self._vectors:
             self._vectors[name] = self._store.vector(name)
         return int(self._vectors[name].ctypes.data)
+
+    def by_column(
+        self, name: str, rows: int, made: Callable[[Floats], Floats] = np.positive
+    ) -> int:
+        """Address of what is `made` of a weight of so many rows, f32, all first elements of rows
+        before all second ones.
+        """
+        key = ("by column", name)
+        if key not in self._arrays:
+            matrix = made(self._store.vector(name)).reshape(rows, -1)
+            self._arrays[key] = np.ascontiguousarray(matrix.T)
+        return int(self._arrays[key].ctypes.data)
 
     def expert_vectors(self, layer: int, role: ExpertRole) -> int:
         """Address of a vector of each of a layer's experts, f32 [experts, n]; 0 where there are

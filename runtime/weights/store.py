@@ -31,7 +31,7 @@ import numpy.typing as npt
 from hmc.checkpoint.location import shard_paths
 from hmc.checkpoint.mapped import MappedShards
 from hmc.errors import CapacityError, UsageError
-from hmc.formats import format_of
+from hmc.formats import format_of, matrix_of
 from hmc.formats.decode import NUMPY, decode, floats
 from hmc.machine.detect import available_bytes, free_huge_pages
 from hmc.plan import ExpertWeights, Plan, Weight
@@ -228,9 +228,8 @@ class WeightStore:
         return floats(np.stack(each), form.kept)
 
     def vector(self, name: str) -> npt.NDArray[np.float32]:
-        """A vector as f32 [n]."""
-        found: npt.NDArray[np.float32] = self.rows(name, 0, 1)[0]
-        return found
+        """All elements of a plain weight as f32 [n], whatever its shape."""
+        return self.rows(name, 0, matrix_of(self._weights[name].shape)[0]).reshape(-1)
 
     def close(self) -> None:
         """Give mappings and memory back; no address is valid after it."""

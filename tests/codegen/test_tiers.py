@@ -119,6 +119,8 @@ def kernels(isa: str) -> list[KernelSpec]:
         spec("resident_ids", top_k=2),
         spec("stream_read", streams=2),
         *(spec(op, width=100) for op in ("gather_rows", "add")),
+        spec("conv", expr="silu(x)", width=100, taps=4, biased=1),
+        spec("selective_scan", width=100, states=12),
         spec("pointwise", expr=_QUIRK, width=33, groups=1, x0=33, b0=33, v0=33),
         *(spec(op, "bf16", width=100) for op in ("embed", "norm", "add_norm")),
         spec("rotary", "fp16", heads=2, head_dim=40, start=8, dim=24, interleaved=0),

@@ -36,10 +36,11 @@ def load_model(directory: Path) -> Model:
 
 
 def _part(tensors: dict[str, Tensor], spec: WeightSpec, expert: int) -> Tensor:
-    """A weight in its tensor, of routed ones that of an expert; a vector may be stored as a row."""
+    """A weight in its tensor, of routed ones that of an expert; dimensions of 1 say nothing."""
     found, view = tensors[spec.name.format(e=expert)], spec.view
     if view is None:
-        return found[0] if found.shape == (1, *spec.shape) else found
+        alike = [n for n in found.shape if n != 1] == [n for n in spec.shape if n != 1]
+        return found.reshape(spec.shape) if alike else found
     part = found[expert] if view.stacked(spec.shape) else found
     part = part.T if view.transposed else part
     return part[view.first :: view.step][: spec.shape[0]]
