@@ -35,6 +35,12 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("mla_append", "mla_attention", "mla_attention_join", "mla_prefill"), _LATENT),
     **dict.fromkeys(("mla_absorb", "mla_up"), f"{_LATENT} tokens"),
     **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _RECURRENT),
+    **dict.fromkeys(
+        ("index_append", "index_scores", "index_choose", "index_prefill"),
+        "heads dim block index_topk",
+    ),
+    "mla_gather": f"{_LATENT} index_topk",
+    "sparse_mla_prefill": f"{_LATENT} tokens index_topk",
     "route": "experts top_k",
     "sort_experts": "top_k experts",
     "resident_ids": "top_k",
@@ -45,13 +51,16 @@ _SIZES: dict[str, str] = {
 _EVEN = {
     **dict.fromkeys(("attention", "attention_join"), "head_dim block"),
     "attention_prefill": "head_dim",
-    **dict.fromkeys(("mla_attention", "mla_attention_join"), "rank rope block"),
+    **dict.fromkeys(
+        ("mla_attention", "mla_attention_join", "sparse_mla_prefill"), "rank rope block"
+    ),
+    **dict.fromkeys(("index_scores", "index_prefill"), "dim"),
 }
 
 _RESULTS = frozenset({"bf16", "f32"})
 _MATMULS = frozenset(
     "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
-    " mla_absorb mla_up mla_prefill".split()
+    " mla_absorb mla_up mla_prefill sparse_mla_prefill".split()
 )
 _VECTORS = frozenset({"norm", "add_norm", "rotary"})
 """Ops that read a plain row of numbers."""
@@ -160,7 +169,8 @@ _GATED = ("gate_up", "experts_gate_up", "grouped_gate_up")
 _EXPRESSIONS = frozenset({"pointwise", "conv", "attention", "attention_prefill", *_GATED})
 _RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
-    **dict.fromkeys(("mla_attention", "mla_attention_join"), _check_even),
+    **dict.fromkeys(("mla_attention", "mla_attention_join", "sparse_mla_prefill"), _check_even),
+    **dict.fromkeys(("index_scores", "index_prefill"), _check_even),
     "mla_prefill": _check_expanded,
     **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _check_recurrent),
     "rotary": _check_rotary,

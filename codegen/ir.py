@@ -142,6 +142,25 @@ class Emitter:
         """Call a subroutine."""
         self.b.call(self.module.globals[name], values)
 
+    @contextmanager
+    def given(self, **values: Value) -> Iterator[None]:
+        """Within it arguments are `values` instead."""
+        outer = self.arg
+        self.arg = outer | values
+        yield
+        self.arg = outer
+
+    @contextmanager
+    def alone(self, **values: Value) -> Iterator[None]:
+        """Within it the code of another kernel may be emitted, which this worker computes alone,
+        with these arguments.
+        """
+        outer = self.worker, self.workers, self.span
+        self.worker, self.workers, self.span = const(0), const(1), const(1)
+        with self.given(**values):
+            yield
+        self.worker, self.workers, self.span = outer
+
     # -- control flow ------------------------------------------------------------------------------
 
     def local(self, kind: Any, initial: Value | None = None, count: int = 1) -> Value:

@@ -246,6 +246,40 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "x* x_stride dt* dt_stride b* b_stride c* c_stride rate* state* sequence* y* y_stride"
         " tokens"
     ),
+    # Sparse latent attention. Rows `indexer_k` f32 [dim] are appended to cache bf16 [blocks, block,
+    # dim]; scores f32 [tokens, scores_stride] are sum_h weights[t, h] relu(q[t, h, :] . k) of the
+    # positions up to a token's own, unless these are no more than index_topk; chosen i32 [tokens,
+    # index_topk] the positions with the best ones, ascending, of equal ones the lower, then -1; or
+    # all positions. scores_stride: that of kernels/attention/index.py. index_prefill makes both,
+    # token by token; scratch: scores of one token for every worker. params: heads, dim, block,
+    # index_topk.
+    "index_append": _args(
+        "indexer_k* indexer_k_stride cache* tables* table_stride sequence* positions* tokens"
+    ),
+    "index_scores": _args(
+        "q* q_stride weights* weights_stride cache* tables* table_stride sequence* positions*"
+        " tokens scores* scores_stride"
+    ),
+    "index_choose": _args("positions* scores* scores_stride chosen* chosen_stride tokens"),
+    "index_prefill": _args(
+        "q* q_stride weights* weights_stride cache* tables* table_stride sequence* positions*"
+        " tokens scratch* scores_stride chosen* chosen_stride"
+    ),
+    # gathered bf16 [tokens, rows, rank + rope], rows: index_topk up to a multiple of block, the
+    # cache rows that tokens chose, of a position beyond a token's own that one's; lasts i32
+    # [tokens] = rows gathered - 1: what mla_attention reads as a cache and as positions.
+    "mla_gather": _args(
+        "cache* tables* table_stride sequence* positions* chosen* chosen_stride gathered* lasts*"
+        " tokens"
+    ),
+    # The tokens of a call of one sequence that see more than index_topk positions, a few at a time
+    # by the kernels above; mla_prefill with a size index_topk computes the others. params: those of
+    # mla_up and index_topk. scratch: `sparse_scratch_bytes(spec)` of kernels/attention/sparse.py
+    # for every worker.
+    "sparse_mla_prefill": _args(
+        "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* chosen*"
+        " chosen_stride y* y_stride tokens scale~ scratch*"
+    ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,
     # groups, top_groups (0: no grouping), group_best (unset: 2), eps and scaled (unset: 0); bias

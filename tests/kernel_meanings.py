@@ -299,6 +299,26 @@ def mla_prefill(
     return attention_prefill(q, keys, lifted[..., nope:], table, past, scale, options)
 
 
+def index_scores(q: Array, weights: Array, keys: Array) -> Array:
+    """Scores [S] of one token in float64: q [heads, dim], weights [heads], keys [S, dim]."""
+    products = q.astype(np.float64) @ keys.astype(np.float64).T
+    result: Array = weights.astype(np.float64) @ np.maximum(products, 0)
+    return result
+
+
+def index_choose(scores: Array, most: int) -> Array:
+    """The places of the `most` best of scores [S], of equal ones the first, then -1."""
+    best = np.sort(np.argsort(-scores, kind="stable")[:most])
+    return np.pad(best, (0, most - len(best)), constant_values=-1)
+
+
+def mla_gather(cache: Array, table: Array, chosen: Array, last: int) -> Array:
+    """Rows [n, width] of a token at position `last` for those of `chosen` [K] that it sees."""
+    at = np.where((chosen >= 0) & (chosen <= last), chosen, last)[: last + 1]
+    block = cache.shape[1]
+    return cache[table[at // block], at % block]
+
+
 def rows(table: Array, picks: Array) -> Array:
     """table[picks] in float64."""
     result: Array = table[picks].astype(np.float64)

@@ -9,7 +9,7 @@ from functools import partial
 from types import ModuleType
 
 from hmc.codegen.ir import Emitter
-from hmc.codegen.kernels.attention import attention, prefill
+from hmc.codegen.kernels.attention import attention, index, prefill, sparse
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
@@ -45,6 +45,8 @@ _HOMES: Mapping[ModuleType, str] = {
     linear_prefill: "linear_attention_prefill",
     conv: "conv",
     scan: "selective_scan",
+    index: "index_append index_scores index_choose index_prefill",
+    sparse: "mla_gather sparse_mla_prefill",
     route: "route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",

@@ -20,6 +20,7 @@ from hmc.blocks.dense import (
 from hmc.blocks.moe import Experts, Route, Scoring
 from hmc.blocks.pointwise import Pointwise, Vector, activated
 from hmc.blocks.recurrent import Conv, LinearAttention, SelectiveScan
+from hmc.blocks.sparse import Index, SparseMLA
 
 __all__ = [
     "MLA",
@@ -33,6 +34,7 @@ __all__ = [
     "GateUp",
     "GatedMLP",
     "Growth",
+    "Index",
     "Linear",
     "LinearAttention",
     "Names",
@@ -42,6 +44,7 @@ __all__ = [
     "Route",
     "Scoring",
     "SelectiveScan",
+    "SparseMLA",
     "Vector",
     "activated",
     "place",

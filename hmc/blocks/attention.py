@@ -180,11 +180,17 @@ class MLA(Block):
         return attrs(**dict(super().attributes()), **_attributes(self.growth))
 
     def forward(self, q: Tensor, latent: Tensor, k_rope: Tensor) -> Tensor:
+        return self.attend(q, latent, k_rope)
+
+    def attend(
+        self, q: Tensor, latent: Tensor, k_rope: Tensor, unseen: Tensor | None = None
+    ) -> Tensor:
+        """The same; `unseen` [T, T] positions are hidden besides."""
         queries = _grown(q, self.growth).reshape(len(q), self.heads, self.nope + self.rope)
         expanded = (latent @ self.kv_b.T).reshape(len(q), self.heads, self.nope + self.v_dim)
         shared = k_rope[:, None, :].expand(-1, self.heads, -1)
         keys = torch.cat((expanded[..., : self.nope], shared), -1)
-        return _attend(queries, keys, expanded[..., self.nope :], self.scale)
+        return _attend(queries, keys, expanded[..., self.nope :], self.scale, unseen=unseen)
 
 
 def _attend(
@@ -195,6 +201,7 @@ def _attend(
     bounds: Bounds = NO_BOUNDS,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    unseen: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention of q, k [T, heads, head_dim] and v [T, heads, v_dim] -> [T, heads *
     v_dim].
@@ -204,6 +211,7 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     place = torch.arange(len(q))
     hidden = (place > place[:, None]) | (place < bounds.first(place)[:, None])
+    hidden = hidden if unseen is None else hidden | unseen
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), -1)

@@ -4,13 +4,15 @@ bias; shared experts. Families that are built alike differ in what their rows sa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import PRE_NORM, CausalLM, DecoderLayer, Norms, check_values
 from hmc.models.family import NO_IMAGES, Aside, Family, look_ahead
-from hmc.models.latent import LatentAttention
-from hmc.models.rope import rope
+from hmc.models.latent import Indexer, LatentAttention
+from hmc.models.rope import Rope, rope
 from hmc.models.routing import dense_mlp, grouped_moe, is_routed
 
 
@@ -21,13 +23,20 @@ def build(config: ModelConfig) -> nn.Module:
     return latent_model(config)
 
 
-def latent_model(config: ModelConfig, routed_norms: Norms = PRE_NORM) -> nn.Module:
-    """Latent attention and routing in groups; `routed_norms` are those of routed layers."""
+def latent_model(
+    config: ModelConfig,
+    routed_norms: Norms = PRE_NORM,
+    indexer: Callable[[Rope, int], Indexer] | None = None,
+) -> nn.Module:
+    """Latent attention and routing in groups; `routed_norms` are those of routed layers, `indexer`
+    makes the one of a layer, if any.
+    """
     check_values(config, scoring_func="sigmoid", topk_method="noaux_tc")
     angles = rope(config, config.require_int("qk_rope_head_dim", minimum=2))
 
     def layer(index: int) -> nn.Module:
-        attention = LatentAttention(config, angles)
+        chooses = indexer(angles, index) if indexer else None
+        attention = LatentAttention(config, angles, indexer=chooses)
         if is_routed(config, index):
             return DecoderLayer(config, attention, grouped_moe(config), routed_norms)
         return DecoderLayer(config, attention, dense_mlp(config))

@@ -4,6 +4,7 @@ matmul.py     linear, gate_up, experts
 norms.py      embed, gather_rows, norm, add, add_norm
 pointwise.py  arithmetic of rows and vectors, as an expression
 attention.py  rotary, attention, mla
+sparse.py     index, sparse_mla
 recurrent.py  conv, linear_attention, selective_scan
 routing.py    route, sort
 moves.py      ops of schedules over several resources

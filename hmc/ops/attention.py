@@ -27,7 +27,8 @@ from hmc.ops.row import (
 LIFTED_BYTES = 1 << 27
 """Bytes of keys and values of some heads that a GPU holds at once."""
 
-_POSITIONS = Role("positions", "i32", lambda attrs: 1, given="positions")
+POSITIONS = Role("positions", "i32", lambda attrs: 1, given="positions")
+"""Where each token is in its sequence."""
 
 
 # -- rotary ----------------------------------------------------------------------------------------
@@ -274,14 +275,15 @@ def _mla_launches(attrs: Attrs, load: Load) -> int:
     return 4 + 2 * max(1, math.ceil(some))
 
 
-def _mla_shape(attrs: Attrs) -> tuple[int, ...]:
+def kv_b_shape(attrs: Attrs) -> tuple[int, ...]:
+    """Rows of every head's keys and values, a column for each element of a latent."""
     return int(attrs["heads"]) * (int(attrs["nope"]) + int(attrs["v_dim"])), int(attrs["rank"])
 
 
 OPS: Final = (
     Op(
         "rotary",
-        inputs=(Role("x", "f32", product("heads", "head_dim")), _POSITIONS),
+        inputs=(Role("x", "f32", product("heads", "head_dim")), POSITIONS),
         outputs=(Role("x", "f32", product("heads", "head_dim"), in_place="x"),),
         weights=(WeightRole("gamma", lambda attrs: (int(attrs["head_dim"]),), optional=True),),
         attrs={
@@ -301,7 +303,7 @@ OPS: Final = (
             Role("q", "f32", product("heads", "head_dim")),
             Role("k", "f32 bf16", product("kv_heads", "head_dim"), rows="all"),
             Role("v", "f32 bf16", product("kv_heads", "v_dim"), rows="all"),
-            _POSITIONS,
+            POSITIONS,
         ),
         outputs=(Role("y", "bf16", product("heads", "v_dim")),),
         attrs={
@@ -328,10 +330,10 @@ OPS: Final = (
             Role("q", "f32", lambda a: int(a["heads"]) * (int(a["nope"]) + int(a["rope"]))),
             Role("latent", "f32 bf16", attr("rank"), rows="all"),
             Role("k_rope", "f32 bf16", attr("rope"), rows="all"),
-            _POSITIONS,
+            POSITIONS,
         ),
         outputs=(Role("y", "bf16", product("heads", "v_dim")),),
-        weights=(WeightRole("kv_b", _mla_shape, matmul=True),),
+        weights=(WeightRole("kv_b", kv_b_shape, matmul=True),),
         attrs={
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank"), int),
             "scale": float,

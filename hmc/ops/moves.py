@@ -10,7 +10,8 @@ from typing import Final, Literal
 from hmc.ops.row import Op, Role
 
 _ANY = "f32 bf16 i32"
-_ROWS = tuple(Role(name, "f32 bf16", optional=True) for name in ("latent", "k_rope", "k", "v"))
+_CACHED = ("latent", "k_rope", "k", "v", "indexer_k")
+_ROWS = tuple(Role(name, "f32 bf16", optional=True) for name in _CACHED)
 _SHARED = {"experts": int, "top_k": int, "range": str, "count": int, "what": str}
 
 

@@ -146,9 +146,9 @@ class StreamEmitter:
         self.schedule.add("copy", resource, *operands, attrs=attrs, **where)
 
     def _attention(self, step: Step, attrs: Attrs) -> None:
-        """Attention of each rank's queries over the latents (or keys and values) of all, and the
-        way of the new cache rows to the host."""
-        roles = [role.name for role in OPS[step.op].graph_inputs[1:]]  # all but the queries
+        """Attention of each rank's queries over the latents (or keys and values) of all, whose new
+        cache rows go to the host."""
+        roles = [role.name for role in OPS[step.op].graph_inputs if role.rows == "all"]
         every = {role: self._gather(step, role) for role in roles}
         for rank, bound in enumerate(self._bound):
             inputs = bound.inputs(step) | {role: every[role][rank] for role in roles}

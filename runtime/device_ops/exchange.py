@@ -101,7 +101,12 @@ def cached(kv: KVCache, layer: int, state: str, heads: int = 1) -> torch.Tensor:
     return torch.from_numpy(kv.array(layer, state, heads)).view(torch.bfloat16)
 
 
-_ROWS = {"k": ("k",), "v": ("v",), "latent": ("latent", "k_rope")}
+_ROWS = {
+    "k": ("k",),
+    "v": ("v",),
+    "latent": ("latent", "k_rope"),
+    "indexer_k": ("indexer_k",),
+}
 """The inputs of attention whose columns, side by side, are a row of a state."""
 
 

@@ -8,6 +8,7 @@ queries and results, 2 heads (2 rank + rope) bytes a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,6 @@ from hmc.runtime.device_ops.context import (
     KIND,
     SCORE,
     append,
-    batches,
     chunks,
     grown,
     later,
@@ -46,6 +46,12 @@ class Latent:
     v_dim: int
     rank: int
 
+    @staticmethod
+    def of(step: Step) -> Latent:
+        """Those of a step."""
+        widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
+        return Latent(float(step.attrs["scale"]), grows(step.attrs), *widths)
+
     def kv_b(self, size: int) -> int:
         """Bytes of one head's part of kv_b."""
         return (self.nope + self.v_dim) * self.rank * size
@@ -61,9 +67,7 @@ def mla(bound: Bound, step: Step) -> Work:
     """
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
-    sizes = Latent(float(step.attrs["scale"]), grows(step.attrs), *widths)
-    kv_b, home, kind = bound.matrix(step, "kv_b"), bound.home(device), KIND
+    sizes, kv_b, home = Latent.of(step), bound.matrix(step, "kv_b"), bound.home(device)
     caches = [bound.cache(step.layer, "latent")] if home else []
 
     def work(call: Call) -> None:
@@ -73,15 +77,21 @@ def mla(bound: Bound, step: Step) -> Work:
         result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:
             columns = slice(0, sizes.rank + sizes.rope)
-            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), kind)
-            _latent(rows, queries, seen, kv_b, result, sizes)
-        else:
-            _latent_batch(rows, queries, caches[0], kv_b, result, sizes, kind)
+            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), KIND)
+            of_sequence(rows, queries, seen, kv_b, result, sizes)
+            return
+
+        def seen_by(part: slice) -> tuple[Tensor, Tensor]:
+            reach, hidden = reached(rows, part, NO_BOUNDS)
+            return caches[0][reach].to(KIND), hidden
+
+        longest = rows.reach.shape[1]
+        of_queries(rows.positions, queries, seen_by, longest, kv_b, result, sizes)
 
     return work
 
 
-def _latent(
+def of_sequence(
     rows: Rows, queries: Tensor, seen: Tensor, kv_b: Matrix, result: Tensor, s: Latent
 ) -> None:
     """One sequence: result [T, heads, v_dim] of queries [T, heads, nope + rope] over rows [S, rank
@@ -104,7 +114,7 @@ def _latent(
 def _absorbed(
     rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
 ) -> None:
-    """As `_latent` for some heads, their keys and values never made."""
+    """As `of_sequence` for some heads, their keys and values never made."""
     kind, number = seen.dtype, queries.shape[1]
     into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
 
@@ -124,7 +134,7 @@ def _absorbed(
 def _expanded(
     rows: Rows, queries: Tensor, seen: Tensor, kv_b: Tensor, result: Tensor, s: Latent
 ) -> None:
-    """As `_latent` for some heads, their keys and values made of all rows."""
+    """As `of_sequence` for some heads, their keys and values made of all rows."""
     kind, number, total = seen.dtype, queries.shape[1], len(seen)
     into, out = kv_b[:, : s.nope], kv_b[:, s.nope :]
     wide = s.nope + s.rope
@@ -149,42 +159,48 @@ def _over_latents(wide: Tensor, seen: Tensor, hidden: Tensor, s: Latent) -> Tens
     return weights @ seen[..., : s.rank]
 
 
-def _latent_batch(
-    rows: Rows,
+SeenBy = Callable[[slice], tuple[Tensor, Tensor]]
+"""The rows that some queries see, each its own [n, S, rank + rope], and what is added to scores
+[n, S]: 0, or -inf where a row is not for a query."""
+
+
+def of_queries(
+    positions: Tensor,
     queries: Tensor,
-    cache: Tensor,
+    seen_by: SeenBy,
+    longest: int,
     kv_b: Matrix,
     result: Tensor,
     s: Latent,
-    kind: torch.dtype,
 ) -> None:
-    """Many sequences, one query each, absorbed."""
-    assert rows.reach is not None
-    size, longest = kind.itemsize, rows.reach.shape[1]
-    of_latent = cache.shape[1] * (2 + size)
-    wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=kind)
+    """Result [T, heads, v_dim] of queries [T, heads, nope + rope] that see up to `longest` rows of
+    their own, absorbed.
+    """
+    size, count = KIND.itemsize, len(queries)
+    of_latent = (s.rank + s.rope) * (2 + size)
+    wide = queries.new_empty((*queries.shape[:2], s.rank + s.rope), dtype=KIND)
     found = torch.empty_like(wide[..., : s.rank])
-    of_head = s.kv_b(size) + rows.count * s.absorbed(size)
+    of_head = s.kv_b(size) + count * s.absorbed(size)
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        into = _of_heads(kv_b, heads, s, kind)[:, : s.nope]
-        mine = queries[:, heads, : s.nope].to(kind)
+        into = _of_heads(kv_b, heads, s, KIND)[:, : s.nope]
+        mine = queries[:, heads, : s.nope].to(KIND)
         wide[:, heads, : s.rank] = torch.einsum("thn,hnr->thr", mine, into)
         del mine, into
     wide[..., s.rank :] = queries[..., s.nope :]
     if s.growth is not None:
-        wide.copy_(grown(wide, rows.positions, s.growth))
+        wide.copy_(grown(wide, positions, s.growth))
 
     def some(part: slice) -> None:
-        reach, hidden = reached(rows, part, NO_BOUNDS)
-        seen = cache[reach].to(kind)
+        seen, hidden = seen_by(part)
         of_scores = len(seen) * longest * SCORE
         for heads in scratch.blocks(0, s.heads, of_scores, scratch.quarter()):
             found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s)
 
-    for part in batches(rows, 0, of_latent + s.heads * SCORE + HIDDEN):
+    of_query = longest * (of_latent + s.heads * SCORE + HIDDEN)
+    for part in scratch.blocks(0, count, of_query, scratch.quarter()):
         some(part)
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        out = _of_heads(kv_b, heads, s, kind)[:, s.nope :]
+        out = _of_heads(kv_b, heads, s, KIND)[:, s.nope :]
         result[:, heads] = torch.einsum("thr,hvr->thv", found[:, heads], out).to(result.dtype)
         del out
 

@@ -17,7 +17,13 @@ import numpy as np
 from hmc.codegen.expr import weighs
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.index import scores_stride
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
+from hmc.codegen.kernels.attention.sparse import (
+    gathered_bytes,
+    gathered_rows,
+    sparse_scratch_bytes,
+)
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
@@ -150,30 +156,52 @@ def _attention(low: Lowering, step: Step) -> None:
 
 
 def _mla(low: Lowering, step: Step) -> None:
-    q, positions = step.inputs["q"], step.inputs["positions"]
-    specs, cache = low.specs(step), ("kv", step.layer)
-    held = low.kv.address(step.layer, "latent")
-    weight = low.store.address(step.weights["kv_b"])
-    scale = low.store.scale_address(step.weights["kv_b"])
-    given = {"cache": held, "w": weight}
-    fresh = [step.inputs["latent"], step.inputs["k_rope"], positions]
-    record(low, step, specs["mla_append"], given, reads=fresh, writes=[cache])
-    scores = [q, positions, cache]
+    specs, given = low.specs(step), _latents(low, step)
     if spec := specs.get("mla_prefill"):
-        given |= {"w_scale": scale}
-        given |= {"scratch": _private(low, spec.op, prefill_scratch_bytes(spec))}
-        record(low, step, spec, given, reads=scores)
+        _mla_prefill(low, step, spec, given)
         return
-    spec, (heads, rank) = specs["mla_attention"], _ints(step, "heads", "rank")
-    scales, tokens, longest = {"scale": scale}, low.arena.max_tokens, low.plan.limits.max_context
-    given |= {"q_latent": low.arena.workspace("q_latent", 4 * tokens * heads * rank)}
-    given |= {"y_latent": low.arena.workspace("y_latent", 2 * tokens * heads * rank)}
+    _absorbed(low, step, given, [("kv", step.layer)])
+
+
+def _latents(low: Lowering, step: Step) -> dict[str, int]:
+    """Append new latents; where they and kv_b are."""
+    fresh = [step.inputs[role] for role in ("latent", "k_rope", "positions")]
+    given = {
+        "cache": low.kv.address(step.layer, "latent"),
+        "w": low.store.address(step.weights["kv_b"]),
+        "w_scale": low.store.scale_address(step.weights["kv_b"]),
+    }
+    append = low.specs(step)["mla_append"]
+    record(low, step, append, given, reads=fresh, writes=[("kv", step.layer)])
+    return given
+
+
+def _mla_prefill(low: Lowering, step: Step, spec: KernelSpec, given: dict[str, int]) -> None:
+    given = given | {"scratch": _private(low, spec.op, prefill_scratch_bytes(spec))}
+    reads = [step.inputs["q"], step.inputs["positions"], ("kv", step.layer)]
+    record(low, step, spec, given, reads=reads)
+
+
+def _absorbed(
+    low: Lowering, step: Step, given: dict[str, int], cache: list[Hashable], longest: int = 0
+) -> None:
+    """Latent attention of few queries to what `cache` says is read, of up to `longest` positions
+    (0: as many as a sequence has)."""
+    q, positions = step.inputs["q"], step.inputs["positions"]
+    specs, (heads, rank) = low.specs(step), _ints(step, "heads", "rank")
+    tokens, longest = low.arena.max_tokens, longest or low.plan.limits.max_context
+    scales = {"scale": given["w_scale"]}
+    given = given | {
+        "q_latent": low.arena.workspace("q_latent", 4 * tokens * heads * rank),
+        "y_latent": low.arena.workspace("y_latent", 2 * tokens * heads * rank),
+    }
     record(low, step, specs["mla_absorb"], given | scales, reads=[q], writes=["q_latent"])
-    scores.append("q_latent")
-    given |= {"scratch": low.arena.workspace("mla", attention_scratch_bytes(spec, tokens, longest))}
-    record(low, step, spec, given, reads=scores, writes=["mla"])
-    join = specs["mla_attention_join"]
-    record(low, step, join, given, reads=["mla", positions], writes=["y_latent"])
+    spec = specs["mla_attention"]
+    size = attention_scratch_bytes(spec, tokens, longest)
+    given["scratch"] = low.arena.workspace("mla", size)
+    record(low, step, spec, given, reads=[q, positions, "q_latent", *cache], writes=["mla"])
+    join, reads = specs["mla_attention_join"], ["mla", positions, *cache]
+    record(low, step, join, given, reads=reads, writes=["y_latent"])
     record(low, step, specs["mla_up"], given | scales, reads=["y_latent"])
 
 
@@ -202,6 +230,47 @@ def _selective_scan(low: Lowering, step: Step) -> None:
     (width,) = _ints(step, "width")
     rate = low.tables.by_column(step.weights["a_log"], width, lambda found: -np.exp(found))
     _recurrent(low, step, "scan", {"rate": rate})
+
+
+def _index(low: Lowering, step: Step) -> None:
+    q, fresh, weights, positions = (
+        step.inputs[role] for role in ("q", "indexer_k", "weights", "positions")
+    )
+    specs, cache = low.specs(step), ("indexer", step.layer)
+    stride = scores_stride(low.kv.block, low.plan.limits.max_context)
+    given = {"cache": low.kv.address(step.layer, "indexer_k"), "scores_stride": stride}
+    record(low, step, specs["index_append"], given, reads=[fresh, positions], writes=[cache])
+    reads = [q, weights, positions, cache]
+    if spec := specs.get("index_prefill"):
+        given["scratch"] = _private(low, spec.op, 4 * stride)
+        record(low, step, spec, given, reads=reads)
+        return
+    given["scores"] = low.arena.workspace("scores", 4 * low.arena.max_tokens * stride)
+    record(low, step, specs["index_scores"], given, reads=reads, writes=["scores"])
+    made = [step.outputs["chosen"], "scores"]
+    record(low, step, specs["index_choose"], given, reads=["scores", positions], writes=made)
+
+
+def _sparse_mla(low: Lowering, step: Step) -> None:
+    chosen, positions = step.inputs["chosen"], step.inputs["positions"]
+    specs, given, cache = low.specs(step), _latents(low, step), ("kv", step.layer)
+    if spec := specs.get("sparse_mla_prefill"):
+        _mla_prefill(low, step, specs["mla_prefill"], given)
+        given["scratch"] = _private(low, spec.op, sparse_scratch_bytes(spec))
+        record(low, step, spec, given, reads=[step.inputs["q"], chosen, positions, cache])
+        return
+    spec, tokens = specs["mla_gather"], low.arena.max_tokens
+    pages = gathered_rows(spec) // spec["block"]
+    table = np.arange(tokens * pages, dtype=np.int32)
+    given["gathered"] = low.arena.workspace("gathered", tokens * gathered_bytes(spec))
+    given["lasts"] = low.arena.workspace("lasts", 4 * tokens)
+    reads, made = [chosen, positions, cache], ["gathered", "lasts"]
+    record(low, step, spec, given, reads=reads, writes=made)
+    # each token's rows are read as a cache of its own
+    given |= {"cache": given["gathered"], "positions": given["lasts"], "table_stride": pages}
+    given["tables"] = low.tables.array(("gathered", tokens, pages), table)
+    given["sequence"] = int(low.arena.order.ctypes.data)
+    _absorbed(low, step, given, ["gathered", "lasts"], spec["index_topk"])
 
 
 def _route(low: Lowering, step: Step) -> None:
@@ -273,6 +342,8 @@ HOST_OPS: dict[str, OpFunction] = {
     "linear_attention": _linear_attention,
     "conv": _conv,
     "selective_scan": _selective_scan,
+    "index": _index,
+    "sparse_mla": _sparse_mla,
     "route": _route,
     "experts": _experts,
 }

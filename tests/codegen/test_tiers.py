@@ -89,6 +89,7 @@ def kernels(isa: str) -> list[KernelSpec]:
 
     latent = {"heads": 2, "nope": 24, "rope": 8, "v_dim": 16, "rank": 64, "block": 8}
     shared = {"heads": 8, "kv_heads": 2, "head_dim": 40, "v_dim": 24, "block": 8}
+    indexer = "index_append index_scores index_choose index_prefill"
     experts = {"k": 160, "n": 96, "top_k": 2, "experts": 4}
     recurrent = {"heads": 4, "key_heads": 2, "key_dim": 24, "value_dim": 40}
     found = [
@@ -113,6 +114,8 @@ def kernels(isa: str) -> list[KernelSpec]:
         ),
         *(spec(op, **shared, chunk=9, sinks=1) for op in ("attention_join", "attention_prefill")),
         spec("mla_attention_join", **latent, tokens=2),
+        spec("mla_gather", **latent, index_topk=20),
+        *(spec(op, heads=20, dim=12, block=8, index_topk=20) for op in indexer.split()),
         spec("route", experts=64, top_k=6, scoring=1, normalise=1, groups=8, top_groups=4),
         spec("route", experts=60, top_k=4, scoring=0),
         spec("sort_experts", top_k=2, experts=4),
@@ -140,6 +143,7 @@ def kernels(isa: str) -> list[KernelSpec]:
         spec("grouped_gate_up", "fp8", SWIGLU, **experts),
         spec("grouped_down", "fp8", **experts),
         *(spec(op, "fp8", **latent, tokens=1) for op in ("mla_up", "mla_prefill")),
+        spec("sparse_mla_prefill", "fp8", **latent, tokens=2, index_topk=20),
     ]
 
 

@@ -20,7 +20,7 @@ PARTITION = 256
 
 NEVER = float("-inf")
 
-LATENT = frozenset({"mla_attention", "mla_attention_join", "mla_prefill"})
+LATENT = frozenset({"mla_attention", "mla_attention_join", "mla_prefill", "sparse_mla_prefill"})
 """Ops whose cache has one row for all heads, which is latent."""
 
 

@@ -27,7 +27,7 @@ _SLICE = 32
 
 
 @dataclass(frozen=True)
-class _Part:
+class Appended:
     """`width` elements of what is appended: argument `source`, f32, to rows of `row` elements of
     argument `cache`, from element `column` on.
     """
@@ -39,7 +39,7 @@ class _Part:
     column: int = 0
 
 
-def _append(e: Emitter, kv_heads: int, *parts: _Part) -> None:
+def append(e: Emitter, kv_heads: int, *parts: Appended) -> None:
     """Split by (token, key head); a token at a negative position writes nothing."""
     b = e.b
     start, stop = e.split(b.mul(e.arg["tokens"], const(kv_heads)))
@@ -52,7 +52,7 @@ def _append(e: Emitter, kv_heads: int, *parts: _Part) -> None:
                 _copy(e, part, token, head, row)
 
 
-def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value) -> None:
+def _copy(e: Emitter, part: Appended, token: Value, head: Value, row: Value) -> None:
     """A part of one token and head to its row, rounded to bf16."""
     b = e.b
     source = e.row(part.source, token, head, part.width)
@@ -63,8 +63,8 @@ def _copy(e: Emitter, part: _Part, token: Value, head: Value, row: Value) -> Non
 def emit_kv_append(e: Emitter) -> None:
     """`kv_append`: k and v."""
     sizes = {"k": e.spec["head_dim"], "v": e.spec["v_dim"]}
-    parts = (_Part(name, f"{name}_cache", width, width) for name, width in sizes.items())
-    _append(e, e.spec["kv_heads"], *parts)
+    parts = (Appended(name, f"{name}_cache", width, width) for name, width in sizes.items())
+    append(e, e.spec["kv_heads"], *parts)
 
 
 def emit_attention(e: Emitter) -> None:
@@ -86,8 +86,8 @@ def emit_attention_join(e: Emitter) -> None:
 def emit_mla_append(e: Emitter) -> None:
     """`mla_append`: the latent, then the rotated key."""
     rank, rope = e.spec["rank"], e.spec["rope"]
-    latent = _Part("latent", "cache", rank, rank + rope)
-    _append(e, 1, latent, _Part("k_rope", "cache", rope, rank + rope, rank))
+    latent = Appended("latent", "cache", rank, rank + rope)
+    append(e, 1, latent, Appended("k_rope", "cache", rope, rank + rope, rank))
 
 
 def emit_mla_attention(e: Emitter) -> None:

@@ -153,7 +153,8 @@ def emit_attention_prefill(e: Emitter) -> None:
 
 
 def emit_mla_prefill(e: Emitter) -> None:
-    """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_dtype).
+    """IR of `mla_prefill`: params heads, nope, rope, v_dim, rank, block (int4: group, scale_dtype);
+    index_topk: `dense_tokens` alone.
 
     Scratch: what the panels of every worker take, then what its unit takes.
     """
@@ -162,7 +163,22 @@ def emit_mla_prefill(e: Emitter) -> None:
     scratch = b.add(scratch, b.mul(e.worker, const(form.offsets["end"])))
     scratch = e.offset(e.arg["scratch"], scratch)
     keys = LatentKeys(e, form)
-    _attend_units(e, form, scratch, keys.pack, lambda least, most: _choose(e, form, least, most))
+    tokens = dense_tokens(e)
+    with b.if_then(b.icmp_signed(">", tokens, const(0))), e.given(tokens=tokens):
+        _attend_units(
+            e, form, scratch, keys.pack, lambda least, most: _choose(e, form, least, most)
+        )
+
+
+def dense_tokens(e: Emitter) -> Value:
+    """How many of a call's tokens, the first ones, see all positions before them: where others
+    choose, those that see no more than can be chosen.
+    """
+    tokens, most = e.arg["tokens"], e.spec.get("index_topk")
+    if not most:
+        return tokens
+    past = e.load_int(e.arg["positions"], const(0))
+    return e.minimum(tokens, e.positive(e.b.sub(const(most), past)))
 
 
 def _lift(spec: KernelSpec, form: Form) -> int:

@@ -1,5 +1,5 @@
 """DeepSeek V2, V3 and V3.2, Kimi K2, GLM-4.7-Flash and GLM-5, and Mistral 4 as GGUF files name
-them: latent attention under a few architectures. Indexers are read by name and left aside.
+them: latent attention under a few architectures, some with indexers.
 """
 
 from __future__ import annotations
@@ -51,12 +51,20 @@ def _deepseek32(facts: Facts) -> Values:
 
 
 def _glm_dsa(facts: Facts) -> Values:
-    return _indexed(facts, "glm_moe_dsa")
+    """Layers without an indexer share the choice of an earlier one."""
+    values = _indexed(facts, "glm_moe_dsa")
+    layers = range(int(values["num_hidden_layers"]))
+    full = [f"blk.{layer}.indexer.proj.weight" in facts.tensors for layer in layers]
+    return {**values, "indexer_types": ["full" if each else "shared" for each in full]}
 
 
 def _indexed(facts: Facts, model_type: str) -> Values:
-    values = _latent(facts, model_type)
-    return {**values, "index_topk": facts.whole("attention.indexer.top_k")}
+    return {
+        **_latent(facts, model_type),
+        "index_topk": facts.whole("attention.indexer.top_k"),
+        "index_n_heads": facts.whole("attention.indexer.head_count"),
+        "index_head_dim": facts.whole("attention.indexer.key_length"),
+    }
 
 
 def _latent(facts: Facts, model_type: str) -> Values:

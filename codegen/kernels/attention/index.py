@@ -1,0 +1,264 @@
+"""The indexer of sparse attention: scores of every position that a token sees, and the best ones.
+
+    index_append, index_scores, index_choose     few tokens, with barriers between
+    index_append, index_prefill                  many: both for one token after the other
+
+Scores have heads in the lanes: a key element is broadcast, the queries are transposed once a token,
+and what is summed up over a head's elements is rectified, weighed and added to the other heads'.
+Queries are rounded to bf16 on every tier, as keys are, so that tiers choose alike. Work is shared
+by (token, page); a sum is taken in the same order whoever makes it.
+
+The best are found exactly, without sorting: scores become whole numbers of the same order (NaN
+below all), the least one that is chosen is found by halving an interval, and one walk over the
+positions takes what is above it, and of what equals it the first. Tokens that see no more than can
+be chosen need no scores.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
+from hmc.codegen.kernels.attention.attend_rows import NEVER, Multiplies, Pages
+from hmc.codegen.kernels.attention.attention import Appended, append
+from hmc.codegen.kernels.routing.route import ordered_key
+from hmc.codegen.ragged import ceil_div
+from hmc.codegen.vector import copy_row, fmax, fsplat, isplat
+
+_VECTORS = 4
+"""Vectors of heads whose products are summed up at once."""
+
+
+_ALIGN = 64
+"""Scores that whole vectors are of on every tier."""
+
+
+def scores_stride(block: int, max_context: int) -> int:
+    """Scores that a token has room for, as kernels write them: whole pages and vectors."""
+    return -(-(-(-max_context // block) * block) // _ALIGN) * _ALIGN
+
+
+def emit_index_append(e: Emitter) -> None:
+    """`index_append`: keys."""
+    dim = e.spec["dim"]
+    append(e, 1, Appended("indexer_k", "cache", dim, dim))
+
+
+class _Scores:
+    """Scores of one token after the other, a page of positions at a time."""
+
+    def __init__(self, e: Emitter) -> None:
+        self.e, self.form, spec = e, Multiplies(e.spec.isa), e.spec
+        self.heads, self.dim, self.block = spec["heads"], spec["dim"], spec["block"]
+        self.steps = self.dim // self.form.step
+        self.vectors = min(_VECTORS, -(-self.heads // e.lanes))
+        self.together = self.vectors * e.lanes
+        self.groups = -(-self.heads // self.together)
+        self.tile = gcd(self.block, e.tier.registers // 8)
+        words = self.groups * self.steps * self.together
+        self._queries = e.buffer(self.form.word, words)
+        self._weights = e.buffer(F32, self.groups * self.together)
+        self._wide = None if self.form.dot else e.buffer(F32, self.tile * self.dim)
+        for target, count in ((self._queries, words), (self._weights, self.groups * self.together)):
+            with e.for_range(0, count, e.lanes) as index:  # lanes without a head
+                e.store(e.zeros(I32, e.lanes), target, index, align=4 * e.lanes)
+
+    def pack(self, token: Value) -> None:
+        """queries[group][step][head], and the heads' weights."""
+        e, b = self.e, self.e.b
+        step = self.form.step
+        with e.for_range(0, self.heads) as head:
+            group, lane = b.udiv(head, const(self.together)), b.urem(head, const(self.together))
+            source = e.row("q", token, head, self.dim)
+            first = b.mul(group, const(self.steps))
+            with e.for_range(0, self.dim) as element:
+                value = b.load(b.gep(source, [element]))
+                at = b.add(first, b.udiv(element, const(step)))
+                at = b.add(b.mul(at, const(self.together)), lane)
+                value = e.f32_to_bf16(value)
+                if self.form.dot:
+                    at = b.add(b.mul(at, const(step)), b.urem(element, const(step)))
+                else:
+                    value = e.bf16_to_f32(value)
+                e.store(value, self._queries, at)
+            e.store(b.load(e.row("weights", token, head, 1)), self._weights, head)
+
+    def page(self, keys: Value, count: Value, scores: Value) -> None:
+        """scores[0 : count] (rounded up to a tile) of the rows from `keys` on."""
+        e, b, lanes = self.e, self.e.b, self.e.lanes
+        with e.for_range(0, count, self.tile) as start:
+            words = e.offset(keys, b.mul(start, const(2 * self.dim)))
+            if self._wide is not None:
+                copy_row(e, "bf16", words, "f32", self._wide, self.tile * self.dim)
+                words = self._wide
+            totals = [e.local(vec(F32, lanes), e.zeros(F32, lanes)) for _ in range(self.tile)]
+            with e.for_range(0, self.groups) as group:
+                sums = self._products(words, b.mul(group, const(self.steps)))
+                for vector in range(self.vectors):
+                    at = b.add(b.mul(group, const(self.together)), const(vector * lanes))
+                    weight = e.load_vec(self._weights, at, F32, lanes, align=4 * lanes)
+                    for total, found in zip(totals, sums, strict=True):
+                        positive = fmax(e, b.load(found[vector]), fsplat(0.0, lanes))
+                        b.store(e.fma(positive, weight, b.load(total)), total)
+            for row, total in enumerate(totals):
+                e.store(e.reduce_add(b.load(total)), scores, b.add(start, const(row)))
+
+    def _products(self, words: Value, first: Value) -> list[list[Value]]:
+        """Sums [row of the tile][vector of heads] of a group; its queries are at step `first`."""
+        e, b, lanes, form = self.e, self.e.b, self.e.lanes, self.form
+        kind = vec(F32, lanes)
+        sums = [
+            [e.local(kind, e.zeros(F32, lanes)) for _ in range(self.vectors)]
+            for _ in range(self.tile)
+        ]
+        with e.for_range(0, self.steps) as step:
+            at = b.mul(b.add(first, step), const(self.together))
+            queries = [
+                e.load_vec(
+                    self._queries, b.add(at, const(v * lanes)), form.word, lanes, align=4 * lanes
+                )
+                for v in range(self.vectors)
+            ]
+            for row, slots in enumerate(sums):
+                one = e.load(words, b.add(step, const(row * self.steps)), form.word)
+                one = e.splat(one, lanes)
+                for slot, query in zip(slots, queries, strict=True):
+                    b.store(form.multiply_add(e, b.load(slot), query, one), slot)
+        return sums
+
+
+def _scored(e: Emitter, token: Value) -> Value:
+    """Positions of a token that are scored: all up to its own, or 0 where all are chosen."""
+    b = e.b
+    end = b.add(e.load_int(e.arg["positions"], token), const(1))
+    return b.select(b.icmp_signed(">", end, const(e.spec["index_topk"])), end, const(0))
+
+
+def emit_index_scores(e: Emitter) -> None:
+    """`index_scores`: split by (token, page)."""
+    b, block = e.b, e.spec["block"]
+    made = _Scores(e)
+
+    def pages(token: Value) -> Value:
+        return ceil_div(e, _scored(e, token), const(block))
+
+    total, before = e.local(I64, const(0)), e.local(I64, const(0))
+    with e.for_range(0, e.arg["tokens"]) as token:
+        b.store(b.add(b.load(total), pages(token)), total)
+    start, stop = e.split(b.load(total))
+    with e.for_range(0, e.arg["tokens"]) as token:
+        count, seen = pages(token), b.load(before)
+        low, high = e.positive(b.sub(start, seen)), e.minimum(b.sub(stop, seen), count)
+        b.store(b.add(seen, count), before)
+        with b.if_then(b.icmp_signed("<", low, high)):
+            made.pack(token)
+            rows, end = Pages(e, token, block, 1), _scored(e, token)
+            with e.for_range(low, high) as page:
+                position = b.mul(page, const(block))
+                row = b.mul(rows.row(position, const(0)), const(2 * made.dim))
+                inside = e.minimum(b.sub(end, position), const(block))
+                made.page(e.offset(e.arg["cache"], row), inside, _row_of(e, token, position))
+
+
+def _row_of(e: Emitter, token: Value, position: Value) -> Value:
+    """Address of a score."""
+    at = e.b.add(e.b.mul(token, e.arg["scores_stride"]), position)
+    return e.at(e.arg["scores"], at, F32)
+
+
+def emit_index_choose(e: Emitter) -> None:
+    """`index_choose`: split by token. Scores are overwritten."""
+    b, most = e.b, const(e.spec["index_topk"])
+    start, stop = e.split(e.arg["tokens"])
+    with e.for_range(start, stop) as token:
+        end = e.positive(b.add(e.load_int(e.arg["positions"], token), const(1)))
+        target = e.row("chosen", token, element=I32)
+        with b.if_else(b.icmp_signed(">", end, most)) as (some, all_):
+            with some:
+                scores = b.bitcast(_row_of(e, token, const(0)), I32.as_pointer())
+                least, above = _least(e, scores, end)
+                _take(e, scores, least, b.sub(most, above), target)
+            with all_:
+                with e.for_range(0, end) as position:
+                    e.store_int(position, target, position)
+                with e.for_range(end, most) as position:
+                    e.store_int(const(-1), target, position)
+
+
+def _least(e: Emitter, scores: Value, end: Value) -> tuple[Value, Value]:
+    """Makes scores [end] numbers in their order (i32); the `index_topk`-th largest, and how many
+    are larger."""
+    b, lanes, most = e.b, e.lanes, const(e.spec["index_topk"])
+    words = vec(I32, lanes)
+    padded = b.mul(ceil_div(e, end, const(lanes)), const(lanes))
+    with e.for_range(end, padded) as index:
+        e.store(fconst(NEVER), scores, index)
+    top, bottom = e.local(words, isplat(-(2**31), lanes)), e.local(words, isplat(2**31 - 1, lanes))
+    with e.for_range(0, padded, lanes) as index:
+        key = ordered_key(e, e.load_vec(scores, index, F32, lanes))
+        e.store(key, scores, index)
+        for slot, sign in ((top, ">"), (bottom, "<")):
+            old = b.load(slot)
+            b.store(b.select(b.icmp_signed(sign, key, old), key, old), slot)
+
+    def count(bound: Value) -> Value:
+        """How many are at least `bound`, with what lies behind the last where that is below all."""
+        least, found = e.splat(b.trunc(bound, I32), lanes), e.local(words, isplat(0, lanes))
+        with e.for_range(0, padded, lanes) as index:
+            is_less = b.icmp_signed("<", e.load_vec(scores, index, I32, lanes), least)
+            more = b.select(is_less, isplat(0, lanes), isplat(1, lanes))
+            b.store(b.add(b.load(found), more), found)
+        return b.sext(e.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(found)), I64)
+
+    def extreme(how: str, slot: Value) -> Value:
+        return b.sext(e.call(f"llvm.vector.reduce.{how}.v{lanes}i32", I32, b.load(slot)), I64)
+
+    low, high = e.local(I64, extreme("smin", bottom)), e.local(I64, extreme("smax", top))
+    with e.forever() as done:
+        first, last = b.load(low), b.load(high)
+        e.leave_if(b.icmp_signed(">=", first, last), done)
+        apart = b.add(b.sub(last, first), const(1))
+        middle = b.add(first, b.ashr(apart, const(1)))
+        enough = b.icmp_signed(">=", count(middle), most)
+        b.store(b.select(enough, middle, first), low)
+        b.store(b.select(enough, last, b.sub(middle, const(1))), high)
+    least = b.load(low)
+    return least, count(b.add(least, const(1)))
+
+
+def _take(e: Emitter, scores: Value, least: Value, equal: Value, target: Value) -> None:
+    """target[:] = positions of scores above `least`, and of the first `equal` that equal it."""
+    b, most = e.b, const(e.spec["index_topk"])
+    position, taken = e.local(I64, const(0)), e.local(I64, const(0))
+    rest = e.local(I64, equal)
+    with e.forever() as done:
+        here, number, left = b.load(position), b.load(taken), b.load(rest)
+        e.leave_if(b.icmp_signed(">=", number, most), done)
+        score = e.load_int(scores, here)
+        is_equal = b.and_(b.icmp_signed("==", score, least), b.icmp_signed(">", left, const(0)))
+        is_taken = b.or_(b.icmp_signed(">", score, least), is_equal)
+        e.store_int(here, target, number)  # the next one overwrites what is not taken
+        b.store(b.add(number, b.zext(is_taken, I64)), taken)
+        b.store(b.sub(left, b.zext(is_equal, I64)), rest)
+        b.store(b.add(here, const(1)), position)
+
+
+def emit_index_prefill(e: Emitter) -> None:
+    """`index_prefill`: a worker takes every so manieth token."""
+    b = e.b
+    size = b.mul(e.arg["scores_stride"], const(4))
+    own = {"scores": e.offset(e.arg["scratch"], b.mul(e.worker, size)), "tokens": const(1)}
+    with e.for_range(e.worker, e.arg["tokens"], e.workers) as token:
+        rows = {
+            name: e.offset(e.arg[name], b.mul(token, stride))
+            for name, stride in (
+                ("q", b.mul(e.arg["q_stride"], const(4))),
+                ("weights", b.mul(e.arg["weights_stride"], const(4))),
+                ("chosen", b.mul(e.arg["chosen_stride"], const(4))),
+                ("sequence", const(4)),
+                ("positions", const(4)),
+            )
+        }
+        with e.alone(**own, **rows):
+            emit_index_scores(e)
+            emit_index_choose(e)

@@ -1,0 +1,70 @@
+"""Sparse latent attention: the indexer's choice of positions, and attention to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hmc.blocks.attention import MLA
+from hmc.blocks.base import Block
+
+
+class Index(Block):
+    """The positions that each token attends to: of those up to its own the `index_topk` with the
+    best scores, sum over heads h of weights_h relu(q_h . k), of equal ones the lower.
+
+    q [T, heads * dim] and k [T, dim], rotated, weights [T, heads] -> i32 [T, index_topk],
+    ascending, -1 behind the last.
+    """
+
+    kind = "index"
+    dtype = "i32"
+
+    def __init__(self, heads: int, dim: int, index_topk: int) -> None:
+        super().__init__()
+        self.heads, self.dim, self.index_topk = heads, dim, index_topk
+        self.width = index_topk
+
+    def forward(self, q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+        place = torch.arange(len(q))
+        scores = index_scores(q.reshape(len(q), self.heads, self.dim), k, weights)
+        scores = scores.masked_fill(place > place[:, None], float("-inf"))
+        return best(scores, place + 1, self.index_topk)
+
+
+class SparseMLA(MLA):
+    """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]."""
+
+    kind = "sparse_mla"
+
+    def __init__(
+        self, heads: int, nope: int, rope: int, v_dim: int, rank: int, scale: float, index_topk: int
+    ) -> None:
+        super().__init__(heads, nope, rope, v_dim, rank, scale)
+        self.index_topk = index_topk
+
+    def forward(  # type: ignore[override]
+        self, q: Tensor, latent: Tensor, k_rope: Tensor, chosen: Tensor
+    ) -> Tensor:
+        hidden = torch.ones(len(q), len(q) + 1, dtype=torch.bool)
+        hidden.scatter_(1, chosen.long() % (len(q) + 1), False)  # -1: the column behind the last
+        return self.attend(q, latent, k_rope, hidden[:, :-1])
+
+
+def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:
+    """Scores [..., T, S] of queries [..., T, heads, dim] and their heads' weights [..., T, heads],
+    for keys [..., S, dim]."""
+    products = torch.relu(q.transpose(-3, -2) @ k[..., None, :, :].transpose(-1, -2))
+    return (products * weights.transpose(-1, -2)[..., None]).sum(-3)
+
+
+def best(scores: Tensor, seen: Tensor, most: int) -> Tensor:
+    """Of rows [T, S] of scores, -inf where a token sees nothing, the `most` places with the best
+    ones: i32 [T, most], ascending, then -1; `seen` [T] are how many a token sees.
+    """
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[:, :most]
+    number = torch.arange(order.shape[1], device=scores.device)
+    order = order.masked_fill(number >= seen[:, None], scores.shape[1]).sort(-1).values
+    found = order.new_full((len(scores), most), -1, dtype=torch.int32)
+    found[:, : order.shape[1]] = order.masked_fill(order == scores.shape[1], -1)
+    return found

@@ -1,0 +1,163 @@
+"""Sparse latent attention (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): an indexer with keys of
+its own chooses the positions that latent attention reads.
+
+`index` scores every position up to a token's own, sum over heads h of weights_h relu(q_h . k) with
+q and k rounded to bf16, and gives the `index_topk` best of them, of equal ones the lower. A
+positive factor of all scores changes no choice, so the row has none. Where a token sees no more
+positions than that, all are chosen, and nothing is scored: attention is dense there, exactly.
+
+`sparse_mla` is `mla` over what was chosen, by an indexer of the same layer or of an earlier one.
+Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
+tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
+kernels of `index` wrote; those that read them take none beyond the token's own. On devices PyTorch
+computes both.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from hmc.codegen.spec import MAX_TOKENS, KernelSpec
+from hmc.ops.attention import (
+    POSITIONS,
+    Bounds,
+    attended,
+    kv_b_shape,
+    mla_flops,
+    mla_lifted_flops,
+)
+from hmc.ops.row import (
+    Attrs,
+    Load,
+    Op,
+    Role,
+    State,
+    Use,
+    WeightRole,
+    Weights,
+    Work,
+    attr,
+    picked,
+    product,
+    spec,
+)
+
+# -- the indexer -----------------------------------------------------------------------------------
+
+
+def _index(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    sizes = picked(attrs, "heads", "dim", "index_topk") | {"block": use.block}
+    names = (
+        "index_append",
+        *(("index_prefill",) if use.many else ("index_scores", "index_choose")),
+    )
+    return tuple(spec(name, use, sizes) for name in names)
+
+
+def _dense(attrs: Attrs, load: Load) -> float:
+    """Of a sequence's new tokens, those that see no more positions than are chosen."""
+    own = load.tokens * load.ranks / load.sequences
+    return min(own, max(0.0, int(attrs["index_topk"]) - load.context))
+
+
+def _index_work(attrs: Attrs, load: Load) -> Work:
+    """Tokens for which attention is not dense score every position that they see."""
+    every, few = load.tokens * load.ranks, _dense(attrs, load)
+    dense = attended(load.sequences * few, load.context, load.sequences)
+    pairs = (attended(every, load.context, load.sequences) - dense) / load.ranks
+    heads, dim = picked(attrs, "heads", "dim").values()
+    keys = every + (load.sequences * load.context if pairs else 0.0)
+    return Work(1.0, load.rows, scores=2.0 * heads * dim * pairs, keys=keys, made=_MADE * pairs)
+
+
+_MADE = 4.0 + 8.0
+"""Bytes of a score on devices, and of its place in their order."""
+
+
+# -- latent attention to what was chosen -----------------------------------------------------------
+
+
+def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
+    append, stored = spec("mla_append", use, sizes), weights["kv_b"]
+    most = picked(attrs, "index_topk")
+    if use.many:
+        expand = sizes | stored.sizes | most
+        apart = expand | {"tokens": MAX_TOKENS}
+        return (
+            append,
+            spec("mla_prefill", use, expand, stored.format, "bf16"),
+            spec("sparse_mla_prefill", use, apart, stored.format, "bf16"),
+        )
+    sizes["tokens"] = use.tokens
+    expand = sizes | stored.sizes
+    return (
+        spec("mla_absorb", use, expand, stored.format),
+        append,
+        spec("mla_gather", use, sizes | most),
+        spec("mla_attention", use, sizes, out="bf16"),
+        spec("mla_attention_join", use, sizes, out="bf16"),
+        spec("mla_up", use, expand, stored.format, "bf16"),
+    )
+
+
+def _sparse_work(attrs: Attrs, load: Load) -> Work:
+    """A token reads `index_topk` rows, absorbed; tokens for which attention is dense, of a call of
+    many, all read the same ones, as `mla` does."""
+    most, every = int(attrs["index_topk"]), load.tokens * load.ranks
+    pairs = attended(every, load.context, load.sequences, Bounds(window=most)) / load.ranks
+    heads, rope, rank = picked(attrs, "heads", "rope", "rank").values()
+    dense = 0.0 if load.few else load.sequences * _dense(attrs, load)
+    alike = attended(dense, load.context, load.sequences) / load.ranks
+    keys = load.sequences * load.context + dense if dense else 0.0
+    flops = mla_lifted_flops if load.lifted else mla_flops
+    scores = flops(attrs, alike, dense / load.ranks, keys) if dense else 0.0
+    scores += 2.0 * heads * (2 * rank + rope) * (pairs - alike)
+    read = keys + pairs - alike
+    gathered = 4.0 * (rank + rope) * (pairs - alike)
+    return Work(1.0, load.rows, scores=scores, keys=read, made=2.0 * gathered)
+
+
+OPS: Final = (
+    Op(
+        "index",
+        inputs=(
+            Role("q", "f32", product("heads", "dim")),
+            Role("indexer_k", "f32 bf16", attr("dim"), rows="all"),
+            Role("weights", "f32", attr("heads")),
+            POSITIONS,
+        ),
+        # ascending positions, -1 behind the last
+        outputs=(Role("chosen", "i32", attr("index_topk")),),
+        attrs=dict.fromkeys(("heads", "dim", "index_topk"), int),
+        possible=lambda a: min(picked(a, "heads", "dim", "index_topk").values()) > 0,
+        kernels=_index,
+        states=lambda a: (State("indexer_k", int(a["dim"])),),
+        work=_index_work,
+        launches=lambda attrs, load: 12,
+        family="attention",
+    ),
+    Op(
+        "sparse_mla",
+        inputs=(
+            Role("q", "f32", lambda a: int(a["heads"]) * (int(a["nope"]) + int(a["rope"]))),
+            Role("latent", "f32 bf16", attr("rank"), rows="all"),
+            Role("k_rope", "f32 bf16", attr("rope"), rows="all"),
+            Role("chosen", "i32", attr("index_topk")),
+            POSITIONS,
+        ),
+        outputs=(Role("y", "bf16", product("heads", "v_dim")),),
+        weights=(WeightRole("kv_b", kv_b_shape, matmul=True),),
+        attrs={
+            **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank", "index_topk"), int),
+            "scale": float,
+        },
+        possible=lambda a: int(a["index_topk"]) > 0,
+        kernels=_sparse_mla,
+        states=lambda a: (State("latent", int(a["rank"]) + int(a["rope"])),),
+        work=_sparse_work,
+        launches=lambda attrs, load: 16,
+        paged=lambda attrs, weights: "latents that an indexer chooses",
+        family="attention",
+    ),
+)
