@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ from hmc.passes.place.budget import capacity
 from hmc.passes.place.needs import needs_of
 from hmc.passes.records import Base, Target
 from hmc.plan import Decision, Plan
-from hmc.plan.options import Options
+from hmc.plan.options import SNAPSHOT_GB, Options
 from hmc.plan.routing_profile import load_profile
 from hmc.predict.goals import parse_goals, require_goals
 
@@ -48,6 +49,7 @@ def compile(
     vram: float = 0.0,
     concurrency: int = 1,
     cache_tokens: int = 0,
+    snapshot_memory: float = SNAPSHOT_GB,
     slo: str = "",
     routing_profile: str | Path = "",
     ring: int = 0,
@@ -61,7 +63,9 @@ def compile(
     random weights; `layers` cuts the depth of such a plan (0: all); `family` reads the model as one
     of that family (see `hmc models`), whatever config.json calls it; `threads` native workers (0:
     one a core). At least `concurrency` sequences decode at a time, and the cache holds as many of
-    whole length, and more where memory is free; or `cache_tokens` tokens of all of them. With GPUs,
+    whole length, and more where memory is free; or `cache_tokens` tokens of all of them. Where
+    layers keep states a sequence, or windows in rings, `snapshot_memory` GB may hold those of
+    prompts for others that begin alike. With GPUs,
     `vram` GB of each may be used (0: all), `routing_profile` names recorded routing, and `ring`
     experts (at least 2; 0: as many as pay) fit into the slots of a streamed prefill; `attention` of
     decode is computed there by hmc's own kernels or by FlashInfer's. `slo` are goals such as
@@ -74,6 +78,8 @@ def compile(
         )
     if vram < 0 or cache_tokens < 0 or concurrency < 1:
         raise UsageError("vram and cache_tokens must not be negative, concurrency not below 1")
+    if not 0 <= snapshot_memory < inf:
+        raise UsageError(f"snapshot_memory={snapshot_memory}: some GB, or 0 for no snapshots")
     if ring < 0 or ring == 1:
         raise UsageError(f"ring={ring}: 2 experts at least, one computed while one is loaded")
     if layers and not dummy_weights:
@@ -88,6 +94,7 @@ def compile(
         vram=int(vram * 1e9),
         concurrency=concurrency,
         cache_tokens=cache_tokens,
+        snapshot_bytes=int(snapshot_memory * 1e9),
         ring=ring,
         attention=attention,
         slo=slo,

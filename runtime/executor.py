@@ -217,6 +217,8 @@ class Executor:
         self._require(name)
         end = sequence.length + len(ids)
         while left := end - sequence.length:
+            if sequence.stops and not phase:  # after the last stop little is left
+                name = prefill_phase(self.plan, left, every=every)
             yield self.chunk(sequence, ids[-left:], name, every=every)
 
     def chunk(
@@ -230,7 +232,8 @@ class Executor:
     ) -> Logits:
         """Append the next chunk of `ids`, all that is left of a prompt, to a sequence, while
         `decoding` others wait for tokens; logits as `prefill` yields them."""
-        count = chunk_tokens(self.plan, phase, len(ids), decoding, sequence.length)
+        past, stops = sequence.length, sequence.stops
+        count = chunk_tokens(self.plan, phase, len(ids), decoding, past, stops)
         rows = np.arange(count, dtype=np.int32)
         if not every:
             rows = rows[-1:] if count == len(ids) else rows[:0]

@@ -14,6 +14,7 @@ from hmc.cli.arguments import option, output
 from hmc.cli.output import JSON, print_json, size
 from hmc.cli.summary import memory, prediction
 from hmc.plan import Plan, save_plan
+from hmc.plan.options import SNAPSHOT_GB
 
 if TYPE_CHECKING:
     from hmc.hub.planning import HubPlan
@@ -54,6 +55,13 @@ if TYPE_CHECKING:
     metavar="N",
     help="Tokens the cache holds of all sequences [default: what half of the free memory holds, up"
     " to a context each].",
+)
+@option(
+    "--snapshot-memory",
+    default=SNAPSHOT_GB,
+    metavar="GB",
+    help="Where layers keep states a sequence: memory for those of prompts, from which others that"
+    " begin alike go on; 0: no prompt is reused.",
 )
 @option(
     "--attention",

@@ -37,7 +37,7 @@ from hmc.plan.model import (
     Switch,
     Weight,
 )
-from hmc.plan.states import KVLayout, StateGroup, state_groups
+from hmc.plan.states import KVLayout, StateGroup, Stop, state_groups
 from hmc.plan.verify import verify_plan
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "Slot",
     "StateGroup",
     "Step",
+    "Stop",
     "StoredPart",
     "StoredPick",
     "StoredPlane",

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from hmc.plan.routing_profile import RoutingProfile
 
+SNAPSHOT_GB = 1.0
+"""What snapshots of states may take where nothing was asked."""
 _BATCH = 16
 """Sequences that a plan decodes at once at least."""
 
@@ -37,7 +39,7 @@ class Options(BaseModel):
     concurrency: Annotated[int, Field(ge=1)] = 1
     cache_tokens: Annotated[int, Field(ge=0)] = 0
     ring: Annotated[int, Field(ge=0)] = 0
-    snapshot_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    snapshot_bytes: Annotated[int, Field(ge=0)] = int(SNAPSHOT_GB * 1e9)
     attention: Literal["triton", "flashinfer"] = "triton"
     slo: str = ""
     family: str = ""

@@ -22,17 +22,19 @@ The policy, as far as the phases of a plan allow it:
       not gain: beside decode they delay every other by four quarter chunks at most.
     * any other prefill phase streams the weights once for all it is given: such a prompt goes in
       one call as far as the phase takes it.
-    * where layers keep states a sequence, a chunk ends where the prompt's last block in its reach
-      does, if there is room for snapshots: a state can be kept there alone. A prefill process takes
-      no such prompt: one that ends half way would leave states of no known position.
+    * where layers keep states a sequence, chunks end where a snapshot of them is wanted
+      (`KVLayout.stops`), and are equal up to there. A phase that streams the weights stops at the
+      last of these alone, and what little is left is a prompt of its own: every call streams all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 from hmc.plan.model import Plan
+from hmc.plan.states import Stop
 
 PREFILL, STREAM, CHOSEN = "prefill.host", "prefill.stream", "prefill.stream.chosen"
 """Prompts: in chunks, each layer's weights streamed once, and those of chosen experts alone."""
@@ -61,8 +63,7 @@ def in_own_process(plan: Plan, phase: str, tokens: int, *, every: bool) -> bool:
     """Whether a prefill process, where there is one, computes a prompt of that `phase` of which
     `tokens` are left.
     """
-    chunks = phase == PREFILL and not every and tokens > plan.limits.max_chunk
-    return chunks and not plan.kv.bytes_per_sequence
+    return phase == PREFILL and not every and tokens > plan.limits.max_chunk
 
 
 def decode_phase(plan: Plan, batch: int) -> str:
@@ -70,29 +71,35 @@ def decode_phase(plan: Plan, batch: int) -> str:
     return _phase(plan, "decode", batch, DECODE)
 
 
-def chunk_tokens(plan: Plan, phase: str, left: int, decoding: int, past: int = 0) -> int:
+def chunk_tokens(
+    plan: Plan, phase: str, left: int, decoding: int, past: int = 0, stops: Sequence[Stop] = ()
+) -> int:
     """How many of the `left` tokens of a prompt, `past` of which are in the cache, the next call
-    takes while `decoding` sequences decode; chunks come out equal, since a short last one would
-    read all weights for few tokens.
+    takes while `decoding` sequences decode; chunks up to the next of `stops`, or the end, come out
+    equal, since a short last one would read all weights for few tokens.
     """
     most, block = plan.phase(phase).max_tokens, plan.kv.block
     if decoding and phase == PREFILL:
         most = min(most, max(block, plan.limits.max_chunk // _BESIDE_DECODE))
-    if plan.kv.snapshots:
-        last = (past + min(left, most)) // block * block
-        return last - past if last > past else min(left, most)
-    return _even(left, most)
+    if phase != PREFILL:
+        stops = stops[-1:]
+    return _next(left, most, past, stops)
 
 
-def prompt_calls(most: int, tokens: int) -> list[tuple[int, int]]:
-    """(first token, tokens) of every call in which a phase that takes up to `most`
-    computes a prompt that is alone."""
+def prompt_calls(most: int, tokens: int, stops: Sequence[Stop] = ()) -> list[tuple[int, int]]:
+    """(first token, tokens) of every call in which a phase that takes up to `most` computes a
+    prompt that is alone and has these stops."""
     calls, first = [], 0
     while first < tokens:
-        count = _even(tokens - first, most)
+        count = _next(tokens - first, most, first, stops)
         calls.append((first, count))
         first += count
     return calls
+
+
+def prompt_stops(plan: Plan, phase: str, tokens: int) -> tuple[Stop, ...]:
+    """Where calls of a phase end for the sake of snapshots, of a prompt that is new."""
+    return plan.kv.stops(0, tokens) if phase == PREFILL else ()
 
 
 def decode_calls(most: int, batch: int) -> list[tuple[int, int]]:
@@ -101,6 +108,11 @@ def decode_calls(most: int, batch: int) -> list[tuple[int, int]]:
     calls = -(-batch // most)
     edges = [batch * number // calls for number in range(calls + 1)]
     return list(pairwise(edges))
+
+
+def _next(left: int, most: int, past: int, stops: Sequence[Stop]) -> int:
+    """Tokens of the next call of a prompt of which `left` are left after `past`."""
+    return _even(min((s.tokens - past for s in stops if s.tokens > past), default=left), most)
 
 
 def _even(left: int, most: int) -> int:

@@ -6,13 +6,25 @@ Hides pages, slots and how states of several ops of a layer come together.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
 from hmc.errors import VerifyError
 from hmc.ops import State
 from hmc.plan.base import Count, Frozen
+
+SPACING = 8
+"""Pages between the end of a prompt and the first of the sparse snapshots before it."""
+
+
+class Stop(NamedTuple):
+    """After so many `tokens` of a prompt its states are worth a snapshot; a `sparse` one is lost
+    before others.
+    """
+
+    tokens: int
+    sparse: bool
 
 
 class StateGroup(Frozen):
@@ -129,6 +141,25 @@ class KVLayout(Frozen):
     def bytes_per_snapshot(self) -> int:
         """Bytes over all layers that a snapshot takes."""
         return self._kept(self.tail)
+
+    def stops(self, past: int, tokens: int, known: int = 0) -> tuple[Stop, ...]:
+        """Where states of a prompt of so many tokens, `past` of which are there, are worth a
+        snapshot, ascending, all at ends of pages: the last end that leaves something to compute,
+        where the same prompt and the next turn of a conversation go on; the end of the `known`
+        tokens that another prompt had as well, where more may leave them; and 8, 16, 32, ... pages
+        before the last, so that a prompt that leaves this one d tokens before its end computes some
+        2 d at most again.
+        """
+        last = max(tokens - 1, 0) // self.block
+        if not (self.snapshots and self.bytes_per_snapshot):
+            return ()
+        found, back = {}, SPACING
+        while back < last:
+            found[last - back] = True
+            back *= 2
+        found |= {min(known // self.block, last): False, last: False}
+        stops = (Stop(page * self.block, sparse) for page, sparse in sorted(found.items()))
+        return tuple(stop for stop in stops if stop.tokens > past)
 
     @property
     def bytes_of_sequences(self) -> int:

@@ -12,7 +12,7 @@ import networkx
 from hmc.errors import ContextLengthError, UsageError
 from hmc.machine.model import Machine
 from hmc.plan import Phase, Plan
-from hmc.plan.phases import decode_calls, decode_phase, prefill_phase
+from hmc.plan.phases import decode_calls, decode_phase, prefill_phase, prompt_stops
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.timeline import Timeline, host_prefill, run
 
@@ -170,7 +170,7 @@ def _check_context(goal: str, tokens: int, plan: Plan) -> None:
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
     found = plan.phase(phase or prefill_phase(plan, prompt))
-    calls = host_prefill(found, prompt)
+    calls = host_prefill(found, prompt, prompt_stops(plan, found.name, prompt))
     return _run(found, len(calls), prefill_timelines(found, calls, model), model)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from hmc.plan import Phase, Step
+from hmc.plan import Phase, Step, Stop
 from hmc.plan.ahead import handed_over
 from hmc.plan.phases import prompt_calls
 from hmc.predict.cost import Call, Cost, CostModel
@@ -133,9 +133,10 @@ def scheduled(
     return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy, tuple(given), results)
 
 
-def host_prefill(phase: Phase, tokens: int) -> list[Call]:
-    """The calls in which a phase takes a prompt; logits are wanted of the last alone."""
+def host_prefill(phase: Phase, tokens: int, stops: Sequence[Stop] = ()) -> list[Call]:
+    """The calls in which a phase takes a prompt that has these stops; logits are wanted of the last
+    alone."""
     return [
         Call(count, first, logits=first + count == tokens)
-        for first, count in prompt_calls(phase.max_tokens, tokens)
+        for first, count in prompt_calls(phase.max_tokens, tokens, stops)
     ]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hmc.codegen.native import of_few
-from hmc.plan import Plan
+from hmc.plan import KVLayout, Plan
 
 _LARGE = ("", "k", "M", "G", "T", "P")
 _SMALL = ("", "m", "µ", "n", "p")
@@ -97,9 +97,19 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
             f"context {limits.max_context} of {model.context}, chunks of {limits.max_chunk},"
             f" decode batch {limits.max_batch}, cache of {plan.kv.capacity_tokens} tokens",
         ),
+        *([("Sequences", _sequences(plan.kv))] if plan.kv.bytes_per_sequence else []),
         ("Switch-over", "; ".join(_switches(plan)) or "none: one way to prefill, one to decode"),
         ("Made by", f"hmc {plan.hmc_version}, plan schema {plan.schema_version}"),
     ]
+
+
+def _sequences(kv: KVLayout) -> str:
+    """What a cache keeps of sequences beside what grows with their tokens."""
+    kept = "no snapshots: no prompt is reused"
+    if kv.snapshots:
+        kept = f"{kv.snapshots} snapshots of {si(kv.bytes_per_snapshot, 'B')} for prompts alike"
+    each, token = si(kv.bytes_per_sequence, "B"), si(kv.bytes_per_token, "B")
+    return f"{each} each, and {token} a token; {kept}"
 
 
 def _switches(plan: Plan) -> Iterator[str]:

@@ -71,6 +71,7 @@ def capacity(needs: Needs, target: Target, options: Options) -> Capacity:
             f" {budget.usable[0] / 1e9:.1f} GB",
         )
     _note_cache(cache, options, tokens, held, notes)
+    _note_states(cache, options, notes)
     chunk = min(options.max_chunk, tokens)
     sizes = {"capacity_tokens": held, "room": min(cache.room, chunk)}
     return Capacity(
@@ -200,6 +201,20 @@ def _note_cache(cache: KVLayout, options: Options, tokens: int, held: int, notes
         "cache",
         f"{held} tokens, {size:.1f} GB",
         f"{why}; requests take blocks as they grow; --cache-tokens asks for more or less",
+    )
+
+
+def _note_states(cache: KVLayout, options: Options, notes: Notes) -> None:
+    """Say what is kept of sequences whatever their length, and of prompts for others."""
+    each, room = cache.bytes_per_snapshot, options.snapshot_bytes / 1e9
+    if not cache.bytes_per_sequence:
+        return
+    kept = f"{cache.snapshots or 'no'} snapshots" + ": no prompt is reused" * (not cache.snapshots)
+    notes.decide(
+        "states of sequences",
+        f"{cache.bytes_per_sequence / 1e6:.3g} MB each, {kept}",
+        f"a snapshot, from which prompts that begin alike go on, takes {each / 1e6:.3g} MB of"
+        f" {room:.3g} GB; --snapshot-memory asks for more or less",
     )
 
 

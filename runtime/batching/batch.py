@@ -48,9 +48,7 @@ class Batch:
         self._executor, self._meter, self._requeue = executor, meter, requeue
         self._counts = meter.counts
         self._room, self._turns, self._masks = Room(executor), Turns(), Masks()
-        self.beside = PrefillsBeside(
-            prefill or executor.beside, grown=executor.kv.keep, release=self._room.release
-        )
+        self.beside = PrefillsBeside(prefill or executor.beside, executor.kv, self._room)
 
     @property
     def jobs(self) -> list[Job]:
@@ -177,6 +175,8 @@ class Batch:
             for row, token in zip(logits, job.ids[first + 1 :].tolist(), strict=False):
                 job.scored.append(token_logprob(row, token, top))
         if job.left:
+            if sequence.stops:  # after the last of them little is left
+                job.phase = self._phase(job)
             return
         self.running.append(job)
         self.prompts.remove(job)

@@ -5,14 +5,15 @@ one at a time; hides who may still write to which cache blocks.
     drop()          a ghost: its blocks are free when nobody writes to them
 
 A process that dies is replaced. The prompt it was computing is given to the new one once more, from
-the last token that is in the cache; if that one dies of it too, the prompt arrives as an error.
+the last token that is in the cache, or where layers keep states a sequence, which are then of no
+known position, from what others could share of it. If that one dies of it too, the prompt arrives
+as an error.
 Nothing here waits for what computes but `finish`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,8 @@ import numpy.typing as npt
 
 from hmc.errors import HmcError, WorkerError
 from hmc.runtime.batching.job import Job
-from hmc.runtime.memory.kv import Sequence
+from hmc.runtime.batching.room import Room
+from hmc.runtime.memory.kv import KVCache, Sequence
 from hmc.runtime.phases.beside import DevicePrefill, PromptJob
 from hmc.runtime.prefill.worker import PrefillState, PrefillWorker
 
@@ -58,15 +60,12 @@ class PrefillsBeside:
     def __init__(
         self,
         computer: PrefillWorker | DevicePrefill | None,
-        *,
-        grown: Callable[[Sequence, npt.NDArray[np.int32]], None],
-        release: Callable[[Sequence], None],
+        kv: KVCache,
+        room: Room,
     ) -> None:
-        """`grown` is told when more of a prompt is in the cache, `release` frees a dropped prompt's
-        sequence.
-        """
+        """`kv` keeps what is computed of a prompt, `room` takes a dropped one's sequence back."""
         self.computer = computer
-        self._grown, self._release = grown, release
+        self._kv, self._room = kv, room
         self._current: _Prompt | None = None
 
     @property
@@ -134,7 +133,7 @@ class PrefillsBeside:
             current.work.stopped = True
         elif current is not None:
             self._current = None
-            self._release(current.sequence)
+            self._room.release(current.sequence)
 
     def tend(self) -> Arrival | None:
         """What has arrived since the last call; also looks after who computes."""
@@ -162,6 +161,8 @@ class PrefillsBeside:
         """Hand the prompt over, or what is left of it after the first attempt."""
         current = self._current
         if current is not None and current.work is None and self.computer is not None:
+            if isinstance(self.computer, PrefillWorker):
+                self._kv.lend(current.sequence)
             current.past = current.sequence.length
             ids = current.job.ids[current.past :]
             current.work = self.computer.start(current.sequence, ids)
@@ -176,7 +177,7 @@ class PrefillsBeside:
         over, known = work.over, sequence.length
         sequence.length = current.past + work.tokens
         if sequence.length > known:
-            self._grown(sequence, job.ids)
+            self._kv.keep(sequence, job.ids)
         if not over:
             return None
         error = work.error
@@ -184,6 +185,9 @@ class PrefillsBeside:
             current.attempts += 1
             current.work = None
             if current.attempts < _ATTEMPTS:
+                if self._kv.layout.bytes_per_sequence:
+                    self._room.begin(job)
+                    current.sequence = job.place
                 return None
             reason = str(error).partition(":")[0]
             error = WorkerError(
@@ -191,7 +195,8 @@ class PrefillsBeside:
                 " serve without a prefill process"
             )
         self._current = None
+        self._kv.settle(sequence)
         if work.stopped:
-            self._release(sequence)
+            self._room.release(sequence)
             return None
         return job, work.logits, error

@@ -16,20 +16,19 @@ wrote is kept for everybody: a decode step computes the same values by other ker
 may differ, and an answer must not depend on whether its prompt was an answer before. What decode
 steps wrote of a sequence that has to make room can be kept for itself alone. Where layers keep
 states a sequence or rings, blocks are shared up to one for whose end there is a snapshot of them
-(snapshots.py).
+(snapshots.py), which are taken where the layout says (`KVLayout.stops`).
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import CapacityError, ExecutionError
-from hmc.plan import KVLayout, StateGroup
+from hmc.plan import KVLayout, StateGroup, Stop
+from hmc.runtime.memory.allocator import BlockAllocator
 from hmc.runtime.memory.blocks import LINE, Block, aligned
 from hmc.runtime.memory.prefix import EVERYBODY, PrefixIndex
 from hmc.runtime.memory.snapshots import Snapshots
@@ -49,92 +48,13 @@ class Follower(Protocol):
         ...
 
 
-class BlockAllocator:
-    """Blocks 0..count-1, each free, used (owned once or shared) or cached (kept, with no owner).
-
-    Cached blocks are taken when free ones run out, the one given back longest ago first. A block
-    given back too often is an error, lost ones show in `used`.
-    """
-
-    def __init__(self, count: int, forget: Callable[[int], None] | None = None) -> None:
-        """`forget` is called with each cached block that is about to be taken for something new."""
-        self.count = count
-        self._forget = forget
-        self._free = list(range(count - 1, -1, -1))
-        self._owners = [0] * count
-        self._keep = bytearray(count)
-        self._cached: OrderedDict[int, None] = OrderedDict()
-
-    @property
-    def cached(self) -> int:
-        """Blocks that nobody owns and that still hold something worth keeping."""
-        return len(self._cached)
-
-    @property
-    def available(self) -> int:
-        """Blocks that `take` can give: free and cached ones."""
-        return len(self._free) + len(self._cached)
-
-    @property
-    def used(self) -> int:
-        """Blocks somebody owns; 0 when every sequence has been released."""
-        return self.count - self.available
-
-    def take(self, wanted: int) -> list[int]:
-        """`wanted` blocks, all or none; `CapacityError` when fewer are available."""
-        if wanted > self.available:
-            raise CapacityError(f"{wanted} cache blocks asked for, {self.available} free")
-        blocks = [self._free.pop() if self._free else self._evict() for _ in range(wanted)]
-        for block in blocks:
-            self._owners[block] = 1
-        return blocks
-
-    def share(self, blocks: Iterable[int]) -> None:
-        """One more owner for each of `blocks`; `ExecutionError` when one of them is free."""
-        blocks = list(blocks)
-        if free := [b for b in blocks if not (self._owners[b] or b in self._cached)]:
-            raise ExecutionError(f"cache blocks {free} are shared but free")
-        for block in blocks:
-            self._cached.pop(block, None)
-            self._owners[block] += 1
-
-    def keep(self, block: int) -> None:
-        """Cache the block when its last owner gives it back; `ExecutionError` when it has none."""
-        if not self._owners[block]:
-            raise ExecutionError(f"cache block {block} is kept but not owned")
-        self._keep[block] = 1
-
-    def give_back(self, blocks: Iterable[int]) -> None:
-        """One owner fewer for each of `blocks`, in this order: of those cached now, the first will
-        be taken first. `ExecutionError` when one of them is not owned (nothing changes then).
-        """
-        blocks = list(blocks)
-        wrong = [b for b in blocks if not 0 <= b < self.count or not self._owners[b]]
-        if wrong or len(set(blocks)) != len(blocks):
-            raise ExecutionError(f"cache blocks {wrong or blocks} are given back but not owned")
-        for block in blocks:
-            self._owners[block] -= 1
-            if self._owners[block]:
-                continue
-            if self._keep[block]:
-                self._cached[block] = None
-            else:
-                self._free.append(block)
-
-    def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
-        self._keep[block] = 0
-        if self._forget is not None:
-            self._forget(block)
-        return block
-
-
 class Sequence:
     """One sequence's place in the cache: `row` of the block table, `length` tokens stored, `blocks`
     it owns or shares.
 
     `indexed` leading blocks can be found by others; `alone`: others hold the same prompt in other
-    blocks, so no more of them will be.
+    blocks, so no more of them will be. `stops` are where snapshots of its states are wanted while
+    its prompt is computed, `lent` the slots that who computes it in another process puts them into.
     """
 
     def __init__(self, row: int) -> None:
@@ -144,6 +64,8 @@ class Sequence:
         self.open = True
         self.indexed = 0
         self.alone = False
+        self.stops: tuple[Stop, ...] = ()
+        self.lent: dict[Stop, int] | None = None
 
 
 class KVCache:
@@ -254,10 +176,13 @@ class KVCache:
         shared = (prompt or len(ids)) // self.block
         blocks = self._prefixes.match(ids, (len(ids) - 1) // self.block, shared, owner)
         if self.layout.bytes_per_sequence:
+            known = min(len(blocks), shared) * self.block
             while blocks and blocks[-1] not in self.snapshots:
                 blocks.pop()
             if blocks:
                 self.snapshots.restore(blocks[-1], sequence.row, len(blocks))
+            past = len(blocks) * self.block
+            sequence.stops = self.layout.stops(past, prompt or len(ids), known)
         self.allocator.share(blocks)
         sequence.blocks = blocks
         sequence.length = len(blocks) * self.block
@@ -267,16 +192,39 @@ class KVCache:
 
     def keep(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
         """Keep the full blocks of `sequence`, all of whose tokens are the prompt `ids` as far as
-        they are stored and were written by a prefill; and its states where they are those at the
-        end of a block.
+        they are stored and were written by a prefill; and its states where it has a stop.
         """
         full = min(sequence.length, len(ids)) // self.block
         while sequence.indexed < full and not sequence.alone:
             self._index(sequence, ids)
-        if self.layout.bytes_per_sequence and full and full * self.block == sequence.length:
-            known = self._prefixes.match(ids, full)  # its own blocks, or those that hold the same
-            if len(known) == full:
-                self.snapshots.keep(known[-1], sequence.row, full)
+        if sequence.lent is not None:
+            self._put_lent(sequence, ids)
+            return
+        for stop in sequence.stops:
+            if stop.tokens == sequence.length and (page := self._page(ids, full)) is not None:
+                self.snapshots.keep(page, sequence.row, full, sparse=stop.sparse)
+
+    def lend(self, sequence: Sequence) -> None:
+        """From now on another process computes a sequence's prompt: it has slots for the snapshots
+        at its stops, and its states are no longer those of `sequence.length` tokens.
+        """
+        if sequence.lent is None:
+            sequence.lent = {}
+            for stop in reversed(sequence.stops):
+                if (slot := self.snapshots.take(sparse=stop.sparse)) is not None:
+                    sequence.lent[stop] = slot
+
+    def settle(self, sequence: Sequence) -> None:
+        """The other process writes nothing more."""
+        for slot in (sequence.lent or {}).values():
+            self.snapshots.drop(slot)
+        sequence.lent = None
+
+    def copy(self, row: int, slot: int, tokens: int) -> None:
+        """Copy the states of a sequence in `row`, after so many tokens, to the slot of a
+        snapshot.
+        """
+        self._copy(row, slot, tokens // self.block)
 
     def keep_own(
         self, sequence: Sequence, ids: npt.NDArray[np.int32], prompt: int, owner: int
@@ -324,6 +272,7 @@ class KVCache:
         """Free the sequence's blocks and row; a second release is an `ExecutionError`."""
         if not sequence.open:
             raise ExecutionError(f"sequence in cache row {sequence.row} is released twice")
+        self.settle(sequence)
         # From the end: a block is never taken before those that follow it.
         self.allocator.give_back(reversed(sequence.blocks))
         self.tables[sequence.row] = 0
@@ -344,6 +293,23 @@ class KVCache:
             sequence.indexed += 1
         else:
             sequence.alone = True
+
+    def _page(self, ids: npt.NDArray[np.int32], pages: int) -> int | None:
+        """The known block that holds the last of the first `pages` of a prompt, the prompt's own or
+        one that holds the same.
+        """
+        known = self._prefixes.match(ids, pages)
+        return known[-1] if known and len(known) == pages else None
+
+    def _put_lent(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
+        """Keep what another process has put into the slots lent to it."""
+        assert sequence.lent is not None
+        for stop in [stop for stop in sequence.lent if stop.tokens <= sequence.length]:
+            slot, page = sequence.lent.pop(stop), self._page(ids, stop.tokens // self.block)
+            if page is None:
+                self.snapshots.drop(slot)
+            else:
+                self.snapshots.put(page, slot, sparse=stop.sparse)
 
     def _forget(self, block: int) -> None:
         self._prefixes.forget(block)

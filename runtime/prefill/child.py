@@ -58,12 +58,16 @@ def _opened(setup: Setup) -> Executor:
 
 
 def _prefill(executor: Executor, parent: Parent, stop: threading.Event, start: Start) -> None:
-    sequence = Sequence(0)
+    kv, sequence = executor.kv, Sequence(start.row)
     sequence.blocks, sequence.length = list(start.blocks), start.past
-    executor.kv.tables[0] = 0
-    executor.kv.tables[0, : len(start.blocks)] = start.blocks
+    sequence.stops = tuple(sorted(stop for stop, _ in start.snapshots))
+    slots = {stop.tokens: slot for stop, slot in start.snapshots}
+    kv.tables[start.row] = 0
+    kv.tables[start.row, : len(start.blocks)] = start.blocks
     try:
         for logits in executor.prefill(sequence, start.ids, phase=PREFILL):
+            if sequence.length in slots:
+                kv.copy(start.row, slots[sequence.length], sequence.length)
             tokens = sequence.length - start.past
             if tokens == len(start.ids):
                 parent.send(Report(tokens, logits[0].copy()))

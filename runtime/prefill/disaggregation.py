@@ -178,8 +178,6 @@ def _useless(plan: Plan) -> str:
         return ""
     if longest <= plan.limits.max_chunk:
         return f"a whole context of {longest} tokens fits one chunk"
-    if plan.kv.bytes_per_sequence:
-        return "the cache keeps windows or states a sequence, which cannot be handed over half way"
     return f"the plan computes long prompts in {phase}, on GPUs"
 
 

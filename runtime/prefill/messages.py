@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.errors import HmcError
+from hmc.plan import Stop
 from hmc.runtime.weights.store import Shared
 
 
@@ -23,12 +24,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Start:
-    """Prefill i32 `ids` after `past` tokens of a sequence that has these cache blocks; what was
-    started before is over."""
+    """Prefill i32 `ids` after `past` tokens of a sequence in a `row` of the cache that has these
+    blocks; what was started before is over. Its states after some numbers of tokens are to be
+    copied to slots for `snapshots`, before more is reported."""
 
+    row: int
     blocks: tuple[int, ...]
     past: int
     ids: npt.NDArray[np.int32]
+    snapshots: tuple[tuple[Stop, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ hides that it dies, hangs and is replaced.
         ...                                    # decode others; worker.hear() now and then
         sequence.length += len(ids)            # once job.logits are there: the cache holds them
 
-Blocks stay the parent's: it keeps those of a prompt reserved until its job is over.
+Blocks stay the parent's: it keeps those of a prompt reserved until its job is over. So do slots of
+states, which the process changes in place; one that is lost half way leaves them of no known
+position.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hmc.closing import Closing
-from hmc.errors import HmcError, UnsupportedError, WorkerError
+from hmc.errors import HmcError, WorkerError
 from hmc.plan import Plan
 from hmc.plan.phases import in_own_process
 from hmc.runtime.children import Child
@@ -85,14 +87,8 @@ class PrefillWorker(Closing):
         and the cache in `cache`. It takes a while to be ready; a prompt may be started before. One
         that is not heard of for `silence` seconds while it has a prompt is killed.
 
-        `UsageError` when the weights are neither: private dummies cannot be shared;
-        `UnsupportedError` for models that keep states a sequence.
+        `UsageError` when the weights are neither: private dummies cannot be shared.
         """
-        if plan.kv.bytes_per_sequence:
-            raise UnsupportedError(
-                "a prefill process for a cache of windows or states a sequence: prompts that it"
-                " loses half way could not go on; run without one"
-            )
         self._setup = Setup(Shared.of(plan, store, directory), cache.descriptor, tuple(cpus))
         self.silence = silence
         self._plan = plan
@@ -112,7 +108,13 @@ class PrefillWorker(Closing):
         if self.trouble is not None:
             return None
         self._job = job = PromptJob()
-        self._start = Start(tuple(sequence.blocks), sequence.length, np.array(ids, np.int32))
+        self._start = Start(
+            sequence.row,
+            tuple(sequence.blocks),
+            sequence.length,
+            np.array(ids, np.int32),
+            tuple((sequence.lent or {}).items()),
+        )
         self._told = False
         if self.ready:
             self._send(self._start)

@@ -190,7 +190,7 @@ CONFIG: dict[str, Any] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "norm_topk_prob": True,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
     "eos_token_id": 1,

@@ -3,8 +3,6 @@ in chunks, in batches, on devices, with prompts that begin alike."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,30 +13,24 @@ import pytest
 import torch
 from models.reference import load_model, run
 from played import executor
-from running import CONFIG, NAME, Layer, Running, reference, registered
-from safetensors.torch import save_file
+from running import NAME, Layer, Running, reference, registered
+from running_model import built, ids_of, request, write
 from split_plans import DUAL, STREAM, split_plan
 
 import hmc
-from hmc.checkpoint.config import ModelConfig, load_config
+from hmc.checkpoint.config import ModelConfig
 from hmc.cli.show_command import command as show
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.spec import KernelSpec, pack
-from hmc.errors import PassFailedError, UnsupportedError, UsageError, VerifyError
-from hmc.models import FAMILIES, Family, load, weight_specs
+from hmc.errors import PassFailedError, VerifyError
+from hmc.models import FAMILIES, Family
 from hmc.models.common import CausalLM
 from hmc.plan import Plan, save_plan, verify_plan
 from hmc.plan.phases import chunk_tokens
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.executor import Executor
-from hmc.runtime.prefill.disaggregation import decide
-from hmc.runtime.prefill.worker import PrefillWorker
-from hmc.runtime.tokens.generation import Ends
-from hmc.runtime.tokens.requests import Request
-from hmc.runtime.tokens.sampler import Sampler, SamplingParams
-from hmc.runtime.tokens.text import StopStrings
 
 BLOCK, CHUNK = 64, 96
 CLOSE = 0.03
@@ -55,25 +47,8 @@ def known() -> Iterator[None]:
 def directory(tmp_path_factory: pytest.TempPathFactory, known: None) -> Path:
     """A random checkpoint of the family in bf16."""
     found = tmp_path_factory.mktemp(NAME)
-    (found / "config.json").write_text(json.dumps(CONFIG))
-    generator, tensors = torch.Generator().manual_seed(1), {}
-    for name, spec in sorted(weight_specs(load(load_config(found)).module).items()):
-        for each in [name.format(e=e) for e in range(spec.experts)] or [name]:
-            noise = torch.randn(spec.shape, generator=generator)
-            gain = 1.0 if name.endswith("embed_tokens.weight") else 1 / math.sqrt(spec.shape[-1])
-            values = 1 + 0.1 * noise if noise.ndim == 1 else gain * noise
-            tensors[each] = values.to(torch.bfloat16)
-    save_file(tensors, found / "model.safetensors", {"format": "pt"})
+    write(found)
     return found
-
-
-def built(plan: Plan) -> Plan:
-    """The plan, with those kernels in the cache that processes which build others do not know."""
-    jit = Jit(EMITTERS)
-    for kernel in plan.kernels.values():
-        if kernel.op == NAME:
-            jit.object_code(kernel)
-    return plan
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +71,6 @@ def expected(directory: Path) -> Callable[[list[int]], np.ndarray]:
 
 def error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
-
-
-def ids_of(tokens: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(2, CONFIG["vocab_size"], tokens).tolist()
 
 
 # -- the kernel ------------------------------------------------------------------------------------
@@ -181,31 +152,22 @@ def test_show_tells_what_is_kept(plan: Plan, tmp_path: Path, capsys: pytest.Capt
     save_plan(plan, tmp_path / "a.hmp")
     show.main([str(tmp_path / "a.hmp")], standalone_mode=False)
     said = capsys.readouterr().out
-    assert "running" in said and "a sequence" in said and "snapshots" in said
+    assert "running" in said and "a sequence" in said and "snapshots of 512 B" in said
 
 
 def test_chunks_end_where_states_can_be_kept(plan: Plan) -> None:
-    assert [chunk_tokens(plan, "prefill.host", 200, 0, past) for past in (0, 64)] == [64, 64]
-    assert chunk_tokens(plan, "prefill.host", 40, 0, 128) == 40
-    assert chunk_tokens(plan, "prefill.host", 90, 0, 0) == 64
-    assert chunk_tokens(plan, "prefill.host", 90, 0, 60) == 68
+    kept, host = plan.kv.stops(0, 200, 128), "prefill.host"
+    assert [stop.tokens for stop in kept] == [128, 192]
+    assert [chunk_tokens(plan, host, 200 - past, 0, past, kept) for past in (0, 64)] == [64, 64]
+    assert [chunk_tokens(plan, host, 72, busy, 128, kept) for busy in (0, 3)] == [64, 64]
+    assert chunk_tokens(plan, host, 8, 0, 192, kept) == 8
+    assert chunk_tokens(plan, host, 150, 0, 50, kept[1:]) == 71
+    assert chunk_tokens(plan, host, 200, 0, 0) == 67
+    # a call that streams all weights ends for the last of them alone
+    wide = split_plan(Path(plan.checkpoint.path), gpus=1)
+    assert chunk_tokens(wide, STREAM, 200, 0, 0, kept) == 192
     none = plan.model_copy(update={"kv": plan.kv.model_copy(update={"snapshots": 0})})
-    assert chunk_tokens(none, "prefill.host", 200, 0, 0) == 67
-
-
-def test_no_process_of_its_own_takes_such_prompts(plan: Plan) -> None:
-    assert "states a sequence" in decide(plan, "auto", machine=None).reason
-    with pytest.raises(UsageError, match="states a sequence"):
-        decide(plan, "on", machine=None)
-    with pytest.raises(UnsupportedError, match="states a sequence"):
-        PrefillWorker(plan, None, *_shared(plan), cpus=(0,))
-
-
-def _shared(plan: Plan) -> tuple:
-    class Store:
-        arena, home = None, "mapped"
-
-    return Store(), None
+    assert none.kv.stops(0, 200) == ()
 
 
 # -- on the CPU ------------------------------------------------------------------------------------
@@ -237,11 +199,6 @@ def _batch_equals_the_reference(found: Executor, expected: Callable) -> None:
             assert error(row, expected(ids)[at]) < CLOSE
     for sequence in open_:
         found.release(sequence)
-
-
-def request(ids: list[int], new: int) -> Request:
-    ends = Ends(new, (CONFIG["eos_token_id"],), StopStrings(None))
-    return Request(np.array(ids, np.int32), Sampler(SamplingParams(), ids), ends)
 
 
 def test_requests_that_make_room_answer_as_if_alone(engine: hmc.Engine) -> None:
@@ -290,15 +247,16 @@ def _reused(found: Executor, expected: Callable) -> None:
     """A prompt that begins as another did, whose states at the end of its blocks were kept."""
     head = ids_of(2 * BLOCK, 7)
     kv = found.kv
-    for tail, cached in ((ids_of(30, 8), 0), (ids_of(20, 9), 2 * BLOCK)):
+    tails = ids_of(30, 8), ids_of(20, 9), ids_of(100, 10), ids_of(100, 10)
+    for tail, cached in zip(tails, (0, 2, 2, 3), strict=True):
         ids, sequence = np.array(head + tail, np.int32), found.open()
-        assert kv.adopt(sequence, ids) == cached
-        logits = np.zeros(0)
-        while sequence.length < len(ids):
-            part = ids[sequence.length : sequence.length + BLOCK]
-            logits = found.append(sequence, part, np.array([len(part) - 1], np.int32))
+        assert kv.adopt(sequence, ids) == cached * BLOCK
+        kv.reserve(sequence, len(ids) - sequence.length)
+        last = np.zeros(0)
+        for each in found.prefill(sequence, ids[sequence.length :], phase="prefill.host"):
             kv.keep(sequence, ids)
-        assert error(logits[-1], expected(ids.tolist())[-1]) < CLOSE
+            last = each
+        assert error(last[-1], expected(ids.tolist())[-1]) < CLOSE
         found.release(sequence)
 
 
@@ -314,6 +272,7 @@ def test_without_room_for_snapshots_no_prompt_is_reused(
             *_, last = found.prefill(sequence, ids)
             assert error(last[-1], expected(ids.tolist())[-1]) < CLOSE
             found.kv.keep(sequence, ids)
+            assert len(found.kv.snapshots) == 0
             found.release(sequence)
 
 

@@ -128,7 +128,8 @@ def test_prompts_that_begin_alike(checkpoint: Callable[[str], Path]) -> None:
             for number, ids in enumerate(asked):
                 sequence = runs.open()
                 if share:
-                    assert runs.kv.adopt(sequence, ids) == (3 * BLOCK if number else 0)
+                    # the second leaves what is known of the first where nothing was kept
+                    assert runs.kv.adopt(sequence, ids) == (3 * BLOCK if number > 1 else 0)
                 while sequence.length < len(ids):
                     part = ids[sequence.length :][:BLOCK]
                     logits = runs.append(sequence, part, np.array([len(part) - 1], np.int32))

@@ -10,12 +10,14 @@ import random
 import threading
 import zlib
 from contextlib import contextmanager
+from functools import reduce
 from types import SimpleNamespace
 
 import numpy as np
 from layouts import keys_and_values, layout
 
 from hmc.errors import WorkerError
+from hmc.ops import State
 from hmc.plan.phases import DECODE, PREFILL
 from hmc.runtime.executor import Executor
 from hmc.runtime.memory.kv import KVCache
@@ -25,6 +27,7 @@ from hmc.runtime.tokens.sampler import Sampler, SamplingParams
 from hmc.runtime.tokens.text import StopStrings
 
 VOCAB, BLOCK, EOS = 50, 4, 1
+STATE = State("state", 1, "sequence", "f32")
 WAIT = 60
 
 
@@ -71,11 +74,15 @@ def crowded(kv, left):
 
 
 class PagedFake:
-    """`fault` is raised by the next call; `gate` cleared holds every call up."""
+    """`fault` is raised by the next call; `gate` cleared holds every call up. With room for some
+    `snapshots`, a sequence has a state of all its tokens, too, which is checked in every call.
+    """
 
-    def __init__(self, *, batch=4, context=64, chunk=16, capacity=128, switches=()):
-        states = keys_and_values(1, 1)
-        kept = layout(*states, block=BLOCK, tokens=capacity, sequences=batch)
+    def __init__(self, *, batch=4, context=64, chunk=16, capacity=128, switches=(), snapshots=None):
+        states, sizes = keys_and_values(1, 1), {"tokens": capacity, "sequences": batch}
+        if snapshots is not None:
+            states, sizes = (*states, STATE), {**sizes, "snapshots": snapshots}
+        kept = layout(*states, block=BLOCK, **sizes)
         phases = {
             PREFILL: SimpleNamespace(max_tokens=chunk),
             "prefill.stream": SimpleNamespace(max_tokens=context, ranks=1),
@@ -91,6 +98,7 @@ class PagedFake:
         )
         self.kv = KVCache(kept, context)
         self.stored = np.full((self.kv.allocator.count, BLOCK), -1, np.int32)
+        self.states = None if snapshots is None else self.kv.array(0, STATE.name)
         self.beside = None
         self.calls = []
         self.fault = None
@@ -142,10 +150,21 @@ class PagedFake:
         block, place = divmod(sequence.length, BLOCK)
         self.stored[self.kv.tables[sequence.row, block], place] = token
         sequence.length += 1
+        if self.states is not None:
+            self.states[sequence.row] = _state(self.states[sequence.row, 0], token)
 
     def _read(self, sequence):
         blocks = self.kv.tables[sequence.row, : -(-sequence.length // BLOCK)]
-        return self.stored[blocks].reshape(-1)[: sequence.length].tolist()
+        tokens = self.stored[blocks].reshape(-1)[: sequence.length].tolist()
+        if self.states is not None:
+            expected = reduce(_state, tokens, 0.0)
+            assert self.states[sequence.row, 0] == expected, (sequence.row, sequence.length)
+        return tokens
+
+
+def _state(before, token):
+    """Exact in f32."""
+    return (31.0 * before + token + 1) % 65521
 
 
 def _next(tokens):

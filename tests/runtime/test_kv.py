@@ -12,7 +12,8 @@ from layouts import keys_and_values, layout
 from hmc.errors import CapacityError, ExecutionError, VerifyError
 from hmc.ops import OPS, State
 from hmc.plan import KVLayout, state_groups
-from hmc.runtime.memory.kv import BlockAllocator, KVCache
+from hmc.runtime.memory.allocator import BlockAllocator
+from hmc.runtime.memory.kv import KVCache
 
 
 @settings(max_examples=100, deadline=None)

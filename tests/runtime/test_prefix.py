@@ -9,8 +9,11 @@ from layouts import keys_and_values, layout
 
 from hmc.errors import CapacityError, ExecutionError
 from hmc.ops import State
-from hmc.runtime.memory.kv import BlockAllocator, KVCache
+from hmc.plan import Stop
+from hmc.runtime.memory.allocator import BlockAllocator
+from hmc.runtime.memory.kv import KVCache
 from hmc.runtime.memory.prefix import PrefixIndex
+from hmc.runtime.memory.snapshots import Snapshots
 
 BLOCK = 2
 
@@ -176,12 +179,77 @@ def test_states_of_a_prompt_are_kept_and_restored():
         return found
 
     assert prefill((1, 2, 3, 4, 5)) == 0
-    assert len(kv.snapshots) == 2
+    assert len(kv.snapshots) == 1  # after the last block
     assert prefill((1, 2, 3, 4, 6)) == 4
-    assert prefill((1, 2, 9)) == 2
+    assert prefill((1, 2, 9)) == 0
+    assert prefill((1, 2, 8)) == 2  # where the one before left what was known
     assert prefill((7, 8, 9)) == 0  # its states take the place of those used longest ago
     assert prefill((1, 2, 3, 4, 7)) == 2  # the second block is there, its states are not
     assert prefill((1, 2, 3, 4, 7)) == 4  # and were kept again, for the block that was known
+    kv.close()
+
+
+def test_snapshots_are_wanted_at_the_end_and_ever_further_from_it():
+    kept = cache(blocks=200, context=400, snapshots=9).layout
+    assert kept.stops(0, 2) == ()
+    assert kept.stops(0, 4) == (Stop(2, sparse=False),)
+    ends = [(2 * page, True) for page in (36, 68, 84, 92)] + [(200, False)]
+    assert kept.stops(0, 202) == tuple(ends)  # the 101st block would leave nothing to compute
+    assert kept.stops(0, 201, known=21) == ((20, False), *ends)
+    assert kept.stops(0, 201, known=168) == (*ends[:2], (168, False), *ends[3:])
+    assert kept.stops(168, 201) == tuple(ends[3:])
+    assert kept.stops(0, 4, known=400) == (Stop(2, sparse=False),)
+    assert cache(snapshots=0).layout.stops(0, 20) == cache().layout.stops(0, 20) == ()
+
+
+def test_a_long_prompt_leaves_others_their_snapshots():
+    copied = []
+    kept = Snapshots(range(3), lambda *copy: copied.append(copy))
+    for page in (1, 2):
+        kept.keep(page, 9, page)
+    for page in (11, 12, 13):
+        kept.keep(page, 9, page, sparse=True)
+    assert [page for page in (1, 2, 11, 12, 13) if page in kept] == [1, 2, 13]
+    kept.restore(13, 8, 13)  # it is worth as much as others now
+    assert copied[-1] == (2, 8, 13)
+    kept.keep(14, 9, 14, sparse=True)
+    assert 14 not in kept and kept.take(sparse=True) is None
+    kept.keep(15, 9, 15)
+    assert [page for page in (1, 2, 13, 15) if page in kept] == [2, 13, 15]
+    slot = kept.take(sparse=False)
+    assert (len(kept), kept.free, 2 in kept) == (2, 0, False)
+    kept.put(13, slot, sparse=False)  # is kept already
+    assert (len(kept), kept.free) == (2, 1)
+    kept.forget(13), kept.forget(14)
+    assert (len(kept), kept.free) == (1, 2)
+
+
+def test_slots_are_lent_to_who_computes_a_prompt_elsewhere():
+    kv = cache(blocks=60, context=120, snapshots=3)
+    prompt = ids(*range(101))
+    sequence = kv.open()
+    kv.adopt(sequence, prompt)
+    kv.reserve(sequence, 101)
+    kv.lend(sequence)
+    kv.lend(sequence)  # again, before anybody has begun
+    assert [stop.tokens for stop in sequence.lent] == [100, 84, 68] and kv.snapshots.free == 0
+    for at in (36, 68, 84, 101):
+        advance(kv, sequence, prompt[sequence.length : at].tolist())
+        sequence.length = at
+        if at == 68:
+            kv.copy(sequence.row, sequence.lent[Stop(68, sparse=True)], at)
+        kv.keep(sequence, prompt[:101]) if at < 101 else kv.settle(sequence)
+    assert (len(kv.snapshots), kv.snapshots.free) == (2, 1)  # that after 100 tokens never came
+    kv.release(sequence)
+    other = kv.open()
+    assert kv.adopt(other, ids(*range(70))) == 68
+    assert_state(kv, other, range(68))
+    lost = kv.open()
+    kv.adopt(lost, ids(*range(200, 210)))
+    kv.lend(lost)
+    assert kv.snapshots.free == 0
+    kv.release(lost)
+    assert (len(kv.snapshots), kv.snapshots.free) == (2, 1)
     kv.close()
 
 
@@ -202,9 +270,10 @@ def test_a_device_follows_with_its_own_slots():
     kv, device = cache(snapshots=1), Followed()
     kv.attach(device)
     sequence = kv.open()
+    kv.adopt(sequence, ids(1, 2, 9))
     kv.reserve(sequence, 2)
     sequence.length = 2
-    kv.keep(sequence, ids(1, 2))
+    kv.keep(sequence, ids(1, 2, 9))
     other = kv.open()
     assert kv.adopt(other, ids(1, 2, 3)) == 2
     assert device.told == [sequence.row, (sequence.row, 4), other.row, (4, other.row)]

@@ -14,15 +14,24 @@ from hmc.runtime.batching.scheduler import Scheduler
 
 
 @pytest.fixture
-def fake():
-    fake = PagedFake()
+def fake(request: pytest.FixtureRequest):
+    fake = PagedFake(**getattr(request, "param", {}))
     yield fake
     fake.gate.set()
     fake.close()
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("count", [2000])
+@pytest.mark.parametrize(
+    ("fake", "count"),
+    [
+        ({}, 2000),
+        ({"snapshots": 5}, 300),
+        ({"snapshots": 0}, 100),
+        pytest.param({"snapshots": 5}, 2000, marks=pytest.mark.slow),
+    ],
+    indirect=["fake"],
+)
 def test_a_storm_of_cancellations_leaves_nothing_behind(fake, prefix_cache, count, monkeypatch):
     rng = random.Random(count)
     made = prompts(60, 40, VOCAB)
@@ -58,7 +67,10 @@ def test_a_storm_of_cancellations_leaves_nothing_behind(fake, prefix_cache, coun
     assert finished["cancelled"] > count // 20 and finished["length"] > count // 10
     assert (stats.running, stats.prefilling, stats.waiting, stats.kv_used) == (0, 0, 0, 0)
     assert fake.kv.allocator.used == 0 and fake.kv.rows_free == 4
-    assert (stats.prefix_hits > 0) == prefix_cache
+    kept = fake.kv.snapshots
+    assert len(kept) + kept.free == fake.kv.layout.snapshots
+    reused = prefix_cache and (fake.states is None or fake.kv.layout.snapshots > 0)
+    assert (stats.prefix_hits > 0) == reused
 
 
 def test_cancelling_works_queued_in_prefill_and_in_decode(fake):
