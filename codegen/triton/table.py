@@ -74,7 +74,7 @@ _TILES: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     "experts_act": {_ANY: ((24, _FEW), (_ANY, _MANY)), 100: ((24, _WIDE), (_ANY, _MANY)),
                     120: ((24, _WIDE), (_ANY, _MANY))},
     "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY))},
-    "experts_down_few": {_ANY: ((_ANY, _LONG),)},
+    "experts_down_few": {_ANY: ((_ANY, _LONG),), 86: ((_ANY, _FEW),), 89: ((_ANY, _FEW),)},
 }  # fmt: skip
 """Of a kernel, by architecture: up to how many tokens (an expert's on average) a tile is for."""
 _EIGHTS: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
