@@ -62,11 +62,14 @@ STATED = {
     "granite-3.1-1b-a400m": Stated("1.3", "0.4", "head"),
     "hunyuan-a13b": Stated("80", "13"),
     "hy3-preview": Stated("295", "21"),
+    "jamba-1.5-large": Stated("398", "94"),
+    "jamba-1.5-mini": Stated("52", "12"),
     "k-exaone-236b-a23b": Stated("236", "23"),
     "kimi-k2": Stated("1000", "32", "head"),
     "kimi-k2.5": Stated("1000", "32", "head"),
     "kimi-k2.5-nvfp4": Stated("1000", "32", "head"),
     "laguna-xs.2-fp8": Stated("33", "3"),
+    "lfm2-8b-a1b": Stated("8.3", "1.5", "head"),
     "llama-4-maverick": Stated("400", "17"),
     "llama-4-scout": Stated("109", "17", aside=0.87),  # the vision tower
     "mellum2-12b-a2.5b": Stated("12", ""),  # 2.5 with the layer that looks ahead
