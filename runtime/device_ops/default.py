@@ -1,10 +1,9 @@
 """The default device op: an op's reference (hmc/blocks/reference.py) on the device's tensors; hides
 where the rows of a call and the states of its sequences lie.
 
-Rows of an op without states do not depend on each other, and are done in blocks that keep to
-`scratch.BYTES`. Where there are states, a call of one sequence gives the reference S = 1 sequence
-of T tokens, one of several sequences S of one token each. States a sequence are those of its slot,
-on the home GPU.
+A call is done in blocks of rows that keep to `scratch.BYTES`. A call of one sequence gives the
+reference S = 1 sequence of T tokens at a time, and states go from block to block; one of several
+sequences gives S of one token each. States a sequence are those of its slot, on the home GPU.
 """
 
 from __future__ import annotations
@@ -50,31 +49,24 @@ def by_reference(bound: Bound, step: Step) -> Work:
 
     wide = [tensor.shape[1] for tensor in (*inputs.values(), *outputs.values())]
     row = 4 * (sum(wide) + _TEMPORARIES * max(wide))
-
-    def block(part: slice, given: Tensors) -> None:
-        rows = {role: tensor[None, part] for role, tensor in inputs.items()}
-        made, _ = reference(step.attrs, rows, given, {})
-        for role, tensor in outputs.items():
-            tensor[part].copy_(made[role][0])
-
-    def by_row(call: Call) -> None:
-        given = weights()
-        for part in scratch.blocks(0, call.count(share), row):
-            block(part, given)
+    held = sum(state.shape[1] for state in states.values())
 
     def work(call: Call) -> None:
-        count = call.count(share)
-        shape = (1, count) if call.single else (count, 1)
-        given = {role: tensor[:count].reshape(*shape, -1) for role, tensor in inputs.items()}
+        given, single = weights(), call.single or not states
         slots = call.rows[share, device].sequences if states else None
-        if slots is not None and call.single:
-            slots = slots[:1]
-        before = {name: state[slots] for name, state in states.items()}
-        made, after = reference(step.attrs, given, weights(), before)
-        for role, tensor in outputs.items():
-            tensor[:count].copy_(made[role].reshape(count, -1))
-        for name, state in states.items():
-            assert slots is not None
-            state.index_copy_(0, slots, after[name].to(state.dtype))
+        size = row if single else row + 4 * _TEMPORARIES * held
+        for part in scratch.blocks(0, call.count(share), size):
+            rows = {
+                role: tensor[None, part] if single else tensor[part, None]
+                for role, tensor in inputs.items()
+            }
+            own = None if slots is None else slots[:1] if single else slots[part]
+            before = {name: state[own] for name, state in states.items()}
+            made, after = reference(step.attrs, rows, given, before)
+            for role, tensor in outputs.items():
+                tensor[part].copy_(made[role].flatten(0, 1))
+            for name, state in states.items():
+                assert own is not None
+                state.index_copy_(0, own, after[name].to(state.dtype))
 
-    return work if states else by_row
+    return work

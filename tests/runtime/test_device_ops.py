@@ -17,6 +17,7 @@ from layouts import keys_and_values, layout
 
 from hmc.blocks.attention import Rotary
 from hmc.blocks.dense import RMSNorm
+from hmc.blocks.reference import REFERENCES
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.rowwise import Rowwise
 from hmc.errors import ExecutionError, MachineError, UnsupportedError
@@ -336,6 +337,26 @@ def test_an_op_without_a_function_is_computed_by_its_reference(kv: KVCache) -> N
     exact = {name: each.double().numpy() for name, each in {**rows, "v0": vector}.items()}
     expected = pointwise(form, exact)
     assert np.abs(values["y"].double().numpy() - expected).max() <= 2.0**-8 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("lengths", [[(5, T)], [(3, 1), (9, 1), (0, 1)]])
+def test_states_go_from_block_to_block(
+    lengths: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attrs = {"width": 6, "taps": 4, "act": "silu(x)", "state": "conv"}
+    states = layout(*OPS["conv"].states(attrs), block=4, tokens=256, sequences=4)
+    call, weight = call_of(KVCache(states, 64), lengths, [0]), random(6, 1, 4).bfloat16()
+    rows, kept = sum(new for _, new in lengths), random(4, 18, seed=3)
+    values = {"x": random(rows, 6), "y": torch.zeros(rows, 6)}
+    buffers = Buffers(values, {"weight": weight}, caches=[kept.clone()])
+    step = step_of("conv", buffers, "y", **attrs).model_copy(update={"weights": {"weight": "w"}})
+    monkeypatch.setattr(scratch, "BYTES", 700)  # a few rows, or one sequence
+    table.device_op(step, torch.device("cpu"))(buffers, step)(call)  # type: ignore[arg-type]
+    sequences = values["x"].reshape(len(lengths), -1, 6)
+    before = {"conv": kept[: len(lengths)]}
+    made, after = REFERENCES["conv"](attrs, {"x": sequences}, {"weight": weight}, before)
+    assert torch.allclose(values["y"], made["y"].flatten(0, 1), atol=1e-6)
+    assert torch.equal(buffers.caches[0], torch.cat((after["conv"], kept[len(lengths) :])))
 
 
 def test_an_op_without_a_reference_is_refused() -> None:
