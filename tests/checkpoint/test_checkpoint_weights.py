@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,20 @@ def test_wrong_shape(tmp_path: Path) -> None:
     text = refusal(opened(tmp_path, {W: ("BF16", SHAPE)}), (300, 200))
     assert f"{tmp_path / 'model.safetensors'}: tensor {W} has shape [200, 300]" in text
     assert "config.json implies [300, 200]" in text
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [((6, 1, 4), (6, 4)), ((6,), (1, 6)), ((1, 1, 6, 1), (6,)), ((6, 4), (6, 1, 4))],
+)
+def test_dimensions_of_1_say_nothing(
+    tmp_path: Path, stored: tuple[int, ...], asked: tuple[int, ...]
+) -> None:
+    checkpoint = opened(tmp_path, {W: ("BF16", stored)})
+    source = checkpoint.resolve(W, asked, linear=False)
+    assert (source.shape, source.nbytes) == (asked, 2 * prod(stored))
+    text = refusal(checkpoint, (*asked[:-1], asked[-1] + 1))
+    assert f"has shape {list(stored)}" in text
 
 
 @pytest.mark.parametrize("dtype", ["F8_E5M2", "I32"])
