@@ -3,8 +3,8 @@ every element.
 
 A row has `width` columns in `groups` equal groups. Operands by name: inputs x0, ... in f32 and b0,
 ... in bf16, of `width` columns or one for each group; vectors v0, ... of `width` columns, of those
-of one group (then for all of them), or of 1. The result has `width` columns, or one a group where
-every operand outside of sums has.
+of one group (then for all of them), or of 1; vectors g0, ... of one for each group. The result has
+`width` columns, or one a group where every operand outside of sums has.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ F32_INPUTS: Final = _numbered("x", 8)
 BF16_INPUTS: Final = _numbered("b", 8)
 INPUTS: Final = F32_INPUTS + BF16_INPUTS
 VECTORS: Final = _numbered("v", 8)
+BY_GROUP: Final = _numbered("g", 4)
+WEIGHTS: Final = VECTORS + BY_GROUP
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Rowwise:
         if self.tree.op in MASKS or min(self.groups, self.width) < 1 or self.width % self.groups:
             raise self._error(f"a row of {self.width} columns in {self.groups} groups")
         names = {name for name, _ in self.columns}
-        if odd := names.symmetric_difference(self.tree.leaves) | (names - set(INPUTS + VECTORS)):
+        if odd := names.symmetric_difference(self.tree.leaves) | (names - set(INPUTS + WEIGHTS)):
             raise self._error(f"operand {min(odd)}")
         for name, count in self.columns:
-            vector = name in VECTORS
-            if count not in (self.width, *((self.size, 1) if vector else (self.groups,))):
+            fitting = (self.width, *((self.size, 1) if name in VECTORS else (self.groups,)))
+            if count not in (fitting if name not in BY_GROUP else (self.groups,)):
                 raise self._error(
                     f"{name} of {count} columns in a row of {self.width} in {self.groups} groups"
                 )
@@ -103,8 +105,10 @@ class Rowwise:
     def by_group(self, name: str, operand: Any) -> Any:
         """An operand, a numpy or torch array, in the shape in which operations broadcast and sums
         run over the last axis: inputs [T, columns] as [T, groups, columns / groups], vectors of
-        whole rows as [groups, columns / groups].
+        whole rows as [groups, columns / groups], those of one for each group as [groups, 1].
         """
+        if name in BY_GROUP:
+            return operand.reshape(self.groups, 1)
         if name in VECTORS:
             return operand.reshape(self.groups, -1) if len(operand) == self.width else operand
         return operand.reshape(len(operand), self.groups, -1)

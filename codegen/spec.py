@@ -133,13 +133,14 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     ),
     # y = h + d0 (+ d1), f32; params: width.
     "add": _args("h* h_stride d0* d0_stride d1* d1_stride y* y_stride tokens"),
-    # y[t, :] = expr of rows x0[t, :], ... (f32), b0[t, :], ... (bf16) and vectors v0, ... (f32), y
-    # in `out`; what the expression does not name is 0. Params, columns of operands: rowwise.py.
+    # y[t, :] = expr of rows x0[t, :], ... (f32), b0[t, :], ... (bf16) and vectors v0, ..., g0, ...
+    # (f32), y in `out`; what the expression does not name is 0. Params, columns of operands:
+    # rowwise.py.
     "pointwise": _args(
         "x0* x0_stride x1* x1_stride x2* x2_stride x3* x3_stride x4* x4_stride x5* x5_stride"
         " x6* x6_stride x7* x7_stride b0* b0_stride b1* b1_stride b2* b2_stride b3* b3_stride"
         " b4* b4_stride b5* b5_stride b6* b6_stride b7* b7_stride"
-        " v0* v1* v2* v3* v4* v5* v6* v7* y* y_stride tokens"
+        " v0* v1* v2* v3* v4* v5* v6* v7* g0* g1* g2* g3* y* y_stride tokens"
     ),
     # y[t, n] = sum_k x[t, k] w[n, k] (+ bias[n]); x bf16; params: k, tokens (largest batch). bias
     # f32 or 0.

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Planes = dict[str, Tensor]
-LINEAR = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
+LINEAR = re.compile(r"(proj|proj_with_mqa|in_proj_(qkvz?|z)|\.w[123])\.weight$")
 KEPT = ["lm_head", "re:.*mlp\\.gate$", "re:.*block_sparse_moe\\.gate$"]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from hmc.blocks.base import Block, parameter
 from hmc.codegen.expr import WEIGHT, Expr, evaluate, parse
-from hmc.codegen.rowwise import INPUTS, VECTORS, Rowwise
+from hmc.codegen.rowwise import INPUTS, WEIGHTS, Rowwise
 from hmc.graph import Attr, DType, WeightSpec, attrs
 from hmc.ops.pointwise import attributes
 
@@ -96,8 +96,8 @@ class Vector(Block):
 
 
 class Pointwise(Block):
-    """A piece of arithmetic as one node: inputs in the order of their names, x0, ..., b0, ...; its
-    `vectors` are v0, ....
+    """A piece of arithmetic as one node: inputs in the order of their names, x0, ..., b0, ...;
+    `vectors` likewise, v0, ..., g0, ....
 
     The fuse pass puts it where it found the piece, so `dtype` is what the readers want.
     """
@@ -121,5 +121,6 @@ class Pointwise(Block):
     def forward(self, *inputs: Tensor) -> Tensor:
         names = [name for name in INPUTS if name in self.tree.leaves]
         operands = dict(zip(names, inputs, strict=True))
+        weights = [name for name in WEIGHTS if name in self.tree.leaves]
         values = [vector() for vector in self.vectors]
-        return pointwise(self.form, operands | dict(zip(VECTORS, values, strict=False)))
+        return pointwise(self.form, operands | dict(zip(weights, values, strict=True)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import TORCH
+from hmc.checkpoint.views import View
 from hmc.codegen.expr import evaluate, parse
 from hmc.graph import WeightSpec
 from hmc.ops import OPS
@@ -114,22 +115,34 @@ class Conv(_Recurrent):
 
     `weight` [width, 1, taps] and, with `bias`, `bias` [width] are beside one another at the block's
     name; `act` is an expression in x. A layer that has several gives each a `state` of its own.
+    `within` names the tensor beside the block that holds the weight among others, and how.
     """
 
     kind = "conv"
     roles = ("weight", "bias")
 
     def __init__(
-        self, width: int, taps: int, *, act: str = "x", bias: bool = False, state: str = "conv"
+        self,
+        width: int,
+        taps: int,
+        *,
+        act: str = "x",
+        bias: bool = False,
+        state: str = "conv",
+        within: tuple[str, View] | None = None,
     ) -> None:
         super().__init__()
         self.width, self.taps, self.act, self.state = width, taps, act, state
+        self.within = within
         self.weight = parameter(width, 1, taps)
         if bias:
             self.bias = parameter(width)
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
-        found = [WeightSpec("weight", f"{path}.weight", (self.width, 1, self.taps))]
+        name, view = f"{path}.weight", None
+        if self.within is not None:
+            name, view = sibling(path, self.within[0]), self.within[1]
+        found = [WeightSpec("weight", name, (self.width, 1, self.taps), view=view)]
         if hasattr(self, "bias"):
             found.append(WeightSpec("bias", f"{path}.bias", (self.width,)))
         return tuple(found)

@@ -1,8 +1,8 @@
 """How a parameter lies in a stored tensor that holds more than it: an expert of a stack, some rows.
 
 Rows that follow each other are where bytes are, nothing is copied or converted: planes of codes and
-of scales are cut at the same rows. Others, every second one or columns, are put beside each other
-when weights are opened (`Pick`), bit for bit.
+of scales are cut at the same rows. Others, every second one, some of each head or columns, are put
+beside each other when weights are opened (`Pick`), bit for bit.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from hmc.formats.layouts import AS_READ
 
 @dataclass(frozen=True)
 class View:
-    """A weight [n, k] is n rows from `first` on, `step` apart, of a tensor of `shape` [rows, k], or
-    of each expert of one of `shape` [experts, rows, k]; `transposed`, of [k, rows] and [experts, k,
-    rows]. A vector [n] is such elements of [elements] or [experts, elements].
+    """A weight [n, k] is n rows from `first` on, a `run` of them every `step` rows, of a tensor of
+    `shape` [rows, k], or of each expert of one of `shape` [experts, rows, k]; `transposed`, of [k,
+    rows] and [experts, k, rows]. A vector [n] is such elements of [elements] or [experts,
+    elements].
     """
 
     shape: tuple[int, ...]
     first: int = 0
     step: int = 1
     transposed: bool = False
+    run: int = 1
 
     def stacked(self, shape: tuple[int, ...]) -> bool:
         """Whether experts, each a weight of `shape`, lie in one tensor."""
@@ -35,21 +37,23 @@ class View:
 
     def of(self, name: str, rows: int) -> str:
         """What a weight of `rows` rows is called, apart from others of the tensor `name`."""
-        end = self.first + (rows - 1) * self.step + 1
+        end = self.first + (rows // self.run - 1) * self.step + self.run
         step = f":{self.step}" if self.step > 1 else ""
+        step += f"x{self.run}" if self.run > 1 else ""
         return f"{name}[{self.first}:{end}{step}]{'.T' if self.transposed else ''}"
 
 
 @dataclass(frozen=True)
 class Pick:
-    """Of a plane that is stored as `rows` rows of elements those from `first` on, `step` apart;
-    `transposed`: of one stored as columns of them.
+    """Of a plane that is stored as `rows` rows of elements those from `first` on, a `run` of
+    them every `step`; `transposed`: of one stored as columns of them.
     """
 
     rows: int
     first: int
     step: int
     transposed: bool
+    run: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def picked(
             picks.append(None)
             continue
         turned = plane.bits or plane.block[1] or high != plane.columns
-        scattered = high != 1 if view.step > 1 else not high or view.first % high
+        steps = (view.first, view.run, view.step) if view.step > 1 else (view.first,)
+        scattered = not high or any(number % high for number in steps)
         if plane.layout is not AS_READ or scattered or (view.transposed and turned):
             raise TensorError(
                 f"tensor {tensor.name}: elements of {plane.name} of {form} are of rows of several"
@@ -129,5 +134,8 @@ def picked(
         own = plane.stored_shape(shape, group, tensor.dtype)
         size = prod(own) * DTYPE_BITS[tensor.dtype] // 8
         found.append(replace(tensor, shape=own, nbytes=size))
-        picks.append(Pick(-(-rows // high), view.first // high, view.step, view.transposed))
+        first, step, run = view.first, view.step, view.run
+        if high > 1 and step > 1:
+            step, run = step // high, run // high
+        picks.append(Pick(-(-rows // high), first // high, step, view.transposed, run))
     return tuple(found), tuple(picks)

@@ -50,6 +50,9 @@ MOST_LAYERS = 4096
 """A config that says more is wrong, and building them would take for ever."""
 
 
+_CONTEXT = ("max_position_embeddings", "model_max_length")
+
+
 def load(
     config: ModelConfig, family: str = "", context: int = 0, tensors: Collection[str] = ()
 ) -> Model:
@@ -115,7 +118,8 @@ def _info(row: Family, config: ModelConfig, module: nn.Module, limit: Limit | No
             active += spec.shape[1]
         else:
             active += size * (top_k if spec.experts else 1)
-    context = Limit(config.require_int("max_position_embeddings", minimum=1), "")
+    key = next((key for key in _CONTEXT if key in config), _CONTEXT[0])
+    context = Limit(config.require_int(key, minimum=1), "")
     if limit is not None and limit.tokens < context.tokens:
         context = limit
     return ModelInfo(

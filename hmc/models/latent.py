@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -21,14 +22,15 @@ q_lora_rank] and positions [T]."""
 
 class LatentAttention(nn.Module):
     """Projections and norms around `MLA`; the query comes through a latent of its own where the
-    config has one, and grows with its position as `growth` says. Attention is to the positions that
-    `chooses` gives, `index_topk` of them, where there is such.
+    config has one, and grows with its position as `growth` says. Without a `rope` the parts of
+    heads that it would rotate stay as they are. Attention is to the positions that `indexer` gives,
+    `index_topk` of them, where there is such. A family that gates what comes out overrides `gated`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        rope: Rope,
+        rope: Rope | None,
         growth: Growth | None = None,
         indexer: Indexer | None = None,
     ) -> None:
@@ -53,17 +55,14 @@ class LatentAttention(nn.Module):
         self.latent = Columns(0, 0, rank)
         self.k_rope = Columns(1, rank, rotated)
         self.kv_a_layernorm = RMSNorm(rank, LATENT_EPS)
-        pairs = config.get_bool("rope_interleave", True)
-        self.q_rotary = Rotary(
-            heads,
-            nope + rotated,
-            rope.inv_freq,
-            start=nope,
-            interleaved=pairs,
-            factor=rope.factor,
-        )
-        self.k_rotary = Rotary(1, rotated, rope.inv_freq, interleaved=pairs, factor=rope.factor)
-        scale = (nope + rotated) ** -0.5 * rope.mscale**2
+        scale = (nope + rotated) ** -0.5
+        self.q_rotary = self.k_rotary = None
+        if rope is not None:
+            pairs = config.get_bool("rope_interleave", True)
+            turn = partial(Rotary, inv_freq=rope.inv_freq, interleaved=pairs, factor=rope.factor)
+            self.q_rotary = turn(heads, nope + rotated, start=nope)
+            self.k_rotary = turn(1, rotated)
+            scale *= rope.mscale**2
         self.indexer = indexer
         if indexer is None:
             self.mla = MLA(heads, nope, rotated, v_dim, rank, scale, growth=growth)
@@ -83,6 +82,11 @@ class LatentAttention(nn.Module):
             q = self.q_proj(x)
         compressed = self.kv_a_proj_with_mqa(x)
         latent = self.kv_a_layernorm(self.latent(compressed))
-        k_rope = self.k_rotary(self.k_rope(compressed), positions)
-        q = self.q_rotary(q, positions)
-        return self.o_proj(self.mla(q, latent, k_rope, *choice))  # type: ignore[no-any-return]
+        k_rope = self.k_rope(compressed)
+        if self.q_rotary is not None and self.k_rotary is not None:
+            k_rope, q = self.k_rotary(k_rope, positions), self.q_rotary(q, positions)
+        return self.o_proj(self.gated(x, self.mla(q, latent, k_rope, *choice)))  # type: ignore[no-any-return]
+
+    def gated(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What goes into the output projection, of the block's input and of what heads mixed."""
+        return mixed

@@ -22,7 +22,7 @@ from hmc.models.common import (
 )
 from hmc.models.family import LANGUAGE_MODEL, NO_IMAGES, Aside, Family
 from hmc.models.rope import rope
-from hmc.models.routing import dense_mlp, softmax_moe
+from hmc.models.routing import Stacking, dense_mlp, softmax_moe
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -34,7 +34,7 @@ def build_vl(config: ModelConfig) -> nn.Module:
     """The model of the text part of a Qwen3-VL-MoE config.json; weights always sum to 1."""
     check_values(config, norm_topk_prob=True)
     config = config.with_text(norm_topk_prob=True)
-    return _by_head(config, columns=True)
+    return _by_head(config, "columns")
 
 
 def build_qwen2(config: ModelConfig) -> nn.Module:
@@ -43,15 +43,15 @@ def build_qwen2(config: ModelConfig) -> nn.Module:
     return _model(config, shared=width, bias=config.get_bool("qkv_bias", True))
 
 
-def _by_head(config: ModelConfig, columns: bool = False) -> nn.Module:
+def _by_head(config: ModelConfig, stacks: Stacking = "") -> nn.Module:
     bias = config.get_bool("attention_bias", False)
-    return _model(config, columns=columns, bias=bias, out_bias=bias, qk_norm="head")
+    return _model(config, stacks=stacks, bias=bias, out_bias=bias, qk_norm="head")
 
 
 def _model(
-    config: ModelConfig, shared: int = 0, columns: bool = False, **attention: Any
+    config: ModelConfig, shared: int = 0, stacks: Stacking = "", **attention: Any
 ) -> nn.Module:
-    """`shared` is the width of the shared expert, `columns` says how experts lie (`softmax_moe`),
+    """`shared` is the width of the shared expert, `stacks` says how experts lie (`softmax_moe`),
     `attention` are options of the attention.
     """
     if config.get_bool("use_sliding_window", False):
@@ -64,7 +64,7 @@ def _model(
     def layer(index: int) -> nn.Module:
         if index not in dense and (index + 1) % step == 0:
             beside = GatedMLP(hidden, shared) if shared else None
-            mlp: nn.Module = softmax_moe(config, shared=beside, columns=columns)
+            mlp: nn.Module = softmax_moe(config, shared=beside, stacks=stacks)
         else:
             mlp = dense_mlp(config)
         return DecoderLayer(config, GroupedQueryAttention(config, angles, **attention), mlp)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from hmc.blocks import GatedMLP, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import MoE
 from hmc.models.stacks import stacked
+
+Stacking = Literal["", "rows", "columns"]
 
 
 def is_routed(config: ModelConfig, index: int, first: int = 0) -> bool:
@@ -51,10 +55,10 @@ def softmax_moe(
     width: str = "moe_intermediate_size",
     shared: nn.Module | None = None,
     *,
-    columns: bool = False,
+    stacks: Stacking = "",
 ) -> MoE:
     """Softmax over all experts, the chosen renormalised where the config says so; experts are as
-    wide as key `width` says, stacked by `columns` or one by one, and `shared` is weighed.
+    wide as key `width` says, one by one or in `stacks` by rows or columns, and `shared` is weighed.
     """
     experts, top_k = routed_experts(config, "num_experts", "num_local_experts")
     normalise = config.get_bool("norm_topk_prob", False)
@@ -65,7 +69,7 @@ def softmax_moe(
         Route(experts, top_k, Scoring.SOFTMAX_ALL, normalise=normalise),
         shared,
         weighed=shared is not None,
-        stacked=stacked(experts, hidden, inner, transposed=True) if columns else None,
+        stacked=stacked(experts, hidden, inner, transposed=stacks == "columns") if stacks else None,
     )
 
 

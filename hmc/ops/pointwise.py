@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Final
 
-from hmc.codegen.rowwise import BF16_INPUTS, F32_INPUTS, VECTORS, Rowwise
+from hmc.codegen.rowwise import BF16_INPUTS, F32_INPUTS, WEIGHTS, Rowwise
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError, VerifyError
 from hmc.ops.row import FLOATS, Attrs, Op, Role, Use, WeightRole, Weights, spec
@@ -65,7 +65,7 @@ OPS: Final = (
             *(_input(name, "bf16") for name in BF16_INPUTS),
         ),
         outputs=(Role("y", "out", lambda attrs: rowwise(attrs).result),),
-        weights=tuple(_vector(name) for name in VECTORS),
+        weights=tuple(_vector(name) for name in WEIGHTS),
         attrs={"expr": str, "width": int, "groups": int, "columns": str, "out": str},
         possible=lambda attrs: rowwise(attrs).width > 0 and str(attrs["out"]) in FLOATS.split(),
         kernels=_kernels,

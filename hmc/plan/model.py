@@ -83,15 +83,16 @@ class StoredPart(Frozen):
 
 
 class StoredPick(Frozen):
-    """Of a plane that is stored as `rows` rows of elements those from `first` on, `step` apart;
-    `transposed`: of one stored as columns of them. They are put beside each other when weights are
-    opened; the plane's place is that of all rows, its bytes are its own.
+    """Of a plane that is stored as `rows` rows of elements those from `first` on, a `run` of
+    them every `step`; `transposed`: of one stored as columns of them. They are put beside each
+    other when weights are opened; the plane's place is that of all rows, its bytes are its own.
     """
 
     rows: Annotated[int, Field(ge=1)]
     first: Count
     step: Annotated[int, Field(ge=1)]
     transposed: bool = False
+    run: Annotated[int, Field(ge=1)] = 1
 
 
 class StoredPlane(Frozen):

@@ -60,7 +60,7 @@ class Placement:
         self._phase = phase
         self._computed: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._resident: dict[tuple[int, int, str], list[tuple[int, int]]] = {}
-        self._attended: Counter[tuple[int, str]] = Counter()
+        self._attended: Counter[tuple[int, tuple[str, ...]]] = Counter()
         self._kept: list[tuple[int, tuple[State, ...]]] = []
         self._slots = {(slot.name, slot.device): slot.bytes for slot in phase.slots}
         if len({slot.name for slot in phase.slots}) != len(phase.slots):
@@ -79,8 +79,9 @@ class Placement:
                     self._resident.setdefault((step.layer, step.lane, tier), []).extend(some)
         elif row.attends:
             rows = self._phase.lanes if "whole" in step.attrs else 1
-            self._attended[step.layer, step.op] += rows
-            self._kept.append((step.layer, row.states(step.attrs)))
+            states = row.states(step.attrs)
+            self._attended[step.layer, tuple(state.name for state in states)] += rows
+            self._kept.append((step.layer, states))
         if step.fills or step.uses or row.loads:
             self._check_slots(step, about)
 

@@ -117,9 +117,13 @@ def picked_bytes(form: Form, pick: StoredPick) -> int:
     return form.stored_bytes // form.stored[0] * pick.rows
 
 
-def picked_rows(form: Form, pick: StoredPick) -> range:
-    """Which of its rows these are."""
-    return range(pick.first, pick.first + form.stored[0] * pick.step, pick.step)
+def picked_rows(form: Form, pick: StoredPick) -> tuple[range, ...]:
+    """Which of its rows these are, in order."""
+    count, first, step, run = form.stored[0], pick.first, pick.step, pick.run
+    if run == 1:
+        return (range(first, first + count * step, step),)
+    runs = ((first + done // run * step, min(run, count - done)) for done in range(0, count, run))
+    return tuple(range(begin, begin + length) for begin, length in runs)
 
 
 def _parts(weight: Weight, plane: StoredPlane) -> tuple[StoredPart, ...]:
@@ -195,7 +199,7 @@ class _Places:
         self._begins: list[list[int]] = [[] for _ in self._shards]
         self._ends: list[list[int]] = [[] for _ in self._shards]
         self._shared: set[tuple[int, int, int]] = set()
-        self._picked: dict[tuple[object, ...], list[range]] = {}
+        self._picked: dict[tuple[object, ...], set[int]] = {}
 
     def add_picked(
         self,
@@ -207,18 +211,20 @@ class _Places:
     ) -> None:
         """Rows of larger planes, of which other weights may be others."""
         rows, size = picked_rows(form, pick), picked_bytes(form, pick)
+        own = {row for some in rows for row in some}
         turned = pick.transposed and (
             form.plane.bits or form.plane.block[1] or form.plane.rows != form.plane.columns
         )
-        if rows[-1] >= pick.rows or turned or form.plane.layout is not AS_READ:
+        apart = pick.run == 1 or pick.run <= pick.step
+        if rows[-1][-1] >= pick.rows or turned or form.plane.layout is not AS_READ or not apart:
             raise VerifyError(f"weight {name}: its rows are not to be picked so")
         key = (runs, offsets, size, pick.rows, pick.transposed)
-        others = self._picked.setdefault(key, [])
-        if any(not set(rows).isdisjoint(other) for other in others):
+        others = self._picked.setdefault(key, set())
+        if not own.isdisjoint(others):
             raise VerifyError(f"weight {name}: another has rows of it")
         if not others:
             self.add(name, runs, offsets, size)
-        others.append(rows)
+        others |= own
 
     def add(
         self,

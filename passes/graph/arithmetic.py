@@ -9,7 +9,8 @@ stands for; hides in how many ways torch lets one write the same.
                    tokens first, which take a row apart by heads and put it together
 
 Values are rows [T, width], rows by head [T, heads, width], or vectors, which are weights (`Vector`)
-and what is made of weights alone.
+and what is made of weights alone; a vector with one element a head is unsqueezed, [heads, 1], where
+rows by head read it.
 """
 
 from __future__ import annotations
@@ -178,4 +179,9 @@ def shape_of(node: fx.Node, values: dict[fx.Node, Tensor]) -> Tensor:
 
 def is_vector(value: Tensor) -> bool:
     """Whether a value is made of weights alone."""
-    return value.ndim == 1 and len(value) != TOKENS
+    return len(value) != TOKENS and (value.ndim == 1 or by_head(value))
+
+
+def by_head(value: Tensor) -> bool:
+    """Whether a value is a vector with one element a head."""
+    return value.ndim == 2 and len(value) != TOKENS and value.shape[1] == 1

@@ -109,9 +109,11 @@ def _put_pointwise(graph: torch.fx.GraphModule, piece: Piece) -> bool:
     if piece.form.tree.name and meta(piece.inputs[0]).dtype == dtype:
         piece.result.replace_all_uses_with(piece.inputs[0])
         return False
-    block = Pointwise(piece.form, [submodule(graph, node) for node in piece.vectors], dtype)
-    specs = (meta(node).weights[0] for node in piece.vectors)
-    weights = tuple(replace(weight, role=f"v{n}") for n, weight in enumerate(specs))
+    vectors = [submodule(graph, node) for node in piece.vectors.values()]
+    block = Pointwise(piece.form, vectors, dtype)
+    weights = tuple(
+        replace(meta(node).weights[0], role=name) for name, node in piece.vectors.items()
+    )
     old, name = piece.result, f"{piece.result.name}_fused"
     old.replace_all_uses_with(put_block(graph, old, name, block, piece.inputs, meta(old), weights))
     return True

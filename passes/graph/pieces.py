@@ -8,13 +8,13 @@ wherever it is read, and computed there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch.fx
 
 from hmc.codegen.expr import REDUCTIONS, Expr, leaf, substitute
-from hmc.codegen.rowwise import F32_INPUTS, VECTORS, Rowwise
+from hmc.codegen.rowwise import BY_GROUP, F32_INPUTS, VECTORS, WEIGHTS, Rowwise
 from hmc.errors import KernelError
 from hmc.graph import meta
 from hmc.ops.pointwise import rowwise
@@ -22,19 +22,21 @@ from hmc.passes.graph.arithmetic import expression
 from hmc.passes.graph.trace import ADD, POINTWISE
 
 Node = torch.fx.Node
+Leaf = tuple[Node, bool]
+"""What an expression reads, and whether it is a vector with one element for each group."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """What `form` computes of `inputs` (in the order of the operands' names, x0, ..., b0, ...) and
-    of the weights of `vectors`, instead of the node `result`.
+    of `vectors` by theirs, instead of the node `result`.
     """
 
     result: Node
     members: frozenset[Node]
     form: Rowwise
     inputs: tuple[Node, ...]
-    vectors: tuple[Node, ...]
+    vectors: Mapping[str, Node]
 
 
 def pieces(graph: torch.fx.Graph) -> Iterator[Piece]:
@@ -66,7 +68,7 @@ def _of_weights(node: Node) -> bool:
     """Whether a value is a weight or made of weights alone."""
     about = meta(node)
     return about.kind == "vector" or (
-        about.kind == POINTWISE and all(name in VECTORS for name, _ in _form(node).columns)
+        about.kind == POINTWISE and all(name in WEIGHTS for name, _ in _form(node).columns)
     )
 
 
@@ -101,23 +103,24 @@ def _grown(result: Node) -> set[Node]:
     return members
 
 
-def _joined(result: Node, members: set[Node]) -> tuple[Expr, list[Node]]:
+def _joined(result: Node, members: set[Node]) -> tuple[Expr, list[Leaf]]:
     """The expression of a piece, and what its leaves are, in the order in which it reads them;
     `KernelError` where it is too large for one.
     """
-    names: dict[Node, str] = {}
+    names: dict[Leaf, str] = {}
 
-    def tree_of(node: Node) -> Expr:
+    def tree_of(node: Node, by_group: bool) -> Expr:
         tree, operands = _operands(node)
-        values = [
-            tree_of(each)
-            if _inlined(each, members)
-            else leaf(names.setdefault(each, f"x{len(names)}"))
-            for each in operands
-        ]
+        values = []
+        for name, each in zip(_form(node).tree.leaves, operands, strict=True):
+            read = (each, by_group or name in BY_GROUP)
+            inlined = _inlined(each, members)
+            values.append(
+                tree_of(*read) if inlined else leaf(names.setdefault(read, f"x{len(names)}"))
+            )
         return substitute(tree, dict(zip(tree.leaves, values, strict=True)))
 
-    return tree_of(result), list(names)
+    return tree_of(result, False), list(names)
 
 
 def _fits(result: Node, members: set[Node]) -> bool:
@@ -126,8 +129,10 @@ def _fits(result: Node, members: set[Node]) -> bool:
         _, leaves = _joined(result, members)
     except KernelError:
         return False
-    rows = [each for each in leaves if not _of_weights(each)]
-    if len(rows) > len(F32_INPUTS) or len(leaves) - len(rows) > len(VECTORS):
+    rows = [each for each, _ in leaves if not _of_weights(each)]
+    by_group = sum(by_group for _, by_group in leaves)
+    vectors = len(leaves) - len(rows) - by_group
+    if len(rows) > len(F32_INPUTS) or vectors > len(VECTORS) or by_group > len(BY_GROUP):
         return False
     computing = [node for node in members if _computes(node)]
     forms = [_form(node) for node in computing]
@@ -161,21 +166,24 @@ def _inlined(node: Node, members: set[Node]) -> bool:
 
 def _piece(result: Node, members: set[Node]) -> Piece:
     tree, leaves = _joined(result, members)
-    named: dict[Node, str] = {}
-    for stem, wanted in (
-        ("x", [each for each in leaves if not _of_weights(each) and meta(each).dtype == "f32"]),
-        ("b", [each for each in leaves if not _of_weights(each) and meta(each).dtype == "bf16"]),
-        ("v", [each for each in leaves if _of_weights(each)]),
-    ):
+    named: dict[Leaf, str] = {}
+    for stem in "xbvg":
+        wanted = [each for each in leaves if _stem(*each) == stem]
         named |= {each: f"{stem}{number}" for number, each in enumerate(wanted)}
     tree = substitute(tree, {f"x{n}": leaf(named[each]) for n, each in enumerate(leaves)})
     forms = [_form(node) for node in members if _computes(node)]
-    sizes = {name: meta(each).width for each, name in named.items()}
+    sizes = {name: meta(each).width for (each, _), name in named.items()}
     sizes |= {
         "width": max(form.width for form in forms),
         "groups": max(form.groups for form in forms),
     }
-    inputs = [each for each, name in named.items() if name not in VECTORS]
-    vectors = [each for each, name in named.items() if name in VECTORS]
+    inputs = tuple(each for (each, _), name in named.items() if name not in WEIGHTS)
+    vectors = {name: each for (each, _), name in named.items() if name in WEIGHTS}
     form = Rowwise.given(str(tree), sizes)
-    return Piece(result, frozenset(members), form, tuple(inputs), tuple(vectors))
+    return Piece(result, frozenset(members), form, inputs, vectors)
+
+
+def _stem(node: Node, by_group: bool) -> str:
+    if not _of_weights(node):
+        return "b" if meta(node).dtype == "bf16" else "x"
+    return "g" if by_group else "v"

@@ -23,7 +23,7 @@ from hmc.graph.printer import graph_text
 from hmc.ops import OPS
 from hmc.ops.pointwise import attributes
 from hmc.passes.graph import arithmetic
-from hmc.passes.graph.arithmetic import TOKENS, is_vector
+from hmc.passes.graph.arithmetic import TOKENS, by_head, is_vector
 
 POINTWISE, ADD = "pointwise", "add"
 """Kinds of what a model file writes itself: arithmetic, and the sum of two results."""
@@ -126,9 +126,10 @@ class _Reader:
     def _item(self, node: fx.Node) -> NodeMeta | None:
         """Columns of rows."""
         span, source = arithmetic.columns(node), node.all_input_nodes[0]
-        if span is None or self._values[source].ndim != 2:
+        value = self._values[source]
+        if span is None or value.ndim != 2 or is_vector(value):
             return None
-        first, last, _ = slice(*span).indices(self._values[source].shape[1])
+        first, last, _ = slice(*span).indices(value.shape[1])
         self._values[node] = arithmetic.shape_of(node, self._values)
         about = attrs(index=0, offset=first, width=last - first)
         return NodeMeta("item", -1, last - first, meta(source).dtype, attrs=about)
@@ -146,11 +147,12 @@ class _Reader:
         if result.dtype == torch.bool:
             return NodeMeta("mask", -1, 1, "f32")
         alike = all(each.ndim == 2 and each.shape == result.shape for each in values)
+        alike &= not is_vector(result)
         if alike and str(tree) == "x0 + x1" and {meta(each).dtype for each in operands} == {"f32"}:
             width = result.shape[1]
             return NodeMeta(ADD, -1, width, "f32", attrs=attrs(width=width))
         try:
-            about = _form(tree, values)
+            about = _form(tree, values, by_head(result))
         except KernelError as error:
             raise CompileError(f"{node.name}: {error}") from error
         return NodeMeta(POINTWISE, -1, _elements(result), "f32", attrs=about)
@@ -171,9 +173,9 @@ def _elements(value: Tensor) -> int:
     return len(value) if is_vector(value) else value[0].numel()
 
 
-def _form(tree: Expr, values: list[Tensor]) -> tuple[tuple[str, Attr], ...]:
+def _form(tree: Expr, values: list[Tensor], by_group: bool) -> tuple[tuple[str, Attr], ...]:
     """Attributes of a function alone: inputs are x0, ..., whatever their dtype will be, and vectors
-    v0, ....
+    v0, ..., or g0, ... where they have one element a head or are made `by_group` here.
     """
     heads = {value.shape[1] for value in values if value.ndim == 3}
     if len(heads) > 1:
@@ -181,11 +183,14 @@ def _form(tree: Expr, values: list[Tensor]) -> tuple[tuple[str, Attr], ...]:
     names: dict[str, Expr] = {}
     columns: dict[str, int] = {}
     for name, value in zip(tree.leaves, values, strict=True):
-        stem = "v" if is_vector(value) else "x"
+        vector = "g" if by_group or by_head(value) else "v"
+        stem = vector if is_vector(value) else "x"
         new = f"{stem}{sum(each[0] == stem for each in columns)}"
         names[name], columns[new] = leaf(new), _elements(value)
     text = str(substitute(tree, names))
     groups = max(heads, default=1) if tree.args else 1
+    if by_group:
+        groups = max(columns.values())
     wide = max(columns.values())
     # rows of one column a head beside a vector of a head's columns make rows of all columns
     vectors = [count for name, count in columns.items() if name[0] == "v"]

@@ -185,15 +185,17 @@ def _pick_some(
     raw = np.empty((last - first) * size, np.uint8)
     _read(file, offset, raw)
     word = np.dtype(f"u{DTYPE_BITS[form.dtype] // 8}")
-    some, rows = raw.view(word).reshape(last - first, -1), picked_rows(form, pick)
-    out = into.view(word).reshape(len(rows), -1)
-    if pick.transposed:
-        out[:, first:last] = some[:, rows.start : rows.stop : rows.step].T
-        return
-    here = range(*(_place(rows, row) for row in (first, last)))
-    if here:
-        start = rows[here.start] - first
-        out[here.start : here.stop] = some[start :: rows.step][: len(here)]
+    some, parts = raw.view(word).reshape(last - first, -1), picked_rows(form, pick)
+    out, done = into.view(word).reshape(sum(map(len, parts)), -1), 0
+    for rows in parts:
+        own, done = out[done : done + len(rows)], done + len(rows)
+        if pick.transposed:
+            own[:, first:last] = some[:, rows.start : rows.stop : rows.step].T
+            continue
+        here = range(*(_place(rows, row) for row in (first, last)))
+        if here:
+            start = rows[here.start] - first
+            own[here.start : here.stop] = some[start :: rows.step][: len(here)]
 
 
 def _place(rows: range, row: int) -> int:

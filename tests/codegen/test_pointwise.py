@@ -12,7 +12,7 @@ from hmc.codegen.checks import check_spec
 from hmc.codegen.expr import MASKS, OPERATIONS, REDUCTIONS
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.rowwise import BF16_INPUTS, INPUTS, VECTORS, Rowwise
+from hmc.codegen.rowwise import BF16_INPUTS, INPUTS, WEIGHTS, Rowwise
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 
@@ -36,12 +36,12 @@ def run(
     )
     data, values = {}, {}
     for name, count in columns.items():
-        shape = (count,) if name in VECTORS else (tokens, count + 1)
+        shape = (count,) if name in WEIGHTS else (tokens, count + 1)
         form = "bf16" if name in BF16_INPUTS else "f32"
         data[name], exact = as_format(scale * rng.standard_normal(shape), form)
         values[name] = exact[..., :count]
     want = pointwise(Rowwise.of(spec), values)
-    args = {name: address(data.get(name)) for name in INPUTS + VECTORS}
+    args = {name: address(data.get(name)) for name in INPUTS + WEIGHTS}
     args |= {f"{name}_stride": columns.get(name, -1) + 1 for name in INPUTS}
     results = []
     for workers in (1, 2, 3):
@@ -94,7 +94,7 @@ def test_choices_and_nan(jit: Jit, isa: str) -> None:
     ):
         y = filled((1, 8), np.float32)
         spec = KernelSpec.of("pointwise", isa, expr=expr, width=8, groups=1, x0=8)
-        args = dict.fromkeys([*INPUTS, *VECTORS, *(f"{name}_stride" for name in INPUTS)], 0)
+        args = dict.fromkeys([*INPUTS, *WEIGHTS, *(f"{name}_stride" for name in INPUTS)], 0)
         args |= {"x0": address(x), "y": address(y), "y_stride": 8, "tokens": 1}
         in_turn(jit, spec, 1, **args)
         np.testing.assert_allclose(y[0], exact, rtol=1e-6, atol=1e-30, err_msg=expr)
@@ -130,6 +130,12 @@ def test_sums_by_group(jit: Jit, isa: str, groups: int, size: int) -> None:
     y, want = run(jit, isa, "sum(x0 * v0) + b1", width, columns, groups=groups)
     assert y.shape == (3, width if size == 1 else groups)
     assert np.abs(y - want).max() <= 1e-5
+    text, columns = (
+        "exp(-exp(g0) * softplus(x0 + v0)) + b1",
+        {"x0": width, "v0": width, "b1": groups},
+    )
+    y, want = run(jit, isa, text, width, {**columns, "g0": groups}, groups=groups)
+    assert np.abs(y - want).max() <= 2e-6 * np.abs(want).max()
 
 
 def test_a_long_row_is_shared(jit: Jit) -> None:

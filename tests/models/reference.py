@@ -43,7 +43,8 @@ def _part(tensors: dict[str, Tensor], spec: WeightSpec, expert: int) -> Tensor:
         return found.reshape(spec.shape) if alike else found
     part = found[expert] if view.stacked(spec.shape) else found
     part = part.T if view.transposed else part
-    return part[view.first :: view.step][: spec.shape[0]]
+    rows = torch.arange(spec.shape[0])
+    return part[view.first + rows // view.run * view.step + rows % view.run]
 
 
 def run(module: nn.Module, ids: list[int]) -> Tensor:

@@ -68,8 +68,11 @@ STATED = {
     "kimi-k2": Stated("1000", "32", "head"),
     "kimi-k2.5": Stated("1000", "32", "head"),
     "kimi-k2.5-nvfp4": Stated("1000", "32", "head"),
+    "kimi-linear-48b-a3b": Stated("49.1", "3"),  # as the hub counts its files
     "laguna-xs.2-fp8": Stated("33", "3"),
     "lfm2-8b-a1b": Stated("8.3", "1.5", "head"),
+    "ling-3.0-flash": Stated("124", "5.1", "head"),
+    "ling-3.0-tiny": Stated("7.9", "1.3"),
     "llama-4-maverick": Stated("400", "17"),
     "llama-4-scout": Stated("109", "17", aside=0.87),  # the vision tower
     "mellum2-12b-a2.5b": Stated("12", ""),  # 2.5 with the layer that looks ahead
@@ -91,6 +94,12 @@ STATED = {
     "qwen3-coder-480b-a35b": Stated("480", "35"),
     "qwen3-vl-235b-a22b": Stated("235", "22"),
     "qwen3-vl-30b-a3b": Stated("30", "3"),
+    "qwen3-next-80b-a3b": Stated("80", "3"),
+    "qwen3.5-122b-a10b": Stated("122", "10"),
+    "qwen3.5-35b-a3b": Stated("35", "3"),
+    "qwen3.5-397b-a17b": Stated("397", "17"),
+    "qwen3.5-397b-a17b-nvfp4": Stated("397", "17"),
+    "qwen3.6-35b-a3b-nvfp4": Stated("35", "3"),
     "sarvam-105b": Stated("105", "10.3", "neither"),
     "sarvam-30b": Stated("32", "2.4", "neither"),
     "solar-open-100b": Stated("102.6", "12"),

@@ -199,7 +199,15 @@ def test_broken_picks_are_refused(
     first, *others = plan.experts
     plane = first.planes[0]
     assert plane.pick is not None
-    for change in ({"first": 1}, {"step": 1}, {"step": 3}, {"rows": 7}, {"transposed": True}):
+    for change in (
+        {"first": 1},
+        {"step": 1},
+        {"step": 3},
+        {"rows": 7},
+        {"transposed": True},
+        {"run": 2},
+        {"run": 3},
+    ):
         pick = plane.pick.model_copy(update=change)
         broken = plane.model_copy(update={"pick": pick})
         experts = first.model_copy(update={"planes": (broken,)}), *others

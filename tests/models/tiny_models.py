@@ -23,11 +23,15 @@ import torch
 from checkpoints import VOCAB, draw
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import logging
 
+from hmc.ops import recurrent
+
 Floats = NDArray[np.float32]
 FOLDER = Path(__file__).parent / "tiny"
+TRACES = Path(__file__).parents[1] / "golden" / "models"
 PROMPT = 45
 
 
@@ -38,7 +42,8 @@ class Tiny:
     by name and shape, names that it writes otherwise than they are published, names of tensors
     whose last two axes it has the other way round, and the part of it that reads text where the
     whole reads nothing without an image. `around` is what stands around the configuration where
-    transformers knows it as a `text_config` alone.
+    transformers knows it as a `text_config` alone. `f32` are names of tensors in F32,
+    `stacks` says that experts are published in stacks, though transformers writes them one by one.
     """
 
     model_type: str = ""
@@ -48,6 +53,11 @@ class Tiny:
     transposed: str = "^$"
     part: str = ""
     around: Mapping[str, Any] | None = None
+    stacks: bool = False
+    f32: str = (
+        r"(e_score_correction_bias|expert_bias|router_bias|block_sparse_moe\.gate\.weight|A_log"
+        r"|linear_attn\.norm\.weight|\battention\.dt_bias)$"
+    )
 
 
 _AHEAD = {"eh_proj.weight": (192, 384), "enorm.weight": (192,), "shared_head.norm.weight": (192,)}
@@ -76,6 +86,14 @@ TINY: dict[str, Tiny] = {
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
     "glm4v_moe": Tiny(loader=AutoModelForImageTextToText),
     "hy_v3": Tiny(beside=_ahead(3)),
+    "bailing_hybrid": Tiny(
+        beside=_ahead(4),
+        published=((r"\.([012])\.attention\.dense\.", r".\1.attention.o_proj."),),
+    ),
+    "kimi_linear": Tiny(
+        f32=r"(A_log|dt_bias)$",
+        published=((r"\.block_sparse_moe\.(gate|up|down)_proj\.", r".mlp.\1_proj."),),
+    ),
     "kimi_k2": Tiny("deepseek_v3"),
     "kimi_k25": Tiny(
         loader=AutoModelForImageTextToText,
@@ -87,6 +105,10 @@ TINY: dict[str, Tiny] = {
     "llama4": Tiny(loader=AutoModelForImageTextToText, part="language_model"),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "qwen3_5_moe": Tiny(
+        loader=AutoModelForImageTextToText, beside={"mtp.fc.weight": (192, 384)}, stacks=True
+    ),
+    "qwen3_next": Tiny(beside={"mtp.fc.weight": (192, 384)}),
     "qwen3_vl_moe": Tiny(
         loader=AutoModelForImageTextToText, transposed=r"\.experts\.(gate_up|down)_proj$"
     ),
@@ -97,24 +119,35 @@ TINY: dict[str, Tiny] = {
 }
 """Families that need more than their configuration."""
 
-_F32 = re.compile(
-    r"(e_score_correction_bias|expert_bias|router_bias|block_sparse_moe\.gate\.weight)$"
-)
-
 
 def families() -> list[str]:
     """The families of the table."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def write(directory: Path, family: str, seed: int = 0) -> Path:
-    """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it."""
+def keeping_states() -> list[str]:
+    """Those of them whose layers keep states a sequence, by their traces."""
+    kinds = "|".join(row.name for row in recurrent.OPS)
+    kept = re.compile(rf": ({kinds}) @")
+    return [name for name in families() if kept.search((TRACES / f"{name}.txt").read_text())]
+
+
+def write(
+    directory: Path, family: str, seed: int = 0, *, stacks: bool = True, **changes: Any
+) -> Path:
+    """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it.
+    `changes` are of keys of the language model's configuration; without `stacks` experts are
+    one by one where transformers writes them so.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     values = json.loads((FOLDER / f"{family}.json").read_text())
+    values.get("text_config", values).update(changes)
     tiny = TINY.get(family, Tiny())
     _quiet()
     tiny.loader.from_config(_config(family, values)).save_pretrained(directory)
     shapes = dict(load_file(directory / "model.safetensors"))
+    if tiny.stacks and stacks:
+        shapes = _stacked(shapes)
     shapes |= {name: torch.empty(shape) for name, shape in tiny.beside.items()}
     generator = torch.Generator().manual_seed(seed)
     tied = values.get("text_config", values).get("tie_word_embeddings", False)
@@ -125,10 +158,28 @@ def write(directory: Path, family: str, seed: int = 0) -> Path:
             weight = weight.mT.contiguous()
         for pattern, replacement in tiny.published:
             name = re.sub(pattern, replacement, name)
-        tensors[name] = weight if _F32.search(name) else weight.to(torch.bfloat16)
+        tensors[name] = weight if re.search(tiny.f32, name) else weight.to(torch.bfloat16)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(values))
     return directory
+
+
+def _stacked(shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of experts by one, put together: gate over up in one stack, down in another."""
+    found: dict[str, Tensor] = {}
+    stacks: dict[str, list[Tensor]] = {}
+    for name, tensor in shapes.items():
+        if part := re.fullmatch(r"(.*\.experts)\.\d+\.(gate|up|down)_proj\.weight", name):
+            stacks.setdefault(f"{part[1]}.{part[2]}", []).append(tensor)
+        else:
+            found[name] = tensor
+    for name, down in stacks.items():
+        path, _, role = name.rpartition(".")
+        if role == "down":
+            both = (torch.stack(stacks[f"{path}.{each}"]) for each in ("gate", "up"))
+            found[f"{path}.gate_up_proj"] = torch.cat((*both,), 1)
+            found[f"{path}.down_proj"] = torch.stack(down)
+    return found
 
 
 def prompt(length: int = PROMPT) -> list[int]:

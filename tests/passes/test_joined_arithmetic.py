@@ -111,6 +111,8 @@ def by_head(x: Tensor) -> Tensor:
          "x0 * sum(x0) * v0"),
         (lambda x, y, c, w, u: (by_head(x) * y[:, :HEADS].unsqueeze(-1)).reshape(-1, WIDTH),
          "x0 * x1"),
+        (lambda x, y, c, w, u: (x.unflatten(-1, (4, 3)) * (1 - torch.exp(u).unsqueeze(-1))
+                                ).flatten(-2) + w, "x0 * (1.0 - exp(g0)) + v0"),
         (lambda x, y, c, w, u: torch.minimum(x, y) - torch.maximum(x, w),
          "minimum(x0, x1) - maximum(x0, v0)"),
     ],

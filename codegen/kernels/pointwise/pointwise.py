@@ -13,7 +13,7 @@ from hmc.codegen import functions, vector
 from hmc.codegen.expr import REDUCTIONS, Expr
 from hmc.codegen.ir import F32, I1, Emitter, Value, const, fconst, vec
 from hmc.codegen.kernels.pointwise.norm import WAYS, Sum
-from hmc.codegen.rowwise import BF16_INPUTS, VECTORS, Rowwise
+from hmc.codegen.rowwise import BF16_INPUTS, BY_GROUP, VECTORS, Rowwise
 
 _STRIPS = 32
 """Vectors of a row that one worker takes at least, where a row may be cut."""
@@ -56,7 +56,9 @@ class _Group:
     def _place(self, name: str, token: Value) -> Value:
         """Where the group's part of an operand begins, i8*."""
         e, b, form = self._e, self._e.b, self._form
-        if name in VECTORS:
+        if name in BY_GROUP:
+            index = self._group
+        elif name in VECTORS:
             index = self._first if dict(form.columns)[name] == form.width else const(0)
         else:
             line = b.mul(token, e.arg[f"{name}_stride"])
