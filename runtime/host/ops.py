@@ -17,6 +17,7 @@ import numpy as np
 from hmc.codegen.expr import weighs
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.block_index import block_scratch_bytes, block_stride
 from hmc.codegen.kernels.attention.index import scores_stride
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.attention.sparse import (
@@ -143,7 +144,7 @@ def _attention(low: Lowering, step: Step) -> None:
     specs, cache = low.specs(step), ("kv", step.layer)
     caches = {f"{name}_cache": low.kv.address(step.layer, name) for name in ("k", "v")}
     record(low, step, specs["kv_append"], caches, reads=[k, v, positions], writes=[cache])
-    scores = [q, positions, cache]
+    scores = [q, positions, cache, *(step.inputs[role] for role in ("chosen",) if role in step.inputs)]
     if spec := specs.get("attention_prefill"):
         caches["scratch"] = _private(low, spec.op, prefill_scratch_bytes(spec))
         record(low, step, spec, caches, reads=scores)
@@ -153,6 +154,25 @@ def _attention(low: Lowering, step: Step) -> None:
     caches["scratch"] = low.arena.workspace("attention", size)
     record(low, step, spec, caches, reads=scores, writes=["attention"])
     record(low, step, specs["attention_join"], caches, reads=["attention", positions])
+
+
+def _index_blocks(low: Lowering, step: Step) -> None:
+    q, fresh, positions = (step.inputs[role] for role in ("q", "indexer_k", "positions"))
+    specs, cache = low.specs(step), ("indexer", step.layer)
+    longest = low.plan.limits.max_context
+    stride = block_stride(int(step.attrs["index_block"]), longest)
+    given = {"cache": low.kv.address(step.layer, "indexer_k"), "scores_stride": stride}
+    record(low, step, specs["index_append"], given, reads=[fresh, positions], writes=[cache])
+    reads = [q, positions, cache]
+    if spec := specs.get("block_prefill"):
+        given["scratch"] = _private(low, spec.op, block_scratch_bytes(spec, longest))
+        record(low, step, spec, given, reads=reads)
+        return
+    rows = low.arena.max_tokens * int(step.attrs["heads"])
+    given["scores"] = low.arena.workspace("block_scores", 4 * rows * stride)
+    record(low, step, specs["block_scores"], given, reads=reads, writes=["block_scores"])
+    made = [step.outputs["chosen"], "block_scores"]
+    record(low, step, specs["block_choose"], given, reads=["block_scores", positions], writes=made)
 
 
 def _mla(low: Lowering, step: Step) -> None:
@@ -338,6 +358,8 @@ HOST_OPS: dict[str, OpFunction] = {
     "gate_up": _gate_up,
     "rotary": _rotary,
     "attention": _attention,
+    "index_blocks": _index_blocks,
+    "sparse_attention": _attention,
     "mla": _mla,
     "linear_attention": _linear_attention,
     "conv": _conv,

@@ -85,6 +85,7 @@ TINY: dict[str, Tiny] = {
         ),
     ),
     "llama4": Tiny(loader=AutoModelForImageTextToText, part="language_model"),
+    "minimax_m3_vl": Tiny(loader=AutoModelForImageTextToText),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
     "qwen3_vl_moe": Tiny(
