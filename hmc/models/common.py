@@ -20,6 +20,7 @@ from hmc.blocks import (
     RMSNorm,
     Rotary,
     Route,
+    SparseAttention,
     place,
 )
 from hmc.checkpoint.config import ModelConfig
@@ -214,7 +215,9 @@ class GroupedQueryAttention(nn.Module):
             self.q_rotary = turn(count, dim, rope.inv_freq)
             self.k_rotary = turn(kv_count, dim, rope.inv_freq)
         scale = scale or dim**-0.5
-        self.attention: nn.Module = Attention(count, kv_count, dim, v_dim or dim, scale, **options)
+        self.attention: Attention | SparseAttention = Attention(
+            count, kv_count, dim, v_dim or dim, scale, **options
+        )
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)

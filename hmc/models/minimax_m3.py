@@ -1,6 +1,6 @@
-"""MiniMax-M3: grouped-query attention with norms of q and k by head and a part of each head rotated;
-in most layers to the blocks of positions that an indexer chooses. Sigmoid routing with a correction
-bias beside a shared expert, among dense layers; gates and ups are bounded.
+"""MiniMax-M3: grouped-query attention with norms of q and k by head and a part of each head
+rotated; in most layers to the blocks of positions that an indexer chooses. Sigmoid routing with a
+correction bias beside a shared expert, among dense layers; gates and ups are bounded.
 """
 
 from __future__ import annotations
@@ -155,9 +155,7 @@ def _flags(config: ModelConfig, key: str, depth: int) -> tuple[bool, ...]:
 def _index_sizes(config: ModelConfig, angles: Rope) -> dict[str, int]:
     """Arguments of `IndexBlocks`. Indexers that add values of their own are refused."""
     section = config.section(_SECTION) or config
-    check_values(
-        section, use_sparse_attention=True, sparse_score_type="max", sparse_init_block=0
-    )
+    check_values(section, use_sparse_attention=True, sparse_score_type="max", sparse_init_block=0)
     depth = config.require_int("num_hidden_layers")
     disabled = _flags(section, "sparse_disable_index_value", depth) or (True,) * depth
     if any(not off for off, on in zip(disabled, _sparse_layers(config), strict=True) if on):

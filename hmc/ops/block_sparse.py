@@ -1,15 +1,16 @@
-"""Block-sparse attention (MiniMax-M3): an indexer with keys of its own chooses blocks of `index_block`
-positions, and attention reads those alone.
+"""Block-sparse attention (MiniMax-M3): an indexer with keys of its own chooses blocks of
+`index_block` positions, and attention reads those alone.
 
-`index_blocks` scores a block by the largest q . k of the positions in it that a token sees, for each
-index head, and takes the `index_topk` best blocks, of equal ones the lower; the last `index_local`
-blocks, which end with the token's own, come before all others. Where a token sees no more blocks
-than that, all are chosen, and nothing is scored: attention is dense there, exactly. A positive
-factor of all scores changes no choice, so the row has none.
+`index_blocks` scores a block, for each index head, by the largest q . k of the positions in it that
+a token sees, and takes the `index_topk` best blocks, of equal ones the lower; before all others the
+last `index_local` blocks, which end with the token's own. Where a token sees no more blocks than
+that, all are chosen, and nothing is scored: attention is dense there, exactly. A positive factor of
+all scores changes no choice, so the row has none.
 
 `sparse_attention` is `attention` to what was chosen; an index head chooses for neighbouring key
 heads. A token's own block is always among the chosen, so that how many positions it reads depends
-on its own alone (`chosen_positions`).
+on its own alone. Native kernels are those of `attention`, told what was chosen; on devices PyTorch
+computes both.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Indexed:
         return self._result()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("isa", "params"), dealt(TIERS, INDEX))
 def test_few_tokens_choose_the_best_blocks(jit: Jit, isa: str, params: Params) -> None:
     need(isa)
@@ -130,7 +130,7 @@ def test_few_tokens_choose_the_best_blocks(jit: Jit, isa: str, params: Params) -
         assert (case.few(jit, isa, workers) == case.expected()).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("isa", "params", "past", "tokens"), dealt(TIERS, INDEX, [(0, 97), (700, 70), (1, 1)])
 )
@@ -257,7 +257,7 @@ class Attended:
         assert np.isfinite(result).all() and (np.abs(result - reference) <= bound).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("isa", "params"), dealt(TIERS, ATTENTION))
 def test_few_tokens_attend_to_what_they_chose(jit: Jit, isa: str, params: Params) -> None:
     need(isa)
@@ -267,7 +267,7 @@ def test_few_tokens_attend_to_what_they_chose(jit: Jit, isa: str, params: Params
     assert (case.few(jit, isa, 3) == y).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("isa", "params", "past", "tokens"), dealt(TIERS, ATTENTION, [(0, 97), (700, 70), (45, 19)])
 )

@@ -1,12 +1,13 @@
 """Decode attention, grouped-query and latent alike: the context's partitions, their tasks, and the
 merge of the records.
 
-The context, or what a token chose of it, is cut into partitions of `PARTITION` positions, the same for every token, batch and
-number of workers. A task is (token, partition, head group): its heads all read the same cache rows,
-once for keys and once, out of the cache, for values. Memory is kept busy throughout: values are
-fetched while keys are read, the next task's keys while values are read. A task writes a record:
-maximum, sum and unnormalised result. `emit_join` merges a token's records in ascending order (the
-log-sum-exp merge of split softmax). So results depend on nothing but the token.
+The context, or what a token chose of it, is cut into partitions of `PARTITION` positions, the same
+for every token, batch and number of workers. A task is (token, partition, head group): its heads
+all read the same cache rows, once for keys and once, out of the cache, for values. Memory is kept
+busy throughout: values are fetched while keys are read, the next task's keys while values are read.
+A task writes a record: maximum, sum and unnormalised result. `emit_join` merges a token's records
+in ascending order (the log-sum-exp merge of split softmax). So results depend on nothing but the
+token.
 """
 
 from __future__ import annotations

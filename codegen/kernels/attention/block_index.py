@@ -35,7 +35,8 @@ _HEADS = 4
 
 def block_stride(index_block: int, max_context: int) -> int:
     """Scores that a row has room for."""
-    return -(-(-(-max_context // index_block)) // ALIGN) * ALIGN
+    blocks = -(-max_context // index_block)
+    return -(-blocks // ALIGN) * ALIGN
 
 
 def block_scratch_bytes(spec: KernelSpec, max_context: int) -> int:
@@ -62,9 +63,13 @@ def _scored(e: Emitter, position: Value) -> Value:
 def _choose(e: Emitter, scores: Value, position: Value, target: Value) -> None:
     """target[:] = the blocks that a token at `position` chooses by a head's scores."""
     b, seen = e.b, _seen(e, position)
-    with e.for_range(e.positive(b.sub(_scored(e, position), const(e.spec["index_local"]))), seen) as own:
-        with b.if_then(b.icmp_signed(">", seen, const(e.spec["index_topk"]))):
-            e.store(fconst(math.inf), scores, own)
+    with (
+        e.for_range(
+            e.positive(b.sub(_scored(e, position), const(e.spec["index_local"]))), seen
+        ) as own,
+        b.if_then(b.icmp_signed(">", seen, const(e.spec["index_topk"]))),
+    ):
+        e.store(fconst(math.inf), scores, own)
     choose(e, scores, seen, e.spec["index_topk"], target)
 
 
@@ -134,9 +139,7 @@ def _products(
 ) -> dict[tuple[int, int], Value]:
     """By (index of one of `tile` keys, head), the product of the two."""
     b, dim, kind = e.b, e.spec["dim"], vec(F32, e.lanes)
-    sums = {
-        each: e.local(kind, e.zeros(F32, e.lanes)) for each in product(range(tile), queries)
-    }
+    sums = {each: e.local(kind, e.zeros(F32, e.lanes)) for each in product(range(tile), queries)}
 
     def strip(index: Value, count: int, way: int) -> None:
         parts = [

@@ -70,9 +70,7 @@ def _reaching(e: Emitter, keys: Value, padded: Value, bound: Value) -> Value:
     return b.sext(e.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(found)), I64)
 
 
-def _take(
-    e: Emitter, keys: Value, padded: Value, least: Value, most: int, target: Value
-) -> None:
+def _take(e: Emitter, keys: Value, padded: Value, least: Value, most: int, target: Value) -> None:
     """target[:] = indices of keys above `least`, and of the first that equal it."""
     b, lanes = e.b, e.lanes
     above = _above(e, keys, padded, least)

@@ -1,7 +1,7 @@
 """What some models ask of attention besides, alike for decode and prefill: bounds of what a token
 sees (`window`, `chunk`), blocks that it chose (`index_topk` of `index_block` positions), a function
-of scores, queries that grow with their position. Each is a parameter of a spec, and where a spec has
-none, no code.
+of scores, queries that grow with their position. Each is a parameter of a spec, and where a spec
+has none, no code.
 """
 
 from __future__ import annotations
