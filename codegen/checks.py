@@ -120,7 +120,7 @@ def _check_attention(spec: KernelSpec) -> None:
     for name in ("window", "chunk", "growth_every", "growth_from"):
         if spec.get(name) < 0:
             raise _error(spec, f"has no {name} of {spec[name]}")
-    if spec.get("index_topk"):
+    if spec.get("index_block"):
         _check_chosen(spec)
     if spec.expr:
         elementwise(spec.expr, "score")

@@ -27,21 +27,21 @@ def read_count(e: Emitter, position: Value) -> Value:
     """How many positions a token at `position` (not negative) reads, where it sees all or chose
     blocks; its own is the last of these.
     """
-    b, most = e.b, e.spec.get("index_topk")
+    b, block = e.b, e.spec.get("index_block")
     end = b.add(position, const(1))
-    if not most:
+    if not block:
         return end
-    size = const(e.spec["index_block"])
-    inside = b.add(b.urem(position, size), const(1 + (most - 1) * e.spec["index_block"]))
-    return b.select(b.icmp_signed("<", b.udiv(position, size), const(most)), end, inside)
+    most = e.spec["index_topk"]
+    inside = b.add(b.urem(position, const(block)), const(1 + (most - 1) * block))
+    return b.select(b.icmp_signed("<", b.udiv(position, const(block)), const(most)), end, inside)
 
 
 def chosen_place(e: Emitter, token: Value, kv_head: Value, number: Value) -> Value:
     """Position of the `number`-th that a token reads with a key head."""
-    b, most = e.b, e.spec.get("index_topk")
-    if not most:
+    b, size = e.b, const(e.spec.get("index_block"))
+    if not e.spec.get("index_block"):
         return number
-    size = const(e.spec["index_block"])
+    most = e.spec["index_topk"]
     head = b.udiv(kv_head, const(e.spec["kv_heads"] // e.spec["index_heads"]))
     block = e.load_int(e.row("chosen", token, head, most, I32), b.udiv(number, size))
     return b.add(b.mul(block, size), b.urem(number, size))

@@ -77,7 +77,7 @@ class Form(Multiplies):
         its own. Units of the latter are long, since each makes its keys anew; a tile has no more of
         them than are lifted at once.
         """
-        tier, chosen = spec.tier, spec.get("index_topk") > 0
+        tier, chosen = spec.tier, spec.get("index_block") > 0
         high = tier.token_tile
         if spec.op in LATENT:
             kv_heads, key = spec["heads"], spec["nope"] + spec["rope"]
