@@ -18,6 +18,7 @@ from hmc.errors import KernelError
 from hmc.formats import FORMATS
 
 _ATTENTION = "heads kv_heads head_dim v_dim block"
+_INDEX = "heads dim block index_block index_topk index_local"
 _LATENT = "heads nope rope v_dim rank block"
 _RECURRENT = "heads key_heads key_dim value_dim"
 _SIZES: dict[str, str] = {
@@ -36,11 +37,13 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("mla_absorb", "mla_up"), f"{_LATENT} tokens"),
     **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _RECURRENT),
     **dict.fromkeys(
-        ("index_append", "index_scores", "index_choose", "index_prefill"),
+        ("index_scores", "index_choose", "index_prefill"),
         "heads dim block index_topk",
     ),
     "mla_gather": f"{_LATENT} index_topk",
     "sparse_mla_prefill": f"{_LATENT} tokens index_topk",
+    "index_append": "dim block",
+    **dict.fromkeys(("block_scores", "block_choose", "block_prefill"), _INDEX),
     "route": "experts top_k",
     "sort_experts": "top_k experts",
     "resident_ids": "top_k",
@@ -55,6 +58,8 @@ _EVEN = {
         ("mla_attention", "mla_attention_join", "sparse_mla_prefill"), "rank rope block"
     ),
     **dict.fromkeys(("index_scores", "index_prefill"), "dim"),
+    **dict.fromkeys(("block_scores", "block_choose"), "index_block"),
+    "block_prefill": "dim index_block",
 }
 
 _RESULTS = frozenset({"bf16", "f32"})
@@ -115,8 +120,19 @@ def _check_attention(spec: KernelSpec) -> None:
     for name in ("window", "chunk", "growth_every", "growth_from"):
         if spec.get(name) < 0:
             raise _error(spec, f"has no {name} of {spec[name]}")
+    if spec.get("index_block"):
+        _check_chosen(spec)
     if spec.expr:
         elementwise(spec.expr, "score")
+
+
+def _check_chosen(spec: KernelSpec) -> None:
+    if spec["index_block"] % 2 or spec["index_block"] < 2:
+        raise _error(spec, f"needs an even index_block, not {spec['index_block']}")
+    if spec["index_heads"] < 1 or spec["kv_heads"] % spec["index_heads"]:
+        raise _error(spec, f"cannot share what {spec['index_heads']} heads chose")
+    if spec.get("window") or spec.get("chunk"):
+        raise _error(spec, "has either blocks that are chosen or bounds")
 
 
 def _check_even(spec: KernelSpec) -> None:
@@ -171,6 +187,7 @@ _RULES: dict[str, Callable[[KernelSpec], object]] = {
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join", "sparse_mla_prefill"), _check_even),
     **dict.fromkeys(("index_scores", "index_prefill"), _check_even),
+    **dict.fromkeys(("block_scores", "block_choose", "block_prefill"), _check_even),
     "mla_prefill": _check_expanded,
     **dict.fromkeys(("linear_attention", "linear_attention_prefill"), _check_recurrent),
     "rotary": _check_rotary,

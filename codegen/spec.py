@@ -178,13 +178,16 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # positions a token sees, its own included; or chunk, positions of a chunk, of which a token
     # sees its own; sinks (1), f32 [heads], more scores whose value is 0; growth_every and
     # growth_from, queries at position p times 1 + growth * log(1 + (p + growth_from) //
-    # growth_every). expr: what becomes of a scaled `score`.
+    # growth_every); index_topk, for index_heads: chosen i32 [tokens, index_heads * index_topk] are
+    # numbers of blocks of index_block positions, ascending, of which a token sees up to its own, in
+    # the last of them; what it sees are all where these are no more. expr: what becomes of a scaled
+    # `score`.
     "kv_append": _args(
         "k* k_stride v* v_stride k_cache* v_cache* tables* table_stride sequence* positions* tokens"
     ),
     "attention": _args(
         "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
-        " scale~ scratch* growth~"
+        " scale~ scratch* growth~ chosen* chosen_stride"
     ),
     "attention_join": _args("positions* y* y_stride tokens scratch* sinks*"),
     # The same for many tokens of one sequence (prefill), at positions[0], positions[0] + 1, ...,
@@ -192,7 +195,23 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # kernels/attention/prefill_form.py for every worker.
     "attention_prefill": _args(
         "q* q_stride k_cache* v_cache* tables* table_stride sequence* positions* y* y_stride tokens"
-        " scale~ scratch* sinks* growth~"
+        " scale~ scratch* sinks* growth~ chosen* chosen_stride"
+    ),
+    # The indexer of block-sparse attention, after index_append: scores f32 [tokens, heads,
+    # scores_stride] are the largest q[t, h, :] . k of the positions up to a token's own in each
+    # block of index_block, for tokens that see more than index_topk blocks; chosen i32 [tokens,
+    # heads * index_topk] the last index_local blocks and the best others, ascending, of equal ones
+    # the lower, then -1; or all. scores_stride: `block_stride` of kernels/attention/block_index.py.
+    # block_prefill makes both, for tokens of one sequence; scratch: `block_scratch_bytes(spec,
+    # max_context)` for every worker. params: heads, dim, block, index_block, index_topk,
+    # index_local.
+    "block_scores": _args(
+        "q* q_stride cache* tables* table_stride sequence* positions* tokens scores* scores_stride"
+    ),
+    "block_choose": _args("positions* scores* scores_stride chosen* chosen_stride tokens"),
+    "block_prefill": _args(
+        "q* q_stride cache* tables* table_stride sequence* positions* tokens scratch* scores_stride"
+        " chosen* chosen_stride"
     ),
     # Multi-head latent attention, absorbed: q f32 [tokens, heads, nope + rope] (rope part rotated
     # already), latent f32 rows [rank] (normed), k_rope f32 rows [rope] (rotated), cache bf16

@@ -9,7 +9,7 @@ from functools import partial
 from types import ModuleType
 
 from hmc.codegen.ir import Emitter
-from hmc.codegen.kernels.attention import attention, index, prefill, sparse
+from hmc.codegen.kernels.attention import attention, block_index, index, prefill, sparse
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
@@ -47,6 +47,7 @@ _HOMES: Mapping[ModuleType, str] = {
     scan: "selective_scan",
     index: "index_append index_scores index_choose index_prefill",
     sparse: "mla_gather sparse_mla_prefill",
+    block_index: "block_scores block_choose block_prefill",
     route: "route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",

@@ -9,6 +9,7 @@ names of the block's parameters, so a reference loader needs no table: `getattr(
 
 from hmc.blocks.attention import MLA, Attention, Growth, Rotary
 from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
+from hmc.blocks.block_sparse import IndexBlocks, SparseAttention
 from hmc.blocks.dense import (
     AddNorm,
     Embedding,
@@ -35,6 +36,7 @@ __all__ = [
     "GatedMLP",
     "Growth",
     "Index",
+    "IndexBlocks",
     "Linear",
     "LinearAttention",
     "Names",
@@ -44,6 +46,7 @@ __all__ = [
     "Route",
     "Scoring",
     "SelectiveScan",
+    "SparseAttention",
     "SparseMLA",
     "Vector",
     "activated",

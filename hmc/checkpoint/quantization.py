@@ -186,6 +186,12 @@ def _read_fp8(config: ModelConfig, section: ModelConfig, method: str) -> Quantiz
     )
 
 
+def _read_mxfp8(config: ModelConfig, section: ModelConfig, method: str) -> Quantization:
+    """What transformers reads as `fp8` with an exponent for 32 of a row (MiniMax-M3)."""
+    size = section.get_ints("weight_block_size") or (1, 32)
+    return _read_fp8(config, _merged(section, {"weight_block_size": list(size)}), "fp8")
+
+
 def _read_gptq(config: ModelConfig, section: ModelConfig, method: str) -> Quantization:
     """`dynamic` of GPTQModel: "-:" and a regex keeps modules out, "+:" or none gives them numbers
     of their own; the first that matches counts.
@@ -220,7 +226,7 @@ def _read_gptq(config: ModelConfig, section: ModelConfig, method: str) -> Quanti
     )
 
 
-_OTHERS = {"fp8": _read_fp8, "gptq": _read_gptq}
+_OTHERS = {"fp8": _read_fp8, "mxfp8": _read_mxfp8, "gptq": _read_gptq}
 
 
 # compressed-tensors

@@ -5,7 +5,7 @@ A function a dialect, each with the numbers by which a row is meant in it. It an
 speaks of is read elsewhere (hmc/checkpoint/quantization.py).
 
 compressed_tensors   https://github.com/vllm-project/compressed-tensors: `weights` of a config group
-fine_grained         `fp8` of transformers (DeepSeek, Qwen, GLM, MiniMax)
+fine_grained         `fp8` of transformers (DeepSeek, Qwen, GLM, MiniMax), and its `mxfp8`
 blocked              both, of blocks of any width
 by_method            methods with no choice: `fbgemm_fp8`, `mxfp4` (gpt-oss)
 modelopt             NVIDIA's Model Optimizer, by `quant_algo`

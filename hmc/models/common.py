@@ -20,6 +20,7 @@ from hmc.blocks import (
     RMSNorm,
     Rotary,
     Route,
+    SparseAttention,
     place,
 )
 from hmc.checkpoint.config import ModelConfig
@@ -170,7 +171,7 @@ class GroupedQueryAttention(nn.Module):
     `scale` (0: one over the root of a head's elements). Rotary embedding pairs neighbours where the
     configuration says `rope_interleave`, or else `interleaved`. `options` are those of the block
     `Attention`: windows, chunks, sinks, soft caps. A family that gates what comes out overrides
-    `gated`.
+    `gated`, one whose attention asks for more `mixed`.
     """
 
     def __init__(
@@ -214,7 +215,9 @@ class GroupedQueryAttention(nn.Module):
             self.q_rotary = turn(count, dim, rope.inv_freq)
             self.k_rotary = turn(kv_count, dim, rope.inv_freq)
         scale = scale or dim**-0.5
-        self.attention = Attention(count, kv_count, dim, v_dim or dim, scale, **options)
+        self.attention: Attention | SparseAttention = Attention(
+            count, kv_count, dim, v_dim or dim, scale, **options
+        )
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -228,7 +231,11 @@ class GroupedQueryAttention(nn.Module):
             q, k = self.q_rotary(q, positions), self.k_rotary(k, positions)
         if self.norm_last:
             q, k = self._normed(q, k)
-        return self.o_proj(self.gated(x, self.attention(q, k, v)))  # type: ignore[no-any-return]
+        return self.o_proj(self.gated(x, self.mixed(x, positions, q, k, v)))  # type: ignore[no-any-return]
+
+    def mixed(self, x: Tensor, positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What heads make of their queries, keys and values."""
+        return self.attention(q, k, v)  # type: ignore[no-any-return]
 
     def gated(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What goes into the output projection, of the block's input and of what heads mixed."""

@@ -1,5 +1,6 @@
-"""What is said of a config.json whose model_type no family has: the family that is nearest to it,
-and what of it that family would not read.
+"""What is said of a config.json whose model_type no family has: what hmc would have to compute for
+it, where that is known; else the family that is nearest to it, and what of it that family would not
+read.
 """
 
 from __future__ import annotations
@@ -29,6 +30,16 @@ _OF_TRAINING = frozenset(
 """Keys that say nothing of what a model computes."""
 
 
+LACKING = {
+    "hy_v4": "hyper-connections with sigmoid gates, and attention sinks and gates beside an"
+    " indexer's choice in latent attention",
+    "mistral_large4": "learned frequencies of rotary embedding, queries scaled by the logarithm of"
+    " their position, latents without a rotated part, and layers that share them",
+}
+"""By model_type, what of a published model hmc does not compute. The nearest family would read
+another model, and is not named."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """How well a family fits a configuration: `likeness` of the names, `read` keys that it asked
@@ -51,6 +62,10 @@ class Fit:
 def unknown_family(config: ModelConfig, families: Mapping[str, Family]) -> UnsupportedError:
     """The error for a model_type that is no family's, for the caller to raise."""
     name = config.require_str("model_type")
+    if name in LACKING:
+        return UnsupportedError(
+            f"{config.path}: model_type {name!r} needs {LACKING[name]}, which hmc does not compute"
+        )
     best = max((_fit(name, config.text, each) for each in families.values()), key=_score)
     known = best.family.model_type
     if best.problem:

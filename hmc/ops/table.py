@@ -6,10 +6,30 @@ from collections.abc import Mapping
 from typing import Final
 
 from hmc.errors import VerifyError
-from hmc.ops import attention, matmul, moves, norms, pointwise, recurrent, routing, sparse
+from hmc.ops import (
+    attention,
+    block_sparse,
+    matmul,
+    moves,
+    norms,
+    pointwise,
+    recurrent,
+    routing,
+    sparse,
+)
 from hmc.ops.row import Op
 
-_FAMILIES = norms, pointwise, matmul, attention, sparse, recurrent, routing, moves
+_FAMILIES = (
+    norms,
+    pointwise,
+    matmul,
+    attention,
+    sparse,
+    block_sparse,
+    recurrent,
+    routing,
+    moves,
+)
 
 OPS: Final[dict[str, Op]] = {op.name: op for family in _FAMILIES for op in family.OPS}
 """Every op of graphs and plans. Tests add rows of their own."""

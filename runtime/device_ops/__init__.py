@@ -8,7 +8,15 @@ launched on to the caller. Operands and roles are those of the table in hmc/plan
 
 from __future__ import annotations
 
-from hmc.runtime.device_ops import attention, dense, exchange, latent, moe, sparse
+from hmc.runtime.device_ops import (
+    attention,
+    block_sparse,
+    dense,
+    exchange,
+    latent,
+    moe,
+    sparse,
+)
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
 from hmc.runtime.device_ops.default import by_reference
 
@@ -22,6 +30,8 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "gate_up": dense.gate_up,
     "rotary": dense.rotary,
     "attention": attention.attention,
+    "index_blocks": block_sparse.index_blocks,
+    "sparse_attention": block_sparse.sparse_attention,
     "mla": latent.mla,
     "index": sparse.index,
     "sparse_mla": sparse.sparse_mla,

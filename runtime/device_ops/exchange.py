@@ -78,13 +78,14 @@ def _move(pieces: list[tuple[int, torch.Tensor]]) -> None:
 
 def kv_out(bound: Bound, step: Step) -> Work:
     """The call's new cache rows of a layer, in host memory, to the pages of the host's cache."""
-    found, heads = _rows_by_state(bound, step), _heads(bound, step.layer)
+    found, of_layer = _rows_by_state(bound, step), _heads(bound, step.layer)
 
     def block(some: slice, slots: torch.Tensor) -> None:
         block, place = slots // bound.kv.block, slots % bound.kv.block
         for state, parts in found.items():
             rows = [part[some].to(torch.bfloat16) for part in parts]
             values = rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+            heads = of_layer if state in ("k", "v") else 1
             target = cached(bound.kv, step.layer, state, heads)
             target[block, :, place] = values.view(len(values), heads, -1)
 
@@ -147,7 +148,7 @@ def _row(found: dict[str, list[torch.Tensor]]) -> int:
 
 def _heads(bound: Bound, layer: int) -> int:
     for step in bound.phase.steps:
-        if step.op == "attention" and step.layer == layer:
+        if "kv_heads" in step.attrs and step.layer == layer:
             return int(step.attrs["kv_heads"])
     return 1
 

@@ -1,22 +1,20 @@
 """What each step op calls on the CPU: `host_op` gives the function that appends its records.
 
-Arguments of a kernel (codegen/spec.py) are called what they are: an operand, its stride, a weight,
-an attribute, the cache's block tables. `record` fills them in by name, and so most ops need nothing
-of their own; the table `HOST_OPS` has those that call several kernels or need scratch. A step's
-kernels tell which form runs: `linear` or `gemm`, `experts_*` or `grouped_*`, attention for few
-queries or many.
+Most ops need nothing of their own (records.py); the table `HOST_OPS` has those that call several
+kernels or need scratch. A step's kernels tell which form runs: `linear` or `gemm`, `experts_*` or
+`grouped_*`, attention for few queries or many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 
 from hmc.codegen.expr import weighs
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
+from hmc.codegen.kernels.attention.block_index import block_scratch_bytes, block_stride
 from hmc.codegen.kernels.attention.index import scores_stride
 from hmc.codegen.kernels.attention.prefill_form import prefill_scratch_bytes
 from hmc.codegen.kernels.attention.sparse import (
@@ -27,63 +25,13 @@ from hmc.codegen.kernels.attention.sparse import (
 from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_bytes
 from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
-from hmc.codegen.spec import ARGS, Arg, KernelSpec
+from hmc.codegen.spec import KernelSpec
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
 from hmc.runtime.host.lowering import Lowering, OpFunction
+from hmc.runtime.host.records import record
 from hmc.runtime.weights.store import BIASES
-
-
-def record(
-    low: Lowering,
-    step: Step,
-    spec: KernelSpec,
-    given: Mapping[str, int] = MappingProxyType({}),
-    *,
-    reads: Iterable[Operand | Hashable] | None = None,
-    writes: Iterable[Operand | Hashable] | None = None,
-    shared: tuple[int, int] = (0, 0),
-) -> None:
-    """Append a record of `spec`, with arguments as `given` and by name; it reads and writes all
-    operands of the step where nothing else is said (see `Lowering.add`).
-    """
-    args = {
-        arg.name: given[arg.name] if arg.name in given else _argument(low, step, arg)
-        for arg in ARGS[spec.op]
-        if arg.name != "tokens"
-    }
-    low.add(
-        step,
-        spec,
-        reads=step.inputs.values() if reads is None else reads,
-        writes=step.outputs.values() if writes is None else writes,
-        shared=shared,
-        **args,
-    )
-
-
-def _argument(low: Lowering, step: Step, arg: Arg) -> int | float:
-    """What an argument's name says; 0 for operands and weights that a step lacks."""
-    match arg.name:
-        case "tables":
-            return int(low.kv.table(step.layer).ctypes.data)
-        case "table_stride":
-            return int(low.kv.tables.shape[1])
-        case "sequence":
-            return int(low.arena.sequence.ctypes.data)
-    name = arg.name.removesuffix("_stride")
-    if operand := step.inputs.get(name) or step.outputs.get(name):
-        place = low.arena.address if name == arg.name else low.arena.stride
-        return place(operand)
-    if arg.name in step.attrs:
-        value = step.attrs[arg.name]
-        return float(value) if arg.kind == "f32" else int(value)
-    weight = step.weights.get(arg.name)
-    role = OPS[step.op].weight(arg.name)
-    if weight is None or role is None:
-        return 0
-    return low.tables.vector(weight) if role.vector else low.store.address(weight)
 
 
 def _plain(low: Lowering, step: Step) -> None:
@@ -143,7 +91,12 @@ def _attention(low: Lowering, step: Step) -> None:
     specs, cache = low.specs(step), ("kv", step.layer)
     caches = {f"{name}_cache": low.kv.address(step.layer, name) for name in ("k", "v")}
     record(low, step, specs["kv_append"], caches, reads=[k, v, positions], writes=[cache])
-    scores = [q, positions, cache]
+    scores = [
+        q,
+        positions,
+        cache,
+        *(step.inputs[role] for role in ("chosen",) if role in step.inputs),
+    ]
     if spec := specs.get("attention_prefill"):
         caches["scratch"] = _private(low, spec.op, prefill_scratch_bytes(spec))
         record(low, step, spec, caches, reads=scores)
@@ -153,6 +106,25 @@ def _attention(low: Lowering, step: Step) -> None:
     caches["scratch"] = low.arena.workspace("attention", size)
     record(low, step, spec, caches, reads=scores, writes=["attention"])
     record(low, step, specs["attention_join"], caches, reads=["attention", positions])
+
+
+def _index_blocks(low: Lowering, step: Step) -> None:
+    q, fresh, positions = (step.inputs[role] for role in ("q", "indexer_k", "positions"))
+    specs, cache = low.specs(step), ("indexer", step.layer)
+    longest = low.plan.limits.max_context
+    stride = block_stride(int(step.attrs["index_block"]), longest)
+    given = {"cache": low.kv.address(step.layer, "indexer_k"), "scores_stride": stride}
+    record(low, step, specs["index_append"], given, reads=[fresh, positions], writes=[cache])
+    reads = [q, positions, cache]
+    if spec := specs.get("block_prefill"):
+        given["scratch"] = _private(low, spec.op, block_scratch_bytes(spec, longest))
+        record(low, step, spec, given, reads=reads)
+        return
+    rows = low.arena.max_tokens * int(step.attrs["heads"])
+    given["scores"] = low.arena.workspace("block_scores", 4 * rows * stride)
+    record(low, step, specs["block_scores"], given, reads=reads, writes=["block_scores"])
+    made = [step.outputs["chosen"], "block_scores"]
+    record(low, step, specs["block_choose"], given, reads=["block_scores", positions], writes=made)
 
 
 def _mla(low: Lowering, step: Step) -> None:
@@ -338,6 +310,8 @@ HOST_OPS: dict[str, OpFunction] = {
     "gate_up": _gate_up,
     "rotary": _rotary,
     "attention": _attention,
+    "index_blocks": _index_blocks,
+    "sparse_attention": _attention,
     "mla": _mla,
     "linear_attention": _linear_attention,
     "conv": _conv,

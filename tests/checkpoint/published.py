@@ -63,6 +63,11 @@ PUBLISHED: dict[str, Published] = {
          "ignored_layers": ["gate", "lm_head"]},
         {ATTENTION: "mxfp8", EXPERT: "mxfp8", ROUTER: "", HEAD: ""},
     ),
+    "MiniMax-M3-MXFP8": Published(
+        {"quant_method": "mxfp8", "activation_scheme": "dynamic", "weight_block_size": [1, 32],
+         "ignored_layers": ["lm_head", "model.embed_tokens", ROUTER]},
+        {ATTENTION: "mxfp8", EXPERT: "mxfp8", ROUTER: "", HEAD: ""},
+    ),
     "DeepSeek-V4.1": Published(
         {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "expert_dtype": "fp4",
          "weight_block_size": [32, 32], "activation_scheme": "dynamic"},

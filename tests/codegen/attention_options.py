@@ -67,6 +67,7 @@ def option_spec(
 
 def option_args(op: str, options: Options) -> dict[str, int | float]:
     """Arguments of options, 0 for those there are not."""
-    given = {"sinks": address(options.sinks), "growth": options.growth}
+    given: dict[str, int | float] = {"sinks": address(options.sinks), "growth": options.growth}
+    given |= {"chosen": 0, "chosen_stride": 0}
     names = {arg.name for arg in ARGS[op]}
     return {name: value for name, value in given.items() if name in names}

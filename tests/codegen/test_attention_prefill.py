@@ -175,6 +175,7 @@ def test_workers_at_once(jit: Jit) -> None:
         tables=address(case.tables), table_stride=case.tables.shape[1],
         sequence=address(sequence), positions=address(positions), y=address(y), y_stride=width,
         tokens=tokens, scale=case.scale, scratch=address(scratch), sinks=0, growth=0.0,
+        chosen=0, chosen_stride=0,
     )  # fmt: skip
     assert (y.reshape(alone.shape) == alone).all()
 

@@ -90,6 +90,8 @@ def kernels(isa: str) -> list[KernelSpec]:
     latent = {"heads": 2, "nope": 24, "rope": 8, "v_dim": 16, "rank": 64, "block": 8}
     shared = {"heads": 8, "kv_heads": 2, "head_dim": 40, "v_dim": 24, "block": 8}
     indexer = "index_append index_scores index_choose index_prefill"
+    chosen = {"index_heads": 2, "index_block": 4, "index_topk": 3}
+    blocks = {"heads": 2, "dim": 24, "block": 8, "index_block": 4, "index_topk": 3}
     experts = {"k": 160, "n": 96, "top_k": 2, "experts": 4}
     recurrent = {"heads": 4, "key_heads": 2, "key_dim": 24, "value_dim": 40}
     found = [
@@ -113,6 +115,14 @@ def kernels(isa: str) -> list[KernelSpec]:
             for op in ("attention", "attention_prefill")
         ),
         *(spec(op, **shared, chunk=9, sinks=1) for op in ("attention_join", "attention_prefill")),
+        *(
+            spec(op, **shared, **chosen)
+            for op in ("attention", "attention_join", "attention_prefill")
+        ),
+        *(
+            spec(f"block_{step}", **blocks, index_local=1)
+            for step in ("scores", "choose", "prefill")
+        ),
         spec("mla_attention_join", **latent, tokens=2),
         spec("mla_gather", **latent, index_topk=20),
         *(spec(op, heads=20, dim=12, block=8, index_topk=20) for op in indexer.split()),

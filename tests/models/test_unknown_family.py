@@ -15,7 +15,8 @@ import hmc
 from hmc.checkpoint.config import ModelConfig
 from hmc.cli import main
 from hmc.errors import UnsupportedError, UsageError
-from hmc.models import load
+from hmc.models import FAMILIES, load
+from hmc.models.unknown import LACKING
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "family"
 
@@ -52,6 +53,15 @@ def test_the_nearest_family_is_named(
     assert message.startswith("config.json: ") and "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("name", sorted(LACKING))
+def test_a_published_model_that_is_not_computed_is_refused_with_the_reason(name: str) -> None:
+    config = ModelConfig(Path("config.json"), _config("deepseek_v32", model_type=name), "")
+    with pytest.raises(UnsupportedError) as caught:
+        load(config)
+    assert str(caught.value).startswith(f"config.json: model_type {name!r} needs ")
+    assert LACKING[name] in str(caught.value) and name not in FAMILIES
 
 
 def test_a_family_can_be_said(tmp_path: Path) -> None:

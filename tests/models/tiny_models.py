@@ -103,6 +103,7 @@ TINY: dict[str, Tiny] = {
         ),
     ),
     "llama4": Tiny(loader=AutoModelForImageTextToText, part="language_model"),
+    "minimax_m3_vl": Tiny(loader=AutoModelForImageTextToText),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
     "qwen3_5_moe": Tiny(

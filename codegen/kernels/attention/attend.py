@@ -1,12 +1,13 @@
 """Decode attention, grouped-query and latent alike: the context's partitions, their tasks, and the
 merge of the records.
 
-The context is cut into partitions of `PARTITION` positions, the same for every token, batch and
-number of workers. A task is (token, partition, head group): its heads all read the same cache rows,
-once for keys and once, out of the cache, for values. Memory is kept busy throughout: values are
-fetched while keys are read, the next task's keys while values are read. A task writes a record:
-maximum, sum and unnormalised result. `emit_join` merges a token's records in ascending order (the
-log-sum-exp merge of split softmax). So results depend on nothing but the token.
+The context, or what a token chose of it, is cut into partitions of `PARTITION` positions, the same
+for every token, batch and number of workers. A task is (token, partition, head group): its heads
+all read the same cache rows, once for keys and once, out of the cache, for values. Memory is kept
+busy throughout: values are fetched while keys are read, the next task's keys while values are read.
+A task writes a record: maximum, sum and unnormalised result. `emit_join` merges a token's records
+in ascending order (the log-sum-exp merge of split softmax). So results depend on nothing but the
+token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst
 from hmc.codegen.kernels.attention.attend_rows import NEVER, PARTITION, Rows, Shape, Source
 from hmc.codegen.kernels.attention.attend_scores import Scores
 from hmc.codegen.kernels.attention.attend_values import Results
-from hmc.codegen.kernels.attention.options import first_seen, reach
+from hmc.codegen.kernels.attention.options import first_seen, most_read, reach, read_count
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import exp, for_blocks, load_part, store_f32
 
@@ -26,7 +27,7 @@ def attention_scratch_bytes(spec: KernelSpec, tokens: int, max_context: int) -> 
     """Bytes of `scratch` of decode attention and its join, for `tokens` of at most `max_context`
     positions.
     """
-    shape, longest = Shape.of(spec), min(max_context, reach(spec) or max_context)
+    shape, longest = Shape.of(spec), min(max_context, most_read(spec) or max_context)
     return tokens * (-(-longest // PARTITION) + 1) * shape.groups * shape.record_bytes
 
 
@@ -39,13 +40,14 @@ class Walk:
         self.e, self.shape = e, shape
 
     def limits(self, token: Value) -> tuple[Value, Value]:
-        """First position and end of what `token` attends to; equal for a token at a negative
-        position.
+        """First position and end of what `token` attends to, of blocks that it chose as if they
+        followed each other; equal for a token at a negative position.
         """
         e, b = self.e, self.e.b
         position = e.load_int(e.arg["positions"], token)
-        end = e.positive(b.add(position, const(1)))
-        return first_seen(e, e.positive(position)) if reach(e.spec) else const(0), end
+        own = e.positive(position)
+        end = b.select(b.icmp_signed("<", position, const(0)), const(0), read_count(e, own))
+        return first_seen(e, own) if reach(e.spec) else const(0), end
 
     def partitions(self, token: Value) -> tuple[Value, Value]:
         """First partition of `token` and the one after its last."""

@@ -12,6 +12,7 @@ from llvmlite import ir
 
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.isa import TIERS
+from hmc.codegen.kernels.attention.options import chosen_place
 from hmc.codegen.spec import KernelSpec
 from hmc.codegen.vector import dot_pairs, isplat
 
@@ -70,6 +71,7 @@ class Shape(Multiplies):
     value_row: int
     block: int
     terms: int
+    index_block: int = 0
 
     @staticmethod
     def of(spec: KernelSpec) -> Shape:
@@ -81,7 +83,16 @@ class Shape(Multiplies):
             rank, row = spec["rank"], spec["rank"] + spec["rope"]
             return Shape(*sizes, 1, row, rank, row, block, terms=1)
         value = spec["v_dim"]
-        return Shape(*sizes, spec["kv_heads"], spec["head_dim"], value, value, block, terms=2)
+        return Shape(
+            *sizes,
+            spec["kv_heads"],
+            spec["head_dim"],
+            value,
+            value,
+            block,
+            terms=2,
+            index_block=spec.get("index_block"),
+        )
 
     @property
     def sums(self) -> int:
@@ -107,7 +118,7 @@ class Shape(Multiplies):
     @property
     def run(self) -> int:
         """Positions that are sure to lie in one block, at a constant distance."""
-        return gcd(self.block, PARTITION)
+        return gcd(self.block, PARTITION, self.index_block)
 
     @property
     def tile(self) -> int:
@@ -157,7 +168,7 @@ class Pages:
 
 
 class Rows:
-    """Cache rows of one partition of a token's context, seen by one key head."""
+    """Cache rows of one partition of what a token reads, seen by one key head."""
 
     def __init__(self, e: Emitter, shape: Shape) -> None:
         self.e, self.shape = e, shape
@@ -170,6 +181,7 @@ class Rows:
         runs = b.udiv(b.add(count, const(s.run - 1)), const(s.run))
         with e.for_range(0, runs) as index:
             position = b.add(start, b.mul(index, const(s.run)))
+            position = chosen_place(e, token, kv_head, position)
             e.store(pages.row(position, kv_head), self._numbers, index)
         # What lies behind is never read, only fetched ahead.
         with e.for_range(runs, PARTITION // s.run + 1) as index:

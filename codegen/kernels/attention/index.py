@@ -8,34 +8,27 @@ and what is summed up over a head's elements is rectified, weighed and added to 
 Queries are rounded to bf16 on every tier, as keys are, so that tiers choose alike. Work is shared
 by (token, page); a sum is taken in the same order whoever makes it.
 
-The best are found exactly, without sorting: scores become whole numbers of the same order (NaN
-below all), the least one that is chosen is found by halving an interval, and one walk over the
-positions takes what is above it, and of what equals it the first. Tokens that see no more than can
-be chosen need no scores.
+The best are found by choose.py. Tokens that see no more than can be chosen need no scores.
 """
 
 from __future__ import annotations
 
 from math import gcd
 
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, vec
-from hmc.codegen.kernels.attention.attend_rows import NEVER, Multiplies, Pages
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.kernels.attention.attend_rows import Multiplies, Pages
 from hmc.codegen.kernels.attention.attention import Appended, append
-from hmc.codegen.kernels.routing.route import ordered_key
+from hmc.codegen.kernels.attention.choose import ALIGN, choose
 from hmc.codegen.ragged import ceil_div
-from hmc.codegen.vector import copy_row, fmax, fsplat, isplat
+from hmc.codegen.vector import copy_row, fmax, fsplat
 
 _VECTORS = 4
 """Vectors of heads whose products are summed up at once."""
 
 
-_ALIGN = 64
-"""Scores that whole vectors are of on every tier."""
-
-
 def scores_stride(block: int, max_context: int) -> int:
     """Scores that a token has room for, as kernels write them: whole pages and vectors."""
-    return -(-(-(-max_context // block) * block) // _ALIGN) * _ALIGN
+    return -(-(-(-max_context // block) * block) // ALIGN) * ALIGN
 
 
 def emit_index_append(e: Emitter) -> None:
@@ -168,79 +161,11 @@ def _row_of(e: Emitter, token: Value, position: Value) -> Value:
 
 def emit_index_choose(e: Emitter) -> None:
     """`index_choose`: split by token. Scores are overwritten."""
-    b, most = e.b, const(e.spec["index_topk"])
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as token:
-        end = e.positive(b.add(e.load_int(e.arg["positions"], token), const(1)))
+        end = e.positive(e.b.add(e.load_int(e.arg["positions"], token), const(1)))
         target = e.row("chosen", token, element=I32)
-        with b.if_else(b.icmp_signed(">", end, most)) as (some, all_):
-            with some:
-                scores = b.bitcast(_row_of(e, token, const(0)), I32.as_pointer())
-                least, above = _least(e, scores, end)
-                _take(e, scores, least, b.sub(most, above), target)
-            with all_:
-                with e.for_range(0, end) as position:
-                    e.store_int(position, target, position)
-                with e.for_range(end, most) as position:
-                    e.store_int(const(-1), target, position)
-
-
-def _least(e: Emitter, scores: Value, end: Value) -> tuple[Value, Value]:
-    """Makes scores [end] numbers in their order (i32); the `index_topk`-th largest, and how many
-    are larger."""
-    b, lanes, most = e.b, e.lanes, const(e.spec["index_topk"])
-    words = vec(I32, lanes)
-    padded = b.mul(ceil_div(e, end, const(lanes)), const(lanes))
-    with e.for_range(end, padded) as index:
-        e.store(fconst(NEVER), scores, index)
-    top, bottom = e.local(words, isplat(-(2**31), lanes)), e.local(words, isplat(2**31 - 1, lanes))
-    with e.for_range(0, padded, lanes) as index:
-        key = ordered_key(e, e.load_vec(scores, index, F32, lanes))
-        e.store(key, scores, index)
-        for slot, sign in ((top, ">"), (bottom, "<")):
-            old = b.load(slot)
-            b.store(b.select(b.icmp_signed(sign, key, old), key, old), slot)
-
-    def count(bound: Value) -> Value:
-        """How many are at least `bound`, with what lies behind the last where that is below all."""
-        least, found = e.splat(b.trunc(bound, I32), lanes), e.local(words, isplat(0, lanes))
-        with e.for_range(0, padded, lanes) as index:
-            is_less = b.icmp_signed("<", e.load_vec(scores, index, I32, lanes), least)
-            more = b.select(is_less, isplat(0, lanes), isplat(1, lanes))
-            b.store(b.add(b.load(found), more), found)
-        return b.sext(e.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(found)), I64)
-
-    def extreme(how: str, slot: Value) -> Value:
-        return b.sext(e.call(f"llvm.vector.reduce.{how}.v{lanes}i32", I32, b.load(slot)), I64)
-
-    low, high = e.local(I64, extreme("smin", bottom)), e.local(I64, extreme("smax", top))
-    with e.forever() as done:
-        first, last = b.load(low), b.load(high)
-        e.leave_if(b.icmp_signed(">=", first, last), done)
-        apart = b.add(b.sub(last, first), const(1))
-        middle = b.add(first, b.ashr(apart, const(1)))
-        enough = b.icmp_signed(">=", count(middle), most)
-        b.store(b.select(enough, middle, first), low)
-        b.store(b.select(enough, last, b.sub(middle, const(1))), high)
-    least = b.load(low)
-    return least, count(b.add(least, const(1)))
-
-
-def _take(e: Emitter, scores: Value, least: Value, equal: Value, target: Value) -> None:
-    """target[:] = positions of scores above `least`, and of the first `equal` that equal it."""
-    b, most = e.b, const(e.spec["index_topk"])
-    position, taken = e.local(I64, const(0)), e.local(I64, const(0))
-    rest = e.local(I64, equal)
-    with e.forever() as done:
-        here, number, left = b.load(position), b.load(taken), b.load(rest)
-        e.leave_if(b.icmp_signed(">=", number, most), done)
-        score = e.load_int(scores, here)
-        is_equal = b.and_(b.icmp_signed("==", score, least), b.icmp_signed(">", left, const(0)))
-        is_taken = b.or_(b.icmp_signed(">", score, least), is_equal)
-        e.store_int(here, target, number)  # the next one overwrites what is not taken
-        b.store(b.add(number, b.zext(is_taken, I64)), taken)
-        b.store(b.sub(left, b.zext(is_equal, I64)), rest)
-        b.store(b.add(here, const(1)), position)
+        choose(e, _row_of(e, token, const(0)), end, e.spec["index_topk"], target)
 
 
 def emit_index_prefill(e: Emitter) -> None:

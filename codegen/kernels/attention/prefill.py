@@ -42,6 +42,7 @@ from math import gcd
 
 from hmc.codegen.ir import I32, I64, Emitter, Value, const
 from hmc.codegen.kernels.attention.options import first_seen
+from hmc.codegen.kernels.attention.prefill_chosen import Choice
 from hmc.codegen.kernels.attention.prefill_form import Form, lift_form, prefill_scratch_bytes
 from hmc.codegen.kernels.attention.prefill_keys import CachedKeys, LatentKeys
 from hmc.codegen.kernels.attention.prefill_rows import Unit
@@ -59,23 +60,31 @@ least on.
 Pack = Callable[[Unit, Value], None]
 """Fills the scratch of a unit with the keys and values it sees, from a position on."""
 
-Choice = Callable[[Value, Value], Value]
+Body = Callable[[Unit], None]
+"""What is done for a unit."""
+
+Divide = Callable[[Value, Value], Value]
 """How many blocks the tokens are divided into, of the least and the most there can be."""
 
 
-def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choose: Choice) -> None:
-    """All units of this worker: blocks of tokens, as many as `choose(least, most)` says, by key
+def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, divide: Divide) -> None:
+    """Attention of all units of this worker."""
+    Tiles(e, form)
+    share_units(e, form, scratch, divide, lambda unit: _attend(e, form, unit, pack_keys))
+
+
+def share_units(e: Emitter, form: Form, scratch: Value, divide: Divide, body: Body) -> None:
+    """All units of this worker: blocks of tokens, as many as `divide(least, most)` says, by key
     heads.
     """
     b = e.b
-    Tiles(e, form)
     past = e.load_int(e.arg["positions"], const(0))
 
     # Blocks of whole grains; a grain is as many tokens as fill panels without a rest.
     grain = form.panel // gcd(form.panel, form.group)
     grain = grain if grain <= form.tokens else 1
     grains = ceil_div(e, e.arg["tokens"], const(grain))
-    blocks = choose(ceil_div(e, grains, const(form.tokens // grain)), grains)
+    blocks = divide(ceil_div(e, grains, const(form.tokens // grain)), grains)
     total = b.mul(blocks, const(form.kv_heads))
     with e.for_range(0, ceil_div(e, total, e.workers)) as turn:
         back = b.sub(b.sub(e.workers, const(1)), e.worker)
@@ -93,49 +102,68 @@ def _attend_units(e: Emitter, form: Form, scratch: Value, pack_keys: Pack, choos
 
             first = border(block)
             count = b.sub(border(b.add(block, const(1))), first)
-            unit = Unit(e, form, scratch, past, first, count, kv_head)
-            _attend(e, form, unit, pack_keys)
+            body(Unit(e, form, scratch, past, first, count, kv_head))
 
 
 def _attend(e: Emitter, form: Form, unit: Unit, pack_keys: Pack) -> None:
     """One unit: pack queries, go through all key tiles it sees, write its results."""
     b = e.b
     unit.pack_queries()
+    choice = Choice(e, form, unit) if form.chosen else None
     tile = b.mul(b.udiv(unit.begin, const(form.keys)), const(form.keys))
     with e.for_range(tile, unit.end, form.keys) as start:
-        pack_keys(unit, start)
-        with e.for_range(0, unit.panels) as panel:
-            earliest, latest = unit.first_position(panel), unit.last_position(panel)
-            count = e.minimum(b.sub(b.add(latest, const(1)), start), const(form.keys))
-            whole = b.sub(b.add(start, const(form.keys)), const(1))
-            some = b.icmp_signed(">", count, const(0))
-            if form.bounded:
-                some = b.and_(some, b.icmp_signed(">=", whole, first_seen(e, earliest)))
-            with b.if_then(some):
-                hidden = b.icmp_signed(">", whole, earliest)
-                if form.bounded:
-                    behind = b.icmp_signed("<", start, first_seen(e, latest))
-                    hidden = b.or_(hidden, behind)
-                _step(e, unit, panel, start, count, hidden)
+        if choice is None:
+            _attend_tile(e, form, unit, pack_keys, start)
+        else:
+            with b.if_then(choice.enter(start)):
+                _attend_tile(e, form, unit, pack_keys, start, choice)
     unit.write_results()
 
 
-def _step(e: Emitter, unit: Unit, panel: Value, start: Value, count: Value, hidden: Value) -> None:
-    """Take a panel through the packed tile of keys from position `start`, `count` of which some row
-    of it sees; `hidden` (i1): some key of the whole tile is not for every row.
+def _attend_tile(
+    e: Emitter, form: Form, unit: Unit, pack_keys: Pack, start: Value, choice: Choice | None = None
+) -> None:
+    """Take every panel that sees some of the tile from position `start` through it."""
+    b = e.b
+    pack_keys(unit, start)
+    with e.for_range(0, unit.panels) as panel:
+        earliest, latest = unit.first_position(panel), unit.last_position(panel)
+        count = e.minimum(b.sub(b.add(latest, const(1)), start), const(form.keys))
+        whole = b.sub(b.add(start, const(form.keys)), const(1))
+        some, hidden = b.icmp_signed(">", count, const(0)), b.icmp_signed(">", whole, earliest)
+        if form.bounded:
+            some = b.and_(some, b.icmp_signed(">=", whole, first_seen(e, earliest)))
+            hidden = b.or_(hidden, b.icmp_signed("<", start, first_seen(e, latest)))
+        if choice is not None:
+            sees, all_see = choice.of_panel(panel)
+            some, hidden = b.and_(some, sees), b.or_(hidden, b.not_(all_see))
+        with b.if_then(some):
+            if choice is not None:
+                choice.mark(panel)
+            score(e, unit, panel, start, count, hidden)
+            _weigh(e, unit, panel, count)
+
+
+def score(e: Emitter, unit: Unit, panel: Value, start: Value, count: Value, hidden: Value) -> None:
+    """Scores of a panel for the packed tile of keys from position `start`, `count` of which some
+    row of it sees; `hidden` (i1): some key of the whole tile is not for every row.
     """
     form = unit.form
-    parts = {name: e.offset(unit.scratch, const(at)) for name, at in form.offsets.items()}
-    sizes = (form.query_words, form.result_words, form.state_words)
-    queries, results, state = (
-        e.offset(parts[name], e.b.mul(panel, const(4 * words)))
-        for name, words in zip(("queries", "results", "states"), sizes, strict=True)
-    )
-    keys, values, weights = (parts[name] for name in ("keys", "values", "weights"))
+    keys, weights = (unit.part(name, const(0), 0) for name in ("keys", "weights"))
+    queries = unit.part("queries", panel, form.query_words)
+    state = unit.part("states", panel, form.state_words)
     with e.b.if_else(hidden) as (some, none):
         for name, branch in (("scores_hidden", some), ("scores", none)):
             with branch:
                 e.run(name, queries, keys, weights, state, start, count)
+
+
+def _weigh(e: Emitter, unit: Unit, panel: Value, count: Value) -> None:
+    """Add what a panel's scores make of the tile's values to its results."""
+    form = unit.form
+    values, weights = (unit.part(name, const(0), 0) for name in ("values", "weights"))
+    results = unit.part("results", panel, form.result_words)
+    state = unit.part("states", panel, form.state_words)
     e.run("weights", weights, state, count)
     e.run("values", weights, values, results, state, count)
 

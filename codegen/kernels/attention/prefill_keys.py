@@ -47,7 +47,7 @@ class CachedKeys:
             row = self._pages.row(position, unit.kv_head)
             source = e.at(e.arg["k_cache"], b.mul(row, const(form.key)), I16)
             key = unit.part("keys", b.sub(position, start), form.key_words)
-            _copy(e, form, source, form.key, key, 0, ways=2)
+            copy_key(e, form, source, form.key, key, 0, ways=2)
         with e.for_range(first, stop, form.step) as position:
             self._pack_values(unit, start, position, stop)
 
@@ -112,7 +112,7 @@ class LatentKeys:
         with e.for_range(0, count) as index:
             rotated = e.offset(latent(index), const(2 * self._rank))
             key = unit.part("keys", index, form.key_words)
-            _copy(e, form, rotated, self._rope, key, self._nope)
+            copy_key(e, form, rotated, self._rope, key, self._nope)
         head = b.mul(unit.kv_head, const(self._nope + form.value))
         rows = const(form.heads * (self._nope + form.value))
         pairs = self._pairs()
@@ -163,7 +163,7 @@ class LatentKeys:
             store_part(e, value, line, const(part.column), part.count)
 
 
-def _copy(
+def copy_key(
     e: Emitter, form: Form, source: Value, width: int, key: Value, column: int, ways: int = 1
 ) -> None:
     """`width` elements of a cache row to a packed key, from element `column` on."""

@@ -21,7 +21,8 @@ _BYTES = I8.as_pointer()
 
 class Unit:
     """`count` tokens from `first` on against the keys of `kv_head`; `past` positions lie before
-    token 0. `begin` is the first position that some of them see, `end` the one behind the last.
+    token 0. `begin` is the first position that some of them see, `end` the one behind the last,
+    `rows` how many queries there are.
     """
 
     def __init__(
@@ -36,12 +37,13 @@ class Unit:
     ) -> None:
         b = e.b
         self.e, self.form = e, form
-        self.scratch, self.kv_head, self._first = scratch, kv_head, first
+        self.scratch, self.kv_head = scratch, kv_head
+        self.first, self.count = first, count
         self._position = b.add(past, first)
         self.begin = first_seen(e, self._position)
         self.end = b.add(self._position, count)
-        self._rows = b.mul(count, const(form.group))
-        self.panels = b.udiv(b.add(self._rows, const(form.panel - 1)), const(form.panel))
+        self.rows = b.mul(count, const(form.group))
+        self.panels = b.udiv(b.add(self.rows, const(form.panel - 1)), const(form.panel))
 
     def first_position(self, panel: Value) -> Value:
         """Least position of a panel's rows."""
@@ -55,7 +57,7 @@ class Unit:
 
     def _position_of(self, row: Value) -> Value:
         b = self.e.b
-        row = self.e.minimum(row, b.sub(self._rows, const(1)))
+        row = self.e.minimum(row, b.sub(self.rows, const(1)))
         return b.add(self._position, b.udiv(row, const(self.form.group)))
 
     def part(self, name: str, index: Value, words: int) -> Value:
@@ -70,8 +72,8 @@ class Unit:
         """Token and head of a row."""
         b, form = self.e.b, self.form
         row = b.add(b.mul(panel, const(form.panel)), b.mul(vector, const(form.lanes)))
-        row = self.e.minimum(b.add(row, lane), b.sub(self._rows, const(1)))
-        token = b.add(self._first, b.udiv(row, const(form.group)))
+        row = self.e.minimum(b.add(row, lane), b.sub(self.rows, const(1)))
+        token = b.add(self.first, b.udiv(row, const(form.group)))
         head = b.add(b.mul(self.kv_head, const(form.group)), b.urem(row, const(form.group)))
         return token, head
 
@@ -116,11 +118,12 @@ class Unit:
         """
         e, b, form = self.e, self.e.b, self.form
         square = form.step * form.lanes
-        scale = e.arg["scale"]
-        scale = scale if e.spec.expr else b.fmul(scale, F32(math.log2(math.e)))
+        scale = e.arg.get("scale", F32(1.0))
+        if form.value and not e.spec.expr:
+            scale = b.fmul(scale, F32(math.log2(math.e)))
         with e.for_range(0, form.lanes) as lane:
             token, head = self._row_index(panel, vector, lane)
-            position = b.add(self._position, b.sub(token, self._first))
+            position = b.add(self._position, b.sub(token, self.first))
             e.store_int(position, state, lane, align=4)
             if form.bounded:
                 at = b.add(lane, const(FIRST * form.panel))

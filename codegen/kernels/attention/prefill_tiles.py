@@ -33,20 +33,22 @@ _PTR = I8.as_pointer()
 
 
 POSITION, MAXIMUM, SUM, TILE_MAXIMUM, FACTOR, FIRST = range(6)
-"""Fields of a panel's state."""
+LAST = FIRST
+"""Fields of a panel's state: FIRST where rows are bounded, LAST where they chose blocks."""
 
 
 class Tiles:
     """The routines that take a panel through a tile of keys: `scores` or, where some key is not for
-    every row, `scores_hidden`; then `weights`, then `values`.
+    every row, `scores_hidden`; then, unless there are no `results`, `weights` and `values`.
     """
 
-    def __init__(self, e: Emitter, form: Form) -> None:
+    def __init__(self, e: Emitter, form: Form, *, results: bool = True) -> None:
         self.e, self.form = e, form
         for hidden in (False, True):
             self._emit_scores(hidden)
-        self._emit_weights()
-        self._emit_values()
+        if results:
+            self._emit_weights()
+            self._emit_values()
 
     def _field(self, state: Value, field: int, vector: int, element: ir.Type = F32) -> Value:
         index = const(field * self.form.panel + vector * self.form.lanes)
@@ -60,7 +62,7 @@ class Tiles:
 
     def _emit_scores(self, hidden: bool) -> None:
         """scores(queries, keys, scores, state, start, count): S of the tile and its maxima; with
-        `hidden` keys, those behind a row's position, or before the first it sees, get -inf.
+        `hidden` keys, those behind the last that a row sees, or before the first, get -inf.
         """
         e, form = self.e, self.form
         name = "scores_hidden" if hidden else "scores"
@@ -69,7 +71,8 @@ class Tiles:
             b, lanes = e.b, form.lanes
             kind = vec(F32, lanes)
             best = [e.local(kind, fsplat(LOWEST, lanes)) for _ in range(form.vectors)]
-            seen = [self._field(state, POSITION, v, I32) for v in range(form.vectors)]
+            last = LAST if form.chosen else POSITION
+            seen = [self._field(state, last, v, I32) for v in range(form.vectors)]
             if form.bounded:
                 low = [self._field(state, FIRST, v, I32) for v in range(form.vectors)]
             with e.for_range(0, count, form.high) as key:

@@ -1,0 +1,99 @@
+"""The best of a row of scores, exactly and without sorting: what sparse attention chooses.
+
+Scores become whole numbers of the same order (NaN below all others). The least one that is chosen
+is built from its highest bit down, by counting; then one walk takes what is above it and, of what
+equals it, the first.
+"""
+
+from __future__ import annotations
+
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.kernels.routing.route import ordered_key
+from hmc.codegen.ragged import ceil_div
+from hmc.codegen.vector import isplat
+
+_LEAST = -(2**31)
+ALIGN = 64
+"""Scores that are whole vectors on every tier: what a row has room for is a multiple of it."""
+
+
+def choose(e: Emitter, scores: Value, count: Value, most: int, target: Value) -> None:
+    """target i32 [most] = indices of the `most` largest of `scores` f32 [count], of equal ones the
+    lower, ascending. All of them, then -1, where there are no more; scores are not read then. They
+    are overwritten otherwise, up to whole vectors.
+    """
+    b = e.b
+    with b.if_else(b.icmp_signed(">", count, const(most))) as (some, every):
+        with some:
+            padded = _order(e, scores, count)
+            least = _threshold(e, scores, padded, most)
+            _take(e, scores, padded, least, most, target)
+        with every:
+            with e.for_range(0, count) as index:
+                e.store_int(index, target, index)
+            with e.for_range(count, most) as index:
+                e.store_int(const(-1), target, index)
+
+
+def _order(e: Emitter, scores: Value, count: Value) -> Value:
+    """Scores become numbers, with the least of all behind the last; how many there are then."""
+    b, lanes = e.b, e.lanes
+    padded = b.mul(ceil_div(e, count, const(lanes)), const(lanes))
+    numbers = lanes_mask(list(range(lanes)))
+    with e.for_range(0, padded, lanes) as index:
+        key = ordered_key(e, e.load_vec(scores, index, F32, lanes))
+        place = b.add(e.splat(b.trunc(index, I32), lanes), numbers)
+        inside = b.icmp_signed("<", place, e.splat(b.trunc(count, I32), lanes))
+        e.store(b.select(inside, key, isplat(_LEAST, lanes)), scores, index)
+    return padded
+
+
+def _threshold(e: Emitter, keys: Value, padded: Value, most: int) -> Value:
+    """The largest number (i64) that at least `most` of `keys` reach."""
+    b = e.b
+    least = e.local(I64, const(_LEAST))
+    with e.for_range(0, 32) as turn:
+        bit = b.shl(const(1), b.sub(const(31), turn))
+        bound = b.add(b.load(least), bit)
+        enough = b.icmp_signed(">=", _reaching(e, keys, padded, bound), const(most))
+        b.store(b.select(enough, bound, b.load(least)), least)
+    return b.load(least)
+
+
+def _reaching(e: Emitter, keys: Value, padded: Value, bound: Value) -> Value:
+    """How many of `keys` are at least `bound`, which is above the least number."""
+    b, lanes = e.b, e.lanes
+    low, found = e.splat(b.trunc(bound, I32), lanes), e.local(vec(I32, lanes), isplat(0, lanes))
+    with e.for_range(0, padded, lanes) as index:
+        reaches = b.icmp_signed(">=", e.load_vec(keys, index, I32, lanes), low)
+        b.store(b.sub(b.load(found), b.sext(reaches, vec(I32, lanes))), found)
+    return b.sext(e.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(found)), I64)
+
+
+def _take(e: Emitter, keys: Value, padded: Value, least: Value, most: int, target: Value) -> None:
+    """target[:] = indices of keys above `least`, and of the first that equal it."""
+    b, lanes = e.b, e.lanes
+    above = _above(e, keys, padded, least)
+    taken, rest = e.local(I64, const(0)), e.local(I64, b.sub(const(most), above))
+    highest = f"llvm.vector.reduce.smax.v{lanes}i32"
+    with e.for_range(0, padded, lanes) as start:
+        top = b.sext(e.call(highest, I32, e.load_vec(keys, start, I32, lanes)), I64)
+        with (
+            b.if_then(b.icmp_signed(">=", top, least)),
+            e.for_range(start, b.add(start, const(lanes))) as index,
+        ):
+            key, left = e.load_int(keys, index), b.load(rest)
+            equal = b.and_(b.icmp_signed("==", key, least), b.icmp_signed(">", left, const(0)))
+            with b.if_then(b.or_(b.icmp_signed(">", key, least), equal)):
+                number = b.load(taken)
+                e.store_int(index, target, number)
+                b.store(b.add(number, const(1)), taken)
+            b.store(b.sub(left, b.zext(equal, I64)), rest)
+
+
+def _above(e: Emitter, keys: Value, padded: Value, least: Value) -> Value:
+    """How many are larger; none where `least` is the largest number that there is."""
+    b, last = e.b, const(-_LEAST - 1)
+    is_last = b.icmp_signed("==", least, last)
+    bound = b.select(is_last, last, b.add(least, const(1)))
+    return b.select(is_last, const(0), _reaching(e, keys, padded, bound))
