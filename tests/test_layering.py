@@ -192,7 +192,7 @@ HOMES += ("codegen/isa", "runtime/device_ops")
 REASONS = {
     "codegen/ir.py": "the kind of an argument word, a float's bits",
     "codegen/spec.py": "the same, where words are packed",
-    "runtime/host/ops.py": "the same, where they are filled in",
+    "runtime/host/records.py": "the same, where they are filled in",
     "hmc/models/rope.py": "rope_type of a config.json",
     "hmc/plan/diff.py": "a field of the plan",
     "passes/graph/fuse.py": "the dtype of a value between ops",
