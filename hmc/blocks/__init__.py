@@ -10,6 +10,7 @@ names of the block's parameters, so a reference loader needs no table: `getattr(
 from hmc.blocks.attention import MLA, Attention, Growth, Rotary
 from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
 from hmc.blocks.dense import (
+    MLP,
     AddNorm,
     Embedding,
     GatedMLP,
@@ -24,6 +25,7 @@ from hmc.blocks.sparse import Index, SparseMLA
 
 __all__ = [
     "MLA",
+    "MLP",
     "AddNorm",
     "Attention",
     "Block",

@@ -14,7 +14,7 @@ from kernel_meanings import experts_down, experts_gate_up
 from prefill_data import Stored, activations, bf16, from_bf16, need
 from test_gate_up import assert_gated
 
-from hmc.codegen.expr import SWIGLU
+from hmc.codegen.expr import SWIGLU, has_gate
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
@@ -49,6 +49,8 @@ class Layer:
             ],
             np.int64,
         )
+        if not has_gate(act):
+            self.table[:, :2] = 0  # what nobody may read
         first = KernelSpec.of(
             "experts_gate_up",
             isa,
@@ -72,6 +74,7 @@ class Layer:
             tokens=TOKENS,
         )
         self.biases: list[np.ndarray] = []
+        self.gated = has_gate(act)
         if biased:
             self.biases = [floats(self.rng, EXPERTS, n) for n, _ in shapes]
             first, second = (
@@ -104,7 +107,7 @@ class Layer:
         in_turn(
             jit, self.first, workers, x=address(x), x_stride=x.shape[1], ids=address(ids),
             table=address(self.table), act=address(act), tokens=len(x), scratch=0,
-            routing=address(routing), gate_bias=address(self.bias(0)),
+            routing=address(routing), gate_bias=address(self.bias(0) if self.gated else None),
             up_bias=address(self.bias(1)),
         )  # fmt: skip
         return act
@@ -158,11 +161,15 @@ CLAMPED = (
     " * (minimum(maximum(up, -7.0), 7.0) + 1.0)"
 )
 WEIGHED = "silu(gate * weight) * (up * weight)"
+UNGATED = "square(relu(up))"
 
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize(("act", "biased"), [(CLAMPED, True), (WEIGHED, False), (WEIGHED, True)])
+@pytest.mark.parametrize(
+    ("act", "biased"),
+    [(CLAMPED, True), (WEIGHED, False), (WEIGHED, True), (UNGATED, False), (UNGATED, True)],
+)
 @pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS[1:])
 def test_biases_and_weights_on_the_input(
     jit: Jit, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int, act: str,
@@ -189,10 +196,11 @@ def test_biases_and_weights_on_the_input(
         assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize("act", [SWIGLU, pytest.param(UNGATED, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("isa", TIERS)
-def test_a_token_is_the_same_alone_and_in_a_batch(jit: Jit, isa: str) -> None:
+def test_a_token_is_the_same_alone_and_in_a_batch(jit: Jit, isa: str, act: str) -> None:
     need(isa)
-    layer = Layer(isa, *FORMATS[0])
+    layer = Layer(isa, *FORMATS[0], act=act)
     x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
     ids, routing = layer.choose(TOKENS), floats(layer.rng, TOKENS, TOP_K)
     act = layer.gate_up(jit, x, ids, workers=1)

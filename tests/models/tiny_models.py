@@ -87,6 +87,12 @@ TINY: dict[str, Tiny] = {
     "llama4": Tiny(loader=AutoModelForImageTextToText, part="language_model"),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "nemotron_h": Tiny(
+        beside={
+            "mtp.layers.0.norm.weight": (192,),
+            "mtp.layers.0.mixer.q_proj.weight": (192, 192),
+        }
+    ),
     "qwen3_vl_moe": Tiny(
         loader=AutoModelForImageTextToText, transposed=r"\.experts\.(gate_up|down)_proj$"
     ),

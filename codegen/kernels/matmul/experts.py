@@ -11,13 +11,13 @@ negative belong to experts that are computed elsewhere: they are left out of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
-from hmc.codegen.expr import weighs
+from hmc.codegen.expr import has_gate, weighs
 from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.matmul.gate_up import Buffers
@@ -26,6 +26,8 @@ from hmc.codegen.spec import KernelSpec
 TABLE_WIDTH = 6
 GATE, UP, DOWN = 0, 2, 4
 """Columns of the expert table; scales follow each."""
+BIASES = ("gate_bias", "up_bias")
+"""Arguments with what is added to the products that are activated."""
 
 
 def scratch_bytes(spec: KernelSpec) -> int:
@@ -43,9 +45,10 @@ def emit_experts_gate_up(e: Emitter) -> None:
     n = spec["n"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
-    inputs = _Inputs(e, tiles, groups)
+    inputs = _Inputs(e, tiles, groups, has_gate(spec.expr))
     ys = pointers(e, groups.most)
-    buffers = Buffers(tiles, groups.most)
+    columns = (GATE, UP) if has_gate(spec.expr) else (UP,)
+    buffers = Buffers(tiles, groups.most, len(columns))
     shares = e.local(F32, count=groups.most) if weighs(spec.expr) else None
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of
     # them all.
@@ -56,19 +59,19 @@ def emit_experts_gate_up(e: Emitter) -> None:
         before = b.mul(index, blocks)
         start = b.mul(e.positive(b.sub(begin, before)), const(GRAIN))
         stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
-        gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
+        matrices = [groups.matrix(index, column) for column in columns]
         with groups.members(index) as (place, pair):
-            inputs.put(place, pair, (gate, up))
+            inputs.put(place, pair, matrices)
             b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
             if shares is not None:
                 b.store(e.load(e.arg["routing"], pair, F32), b.gep(shares, [place]))
-        following = groups.address(groups.after(index), GATE)
+        following = groups.address(groups.after(index), columns[0])
         biases = []
         if spec.get("biased"):
             own = b.mul(groups.expert(index), const(4 * n))
-            biases = [e.offset(e.arg[name], own) for name in ("gate_bias", "up_bias")]
+            biases = [e.offset(e.arg[name], own) for name in BIASES[-len(columns) :]]
         size = groups.size(index)
-        buffers.gate_up(gate, up, start, stop, inputs.xs, ys, size, following, biases, shares)
+        buffers.activate(matrices, start, stop, inputs.xs, ys, size, following, biases, shares)
 
 
 def emit_experts_down(e: Emitter) -> None:
@@ -115,21 +118,22 @@ def emit_experts_down(e: Emitter) -> None:
 
 
 class _Inputs:
-    """Prepared tokens of the expert under way, `xs` i8** for gate and up together, or where columns
-    lie in an order one for each: then they are prepared for every expert, else once for all.
+    """Prepared tokens of the expert under way, `xs` i8** for all matrices, or where columns lie in
+    an order one for gate (if `gated`) and one for up: then they are prepared for every expert, else
+    once for all.
     """
 
-    def __init__(self, e: Emitter, tiles: Tiles, groups: Groups) -> None:
+    def __init__(self, e: Emitter, tiles: Tiles, groups: Groups, gated: bool) -> None:
         self.e, self._tiles = e, tiles
-        self.xs = [pointers(e, groups.most) for _ in range(1 + tiles.ordered)]
+        self.xs = [pointers(e, groups.most) for _ in range(1 + (tiles.ordered and gated))]
         if tiles.ordered:
             self._rooms = [tiles.room(groups.most) for _ in self.xs]
         else:
             tokens, stride, most = e.arg["tokens"], e.arg["x_stride"], e.spec["tokens"]
             self._rooms = [tiles.prepare(e.arg["x"], tokens, stride, most)]
 
-    def put(self, place: Value, pair: Value, matrices: tuple[tuple[Value, Value], ...]) -> None:
-        """The token of `pair` at `place`, for the `matrices` gate and up."""
+    def put(self, place: Value, pair: Value, matrices: Sequence[tuple[Value, Value]]) -> None:
+        """The token of `pair` at `place`, for the `matrices`."""
         e, b, tiles = self.e, self.e.b, self._tiles
         token = b.udiv(pair, const(e.spec["top_k"]))
         row = place if tiles.ordered else token
