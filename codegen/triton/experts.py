@@ -151,7 +151,7 @@ def experts_down(act, height, slots, routing, ids, begins, ends, table, values, 
         found, _ = sums(act, height, slot - first_slot, live, down, down, first, rows, 0,
                         columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
         found = weighed(
-            found, table + expert * WIDTH, routing, slot, live, row, rows, BIAS, WEIGHED
+            found, table + expert * WIDTH, routing, slot, live, row, rows, BIAS, WEIGHED, GATED
         )
         to = y + (slot // top_k)[None, :] * rows + row[:, None]
         inside = live[None, :] & (row < rows)[:, None]

@@ -144,11 +144,12 @@ def experts(bound: Bound, step: Step) -> Work:
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
     ) -> None:
         tokens, shares = mine // top_k, factors[mine, None]
-        rows, into = x[tokens], expert.into
-        biases = expert.biases or (None,) * (len(into) + 1)
+        rows, matrices = x[tokens], expert.into
+        names = GATED[-len(matrices) :]
+        biases = expert.biases or (None,) * (len(names) + 1)
         products = {
             name: _with_bias(matmul(rows, w), bias)
-            for name, w, bias in zip(GATED[-len(into) :], into, biases, strict=False)
+            for name, w, bias in zip(names, matrices, biases, strict=False)
         }
         hidden = activated(act, products, shares).to(torch.bfloat16)
         found = _with_bias(matmul(hidden, expert.down), biases[-1])

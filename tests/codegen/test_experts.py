@@ -4,6 +4,7 @@ workers.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -34,12 +35,13 @@ class Layer:
 
     def __init__(
         self, isa: str, weight: WeightFormat, hidden: int, inner: int, group: int,
-        act: str = SWIGLU, biased: bool = False,
+        act: str = SWIGLU, biased: bool = False, experts: int = EXPERTS, top_k: int = TOP_K,
     ) -> None:  # fmt: skip
+        self.top_k = top_k
         self.rng = np.random.default_rng(hidden)
         shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
         self.experts: list[list[Stored]] = [
-            [weights(self.rng, weight, n, k, group) for n, k in shapes] for _ in range(EXPERTS)
+            [weights(self.rng, weight, n, k, group) for n, k in shapes] for _ in range(experts)
         ]
         self.hidden, self.inner = hidden, inner
         self.table = np.array(
@@ -59,8 +61,8 @@ class Layer:
             k=hidden,
             n=inner,
             expr=act,
-            top_k=TOP_K,
-            experts=EXPERTS,
+            top_k=top_k,
+            experts=experts,
             tokens=TOKENS,
         )
         second = KernelSpec.of(
@@ -69,8 +71,8 @@ class Layer:
             weight=weight,
             k=inner,
             n=hidden,
-            top_k=TOP_K,
-            experts=EXPERTS,
+            top_k=top_k,
+            experts=experts,
             tokens=TOKENS,
         )
         self.biases: list[np.ndarray] = []
@@ -103,7 +105,7 @@ class Layer:
         routing: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """act [tokens * TOP_K, inner], bf16 bits."""
-        act = filled((len(x) * TOP_K, self.inner), np.uint16)
+        act = filled((len(x) * self.top_k, self.inner), np.uint16)
         in_turn(
             jit, self.first, workers, x=address(x), x_stride=x.shape[1], ids=address(ids),
             table=address(self.table), act=address(act), tokens=len(x), scratch=0,
@@ -278,3 +280,39 @@ def test_repeated_experts(jit: Jit) -> None:
         * np.abs(routing).max()
     )
     assert np.abs(y - wanted).max() <= limit
+
+
+@pytest.mark.few(1)
+@pytest.mark.parametrize("isa", TIERS)
+def test_many_experts_a_token(jit: Jit, isa: str) -> None:
+    """22 of 24, wide ones, without gates: what a kernel keeps on its stack is little all the same,
+    and ids that name one expert again and again are computed in parts.
+    """
+    need(isa)
+    top_k, experts, inner = 22, 24, 5120
+    layer = Layer(isa, "bf16", 16, inner, 0, UNGATED, experts=experts, top_k=top_k)
+    x = guarded(activations(layer.rng, TOKENS, layer.hidden, layer.hidden))
+    ids = np.stack([layer.rng.permutation(experts)[:top_k] for _ in range(TOKENS)])
+    ids[3] = 5
+    ids = guarded(ids.astype(np.int32))
+    routing = floats(layer.rng, TOKENS, top_k)
+    found: list[np.ndarray] = []
+
+    def run() -> None:
+        act = layer.gate_up(jit, x, ids, workers=2)
+        found.extend((act, layer.down(jit, act, ids, routing, workers=2)))
+
+    before = threading.stack_size(1 << 20)
+    try:
+        thread = threading.Thread(target=run)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    act, y = found
+    gate, up, down = (layer.values(part) for part in range(3))
+    exact = experts_gate_up(as_multiplied(layer.first, from_bf16(x)), ids, gate, up, UNGATED)
+    assert np.abs(from_bf16(act) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+    seen = as_multiplied(layer.second, from_bf16(act))
+    wanted = experts_down(seen, ids, routing.astype(np.float64), down)
+    assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
