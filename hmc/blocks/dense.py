@@ -161,7 +161,7 @@ class GateUp(Block):
         return attrs(k=self.gate.inputs, n=self.width, act=self.act)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self.act, {"gate": self.gate(x), "up": self.up(x)})
+        return activated(self.act, self.gate(x), self.up(x))
 
 
 class AddNorm(Block):

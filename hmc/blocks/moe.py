@@ -14,7 +14,7 @@ from torch.nn import functional
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import GATED, SWIGLU, has_gate, weighs
+from hmc.codegen.expr import SWIGLU, has_gate, weighs
 from hmc.graph import Attr, WeightSpec, attrs
 from hmc.ops.routing import EPS
 
@@ -192,12 +192,8 @@ class Experts(Block):
             token, slot = torch.where(ids == expert)
             rows = x[token]
             share = weights[token, slot, None]
-            products = {
-                role: self._product(rows, role, expert)
-                for role in GATED
-                if getattr(self, role) is not None
-            }
-            hidden = activated(self._act, products, share)
+            gate = None if self.gate is None else self._product(rows, "gate", expert)
+            hidden = activated(self._act, gate, self._product(rows, "up", expert), share)
             result = self._product(hidden, "down", expert)
             total.index_add_(0, token, result if weighs(self._act) else result * share)
         return total

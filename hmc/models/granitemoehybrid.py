@@ -33,13 +33,13 @@ _MIXERS = {
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Granite 4 hybrid config.json."""
     mamba = _mamba(config)
+    angles = rope(config, attention_heads(config)[2])
     turned = config.get_str("position_embedding_type", "nope") == "rope"
-    angles = rope(config, attention_heads(config)[2]) if turned else None
     shared = config.require_int("shared_intermediate_size")
     dense = config.require_int("num_local_experts") == 0
 
     def layer(index: int) -> nn.Module:
-        mixer = _mixer(config) if mamba[index] else attention(config, angles)
+        mixer = _mixer(config) if mamba[index] else attention(config, angles if turned else None)
         mlp = Dense(config, shared) if dense else routed(config, shared)
         return ScaledLayer(config, mixer, mlp)
 

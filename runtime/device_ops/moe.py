@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hmc.blocks.pointwise import activated
-from hmc.codegen.expr import GATED, parse, temporaries, weighs
+from hmc.codegen.expr import parse, temporaries, weighs
 from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
@@ -144,14 +144,11 @@ def experts(bound: Bound, step: Step) -> Work:
         expert: Expert, mine: torch.Tensor, factors: torch.Tensor, into: torch.Tensor
     ) -> None:
         tokens, shares = mine // top_k, factors[mine, None]
-        rows, matrices = x[tokens], expert.into
-        names = GATED[-len(matrices) :]
-        biases = expert.biases or (None,) * (len(names) + 1)
-        products = {
-            name: _with_bias(matmul(rows, w), bias)
-            for name, w, bias in zip(names, matrices, biases, strict=False)
-        }
-        hidden = activated(act, products, shares).to(torch.bfloat16)
+        rows, biases = x[tokens], expert.biases or (None, None, None)
+        *gate, up = (
+            _with_bias(matmul(rows, w), bias) for w, bias in zip(expert.into, biases, strict=False)
+        )
+        hidden = activated(act, gate[0] if gate else None, up, shares).to(torch.bfloat16)
         found = _with_bias(matmul(hidden, expert.down), biases[-1])
         # an expert has a token once, so no two rows of one block add to the same place
         into.index_add_(0, tokens, found if weighed else found.mul_(shares))

@@ -90,7 +90,7 @@ class Routed:
             *into, last = layer.biases[number] or (None,)
             for name, bias in zip(reversed(products), reversed(into), strict=False):
                 products[name] = products[name] + bias.double()
-            act = activated(layer.act, products, share).to(torch.bfloat16).double()
+            act = activated(layer.act, *products.values(), share).to(torch.bfloat16).double()
             product = down @ act if last is None else down @ act + last.double()
             total[token] += product if weighs(layer.act) else share * product
         return total
