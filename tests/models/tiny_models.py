@@ -113,10 +113,13 @@ def families() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def write(directory: Path, family: str, seed: int = 0) -> Path:
-    """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it."""
+def write(directory: Path, family: str, seed: int = 0, **changes: Any) -> Path:
+    """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it. Keys
+    of `changes` replace those of the configuration, or go where they are None.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    values = json.loads((FOLDER / f"{family}.json").read_text())
+    values = json.loads((FOLDER / f"{family}.json").read_text()) | changes
+    values = {key: value for key, value in values.items() if changes.get(key, 0) is not None}
     tiny = TINY.get(family, Tiny())
     _quiet()
     tiny.loader.from_config(_config(family, values)).save_pretrained(directory)
