@@ -44,7 +44,8 @@ MAX_DEPTH, MAX_SIZE = 32, 128
 """Bounds of a tree: operations one inside the other, and nodes."""
 
 GATED: Final = ("gate", "up")
-"""Operands of an MLP's activation: the two products, with their biases; without a gate the second."""
+"""Operands of an MLP's activation: the two products, with their biases; of one without a gate the
+second alone."""
 WEIGHT: Final = "weight"
 ROUTED: Final = (*GATED, WEIGHT)
 """Those of routed experts': also the weight of the expert for the token, where an expert's input is

@@ -60,9 +60,7 @@ TORCH: Final[Mapping[str, Callable[..., Any]]] = {
 """What operations mean; constants are plain numbers, so that nothing is copied to a device."""
 
 
-def activated(
-    text: str, gate: Tensor | None, up: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def activated(text: str, gate: Tensor | None, up: Tensor, weight: Tensor | None = None) -> Tensor:
     """The activation of an MLP, with a gate or without, element by element, in the operands' dtype;
     of experts also with a token's `weight` [T, 1].
     """

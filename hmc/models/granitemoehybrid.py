@@ -7,7 +7,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from hmc.checkpoint.config import ModelConfig
-from hmc.models.common import attention_heads, norm_eps
+from hmc.models.activations import unary
+from hmc.models.common import attention_heads
 from hmc.models.family import Family
 from hmc.models.granitemoe import (
     NAMES,
@@ -80,7 +81,7 @@ def _mixer(config: ModelConfig) -> Mamba2:
     return Mamba2(
         config,
         sizes,
-        norm_eps(config),
+        act=unary(config),
         bias=config.get_bool("mamba_proj_bias", False),
         conv_bias=config.get_bool("mamba_conv_bias", True),
     )

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from hmc.blocks import Conv, Linear, LinearAttention, Vector
 from hmc.checkpoint.config import ModelConfig
+from hmc.models.common import norm_eps
 
 _LARGEST = 3.4e38
 """Limits of steps beyond it are none."""
@@ -33,7 +34,8 @@ class Sizes:
     @staticmethod
     def of(config: ModelConfig, heads: str, dim: str, groups: str, states: str, taps: str) -> Sizes:
         """Those that a configuration has under these keys."""
-        found = Sizes(*(config.require_int(key, minimum=1) for key in (heads, dim, groups, states, taps)))
+        keys = (heads, dim, groups, states, taps)
+        found = Sizes(*(config.require_int(key, minimum=1) for key in keys))
         if found.heads % found.groups:
             raise config.error(groups, f"is {found.groups}, must divide the {found.heads} heads")
         if found.taps < 2:
@@ -44,12 +46,12 @@ class Sizes:
 class Mamba2(nn.Module):
     """x [T, hidden] -> [T, hidden]; positions are not read.
 
-    Steps are kept within what `time_step_limit` says. `bias` is that of both projections,
-    `conv_bias` that of the convolution.
+    Steps are kept within what `time_step_limit` says. `act` is an expression of x that follows the
+    convolution, `conv_bias` whether that has a bias, `bias` whether both projections have one.
     """
 
     def __init__(
-        self, config: ModelConfig, sizes: Sizes, eps: float, *, bias: bool, conv_bias: bool
+        self, config: ModelConfig, sizes: Sizes, *, act: str, bias: bool, conv_bias: bool
     ) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size", minimum=1)
@@ -58,12 +60,12 @@ class Mamba2(nn.Module):
         self.keys = sizes.groups * sizes.states
         mixed = self.inner + 2 * self.keys
         self.in_proj = Linear(hidden, self.inner + mixed + sizes.heads, bias=bias)
-        self.conv1d = Conv(mixed, sizes.taps, act="silu(x)", bias=conv_bias)
+        self.conv1d = Conv(mixed, sizes.taps, act=act, bias=conv_bias)
         self.A_log, self.D, self.dt_bias = (Vector(sizes.heads) for _ in range(3))
         self.attention = LinearAttention(
             sizes.heads, sizes.groups, sizes.states, sizes.head_dim, 1.0, delta=False
         )
-        self.norm = GatedNorm(self.inner, eps, sizes.groups)
+        self.norm = GatedNorm(self.inner, norm_eps(config), sizes.groups)
         self.out_proj = Linear(self.inner, hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -78,7 +80,7 @@ class Mamba2(nn.Module):
             step = step.clamp(least, most)
         decay = torch.exp(-torch.exp(self.A_log()) * step)
         fed = self._by_head(v) * step.unsqueeze(-1)
-        # D of each head as rows by head have it
+        # D once a token: rows by head are multiplied by a number a head only as rows have it
         skip = (step * 0.0 + self.D()).unsqueeze(-1)
         y = self.attention(q, k, fed.flatten(-2), decay)
         y = self._by_head(y) + self._by_head(v) * skip

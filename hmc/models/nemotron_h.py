@@ -1,6 +1,6 @@
-"""Nemotron-H and Nemotron 3: each layer is one half alone, behind a norm: Mamba 2, attention without
-rope, routed experts, or an MLP. Neither experts nor MLPs have gates, and experts may read and write
-a narrower row than the model's.
+"""Nemotron-H and Nemotron 3: each layer is one half alone, behind a norm: Mamba 2, attention
+without rope, routed experts, or an MLP. Neither experts nor MLPs have gates, and experts may read
+and write a narrower row than the model's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from hmc.blocks import MLP, Linear, Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.activations import unary
-from hmc.models.common import CausalLM, GroupedQueryAttention, MoE, check_values, check_window, hidden_norm, norm_eps
+from hmc.models.common import (
+    CausalLM,
+    GroupedQueryAttention,
+    MoE,
+    check_values,
+    check_window,
+    hidden_norm,
+)
 from hmc.models.family import LOOKS_AHEAD, Aside, Family
 from hmc.models.mamba2 import Mamba2, Sizes
 from hmc.models.routing import expert_groups, routed_experts
@@ -26,7 +33,6 @@ _KINDS = {
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Nemotron-H config.json."""
-    check_values(config, mamba_hidden_act="silu")
     kinds = layer_kinds(config)
     return CausalLM(config, lambda index: Layer(config, kinds[index]))
 
@@ -62,8 +68,8 @@ class Layer(nn.Module):
 
 
 class LatentMoE(MoE):
-    """Experts between two projections, where the configuration has `moe_latent_size`: the shared one
-    and the router read what comes before the first.
+    """Experts between two projections, where the configuration has `moe_latent_size`: the shared
+    one and the router read what comes before the first.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -110,7 +116,7 @@ def _mamba(config: ModelConfig) -> nn.Module:
     return Mamba2(
         config,
         Sizes.of(config, *keys),
-        norm_eps(config),
+        act=unary(config, key="mamba_hidden_act"),
         bias=config.get_bool("use_bias", False),
         conv_bias=config.get_bool("use_conv_bias", True),
     )

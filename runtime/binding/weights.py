@@ -48,8 +48,7 @@ class Packed:
 
     @staticmethod
     def of_experts(store: WeightStore, layer: int, experts: Iterable[int]) -> Packed:
-        """Experts of a layer, in this order; of each its matrices, scales after each, and biases.
-        """
+        """Experts of a layer, in this order; of each matrices, scales after each, and biases."""
         packed = Packed()
         packed._experts = tuple(experts)
         columns = {

@@ -170,9 +170,7 @@ def test_biases_and_weights_on_the_input(jit: Jit, isa: str, biased: bool) -> No
     ("isa", "weight", "inner"), dealt(TIERS, FORMATS, [(45,), (130,), (16,), (3,)])
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_without_a_gate(
-    jit: Jit, isa: str, weight: WeightFormat, inner: int, biased: bool
-) -> None:
+def test_without_a_gate(jit: Jit, isa: str, weight: WeightFormat, inner: int, biased: bool) -> None:
     """No such matrix is read; any number of workers gives the same bits."""
     need(isa)
     rng = np.random.default_rng(inner)

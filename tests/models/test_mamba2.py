@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parity import errors, tiny_plan
+from played import executor
 from reference import load_model, run
+from split_plans import DUAL, split_plan
 from tiny_models import oracle, prompt, write
 
+import hmc
 from hmc.checkpoint.config import ModelConfig, load_config
 from hmc.errors import ConfigError, UnsupportedError
 from hmc.models import load
@@ -46,6 +50,24 @@ def test_variants(name: str, tmp_path: Path) -> None:
     assert np.abs(blocks - exact).max() < 2e-4 * np.abs(exact).max()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_two_lanes_of_layers_of_one_half(gpus: int, tiny: Callable[..., Path]) -> None:
+    """Two sequences that two lanes decode have the logits of each alone."""
+    directory = tiny("nemotron_h")
+    prompts = [prompt(9), prompt(14)]
+    with hmc.Engine(tiny_plan(directory), threads=2) as engine:
+        expected = [engine.decode_logits(ids)[-1] for ids in prompts]
+    plan = split_plan(directory, gpus=gpus, switches=True)
+    with executor(plan, directory) as found:
+        sequences = [found.open() for _ in prompts]
+        for sequence, ids in zip(sequences, prompts, strict=True):
+            assert list(found.prefill(sequence, np.array(ids[:-1], np.int32)))
+        rows = found.decode(sequences, np.array([ids[-1] for ids in prompts], np.int32))
+        assert found.calls[DUAL] == 1
+        assert np.median(errors(np.stack(rows), np.stack(expected))) < 0.03
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
@@ -57,7 +79,7 @@ def test_variants(name: str, tmp_path: Path) -> None:
         ("nemotron_h", {"hybrid_override_pattern": "MEX*-MEM"}, "hybrid_override_pattern"),
         ("nemotron_h", {"hybrid_override_pattern": "ME*"}, "hybrid_override_pattern"),
         ("nemotron_h", {"mlp_hidden_act": "mish"}, "mlp_hidden_act"),
-        ("nemotron_h", {"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
+        ("nemotron_h", {"mamba_hidden_act": "mish"}, "mamba_hidden_act"),
         ("nemotron_h", {"sliding_window": 64}, "sliding_window"),
         ("granitemoehybrid", {"mamba_d_head": 47}, "mamba_d_head"),
         ("granitemoehybrid", {"layer_types": ["mamba"]}, "layer_types"),

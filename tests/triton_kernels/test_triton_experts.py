@@ -126,9 +126,7 @@ def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "act", ["silu(gate * weight) * (up * weight)", SWIGLU, "square(relu(up))"]
-)
+@pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU, "square(relu(up))"])
 @pytest.mark.parametrize("tokens", [3, 21])
 def test_biases_and_weights_on_the_input(
     tokens: int, act: str, bias: torch.dtype | None, work: Workspace

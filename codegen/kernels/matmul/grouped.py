@@ -1,10 +1,11 @@
 """`grouped_gate_up` and `grouped_down`: routed experts on many tokens, which come sorted by expert.
 
 Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and
-product happen where the sums are; without a gate it is two vectors of up's rows. Workers share (expert, panel) in one line, by tokens. Down: each
-worker owns a slice of output rows for all experts and adds `routing * result` to y in ascending
-expert order: no second pass, no atomics, and the same sums for any number of workers. Slots that
-`sort_experts` left out (experts computed elsewhere) add nothing.
+product happen where the sums are; without a gate it is two vectors of up's rows. Workers share
+(expert, panel) in one line, by tokens. Down: each worker owns a slice of output rows for all
+experts and adds `routing * result` to y in ascending expert order: no second pass, no atomics, and
+the same sums for any number of workers. Slots that `sort_experts` left out (experts computed
+elsewhere) add nothing.
 """
 
 from __future__ import annotations
