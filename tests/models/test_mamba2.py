@@ -19,8 +19,9 @@ from tiny_models import oracle, prompt, write
 
 import hmc
 from hmc.checkpoint.config import ModelConfig, load_config
-from hmc.errors import ConfigError, UnsupportedError
+from hmc.errors import ConfigError, UnsupportedError, VerifyError
 from hmc.models import load
+from hmc.plan import verify_plan
 
 KINDS = ["mamba", "moe", "attention", "mlp", "mamba", "moe"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,6 +49,25 @@ def test_variants(name: str, tmp_path: Path) -> None:
     exact = oracle(directory, torch.float32)
     blocks = run(load_model(directory).module, prompt()).numpy()
     assert np.abs(blocks - exact).max() < 2e-4 * np.abs(exact).max()
+
+
+def test_a_plan_says_whether_experts_have_gates(tiny: Callable[..., Path]) -> None:
+    plan = tiny_plan(tiny("nemotron_h"))
+    assert {each.role for each in plan.experts} == {"up", "down"}
+    phase = plan.phase("decode")
+    at = next(n for n, step in enumerate(phase.steps) if step.op == "experts")
+    gated = {**phase.steps[at].attrs, "act": "silu(gate) * up"}
+    steps = list(phase.steps)
+    steps[at] = steps[at].model_copy(update={"attrs": gated})
+    others = [each for each in plan.phases if each.name != "decode"]
+    wrong = plan.model_copy(
+        update={"phases": (*others, phase.model_copy(update={"steps": tuple(steps)}))}
+    )
+    with pytest.raises(VerifyError, match="its layer has no gate"):
+        verify_plan(wrong)
+    half = tuple(each for each in plan.experts if each.role == "up")
+    with pytest.raises(VerifyError, match="experts are not as many"):
+        verify_plan(plan.model_copy(update={"experts": half}))
 
 
 @pytest.mark.slow
