@@ -44,7 +44,8 @@ MAX_DEPTH, MAX_SIZE = 32, 128
 """Bounds of a tree: operations one inside the other, and nodes."""
 
 GATED: Final = ("gate", "up")
-"""Operands of a gated MLP's activation: the two products, with their biases."""
+"""Operands of an MLP's activation: the two products, with their biases; of one without a gate the
+second alone."""
 WEIGHT: Final = "weight"
 ROUTED: Final = (*GATED, WEIGHT)
 """Those of routed experts': also the weight of the expert for the token, where an expert's input is
@@ -160,6 +161,13 @@ def weighs(text: str) -> bool:
     as it is.
     """
     return WEIGHT in activation(text, ROUTED).leaves
+
+
+def has_gate(text: str) -> bool:
+    """Whether the activation of experts reads the product of gate: MLPs where it does not have no
+    such matrix, and up alone is activated.
+    """
+    return GATED[0] in activation(text, ROUTED).leaves
 
 
 def leaf(name: str) -> Expr:

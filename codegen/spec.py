@@ -151,7 +151,8 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "x* x_stride gate* gate_scale* up* up_scale* y* y_stride rows tokens gate_bias* up_bias*"
     ),
     # Routed experts, first half, for every (token, slot): act[t * top_k + j, n], bf16, UNweighted.
-    # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses.
+    # table: i64 [experts, 6] = gate, gate_scale, up, up_scale, down, down_scale addresses; gate is
+    # read where `expr` names it.
     # ids i32 [tokens, top_k], negative: not computed here, its row of `act` is left as it was;
     # params: k (hidden), n (intermediate), top_k, experts, tokens, biased (unset: 0; else gate_bias
     # and up_bias are f32 [experts, n]); expr as of gate_up, also of weight = routing f32 [tokens,

@@ -150,7 +150,7 @@ def begin(checkpoint: Checkpoint, machine: Machine, options: Options) -> Base:
 def _cut(checkpoint: Checkpoint, layers: int) -> Checkpoint:
     """The same model with its first `layers` layers alone."""
     config = checkpoint.config
-    depth = config.text.require_int("num_hidden_layers")
+    depth = config.text.depth
     if layers > depth:
         raise UsageError(f"--layers {layers}: the model has {depth}")
     return replace(checkpoint, config=config.with_text(num_hidden_layers=layers))

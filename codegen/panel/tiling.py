@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from hmc.codegen.expr import has_gate
 from hmc.codegen.formats.forms import micro_of
 from hmc.codegen.formats.micro import MicroKernel
 from hmc.codegen.formats.order import has_order
@@ -59,7 +60,8 @@ class Form:
     @property
     def copies(self) -> int:
         """Packed copies of the tokens."""
-        return VECTORS if self.ordered and self.spec.op in _SIDE_BY_SIDE else 1
+        beside = self.spec.op in _SIDE_BY_SIDE and has_gate(self.spec.expr)
+        return VECTORS if self.ordered and beside else 1
 
     @property
     def lanes(self) -> int:

@@ -1,8 +1,9 @@
 """Kernels of routed experts: all experts of a step in one launch, found on the device.
 
 `slots` (token * top_k + rank) are sorted by expert, ascending within each. The experts of a step
-are `ids` [experts], `table` i64 [experts, planes of gate, up and down] their planes' addresses.
-With BIAS, of float32, float16 or bfloat16, those of its gate, up and down follow.
+are `ids` [experts], `table` i64 [experts, planes of gate, up and down] their planes' addresses,
+without GATED of up and down alone. With BIAS, of float32, float16 or bfloat16, those of the same
+matrices' biases follow.
 Where the slots of a range of tokens begin and end for each expert of the model is told by `begins`
 and `ends`: `edges` and what follows its first element for all tokens, rows of `bounds` for a part.
 
@@ -75,13 +76,14 @@ def bias_at(table, row, rows, BIAS: tl.constexpr):
 def experts_act(x, height, slots, routing, ids, begins, ends, table, values, act, first_slot,
                 experts, top_k, rows, columns, stride, ROWS: tl.constexpr, TOKENS: tl.constexpr,
                 DEPTH: tl.constexpr, REPEAT: tl.constexpr, EXPERTS: tl.constexpr,
-                WIDTH: tl.constexpr, BIAS: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
+                WIDTH: tl.constexpr, BIAS: tl.constexpr, WEIGHED: tl.constexpr,
+                GATED: tl.constexpr):  # fmt: skip
     """act bf16 [slots of the range, rows] = the activation of x gate^T and x up^T of the slots'
     experts, for those of the step; WEIGHED: also of the slots' `routing`.
 
     Programs: tiles of slots (those beyond the last one do nothing), tiles of rows. x are the
-    `height` tokens of the range. `WIDTH` i64 of `table` are an expert's, from gate on (below: from
-    down on); `values` f32 are those of codes.
+    `height` tokens of the range. `WIDTH` i64 of `table` are an expert's, from its first matrix on
+    (below: from down on); `values` f32 are those of codes.
     """
     low, high, last = tiles(ids, begins, ends, experts, TOKENS, EXPERTS)
     tile = tl.program_id(0)
@@ -92,16 +94,19 @@ def experts_act(x, height, slots, routing, ids, begins, ends, table, values, act
     live = place < end
     slot = tl.load(slots + place, live, 0).to(tl.int64)
     own = table + expert * WIDTH
-    gate = planes_at(own, values)
-    up = planes_at(own + (1 + len(SCALES)), values)
+    up = planes_at(own + GATED * (1 + len(SCALES)), values)
     first = tl.program_id(1) * ROWS
-    one, two = sums(x, height, (slot - first_slot) // top_k, live, gate, up, first, rows, 0,
-                    columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, True)  # fmt: skip
+    one, two = sums(x, height, (slot - first_slot) // top_k, live, planes_at(own, values), up,
+                    first, rows, 0, columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT,
+                    GATED)  # fmt: skip
+    if not GATED:
+        two = one
     row = first + tl.arange(0, ROWS)
     if BIAS != "":
-        biases = own + (WIDTH - 3)
-        one += bias_at(biases, row, rows, BIAS)
-        two += bias_at(biases + 1, row, rows, BIAS)
+        last_bias = own + (WIDTH - 1)
+        two += bias_at(last_bias - 1, row, rows, BIAS)
+        if GATED:
+            one += bias_at(last_bias - 2, row, rows, BIAS)
     weight = one
     if WEIGHED:
         weight = tl.load(routing + slot, live, 0.0)[None, :]
@@ -111,11 +116,11 @@ def experts_act(x, height, slots, routing, ids, begins, ends, table, values, act
 
 
 def weighed(found, table, routing, slot, live, row, rows, BIAS: tl.constexpr,
-            WEIGHED: tl.constexpr):  # fmt: skip
+            WEIGHED: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """Products with down of one expert, whose planes are at `table` from down on, plus its bias, by
     the weights of slots that are `live`; of others 0."""
     if BIAS != "":
-        found += bias_at(table + (3 + len(SCALES)), row, rows, BIAS)
+        found += bias_at(table + (2 + GATED + len(SCALES)), row, rows, BIAS)
     if WEIGHED:
         found = tl.where(live[None, :], found, 0.0)
     else:
@@ -127,7 +132,7 @@ def experts_down(act, height, slots, routing, ids, begins, ends, table, values, 
                  all_experts, experts, top_k, rows, columns, stride, ROWS: tl.constexpr,
                  TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
                  EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-                 WEIGHED: tl.constexpr):  # fmt: skip
+                 WEIGHED: tl.constexpr, GATED: tl.constexpr):  # fmt: skip
     """y f32 [tokens, rows] += routing[slot] * act[slot] down^T, for the experts of the step in
     their order; WEIGHED: of rows that have been weighed.
 
@@ -146,7 +151,7 @@ def experts_down(act, height, slots, routing, ids, begins, ends, table, values, 
         found, _ = sums(act, height, slot - first_slot, live, down, down, first, rows, 0,
                         columns, columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
         found = weighed(
-            found, table + expert * WIDTH, routing, slot, live, row, rows, BIAS, WEIGHED
+            found, table + expert * WIDTH, routing, slot, live, row, rows, BIAS, WEIGHED, GATED
         )
         to = y + (slot // top_k)[None, :] * rows + row[:, None]
         inside = live[None, :] & (row < rows)[:, None]
@@ -158,7 +163,7 @@ def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, p
                      tokens, experts, top_k, rows, columns, stride, parts, ROWS: tl.constexpr,
                      TOKENS: tl.constexpr, DEPTH: tl.constexpr, REPEAT: tl.constexpr,
                      EXPERTS: tl.constexpr, WIDTH: tl.constexpr, BIAS: tl.constexpr,
-                     WEIGHED: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+                     WEIGHED: tl.constexpr, GATED: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
     """As `experts_down`, for at most TOKENS tokens: y [tokens, rows], without ADDS not read, is
     made in registers, a column of the tile for each token.
 
@@ -181,7 +186,7 @@ def experts_down_few(act, slots, routing, ids, begins, ends, table, values, y, p
         found, _ = sums(act, 0, slot.to(tl.int64), live, down, down, first, rows, 0, columns,
                         columns, stride, ROWS, TOKENS, DEPTH, REPEAT, False)  # fmt: skip
         planes = table + expert * WIDTH
-        one += weighed(found, planes, routing, slot, live, row, rows, BIAS, WEIGHED)
+        one += weighed(found, planes, routing, slot, live, row, rows, BIAS, WEIGHED, GATED)
     mine, one, _ = joined(one, one, partials, counters, tl.program_id(0), tl.program_id(1), parts,
                           ROWS, TOKENS, False)  # fmt: skip
     inside = ((column < tokens) & mine)[None, :] & (row < rows)[:, None]

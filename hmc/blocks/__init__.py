@@ -11,6 +11,7 @@ from hmc.blocks.attention import MLA, Attention, Growth, Rotary
 from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
 from hmc.blocks.block_sparse import IndexBlocks, SparseAttention
 from hmc.blocks.dense import (
+    MLP,
     AddNorm,
     Embedding,
     GatedMLP,
@@ -25,6 +26,7 @@ from hmc.blocks.sparse import Index, SparseMLA
 
 __all__ = [
     "MLA",
+    "MLP",
     "AddNorm",
     "Attention",
     "Block",

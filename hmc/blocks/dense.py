@@ -121,6 +121,23 @@ class GatedMLP(nn.Module):
         return self.down_proj(hidden)  # type: ignore[no-any-return]
 
 
+class MLP(nn.Module):
+    """down(act(up(x))): an MLP without a gate, whose `act` is an expression of `up`; a `bias` on
+    both matrices or on none.
+    """
+
+    def __init__(self, hidden: int, intermediate: int, act: str, *, bias: bool = False) -> None:
+        super().__init__()
+        self.act = act
+        self.up_proj = Linear(hidden, intermediate, bias=bias)
+        self.down_proj = Linear(intermediate, hidden, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        hidden = evaluate(parse(self.act), {"up": up}.__getitem__, TORCH, float)
+        return self.down_proj(hidden)  # type: ignore[no-any-return]
+
+
 class GateUp(Block):
     """Two linears of the same input and an activation `act`, an expression of `gate` and `up`, as
     one node; stands where the fuse pass found them.

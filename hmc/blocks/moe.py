@@ -14,7 +14,7 @@ from torch.nn import functional
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.blocks.pointwise import activated
 from hmc.checkpoint.views import View
-from hmc.codegen.expr import SWIGLU, weighs
+from hmc.codegen.expr import SWIGLU, has_gate, weighs
 from hmc.graph import Attr, WeightSpec, attrs
 from hmc.ops.routing import EPS
 
@@ -123,13 +123,14 @@ class Route(Block):
 class Experts(Block):
     """Gated MLPs of the chosen experts, summed with their routing weights: x [T, hidden], routing
     -> [T, hidden]; `act` is the expression of `gate` and `up` between their matmuls (without one it
-    is SwiGLU, or what the model has). Where it has the token's `weight` for the expert in it (Llama
-    4 weighs what an expert reads), results are summed as they are.
+    is SwiGLU, or what the model has). One of `up` alone is that of experts without a gate, which
+    have no such matrix. Where it has the token's `weight` for the expert in it (Llama 4 weighs what
+    an expert reads), results are summed as they are.
 
     The parameters are stacked, gate and up [experts, intermediate, hidden], down [experts, hidden,
     intermediate]; the checkpoint holds one tensor an expert, `<path>.<e>.<name>.weight` with the
     three `names`, or for each role `<path>.<tensor>` of `stacked` with all of them. With `bias` all
-    three have one, gate_bias, up_bias and down_bias; one an expert is at `<name>.bias`.
+    have one, gate_bias, up_bias and down_bias; one an expert is at `<name>.bias`.
     """
 
     kind = "experts"
@@ -151,20 +152,21 @@ class Experts(Block):
         self.experts, self.intermediate, self.top_k = experts, intermediate, top_k
         self.names, self.act = names, act
         self.width = hidden
-        self.gate = parameter(experts, intermediate, hidden)
+        gated = has_gate(self._act)
+        self.gate = parameter(experts, intermediate, hidden) if gated else None
         self.up = parameter(experts, intermediate, hidden)
         self.down = parameter(experts, hidden, intermediate)
-        self.gate_bias = parameter(experts, intermediate) if bias else None
+        self.gate_bias = parameter(experts, intermediate) if bias and gated else None
         self.up_bias = parameter(experts, intermediate) if bias else None
         self.down_bias = parameter(experts, hidden) if bias else None
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         into, back = (self.intermediate, self.width), (self.width, self.intermediate)
         found = []
-        for end in ("", "_bias") if self.gate_bias is not None else ("",):
-            for role, name, shape in zip(
-                ("gate", "up", "down"), self.names, (into, into, back), strict=True
-            ):
+        parts = zip(("gate", "up", "down"), self.names, (into, into, back), strict=True)
+        held = [part for part in parts if getattr(self, part[0]) is not None]
+        for end in ("", "_bias") if self.up_bias is not None else ("",):
+            for role, name, shape in held:
                 own = f"{{e}}.{name}.{'bias' if end else 'weight'}"
                 tensor, view = self.stacked.get(role + end, (own, None))
                 found.append(
@@ -190,8 +192,8 @@ class Experts(Block):
             token, slot = torch.where(ids == expert)
             rows = x[token]
             share = weights[token, slot, None]
-            gate, up = (self._product(rows, role, expert) for role in ("gate", "up"))
-            hidden = activated(self._act, gate, up, share)
+            gate = None if self.gate is None else self._product(rows, "gate", expert)
+            hidden = activated(self._act, gate, self._product(rows, "up", expert), share)
             result = self._product(hidden, "down", expert)
             total.index_add_(0, token, result if weighs(self._act) else result * share)
         return total

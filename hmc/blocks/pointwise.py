@@ -60,11 +60,12 @@ TORCH: Final[Mapping[str, Callable[..., Any]]] = {
 """What operations mean; constants are plain numbers, so that nothing is copied to a device."""
 
 
-def activated(text: str, gate: Tensor, up: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The activation of a gated MLP, element by element, in the operands' dtype; of experts also
-    with a token's `weight` [T, 1].
+def activated(text: str, gate: Tensor | None, up: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The activation of an MLP, with a gate or without, element by element, in the operands' dtype;
+    of experts also with a token's `weight` [T, 1].
     """
-    operands = {"gate": gate, "up": up} | ({} if weight is None else {WEIGHT: weight})
+    given = {"gate": gate, "up": up, WEIGHT: weight}
+    operands = {name: each for name, each in given.items() if each is not None}
     result: Tensor = evaluate(parse(text), operands.__getitem__, TORCH, float)
     return result
 

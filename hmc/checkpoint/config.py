@@ -65,6 +65,16 @@ class ModelConfig:
 
         return float(self._get(key, default, finite, "a finite number"))
 
+    def get_floats(self, key: str) -> tuple[float, ...]:
+        """A list of numbers, which may be infinite; () if absent."""
+
+        def right(value: Any) -> bool:
+            items = value if type(value) is list else [value]
+            return all(type(item) in (int, float) and item == item for item in items)
+
+        found = self._get(key, (), right, "a list of numbers")
+        return tuple(map(float, found)) if type(found) in (list, tuple) else (float(found),)
+
     def get_bool(self, key: str, default: bool) -> bool:
         """True or false."""
         right: bool = self._get(key, default, lambda found: type(found) is bool, "true or false")
@@ -96,6 +106,15 @@ class ModelConfig:
             return type(value) is list and all(type(item) is str for item in value)
 
         return tuple(self._get(key, (), right, "a list of strings"))
+
+    @property
+    def depth(self) -> int:
+        """Layers: `num_hidden_layers`, or where that is absent as many as `layers_block_type`
+        names.
+        """
+        if "num_hidden_layers" not in self and (kinds := self.get_strs("layers_block_type")):
+            return len(kinds)
+        return self.require_int("num_hidden_layers", minimum=1)
 
     @property
     def text(self) -> ModelConfig:

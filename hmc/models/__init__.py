@@ -126,7 +126,7 @@ def _info(row: Family, config: ModelConfig, module: nn.Module, limit: Limit | No
         family=row.model_type,
         architecture=names[0] if names else row.model_type,
         hidden=config.require_int("hidden_size"),
-        layers=config.require_int("num_hidden_layers"),
+        layers=config.depth,
         vocab=config.require_int("vocab_size"),
         experts=routed.experts if routed else 0,
         top_k=top_k,

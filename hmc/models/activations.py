@@ -1,4 +1,4 @@
-"""Activations of gated MLPs as configurations name them: expressions of `gate` and `up`."""
+"""Activations of MLPs as configurations name them: expressions of `gate` and `up`."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def activation(config: ModelConfig) -> str:
     return gated(ACTIVATIONS[name])
 
 
-def unary(config: ModelConfig) -> str:
-    """What `hidden_act` makes of one operand x, as an expression of it; `UnsupportedError` as
-    `activation`.
+def unary(config: ModelConfig, operand: str = "x", key: str = "hidden_act") -> str:
+    """What `key` makes of one operand, as an expression of it: activations without a gate, which
+    read up alone. `UnsupportedError` as `activation`.
     """
-    name = config.get_str("hidden_act", "silu")
+    name = config.get_str(key, "silu")
     if name not in ACTIVATIONS:
-        raise config.unsupported("hidden_act", f"one of {', '.join(ACTIVATIONS)}")
-    return str(substitute(parse(ACTIVATIONS[name]), {"gate": leaf("x")}))
+        raise config.unsupported(key, f"one of {', '.join(ACTIVATIONS)}")
+    return str(substitute(parse(ACTIVATIONS[name]), {"gate": leaf(operand)}))
 
 
 def gated(of_gate: str, *, limit: float = 0.0, after: bool = False, plus: float = 0.0) -> str:

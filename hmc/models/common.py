@@ -81,7 +81,7 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_scale = embed_scale
-        depth = config.require_int("num_hidden_layers", minimum=1)
+        depth = config.depth
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(_placed(layer(index), index) for index in range(depth))
         self.norm = place(norm, -1, "head")
@@ -314,7 +314,10 @@ def hidden_norm(config: ModelConfig) -> RMSNorm:
 
 def norm_eps(config: ModelConfig) -> float:
     """Epsilon of the hidden-state norms."""
-    keys = ("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_eps")
+    keys = (
+        *("rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "layer_norm_epsilon"),
+        "norm_eps",
+    )
     return config.require_float(next((key for key in keys if key in config), keys[0]))
 
 

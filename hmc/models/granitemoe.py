@@ -5,6 +5,8 @@ scaled. GraniteMoeShared: the same, with an MLP for all tokens beside the expert
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from hmc.blocks import GatedMLP, Linear, Route, Scoring
@@ -36,12 +38,26 @@ def build_shared(config: ModelConfig) -> nn.Module:
 def _model(config: ModelConfig, shared: int) -> nn.Module:
     """`shared` is the width of the MLP for all tokens."""
     angles = rope(config, attention_heads(config)[2])
+    return scaled_model(
+        config, lambda index: ScaledLayer(config, attention(config, angles), routed(config, shared))
+    )
+
+
+def scaled_model(config: ModelConfig, layer: Callable[[int], nn.Module]) -> nn.Module:
+    """Layers between scaled embeddings and scaled logits."""
     return CausalLM(
         config,
-        lambda index: ScaledLayer(config, angles, shared),
+        layer,
         embed_scale=config.get_float("embedding_multiplier", 1.0),
         logit_scale=1.0 / _scale(config, "logits_scaling"),
     )
+
+
+def attention(config: ModelConfig, angles: Rope | None) -> nn.Module:
+    """Attention whose scores are scaled; without `angles` it knows no positions."""
+    bias = config.get_bool("attention_bias", False)
+    scale = _scale(config, "attention_multiplier")
+    return GroupedQueryAttention(config, angles, bias=bias, out_bias=bias, scale=scale)
 
 
 def _scale(config: ModelConfig, key: str) -> float:
@@ -54,11 +70,8 @@ def _scale(config: ModelConfig, key: str) -> float:
 class ScaledLayer(DecoderLayer):
     """What each half adds is multiplied by `residual_multiplier`."""
 
-    def __init__(self, config: ModelConfig, angles: Rope, shared: int) -> None:
-        bias = config.get_bool("attention_bias", False)
-        scale = _scale(config, "attention_multiplier")
-        attention = GroupedQueryAttention(config, angles, bias=bias, out_bias=bias, scale=scale)
-        super().__init__(config, attention, _routed(config, shared))
+    def __init__(self, config: ModelConfig, attention: nn.Module, mlp: nn.Module) -> None:
+        super().__init__(config, attention, mlp)
         self.share = config.get_float("residual_multiplier", 1.0)
 
     def forward(self, h: Tensor, positions: Tensor) -> Tensor:
@@ -78,7 +91,8 @@ class SharedMLP(GatedMLP):
         )
 
 
-def _routed(config: ModelConfig, shared: int) -> MoE:
+def routed(config: ModelConfig, shared: int) -> MoE:
+    """The routed MLP of a layer, and the one of width `shared` for all tokens beside it, if any."""
     experts, top_k = routed_experts(config, "num_local_experts")
     hidden = config.require_int("hidden_size")
     width = config.require_int("intermediate_size", minimum=1)

@@ -1,4 +1,4 @@
-"""Matmuls: one matrix, gate and up of a gated MLP, the routed experts.
+"""Matmuls: one matrix, gate and up of a gated MLP, the routed experts, with a gate or without.
 
 Decode kernels take up to 16 tokens and read every weight once; those of prefill take any number, in
 tiles.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from hmc.codegen.expr import GATED, ROUTED, activation
+from hmc.codegen.expr import GATED, ROUTED, activation, has_gate
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError, UnsupportedError, VerifyError
 from hmc.ops.row import Attrs, Load, Op, Role, Use, WeightRole, Weights, Work, attr, picked, spec
@@ -51,11 +51,11 @@ def _gate_up(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]
 
 
 def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    stored, down = weights["gate"], weights["down"]
-    if weights["up"] != stored:
+    stored, down = weights["up"], weights["down"]
+    if weights.get("gate", stored) != stored:
         raise UnsupportedError("gate and up of the experts differ in format")
     sizes = picked(attrs, "experts", "top_k")
-    sizes |= _biased(weights, "gate_bias", "up_bias", "down_bias")
+    sizes |= _biased(weights, *(f"{role}_bias" for role in _MATRICES if role in weights))
     into = {"k": int(attrs["k"]), "n": int(attrs["n"]), **sizes, **stored.sizes}
     back = {"k": int(attrs["n"]), "n": int(attrs["k"]), **sizes, **down.sizes}
     names = ("grouped_gate_up", "grouped_down") if use.many else ("experts_gate_up", "experts_down")
@@ -64,6 +64,14 @@ def _experts(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]
         spec(names[0], use, into | few, stored.format, "bf16", str(attrs["act"])),
         spec(names[1], use, back | few, down.format, "f32"),
     )
+
+
+_MATRICES = ("gate", "up", "down")
+
+
+def _read(attrs: Attrs) -> tuple[str, ...]:
+    """What experts read beside weights that they have anyway: without a gate no such matrix."""
+    return ("x", "ids", "routing", *(["gate"] if has_gate(str(attrs["act"])) else []))
 
 
 def distinct_experts(experts: int, top_k: int, tokens: float, here: int | None = None) -> float:
@@ -161,7 +169,7 @@ OPS: Final = (
         ),
         outputs=(Role("y", "f32", attr("k")),),
         weights=(
-            WeightRole("gate", _matrix, expert=True, matmul=True),
+            WeightRole("gate", _matrix, optional=True, expert=True, matmul=True),
             WeightRole("up", _matrix, expert=True, matmul=True),
             WeightRole("down", _back, expert=True, matmul=True),
             _bias("gate_bias", "n", expert=True),
@@ -174,6 +182,7 @@ OPS: Final = (
             int(attrs["top_k"]) <= int(attrs["experts"]) and _activated(attrs, ROUTED)
         ),
         kernels=_experts,
+        named=_read,
         work=_experts_work,
         launches=_experts_launches,
         triton=True,

@@ -23,7 +23,7 @@ from hmc.ranges import expert_ranges
 
 SCHEMA_VERSION = 3
 ExpertRole = Literal["gate", "up", "down", "gate_bias", "up_bias", "down_bias"]
-"""What each expert has of its own; biases all or none."""
+"""What each expert has of its own: a gate or none, biases of all matrices or of none."""
 EXTERNAL = -1
 """Offset of buffers that the engine owns: ids, positions, rows and logits."""
 

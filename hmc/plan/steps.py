@@ -82,11 +82,15 @@ class StepChecker:
             if layer is None or step.weights != {"experts": f"layer:{step.layer}"}:
                 raise VerifyError("its weights are not the experts of its layer")
             for projection, shape in about.shapes.items():
-                found = layer.get(projection)
-                if found is None:  # a bias: all three projections are there
+                found, role = layer.get(projection), row.weight(projection)
+                assert role is not None
+                asked = not role.optional or projection in about.named
+                if role.matmul and (found is not None) != asked:
+                    has = "no" if found is None else "a"
+                    raise VerifyError(f"its layer has {has} {projection}, against its activation")
+                if found is None:
                     continue
-                role = row.weight(projection)
-                if role is not None and role.vector and format_of(found.format).scales:
+                if role.vector and format_of(found.format).scales:
                     raise VerifyError(f"{projection} of its layer is stored in {found.format}")
                 if found.shape != shape or found.count != step.attrs["experts"]:
                     raise VerifyError(

@@ -4,7 +4,8 @@ how a plan stores runs of experts.
 sizes    the planes of a weight have the bytes that its shape and format take
 places   tensors lie inside their shards, behind the header, and share no bytes, but for planes of
          all rows, which parts of one tensor share; those of a plan without shards lie nowhere
-experts  a layer has gate, up and down, each a tensor an expert, and biases of all three or of none
+experts  a layer has up and down, and gate or not, each a tensor an expert, and biases of all or of
+         none
 """
 
 from __future__ import annotations
@@ -14,14 +15,12 @@ from functools import lru_cache
 from itertools import accumulate, islice
 from math import prod
 from operator import gt
-from typing import get_args
 
 from hmc.errors import UnsupportedError, VerifyError
 from hmc.formats import WIDE, Form, format_of, forms, matrix_of, told_by_dtype
 from hmc.formats.layouts import AS_READ
 from hmc.ops import Stored
 from hmc.plan.model import (
-    ExpertRole,
     ExpertWeights,
     Plan,
     StoredPart,
@@ -104,10 +103,10 @@ def check_weights(plan: Plan) -> None:
             else:
                 places.add_picked(name, runs, absolute, form, column.pick)
     for layer, roles in layers.items():
-        whole = len(roles) in (len(_PROJECTIONS), len(get_args(ExpertRole)))
-        if not (whole and roles.keys() >= _PROJECTIONS) or (
-            len({each.count for each in roles.values()}) != 1
-        ):
+        matrices = roles.keys() & _PROJECTIONS
+        biases = {f"{role}_bias" for role in matrices}
+        whole = matrices >= {"up", "down"} and roles.keys() - matrices in (set(), biases)
+        if not whole or len({each.count for each in roles.values()}) != 1:
             raise VerifyError(f"layer {layer}: its experts are not as many of gate, up and down")
     places.check()
 

@@ -135,7 +135,7 @@ def _placed(
     assert rates is not None
     sizes, items = stored_expert_bytes(plan), []
     for each in plan.experts:
-        if each.role != "gate":
+        if each.role != "up":
             continue
         layer, size = each.layer, sizes[each.layer]
         host = cpu_expert_seconds(rates, each.format, size)

@@ -48,14 +48,12 @@ class Packed:
 
     @staticmethod
     def of_experts(store: WeightStore, layer: int, experts: Iterable[int]) -> Packed:
-        """Experts of a layer, in this order; of each gate, up and down, scales after each, and
-        biases.
-        """
+        """Experts of a layer, in this order; of each matrices, scales after each, and biases."""
         packed = Packed()
         packed._experts = tuple(experts)
         columns = {
             role: (store.experts(layer, role), store.expert_planes(layer, role))
-            for role in (*PROJECTIONS, *(BIASES if store.has_biases(layer) else ()))
+            for role in store.expert_roles(layer)
         }
         for expert in packed._experts:
             for role, (weights, planes) in columns.items():
@@ -80,7 +78,11 @@ class Packed:
         return {expert: self._expert(expert, raw) for expert in self._experts}
 
     def _expert(self, expert: int, raw: torch.Tensor) -> Expert:
-        gate, up, down = (self.matrix((expert, role), raw) for role in PROJECTIONS)
+        gate, up, down = (
+            self.matrix((expert, role), raw) if (expert, role) in self._placed else None
+            for role in PROJECTIONS
+        )
+        assert up is not None and down is not None
         biases = [(expert, role) for role in BIASES if (expert, role) in self._placed]
         return Expert(gate, up, down, tuple(self.vector(key, raw) for key in biases))
 

@@ -60,12 +60,17 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Expert:
-    """gate, up and down of a routed expert, and their biases as stored, or none."""
+    """gate (or None), up and down of a routed expert, and their biases as stored, or none."""
 
-    gate: Matrix
+    gate: Matrix | None
     up: Matrix
     down: Matrix
     biases: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def into(self) -> tuple[Matrix, ...]:
+        """The matrices whose products are activated."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
 
 
 def matmul(x: torch.Tensor, w: Matrix) -> torch.Tensor:

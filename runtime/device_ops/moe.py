@@ -145,12 +145,11 @@ def experts(bound: Bound, step: Step) -> Work:
     ) -> None:
         tokens, shares = mine // top_k, factors[mine, None]
         rows, biases = x[tokens], expert.biases or (None, None, None)
-        gate, up = (
-            _with_bias(matmul(rows, w), bias)
-            for w, bias in zip((expert.gate, expert.up), biases, strict=False)
+        *gate, up = (
+            _with_bias(matmul(rows, w), bias) for w, bias in zip(expert.into, biases, strict=False)
         )
-        hidden = activated(act, gate, up, shares).to(torch.bfloat16)
-        found = _with_bias(matmul(hidden, expert.down), biases[2])
+        hidden = activated(act, gate[0] if gate else None, up, shares).to(torch.bfloat16)
+        found = _with_bias(matmul(hidden, expert.down), biases[-1])
         # an expert has a token once, so no two rows of one block add to the same place
         into.index_add_(0, tokens, found if weighed else found.mul_(shares))
 
@@ -173,7 +172,7 @@ def _expert_row(expert: Expert, held: int) -> int:
     """Bytes that a row routed to an expert takes at most: slot, token, weight, x in bf16, the first
     product with what the second makes, or `held` products and what is made of them, or the
     activations in bf16 with what the last makes."""
-    hidden, width = expert.gate.shape
+    hidden, width = expert.up.shape
     inner = 4 * hidden + max(row_bytes(expert.up), 4 * hidden * (held - 1))
     return 8 + 8 + 4 + 2 * width + max(inner, 2 * hidden + row_bytes(expert.down))
 

@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping
 
 import numpy as np
 
-from hmc.codegen.expr import weighs
+from hmc.codegen.expr import has_gate, weighs
 from hmc.codegen.formats.weights import row_bytes
 from hmc.codegen.kernels.attention.attend import attention_scratch_bytes
 from hmc.codegen.kernels.attention.block_index import block_scratch_bytes, block_stride
@@ -280,7 +280,7 @@ def _experts(low: Lowering, step: Step) -> None:
         chosen, common["ids"] = _resident(low, step, into.isa)
     if into.op == "experts_gate_up":
         common["scratch"] = low.arena.workspace("experts", experts_scratch_bytes(back))
-        up = int(step.weight_bytes * _up_share(into, back))
+        up = int(step.weight_bytes * _up_share(into, back, 1 + has_gate(str(step.attrs["act"]))))
         first, second = (up, top_k * into["n"]), (step.weight_bytes - up, back["n"])
         reads: list[Operand | Hashable] = [x, chosen, *([routing] if weighed else [])]
         record(low, step, into, common | first_half, reads=reads, writes=["act"], shared=first)
@@ -299,10 +299,10 @@ def _experts(low: Lowering, step: Step) -> None:
     record(low, step, back, common | second_half, reads=["act", "order", routing])
 
 
-def _up_share(into: KernelSpec, back: KernelSpec) -> float:
-    """Of the bytes of experts those of gate and up."""
+def _up_share(into: KernelSpec, back: KernelSpec, matrices: int) -> float:
+    """Of the bytes of experts those of gate and up, or of up alone."""
     up, down = (spec["n"] * row_bytes(spec.weight, spec["k"]) for spec in (into, back))
-    return 2 * up / (2 * up + down)
+    return matrices * up / (matrices * up + down)
 
 
 HOST_OPS: dict[str, OpFunction] = {

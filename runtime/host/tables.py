@@ -69,7 +69,7 @@ class Tables:
         """Address of a vector of each of a layer's experts, f32 [experts, n]; 0 where there are
         none.
         """
-        if not self._store.has_biases(layer):
+        if role not in self._store.expert_roles(layer):
             return 0
         key = ("vectors", layer, role)
         if key not in self._arrays:

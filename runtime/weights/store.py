@@ -165,7 +165,11 @@ class WeightStore:
 
     def has_biases(self, layer: int) -> bool:
         """Whether a layer's experts have biases."""
-        return (layer, BIASES[0]) in self._experts
+        return (layer, BIASES[-1]) in self._experts
+
+    def expert_roles(self, layer: int) -> list[ExpertRole]:
+        """What each of a layer's experts has, matrices before biases."""
+        return [role for role in (*PROJECTIONS, *BIASES) if (layer, role) in self._experts]
 
     def experts(self, layer: int, role: ExpertRole) -> ExpertWeights:
         """What the plan says of a projection of a layer's experts."""
@@ -178,11 +182,14 @@ class WeightStore:
 
     def expert_table(self, layer: int) -> npt.NDArray[np.int64]:
         """Addresses i64 [experts, 6]: gate, gate scale, up, up scale, down, down scale; scales as
-        `scale_address` has them.
+        `scale_address` has them, 0 for a gate that there is not.
         """
-        count = self._experts[layer, "gate"].count
+        count = self._experts[layer, "up"].count
         columns: list[Addresses] = []
         for role in PROJECTIONS:
+            if (layer, role) not in self._experts:
+                columns += [np.zeros(count, np.int64)] * 2
+                continue
             codes, *planes = self.expert_planes(layer, role)
             columns += [codes, self._beside((layer, role), count, planes)]
         return np.stack(columns, axis=1)

@@ -165,6 +165,43 @@ def test_biases_and_weights_on_the_input(jit: Jit, isa: str, biased: bool) -> No
     assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
 
 
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("isa", "weight", "inner"), dealt(TIERS, FORMATS, [(45,), (130,), (16,), (3,)])
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_without_a_gate(jit: Jit, isa: str, weight: WeightFormat, inner: int, biased: bool) -> None:
+    """No such matrix is read; any number of workers gives the same bits."""
+    need(isa)
+    rng = np.random.default_rng(inner)
+    hidden, tokens, act = 160, 21, "square(relu(up))"
+    inner = inner if weight in ("bf16", "fp8") else 64
+    shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+    experts = [tuple(stored(rng, weight, *shape, 32) for shape in shapes) for _ in range(EXPERTS)]
+    biases = [None, *(rng.standard_normal((EXPERTS, n)).astype(np.float32) for n, _ in shapes[1:])]
+    given = biases if biased else [None] * 3
+    more = {"biased": 1} if biased else {}
+    pair = specs(isa, weight, hidden, inner, {"tokens": 5}, act, **more)
+    ids, slots, offsets = route(rng, tokens)
+    routing = rng.uniform(0.1, 1, ids.shape).astype(np.float32)
+    x = activations(rng, tokens, hidden, hidden)
+    table = table_of(experts)  # type: ignore[arg-type]
+    table[:, :2] = 0
+    found, y = both(jit, pair, x, routing, slots, offsets, table, 1, given)
+    values = [[three[part].values for three in experts] for part in range(3)]
+    added = [np.zeros((EXPERTS, inner)), given[1]] if given[1] is not None else []
+    exact_x = as_packed(pair[0], from_bf16(x))
+    want = experts_gate_up(exact_x, ids, values[0], values[1], act, added, routing)
+    error = np.abs(from_bf16(found) - want)
+    assert (error <= np.abs(want) * 2.0**-8 + 1e-3 * np.abs(want).max()).all()
+    seen, shares = as_packed(pair[1], from_bf16(found)), routing.astype(np.float64)
+    down = experts_down(seen, ids, shares, values[2], given[2])
+    assert np.abs(y - down).max() <= 1e-5 * np.abs(down).max()
+    for workers in (2, 5):
+        again = both(jit, pair, x, routing, slots, offsets, table, workers, given)
+        assert all(np.array_equal(*two) for two in zip(again, (found, y), strict=True))
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
 def test_any_number_of_workers_gives_the_same_bits(jit: Jit, isa: str) -> None:

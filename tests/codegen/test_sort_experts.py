@@ -16,7 +16,7 @@ from hmc.codegen.spec import KernelSpec
 
 
 @pytest.mark.parametrize("isa", TIERS)
-@pytest.mark.parametrize(("experts", "top_k"), [(20, 3), (128, 8), (7, 1)])
+@pytest.mark.parametrize(("experts", "top_k"), [(20, 3), (128, 8), (7, 1), (512, 22)])
 def test_against_numpy(jit: Jit, isa: str, experts: int, top_k: int) -> None:
     need(isa)
     rng = np.random.default_rng(experts)

@@ -55,8 +55,8 @@ class Ungated(nn.Module):
 
 
 def mlp(index: int) -> Mlp:
-    """gpt-oss; Llama 4 with a biased MLP beside; DeepSeek-V2's groups with scales of experts and an
-    MLP without a gate; SparseMixer."""
+    """gpt-oss; Llama 4 with a biased MLP beside; DeepSeek-V2's groups with scales of experts, which
+    have no gates, as the MLP beside has none; SparseMixer."""
     names = ("gate_proj", "up_proj", "down_proj")
     if index == 0:
         route = Route(EXPERTS, 3, Scoring.SOFTMAX_CHOSEN, normalise=False)
@@ -72,7 +72,8 @@ def mlp(index: int) -> Mlp:
             EXPERTS, 3, Scoring.SOFTMAX_ALL, normalise=True, groups=4, top_groups=2, group_best=1,
             eps=0.1, factor=1.5, scale_name="router.per_expert_scale",
         )  # fmt: skip
-        return Mlp(route, Experts(EXPERTS, HIDDEN, INNER, 3), Ungated(), False)
+        experts = Experts(EXPERTS, HIDDEN, INNER, 3, names, "square(relu(up))")
+        return Mlp(route, experts, Ungated(), False)
     route = Route(EXPERTS, 3, Scoring.SPARSEMIXER, normalise=False, jitter=0.2)
     return Mlp(route, Experts(EXPERTS, HIDDEN, INNER, 3), GatedMLP(HIDDEN, INNER), False)
 

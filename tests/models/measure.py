@@ -91,7 +91,7 @@ def _published(names: list[str]) -> Iterator[ModelConfig]:
 
 def _few(config: ModelConfig) -> int:
     """Layers up to the first routed one."""
-    for layers in range(1, config.text.require_int("num_hidden_layers") + 1):
+    for layers in range(1, config.text.depth + 1):
         if load(config.with_text(num_hidden_layers=layers)).info.experts:
             return layers
     raise AssertionError(config.path)

@@ -60,6 +60,8 @@ STATED = {
     "gpt-oss-120b": Stated("116.83", "5.13", "head"),
     "gpt-oss-20b": Stated("20.91", "3.61", "head"),
     "granite-3.1-1b-a400m": Stated("1.3", "0.4", "head"),
+    "granite-4.0-h-small": Stated("32", "9"),
+    "granite-4.0-h-tiny": Stated("7", "1", "head"),
     "hunyuan-a13b": Stated("80", "13"),
     "hy3-preview": Stated("295", "21"),
     "jamba-1.5-large": Stated("398", "94"),
@@ -84,6 +86,9 @@ STATED = {
     "mistral-small-4-119b": Stated("119", "6"),
     "mixtral-8x22b": Stated("141", "39"),
     "mixtral-8x7b": Stated("46.7", "12.9"),
+    "nemotron-3-nano-30b-a3b": Stated("31.6", "3.6"),
+    "nemotron-3-super-120b-a12b": Stated("120.6", "12.7"),
+    "nemotron-3-ultra-550b-a55b": Stated("550", "55", "head"),
     "north-mini-code": Stated("30", "3", "head"),
     "olmoe-1b-7b": Stated("6.9", "1.3"),
     "phi-3.5-moe": Stated("41.9", "6.6"),
@@ -154,7 +159,7 @@ def _compile(name: str, layers: int) -> None:
     config = load_config(FOLDER / f"{name}.json")
     for machine in MACHINES:
         plan = hmc.compile(config.path, machine=machine, dummy_weights=True, layers=layers)
-        depth = layers or config.text.require_int("num_hidden_layers")
+        depth = layers or config.text.depth
         assert (plan.model.family, plan.model.layers) == (config.values["model_type"], depth)
 
 

@@ -106,6 +106,12 @@ TINY: dict[str, Tiny] = {
     "minimax_m3_vl": Tiny(loader=AutoModelForImageTextToText),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "nemotron_h": Tiny(
+        beside={
+            "mtp.layers.0.norm.weight": (192,),
+            "mtp.layers.0.mixer.q_proj.weight": (192, 192),
+        }
+    ),
     "qwen3_5_moe": Tiny(
         loader=AutoModelForImageTextToText, beside={"mtp.fc.weight": (192, 384)}, stacks=True
     ),
@@ -137,12 +143,15 @@ def write(
     directory: Path, family: str, seed: int = 0, *, stacks: bool = True, **changes: Any
 ) -> Path:
     """Write a random BF16 checkpoint of `family` to `directory` (made if absent); return it.
-    `changes` are of keys of the language model's configuration; without `stacks` experts are
-    one by one where transformers writes them so.
+    `changes` are of keys of the language model's configuration, which go where they are None;
+    without `stacks` experts are one by one where transformers writes them so.
     """
     directory.mkdir(parents=True, exist_ok=True)
     values = json.loads((FOLDER / f"{family}.json").read_text())
-    values.get("text_config", values).update(changes)
+    inner = values.get("text_config", values)
+    inner.update(changes)
+    for key in [key for key, value in changes.items() if value is None]:
+        del inner[key]
     tiny = TINY.get(family, Tiny())
     _quiet()
     tiny.loader.from_config(_config(family, values)).save_pretrained(directory)

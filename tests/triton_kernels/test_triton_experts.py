@@ -11,7 +11,7 @@ from interpreted import error
 from triton_weights import random_weight, random_x
 
 from hmc.blocks.pointwise import activated
-from hmc.codegen.expr import SWIGLU, weighs
+from hmc.codegen.expr import SWIGLU, has_gate, weighs
 from hmc.codegen.triton import table
 from hmc.formats import format_of
 from hmc.runtime.device_ops.triton.launch import Experts, Workspace, experts
@@ -45,13 +45,14 @@ class Layer:
         }
         weights = {number: (g[0], u[0], d[0]) for number, (g, u, d) in made.items()}
         values = {number: (g[1], u[1], d[1]) for number, (g, u, d) in made.items()}
-        sizes = [] if bias is None else [INNER, INNER, HIDDEN]
+        first = 0 if has_gate(act) else 1
+        sizes = [] if bias is None else [INNER, INNER, HIDDEN][first:]
         biases = {
             number: tuple(torch.randn(size, generator=seeded).to(bias) for size in sizes)
             for number in ids
             for seeded in [torch.Generator().manual_seed(number)]
         }
-        held = Experts.of((number, weights[number], biases[number]) for number in ids)
+        held = Experts.of((number, weights[number][first:], biases[number]) for number in ids)
         return Layer(held, weights, values, biases, act)
 
 
@@ -85,13 +86,12 @@ class Routed:
             gate, up, down = layer.values[number]
             x = self.x[token].double()
             share = self.routing[token * TOP_K + rank].double()
-            products = [gate @ x, up @ x]
-            for at, bias in enumerate(layer.biases[number][:2]):
-                products[at] = products[at] + bias.double()
-            act = activated(layer.act, *products, share).to(torch.bfloat16).double()
-            product = down @ act
-            for bias in layer.biases[number][2:]:
-                product = product + bias.double()
+            products = {"gate": gate @ x, "up": up @ x}
+            *into, last = layer.biases[number] or (None,)
+            for name, bias in zip(reversed(products), reversed(into), strict=False):
+                products[name] = products[name] + bias.double()
+            act = activated(layer.act, *products.values(), share).to(torch.bfloat16).double()
+            product = down @ act if last is None else down @ act + last.double()
             total[token] += product if weighs(layer.act) else share * product
         return total
 
@@ -126,7 +126,7 @@ def test_zeros_and_scales_of_scales(tokens: int, work: Workspace) -> None:
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU])
+@pytest.mark.parametrize("act", ["silu(gate * weight) * (up * weight)", SWIGLU, "square(relu(up))"])
 @pytest.mark.parametrize("tokens", [3, 21])
 def test_biases_and_weights_on_the_input(
     tokens: int, act: str, bias: torch.dtype | None, work: Workspace

@@ -11,13 +11,13 @@ negative belong to experts that are computed elsewhere: they are left out of all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from llvmlite import ir
 
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
-from hmc.codegen.expr import weighs
+from hmc.codegen.expr import has_gate, weighs
 from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
 from hmc.codegen.kernels.matmul.gate_up import Buffers
@@ -26,6 +26,8 @@ from hmc.codegen.spec import KernelSpec
 TABLE_WIDTH = 6
 GATE, UP, DOWN = 0, 2, 4
 """Columns of the expert table; scales follow each."""
+BIASES = ("gate_bias", "up_bias")
+"""Arguments with what is added to the products that are activated."""
 
 
 def scratch_bytes(spec: KernelSpec) -> int:
@@ -43,10 +45,11 @@ def emit_experts_gate_up(e: Emitter) -> None:
     n = spec["n"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
-    inputs = _Inputs(e, tiles, groups)
-    ys = pointers(e, groups.most)
-    buffers = Buffers(tiles, groups.most)
-    shares = e.local(F32, count=groups.most) if weighs(spec.expr) else None
+    inputs = _Inputs(e, tiles, has_gate(spec.expr))
+    ys = pointers(e, spec["tokens"])
+    columns = (GATE, UP) if has_gate(spec.expr) else (UP,)
+    buffers = Buffers(tiles, spec["tokens"], len(columns))
+    shares = e.local(F32, count=spec["tokens"]) if weighs(spec.expr) else None
     # Row blocks of the first active expert, then of the second, and so on: this worker's share of
     # them all.
     blocks = const(-(-n // GRAIN))
@@ -56,19 +59,20 @@ def emit_experts_gate_up(e: Emitter) -> None:
         before = b.mul(index, blocks)
         start = b.mul(e.positive(b.sub(begin, before)), const(GRAIN))
         stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
-        gate, up = groups.matrix(index, GATE), groups.matrix(index, UP)
-        with groups.members(index) as (place, pair):
-            inputs.put(place, pair, (gate, up))
-            b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
-            if shares is not None:
-                b.store(e.load(e.arg["routing"], pair, F32), b.gep(shares, [place]))
-        following = groups.address(groups.after(index), GATE)
+        matrices = [groups.matrix(index, column) for column in columns]
+        following = groups.address(groups.after(index), columns[0])
         biases = []
         if spec.get("biased"):
             own = b.mul(groups.expert(index), const(4 * n))
-            biases = [e.offset(e.arg[name], own) for name in ("gate_bias", "up_bias")]
-        size = groups.size(index)
-        buffers.gate_up(gate, up, start, stop, inputs.xs, ys, size, following, biases, shares)
+            biases = [e.offset(e.arg[name], own) for name in BIASES[-len(columns) :]]
+        with groups.parts(index) as (first, count):
+            with groups.members(first, count) as (place, pair):
+                inputs.put(place, pair, matrices)
+                b.store(e.offset(e.arg["act"], b.mul(pair, const(2 * n))), b.gep(ys, [place]))
+                if shares is not None:
+                    b.store(e.load(e.arg["routing"], pair, F32), b.gep(shares, [place]))
+            xs = inputs.xs
+            buffers.activate(matrices, start, stop, xs, ys, count, following, biases, shares)
 
 
 def emit_experts_down(e: Emitter) -> None:
@@ -79,20 +83,20 @@ def emit_experts_down(e: Emitter) -> None:
     n, top_k = spec["n"], spec["top_k"]
     tiles = Tiles(e, dot_of(spec, spec["k"]), spec["tokens"])
     groups = Groups(e)
-    prepared, xs = tiles.room(groups.most), pointers(e, groups.most)
+    prepared, xs = tiles.room(spec["tokens"]), pointers(e, spec["tokens"])
     scratch = b.bitcast(e.arg["scratch"], FLOATS)
     start, stop = e.split(const(n), GRAIN)
     skipped = b.mul(start, const(tiles.dot.row_bytes))
     with e.for_range(0, groups.active) as index:
         down = groups.matrix(index, DOWN)
-        with groups.members(index) as (place, pair):
-            x = tiles.place(prepared, place)
-            tiles.prepare_row(e.offset(e.arg["act"], b.mul(pair, const(2 * spec["k"]))), x, down[1])
-            b.store(x, b.gep(xs, [place]))
-        rows = b.add(b.mul(groups.start(index), const(n)), start)
         following = e.offset(groups.address(groups.after(index), DOWN), skipped)
-        count, out = groups.size(index), b.gep(scratch, [rows])
-        tiles.matvec(down, start, stop, xs, count, out, const(n), following)
+        with groups.parts(index) as (first, count):
+            with groups.members(first, count) as (place, pair):
+                x, row = tiles.place(prepared, place), b.mul(pair, const(2 * spec["k"]))
+                tiles.prepare_row(e.offset(e.arg["act"], row), x, down[1])
+                b.store(x, b.gep(xs, [place]))
+            out = b.gep(scratch, [b.add(b.mul(first, const(n)), start)])
+            tiles.matvec(down, start, stop, xs, count, out, const(n), following)
     with e.for_range(0, e.arg["tokens"]) as token:
         y = b.add(b.mul(token, e.arg["y_stride"]), start)
         first = b.mul(token, const(top_k))
@@ -115,21 +119,22 @@ def emit_experts_down(e: Emitter) -> None:
 
 
 class _Inputs:
-    """Prepared tokens of the expert under way, `xs` i8** for gate and up together, or where columns
-    lie in an order one for each: then they are prepared for every expert, else once for all.
+    """Prepared tokens of the expert under way, `xs` i8** for all matrices, or where columns lie in
+    an order one for gate (if `gated`) and one for up: then they are prepared for every expert, else
+    once for all.
     """
 
-    def __init__(self, e: Emitter, tiles: Tiles, groups: Groups) -> None:
-        self.e, self._tiles = e, tiles
-        self.xs = [pointers(e, groups.most) for _ in range(1 + tiles.ordered)]
+    def __init__(self, e: Emitter, tiles: Tiles, gated: bool) -> None:
+        self.e, self._tiles, most = e, tiles, e.spec["tokens"]
+        self.xs = [pointers(e, most) for _ in range(1 + (tiles.ordered and gated))]
         if tiles.ordered:
-            self._rooms = [tiles.room(groups.most) for _ in self.xs]
+            self._rooms = [tiles.room(most) for _ in self.xs]
         else:
-            tokens, stride, most = e.arg["tokens"], e.arg["x_stride"], e.spec["tokens"]
+            tokens, stride = e.arg["tokens"], e.arg["x_stride"]
             self._rooms = [tiles.prepare(e.arg["x"], tokens, stride, most)]
 
-    def put(self, place: Value, pair: Value, matrices: tuple[tuple[Value, Value], ...]) -> None:
-        """The token of `pair` at `place`, for the `matrices` gate and up."""
+    def put(self, place: Value, pair: Value, matrices: Sequence[tuple[Value, Value]]) -> None:
+        """The token of `pair` at `place`, for the `matrices`."""
         e, b, tiles = self.e, self.e.b, self._tiles
         token = b.udiv(pair, const(e.spec["top_k"]))
         row = place if tiles.ordered else token
@@ -146,19 +151,19 @@ class Groups:
     and the code that fills them.
 
     `active` groups (i64) in order of first appearance, pairs (token * top_k + slot) ascending in
-    each.
+    each. A group is worked on in parts of as many pairs as there may be tokens: all of it, unless
+    ids name an expert twice for a token. So what is held of each pair takes little of the stack.
     """
 
     def __init__(self, e: Emitter) -> None:
         b, spec = e.b, e.spec
         self.e = e
-        self.most = spec["tokens"] * spec["top_k"]
-        """Pairs there can be."""
+        most = spec["tokens"] * spec["top_k"]
         self.pairs = b.mul(e.arg["tokens"], const(spec["top_k"]))
         experts = -(-spec["experts"] // 16) * 16
         group_of, self._expert, self._start, self._order, self._position = (
             b.bitcast(e.local(I32, count=count), BYTES)
-            for count in (experts, self.most, self.most + 1, self.most, self.most)
+            for count in (experts, most, most + 1, most, most)
         )
         with e.for_range(0, experts, 16) as expert:
             e.store(e.zeros(I32, 16), group_of, expert)
@@ -202,20 +207,23 @@ class Groups:
         """Place of the first pair of group `index`."""
         return self.e.load_int(self._start, index)
 
-    def size(self, index: Value) -> Value:
-        """Pairs of group `index`."""
-        return self.e.b.sub(self.start(self.e.b.add(index, const(1))), self.start(index))
+    @contextmanager
+    def parts(self, index: Value) -> Iterator[tuple[Value, Value]]:
+        """A loop over group `index`: yields (place of a part's first pair among all, its pairs)."""
+        b, most = self.e.b, self.e.spec["tokens"]
+        end = self.start(b.add(index, const(1)))
+        with self.e.for_range(self.start(index), end, most) as first:
+            yield first, self.e.minimum(b.sub(end, first), const(most))
 
     def position(self, pair: Value) -> Value:
         """Place of `pair`, which must have an expert, among all, group after group."""
         return self.e.load_int(self._position, pair)
 
     @contextmanager
-    def members(self, index: Value) -> Iterator[tuple[Value, Value]]:
-        """A loop over group `index`: yields (place in the group, pair)."""
-        start = self.start(index)
-        with self.e.for_range(0, self.size(index)) as place:
-            yield place, self.e.load_int(self._order, self.e.b.add(start, place))
+    def members(self, first: Value, count: Value) -> Iterator[tuple[Value, Value]]:
+        """A loop over a part: yields (place in it, pair)."""
+        with self.e.for_range(0, count) as place:
+            yield place, self.e.load_int(self._order, self.e.b.add(first, place))
 
     def after(self, index: Value) -> Value:
         """The group that follows `index`, or `index` for the last."""

@@ -1,20 +1,20 @@
 """`grouped_gate_up` and `grouped_down`: routed experts on many tokens, which come sorted by expert.
 
 Gate and up: a panel is one vector of gate rows beside the same rows of up, so activation and
-product happen where the sums are. Workers share (expert, panel) in one line, by tokens. Down: each
-worker owns a slice of output rows for all experts and adds `routing * result` to y in ascending
-expert order: no second pass, no atomics, and the same sums for any number of workers. Slots that
-`sort_experts` left out (experts computed elsewhere) add nothing.
+product happen where the sums are; without a gate it is two vectors of up's rows. Workers share
+(expert, panel) in one line, by tokens. Down: each worker owns a slice of output rows for all
+experts and adds `routing * result` to y in ascending expert order: no second pass, no atomics, and
+the same sums for any number of workers. Slots that `sort_experts` left out (experts computed
+elsewhere) add nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.expr import parse, weighs
-from hmc.codegen.formats.weights import row_bytes
+from hmc.codegen.expr import has_gate, parse, weighs
 from hmc.codegen.ir import F32, I8, I16, I64, Emitter, Value, const
-from hmc.codegen.kernels.matmul.experts import DOWN, GATE, TABLE_WIDTH, UP
+from hmc.codegen.kernels.matmul.experts import BIASES, DOWN, GATE, TABLE_WIDTH, UP
 from hmc.codegen.kernels.matmul.gate_up import activated
 from hmc.codegen.panel.panel import Panels, Rows
 from hmc.codegen.panel.tiling import VECTORS, Form
@@ -34,7 +34,10 @@ def emit_grouped_gate_up(e: Emitter) -> None:
     b, tree, weighed = e.b, parse(spec.expr), weighs(spec.expr)
     panels = Panels(e, Form.of(spec))
     lanes, n = panels.form.lanes, spec["n"]
-    count = -(-n // lanes)
+    gated = has_gate(spec.expr)
+    columns, wide = ((GATE, UP), lanes) if gated else ((UP, UP), panels.form.rows)
+    firsts = [const(0 if gated else v * lanes) for v in range(VECTORS)]
+    count = -(-n // wide)
     costs = e.local(I64, const(0))
     with e.for_range(0, spec["experts"]) as expert:
         b.store(b.add(b.load(costs), _cost(e, _tokens(e, expert)[1])), costs)
@@ -57,34 +60,42 @@ def emit_grouped_gate_up(e: Emitter) -> None:
         def body(
             panel: Value, at: Value, here: Value, expert: Value = expert, stop: Value = stop
         ) -> None:
-            gate, up = (
-                _rows(e, panels, expert, column, b.mul(panel, const(lanes)))
-                for column in (GATE, UP)
+            row = b.mul(panel, const(wide))
+            low, high = (
+                _rows(e, panels, expert, column, b.add(row, first))
+                for column, first in zip(columns, firsts, strict=True)
             )
-            ahead = tuple(
-                _ahead(e, panels, expert, column, b.add(panel, const(1)), stop, lanes, const(0))
-                for column in (GATE, UP)
-            )
-            row = b.mul(panel, const(lanes))
+            following = b.add(panel, const(1))
+            ahead = [
+                _ahead(e, panels, expert, column, following, stop, wide, const(0), first)
+                for column, first in zip(columns, firsts, strict=True)
+            ]
             with e.for_range(0, here) as token:
                 index = b.add(b.mul(_slot(e, b.add(at, token)), const(n)), row)
                 e.prefetch(e.at(e.arg["act"], index, I16), 2)
-            panels.multiply((gate, up), here, (ahead[0], ahead[1]))
-            left = b.sub(const(n), row)
-            biases = _biases(e, ("gate_bias", "up_bias"), expert, row, lanes)
+            panels.multiply((low, high), here, (ahead[0], ahead[1]))
+            # one vector of results made of both, or one of each
+            vectors = [tuple(range(VECTORS))] if gated else [(v,) for v in range(VECTORS)]
+            starts = [b.add(row, firsts[each[0]]) for each in vectors]
+            biases = [
+                _biases(e, BIASES[-len(each) :], expert, start, lanes)
+                for each, start in zip(vectors, starts, strict=True)
+            ]
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
                 share = e.load(e.arg["routing"], slot, F32, align=4) if weighed else None
-                products = (panels.total(token, v) for v in range(VECTORS))
-                value = activated(e, tree, products, biases, share)
-                index = b.add(b.mul(slot, const(n)), row)
-                store_lanes(e, e.f32_to_bf16(value), e.arg["act"], index, left)
+                for each, start, added in zip(vectors, starts, biases, strict=True):
+                    products = (panels.total(token, v) for v in each)
+                    value = activated(e, tree, products, added, share)
+                    index = b.add(b.mul(slot, const(n)), start)
+                    left = b.sub(const(n), start)
+                    store_lanes(e, e.f32_to_bf16(value), e.arg["act"], index, left)
 
         def source(slot: Value) -> Value:
             token = b.udiv(slot, const(spec["top_k"]))
             return e.offset(e.arg["x"], b.mul(token, b.mul(e.arg["x_stride"], const(2))))
 
-        besides = [_matrix(e, expert, column)[1] for column in (GATE, UP)]
+        besides = [_matrix(e, expert, column)[1] for column in columns]
         _expert(e, panels, first, tokens, start, stop, source, besides, body)
 
 
@@ -109,14 +120,17 @@ def emit_grouped_down(e: Emitter) -> None:
             row = b.mul(panel, const(form.rows))
             starts = [b.add(row, const(v * lanes)) for v in range(VECTORS)]
             low, high = (_rows(e, panels, expert, DOWN, at_row) for at_row in starts)
-            ahead = _ahead(e, panels, expert, DOWN, b.add(panel, const(1)), stop, form.rows, start)
-            stride = lanes * row_bytes(spec.weight, form.k)
+            following = b.add(panel, const(1))
+            ahead = [
+                _ahead(e, panels, expert, DOWN, following, stop, form.rows, start, const(v * lanes))
+                for v in range(VECTORS)
+            ]
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
                 line = b.mul(b.udiv(slot, const(spec["top_k"])), e.arg["y_stride"])
                 for at_row in starts:
                     e.prefetch(e.at(e.arg["y"], b.add(line, at_row), F32), 2)
-            panels.multiply((low, high), here, (ahead, e.offset(ahead, const(stride))))
+            panels.multiply((low, high), here, (ahead[0], ahead[1]))
             biases = [_biases(e, ("bias",), expert, at_row, lanes) for at_row in starts]
             with e.for_range(0, here) as token:
                 slot = _slot(e, b.add(at, token))
@@ -193,13 +207,16 @@ def _ahead(
     stop: Value,
     rows: int,
     start: Value,
+    skipped: Value,
 ) -> Value:
-    """Rows to prefetch: of `panel`, or past this worker's share, of the next expert's `start`."""
+    """Rows to prefetch: of `panel` those after `skipped`, or past this worker's share, of the next
+    expert's `start`.
+    """
     b = e.b
     inside = b.icmp_signed("<", panel, stop)
     last = const(e.spec["experts"] - 1)
     expert = b.select(inside, expert, e.minimum(b.add(expert, const(1)), last))
-    row = b.mul(b.select(inside, panel, start), const(rows))
+    row = b.add(b.mul(b.select(inside, panel, start), const(rows)), skipped)
     return _rows(e, panels, expert, column, row).weights
 
 

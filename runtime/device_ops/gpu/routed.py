@@ -54,10 +54,10 @@ def experts(bound: Bound, step: Step) -> Work:
     adds, act = bound.adds(step), str(step.attrs["act"])
     name = step.inputs["order"].buffer if "order" in step.inputs else ""
     held = launch.Experts.of(
-        (number, (weight_of(each.gate), weight_of(each.up), weight_of(each.down)), each.biases)
+        (number, tuple(map(weight_of, (*each.into, each.down))), each.biases)
         for number, each in bound.experts(step).items()
     )
-    eights, edges = in_eights(held.gate, x.device), _edges(count_all, ids.device)
+    eights, edges = in_eights(held.into, x.device), _edges(count_all, ids.device)
 
     def chosen(count: int) -> Sorted:
         if name:

@@ -145,43 +145,45 @@ _BIASES = {
 @dataclass(frozen=True)
 class Experts:
     """The experts of a step on one device: `ids` i32 [n], ascending, `table` i64 [n, planes of
-    gate, up and down, and biases] with their addresses; gate and down of one say what all are like,
-    `bias` what dtype biases have ("" where there are none).
+    gate (`gated`), up and down, and biases] with their addresses; `into`, up of one, and `down` say
+    what all are like, `bias` what dtype biases have ("" where there are none).
     """
 
     ids: torch.Tensor
     table: torch.Tensor
-    gate: Weight
+    into: Weight
     down: Weight
     bias: str = ""
+    gated: bool = True
 
     @cached_property
     def downs(self) -> torch.Tensor:
         """`table` from the planes of down on."""
-        return self.table.view(-1)[2 * self.gate.layout.planes :]
+        return self.table.view(-1)[(1 + self.gated) * self.into.layout.planes :]
 
     @staticmethod
-    def of(experts: Iterable[tuple[int, tuple[Weight, Weight, Weight], Biases]]) -> Experts:
-        """Of (id, (gate, up, down), their biases or nothing), at least one. Planes lie at multiples
-        of 16 bytes, and are kept alive by the caller, as biases are.
+    def of(experts: Iterable[tuple[int, tuple[Weight, ...], Biases]]) -> Experts:
+        """Of (id, (gate, up, down) or (up, down), their biases or nothing), at least one. Planes
+        lie at multiples of 16 bytes, and are kept alive by the caller, as biases are.
         """
         every = sorted(experts, key=lambda each: each[0])
-        _, (gate, _, down), biases = every[0]
-        device = gate.planes[0].device
+        _, (*into, down), biases = every[0]
+        device = down.planes[0].device
         rows = [
             [
-                *(plane.data_ptr() for w in three for plane in w.planes[:-1]),
+                *(plane.data_ptr() for w in matrices for plane in w.planes[:-1]),
                 *(bias.data_ptr() for bias in own),
             ]
-            for _, three, own in every
+            for _, matrices, own in every
         ]
         ids = [number for number, _, _ in every]
         return Experts(
             torch.tensor(ids, dtype=torch.int32, device=device),
             torch.tensor(rows, dtype=torch.int64, device=device),
-            gate,
+            into[-1],
             down,
             _BIASES[biases[0].dtype] if biases else "",
+            len(into) == 2,
         )
 
 
@@ -270,7 +272,7 @@ def experts(
     activations of as many tokens as keep to `budget` bytes (at least of some hundred) are held at
     once. `eights`: of more than a few tokens, x and activations are multiplied as `Terms`.
     """
-    tokens, inner = len(x), held.gate.rows
+    tokens, inner = len(x), held.into.rows
     mean = tokens * top_k // (len(edges) - 1)
     if tokens <= table.FEW:
         hidden = x.new_empty((tokens * top_k, inner))
@@ -290,7 +292,7 @@ def experts(
     for first in range(0, len(counts) - 1, spans):
         last = min(first + spans, len(counts) - 1)
         part = x[first * span : last * span]
-        rows: X = Terms.of(part, held.gate.layout) if eights else part
+        rows: X = Terms.of(part, held.into.layout) if eights else part
         _act(rows, hidden, slots, routing, counts[first], counts[last], held,
              first * span * top_k, top_k, act, mean)  # fmt: skip
         acts: X = Terms.of(hidden, held.down.layout) if eights else hidden
@@ -300,7 +302,7 @@ def experts(
 
 def _spans(tokens: int, top_k: int, held: Experts, budget: int, processors: int) -> tuple[int, int]:
     """Tokens whose sums one program owns, and how many times as many have activations at once."""
-    fitting = max(table.LEAST_SPAN, budget // (2 * top_k * held.gate.rows))
+    fitting = max(table.LEAST_SPAN, budget // (2 * top_k * held.into.rows))
     batch = -(-tokens // -(-tokens // fitting))
     spans = table.spans(held.down.rows, batch, processors)
     return -(-batch // spans), spans
@@ -310,7 +312,7 @@ def _act(
     x: X, hidden: torch.Tensor, slots: torch.Tensor, routing: torch.Tensor, begins: torch.Tensor,
     ends: torch.Tensor, held: Experts, first: int, top_k: int, act: str, mean: int,
 ) -> None:  # fmt: skip
-    w, count = held.gate, len(held.ids)
+    w, count = held.into, len(held.ids)
     eights = isinstance(x, Terms)
     tile = _tile("experts_act", w, x.device, mean, eights)
     most = min(len(hidden), len(hidden) // tile.tokens + count)
@@ -353,7 +355,7 @@ def _down_few(
 def _sizes(held: Experts, act: str) -> dict[str, int | str]:
     count, width = held.table.shape
     return {"EXPERTS": 1 << (count - 1).bit_length(), "WIDTH": width, "BIAS": held.bias,
-            "WEIGHED": weighs(act)}  # fmt: skip
+            "WEIGHED": weighs(act), "GATED": held.gated}  # fmt: skip
 
 
 @cache
