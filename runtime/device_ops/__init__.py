@@ -8,7 +8,7 @@ launched on to the caller. Operands and roles are those of the table in hmc/plan
 
 from __future__ import annotations
 
-from hmc.runtime.device_ops import attention, dense, exchange, latent, moe, sparse
+from hmc.runtime.device_ops import attention, dense, exchange, latent, moe, recurrent, sparse
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
 from hmc.runtime.device_ops.default import by_reference
 
@@ -25,6 +25,7 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "mla": latent.mla,
     "index": sparse.index,
     "sparse_mla": sparse.sparse_mla,
+    "linear_attention": recurrent.linear_attention,
     "route": moe.route,
     "sort": moe.sort,
     "experts": moe.experts,
