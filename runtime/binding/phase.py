@@ -369,7 +369,7 @@ class BoundPhase:
         for step in self.phase.steps:
             device = device_of(step.resource)
             row = OPS[step.op]
-            if "positions" in step.inputs:
+            if "positions" in step.inputs or row.states(step.attrs):
                 shares.add((self._shares[step.id], device))
             elif row.picks:
                 ranks = self.phase.ranks
