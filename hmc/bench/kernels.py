@@ -279,10 +279,12 @@ class KernelBench(Closing):
     def recurrent(self, case: Case, matrices: Matrices) -> _Work:
         """In decode, each token has the next state; in prefill, each call."""
         tokens, heads, wide = case.tokens, case.rows // case.k, case.k
-        sizes = {"heads": heads, "key_heads": heads, "key_dim": wide, "value_dim": wide}
-        spec = KernelSpec.of(case.op, self.isa.name, channels=0, delta=1, **sizes)
+        spec = KernelSpec.of(
+            case.op, self.isa.name, heads=heads, key_heads=heads, key_dim=wide, value_dim=wide,
+            channels=0, delta=1,
+        )  # fmt: skip
         random = np.random.default_rng(0)
-        q, k, v = random.standard_normal((3, tokens, case.rows), np.float32) / np.sqrt(wide)
+        q, k, v = random.standard_normal((3, tokens, case.rows), np.float32) / wide**0.5
         rows = {"q": q, "k": k, "v": v, "y": np.zeros_like(q)}
         rows |= {"decay": np.full((tokens, heads), 0.9, np.float32)}
         rows |= {"beta": np.full((tokens, heads), 0.5, np.float32)}

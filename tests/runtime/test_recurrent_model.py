@@ -98,9 +98,11 @@ def answers(found: Executor, ids: list[int], phase: str) -> list[np.ndarray]:
     """Logits of a prompt's last three tokens, two of which are decoded."""
     sequence = found.open()
     *_, last = found.prefill(sequence, np.array(ids[:-2], np.int32), phase=phase)
-    decoded = [found.decode([sequence], np.array([each], np.int32))[0] for each in ids[-2:]]
+    rows = [np.array(last).reshape(-1)]
+    for each in ids[-2:]:
+        rows.append(found.decode([sequence], np.array([each], np.int32))[0].copy())
     found.release(sequence)
-    return [np.asarray(last).reshape(-1), *decoded]
+    return rows
 
 
 @pytest.mark.slow
