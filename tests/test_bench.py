@@ -193,6 +193,21 @@ def test_kernels_from_memory(run: Run, op: str) -> None:
 
 
 @pytest.mark.few(1)
+@pytest.mark.parametrize("op", ["linear_attention", "linear_attention_prefill"])
+def test_kernels_that_keep_states(run: Run, op: str) -> None:
+    many = op.endswith("prefill")
+    code, out, err = run(
+        *("kernels", "--op", op, "--shape", "64x16", "--tokens", 20 if many else 3),
+        *("--megabytes", 1, "--repetitions", 2, "--threads", 2, "--json"),
+    )
+    assert code == 0, err
+    (row,) = json.loads(out)["rows"]
+    assert (row["op"], row["format"], row["shape"]) == (op, "f32", "64x16")
+    unit = "gflops" if many else "gbps"
+    _finite(row, unit, f"reference_{unit}", "ratio")
+
+
+@pytest.mark.few(1)
 @pytest.mark.parametrize("op", ["gemm", "grouped"])
 def test_prefill_kernels_against_the_peak(run: Run, op: str) -> None:
     code, out, err = run(
@@ -329,6 +344,7 @@ def test_bytes_and_flops_of_a_plan(config: Path) -> None:
         (("kernels", "--format", "int4", "--shape", "64x72", "--group", "24"), "32, 64 or 128"),
         (("kernels", "--isa", "sse2"), "no such kernel tier"),
         (("kernels", "--l2", "--op", "experts"), "--op linear alone"),
+        (("kernels", "--op", "linear_attention", "--format", "bf16"), "states are f32"),
         (("kernels", "--l2", "--threads", "2"), "one core"),
         (("kernels", "--repetitions", "0"), "x>=1"),
         (("kernels", "--megabytes", "-1"), "x>=0"),

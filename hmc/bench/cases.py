@@ -16,14 +16,15 @@ from hmc.runtime.memory.blocks import aligned
 @dataclass(frozen=True)
 class Kind:
     """What can be measured: products of one token or few, against the streaming read, or of `many`,
-    against the multiply-add peak; of one matrix, or of `routed` experts with three. `probed` is a
-    probe's name for it, `larger` the op for more tokens.
+    against the multiply-add peak; of one matrix, of `routed` experts with three, or of a state that
+    is `kept`. `probed` is a probe's name for it, `larger` the op for more tokens.
     """
 
     many: bool
     routed: bool
-    probed: str
+    probed: str = ""
     larger: str = ""
+    kept: bool = False
 
 
 OPS = {
@@ -31,6 +32,10 @@ OPS = {
     "experts": Kind(many=False, routed=True, probed="experts in decode", larger="grouped"),
     "gemm": Kind(many=True, routed=False, probed="gemm in prefill"),
     "grouped": Kind(many=True, routed=True, probed="grouped in prefill"),
+    "linear_attention": Kind(
+        many=False, routed=False, larger="linear_attention_prefill", kept=True
+    ),
+    "linear_attention_prefill": Kind(many=True, routed=False, kept=True),
 }
 
 
@@ -79,7 +84,7 @@ class MatrixShape:
 @dataclass(frozen=True)
 class Case:
     """One row of the table. Experts: `rows` x `k` are gate and up (intermediate x hidden), `top_k`
-    of them a token."""
+    of them a token. Linear attention: a state of heads of `k` x `k`, `rows` of them in all."""
 
     op: str
     format: str
@@ -102,6 +107,11 @@ class Case:
                 f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
                 f" --op {self.kind.larger}"
             )
+        if self.kind.kept and (self.format != "f32" or self.rows % self.k or self.k % 4):
+            raise UsageError(
+                f"{self.op} of {self.format} {self.shape}: states are f32, of heads of KxK; K a"
+                " multiple of 4, rows one of K"
+            )
         if self._grouped and self.group not in (32, 64, 128):
             raise UsageError(f"{self.format} groups are 32, 64 or 128 weights, not {self.group}")
         _ = self.matrices  # raises for rows that are no whole groups, before anything is measured
@@ -122,7 +132,7 @@ class Case:
 
     @property
     def matrices(self) -> tuple[MatrixShape, ...]:
-        """What one call (linear) or one expert reads."""
+        """What one call (linear), one expert or one sequence reads."""
         group = self.group if self._grouped else 0
         into = MatrixShape(self.format, self.rows, self.k, group)
         if not self.kind.routed:
@@ -133,6 +143,8 @@ class Case:
     def flops(self) -> int:
         """Of one call: a multiply-add counts two."""
         each = 2 * self.rows * self.k * self.tokens
+        if self.kind.kept:  # what the state tells of keys and of queries, and what it learns
+            return 3 * each
         return 3 * self.top_k * each if self.kind.routed else each
 
 

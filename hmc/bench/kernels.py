@@ -1,7 +1,8 @@
 """Rates of single kernels, each pass interleaved with a pass of its reference.
 
-`linear` and `experts` (1 to 16 tokens) are held against the fastest streaming read of the very
-bytes they read; `gemm` and `grouped` (prefill) against register-only multiply-adds. A pass goes
+`linear`, `experts` and `linear_attention` (1 to 16 tokens) are held against the fastest streaming
+read of the very bytes they read; `gemm`, `grouped` and `linear_attention_prefill` against
+register-only multiply-adds, of pairs of bf16 where the tier has them. A pass goes
 through more weights than the caches hold, or with `l2` over one matrix in the L2 of one core, again
 and again.
 """
@@ -25,6 +26,7 @@ from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
+from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
 from hmc.errors import CapacityError, ExecutionError, UsageError
@@ -131,7 +133,7 @@ class KernelBench(Closing):
 
         Raises `UsageError` for cases that cannot be run so, `CapacityError` for lack of memory.
         """
-        if self.l2 and any(case.kind.many or case.kind.routed for case in cases):
+        if self.l2 and any(case.op != "linear" for case in cases):
             raise UsageError("--l2 measures --op linear alone")
         if not self.l2 and not all(case.kind.many for case in cases):
             self.reference = MemoryReference(
@@ -170,7 +172,9 @@ class KernelBench(Closing):
     def _compare(
         self, case: Case, matrices: Matrices, repetitions: int, report: Report
     ) -> Compared:
-        work = (self.routed if case.kind.routed else self.dense)(case, matrices)
+        kind = case.kind
+        make = self.routed if kind.routed else self.recurrent if kind.kept else self.dense
+        work = make(case, matrices)
         trace = np.zeros((len(work.program), self.pool.workers, 2), np.int64)
 
         def rate() -> float:
@@ -271,6 +275,39 @@ class KernelBench(Closing):
             args = pack(back.op, **second, **common)
             builder.add(self._jit.get(back), args, tag=1, reads=("act",), writes=("y",))
         return _Work(builder.build(), amount, y, (x, act, calls, table, routing, scratch))
+
+    def recurrent(self, case: Case, matrices: Matrices) -> _Work:
+        """In decode, each token has the next state; in prefill, each call."""
+        tokens, heads, wide = case.tokens, case.rows // case.k, case.k
+        spec = KernelSpec.of(
+            case.op, self.isa.name, heads=heads, key_heads=heads, key_dim=wide, value_dim=wide,
+            channels=0, delta=1,
+        )  # fmt: skip
+        random = np.random.default_rng(0)
+        q, k, v = random.standard_normal((3, tokens, case.rows), np.float32) / wide**0.5
+        rows = {"q": q, "k": k, "v": v, "y": np.zeros_like(q)}
+        rows |= {"decay": np.full((tokens, heads), 0.9, np.float32)}
+        rows |= {"beta": np.full((tokens, heads), 0.5, np.float32)}
+        common: dict[str, int | float] = {"state": matrices.address, "tokens": tokens, "scale": 1.0}
+        common |= {name: each.ctypes.data for name, each in rows.items()}
+        common |= {f"{name}_stride": each.shape[1] for name, each in rows.items()}
+        kept: tuple[object, ...] = (*rows.values(),)
+        if case.kind.many:
+            slots = np.arange(matrices.count, dtype=np.int32)[:, None]
+            slots = slots[: max(2, int(_PASS_FLOPS / case.flops))]
+            amount = len(slots) * case.flops
+            scratch = Block(self.pool.workers * linear_scratch_bytes(spec), "scratch")
+            common["scratch"] = scratch.address
+            kept = (*kept, scratch)
+        else:
+            every = np.arange(-(-matrices.count // tokens) * tokens, dtype=np.int32)
+            slots = (every % matrices.count).reshape(-1, tokens)
+            amount = sum(len(np.unique(each)) for each in slots) * matrices.set_bytes
+        builder = ProgramBuilder()
+        for each in slots:
+            args = pack(case.op, sequence=each.ctypes.data, **common)
+            builder.add(self._jit.get(spec), args, tag=0, writes=("y",))
+        return _Work(builder.build(), amount, rows["y"], (*kept, slots))
 
     def _spec(
         self, case: Case, op: str, sizes: Mapping[str, int], out: str = "f32", expr: str = ""

@@ -82,10 +82,34 @@ def _held(attrs: Attrs) -> int:
     return heads * key_dim * value_dim
 
 
+def chunk_tokens(attrs: Attrs) -> int:
+    """Tokens of one sequence that devices take at once: fewer where pairs of them decay by
+    channels.
+    """
+    return 16 if attrs["channels"] else 64
+
+
 def _linear_attention_work(attrs: Attrs, load: Load) -> Work:
-    """A token decays the state, adds to it and reads it; the delta rule reads it once more."""
+    """A token decays the state, adds to it and reads it; the delta rule reads it once more. A GPU
+    has the states of single tokens in hand four times, and a prompt's twice a chunk beside what
+    pairs of tokens make.
+    """
     passes = 6 + 2 * int(attrs["delta"])
-    return Work(1.0, load.rows, scores=float(passes * _held(attrs)) * load.rows)
+    scores = float(passes * _held(attrs)) * load.rows
+    if load.rows <= load.sequences:
+        return Work(1.0, load.rows, scores=scores, made=8 * 4.0 * _held(attrs) * load.rows)
+    chunk, pairs = chunk_tokens(attrs), decays(attrs) + 2 * int(attrs["heads"])
+    made = 4 * 4.0 * _held(attrs) / chunk + 3 * 4.0 * chunk * pairs
+    return Work(1.0, load.rows, scores=scores, made=made * load.rows)
+
+
+def _linear_attention_launches(attrs: Attrs, load: Load) -> int:
+    """Those of one token of each sequence, or of a prompt's chunks after what is common to all."""
+    delta = int(attrs["delta"])
+    if load.rows <= load.sequences:
+        return 9 + 3 * delta
+    chunks = -(-int(load.tokens) // chunk_tokens(attrs))
+    return 24 + 12 * delta + (4 + 2 * delta) * chunks
 
 
 # -- selective scan --------------------------------------------------------------------------------
@@ -140,6 +164,7 @@ OPS: Final = (
         named=lambda a: ("q", "k", "v", "decay", *(["beta"] if a["delta"] else [])),
         states=lambda a: (State("recurrent", _held(a), "sequence", "f32"),),
         work=_linear_attention_work,
+        launches=_linear_attention_launches,
         family="attention",
     ),
     Op(

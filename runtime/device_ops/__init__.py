@@ -15,6 +15,7 @@ from hmc.runtime.device_ops import (
     exchange,
     latent,
     moe,
+    recurrent,
     sparse,
 )
 from hmc.runtime.device_ops.base import Bound, OpFunction, Work
@@ -35,6 +36,7 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "mla": latent.mla,
     "index": sparse.index,
     "sparse_mla": sparse.sparse_mla,
+    "linear_attention": recurrent.linear_attention,
     "route": moe.route,
     "sort": moe.sort,
     "experts": moe.experts,

@@ -218,6 +218,23 @@ def mla(past: int, tokens: int, batch: int = 0) -> Case:
     return Case(step, buffers, call, 4 * (past + tokens) * (rank + rope + 3 * (nope + rope)))
 
 
+def linear_attention(channels: int, batch: int = 0) -> Case:
+    heads, keys, values = 4, 32, 64
+    state = State("recurrent", heads * keys * values, "sequence", "f32")
+    kv = KVCache(layout(state, block=16, tokens=T + 16, sequences=8), T + 16)
+    call = call_of(kv, [(n, 1) for n in range(batch)] or [(5, T)], [0])
+    rows = call.tokens
+    q, k = (torch.nn.functional.normalize(random(rows, 2, keys, seed=s), dim=2) for s in (1, 2))
+    buffers = {"q": q.flatten(1), "k": k.flatten(1), "v": random(rows, heads * values, seed=3)}
+    buffers["decay"] = random(rows, heads * (keys if channels else 1), seed=4).sigmoid()
+    buffers |= {"beta": random(rows, heads).sigmoid(), "y": torch.zeros(rows, heads * values)}
+    memory = Buffers(buffers, caches=[random(8, state.width, seed=5)])
+    numbers = {"heads": heads, "key_heads": 2, "key_dim": keys, "value_dim": values}
+    numbers |= {"channels": channels, "delta": 1}
+    step = step_of("linear_attention", memory, "y", scale=0.2, **numbers)
+    return Case(step, memory, call, 4 * 3 * state.width)  # three times a state
+
+
 def kv_moved(op: str) -> Case:
     kv = paged(T, 256, 256)
     values = {"k": random(T, 256), "v": random(T, 256, seed=1)}
@@ -268,6 +285,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "mla": lambda: mla(300, 1201),
     "mla absorbed": lambda: mla(2001, 20),
     "mla of a batch": lambda: mla(1500, 1, batch=6),
+    "linear attention": lambda: linear_attention(0),
+    "linear attention by channels": lambda: linear_attention(1),
+    "linear attention of a batch": lambda: linear_attention(0, batch=6),
     "kv_out": lambda: kv_moved("kv_out"),
     "kv_in": lambda: kv_moved("kv_in"),
     "all_gather": lambda: between_ranks("all_gather"),
@@ -277,6 +297,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 # Products of other shapes may take other kernels of the library, whose sums have another order.
 ROUNDED = {"experts", "attention", "attention with a past", "attention in a window"}
+ROUNDED |= {"linear attention", "linear attention by channels"}
 ROUNDED |= {"mla", "mla absorbed", "attention with a cap", "attention of a batch with a cap"}
 
 

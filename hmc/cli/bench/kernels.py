@@ -19,6 +19,8 @@ from hmc.errors import UsageError
 
 _SHAPES = "2048x7168,7168x2048,768x2048,2048x768"
 _EXPERT_SHAPES = "768x2048,2048x7168"
+_STATE_SHAPES = "4096x128"
+_FORMATS = "fp8,bf16,int4"
 
 
 @click.command(
@@ -26,32 +28,35 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 )
 @option(
     "--op",
-    type=click.Choice(["linear", "experts", "gemm", "grouped"]),
+    type=click.Choice(
+        "linear experts linear_attention gemm grouped linear_attention_prefill".split()
+    ),
     default="linear",
-    help="GEMV and small batches, or the expert MLP (against the streaming read); prefill's matmul,"
-    " or its experts (against the multiply-add peak).",
+    help="GEMV and small batches, the expert MLP, or states of linear attention (against the"
+    " streaming read); prefill's matmul, its experts, or its linear attention (against the"
+    " multiply-add peak).",
 )
 @option(
     "--format",
     "formats",
     type=Several(click.STRING),
-    default="fp8,bf16,int4",
     metavar="F,..",
-    help="Weights.",
+    help=f"Weights [default: {_FORMATS}; states are f32].",
 )
 @option(
     "--shape",
     "shapes",
     type=Several(Shape()),
     metavar="ROWSxK,..",
-    help="Output rows x K; experts: intermediate x hidden"
-    f" [default: {_SHAPES}; experts: {_EXPERT_SHAPES}].",
+    help="Output rows x K; experts: intermediate x hidden; linear attention: rows of all heads of"
+    f" KxK x K [default: {_SHAPES}; experts: {_EXPERT_SHAPES}; linear attention:"
+    f" {_STATE_SHAPES}].",
 )
 @option(
     "--tokens",
     type=Several(POSITIVE),
     metavar="T,..",
-    help="Tokens a call [default: 1,2,4,8; gemm and grouped: 512].",
+    help="Tokens a call [default: 1,2,4,8; for prefill: 512].",
 )
 @option("--group", default=128, metavar="G", help="Columns that share a scale, where groups do.")
 @option("--top-k", default=8, metavar="K", help="Experts a token, for the expert ops.")
@@ -72,7 +77,7 @@ _EXPERT_SHAPES = "768x2048,2048x7168"
 @JSON
 def kernels(
     op: str,
-    formats: list[str],
+    formats: list[str] | None,
     shapes: list[tuple[int, int]] | None,
     tokens: list[int] | None,
     group: int,
@@ -106,12 +111,13 @@ def kernels(
     if isa is not None and isa not in TIERS:
         raise UsageError(f"--isa {isa}: no such kernel tier; choose from {', '.join(TIERS)}")
     tier = best_isa() if isa is None else require(isa)
-    experts, prefill = OPS[op].routed, OPS[op].many
+    kind = OPS[op]
+    usual = _EXPERT_SHAPES if kind.routed else _STATE_SHAPES if kind.kept else _SHAPES
     cases = [  # those that share their weights next to each other
         Case(op, form, rows, k, count, group, top_k)
-        for form in formats
-        for rows, k in shapes or Several(Shape())(_EXPERT_SHAPES if experts else _SHAPES)
-        for count in tokens or ([512] if prefill else [1, 2, 4, 8])
+        for form in formats or (["f32"] if kind.kept else _FORMATS.split(","))
+        for rows, k in shapes or Several(Shape())(usual)
+        for count in tokens or ([512] if kind.many else [1, 2, 4, 8])
     ]
     with (
         progress() as report,
@@ -129,13 +135,13 @@ def kernels(
         print_json(
             {
                 "rows": records,
-                "reference": "multiply-add peak" if prefill else str(reference or "read from L2"),
+                "reference": "multiply-add peak" if kind.many else str(reference or "read from L2"),
                 **circumstances(tier.name, bench.pool.workers),
             }
         )
         return
-    unit = "gflops" if prefill else "gbps"
-    name = "GFLOP/s" if prefill else "GB/s"
+    unit = "gflops" if kind.many else "gbps"
+    name = "GFLOP/s" if kind.many else "GB/s"
     columns = ("op", "format", "shape", "tokens", name, f"reference {name}", "ratio")
     lines = [
         (
