@@ -307,8 +307,8 @@ class KVCache:
         """Keep a sequence's states for a block, which holds its last tokens, where it has a
         stop.
         """
-        for stop in sequence.stops if page is not None else ():
-            if stop.tokens == sequence.length:
+        for stop in sequence.stops:
+            if page is not None and stop.tokens == sequence.length:
                 pages = stop.tokens // self.block
                 self.snapshots.keep(page, sequence.row, pages, sparse=stop.sparse)
 
