@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hybrid_plans import ONE
 
+from hmc.cli import cli
 from hmc.compiler import compile as compile_plan
 from hmc.errors import CapacityError, UsageError
 from hmc.ops import OPS
@@ -18,6 +20,7 @@ from hmc.plan import Plan, Step
 from hmc.plan.phases import PREFILL, STREAM, chunk_tokens, prompt_calls, prompt_stops
 from hmc.predict.cost import Call, CostModel
 from hmc.predict.run import run_decode, run_prefill
+from hmc.tune.replan import replan
 
 TINY = Path(__file__).parents[1] / "models" / "tiny" / "jamba.json"
 LAYERS, ATTENDS, KV, WIDTH, STATES, TAPS = 8, 4, 2 * 2 * 256, 8192, 16, 4
@@ -148,9 +151,21 @@ def test_the_budget_of_snapshots_is_kept(model: Path) -> None:
         assert ("no prompt is reused" in said.choice) == (held == 0)
         (item,) = (item for item in plan.ledger if item.kind == "sequence states")
         assert item.bytes == (plan.kv.sequences + held) * each
+        assert replan(plan, plan.placement).kv == plan.kv  # as `hmc tune` does
     for wrong in (-1.0, float("inf"), float("nan")):
         with pytest.raises(UsageError, match="snapshot_memory"):
             planned(model, snapshot_memory=wrong)
+
+
+def test_the_command_line_asks_for_it_and_shows_it(model: Path, tmp_path: Path) -> None:
+    asked = ["--dummy-weights", "--layers", "2", "--max-context", "1024", "-o"]
+    for memory, said in (("0.01", "8 snapshots of 1.25 MB"), ("0", "no prompt is reused")):
+        path = str(tmp_path / f"{memory}.hmp")
+        command = ["compile", str(model), *asked, path, "--snapshot-memory", memory]
+        for arguments in (command, ["show", path]):
+            result = CliRunner().invoke(cli, arguments)
+            assert result.exit_code == 0, result.output
+        assert said in " ".join(result.output.split())
 
 
 def test_states_that_a_gpu_cannot_hold_are_named(model: Path) -> None:
