@@ -162,8 +162,14 @@ def test_chunks_end_where_states_can_be_kept(plan: Plan) -> None:
     assert [chunk_tokens(plan, host, 200 - past, 0, past, kept) for past in (0, 64)] == [64, 64]
     assert [chunk_tokens(plan, host, 72, busy, 128, kept) for busy in (0, 3)] == [64, 64]
     assert chunk_tokens(plan, host, 8, 0, 192, kept) == 8
-    assert chunk_tokens(plan, host, 150, 0, 50, kept[1:]) == 71
-    assert chunk_tokens(plan, host, 200, 0, 0) == 67
+    # others end with pages, too: a prompt is the same blocks of tokens however it is cut
+    assert chunk_tokens(plan, host, 150, 0, 50, kept[1:]) == 78
+    assert [chunk_tokens(plan, host, left, 0, 200 - left) for left in (200, 136, 72)] == [
+        64,
+        64,
+        72,
+    ]
+    assert chunk_tokens(plan, host, 97, 0, 60) == 68
     # a call that streams all weights ends for the last of them alone
     wide = split_plan(Path(plan.checkpoint.path), gpus=1)
     assert chunk_tokens(wide, STREAM, 200, 0, 0, kept) == 192

@@ -130,9 +130,8 @@ def test_predictions_make_the_calls_that_the_runtime_makes(model: Path) -> None:
     while past < tokens:
         taken.append(chunk_tokens(plan, PREFILL, tokens - past, 0, past, stops))
         past += taken[-1]
-    calls = prompt_calls(
-        plan.phase(PREFILL).max_tokens, tokens, prompt_stops(plan, PREFILL, tokens)
-    )
+    assert prompt_stops(plan, PREFILL, tokens) == stops
+    calls = prompt_calls(plan.phase(PREFILL).max_tokens, tokens, stops, plan.kv.aligned)
     assert [count for _, count in calls] == taken
     assert [stop.tokens for stop in stops] == [896, 2944, 3968, 4480, 4992]
     ends = {first + count for first, count in calls}
