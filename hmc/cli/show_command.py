@@ -10,6 +10,7 @@ import click
 from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.cli.planned import PLAN, planned
 from hmc.errors import UsageError
+from hmc.ops import State
 from hmc.plan import Operand, Phase, Plan
 from hmc.plan.stored import expand_runs
 from hmc.ranges import expert_ranges, ranges
@@ -67,7 +68,7 @@ def _show_plan(plan: Plan) -> None:
         rows.append((device, "total", size(total), f"{verdict} {size(room)} of memory"))
     out.print(table("Memory", ("device", "kind", "bytes", "detail"), rows, numbers=("bytes",)))
     states = [
-        (ranges(group.layers), s.name, f"{s.width} {s.dtype}", f"a {s.per}", s.window or "all")
+        (ranges(group.layers), s.name, f"{s.width} {s.dtype}", f"a {s.per}", _seen(s))
         for group in plan.kv.groups
         for s in group.states
     ]
@@ -104,6 +105,11 @@ def _show_plan(plan: Plan) -> None:
     out.print(table("Kernels", columns, kernels, numbers=columns[1:]))
     decisions = [(d.by, f"{d.subject}: {d.choice}", d.reason) for d in plan.decisions]
     out.print(table("Decisions", ("pass", "decision", "reason"), decisions))
+
+
+def _seen(state: State) -> int | str:
+    """Positions of a state that are read again."""
+    return "-" if state.per == "sequence" else state.window or "all"
 
 
 def _show_layer(plan: Plan, layer: int, as_json: bool) -> None:

@@ -23,8 +23,10 @@ The policy, as far as the phases of a plan allow it:
     * any other prefill phase streams the weights once for all it is given: such a prompt goes in
       one call as far as the phase takes it.
     * where layers keep states a sequence, chunks end where a snapshot of them is wanted
-      (`KVLayout.stops`), and are equal up to there. A phase that streams the weights stops at the
-      last of these alone, and what little is left is a prompt of its own: every call streams all.
+      (`KVLayout.stops`), and are as equal up to there as ends of pages allow: kernels that compute
+      tokens in blocks then see the same blocks, however a prompt is cut.
+    * a phase that streams the weights stops at the last of these alone, and what little is left is
+      a prompt of its own: every call streams all.
 """
 
 from __future__ import annotations
@@ -83,15 +85,17 @@ def chunk_tokens(
         most = min(most, max(block, plan.limits.max_chunk // _BESIDE_DECODE))
     if phase != PREFILL:
         stops = stops[-1:]
-    return _next(left, most, past, stops)
+    return _next(left, most, past, stops, plan.kv.aligned)
 
 
-def prompt_calls(most: int, tokens: int, stops: Sequence[Stop] = ()) -> list[tuple[int, int]]:
+def prompt_calls(
+    most: int, tokens: int, stops: Sequence[Stop] = (), aligned: int = 1
+) -> list[tuple[int, int]]:
     """(first token, tokens) of every call in which a phase that takes up to `most` computes a
-    prompt that is alone and has these stops."""
+    prompt that is alone and has these stops; calls end at multiples of `aligned` tokens."""
     calls, first = [], 0
     while first < tokens:
-        count = _next(tokens - first, most, first, stops)
+        count = _next(tokens - first, most, first, stops, aligned)
         calls.append((first, count))
         first += count
     return calls
@@ -110,9 +114,13 @@ def decode_calls(most: int, batch: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _next(left: int, most: int, past: int, stops: Sequence[Stop]) -> int:
+def _next(left: int, most: int, past: int, stops: Sequence[Stop], aligned: int) -> int:
     """Tokens of the next call of a prompt of which `left` are left after `past`."""
-    return _even(min((s.tokens - past for s in stops if s.tokens > past), default=left), most)
+    goal = min((s.tokens - past for s in stops if s.tokens > past), default=left)
+    end = -(-(past + _even(goal, most)) // aligned) * aligned
+    if end - past > min(goal, most):
+        end = past + goal if goal <= most else end - aligned
+    return end - past if end > past else min(goal, most)
 
 
 def _even(left: int, most: int) -> int:

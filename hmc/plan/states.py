@@ -142,6 +142,12 @@ class KVLayout(Frozen):
         """Bytes over all layers that a snapshot takes."""
         return self._kept(self.tail)
 
+    @property
+    def aligned(self) -> int:
+        """Calls of a prompt end at multiples of so many tokens, if they are that long."""
+        kept = any(group.bytes_per("sequence") for group in self.groups)
+        return self.block if kept else 1
+
     def stops(self, past: int, tokens: int, known: int = 0) -> tuple[Stop, ...]:
         """Where states of a prompt of so many tokens, `past` of which are there, are worth a
         snapshot, ascending, all at ends of pages: the last end that leaves something to compute,

@@ -170,7 +170,8 @@ def _check_context(goal: str, tokens: int, plan: Plan) -> None:
 def run_prefill(plan: Plan, model: CostModel, prompt: int, phase: str = "") -> Run:
     """A prompt through the phase of its length (or a named one), in as many calls as it takes."""
     found = plan.phase(phase or prefill_phase(plan, prompt))
-    calls = host_prefill(found, prompt, prompt_stops(plan, found.name, prompt))
+    stops = prompt_stops(plan, found.name, prompt)
+    calls = host_prefill(found, prompt, stops, plan.kv.aligned)
     return _run(found, len(calls), prefill_timelines(found, calls, model), model)
 
 

@@ -133,10 +133,12 @@ def scheduled(
     return Timeline(phase, tuple(start), tuple(finish), tuple(costs), busy, tuple(given), results)
 
 
-def host_prefill(phase: Phase, tokens: int, stops: Sequence[Stop] = ()) -> list[Call]:
-    """The calls in which a phase takes a prompt that has these stops; logits are wanted of the last
-    alone."""
+def host_prefill(
+    phase: Phase, tokens: int, stops: Sequence[Stop] = (), aligned: int = 1
+) -> list[Call]:
+    """The calls in which a phase takes a prompt that has these stops, with ends at multiples of
+    `aligned` tokens; logits are wanted of the last alone."""
     return [
         Call(count, first, logits=first + count == tokens)
-        for first, count in prompt_calls(phase.max_tokens, tokens, stops)
+        for first, count in prompt_calls(phase.max_tokens, tokens, stops, aligned)
     ]

@@ -278,22 +278,25 @@ def _gpu_tokens(
     asked = options.max_context or (limit if options.concurrency > 1 else 0)
     have = f"{usable / 1e9:.1f} GB usable on gpu0"
     if asked and fits < asked:
-        need = asked * per_token * options.concurrency
-        whole = dense + workspace + attention * asked + need
+        need, states = asked * per_token * options.concurrency, needs.cache.bytes_of_sequences
+        whole = dense + workspace + attention * asked + need + states
         lifts = [f"a GPU with {whole / (1 - _GPU_RESERVE) / 1e9:.0f} GB"]
         if fits >= _SMALLEST:
             lifts.insert(0, f"--max-context {fits // 256 * 256}")
         if (
             options.concurrency > 1
-            and (alone := (free - attention * asked) // (per_token * asked)) >= 1
+            and (alone := (free - attention * asked) // max(1, per_token * asked)) >= 1
         ):
             lifts.insert(0, f"--concurrency {alone}")
         if options.vram:
             lifts.insert(0, "a larger --vram")
+        if needs.cache.snapshots:
+            lifts.insert(0, "a smaller --snapshot-memory")
+        beside = f" and {states / 1e9:.1f} GB of states of sequences" if states else ""
         raise CapacityError(
             f"memory of gpu0 binds: {dense / 1e9:.1f} GB of attention, shared experts and norms and"
             f" {need / 1e9:.1f} GB of KV cache ({options.concurrency} x {asked} tokens x"
-            f" {per_token} B) exceed {have}; what would lift it: {' or '.join(lifts)}"
+            f" {per_token} B){beside} exceed {have}; what would lift it: {' or '.join(lifts)}"
         )
     if fits < min(_SMALLEST, limit):
         notes.decide(

@@ -200,9 +200,7 @@ class KVCache:
         if sequence.lent is not None:
             self._put_lent(sequence, ids)
             return
-        for stop in sequence.stops:
-            if stop.tokens == sequence.length and (page := self._page(ids, full)) is not None:
-                self.snapshots.keep(page, sequence.row, full, sparse=stop.sparse)
+        self._keep_states(sequence, self._page(ids, full))
 
     def lend(self, sequence: Sequence) -> None:
         """From now on another process computes a sequence's prompt: it has slots for the snapshots
@@ -230,11 +228,13 @@ class KVCache:
         self, sequence: Sequence, ids: npt.NDArray[np.int32], prompt: int, owner: int
     ) -> None:
         """Keep the full blocks that follow those of a sequence's prompt, the first `prompt` tokens
-        of `ids`, for its `owner` alone; where all blocks of the prompt are kept.
+        of `ids`, for its `owner` alone, and its states where it has a stop; where all blocks of the
+        prompt are kept.
         """
-        full = min(sequence.length, len(ids)) // self.block
-        while prompt // self.block <= sequence.indexed < full and not sequence.alone:
+        full, shared = min(sequence.length, len(ids)) // self.block, prompt // self.block
+        while shared <= sequence.indexed < full and not sequence.alone:
             self._index(sequence, ids, owner)
+        self._keep_states(sequence, self._page(ids, full, shared, owner))
 
     def spare(self, sequence: Sequence, tokens: int) -> int:
         """How many blocks can still be taken when there is room for `tokens` more tokens of a
@@ -294,12 +294,23 @@ class KVCache:
         else:
             sequence.alone = True
 
-    def _page(self, ids: npt.NDArray[np.int32], pages: int) -> int | None:
+    def _page(
+        self, ids: npt.NDArray[np.int32], pages: int, shared: int = 0, owner: int = EVERYBODY
+    ) -> int | None:
         """The known block that holds the last of the first `pages` of a prompt, the prompt's own or
-        one that holds the same.
+        one that holds the same; of those after the `shared` ones one of the `owner`'s.
         """
-        known = self._prefixes.match(ids, pages)
+        known = self._prefixes.match(ids, pages, shared, owner)
         return known[-1] if known and len(known) == pages else None
+
+    def _keep_states(self, sequence: Sequence, page: int | None) -> None:
+        """Keep a sequence's states for a block, which holds its last tokens, where it has a
+        stop.
+        """
+        for stop in sequence.stops:
+            if page is not None and stop.tokens == sequence.length:
+                pages = stop.tokens // self.block
+                self.snapshots.keep(page, sequence.row, pages, sparse=stop.sparse)
 
     def _put_lent(self, sequence: Sequence, ids: npt.NDArray[np.int32]) -> None:
         """Keep what another process has put into the slots lent to it."""

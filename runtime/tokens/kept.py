@@ -4,7 +4,8 @@ what is new of a prompt is computed; hides how far back a sequence can be taken.
 The tokens of an answer stay as decode steps wrote them. Where the next prompt differs from what is
 stored, the sequence is cut there, unless that is not possible: states a sequence and rings hold no
 past (plan/states.py), and blocks that others may find are not written to. Then a new sequence takes
-what the prefix index knows (memory/prefix.py).
+what the prefix index knows (memory/prefix.py): of states also what follows an answer, which it
+knows for the conversation alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from hmc.runtime.memory.kv import Sequence
 
 Ids = npt.NDArray[np.int32]
 
+_OWNER = -2
+"""In the prefix index: nobody's ticket, and not everybody."""
+
 
 class Kept(Closing):
     """At most one sequence of an executor; `close` gives its place back. Not for several threads,
@@ -32,6 +36,7 @@ class Kept(Closing):
         self._sequence: Sequence | None = None
         self._ids: Ids = np.empty(0, np.int32)
         self._prefilled = 0  # leading tokens that a prefill wrote, not a decode step
+        self._common = 0  # of these, what is in blocks that everybody may find
 
     @property
     def tokens(self) -> int:
@@ -59,10 +64,14 @@ class Kept(Closing):
 
     def grown(self, sequence: Sequence, ids: Ids) -> None:
         """A chunk of the prompt has been appended: it is kept for prompts that begin alike."""
+        kv = self._executor.kv
         if self._prefilled >= len(self._ids):
-            self._executor.kv.keep(sequence, ids)
+            kv.keep(sequence, ids)
             self._ids = ids[: sequence.length]
             self._prefilled = sequence.length
+            self._common = sequence.length // kv.block * kv.block
+        elif kv.layout.bytes_per_sequence:
+            kv.keep_own(sequence, ids, self._common, _OWNER)
 
     def close(self) -> None:
         """Forget what was kept."""
@@ -78,11 +87,17 @@ class Kept(Closing):
             first = len(self._ids) if kv.layout.bytes_per_sequence else found.indexed * kv.block
             if alike >= first:
                 found.length = alike
+                found.stops = kv.layout.stops(alike, len(ids))
                 self._prefilled = min(self._prefilled, alike)
                 return found
             self.close()
         self._sequence = found = self._executor.open()
-        self._prefilled = kv.adopt(found, ids)
+        if kv.layout.bytes_per_sequence and alike >= max(self._common, kv.block):
+            past = kv.adopt(found, ids, max(1, self._common), _OWNER)
+            found.stops = kv.layout.stops(past, len(ids))
+            self._prefilled = min(past, self._common)
+        else:
+            self._prefilled = kv.adopt(found, ids)
         return found
 
     def _store(self, sequence: Sequence, ids: Ids, said: list[int]) -> None:

@@ -31,6 +31,7 @@ from hmc.plan import Plan, save_plan, verify_plan
 from hmc.plan.phases import chunk_tokens
 from hmc.runtime.batching.scheduler import Scheduler
 from hmc.runtime.executor import Executor
+from hmc.runtime.tokens.kept import Kept
 
 BLOCK, CHUNK = 64, 96
 CLOSE = 0.03
@@ -161,8 +162,14 @@ def test_chunks_end_where_states_can_be_kept(plan: Plan) -> None:
     assert [chunk_tokens(plan, host, 200 - past, 0, past, kept) for past in (0, 64)] == [64, 64]
     assert [chunk_tokens(plan, host, 72, busy, 128, kept) for busy in (0, 3)] == [64, 64]
     assert chunk_tokens(plan, host, 8, 0, 192, kept) == 8
-    assert chunk_tokens(plan, host, 150, 0, 50, kept[1:]) == 71
-    assert chunk_tokens(plan, host, 200, 0, 0) == 67
+    # others end with pages, too: a prompt is the same blocks of tokens however it is cut
+    assert chunk_tokens(plan, host, 150, 0, 50, kept[1:]) == 78
+    assert [chunk_tokens(plan, host, left, 0, 200 - left) for left in (200, 136, 72)] == [
+        64,
+        64,
+        72,
+    ]
+    assert chunk_tokens(plan, host, 97, 0, 60) == 68
     # a call that streams all weights ends for the last of them alone
     wide = split_plan(Path(plan.checkpoint.path), gpus=1)
     assert chunk_tokens(wide, STREAM, 200, 0, 0, kept) == 192
@@ -260,6 +267,44 @@ def _reused(found: Executor, expected: Callable) -> None:
         found.release(sequence)
 
 
+def test_a_conversation_goes_back_to_the_last_prompt(
+    engine: hmc.Engine, expected: Callable
+) -> None:
+    """Answers are stored as decode steps wrote them; what follows them is the conversation's."""
+    with Kept(engine.executor) as kept:
+
+        def turn(ids: list[int], new: int) -> tuple[list[int], int]:
+            stream = engine.stream(ids, kept=kept, max_new_tokens=new, temperature=0)
+            said = [piece.token_ids[0] for piece in stream]
+            # what is stored is right: its last token's logits are those of all of it
+            text = [*ids, *said]
+            with kept.holding(np.array([*text, 7], np.int32), []) as sequence:
+                assert sequence.length == len(text) - 1
+                *_, last = engine.executor.prefill(sequence, np.array(text[-1:], np.int32))
+                assert error(last[-1], expected(text)[-1]) < CLOSE
+            return said, stream.cached_tokens
+
+        first = ids_of(90, 41)
+        said, known = turn(first, 30)
+        assert known == 0
+        second = [*first, *said, *ids_of(40, 42)]
+        said, known = turn(second, 20)
+        assert known == len(first) + 30
+        third = [*second, *said, *ids_of(60, 43)]
+        answer, known = turn(third, 9)
+        assert known == len(second) + len(said)
+        again, known = turn(third, 9)  # regenerated
+        assert again == answer and known == (len(third) - 1) // BLOCK * BLOCK
+        edited = [*second, *said, *ids_of(50, 44)]
+        _, known = turn(edited, 3)
+        assert known == (len(second) - 1) // BLOCK * BLOCK
+        _, known = turn([*first[:-5], *ids_of(50, 45)], 3)
+        assert known == BLOCK
+        _, known = turn(ids_of(70, 46), 3)
+        assert known == 0
+    assert engine.executor.kv.allocator.used == 0
+
+
 def test_without_room_for_snapshots_no_prompt_is_reused(
     engine: hmc.Engine, plan: Plan, expected: Callable
 ) -> None:
@@ -296,3 +341,12 @@ def test_gpu_phases_run_it_by_its_reference(directory: Path, gpus: int, expected
         _batch_equals_the_reference(found, expected)
         _reused(found, expected)
         assert found.calls[DUAL] > 0
+        # a prompt streams once, up to where its states are kept
+        head = ids_of(2 * BLOCK, 51)
+        for tail, streams in ((ids_of(9, 52), 1), (ids_of(5, 53), 0)):
+            ids, before = np.array(head + tail, np.int32), found.calls[STREAM]
+            with Scheduler(found) as scheduler:
+                ticket = scheduler.submit(request(ids.tolist(), 1))
+                assert ticket.wait(60)
+            assert ticket.result().token_ids == (int(np.argmax(expected(ids.tolist())[-1])),)
+            assert found.calls[STREAM] - before == streams

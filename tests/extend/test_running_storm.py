@@ -33,8 +33,14 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hmc.Engine]:
             yield found
 
 
-@pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("count", "prefix_cache"),
+    [
+        (40, True),
+        pytest.param(2000, True, marks=pytest.mark.slow),
+        pytest.param(2000, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_storm_answers_as_if_alone(
     engine: hmc.Engine, prefix_cache: bool, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

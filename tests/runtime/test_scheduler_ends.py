@@ -26,7 +26,7 @@ def fake(request: pytest.FixtureRequest):
     ("fake", "count"),
     [
         ({}, 2000),
-        ({"snapshots": 5}, 300),
+        ({"snapshots": 5}, 150),
         ({"snapshots": 0}, 100),
         pytest.param({"snapshots": 5}, 2000, marks=pytest.mark.slow),
     ],
