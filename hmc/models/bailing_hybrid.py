@@ -10,13 +10,12 @@ from torch import Tensor, nn
 from hmc.blocks import GatedMLP, Linear
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.activations import gated
-from hmc.models.common import CausalLM, DecoderLayer, check_values, norm_eps
+from hmc.models.common import CausalLM, DecoderLayer, MoE, check_values, norm_eps
 from hmc.models.delta import LINEAR, Heads, KimiDeltaNet, kinds_of_layers
 from hmc.models.family import Family, look_ahead
 from hmc.models.latent import LatentAttention
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import dense_mlp, grouped_moe, is_routed
-from hmc.models.windows import FULL
 
 
 class GatedLatentAttention(LatentAttention):
@@ -52,7 +51,7 @@ def build(config: ModelConfig) -> nn.Module:
         use_qkv_bias=False,
     )
     hidden = config.require_int("hidden_size")
-    kinds = kinds_of_layers(config, "layer_group_size", 6, FULL)
+    kinds = kinds_of_layers(config, "layer_group_size", 6)
     angles = _rope(config)
     count = config.require_int("num_attention_heads", minimum=1)
     dim = config.require_int("head_dim", minimum=1)
@@ -72,13 +71,20 @@ def build(config: ModelConfig) -> nn.Module:
             mixer = GatedLatentAttention(config, angles)
         if not is_routed(config, index, 2):
             return DecoderLayer(config, mixer, dense_mlp(config))
-        moe = grouped_moe(config, factor=2.5)
-        moe.experts.act = _act(bounds[index])
-        if isinstance(moe.shared_experts, GatedMLP):
-            moe.shared_experts.act = _act(shared_bounds[index])
-        return DecoderLayer(config, mixer, moe)
+        return DecoderLayer(config, mixer, _moe(config, bounds[index], shared_bounds[index]))
 
     return CausalLM(config, layer)
+
+
+def _moe(config: ModelConfig, bound: float, shared_bound: float) -> MoE:
+    moe = grouped_moe(config, factor=2.5)
+    moe.experts.act = _act(bound)
+    if count := config.get_int("num_shared_experts", 0):
+        width = config.require_int("moe_intermediate_size")
+        width = config.get_int("moe_shared_expert_intermediate_size", width, minimum=1)
+        hidden = config.require_int("hidden_size")
+        moe.shared_experts = GatedMLP(hidden, count * width, act=_act(shared_bound))
+    return moe
 
 
 def _rope(config: ModelConfig) -> Rope:

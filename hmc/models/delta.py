@@ -13,6 +13,7 @@ from torch.nn import functional
 from hmc.blocks import Conv, Linear, LinearAttention, Vector
 from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
+from hmc.models.windows import FULL
 
 LINEAR = "linear_attention"
 _ACT = "silu(x)"
@@ -202,15 +203,17 @@ class KimiDeltaNet(DeltaNet):
         return self.get_submodule(f"{part}_b_proj")(low)  # type: ignore[no-any-return]
 
 
-def kinds_of_layers(config: ModelConfig, key: str, every: int, full: str) -> tuple[str, ...]:
-    """The kind of each layer, `LINEAR` or `full`: `layer_types` of the configuration, else every
+def kinds_of_layers(config: ModelConfig, key: str, every: int) -> tuple[str, ...]:
+    """The kind of each layer, `LINEAR` or `FULL`: `layer_types` of the configuration, else every
     n-th is full, n as `key` says (`every` where it is absent).
     """
     depth = config.require_int("num_hidden_layers")
     found = config.get_strs("layer_types")
     if found:
-        if len(found) < depth or {*found} - {full, LINEAR}:
-            raise config.error("layer_types", f"must say {full} or {LINEAR} of {depth} layers")
+        if len(found) < depth or {*found} - {FULL, LINEAR}:
+            raise config.error(
+                "layer_types", f"must say {FULL} or {LINEAR} for each of {depth} layers"
+            )
         return found[:depth]
     every = config.get_int(key, every, minimum=1)
-    return tuple(LINEAR if (index + 1) % every else full for index in range(depth))
+    return tuple(LINEAR if (index + 1) % every else FULL for index in range(depth))

@@ -24,7 +24,6 @@ from hmc.models.family import LANGUAGE_MODEL, LOOKS_AHEAD, NO_IMAGES, Aside, Fam
 from hmc.models.norms import CentredNorm
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import Stacking, dense_mlp, softmax_moe
-from hmc.models.windows import FULL
 
 
 class GatedAttention(GroupedQueryAttention):
@@ -65,7 +64,7 @@ def _model(config: ModelConfig, *, grouped: bool = False, stacks: Stacking = "")
     check_values(config, attention_bias=False)
     hidden = config.require_int("hidden_size")
     shared = config.require_int("shared_expert_intermediate_size", minimum=1)
-    kinds = kinds_of_layers(config, "full_attention_interval", 4, FULL)
+    kinds = kinds_of_layers(config, "full_attention_interval", 4)
     angles = rope(config, attention_heads(config)[2], partial=0.25)
     heads = _heads(config)
     dense = config.get_ints("mlp_only_layers")
@@ -95,10 +94,9 @@ def _heads(config: ModelConfig) -> Heads:
         config.require_int(f"linear_{key}", minimum=1) for key in keys
     )
     taps = config.require_int("linear_conv_kernel_dim", minimum=2)
-    heads = Heads(total, count, key_dim, value_dim, taps)
-    if heads.total % heads.key_count:
-        raise config.error("linear_num_key_heads", f"is {heads.key_count}, of {heads.total} heads")
-    return heads
+    if total % count:
+        raise config.error("linear_num_key_heads", f"is {count}, must divide the {total} heads")
+    return Heads(total, count, key_dim, value_dim, taps)
 
 
 _NEEDS = (

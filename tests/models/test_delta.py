@@ -79,7 +79,11 @@ def test_bounds_of_ling(tiny: Callable[..., Path]) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "said"),
     [
-        ("qwen3_next", {"linear_num_key_heads": 4}, "linear_num_key_heads is 4, of 6 heads"),
+        (
+            "qwen3_next",
+            {"linear_num_key_heads": 4},
+            "linear_num_key_heads is 4, must divide the 6 heads",
+        ),
         ("qwen3_next", {"attention_bias": True}, "attention_bias"),
         ("qwen3_next", {"layer_types": ["full_attention", "other"]}, "layer_types must say"),
         ("qwen3_5_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
