@@ -16,15 +16,15 @@ from hmc.runtime.memory.blocks import aligned
 @dataclass(frozen=True)
 class Kind:
     """What can be measured: products of one token or few, against the streaming read, or of `many`,
-    against the multiply-add peak; of one matrix, of `routed` experts with three, or of a state that
-    is `kept`. `probed` is a probe's name for it, `larger` the op for more tokens.
+    against the multiply-add peak; of one matrix, of `routed` experts with three, or of a state
+    in the format `kept`. `probed` is a probe's name for it, `larger` the op for more tokens.
     """
 
     many: bool
     routed: bool
     probed: str = ""
     larger: str = ""
-    kept: bool = False
+    kept: str = ""
 
 
 OPS = {
@@ -33,9 +33,9 @@ OPS = {
     "gemm": Kind(many=True, routed=False, probed="gemm in prefill"),
     "grouped": Kind(many=True, routed=True, probed="grouped in prefill"),
     "linear_attention": Kind(
-        many=False, routed=False, larger="linear_attention_prefill", kept=True
+        many=False, routed=False, larger="linear_attention_prefill", kept="f32"
     ),
-    "linear_attention_prefill": Kind(many=True, routed=False, kept=True),
+    "linear_attention_prefill": Kind(many=True, routed=False, kept="f32"),
 }
 
 
@@ -107,7 +107,7 @@ class Case:
                 f"{self.op} takes 1 to {MAX_TOKENS} tokens, not {self.tokens}: larger batches are"
                 f" --op {self.kind.larger}"
             )
-        if self.kind.kept and (self.format != "f32" or self.rows % self.k or self.k % 4):
+        if self.kind.kept and (self.format != self.kind.kept or self.rows % self.k or self.k % 4):
             raise UsageError(
                 f"{self.op} of {self.format} {self.shape}: states are f32, of heads of KxK; K a"
                 " multiple of 4, rows one of K"

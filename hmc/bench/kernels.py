@@ -133,7 +133,7 @@ class KernelBench(Closing):
 
         Raises `UsageError` for cases that cannot be run so, `CapacityError` for lack of memory.
         """
-        if self.l2 and any(case.op != "linear" for case in cases):
+        if self.l2 and any(case.kind.many or case.kind.routed or case.kind.kept for case in cases):
             raise UsageError("--l2 measures --op linear alone")
         if not self.l2 and not all(case.kind.many for case in cases):
             self.reference = MemoryReference(
