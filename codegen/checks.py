@@ -45,6 +45,12 @@ _SIZES: dict[str, str] = {
     "index_append": "dim block",
     **dict.fromkeys(("block_scores", "block_choose", "block_prefill"), _INDEX),
     "route": "experts top_k",
+    "hash_route": "experts top_k",
+    "hyper_weights": "streams",
+    **dict.fromkeys(("hyper_in", "hyper_out", "hyper_copy"), "width streams"),
+    **dict.fromkeys(("window_append", "window_gather"), "head_dim window"),
+    **dict.fromkeys(("compress", "compress_rows"), "width ratio rope_dim block"),
+    **dict.fromkeys(("attend_few", "attend_prefill"), "heads head_dim window block"),
     "sort_experts": "top_k experts",
     "resident_ids": "top_k",
     "stream_read": "streams",
@@ -163,7 +169,7 @@ def _check_rotary(spec: KernelSpec) -> None:
 def _check_route(spec: KernelSpec) -> None:
     experts, top_k, candidates = spec["experts"], spec["top_k"], spec["experts"]
     groups, top_groups = spec.get("groups"), spec.get("top_groups")
-    if not 0 <= spec.get("scoring") <= 4:
+    if not 0 <= spec.get("scoring") <= 5:
         raise _error(spec, f"has no scoring {spec['scoring']}")
     if top_groups:
         if groups < 1 or experts % groups or experts < 2 * groups:

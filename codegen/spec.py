@@ -308,6 +308,49 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # `scaled` scale f32 [experts] too. Ties go to the lower id. Group score = sum of its
     # `group_best` largest biased scores. Weights are divided by their sum + eps (unset: 1e-20).
     "route": _args("logits* logits_stride bias* ids* routing* tokens factor~ scale* eps~ jitter~"),
+    # The same, of the experts that row token[t] of table i32 [vocab, top_k] holds. params: experts,
+    # top_k, scoring (of all experts), normalise.
+    "hash_route": _args("logits* logits_stride token* table* ids* routing* tokens factor~"),
+    # Streams of hyper-connections, side by side in rows [n * width] (hmc/ops/hyper.py). params:
+    # streams (n), iterations: weights f32 [n (n + 2)], or [n] with none; base and scale f32.
+    "hyper_weights": _args("mixes* mixes_stride base* scale* y* y_stride tokens eps~"),
+    # params: width, streams, of these three.
+    "hyper_in": _args("h* h_stride weights* weights_stride y* y_stride tokens"),
+    "hyper_out": _args("h* h_stride weights* weights_stride x* x_stride y* y_stride tokens"),
+    "hyper_copy": _args("x* x_stride y* y_stride tokens"),
+    # Attention over a window and compressed rows (hmc/ops/compressed.py). The last `window` rows of
+    # a sequence's keys are in its slot of `window`, bf16 [slots, window, head_dim], position p at
+    # place p mod window. params: head_dim, window. window_append: of tokens of as many sequences;
+    # window_gather: of one sequence's in order, whose rows before and in the call are gathered too,
+    # bf16 [window + tokens, head_dim].
+    "window_append": _args("kv* kv_stride window* window_stride sequence* positions* tokens"),
+    "window_gather": _args(
+        "kv* kv_stride window* window_stride gathered* sequence* positions* tokens"
+    ),
+    # A row of `width` for every `ratio` tokens. state f32 [slots, 3 or 9, width]: running softmaxes
+    # of kv by gate + ape; pooled f32 [tokens, width]: the means of windows that a token ends, which
+    # compress_rows norms, turns (their last rope_dim columns) and puts into pages: rows bf16
+    # [pages, block / gcd(block, ratio), width]. With `overlap` the first half of kv and gate goes
+    # into the row after. lasts i32 [tokens]: the last row that a token sees, -1: none.
+    # params: width, ratio, overlap, rope_dim, block.
+    "compress": _args(
+        "kv* kv_stride gate* gate_stride ape* state* state_stride pooled* sequence* positions*"
+        " tokens"
+    ),
+    "compress_rows": _args(
+        "pooled* gamma* cos* sin* rows* lasts* tables* table_stride sequence* positions* tokens"
+        " eps~"
+    ),
+    # y f32 [tokens, heads * head_dim]. keys: the slots of windows, or what was gathered of them.
+    # scratch: attend_scratch_bytes for every worker, of `most` rows. params: heads, head_dim,
+    # window, block; ratio and index_topk (unset: no compressed rows, or all of them).
+    **dict.fromkeys(
+        ("attend_few", "attend_prefill"),
+        _args(
+            "q* q_stride keys* keys_stride rows* chosen* tables* table_stride sequence* positions*"
+            " sinks* y* y_stride scratch* most tokens scale~"
+        ),
+    ),
     # Many-token matmul (prefill): y[t, n] = x[t, :] . w[n, :], any number of tokens; x bf16;
     # params: k. gather i32 [tokens] picks rows of x (0: none). scratch: per-worker panels,
     # `panel_scratch_bytes` (panel/tiling.py) says how many.

@@ -135,3 +135,8 @@ class QueueFullError(ExecutionError):
 
 class RequestTimeoutError(ExecutionError):
     """A request took longer than a server gives one."""
+
+
+def wrong_table(name: str, experts: int) -> str:
+    """What is said of a table of experts by token that names others than there are."""
+    return f"tensor {name} names others than experts 0 to {experts - 1}: the checkpoint is damaged"

@@ -8,13 +8,13 @@ and what passes share: their two protocols, how they note decisions, how they re
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import torch.fx
 
 from hmc.blocks import Block
-from hmc.checkpoint import Checkpoint, WeightSource
+from hmc.checkpoint import Checkpoint, InventedCheckpoint, WeightSource
 from hmc.graph import NodeMeta, WeightSpec
 from hmc.machine.model import Machine
 from hmc.plan import Decision, KVLayout, Limits, ModelInfo, Plan
@@ -43,11 +43,11 @@ class Target:
                     weight.name, weight.experts, weight.shape, weight.view, linear=weight.linear
                 )
             else:
-                found = [
-                    self.checkpoint.resolve(
-                        weight.name, weight.shape, linear=weight.linear, view=weight.view
-                    )
-                ]
+                stored = self.checkpoint
+                if isinstance(stored, InventedCheckpoint) and weight.dtype:
+                    stored = replace(stored, dtype=weight.dtype)
+                how: dict[str, Any] = {"linear": weight.linear, "view": weight.view}
+                found = [stored.resolve(weight.name, weight.shape, **how)]
             self._found[weight.key] = found
         return self._found[weight.key]
 

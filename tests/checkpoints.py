@@ -92,8 +92,10 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 
 _LINEAR = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
-_WIDE = re.compile(r"(\.gate|\.wg|\.router|\.router\.proj|\.router\.layer|lm_head)\.weight$")
+_WIDE = re.compile(r"(\.gate|\.wg|\.router|\.router\.proj|\.router\.layer|lm_head|^head)\.weight$")
 """Routers and the output layer."""
+_HASHED = 16
+"""Experts of models that choose some by token id."""
 _TEXT = """In the beginning was the word, and the word was written down by the people of the
 valley; and they said to one another: let us count the stones of the river, the birds of the air
 and the days of the year. Naïve café — 你好, мир! — 1234567890
@@ -211,6 +213,9 @@ def draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Ten
     """A random weight: activations stay near 1, router logits spread over about +-2, every part has
     a say.
     """
+    if name.endswith("tid2eid"):  # distinct experts for every token
+        order = torch.rand(len(like), _HASHED, generator=generator).argsort(-1)
+        return order[:, : like.shape[1]].contiguous()
     noise = torch.randn(like.shape, generator=generator)
     if name.endswith("bias"):
         return noise * 0.1
@@ -218,7 +223,7 @@ def draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Ten
         return noise - 3.0  # states last for some twenty tokens
     if like.ndim == 1:
         return 1 + 0.1 * noise
-    if name.endswith("embed_tokens.weight"):
+    if name.endswith(("embed_tokens.weight", "embed.weight")):
         return noise * (0.5 if tied else 1.0)
     gain = 2.0 if _WIDE.search(name) else 1.0
     return noise * (gain / math.sqrt(like.shape[-1]))

@@ -19,6 +19,7 @@ from hmc.codegen.kernels.routing.route import (
     SOFTMAX,
     SOFTMAX_CHOSEN,
     SPARSEMIXER,
+    SQRT_SOFTPLUS,
 )
 from hmc.codegen.rowwise import Rowwise
 from hmc.codegen.spec import KernelSpec
@@ -127,6 +128,8 @@ def route(
         score /= score.sum(axis=1, keepdims=True)
     else:
         score = 1 / (1 + np.exp(-x)) if scoring == SIGMOID else x
+    if scoring == SQRT_SOFTPLUS:
+        score = np.sqrt(np.logaddexp(0, x))
     choice = score if bias is None else score + bias
     if top_groups:
         per = choice.reshape(tokens, groups, -1)

@@ -30,9 +30,9 @@ hmc/blocks hmc/graph
 hmc/predict
 runtime/devices runtime/weights runtime/memory runtime/routing runtime/children runtime
 hmc/plan hmc/ops hmc/machine hmc/checkpoint/gguf hmc/checkpoint
-codegen/build codegen/kernels codegen/kernels/attention codegen/kernels/matmul
-codegen/kernels/recurrent codegen/kernels/pointwise codegen/kernels/routing
-codegen/kernels/probes codegen/triton
+codegen/build codegen/kernels codegen/kernels/compressed codegen/kernels/attention
+codegen/kernels/matmul codegen/kernels/recurrent codegen/kernels/pointwise
+codegen/kernels/routing codegen/kernels/probes codegen/triton
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
 codegen/checks codegen/native codegen/rowwise codegen/spec codegen/isa codegen/expr

@@ -10,8 +10,9 @@ from types import ModuleType
 
 from hmc.codegen.ir import Emitter
 from hmc.codegen.kernels.attention import attention, block_index, index, prefill, sparse
+from hmc.codegen.kernels.compressed import attend, rows, window
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
-from hmc.codegen.kernels.pointwise import embed, norm, pointwise, rotary
+from hmc.codegen.kernels.pointwise import embed, hyper, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
 from hmc.codegen.kernels.recurrent import conv, linear_attention, linear_prefill, scan
 from hmc.codegen.kernels.routing import route, sort_experts
@@ -48,7 +49,11 @@ _HOMES: Mapping[ModuleType, str] = {
     index: "index_append index_scores index_choose index_prefill",
     sparse: "mla_gather sparse_mla_prefill",
     block_index: "block_scores block_choose block_prefill",
-    route: "route",
+    window: "window_append window_gather",
+    rows: "compress compress_rows",
+    attend: "attend_few attend_prefill",
+    hyper: "hyper_weights hyper_in hyper_out hyper_copy",
+    route: "route hash_route",
     sort_experts: "sort_experts",
     resident_ids: "resident_ids",
     flags: "flag_wait flag_set",

@@ -34,7 +34,8 @@ def route(logits, bias, scale, ids, routing, experts, factor, eps, jitter, strid
           CHOSEN: tl.constexpr):  # fmt: skip
     """ids i32 and routing f32 [tokens, TOP_K], best first, of logits [tokens, experts].
 
-    SCORING 0: softmax, 1: sigmoid, 2: softmax of those chosen, 3: their sigmoid, 4: SparseMixer.
+    SCORING 0: softmax, 1: sigmoid, 2: softmax of those chosen, 3: their sigmoid, 4: SparseMixer,
+    5: sqrt(softplus).
     With KEPT only the experts of the KEPT best of GROUPS groups of SIZE are chosen from, by the
     BEST one or two of each; else there is one group. HIGH, WIDE and CHOSEN are GROUPS, SIZE and
     TOP_K as powers of two. Programs: tokens.
@@ -50,6 +51,12 @@ def route(logits, bias, scale, ids, routing, experts, factor, eps, jitter, strid
         score = score / tl.sum(tl.sum(score, 1), 0)
     elif SCORING == 1:
         score = 1.0 / (1.0 + tl.exp(-logit))
+    elif SCORING == 5:
+        small = tl.exp(-tl.abs(logit))
+        above = 1.0 + small
+        lost = above == 1.0  # Kahan's log1p
+        more = tl.where(lost, small, tl.log(above) * small / tl.where(lost, 1.0, above - 1.0))
+        score = tl.sqrt(tl.maximum(logit, 0.0) + more)
     choice = score
     if BIAS:
         choice = score + tl.load(bias + expert, known, 0.0).to(tl.float32)

@@ -10,16 +10,19 @@ names of the block's parameters, so a reference loader needs no table: `getattr(
 from hmc.blocks.attention import MLA, Attention, Growth, Rotary
 from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
 from hmc.blocks.block_sparse import IndexBlocks, SparseAttention
+from hmc.blocks.compressed import CompressedAttention, Compression, RowIndex
 from hmc.blocks.dense import (
     MLP,
     AddNorm,
     Embedding,
     GatedMLP,
     GateUp,
+    GroupedLinear,
     Linear,
     RMSNorm,
 )
-from hmc.blocks.moe import Experts, Route, Scoring
+from hmc.blocks.hyper import HyperCopy, HyperIn, HyperOut, HyperWeights
+from hmc.blocks.moe import Experts, HashRoute, Route, Scoring
 from hmc.blocks.pointwise import Pointwise, Vector, activated
 from hmc.blocks.recurrent import Conv, LinearAttention, SelectiveScan
 from hmc.blocks.sparse import Index, SparseMLA
@@ -31,12 +34,20 @@ __all__ = [
     "Attention",
     "Block",
     "Columns",
+    "CompressedAttention",
+    "Compression",
     "Conv",
     "Embedding",
     "Experts",
     "GateUp",
     "GatedMLP",
+    "GroupedLinear",
     "Growth",
+    "HashRoute",
+    "HyperCopy",
+    "HyperIn",
+    "HyperOut",
+    "HyperWeights",
     "Index",
     "IndexBlocks",
     "Linear",
@@ -46,6 +57,7 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "Route",
+    "RowIndex",
     "Scoring",
     "SelectiveScan",
     "SparseAttention",

@@ -4,8 +4,11 @@ put in their place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -64,7 +67,8 @@ class Linear(Block):
 
     `tied` names the checkpoint tensor that stands for W when it is not the block's own (an output
     layer that shares the embedding table); such a table is no operand that a quantised checkpoint
-    converts. `within` names the tensor beside the block that holds W among others, and how.
+    converts; nor is one that is `plain`. `within` names the tensor beside the block that holds W
+    among others, and how.
     """
 
     kind = "linear"
@@ -77,9 +81,11 @@ class Linear(Block):
         bias: bool = False,
         tied: str | None = None,
         within: tuple[str, View] | None = None,
+        plain: bool = False,
     ) -> None:
         super().__init__()
         self.inputs, self.width, self.tied, self.within = inputs, outputs, tied, within
+        self.plain = plain or tied is not None
         self.weight = parameter(outputs, inputs)
         self.bias = parameter(outputs) if bias else None
 
@@ -88,7 +94,7 @@ class Linear(Block):
         if self.within is not None:
             name, view = sibling(path, self.within[0]), self.within[1]
         shape = self.width, self.inputs
-        weight = WeightSpec("weight", name, shape, linear=self.tied is None, view=view)
+        weight = WeightSpec("weight", name, shape, linear=not self.plain, view=view)
         if self.bias is None:
             return (weight,)
         return (weight, WeightSpec("bias", f"{path}.bias", (self.width,)))
@@ -98,6 +104,50 @@ class Linear(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias)
+
+
+class GroupedLinear(Block):
+    """A matrix [outputs, inputs] for each of `groups` equal parts of a row: x [T, groups * inputs]
+    -> [T, groups * outputs]. They lie one after the other in the block's one tensor.
+    """
+
+    kind = "grouped_linear"
+
+    def __init__(self, groups: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.groups, self.k, self.n, self.width = groups, inputs, outputs, groups * outputs
+        for group in range(groups):
+            self.register_parameter(f"weight{group}", parameter(outputs, inputs))
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        shape = self.n, self.k
+        whole = self.groups * self.n, self.k
+        return tuple(
+            WeightSpec(
+                f"weight{group}",
+                f"{path}.weight",
+                shape,
+                linear=True,
+                view=View(whole, group * self.n),
+            )
+            for group in range(self.groups)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = {spec.role: getattr(self, spec.role) for spec in self.weights("")}
+        return grouped_linear(dict(self.attributes()), {"x": x}, weights, {})[0]["y"]
+
+
+def grouped_linear(
+    attrs: Mapping[str, Any],
+    inputs: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    states: Mapping[str, Tensor],
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The reference of the op: x [..., groups * k]."""
+    parts = inputs["x"].float().chunk(int(attrs["groups"]), -1)
+    made = [functional.linear(x, weights[f"weight{n}"].float()) for n, x in enumerate(parts)]
+    return {"y": torch.cat(made, -1)}, states
 
 
 class GatedMLP(nn.Module):

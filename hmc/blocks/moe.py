@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class Scoring(IntEnum):
     SOFTMAX_CHOSEN = 2
     SIGMOID_CHOSEN = 3
     SPARSEMIXER = 4
+    SQRT_SOFTPLUS = 5
 
 
 class Route(Block):
@@ -90,7 +92,7 @@ class Route(Block):
         return attrs(**found)
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = self._scores(logits)
+        scores = scored(self.scoring, logits)
         choice = scores if self.bias is None else scores + self.bias
         ids = _largest(self._within_groups(choice), self.top_k)
         weights = scores.gather(-1, ids)
@@ -105,11 +107,6 @@ class Route(Block):
         weights = weights * self.factor
         return ids.to(torch.int32), weights if self.scale is None else weights * self.scale[ids]
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        if self.scoring == Scoring.SOFTMAX_ALL:
-            return logits.softmax(-1)
-        return logits.sigmoid() if self.scoring == Scoring.SIGMOID else logits
-
     def _within_groups(self, choice: Tensor) -> Tensor:
         if not self.groups:
             return choice
@@ -118,6 +115,60 @@ class Route(Block):
         open_groups = torch.zeros_like(worth, dtype=torch.bool)
         open_groups.scatter_(-1, _largest(worth, self.top_groups), True)
         return grouped.masked_fill(~open_groups[..., None], float("-inf")).flatten(-2)
+
+
+class HashRoute(Block):
+    """(router logits [T, experts], token ids [T]) -> (ids i32, weights f32), both [T, top_k]: the
+    experts that `table` [vocab, top_k], whole numbers at `name` beside the block, has for a token's
+    id, weighed by their scores as in `Route`.
+    """
+
+    kind = "hash_route"
+    dtype = "i32"
+
+    def __init__(
+        self,
+        experts: int,
+        top_k: int,
+        scoring: Scoring,
+        *,
+        vocab: int,
+        name: str,
+        normalise: bool,
+        factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.experts, self.top_k, self.scoring, self.vocab = experts, top_k, int(scoring), vocab
+        self.normalise, self.factor, self.name = int(normalise), factor, name
+        self.width = top_k
+        self.table = parameter(vocab, top_k)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        shape = self.vocab, self.top_k
+        return (WeightSpec("table", sibling(path, self.name), shape, dtype="I64"),)
+
+    def forward(self, logits: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        return chosen_by_table(dict(self.attributes()), logits, self.table[token.long()])
+
+
+def scored(scoring: int, logits: Tensor) -> Tensor:
+    """Scores by `Scoring`; those that are made of the chosen ones alone are logits here."""
+    if scoring == Scoring.SOFTMAX_ALL:
+        return logits.softmax(-1)
+    if scoring == Scoring.SQRT_SOFTPLUS:
+        return functional.softplus(logits).sqrt()
+    return logits.sigmoid() if scoring == Scoring.SIGMOID else logits
+
+
+def chosen_by_table(
+    attrs: Mapping[str, Any], logits: Tensor, experts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `hash_route` gives of logits [T, experts] and the table's rows [T, top_k]."""
+    ids = experts.long()
+    weights = scored(int(attrs["scoring"]), logits).gather(-1, ids)
+    if attrs["normalise"]:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+    return ids.to(torch.int32), weights * float(attrs["factor"])
 
 
 class Experts(Block):

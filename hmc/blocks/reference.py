@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hmc.blocks import recurrent
+from hmc.blocks import hyper, recurrent
+from hmc.blocks.dense import grouped_linear
 from hmc.blocks.pointwise import pointwise
 from hmc.ops.pointwise import rowwise
 
@@ -31,5 +32,10 @@ def _pointwise(
     return {"y": found.reshape(sequences, -1, found.shape[1])}, states
 
 
-REFERENCES: dict[str, Reference] = {"pointwise": _pointwise, **recurrent.REFERENCES}
+REFERENCES: dict[str, Reference] = {
+    "pointwise": _pointwise,
+    "grouped_linear": grouped_linear,
+    **hyper.REFERENCES,
+    **recurrent.REFERENCES,
+}
 """By op. Those of attention work on all positions at once, and are blocks alone."""

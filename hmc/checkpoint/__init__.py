@@ -8,11 +8,12 @@ from hmc.checkpoint.config import LOSSY_KEY, ModelConfig, load_config
 from hmc.checkpoint.headers import ShardInfo, TensorInfo, read_fingerprint, read_header
 from hmc.checkpoint.quantization import Note, Quantization, read_quantization
 from hmc.checkpoint.source import Part, WeightSource
-from hmc.checkpoint.weights import Checkpoint
+from hmc.checkpoint.weights import Checkpoint, InventedCheckpoint
 
 __all__ = [
     "LOSSY_KEY",
     "Checkpoint",
+    "InventedCheckpoint",
     "ModelConfig",
     "Note",
     "Part",

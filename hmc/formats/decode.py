@@ -22,7 +22,8 @@ Floats = npt.NDArray[np.float32]
 
 NUMPY: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16),
-    "I32": np.dtype(np.uint32), "U8": np.dtype(np.uint8), "I8": np.dtype(np.uint8),
+    "I32": np.dtype(np.uint32), "I64": np.dtype(np.int64),
+    "U8": np.dtype(np.uint8), "I8": np.dtype(np.uint8),
     "F8_E4M3": np.dtype(np.uint8),
     "F8_E5M2": np.dtype(np.uint8), "F8_E8M0": np.dtype(np.uint8),
 }  # fmt: skip

@@ -15,7 +15,7 @@ from hmc.formats.base import Format
 from hmc.formats.fp8 import FP8, FP8_32, FP8_CHANNEL, FP8_GROUP, FP8_ROWS, FP8_TENSOR, MXFP8
 from hmc.formats.gguf import GGUF
 from hmc.formats.micro import MXFP4, MXFP4_I8, NVFP4, NVFP4_TIMES
-from hmc.formats.plain import BF16, F32, FP16
+from hmc.formats.plain import BF16, F32, FP16, I64
 from hmc.formats.whole import (
     AWQ,
     GPTQ,
@@ -38,7 +38,7 @@ from hmc.formats.whole import (
 _ROWS: dict[str, Format] = {
     row.name: row
     for row in (
-        *(FP8, BF16, FP16, F32, INT4),
+        *(FP8, BF16, FP16, F32, I64, INT4),
         *(FP8_32, FP8_TENSOR, FP8_CHANNEL, MXFP8, FP8_GROUP, *FP8_ROWS),
         *(MXFP4, MXFP4_I8, NVFP4, NVFP4_TIMES),
         *(INT4_ZERO, INT8, INT8_PACKED, INT8_GROUP, INT8_ZERO, INT8_PACKED_ZERO, AWQ),

@@ -40,7 +40,8 @@ class WeightSpec:
     For routed experts `name` holds the placeholder `{e}` and `experts` their number. `linear` says
     that the weight is one that a quantised checkpoint may store in a low-bit format (a matmul
     operand, not a norm or a table). With a `view` it is a part of the tensor of that name: some
-    rows, or an expert of a stack (then there is no placeholder).
+    rows, or an expert of a stack (then there is no placeholder). `dtype` is what checkpoints store
+    it in, whatever the others ("": as these are).
     """
 
     role: str
@@ -49,6 +50,7 @@ class WeightSpec:
     linear: bool = False
     experts: int = 0
     view: View | None = None
+    dtype: str = ""
 
     @property
     def key(self) -> str:

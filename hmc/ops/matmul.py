@@ -12,7 +12,20 @@ from typing import Final
 from hmc.codegen.expr import GATED, ROUTED, activation, has_gate
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError, UnsupportedError, VerifyError
-from hmc.ops.row import Attrs, Load, Op, Role, Use, WeightRole, Weights, Work, attr, picked, spec
+from hmc.ops.row import (
+    Attrs,
+    Load,
+    Op,
+    Role,
+    Use,
+    WeightRole,
+    Weights,
+    Work,
+    attr,
+    picked,
+    product,
+    spec,
+)
 
 
 def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
@@ -21,6 +34,13 @@ def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     if use.many:
         return (spec("gemm", use, sizes, stored.format),)
     return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
+
+
+def _grouped_linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    stored = {*weights.values()}
+    if len(stored) != 1 or len(weights) != int(attrs["groups"]):
+        raise UnsupportedError("the matrices of a grouped linear layer are not one a group alike")
+    return _linear(attrs, {"weight": stored.pop()}, use)
 
 
 def _activated(attrs: Attrs, operands: tuple[str, ...] = GATED) -> bool:
@@ -141,6 +161,18 @@ OPS: Final = (
         extra={"router": int},
         kernels=_linear,
         triton=True,
+        family="dense matmuls",
+    ),
+    Op(
+        # y = (x_0 W_0^T, x_1 W_1^T, ...): a matrix for each of the equal parts of a row
+        "grouped_linear",
+        inputs=(Role("x", "bf16", product("groups", "k")),),
+        outputs=(Role("y", "f32", product("groups", "n")),),
+        weights=(WeightRole("weight", _matrix, matmul=True, many=True),),
+        attrs={"groups": int, "k": int, "n": int},
+        possible=lambda attrs: min(picked(attrs, "groups", "k", "n").values()) > 0,
+        kernels=_grouped_linear,
+        named=lambda attrs: ("x", *(f"weight{n}" for n in range(int(attrs["groups"])))),
         family="dense matmuls",
     ),
     Op(

@@ -16,7 +16,7 @@ def _choosable(attrs: Attrs) -> bool:
     experts, top_k, groups, best = picked(
         attrs, "experts", "top_k", "groups", "top_groups"
     ).values()
-    fits = top_k <= experts and int(attrs["scoring"]) < 5 and attrs.get("group_best", 1) in (1, 2)
+    fits = top_k <= experts and int(attrs["scoring"]) < 6 and attrs.get("group_best", 1) in (1, 2)
     if not best:  # no groups
         return fits
     equal = groups > 0 and experts % groups == 0 and experts >= 2 * groups
@@ -57,6 +57,12 @@ def _route(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return (spec("route", use, sizes),)
 
 
+def _hash_route(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
+    return (spec("hash_route", use, picked(attrs, *_HASH)),)
+
+
+_HASH = ("experts", "top_k", "scoring", "normalise")
+
 OPS: Final = (
     Op(
         "route",
@@ -75,6 +81,26 @@ OPS: Final = (
         kernels=_route,
         everywhere=True,  # so that nothing sorted has to travel
         triton=True,
+        family="routing",
+    ),
+    Op(
+        # as `route`, but the experts are those that a table has for the token's id
+        "hash_route",
+        inputs=(
+            Role("logits", "f32", attr("experts")),
+            Role("token", "i32", lambda attrs: 1, given="ids"),
+        ),
+        outputs=(
+            Role("ids", "i32", attr("top_k")),
+            Role("routing", "f32", attr("top_k")),
+        ),
+        weights=(WeightRole("table", lambda a: (int(a["vocab"]), int(a["top_k"]))),),
+        attrs={**dict.fromkeys(_HASH, int), "vocab": int, "factor": float},
+        possible=lambda a: int(a["top_k"]) <= int(a["experts"]) and int(a["scoring"]) in (0, 1, 5),
+        kernels=_hash_route,
+        everywhere=True,
+        launches=lambda attrs, load: 8,
+        captured=False,  # token ids come from the host
         family="routing",
     ),
     Op(

@@ -201,7 +201,8 @@ class Op:
     paged attention does not compute, "" where it computes all. `launches` of kernels a GPU needs
     for a call, `captured` whether they depend on the host by numbers of rows alone, so that a graph
     may hold them; `everywhere`: on several ranks each computes it for all tokens; `always`: it does
-    something even for no rows.
+    something even for no rows; `alone`: what it keeps is more than rows of its operands, so that
+    no several GPUs share its prompts, and the host's cache is handed none of it.
     Where attributes say which of the optional inputs and weights there are, `named` tells them.
     """
 
@@ -224,6 +225,7 @@ class Op:
     named: Callable[[Attrs], Collection[str]] | None = None
     everywhere: bool = False
     always: bool = False
+    alone: bool = False
 
     @cached_property
     def attends(self) -> bool:

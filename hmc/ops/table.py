@@ -9,6 +9,8 @@ from hmc.errors import VerifyError
 from hmc.ops import (
     attention,
     block_sparse,
+    compressed,
+    hyper,
     matmul,
     moves,
     norms,
@@ -22,10 +24,12 @@ from hmc.ops.row import Op
 _FAMILIES = (
     norms,
     pointwise,
+    hyper,
     matmul,
     attention,
     sparse,
     block_sparse,
+    compressed,
     recurrent,
     routing,
     moves,

@@ -4,12 +4,13 @@ works out what each operand must be. Looked at once for all steps that are alike
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from hmc.codegen.spec import ARGS
 from hmc.errors import VerifyError
-from hmc.ops import OPS, SHARED_ATTRS, Op, Role
+from hmc.ops import OPS, SHARED_ATTRS, Op, Role, WeightRole
 from hmc.ops.row import role_named
 from hmc.plan.model import Phase, Plan, Step
 
@@ -31,13 +32,15 @@ class Expected:
 class About:
     """What is the same for all steps of an op with the same attributes and kernels; `model` is the
     same for those that differ in nothing but what a schedule adds; `named` are operands that the
-    attributes ask for although the row has them as optional; `strides` those that native kernels
+    attributes ask for although the row has them as optional; `weights` the roles, each of numbered
+    ones that the attributes name; `strides` those that native kernels
     have, by name."""
 
     row: Op
     number: int
     model: int
     strides: frozenset[str] | None
+    weights: tuple[WeightRole, ...]
     least: tuple[frozenset[str], frozenset[str]]
     named: frozenset[str]
     shapes: dict[str, tuple[int, ...]]
@@ -92,6 +95,7 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
     if not row.possible(step.attrs):
         raise VerifyError("its attributes fit no kernel")
     named = frozenset(() if row.named is None else row.named(step.attrs))
+    weights = tuple(each for role in row.weights for each in _numbered(role, named))
     specs = [plan.kernels[key] for key in step.kernels if key in plan.kernels]
     strides = frozenset(arg.name for spec in specs for arg in ARGS.get(spec.op, ()))
     return About(
@@ -99,10 +103,21 @@ def about_of(plan: Plan, step: Step, number: int) -> About:
         number,
         -1,
         strides if step.resource == "cpu" and row.native else None,
+        weights,
         (_least(row.inputs) | (named & {role.name for role in row.inputs}), _least(row.outputs)),
         named,
-        {role.name: role.shape(step.attrs) for role in row.weights},
+        {role.name: role.shape(step.attrs) for role in weights},
     )
+
+
+def _numbered(role: WeightRole, named: frozenset[str]) -> Iterator[WeightRole]:
+    """The role, or those that a role of many stands for."""
+    if not role.many:
+        yield role
+        return
+    for name in sorted(named):
+        if role_named((role,), name):
+            yield replace(role, name=name, many=False)
 
 
 def _least(roles: tuple[Role, ...]) -> frozenset[str]:

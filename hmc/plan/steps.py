@@ -99,7 +99,7 @@ class StepChecker:
                     )
             return
         known = 0
-        for role in row.weights:
+        for role in about.weights:
             name = step.weights.get(role.name)
             if name is None:
                 if not role.optional or role.name in about.named:
@@ -117,7 +117,7 @@ class StepChecker:
             if not role.matmul and format_of(weight.format).scales:
                 raise VerifyError(f"{role.name} {name} is stored in {weight.format}")
         if known != len(step.weights):
-            raise VerifyError(f"it has weights beside {', '.join(r.name for r in row.weights)}")
+            raise VerifyError(f"it has weights beside {', '.join(r.name for r in about.weights)}")
 
     def check_kernels(self, phase: Phase, step: Step, about: About) -> None:
         """`VerifyError` where a step has other kernels than its row chooses."""

@@ -96,7 +96,12 @@ def _device_items(plan: Plan, device: str, stored: int) -> list[LedgerItem]:
         detail += f"; {', '.join(over)} where {found.weights / 1e9:.1f} GB of dense weights were"
     held = found.weights + found.experts + found.cache
     rows = [
-        ("padding", held - stored, "tensors begin at multiples of 256 bytes, FP8 scales are f32"),
+        # none where whole numbers, which memory holds in fewer bytes, make up for it
+        (
+            "padding",
+            max(0, held - stored),
+            "tensors begin at multiples of 256 bytes, FP8 scales are f32",
+        ),
         ("activations", sum(found.arenas.values()), "a call of decode and a chunk of a prompt"),
         ("streaming", found.region - found.weights, detail),
         ("logits", sum(found.results.values()), "of the rows wanted"),

@@ -99,7 +99,7 @@ class StreamEmitter:
             row = OPS[step.op]
             if row.routed:
                 self._experts(step)
-            elif row.pages(step.attrs):
+            elif row.pages(step.attrs) and not row.alone:
                 self._attention(step, share)
             elif row.everywhere or "router" in step.attrs:
                 self._everywhere(step)

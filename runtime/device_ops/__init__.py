@@ -11,6 +11,7 @@ from __future__ import annotations
 from hmc.runtime.device_ops import (
     attention,
     block_sparse,
+    compressed,
     dense,
     exchange,
     latent,
@@ -37,7 +38,9 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "index": sparse.index,
     "sparse_mla": sparse.sparse_mla,
     "linear_attention": recurrent.linear_attention,
+    "compressed_attention": compressed.compressed_attention,
     "route": moe.route,
+    "hash_route": moe.hash_route,
     "sort": moe.sort,
     "experts": moe.experts,
     "copy": exchange.copy,

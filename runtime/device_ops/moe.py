@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import torch
 
+from hmc.blocks.moe import chosen_by_table, scored
 from hmc.blocks.pointwise import activated
 from hmc.codegen.expr import parse, temporaries, weighs
+from hmc.errors import ExecutionError, wrong_table
 from hmc.ops.routing import Routing
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Sorted, Work, in_blocks, ints
 from hmc.runtime.device_ops.matmul import Expert, matmul, row_bytes
-from hmc.runtime.device_ops.shares import Call
+from hmc.runtime.device_ops.shares import Call, of_share
 
-SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER = range(5)
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER, SQRT_SOFTPLUS = range(6)
 _TAKEN = -(2**31)
 _ROUTED = 4 * 4 + (4 + 8) * 2
 """Bytes of a logit in `routed`: itself, score, choice and key, and what a sort makes of the key and
@@ -44,6 +46,32 @@ def route(bound: Bound, step: Step) -> Work:
     return in_blocks(share, row, block)
 
 
+def hash_route(bound: Bound, step: Step) -> Work:
+    """Experts that a table has for the ids of a call's tokens, which the host knows."""
+    logits, share = bound.tensor(step.inputs["logits"]), bound.share(step)
+    ids, routing = (bound.tensor(step.outputs[role]) for role in ("ids", "routing"))
+    experts, vocab = ints(step, "experts", "vocab")
+    right: list[bool] = []
+
+    def work(call: Call) -> None:
+        stored = bound.vector(step, "table")
+        assert stored is not None
+        table = stored.view(vocab, -1)
+        if not right:  # looked at once
+            right.append(bool((table >= 0).all() and (table < experts).all()))
+        if not right[0]:
+            raise ExecutionError(wrong_table(step.weights["table"], experts))
+        given = torch.from_numpy(call.ids).long().to(logits.device)
+        for part in scratch.blocks(0, call.count(share), _ROUTED * experts):
+            token = of_share(given[:, None], share, call.tokens, part)[:, 0]
+            chosen = table[token].long()
+            found, weights = chosen_by_table(step.attrs, logits[part].to(torch.float32), chosen)
+            ids[part].copy_(found)
+            routing[part].copy_(weights)
+
+    return work
+
+
 def routed(
     logits: torch.Tensor, bias: torch.Tensor | None, top_k: int, about: Routing
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,10 +79,7 @@ def routed(
     the order of scores and the ties of codegen/kernels/routing/route.py.
     """
     scoring, groups = about.scoring, about.groups
-    if scoring == SOFTMAX:
-        scores = logits.softmax(-1)
-    else:
-        scores = logits.sigmoid() if scoring == SIGMOID else logits
+    scores = scored(scoring, logits)
     choice = scores if bias is None else scores + bias
     keys = ordered_keys(choice)
     if about.top_groups:

@@ -26,9 +26,11 @@ from hmc.codegen.kernels.matmul.experts import scratch_bytes as experts_scratch_
 from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import KernelSpec
+from hmc.errors import ExecutionError, wrong_table
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
+from hmc.runtime.host.compressed import compressed_attention
 from hmc.runtime.host.lowering import Lowering, OpFunction
 from hmc.runtime.host.records import record
 from hmc.runtime.weights.store import BIASES
@@ -55,6 +57,30 @@ def _linear(low: Lowering, step: Step) -> None:
         record(low, step, spec, given)
         return
     record(low, step, spec, given, shared=(step.weight_bytes, rows))
+
+
+def _grouped_linear(low: Lowering, step: Step) -> None:
+    """A record of one matrix for each group, on its columns."""
+    ((op, spec),) = low.specs(step).items()
+    groups, rows = _ints(step, "groups", "n")
+    shared = (step.weight_bytes // groups, rows)
+    for group in range(groups):
+        weight, parts = step.weights[f"weight{group}"], {}
+        for role, operand in (("x", step.inputs["x"]), ("y", step.outputs["y"])):
+            width = operand.width // groups
+            column = operand.column + group * width
+            parts[role] = operand.model_copy(update={"column": column, "width": width})
+        given = {
+            **{role: low.arena.address(part) for role, part in parts.items()},
+            "w": low.store.address(weight),
+            "scale": low.store.scale_address(weight),
+            "bias": 0,
+            "rows": rows,
+        }
+        if op == "gemm":
+            given |= {"gather": 0, "scratch": _private(low, op, panel_scratch_bytes(spec))}
+        writes = [step.outputs["y"]]
+        record(low, step, spec, given, writes=writes, shared=(0, 0) if op == "gemm" else shared)
 
 
 def _gate_up(low: Lowering, step: Step) -> None:
@@ -246,9 +272,14 @@ def _sparse_mla(low: Lowering, step: Step) -> None:
 
 
 def _route(low: Lowering, step: Step) -> None:
+    _routed(low, step, {})
+
+
+def _routed(low: Lowering, step: Step, given: Mapping[str, int]) -> None:
     ids = step.outputs["ids"]
     assert low.arena.packed(ids) and low.arena.packed(step.outputs["routing"])
-    _plain(low, step)
+    (spec,) = low.specs(step).values()
+    record(low, step, spec, given)
     if (recorder := low.routing) is not None:
         experts = int(step.attrs["experts"])
 
@@ -256,6 +287,15 @@ def _route(low: Lowering, step: Step) -> None:
             recorder.count(step.layer, experts, low.arena.array(ids, tokens))
 
         low.python(step, count)
+
+
+def _hash_route(low: Lowering, step: Step) -> None:
+    name, (experts, vocab) = step.weights["table"], _ints(step, "experts", "vocab")
+    table = low.store.rows(name, 0, vocab)
+    if table.min() < 0 or table.max() >= experts or (table % 1).any():
+        raise ExecutionError(wrong_table(name, experts))
+    place = low.tables.array(("hash_route", step.layer), table.astype(np.int32))
+    _routed(low, step, {"table": place})
 
 
 def _experts(low: Lowering, step: Step) -> None:
@@ -307,6 +347,7 @@ def _up_share(into: KernelSpec, back: KernelSpec, matrices: int) -> float:
 
 HOST_OPS: dict[str, OpFunction] = {
     "linear": _linear,
+    "grouped_linear": _grouped_linear,
     "gate_up": _gate_up,
     "rotary": _rotary,
     "attention": _attention,
@@ -318,7 +359,9 @@ HOST_OPS: dict[str, OpFunction] = {
     "selective_scan": _selective_scan,
     "index": _index,
     "sparse_mla": _sparse_mla,
+    "compressed_attention": compressed_attention,
     "route": _route,
+    "hash_route": _hash_route,
     "experts": _experts,
 }
 

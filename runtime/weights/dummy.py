@@ -22,6 +22,7 @@ from hmc.runtime.weights.tensors import TensorGroup
 _PATTERN = 1 << 24  # elements
 _STDS = 4.0  # a block of 16384 Gaussian values has its largest near 4 standard deviations
 _FEW = 5  # bits of codes that are drawn evenly
+_EXPERTS = 8  # that tables of experts name
 
 Array = npt.NDArray[Any]
 
@@ -46,6 +47,8 @@ class Patterns:
             return self._blocks(row, std)
         if form.plane is not row.codes:
             return self._beside(row, form, std)
+        if row.codes.dtypes == ("I64",):  # experts that every model has
+            return _bits((np.arange(_PATTERN) % _EXPERTS).astype(np.float32), form.kept)
         if not row.values:
             # Vectors are gains of norms or biases: near 1 is harmless for both.
             return _bits(

@@ -21,6 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
+from hmc.blocks.moe import chosen_by_table
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.errors import KernelError
@@ -41,6 +42,7 @@ FORMS = [
     {"experts": 60, "top_k": 19, "scoring": 3, "normalise": 1, "scaled": 1},
     {"experts": 16, "top_k": 2, "scoring": 4, "normalise": 0},
     {"experts": 100, "top_k": 4, "scoring": 4, "normalise": 1, "scaled": 1},
+    {"experts": 256, "top_k": 6, "scoring": 5, "normalise": 1},
 ]  # fmt: skip
 EPS, JITTER = 0.25, 0.1
 """What kernels are told; the first where a form has `eps`."""
@@ -139,6 +141,29 @@ def test_bad_logits_give_distinct_ids_in_range(jit: Jit, isa: str, form: dict[st
     assert np.isfinite(weights[4:]).all()
 
 
+@pytest.mark.parametrize("isa", TIERS)
+def test_experts_of_a_table(jit: Jit, isa: str) -> None:
+    need(isa)
+    rng = np.random.default_rng(8)
+    experts, top_k, vocab, tokens = 20, 3, 11, 9
+    logits = rng.standard_normal((tokens, experts)).astype(np.float32) * 3
+    rows = guarded(np.pad(logits, ((0, 0), (0, 1)), constant_values=1e9))
+    table = guarded(rng.random((vocab, experts)).argsort(1)[:, :top_k].astype(np.int32))
+    token = guarded(rng.integers(0, vocab, tokens).astype(np.int32))
+    ids, weights = filled((tokens, top_k), np.int32), filled((tokens, top_k), np.float32)
+    form = {"experts": experts, "top_k": top_k, "scoring": 5, "normalise": 1}
+    in_turn(
+        jit, spec_of("hash_route", isa, form), 4, logits=address(rows),
+        logits_stride=rows.shape[1], token=address(token), table=address(table),
+        ids=address(ids), routing=address(weights), tokens=tokens, factor=1.5,
+    )  # fmt: skip
+    expected = chosen_by_table(
+        {**form, "factor": 1.5}, torch.from_numpy(logits), torch.from_numpy(table[token])
+    )
+    assert (ids == expected[0].numpy()).all()
+    np.testing.assert_allclose(weights, expected[1].numpy(), rtol=2e-6)
+
+
 def test_as_transformers_routes(jit: Jit) -> None:
     rng = np.random.default_rng(7)
     x = torch.from_numpy(rng.standard_normal((33, 32)).astype(np.float32))
@@ -194,7 +219,7 @@ def test_as_transformers_routes(jit: Jit) -> None:
         {"experts": 8, "top_k": 9, "scoring": 0},
         {"experts": 64, "top_k": 9, "scoring": 1, "groups": 8, "top_groups": 1},
         {"experts": 10, "top_k": 2, "scoring": 1, "groups": 4, "top_groups": 2},
-        {"experts": 8, "top_k": 2, "scoring": 5},
+        {"experts": 8, "top_k": 2, "scoring": 6},
         {"experts": 8, "top_k": 2, "scoring": 1, "groups": 4, "top_groups": 2, "group_best": 3},
     ],
 )

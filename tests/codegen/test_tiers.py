@@ -93,6 +93,8 @@ def kernels(isa: str) -> list[KernelSpec]:
     chosen = {"index_heads": 2, "index_block": 4, "index_topk": 3}
     blocks = {"heads": 2, "dim": 24, "block": 8, "index_block": 4, "index_topk": 3}
     experts = {"k": 160, "n": 96, "top_k": 2, "experts": 4}
+    windows = {"heads": 4, "head_dim": 40, "window": 16, "block": 8, "ratio": 4}
+    rows = {"width": 40, "ratio": 4, "rope_dim": 8, "block": 8}
     recurrent = {"heads": 4, "key_heads": 2, "key_dim": 24, "value_dim": 40}
     found = [
         *(
@@ -128,6 +130,14 @@ def kernels(isa: str) -> list[KernelSpec]:
         *(spec(op, heads=20, dim=12, block=8, index_topk=20) for op in indexer.split()),
         spec("route", experts=64, top_k=6, scoring=1, normalise=1, groups=8, top_groups=4),
         spec("route", experts=60, top_k=4, scoring=0),
+        spec("route", experts=60, top_k=4, scoring=5),
+        spec("hash_route", experts=60, top_k=4, scoring=5, normalise=1),
+        spec("hyper_weights", streams=4, iterations=20),
+        *(spec(op, width=100, streams=4) for op in ("hyper_in", "hyper_out", "hyper_copy")),
+        *(spec(op, head_dim=40, window=16) for op in ("window_append", "window_gather")),
+        *(spec(op, **rows, overlap=1) for op in ("compress", "compress_rows")),
+        spec("attend_few", **windows, index_topk=20),
+        spec("attend_prefill", **windows),
         spec("sort_experts", top_k=2, experts=4),
         spec("resident_ids", top_k=2),
         spec("stream_read", streams=2),

@@ -45,6 +45,8 @@ STATED = {
     "deepseek-v3": Stated("671", "37"),
     "deepseek-v3.1": Stated("671", "37"),
     "deepseek-v3.2": Stated("671", "37", "head"),
+    "deepseek-v4-flash": Stated("284", "13", "head"),
+    "deepseek-v4-pro": Stated("1600", "49", "head"),
     "dots.llm1": Stated("142", "14"),
     "ernie-4.5-21b-a3b": Stated("21", "3", "head"),
     "ernie-4.5-300b-a47b": Stated("300", "47", "head"),

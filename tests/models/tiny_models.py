@@ -74,6 +74,16 @@ TINY: dict[str, Tiny] = {
     "cohere2_vision": Tiny(loader=AutoModelForImageTextToText),
     "deepseek_v3": Tiny(beside=_ahead(3)),
     "deepseek_v32": Tiny(beside=_ahead(3)),
+    "deepseek_v4": Tiny(
+        beside={"mtp.0.e_proj.weight": (192, 192), "mtp.0.enorm.weight": (192,)},
+        published=(
+            (r"^model\.", ""),
+            (r"^embed_tokens\.", "embed."),
+            (r"^hc_head\.hc_", "hc_head_"),
+            (r"\.attn\.norm\.", ".attn.kv_norm."),
+        ),
+        f32=r"(hc_\w+|attn_sink|ffn\.gate\.bias|ape|tid2eid)$",
+    ),
     "ernie4_5_moe": Tiny(
         beside={
             "model.mtp_emb_norm.0.weight": (192,),

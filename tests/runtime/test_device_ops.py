@@ -134,7 +134,7 @@ def test_gpus_take_the_kernels_or_say_what_they_lack(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("scoring", "groups", "top_groups", "group_best"),
     [(0, 0, 0, 2), (1, 4, 2, 2), (1, 0, 0, 2), (2, 0, 0, 2), (0, 8, 3, 1), (3, 0, 0, 2),
-     (4, 0, 0, 2)],
+     (4, 0, 0, 2), (5, 0, 0, 2)],
 )  # fmt: skip
 def test_routes_as_the_kernel_does(
     scoring: int, groups: int, top_groups: int, group_best: int, bias: bool

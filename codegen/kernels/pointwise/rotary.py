@@ -27,7 +27,7 @@ def emit_rotary(e: Emitter) -> None:
         angles = b.mul(e.load_int(e.arg["positions"], token), const(dim // 2))
         cos, sin = (e.at(e.arg[name], angles, F32) for name in ("cos", "sin"))
         part = e.at(x, const(spec["start"]), F32)
-        (_rotate_pairs if spec["interleaved"] else _rotate_halves)(e, part, cos, sin)
+        (rotate_pairs if spec["interleaved"] else _rotate_halves)(e, part, cos, sin, dim)
 
 
 def _turn(e: Emitter, first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value, Value]:
@@ -38,8 +38,8 @@ def _turn(e: Emitter, first: Value, second: Value, cos: Value, sin: Value) -> tu
     )
 
 
-def _rotate_halves(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
-    half = e.spec["dim"] // 2
+def _rotate_halves(e: Emitter, part: Value, cos: Value, sin: Value, dim: int) -> None:
+    half = dim // 2
     upper = e.at(part, const(half), F32)
 
     def block(index: Value, count: int) -> None:
@@ -51,7 +51,8 @@ def _rotate_halves(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
     for_blocks(e, half, e.lanes, block)
 
 
-def _rotate_pairs(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
+def rotate_pairs(e: Emitter, part: Value, cos: Value, sin: Value, dim: int) -> None:
+    """Turn `dim` f32 at `part`, each two neighbours, by the angles of one position."""
     lanes = e.lanes
     even, odd = (lanes_mask(list(range(start, 2 * lanes, 2))) for start in (0, 1))
     zipped = lanes_mask([lane // 2 + lane % 2 * lanes for lane in range(2 * lanes)])
@@ -64,4 +65,4 @@ def _rotate_pairs(e: Emitter, part: Value, cos: Value, sin: Value) -> None:
         first, second = _turn(e, first, second, *angle)
         store_f32(e, "f32", e.b.shuffle_vector(first, second, zipped), part, at, 2 * count)
 
-    for_blocks(e, e.spec["dim"] // 2, lanes, block)
+    for_blocks(e, dim // 2, lanes, block)

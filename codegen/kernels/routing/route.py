@@ -11,6 +11,7 @@ whatever the logits hold. Weights are not cleaned: a NaN among the logits shows 
     scoring 4   score = logit; each slot's weight is its expert's softmax among those that are not
                 taken yet and are close to their best: (best - score) / max(|score|, best) is at
                 most 2 `jitter` (SparseMixer, arXiv 2409.12136; Phi-3.5-MoE)
+    scoring 5   score = sqrt(softplus(logit)) (DeepSeek-V4)
 
 `bias` is added to scores for choosing alone.
 """
@@ -19,11 +20,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from hmc.codegen.functions import absolute, maximum
+from hmc.codegen.functions import absolute, maximum, softplus, sqrt
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, fconst, lanes_mask, vec
 from hmc.codegen.vector import exp, fmax, for_blocks, fsplat, isplat, load_f32, sigmoid
 
-SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER = range(5)
+SOFTMAX, SIGMOID, SOFTMAX_CHOSEN, SIGMOID_CHOSEN, SPARSEMIXER, SQRT_SOFTPLUS = range(6)
 _NEVER = float("-inf")
 _TAKEN = -(2**31)
 _LAST = 2**31 - 1
@@ -83,6 +84,18 @@ class _Router:
             e.store(weight, self.chosen, slot)
         self._weigh(e.at(e.arg["routing"], start, F32), e.at(e.arg["ids"], start, I32))
 
+    def emit_hashed(self, token: Value) -> None:
+        """Code for a token whose experts a table has for its id."""
+        e, b = self.e, self.e.b
+        self._score(e.row("logits", token))
+        start = b.mul(token, const(self.top_k))
+        row = b.mul(e.load_int(e.arg["token"], token), const(self.top_k))
+        with e.for_range(0, self.top_k) as slot:
+            expert = e.load_int(e.arg["table"], b.add(row, slot))
+            e.store_int(expert, e.arg["ids"], b.add(start, slot))
+            e.store(e.load(self.scores, expert, F32), self.chosen, slot)
+        self._weigh(e.at(e.arg["routing"], start, F32), e.at(e.arg["ids"], start, I32))
+
     # -- scores ------------------------------------------------------------------------------------
 
     def _score(self, logits: Value) -> None:
@@ -93,7 +106,11 @@ class _Router:
 
         def block(index: Value, count: int) -> None:
             value = load_f32(e, "f32", logits, index, count)
-            e.store(sigmoid(e, value) if self.scoring == SIGMOID else value, self.scores, index)
+            if self.scoring == SIGMOID:
+                value = sigmoid(e, value)
+            elif self.scoring == SQRT_SOFTPLUS:
+                value = sqrt(e, softplus(e, value))
+            e.store(value, self.scores, index)
 
         for_blocks(e, self.experts, e.lanes, block)
 
@@ -268,3 +285,11 @@ def emit_route(e: Emitter) -> None:
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as token:
         router.emit(token)
+
+
+def emit_hash_route(e: Emitter) -> None:
+    """`hash_route`: split by token."""
+    router = _Router(e)
+    start, stop = e.split(e.arg["tokens"])
+    with e.for_range(start, stop) as token:
+        router.emit_hashed(token)
