@@ -21,7 +21,7 @@ from tiny_models import FOLDER, Floats, prompt
 
 import hmc
 from hmc.checkpoint.config import ModelConfig, load_config
-from hmc.errors import ConfigError, HmcError, UnsupportedError
+from hmc.errors import ConfigError, HmcError, UnsupportedError, UsageError
 from hmc.models import load, weight_specs
 from hmc.plan import Plan
 from hmc.predict.cost import Call, CostModel
@@ -165,6 +165,11 @@ def test_devices_ranks_and_lanes(split: Plan, directory: Path, exact: Floats) ->
         lanes = [found.decode(pair, ids[[at, at]])[1].copy() for at in range(120, 132)]
         close(np.stack(lanes), exact[120:132])
         assert found.calls[DUAL] == 12
+
+
+def test_paged_attention_refuses_a_choice(directory: Path) -> None:
+    with pytest.raises(UsageError, match="blocks that an indexer chooses"):
+        split_plan(directory, attention="flashinfer")
 
 
 def test_decode_is_told_to_read_what_was_chosen(split: Plan) -> None:
