@@ -156,6 +156,7 @@ OPS: Final = (
         ),
         work=_sparse_work,
         launches=lambda attrs, load: 14,
+        paged=lambda attrs, weights: "blocks that an indexer chooses",
         family="attention",
     ),
 )

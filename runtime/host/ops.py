@@ -117,12 +117,7 @@ def _attention(low: Lowering, step: Step) -> None:
     specs, cache = low.specs(step), ("kv", step.layer)
     caches = {f"{name}_cache": low.kv.address(step.layer, name) for name in ("k", "v")}
     record(low, step, specs["kv_append"], caches, reads=[k, v, positions], writes=[cache])
-    scores = [
-        q,
-        positions,
-        cache,
-        *(step.inputs[role] for role in ("chosen",) if role in step.inputs),
-    ]
+    scores = [q, positions, cache, *filter(None, [step.inputs.get("chosen")])]
     if spec := specs.get("attention_prefill"):
         caches["scratch"] = _private(low, spec.op, prefill_scratch_bytes(spec))
         record(low, step, spec, caches, reads=scores)

@@ -21,7 +21,7 @@ from tiny_models import FOLDER, Floats, prompt
 
 import hmc
 from hmc.checkpoint.config import ModelConfig, load_config
-from hmc.errors import ConfigError, HmcError, UnsupportedError
+from hmc.errors import ConfigError, HmcError, UnsupportedError, UsageError
 from hmc.models import load, weight_specs
 from hmc.plan import Plan
 from hmc.predict.cost import Call, CostModel
@@ -38,6 +38,7 @@ def write(directory: Path) -> None:
     del values["vision_config"]
     text = values["text_config"]
     text |= {"num_local_experts": 4, "num_experts_per_tok": 4}
+    text |= {"head_dim": 64, "partial_rotary_factor": 0.5}  # as paged attention takes them
     text["sparse_attention_config"] |= {"sparse_block_size": 8, "sparse_topk_blocks": 8}
     (directory / "config.json").write_text(json.dumps(values))
     generator, tensors = torch.Generator().manual_seed(1), {}
@@ -87,20 +88,26 @@ def test_chunks_give_the_same_bits(engine: hmc.Engine, exact: Floats) -> None:
     ids = prompt(LENGTH)
     whole = in_chunks(engine.executor, ids, 64)
     close(whole[CHOSEN:], exact[CHOSEN:])
-    assert errors(whole, exact)[:CHOSEN].max() < 0.03  # all are chosen
+    assert np.median(errors(whole, exact)[:CHOSEN]) < 0.025  # all are chosen
     for size in (7, 33):
         assert (in_chunks(engine.executor, ids, size) == whole).all()
 
 
 @pytest.mark.slow
-def test_attention_to_all_positions_is_another_model(directory: Path, exact: Floats) -> None:
-    config = load_config(directory)
-    section = config.text.values["sparse_attention_config"] | {"sparse_topk_blocks": 99}
-    dense = load(config.with_text(sparse_attention_config=section)).module
-    dense = dense.to_empty(device="cpu")
-    dense.load_state_dict(load_model(directory).module.state_dict())
-    wrong = errors(run(dense, prompt(LENGTH)).numpy(), exact)
-    assert wrong[:CHOSEN].max() < 1e-5 and np.median(wrong[-32:]) > 0.12
+def test_attention_is_dense_while_all_is_chosen(
+    engine: hmc.Engine, directory: Path, tmp_path: Path, exact: Floats
+) -> None:
+    """To the bit; where more can be chosen, tokens beyond are others."""
+    values = json.loads((directory / "config.json").read_text())
+    values["text_config"]["sparse_attention_config"]["sparse_topk_blocks"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").symlink_to(directory / "model.safetensors")
+    ids = prompt(LENGTH)
+    sparse = in_chunks(engine.executor, ids, 64)
+    with hmc.Engine(hmc.compile(tmp_path, max_context=256, max_chunk=64), threads=2) as other:
+        dense = in_chunks(other.executor, ids, 64)
+    assert (dense[:CHOSEN] == sparse[:CHOSEN]).all()
+    assert np.median(errors(dense, exact)[-32:]) > 0.12
 
 
 @pytest.mark.slow
@@ -167,6 +174,11 @@ def test_devices_ranks_and_lanes(split: Plan, directory: Path, exact: Floats) ->
         assert found.calls[DUAL] == 12
 
 
+def test_paged_attention_refuses_a_choice(directory: Path) -> None:
+    with pytest.raises(UsageError, match="blocks that an indexer chooses"):
+        split_plan(directory, attention="flashinfer")
+
+
 def test_decode_is_told_to_read_what_was_chosen(split: Plan) -> None:
     """A step reads every key of an indexer, and no more keys and values than were chosen."""
     phase, model = split.phase("decode"), CostModel(split)
@@ -182,7 +194,7 @@ def test_decode_is_told_to_read_what_was_chosen(split: Plan) -> None:
     assert first == second  # nothing is scored
     assert fourth - third >= 2 * 80 * 2 * 64
     first, second, third, fourth = read["sparse_attention"]
-    assert second - first >= 2 * 20 * 2 * 2 * 96
+    assert second - first >= 2 * 20 * 2 * 2 * 128
     assert third == fourth
 
 
