@@ -93,7 +93,7 @@ class Case:
         return chosen[:, :most]
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("params", "isa"), dealt(SHAPES, TIERS))
 def test_few(jit: Jit, isa: str, params: Params) -> None:
     case = Case(isa, params, PLACES)
@@ -101,7 +101,7 @@ def test_few(jit: Jit, isa: str, params: Params) -> None:
         assert (case.few(jit, workers) == case.expected).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("params", "isa"), dealt(SHAPES, TIERS))
 def test_many(jit: Jit, isa: str, params: Params) -> None:
     """A prompt, some of whose tokens see no more than can be chosen."""

@@ -38,7 +38,7 @@ def choices(rng: np.random.Generator, positions: np.ndarray, most: int) -> np.nd
     return guarded(found)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("params", "isa"), dealt(SHAPES, TIERS))
 def test_gather(jit: Jit, isa: str, params: Params) -> None:
     """Positions that no indexer chooses lead nowhere."""
@@ -155,7 +155,7 @@ class Case:
         }  # fmt: skip
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("weight", "params", "isa"), dealt(["bf16", "fp8"], SHAPES, TIERS))
 def test_many(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     most = params["index_topk"]
@@ -170,6 +170,7 @@ def test_many(jit: Jit, isa: str, weight: WeightFormat, params: Params) -> None:
     assert (np.concatenate(parts) == whole).all()
 
 
+@pytest.mark.slow
 def test_workers_at_once(jit: Jit) -> None:
     case = Case(next(iter(TIERS)), "fp8", SHAPES[1], 40, 60)
     alone, op = case.run(jit, 1), "sparse_mla_prefill"

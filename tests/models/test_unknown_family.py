@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import hmc
 from hmc.checkpoint.config import ModelConfig
 from hmc.cli import main
 from hmc.errors import UnsupportedError, UsageError
-from hmc.models import load
+from hmc.models import FAMILIES, Limit, load
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "family"
 
@@ -63,11 +64,16 @@ def test_a_family_can_be_said(tmp_path: Path) -> None:
         hmc.compile(path, dummy_weights=True, family="nonesuch")
 
 
-def test_a_longer_context_than_the_family_allows(tmp_path: Path) -> None:
+def test_a_longer_context_than_the_family_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(_config("glm_moe_dsa")))
+    path.write_text(json.dumps(_config("qwen3_moe")))
+    limit = Limit(64, "known_to: beyond it the model is another one")
+    row = replace(FAMILIES["qwen3_moe"], limit=lambda config: limit)
+    monkeypatch.setitem(FAMILIES, "qwen3_moe", row)
     assert hmc.compile(path, dummy_weights=True).limits.max_context == 64
-    message = r"--max-context 65: .* 64 tokens \(index_topk: beyond it"
+    message = r"--max-context 65: .* 64 tokens \(known_to: beyond it"
     with pytest.raises(UsageError, match=message):
         hmc.compile(path, dummy_weights=True, max_context=65)
 
