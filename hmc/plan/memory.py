@@ -144,8 +144,8 @@ def result_bytes(phase: Phase, device: str, rows: int) -> list[tuple[str, int]]:
 def context_scratch(kv: KVLayout, context: int) -> int:
     """Bytes that attention over `context` tokens takes whatever the size of its blocks: latents of
     the past and of the call side by side, and keys and values of one head lifted from them, which
-    are no wider."""
-    return 4 * kv.widest("latent") * context
+    are no wider. Where indexers choose, PyTorch makes latents in f32 of those in bf16."""
+    return (6 if kv.widest("indexer_k") else 4) * kv.widest("latent") * context
 
 
 def slot_offsets(sizes: Sequence[tuple[int, bool]]) -> tuple[list[int], int]:

@@ -14,6 +14,7 @@ import torch
 from checkpoints import draw
 from parity import errors
 from played import executor
+from rank_bench import bench
 from reference import load_model, run
 from safetensors.torch import save_file
 from split_plans import DUAL, STREAM, split_plan
@@ -171,6 +172,20 @@ def test_a_call_goes_on_from_a_past(split: Plan, directory: Path, exact: Floats)
         for phase in split.phases:
             if kind_of(phase) == "stream":
                 close(_continued(found, ids, phase.name, past=60), exact[139:])
+
+
+@pytest.mark.slow
+def test_ranks_that_are_processes(directory: Path) -> None:
+    """They are told the keys of what came before, and give the bits of one process."""
+    ids = np.array(prompt(LENGTH), np.int32)
+    with bench(directory, 2, compared=True) as found:
+        results = []
+        for run_by in (found.by_processes, found.in_process):
+            sequence = found.kv.open()
+            results.append([run_by(sequence, part, 8) for part in (ids[:99], ids[99:])])
+            found.kv.release(sequence)
+        for mine, here in zip(*results, strict=True):
+            np.testing.assert_array_equal(mine, here)
 
 
 def test_paged_attention_refuses_a_choice(directory: Path) -> None:
