@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hmc.codegen.arguments import ARGS
 from hmc.codegen.expr import ROUTED, activation, elementwise
 from hmc.codegen.isa import TIERS
 from hmc.codegen.native import problem_of
 from hmc.codegen.rowwise import Rowwise
-from hmc.codegen.spec import ARGS, MAX_TAPS, MAX_TOKENS, KernelSpec
+from hmc.codegen.spec import MAX_TAPS, MAX_TOKENS, KernelSpec
 from hmc.errors import KernelError
 from hmc.formats import FORMATS
 

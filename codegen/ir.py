@@ -16,8 +16,9 @@ from typing import Any
 
 from llvmlite import ir
 
+from hmc.codegen.arguments import ARGS
 from hmc.codegen.jit import KERNEL_TYPE
-from hmc.codegen.spec import ARGS, KernelSpec
+from hmc.codegen.spec import KernelSpec
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hmc.codegen.spec import ARGS, KernelSpec
+from hmc.codegen.arguments import ARGS
+from hmc.codegen.spec import KernelSpec
 from hmc.plan import DTYPE_BYTES, Operand, Phase, Plan, Step
 from hmc.plan.model import EXTERNAL
 from hmc.runtime.binding.walk import walked

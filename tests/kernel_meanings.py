@@ -172,7 +172,7 @@ def kv_append(cache: Array, rows: Array, blocks: Array, slots: Array) -> Array:
 
 @dataclass(frozen=True)
 class Options:
-    """What some models ask of attention besides: codegen/spec.py says what each means."""
+    """What some models ask of attention besides: codegen/arguments.py says what each means."""
 
     window: int = 0
     chunk: int = 0

@@ -35,8 +35,8 @@ codegen/kernels/matmul codegen/kernels/recurrent codegen/kernels/pointwise
 codegen/kernels/routing codegen/kernels/probes codegen/triton
 codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
-codegen/checks codegen/native codegen/rowwise codegen/spec codegen/isa codegen/expr
-hmc/formats
+codegen/checks codegen/arguments codegen/native codegen/rowwise codegen/spec codegen/isa
+codegen/expr hmc/formats
 hmc/first_fault hmc/ranges hmc/files hmc/closing hmc/env hmc/errors hmc/version
 """.split()
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an
@@ -191,7 +191,7 @@ HOMES = ("hmc/ops", "hmc/formats", "hmc/blocks", "codegen/formats", "codegen/ker
 HOMES += ("codegen/isa", "runtime/device_ops")
 REASONS = {
     "codegen/ir.py": "the kind of an argument word, a float's bits",
-    "codegen/spec.py": "the same, where words are packed",
+    "codegen/arguments.py": "the same, where words are packed",
     "runtime/host/records.py": "the same, where they are filled in",
     "hmc/models/rope.py": "rope_type of a config.json",
     "hmc/plan/diff.py": "a field of the plan",

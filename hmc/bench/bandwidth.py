@@ -19,11 +19,12 @@ from functools import partial
 import numpy as np
 
 from hmc.bench.compare import Report, silent
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.probes.peak import dot_peak_flops
 from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import CapacityError
 from hmc.machine.detect import available_bytes
 from hmc.machine.topology import this_machine

@@ -21,6 +21,7 @@ from hmc.bench.bandwidth import MemoryReference, cache_rate, dot_peak
 from hmc.bench.cases import Case, MatrixShape, Row, cut_to_cache
 from hmc.bench.compare import Compared, Report, in_turn, silent
 from hmc.closing import Closing
+from hmc.codegen.arguments import pack
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
@@ -28,7 +29,7 @@ from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
 from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
-from hmc.codegen.spec import MAX_TOKENS, KernelSpec, pack
+from hmc.codegen.spec import MAX_TOKENS, KernelSpec
 from hmc.errors import CapacityError, ExecutionError, UsageError
 from hmc.formats.decode import floats
 from hmc.machine.detect import available_bytes

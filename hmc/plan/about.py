@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
-from hmc.codegen.spec import ARGS
+from hmc.codegen.arguments import ARGS
 from hmc.errors import VerifyError
 from hmc.ops import OPS, SHARED_ATTRS, Op, Role, WeightRole
 from hmc.ops.row import role_named

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from hmc.codegen.arguments import ARGS, pack
 from hmc.codegen.decode.tiles import GRAIN
 from hmc.codegen.jit import Jit
-from hmc.codegen.spec import ARGS, KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import ExecutionError
 from hmc.plan import Operand, Phase, Plan, Step
 from hmc.runtime.host.arena import Arena

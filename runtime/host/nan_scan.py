@@ -9,9 +9,10 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.jit import Jit
 from hmc.codegen.native import takes_nan
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import TensorError
 from hmc.plan.model import ExpertRole
 from hmc.runtime.host.pool import Pool

@@ -13,11 +13,11 @@ from collections.abc import Hashable, Iterable
 
 import numpy as np
 
+from hmc.codegen.arguments import ARGS, Kind, pack, word
 from hmc.codegen.decode.pieces import TICKET
 from hmc.codegen.decode.pieces import flags as share_flags
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS, Kind, pack, word
 
 _LINE_BYTES = 8 * TICKET
 

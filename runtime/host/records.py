@@ -1,4 +1,4 @@
-"""What arguments of a kernel (codegen/spec.py) are called tells what they are: an operand, its
+"""What arguments of a kernel (codegen/arguments.py) are called tells what they are: an operand, its
 stride, a weight, an attribute, the cache's block tables. `record` fills them in by name.
 """
 
@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping
 from types import MappingProxyType
 
-from hmc.codegen.spec import ARGS, Arg, KernelSpec
+from hmc.codegen.arguments import ARGS, Arg
+from hmc.codegen.spec import KernelSpec
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.runtime.host.lowering import Lowering

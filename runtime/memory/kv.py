@@ -2,7 +2,7 @@
 sequence in slots, and who owns which; hides free lists, page tables and what is kept of prompts
 that may come again.
 
-A layer has a tensor for each of its states, as the kernels of codegen/spec.py read them. In pages:
+A layer has a tensor for each of its states, as kernels read them (codegen/arguments.py). In pages:
 keys and values [blocks, kv_heads, block, head_dim], latents [blocks, block, rank + rope]; all
 layers share one numbering of blocks, so a sequence has one row of the page table. But where the
 layout has rings for layers that see a window, these have tables of their own, which never change: a

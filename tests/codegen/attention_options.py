@@ -8,7 +8,8 @@ import numpy as np
 from kernel_calls import address, guarded, spec_of
 from kernel_meanings import Options
 
-from hmc.codegen.spec import ARGS, KernelSpec
+from hmc.codegen.arguments import ARGS
+from hmc.codegen.spec import KernelSpec
 
 _GROWTH = "growth_every growth_from"
 _PARAMS = {

@@ -11,8 +11,9 @@ from dataclasses import replace
 import numpy as np
 from prefill_data import address, bf16, from_bf16
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.jit import Jit
-from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.codegen.spec import KernelSpec, WeightFormat
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 

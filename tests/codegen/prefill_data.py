@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from emulated import EMULATING
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.panel.tiling import CHUNK, Form
-from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.formats import format_of
 
 _PROT_NONE = 0  # of sys/mman.h

@@ -13,11 +13,12 @@ from kernel_calls import address, in_turn
 from prefill_data import bf16, from_bf16, need
 
 from hmc.blocks import CompressedAttention, Compression, RowIndex
+from hmc.codegen.arguments import ARGS
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.attention.index import scores_stride
 from hmc.codegen.kernels.compressed.attend import attend_scratch_bytes, most_rows
-from hmc.codegen.spec import ARGS, KernelSpec
+from hmc.codegen.spec import KernelSpec
 from hmc.ops import OPS, Use
 
 BLOCK, CONTEXT, SLOTS, WORKERS = 64, 320, 3, 3

@@ -15,6 +15,7 @@ from format_rows import ROWS, Made, made
 from kernel_calls import filled, guarded
 from prefill_data import need
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.checks import check_spec
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.weights import weights_f32
@@ -22,7 +23,7 @@ from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.native import is_native, reads_blocks
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import KernelError
 from hmc.formats import FORMATS, Format, Plane, registered
 from hmc.formats.blocks import BLOCKS

@@ -10,11 +10,12 @@ from kernel_calls import address, filled, guarded, in_turn
 from prefill_data import activations, need
 from test_experts import FORMATS, TOKENS, TOP_K, Layer
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.expr import SWIGLU
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels.matmul.experts import scratch_bytes
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 
 PIECES = [(0, 5), (7, 1), (5, 2), (8, 3), (11, 1)]
 """First and span, of 12, in an odd order."""

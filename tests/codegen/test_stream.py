@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from kernel_meanings import dot_peak, stream_fill, stream_read
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.kernels.probes.peak import dot_peak_flops
 from hmc.codegen.kernels.probes.stream import PAGES, SPLIT
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 
 JIT = Jit(EMITTERS)
 HERE = [name for name, tier in TIERS.items() if tier.flags <= cpu_flags()]

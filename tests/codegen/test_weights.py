@@ -9,13 +9,14 @@ from emulated import new_jit
 from kernel_calls import address, filled, guarded
 from prefill_data import e4m3, need
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.formats.pairs import pair_codes
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import Emitter, const
 from hmc.codegen.isa import TIERS
 from hmc.codegen.jit import Jit
-from hmc.codegen.spec import KernelSpec, WeightFormat, pack
+from hmc.codegen.spec import KernelSpec, WeightFormat
 from hmc.formats import format_of
 
 _GROUPS = {"group": 128, "scale_dtype": 0}

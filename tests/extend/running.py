@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from hmc.blocks import Block, Linear, RMSNorm
 from hmc.blocks.reference import REFERENCES, Tensors
 from hmc.checkpoint.config import ModelConfig
+from hmc.codegen.arguments import ARGS, Arg
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.spec import ARGS, Arg, KernelSpec
+from hmc.codegen.spec import KernelSpec
 from hmc.graph import Attr, attrs
 from hmc.models import FAMILIES, Family
 from hmc.models.common import CausalLM, GroupedQueryAttention, norm_eps

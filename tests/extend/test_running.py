@@ -20,10 +20,11 @@ from split_plans import DUAL, STREAM, split_plan
 import hmc
 from hmc.checkpoint.config import ModelConfig
 from hmc.cli.show_command import command as show
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import PassFailedError, VerifyError
 from hmc.models import FAMILIES, Family
 from hmc.models.common import CausalLM

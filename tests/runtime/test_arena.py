@@ -9,8 +9,8 @@ import pytest
 from test_program import words_of
 
 import hmc
+from hmc.codegen.arguments import ARGS
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS
 from hmc.errors import ExecutionError
 from hmc.plan import Buffer, Operand, Phase, Step
 from hmc.runtime.host.arena import Arena

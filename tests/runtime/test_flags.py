@@ -15,11 +15,12 @@ import pytest
 from kernel_meanings import flag_reached
 from null_device import NullBackend
 
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.pool.walker import BARRIER, GATE
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import WorkerError
 from hmc.runtime.devices.flags import Flags
 from hmc.runtime.devices.host import HostBackend

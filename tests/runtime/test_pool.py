@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
+from hmc.codegen.arguments import ARGS, Arg
 from hmc.codegen.ir import I64, Emitter, const
 from hmc.codegen.isa import best_isa
 from hmc.codegen.jit import Jit, Kernel
 from hmc.codegen.kernels import EMITTERS
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS, Arg, KernelSpec
+from hmc.codegen.spec import KernelSpec
 from hmc.errors import WorkerError
 from hmc.runtime.host.pool import Pool
 from hmc.runtime.host.program import Program, ProgramBuilder

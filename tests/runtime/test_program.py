@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hmc.codegen.arguments import ARGS, pack
 from hmc.codegen.decode.pieces import TICKET
 from hmc.codegen.decode.pieces import flags as flags_of
 from hmc.codegen.jit import Kernel
 from hmc.codegen.pool import walker
-from hmc.codegen.spec import ARGS, KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.runtime.host.program import Program, ProgramBuilder
 
 FILL = Kernel(KernelSpec.of("stream_fill", "avx2"), 0x1000)

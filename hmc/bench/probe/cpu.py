@@ -15,10 +15,11 @@ from hmc.bench.bandwidth import SWEEP, MemoryReference, StreamingRead, dot_peak
 from hmc.bench.cases import Case, Row
 from hmc.bench.kernels import KernelBench
 from hmc.bench.probe.result import Effort, Measurement
+from hmc.codegen.arguments import pack
 from hmc.codegen.isa import Isa
 from hmc.codegen.jit import Jit
 from hmc.codegen.kernels import EMITTERS
-from hmc.codegen.spec import KernelSpec, pack
+from hmc.codegen.spec import KernelSpec
 from hmc.compiler import compile as compile_plan
 from hmc.formats import format_of
 from hmc.machine.model import CpuRates, GemvRate, Rate
