@@ -131,6 +131,7 @@ def test_run_without_rates_says_how_to_get_them(hmc: Run, plan_file: Path) -> No
     assert not store.path_of(plan_file).exists()
 
 
+@pytest.mark.slow
 def test_run_prints_one_line_and_stores_it(hmc: Run, plan_file: Path, profile: Path) -> None:
     for _ in range(2):
         _, err = _generate(hmc, plan_file)

@@ -396,6 +396,7 @@ def test_command_by_hand(plan: Plan, hybrid: Plan, tmp_path: Path, run: Run) -> 
     assert {tier for p in load_plan(out_path).placement for tier in p.tiers} == {"host"}
 
 
+@pytest.mark.slow
 def test_command_searches(
     plan: Plan, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -194,6 +194,7 @@ def test_import_is_cheap() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_deepseek_v3_of_the_real_shapes(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "make_deepseek_v3.py"
     runpy.run_path(str(script))["write_deepseek_v3"](tmp_path)

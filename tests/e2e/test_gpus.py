@@ -61,6 +61,7 @@ def test_processes_give_what_one_process_gives(plan: Plan) -> None:
     assert found[0][0] == found[1][0]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_one_error_and_leaves_no_process(plan: Plan) -> None:
     with Engine(plan, threads=1, devices="host", gpus=2) as engine:
         pids = pids_of(engine)

@@ -126,6 +126,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("installed")
+@pytest.mark.slow
 def test_an_installed_package_brings_a_family(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -171,6 +171,7 @@ def test_requests_that_make_room_answer_as_if_alone(checkpoint: Callable[[str], 
         assert allocator.used == 0
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_or_begins_at_a_snapshot(
     checkpoint: Callable[[str], Path],
 ) -> None:

@@ -63,6 +63,7 @@ def test_messages_go_both_ways_and_nothing_is_left(child: Child) -> None:
     gone(child.pid)
 
 
+@pytest.mark.slow
 def test_a_stopped_process_takes_no_message_for_ever(child: Child) -> None:
     os.kill(child.pid, signal.SIGSTOP)
     began = time.monotonic()

@@ -436,6 +436,7 @@ def test_a_step_that_raises_ends_everything(
     assert threads() == before
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_is_reported(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,6 +267,7 @@ def test_closing_does_not_wait_for_a_hung_process(both):
         assert tokens_of(scheduler.submit(ask(ids, 3))) == expected
 
 
+@pytest.mark.slow
 def test_a_failing_executor_ends_prompts_beside_too(both, monkeypatch):
     executor = both.engine.executor
     both.worker.wait_ready(WAIT)

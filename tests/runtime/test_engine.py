@@ -223,6 +223,7 @@ def test_homes_give_equal_logits_and_chunks_close_ones(checkpoint, family):
     assert np.median(error) < 8e-3
 
 
+@pytest.mark.slow
 def test_dummy_weights_run_without_shards(checkpoint, tmp_path):
     source = checkpoint("deepseek_v3", "fp8")
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())

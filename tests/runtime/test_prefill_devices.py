@@ -218,6 +218,7 @@ def decoded(executor: Executor) -> int:
     return executor.calls[DECODE]
 
 
+@pytest.mark.slow
 def test_the_scheduler_goes_on_decoding_while_a_prompt_streams(
     served: tuple[Executor, Scheduler], gate: Gate
 ) -> None:

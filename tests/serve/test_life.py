@@ -170,6 +170,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_server_whose_native_program_hangs(plan_path: Path, live: Any) -> None:
     """Nobody ever frees the worker."""
     with serving(plan_path, "--watchdog", "3", program=("-c", HUNG)) as (process, url):
@@ -195,6 +196,7 @@ def test_a_second_signal_ends_at_once(plan_path: Path, live: Any) -> None:
         assert process.wait(10) in (128 + signal.SIGTERM, 128 + signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_errors_of_startup_are_one_line(plan_path: Path, tmp_path: Path) -> None:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "hmc", "serve", *arguments]

@@ -181,6 +181,7 @@ def test_one_plan_says_what_it_always_said(live: Any) -> None:
     }
 
 
+@pytest.mark.slow
 def test_what_is_in_use_keeps_its_memory_and_who_needs_it_waits(
     several: Several, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

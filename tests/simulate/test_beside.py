@@ -20,6 +20,7 @@ def _plan() -> Plan:
     return plan_for("deepseek-v3", TWO, 24)
 
 
+@pytest.mark.slow
 def test_the_phase_leaves_the_first_gpu_to_decode() -> None:
     steps = _plan().phase(BESIDE).steps
     assert {step.resource for step in steps} == {"cpu", "h2d1", "gpu1", "d2h1", "h2d0"}

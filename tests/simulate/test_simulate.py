@@ -202,6 +202,7 @@ def test_the_command_takes_a_config_or_a_plan(tmp_path: Path) -> None:
     assert two["prefill"]["critical_path"]
 
 
+@pytest.mark.slow
 def test_the_command_says_when_a_model_does_not_fit() -> None:
     found = _invoke(str(CONFIGS / "deepseek-v3"), "--machine", "laptop", "--prompt", "64")
     assert found["too_large_for"] == ["host"]
