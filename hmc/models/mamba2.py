@@ -80,10 +80,8 @@ class Mamba2(nn.Module):
             step = step.clamp(least, most)
         decay = torch.exp(-torch.exp(self.A_log()) * step)
         fed = self._by_head(v) * step.unsqueeze(-1)
-        # D once a token: rows by head are multiplied by a number a head only as rows have it
-        skip = (step * 0.0 + self.D()).unsqueeze(-1)
         y = self.attention(q, k, fed.flatten(-2), decay)
-        y = self._by_head(y) + self._by_head(v) * skip
+        y = self._by_head(y) + self._by_head(v) * self.D().unsqueeze(-1)
         return self.out_proj(self.norm(y.flatten(-2), gate))  # type: ignore[no-any-return]
 
     def _by_head(self, x: Tensor) -> Tensor:

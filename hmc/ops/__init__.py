@@ -1,13 +1,15 @@
 """One row an op: everything that hmc knows of it, in one place (see row.py).
 
-matmul.py        linear, gate_up, experts
+matmul.py        linear, grouped_linear, gate_up, experts
 norms.py         embed, gather_rows, norm, add, add_norm
 pointwise.py     arithmetic of rows and vectors, as an expression
 attention.py     rotary, attention, mla
 block_sparse.py  index_blocks, sparse_attention
 sparse.py        index, sparse_mla
+compressed.py    compressed_attention
+hyper.py         hyper_weights, hyper_in, hyper_out, hyper_copy
 recurrent.py     conv, linear_attention, selective_scan
-routing.py       route, sort
+routing.py       route, hash_route, sort
 moves.py         ops of schedules over several resources
 table.py         all of them by name
 """

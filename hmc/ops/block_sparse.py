@@ -33,7 +33,10 @@ from hmc.ops.row import (
     product,
     spec,
 )
+from hmc.ops.sparse import choice_work
 
+_MADE = 4.0
+"""Bytes of a score on devices."""
 _CHOICE = ("index_block", "index_topk")
 
 
@@ -46,12 +49,6 @@ def _possible(attrs: Attrs) -> bool:
     """Kernels take positions in pairs."""
     block, most = picked(attrs, *_CHOICE).values()
     return block > 0 and block % 2 == 0 and most > 0
-
-
-def _dense(attrs: Attrs, load: Load) -> float:
-    """Of a sequence's new tokens, those that see no more blocks than are chosen."""
-    own = load.tokens * load.ranks / load.sequences
-    return min(own, max(0.0, chosen_positions(attrs) - load.context))
 
 
 # -- the indexer -----------------------------------------------------------------------------------
@@ -67,16 +64,6 @@ def _index(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
 def _index_possible(attrs: Attrs) -> bool:
     heads, dim, local, most = picked(attrs, "heads", "dim", "index_local", "index_topk").values()
     return _possible(attrs) and heads > 0 and dim > 0 and dim % 2 == 0 and 0 < local <= most
-
-
-def _index_work(attrs: Attrs, load: Load) -> Work:
-    """Tokens that choose score every position that they see."""
-    every, few = load.tokens * load.ranks, _dense(attrs, load)
-    dense = attended(load.sequences * few, load.context, load.sequences)
-    pairs = (attended(every, load.context, load.sequences) - dense) / load.ranks
-    heads, dim = picked(attrs, "heads", "dim").values()
-    keys = every + (load.sequences * load.context if pairs else 0.0)
-    return Work(1.0, load.rows, scores=2.0 * heads * dim * pairs, keys=keys, made=4.0 * pairs)
 
 
 # -- attention to what was chosen ------------------------------------------------------------------
@@ -128,7 +115,7 @@ OPS: Final = (
         possible=_index_possible,
         kernels=_index,
         states=lambda attrs: (State("indexer_k", int(attrs["dim"])),),
-        work=_index_work,
+        work=lambda attrs, load: choice_work(attrs, load, chosen_positions(attrs), _MADE),
         launches=lambda attrs, load: 14,
         family="attention",
     ),

@@ -54,20 +54,24 @@ def _index(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     return tuple(spec(name, use, sizes) for name in names)
 
 
-def _dense(attrs: Attrs, load: Load) -> float:
-    """Of a sequence's new tokens, those that see no more positions than are chosen."""
+def dense_tokens(load: Load, most: int) -> float:
+    """Of a sequence's new tokens, those that see no more than the `most` positions they may
+    choose.
+    """
     own = load.tokens * load.ranks / load.sequences
-    return min(own, max(0.0, int(attrs["index_topk"]) - load.context))
+    return min(own, max(0.0, most - load.context))
 
 
-def _index_work(attrs: Attrs, load: Load) -> Work:
-    """Tokens for which attention is not dense score every position that they see."""
-    every, few = load.tokens * load.ranks, _dense(attrs, load)
+def choice_work(attrs: Attrs, load: Load, most: int, made: float) -> Work:
+    """An indexer's, of `heads` heads of `dim` columns: tokens for which attention is not dense
+    score every position that they see, and each score is `made` bytes of temporaries on a GPU.
+    """
+    every, few = load.tokens * load.ranks, dense_tokens(load, most)
     dense = attended(load.sequences * few, load.context, load.sequences)
     pairs = (attended(every, load.context, load.sequences) - dense) / load.ranks
     heads, dim = picked(attrs, "heads", "dim").values()
     keys = every + (load.sequences * load.context if pairs else 0.0)
-    return Work(1.0, load.rows, scores=2.0 * heads * dim * pairs, keys=keys, made=_MADE * pairs)
+    return Work(1.0, load.rows, scores=2.0 * heads * dim * pairs, keys=keys, made=made * pairs)
 
 
 _MADE = 4.0 + 8.0
@@ -107,7 +111,7 @@ def _sparse_work(attrs: Attrs, load: Load) -> Work:
     most, every = int(attrs["index_topk"]), load.tokens * load.ranks
     pairs = attended(every, load.context, load.sequences, Bounds(window=most)) / load.ranks
     heads, rope, rank = picked(attrs, "heads", "rope", "rank").values()
-    dense = 0.0 if load.few else load.sequences * _dense(attrs, load)
+    dense = 0.0 if load.few else load.sequences * dense_tokens(load, most)
     alike = attended(dense, load.context, load.sequences) / load.ranks
     keys = load.sequences * load.context + dense if dense else 0.0
     flops = mla_lifted_flops if load.lifted else mla_flops
@@ -133,7 +137,7 @@ OPS: Final = (
         possible=lambda a: min(picked(a, "heads", "dim", "index_topk").values()) > 0,
         kernels=_index,
         states=lambda a: (State("indexer_k", int(a["dim"])),),
-        work=_index_work,
+        work=lambda attrs, load: choice_work(attrs, load, int(attrs["index_topk"]), _MADE),
         launches=lambda attrs, load: 12,
         family="attention",
     ),

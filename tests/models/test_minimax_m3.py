@@ -10,24 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from checkpoints import draw
+from beyond_choice import (
+    LENGTH,
+    close,
+    decode_continues,
+    goes_on_from_known_blocks,
+    in_chunks,
+    on_devices_ranks_and_lanes,
+    write_random,
+)
 from parity import errors
 from played import executor
 from reference import load_model, run
-from safetensors.torch import save_file
-from split_plans import DUAL, STREAM, split_plan
+from split_plans import split_plan
 from tiny_models import FOLDER, Floats, prompt
 
 import hmc
-from hmc.checkpoint.config import ModelConfig, load_config
+from hmc.checkpoint.config import ModelConfig
 from hmc.errors import ConfigError, HmcError, UnsupportedError, UsageError
-from hmc.models import load, weight_specs
+from hmc.models import load
 from hmc.plan import Plan
 from hmc.predict.cost import Call, CostModel
-from hmc.runtime.executor import Executor
 
-LENGTH = 150
 CHOSEN = 64
 """Positions that a token reads: 8 blocks of 8."""
 
@@ -40,13 +44,7 @@ def write(directory: Path) -> None:
     text |= {"num_local_experts": 4, "num_experts_per_tok": 4}
     text |= {"head_dim": 64, "partial_rotary_factor": 0.5}  # as paged attention takes them
     text["sparse_attention_config"] |= {"sparse_block_size": 8, "sparse_topk_blocks": 8}
-    (directory / "config.json").write_text(json.dumps(values))
-    generator, tensors = torch.Generator().manual_seed(1), {}
-    for name, spec in sorted(weight_specs(load(load_config(directory)).module).items()):
-        for each in [name.format(e=e) for e in range(spec.experts)] or [name]:
-            drawn = draw(each, torch.empty(spec.shape), False, generator)
-            tensors[each] = drawn if name.endswith("bias") else drawn.to(torch.bfloat16)
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_random(directory, values)
 
 
 @pytest.fixture(scope="module")
@@ -65,22 +63,6 @@ def engine(directory: Path) -> Iterator[hmc.Engine]:
     plan = hmc.compile(directory, max_context=256, max_chunk=64, threads=2)
     with hmc.Engine(plan, threads=2) as found:
         yield found
-
-
-def close(found: Floats, exact: Floats) -> None:
-    """A near tie of an indexer may go another way for some tokens."""
-    wrong = errors(found, exact)
-    assert len(wrong) > 8 and np.median(wrong) < 0.06, wrong
-
-
-def in_chunks(found: Executor, ids: list[int], size: int) -> Floats:
-    """Logits of all tokens of a prompt, `size` at a time."""
-    sequence, rows = found.open(), []
-    for first in range(0, len(ids), size):
-        part = np.array(ids[first : first + size], np.int32)
-        rows.append(found.append(sequence, part, np.arange(len(part), dtype=np.int32)).copy())
-    found.release(sequence)
-    return np.concatenate(rows)
 
 
 @pytest.mark.slow
@@ -112,35 +94,12 @@ def test_attention_is_dense_while_all_is_chosen(
 
 @pytest.mark.slow
 def test_decode_continues(engine: hmc.Engine, exact: Floats) -> None:
-    """Of several sequences together, each at its own position."""
-    ids, found = prompt(LENGTH), engine.executor
-    lengths = (5, 60, 130)
-    sequences = [found.open() for _ in lengths]
-    for sequence, length in zip(sequences, lengths, strict=True):
-        for _ in found.prefill(sequence, np.array(ids[:length], np.int32)):
-            pass
-    rows: list[list[Floats]] = [[] for _ in lengths]
-    for step in range(12):
-        tokens = np.array([ids[length + step] for length in lengths], np.int32)
-        for mine, row in zip(rows, found.decode(sequences, tokens), strict=True):
-            mine.append(row.copy())
-    for sequence, length, mine in zip(sequences, lengths, rows, strict=True):
-        found.release(sequence)
-        close(np.stack(mine), exact[length : length + 12])
+    decode_continues(engine.executor, exact, (5, 60, 130))
 
 
 @pytest.mark.slow
 def test_a_prompt_goes_on_from_known_blocks(engine: hmc.Engine) -> None:
-    found, ids = engine.executor, np.array(prompt(LENGTH), np.int32)
-    rows = []
-    for known in (0, 128):
-        sequence = found.open()
-        assert found.kv.adopt(sequence, ids) == known
-        *_, last = found.prefill(sequence, ids[sequence.length :])
-        rows.append(last[-1].copy())
-        found.kv.keep(sequence, ids)
-        found.release(sequence)
-    assert (rows[0] == rows[1]).all()
+    goes_on_from_known_blocks(engine.executor)
 
 
 @pytest.fixture(scope="module")
@@ -150,28 +109,8 @@ def split(directory: Path) -> Plan:
 
 @pytest.mark.slow
 def test_devices_ranks_and_lanes(split: Plan, directory: Path, exact: Floats) -> None:
-    ids = np.array(prompt(LENGTH), np.int32)
-    names = [phase.name for phase in split.phases if phase.name.startswith("prefill")]
-    assert STREAM in names and any(phase.ranks == 2 for phase in split.phases)
     with executor(split, directory, delays=3) as found:
-        for name in names:
-            for past in (0, 60):
-                sequence = found.open()
-                for _ in found.prefill(sequence, ids[:past]) if past else ():
-                    pass
-                *_, last = found.prefill(sequence, ids[past:140], phase=name)
-                rows = [last[-1].copy()]
-                for at in range(140, LENGTH):
-                    rows.append(found.decode([sequence], ids[at : at + 1])[0].copy())
-                found.release(sequence)
-                close(np.stack(rows), exact[139:])
-        pair = [found.open(), found.open()]
-        for sequence in pair:
-            for _ in found.prefill(sequence, ids[:120]):
-                pass
-        lanes = [found.decode(pair, ids[[at, at]])[1].copy() for at in range(120, 132)]
-        close(np.stack(lanes), exact[120:132])
-        assert found.calls[DUAL] == 12
+        on_devices_ranks_and_lanes(found, split, exact, 60)
 
 
 def test_paged_attention_refuses_a_choice(directory: Path) -> None:

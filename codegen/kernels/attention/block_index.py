@@ -17,9 +17,9 @@ from functools import partial
 from itertools import product
 from math import gcd
 
-from hmc.codegen.ir import F32, I16, I32, I64, Emitter, Value, const, fconst, vec
+from hmc.codegen.ir import F32, I16, I32, Emitter, Value, const, fconst, vec
 from hmc.codegen.kernels.attention.attend_rows import NEVER, Pages
-from hmc.codegen.kernels.attention.choose import ALIGN, choose
+from hmc.codegen.kernels.attention.choose import ALIGN, choose, share_pieces
 from hmc.codegen.kernels.attention.prefill import score, share_units
 from hmc.codegen.kernels.attention.prefill_form import Form, index_form
 from hmc.codegen.kernels.attention.prefill_keys import copy_key
@@ -88,25 +88,18 @@ def _row(e: Emitter, token: Value, head: Value) -> Value:
 
 def emit_block_scores(e: Emitter) -> None:
     """`block_scores`: split by (token, block)."""
-    b = e.b
 
     def blocks(token: Value) -> Value:
         return _scored(e, e.load_int(e.arg["positions"], token))
 
-    total, before = e.local(I64, const(0)), e.local(I64, const(0))
-    with e.for_range(0, e.arg["tokens"]) as token:
-        b.store(b.add(b.load(total), blocks(token)), total)
-    start, stop = e.split(b.load(total))
-    with e.for_range(0, e.arg["tokens"]) as token:
-        count, passed = blocks(token), b.load(before)
-        low, high = e.positive(b.sub(start, passed)), e.minimum(b.sub(stop, passed), count)
-        b.store(b.add(passed, count), before)
-        with b.if_then(b.icmp_signed("<", low, high)):
-            pages = Pages(e, token, e.spec["block"], 1)
-            with e.for_range(low, high) as block:
-                for first in range(0, e.spec["heads"], _HEADS):
-                    heads = range(first, min(first + _HEADS, e.spec["heads"]))
-                    _score_block(e, token, block, pages, heads)
+    def score(token: Value, low: Value, high: Value) -> None:
+        pages = Pages(e, token, e.spec["block"], 1)
+        with e.for_range(low, high) as block:
+            for first in range(0, e.spec["heads"], _HEADS):
+                heads = range(first, min(first + _HEADS, e.spec["heads"]))
+                _score_block(e, token, block, pages, heads)
+
+    share_pieces(e, blocks, score)
 
 
 def _score_block(e: Emitter, token: Value, block: Value, pages: Pages, heads: range) -> None:

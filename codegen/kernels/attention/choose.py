@@ -1,4 +1,5 @@
-"""The best of a row of scores, exactly and without sorting: what sparse attention chooses.
+"""The best of a row of scores, exactly and without sorting: what sparse attention chooses; and how
+workers share the scoring.
 
 Scores become whole numbers of the same order (NaN below all others). The least one that is chosen
 is built from its highest bit down, by counting; then one walk takes what is above it and, of what
@@ -6,6 +7,8 @@ equals it, the first.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, lanes_mask, vec
 from hmc.codegen.kernels.routing.route import ordered_key
@@ -15,6 +18,25 @@ from hmc.codegen.vector import isplat
 _LEAST = -(2**31)
 ALIGN = 64
 """Scores that are whole vectors on every tier: what a row has room for is a multiple of it."""
+
+
+def share_pieces(
+    e: Emitter, count: Callable[[Value], Value], work: Callable[[Value, Value, Value], None]
+) -> None:
+    """Split what there is to score: of each token `count(token)` pieces, of which a worker does
+    `work(token, first, last)`.
+    """
+    b = e.b
+    total, before = e.local(I64, const(0)), e.local(I64, const(0))
+    with e.for_range(0, e.arg["tokens"]) as token:
+        b.store(b.add(b.load(total), count(token)), total)
+    start, stop = e.split(b.load(total))
+    with e.for_range(0, e.arg["tokens"]) as token:
+        pieces, passed = count(token), b.load(before)
+        low, high = e.positive(b.sub(start, passed)), e.minimum(b.sub(stop, passed), pieces)
+        b.store(b.add(passed, pieces), before)
+        with b.if_then(b.icmp_signed("<", low, high)):
+            work(token, low, high)
 
 
 def choose(e: Emitter, scores: Value, count: Value, most: int, target: Value) -> None:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from math import gcd
 
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, vec
+from hmc.codegen.ir import F32, I32, Emitter, Value, const, vec
 from hmc.codegen.kernels.attention.attend_rows import Multiplies, Pages
 from hmc.codegen.kernels.attention.attention import Appended, append
-from hmc.codegen.kernels.attention.choose import ALIGN, choose
+from hmc.codegen.kernels.attention.choose import ALIGN, choose, share_pieces
 from hmc.codegen.ragged import ceil_div
 from hmc.codegen.vector import copy_row, fmax, fsplat
 
@@ -135,22 +135,16 @@ def emit_index_scores(e: Emitter) -> None:
     def pages(token: Value) -> Value:
         return ceil_div(e, _scored(e, token), const(block))
 
-    total, before = e.local(I64, const(0)), e.local(I64, const(0))
-    with e.for_range(0, e.arg["tokens"]) as token:
-        b.store(b.add(b.load(total), pages(token)), total)
-    start, stop = e.split(b.load(total))
-    with e.for_range(0, e.arg["tokens"]) as token:
-        count, seen = pages(token), b.load(before)
-        low, high = e.positive(b.sub(start, seen)), e.minimum(b.sub(stop, seen), count)
-        b.store(b.add(seen, count), before)
-        with b.if_then(b.icmp_signed("<", low, high)):
-            made.pack(token)
-            rows, end = Pages(e, token, block, 1), _scored(e, token)
-            with e.for_range(low, high) as page:
-                position = b.mul(page, const(block))
-                row = b.mul(rows.row(position, const(0)), const(2 * made.dim))
-                inside = e.minimum(b.sub(end, position), const(block))
-                made.page(e.offset(e.arg["cache"], row), inside, _row_of(e, token, position))
+    def score(token: Value, low: Value, high: Value) -> None:
+        made.pack(token)
+        rows, end = Pages(e, token, block, 1), _scored(e, token)
+        with e.for_range(low, high) as page:
+            position = b.mul(page, const(block))
+            row = b.mul(rows.row(position, const(0)), const(2 * made.dim))
+            inside = e.minimum(b.sub(end, position), const(block))
+            made.page(e.offset(e.arg["cache"], row), inside, _row_of(e, token, position))
+
+    share_pieces(e, pages, score)
 
 
 def _row_of(e: Emitter, token: Value, position: Value) -> Value:
