@@ -116,6 +116,16 @@ def test_silent_and_slow_clients_shut_nobody_out_and_do_not_keep_the_server(
     assert time.monotonic() - begin < 5
 
 
+def test_what_is_sent_waits_for_no_acknowledgement(live: Any) -> None:
+    with httpx.Client(base_url=live.url) as client:
+        client.get("/health")
+        ours = [each.transport for each in live.server.server_state.connections]
+        sockets = [each.get_extra_info("socket") for each in ours]
+        assert sockets
+        for each in sockets:
+            assert each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_stopped_process_does_not_hang() -> None:
     watch = StepWatch(limit=6.0, period=1.0)
     hangs = [watch.hangs(float(at), float(at)) for at in range(4)]
