@@ -102,7 +102,7 @@ class Case:
         assert error < (2.2e-3 if rounding < 1e-3 else 6e-3), error
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("isa", "params", "past", "tokens"),
     dealt(TIERS, SHAPES, [(0, 97), (45, 19), (0, 1), (191, 70)]),
@@ -115,7 +115,7 @@ def test_against_float64(jit: Jit, isa: str, params: Params, past: int, tokens: 
         assert (case.run(jit, workers) == y).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("isa", "options", "params", "past", "tokens"),
     dealt(TIERS, OPTIONS, [(s, *c) for s in SHAPES for c in ((191, 70), (45, 19), (0, 97))]),

@@ -130,7 +130,7 @@ class Layer:
         return y[:, : self.hidden]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(("weight", "hidden", "inner", "group"), FORMATS)
 def test_experts(
@@ -166,7 +166,7 @@ WEIGHED = "silu(gate * weight) * (up * weight)"
 UNGATED = "square(relu(up))"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(
     ("act", "biased"),
@@ -198,7 +198,8 @@ def test_biases_and_weights_on_the_input(
         assert np.abs(y - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("act", [SWIGLU, pytest.param(UNGATED, marks=pytest.mark.slow)])
+@pytest.mark.few(1)
+@pytest.mark.parametrize("act", [SWIGLU, UNGATED])
 @pytest.mark.parametrize("isa", TIERS)
 def test_a_token_is_the_same_alone_and_in_a_batch(jit: Jit, isa: str, act: str) -> None:
     need(isa)

@@ -54,7 +54,7 @@ def call(
     return y[:, :rows]
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("isa", "weight", "k"), dealt(TIERS, FORMATS, [7, 100, 128, 200, 384]))
 def test_every_format_and_tier_at_odd_sizes(
     jit: Jit, isa: str, weight: WeightFormat, k: int

@@ -116,6 +116,7 @@ def close(found: np.ndarray, wanted: np.ndarray) -> bool:
     return bool(np.abs(found - wanted).max() < 1e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(("sizes", "forms"), list(zip(SIZES, FORMS, strict=True)))
 def test_linear_attention(
@@ -141,6 +142,7 @@ def test_linear_attention(
                 assert (first == second).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("channels", [0, 1])
 def test_prompts_in_parts_are_as_whole(jit: Jit, isa: str, channels: int) -> None:

@@ -40,6 +40,7 @@ def multiplied(jit: Jit, op: str, isa: str, name: str, weight: Made, x: np.ndarr
     return y
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("op", ["linear", "gemm"])
 @pytest.mark.parametrize("isa", TIERS)
 def test_products_are_those_of_gathered_activations(jit: Jit, isa: str, op: str) -> None:
@@ -57,7 +58,7 @@ def test_products_are_those_of_gathered_activations(jit: Jit, isa: str, op: str)
         assert (np.abs(found - seen @ exact.T) <= bound(seen, exact)).all()
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("op", "isa"), list(product(OPS, TIERS)))
 def test_every_matmul_with_orders_of_its_matrices(jit: Jit, op: str, isa: str) -> None:
     """Gate, up and experts have each its own."""

@@ -89,6 +89,7 @@ def test_every_architecture_is_tested() -> None:
         assert GGUF_FAMILIES[other] is GGUF_FAMILIES[name]
 
 
+@pytest.mark.few(16)
 @ALL
 def test_the_model_is_the_same(family: str, twin: Callable[[str], Twin]) -> None:
     """Traced: every op with its attributes, and shapes of weights."""
@@ -102,6 +103,7 @@ def test_the_model_is_the_same(family: str, twin: Callable[[str], Twin]) -> None
     assert found == expected
 
 
+@pytest.mark.few(16)
 @ALL
 def test_tensors_are_found_by_published_names(family: str, twin: Callable[[str], Twin]) -> None:
     """With the values that the directory has, and none beside; a plan takes them all."""

@@ -478,6 +478,7 @@ print("clean", flush=True)
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("ending", ["pool.close()", "del pool"])
 def test_ctrl_c_at_random_moments_leaves_no_thread(tmp_path: Path, ending: str) -> None:
     interrupts = 25
