@@ -17,6 +17,9 @@ _WIDE_PRODUCTS = (90, 100)
 """Architectures whose products are of so many rows that registers, or a memory apart, hold those of
 a few steps alone."""
 
+_SHORT_OF_REGISTERS = (86, 89)
+"""Architectures where a third step under way makes codes of several terms spill."""
+
 LINE = 128
 """Bytes of a row of codes that are loaded at once at most."""
 
@@ -37,17 +40,19 @@ class Tile:
     def of(self, layout: Layout, arch: int) -> Tile:
         """As many columns in the steps that a layout's scales allow, but of wide codes no more than
         LINE bytes of a row; of codes of several terms, which fill registers, as of f32, for fewer
-        tokens, and by more threads; for fewer tokens also of 8 bits less zeros, and of the shortest
-        steps where products are wide.
+        tokens, and by more threads; for fewer tokens also of the shortest steps where products are
+        wide, and of 8 bits less zeros, by more threads too.
         """
         several = layout.terms > 1
         columns = min(self.depth, 8 * LINE // (32 if several else layout.unit))
         depth = min(columns, layout.step)
         found = replace(self, depth=depth, repeat=columns // depth)
         if several:
-            return replace(found, tokens=min(self.tokens, 64), warps=8, stages=3)
-        less = layout.bits == 8 and any(scale.zero for scale in layout.scales)
-        if less or (arch in _WIDE_PRODUCTS and layout.step == LEAST):
+            stages = 2 if arch in _SHORT_OF_REGISTERS else 3
+            return replace(found, tokens=min(self.tokens, 64), warps=8, stages=stages)
+        if layout.bits == 8 and any(scale.zero for scale in layout.scales):
+            return replace(found, tokens=min(self.tokens, 32), warps=8)
+        if arch in _WIDE_PRODUCTS and layout.step == LEAST:
             return replace(found, tokens=min(self.tokens, 32))
         return found
 
@@ -73,7 +78,7 @@ _TILES: dict[str, dict[int, tuple[tuple[int, Tile], ...]]] = {
     "pair": {_ANY: ((16, _FEW), (_ANY, _MANY)), 120: ((16, _WIDE), (_ANY, _MANY))},
     "experts_act": {_ANY: ((24, _FEW), (_ANY, _MANY)), 100: ((24, _WIDE), (_ANY, _MANY)),
                     120: ((24, _WIDE), (_ANY, _MANY))},
-    "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY))},
+    "experts_down": {_ANY: ((24, _LONG), (_ANY, _MANY)), 120: ((24, _FEW), (_ANY, _MANY))},
     "experts_down_few": {_ANY: ((_ANY, _LONG),), 86: ((_ANY, _FEW),), 89: ((_ANY, _FEW),)},
 }  # fmt: skip
 """Of a kernel, by architecture: up to how many tokens (an expert's on average) a tile is for."""
