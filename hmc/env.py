@@ -8,7 +8,7 @@ HMC_CACHE      folder of compiled kernels and kept plans (default $XDG_CACHE_HOM
 HMC_CONFIG     folder of machine profiles   (default $XDG_CONFIG_HOME/hmc)
 HMC_STATE      folder of what hmc remembers: a chat's history (default $XDG_STATE_HOME/hmc)
 HMC_ISA        cap on the kernel tier: avx512_bf16, avx512 or avx2 (default: the best there is)
-HMC_THREADS    native worker threads (default: every core the process may use)
+HMC_THREADS    native worker threads (default: every CPU whose time the process may use)
 HMC_GRAPHS     1: decode hands GPUs its steps as graphs, 0: one by one (default: 1 for CUDA, 0 for
                GPUs that are played)
 """
@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from hmc import cgroup
 from hmc.errors import UsageError
 
 MOST_THREADS = 4096
@@ -88,8 +89,19 @@ def isa_cap() -> str | None:
 
 
 def threads() -> int:
-    """Native worker threads: `HMC_THREADS`, else the size of the process's CPU affinity mask."""
-    return _integer("HMC_THREADS", default=len(os.sched_getaffinity(0)), low=1, high=MOST_THREADS)
+    """Native worker threads: `HMC_THREADS`, else `usable_cpus`."""
+    return _integer("HMC_THREADS", default=usable_cpus(), low=1, high=MOST_THREADS)
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs whose time the process may use: those of its affinity mask, or fewer under a quota of
+    its control groups (rounded down, at least one).
+
+    With a worker more than the quota, all are stopped in every period, and every step waits.
+    """
+    there = len(os.sched_getaffinity(0))
+    quota = cgroup.cpus(root)
+    return there if quota is None else min(there, max(1, int(quota)))
 
 
 def graphs(default: bool) -> bool:

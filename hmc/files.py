@@ -1,4 +1,5 @@
-"""Files written whole or not at all: beside the target, synced to disk, then renamed over it."""
+"""Files written whole or not at all: beside the target, synced to disk, then renamed over it; and
+the kernel's small files, read."""
 
 from __future__ import annotations
 
@@ -36,3 +37,17 @@ def write_file(
     except OSError as problem:
         reason = problem.strerror or problem
         raise error(f"cannot write {what} to {path}: {reason}") from problem
+
+
+def text_of(path: Path) -> str:
+    """A file of /proc or /sys; "" where there is none: /sys is partial in many containers."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def integer(path: Path) -> int | None:
+    """A count that a file of /proc or /sys holds; None where there is none."""
+    text = text_of(path)
+    return int(text) if text.isdigit() else None

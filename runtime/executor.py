@@ -120,7 +120,7 @@ class Executor:
             used = {key for phase in phases for step in phase.steps for key in step.kernels}
             build((spec for key, spec in plan.kernels.items() if key in used), progress)
             jit = Jit(EMITTERS)
-            self.pool = Pool(jit, TIERS[plan.isa], threads or plan.threads, cpus=cpus)
+            self.pool = Pool(jit, TIERS[plan.isa], threads or plan.workers, cpus=cpus)
             self._memory = ExitStack()
             stack.callback(self._give_back)
             stack.enter_context(self.pool)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hmc import cli
+import hmc
+from hmc import cgroup, cli, env
 from hmc.codegen.isa import TIERS
 from hmc.errors import UsageError
-from hmc.machine import cgroup, checkup
+from hmc.machine import checkup
 from hmc.machine.checkup import Finding, Needs
 
 THP = "sys/kernel/mm/transparent_hugepage"
@@ -59,7 +60,7 @@ def test_a_machine_that_is_well(machine: Machine) -> None:
 V2 = "sys/fs/cgroup/box"
 V1 = {"proc/self/cgroup": "4:memory:/box\n3:cpu,cpuacct:/box/own\n0::/\n"}
 CASES: list[tuple[str, dict[str, str], str, str]] = [
-    ("CPU quota", {f"{V2}/cpu.max": "250000 100000\n"}, "2.5 CPUs' time for 4", "HMC_THREADS=2"),
+    ("CPU quota", {f"{V2}/cpu.max": "250000 100000\n"}, "2.5 CPUs' time for 4", "--cpus"),
     (
         "CPU quota",
         {
@@ -69,7 +70,7 @@ CASES: list[tuple[str, dict[str, str], str, str]] = [
             "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1\n",
         },
         "0.5 CPUs' time",
-        "HMC_THREADS=1",
+        "cpu.max",
     ),
     ("memory limit", {f"{V2}/own/memory.max": "8000000000\n"}, "8.0 GB of 65.5 GB", "memory.max"),
     (
@@ -139,17 +140,63 @@ def test_the_tightest_group_counts(machine: Machine) -> None:
         {
             f"{V2}/memory.max": "9000\n",
             f"{V2}/memory.current": "8000\n",
-            f"{V2}/memory.stat": "anon 1\ninactive_file 3000\n",
+            f"{V2}/memory.stat": "anon 1\nshmem 500\ninactive_file 1000\nactive_file 2500\n"
+            "file_dirty 400\nfile_writeback 100\nunevictable 900\n",
             f"{V2}/own/memory.max": "7000\n",
             f"{V2}/own/memory.current": "1000\n",
         }
     )
     assert cgroup.memory(root) == cgroup.Memory(limit=7000, left=4000)
     v1 = {"memory.limit_in_bytes": "6000\n", "memory.usage_in_bytes": "5000\n"}
-    stat = "inactive_file 1\ntotal_inactive_file 500\n"
+    stat = "inactive_file 1\nactive_file 9\ntotal_inactive_file 200\ntotal_active_file 350\n"
+    stat += "total_dirty 50\ntotal_unevictable 70\n"
     files = {f"sys/fs/cgroup/memory/box/{name}": text for name, text in v1.items()}
     root = machine({**V1, **files, "sys/fs/cgroup/memory/box/memory.stat": stat})
     assert cgroup.memory(root) == cgroup.Memory(limit=6000, left=1500)
+
+
+def test_memory_high_limits_where_it_is_below_memory_max(machine: Machine) -> None:
+    files = {f"{V2}/memory.max": "9000\n", f"{V2}/memory.current": "1000\n"}
+    root = machine({**files, f"{V2}/memory.high": "max\n"})
+    assert cgroup.memory(root) == cgroup.Memory(limit=9000, left=8000)
+    root = machine({**files, f"{V2}/memory.high": "6000\n"})
+    assert cgroup.memory(root) == cgroup.Memory(limit=6000, left=5000)
+    root = machine({**files, f"{V2}/memory.max": "max\n", f"{V2}/memory.high": "7000\n"})
+    assert cgroup.memory(root) == cgroup.Memory(limit=7000, left=6000)
+
+
+@pytest.mark.parametrize(
+    ("quotas", "threads"),
+    [
+        ({}, 4),
+        ({"own": "max 100000"}, 4),
+        ({"own": "900000 100000"}, 4),
+        ({"own": "250000 100000"}, 2),
+        ({"own": "50000 100000"}, 1),
+        ({"own": "300000 100000", "": "299999 100000"}, 2),
+    ],
+)
+def test_a_quota_limits_threads(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, quotas: dict[str, str], threads: int
+) -> None:
+    """Of every group on the way up, rounded down, at least one, at most the mask."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(CPUS))
+    root = machine({str(Path(V2) / name / "cpu.max"): text for name, text in quotas.items()})
+    assert env.usable_cpus(root) == threads
+
+
+def test_who_says_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan was asked to have, else HMC_THREADS, else what the process may use: not what
+    the machine had on which it was made."""
+    folder = Path(__file__).parents[1] / "examples/configs/qwen3-30b-a3b-fp8"
+    plan = hmc.compile(folder, dummy_weights=True, layers=1)
+    monkeypatch.setattr(env, "usable_cpus", lambda: 3)
+    monkeypatch.delenv("HMC_THREADS", raising=False)
+    assert plan.workers == env.threads() == 3
+    monkeypatch.setenv("HMC_THREADS", "5")
+    assert plan.workers == env.threads() == 5
+    options = plan.options.model_copy(update={"threads": 2})
+    assert plan.model_copy(update={"options": options}).workers == 2
 
 
 def test_a_slow_disk(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ codegen/pool codegen/panel codegen/decode codegen/formats
 codegen codegen/ragged codegen/functions codegen/vector codegen/ir codegen/jit codegen/cache
 codegen/checks codegen/arguments codegen/native codegen/rowwise codegen/spec codegen/isa
 codegen/expr hmc/formats
-hmc/first_fault hmc/ranges hmc/files hmc/closing hmc/env hmc/errors hmc/version
+hmc/first_fault hmc/ranges hmc/closing hmc/env hmc/cgroup hmc/files hmc/errors hmc/version
 """.split()
 """Every folder, and every module of a top-level folder, from the top of the house to its ground: an
 import goes down. Names are of folders, dots where slashes are."""

@@ -18,9 +18,10 @@ from hmc import env
 from hmc.cli.output import JSON, console, print_json, records, size, table
 from hmc.codegen.isa import TIERS, best_isa, cpu_flags
 from hmc.errors import HmcError
+from hmc.files import text_of
 from hmc.machine.checkup import Finding, Needs, checkup, read_speed, slow_disk
 from hmc.machine.detect import available_bytes, detect
-from hmc.machine.topology import text_of, this_machine
+from hmc.machine.topology import this_machine
 from hmc.plan import load_plan
 
 _PACKAGES = ("torch", "numpy", "safetensors", "llvmlite", "pydantic", "tokenizers", "transformers")

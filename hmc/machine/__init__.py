@@ -2,7 +2,6 @@
 
 model.py     the records: cores, nodes, GPUs, rates
 detect.py    this machine, or one of a file, and the saved rates
-cgroup.py    what control groups leave of memory and CPU time
 checkup.py   what makes it slower than it has to be
 topology.py  cores, siblings and NUMA nodes of the process's CPUs
 """

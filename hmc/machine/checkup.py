@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hmc import cgroup
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.errors import UsageError
-from hmc.machine import cgroup
-from hmc.machine.topology import text_of
+from hmc.files import integer, text_of
 
 _THP = "sys/kernel/mm/transparent_hugepage"
 _RESERVE = "sudo sysctl vm.nr_hugepages=N"
@@ -111,9 +111,9 @@ def _quota(root: Path, cpus: int) -> Iterator[Finding]:
         yield Finding(
             "CPU quota",
             f"{quota:g} CPUs' time for {cpus} usable CPUs",
-            "with a worker on each, all are stopped in every period, and each step waits for the"
-            " last one",
-            f"export HMC_THREADS={threads}",
+            f"hmc starts {threads} worker(s): with more, all are stopped in every period, and each"
+            " step waits for the last one",
+            "raise cpu.max of the group, or docker run --cpus",
         )
 
 
@@ -156,7 +156,7 @@ def _governor(root: Path, cpus: Sequence[int]) -> Iterator[Finding]:
 
 
 def _huge_pages(root: Path) -> Iterator[Finding]:
-    reserved = cgroup.integer(root / "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") or 0
+    reserved = integer(root / "sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") or 0
     private = text_of(root / _THP / "enabled")
     if ("[never]" in private or not private) and not reserved:
         yield Finding(
@@ -179,7 +179,7 @@ def _huge_pages(root: Path) -> Iterator[Finding]:
 
 def _numa(root: Path) -> Iterator[Finding]:
     nodes = list((root / "sys/devices/system/node").glob("node[0-9]*"))
-    on = cgroup.integer(root / "proc/sys/kernel/numa_balancing") or 0
+    on = integer(root / "proc/sys/kernel/numa_balancing") or 0
     if on and len(nodes) > 1:
         yield Finding(
             "NUMA balancing",
@@ -199,7 +199,7 @@ def _memory(root: Path, needs: Needs | None) -> Iterator[Finding]:
             "memory limit",
             f"{_gb(limit)} of {_gb(total)}, by a control group",
             "mapped weights count against it: what does not fit is dropped and read again",
-            "raise memory.max of the group, or docker run --memory",
+            "raise memory.max and memory.high of the group, or docker run --memory",
         )
     if needs is not None and needs.weights + needs.rest > usable:
         over = needs.weights + needs.rest - usable

@@ -13,12 +13,13 @@ from typing import Literal
 import psutil
 from pydantic import ValidationError
 
+from hmc import cgroup
 from hmc.codegen.isa import cpu_flags
-from hmc.env import config_dir
+from hmc.env import config_dir, usable_cpus
 from hmc.errors import MachineError, UsageError
-from hmc.machine import cgroup
+from hmc.files import integer, text_of
 from hmc.machine.model import Machine, NumaNode
-from hmc.machine.topology import text_of, this_machine
+from hmc.machine.topology import this_machine
 
 KERNEL_FLAGS = (
     "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
@@ -39,7 +40,7 @@ def detect() -> Machine:
         name=platform.node() or "this machine",
         cpu=_cpu_name(),
         flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
-        cores=len(topology.cpus),
+        cores=usable_cpus(),
         nodes=tuple(
             NumaNode(id=node.id, cpus=node.cpus, memory_bytes=_node_bytes(node.id, memory))
             for node in topology.nodes
@@ -106,8 +107,8 @@ def huge_by_advice(setting: Literal["enabled", "shmem_enabled"]) -> bool:
 def free_huge_pages() -> int:
     """Pages of 2 MiB that were reserved by the administrator and nobody uses or will use."""
     folder = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
-    free = cgroup.integer(folder / "free_hugepages") or 0
-    return max(0, free - (cgroup.integer(folder / "resv_hugepages") or 0))
+    free = integer(folder / "free_hugepages") or 0
+    return max(0, free - (integer(folder / "resv_hugepages") or 0))
 
 
 def _cpu_name() -> str:

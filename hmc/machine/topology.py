@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from hmc.files import text_of
 from hmc.ranges import parse
 
 SYS = Path("/sys/devices/system")
@@ -151,14 +152,6 @@ def _caches(root: Path, usable: list[int]) -> tuple[Cache, ...]:
             if level.isdigit() and size:
                 found.add(Cache(int(level), _size(size), cpus))
     return tuple(sorted(found, key=lambda entry: (entry.level, entry.cpus)))
-
-
-def text_of(path: Path) -> str:
-    """A file of /proc or /sys; "" where there is none: /sys is partial in many containers."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def _size(text: str) -> int:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from hmc import env
 from hmc.checkpoint import ShardInfo
 from hmc.codegen.spec import KernelSpec
 from hmc.machine.model import Machine
@@ -342,6 +343,12 @@ class Plan(Frozen):
     switches: tuple[Switch, ...] = ()
     goals: Goals = Goals()
     options: Options = Options()
+
+    @property
+    def workers(self) -> int:
+        """Native workers that run it in this process: as many as it was asked to have, else
+        `env.threads`, which may be fewer than where it was made."""
+        return self.options.threads or env.threads()
 
     @property
     def ledger_totals(self) -> dict[str, int]:

@@ -68,7 +68,7 @@ def decide(
     topology: Topology | None = None,
 ) -> Decision:
     """Whether a process of its own computes long prompts, and on which of `threads` CPUs (default:
-    the plan's): `prefill_threads` of them, or as many as promise most by the rates of `machine`
+    `Plan.workers`): `prefill_threads` of them, or as many as promise most by the rates of `machine`
     (None: unknown; half of them then).
 
     Raises `UsageError` for what cannot be had, `MachineError` for "on" with less than two cores.
@@ -76,7 +76,7 @@ def decide(
     if mode == "off":
         return Decision(None, "prefill process: off, as asked for")
     useless = _useless(plan)
-    total = threads or plan.threads
+    total = threads or plan.workers
     if mode == "auto" and (useless or total < 2):
         return Decision(None, f"prefill process: no, {useless or 'there is one thread'}")
     if useless:

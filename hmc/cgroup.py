@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hmc.machine.topology import text_of
+from hmc.files import integer, text_of
 
 _UNLIMITED = 1 << 60
 """What v1 writes for no limit is above this."""
@@ -26,12 +26,18 @@ class Memory:
 
 
 def memory(root: Path = Path("/")) -> Memory | None:
-    """What the groups allow; None when unlimited."""
+    """What the groups allow; None when unlimited.
+
+    Above memory.high processes are not killed but made to wait for reclaim, so it limits what runs
+    well as memory.max limits what runs.
+    """
     found: list[tuple[int, int]] = []
     for folder in _groups(root, ""):
-        limit = integer(folder / "memory.max")
-        if limit is not None:
-            found.append((limit, (integer(folder / "memory.current") or 0) - _cached(folder)))
+        limits = [integer(folder / f"memory.{name}") for name in ("max", "high")]
+        given = [limit for limit in limits if limit is not None]
+        if given:
+            used = integer(folder / "memory.current") or 0
+            found.append((min(given), used - _cached(folder)))
     for folder in _groups(root, "memory"):
         limit = integer(folder / "memory.limit_in_bytes")
         if limit is not None and limit < _UNLIMITED:
@@ -57,12 +63,6 @@ def cpus(root: Path = Path("/")) -> float | None:
     return min(found, default=None)
 
 
-def integer(path: Path) -> int | None:
-    """A count that a file of /proc or /sys holds; None where there is none."""
-    text = text_of(path)
-    return int(text) if text.isdigit() else None
-
-
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The process's group and those around it, of a controller of v1 or ("") of v2."""
     top, own = root / "sys/fs/cgroup" / controller, ""
@@ -78,7 +78,19 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _cached(folder: Path) -> int:
-    """Page cache that the kernel drops when memory is wanted."""
-    name = r"^(?:total_)?inactive_file (\d+)$"
-    found = re.findall(name, text_of(folder / "memory.stat"), re.M)
-    return max(map(int, found), default=0)
+    """Bytes of page cache that the kernel drops when memory is wanted.
+
+    Both lists of file pages are reclaimed, the active one too: a checkpoint that was read twice is
+    on it. Neither list holds shared memory (on the anonymous lists) or locked pages (on the
+    unevictable one); what is dirty or being written back must reach a disk first
+    (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst: memory.stat).
+    """
+    lines = re.findall(r"^(\w+) (\d+)$", text_of(folder / "memory.stat"), re.M)
+    found: dict[str, int] = {name: int(value) for name, value in lines}
+
+    def count(*names: str) -> int:
+        # v1 counts the groups below in names of their own, v2 in all.
+        return sum(found.get(f"total_{name}", found.get(name, 0)) for name in names)
+
+    dirty = ("file_dirty", "file_writeback", "dirty", "writeback")
+    return max(0, count("inactive_file", "active_file") - count(*dirty))
