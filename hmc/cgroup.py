@@ -32,13 +32,13 @@ def memory(root: Path = Path("/")) -> Memory | None:
     well as memory.max limits what runs.
     """
     found: list[tuple[int, int]] = []
-    for folder in _groups(root, ""):
+    for folder in groups("", root):
         limits = [integer(folder / f"memory.{name}") for name in ("max", "high")]
         given = [limit for limit in limits if limit is not None]
         if given:
             used = integer(folder / "memory.current") or 0
             found.append((min(given), used - _cached(folder)))
-    for folder in _groups(root, "memory"):
+    for folder in groups("memory", root):
         limit = integer(folder / "memory.limit_in_bytes")
         if limit is not None and limit < _UNLIMITED:
             used = integer(folder / "memory.usage_in_bytes") or 0
@@ -52,18 +52,18 @@ def memory(root: Path = Path("/")) -> Memory | None:
 def cpus(root: Path = Path("/")) -> float | None:
     """How many CPUs' time a second the process may use; None when unlimited."""
     found = []
-    for folder in _groups(root, ""):
+    for folder in groups("", root):
         share, _, span = text_of(folder / "cpu.max").partition(" ")
         if share.isdigit() and span.isdigit():
             found.append(int(share) / int(span))
-    for folder in _groups(root, "cpu"):
+    for folder in groups("cpu", root):
         quota, period = (integer(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
         if quota is not None and period:  # no limit is -1, which is no count
             found.append(quota / period)
     return min(found, default=None)
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
+def groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:
     """The process's group and those around it, of a controller of v1 or ("") of v2."""
     top, own = root / "sys/fs/cgroup" / controller, ""
     for line in text_of(root / "proc/self/cgroup").splitlines():
