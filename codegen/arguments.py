@@ -133,7 +133,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # mla_absorb: q_latent f32 [tokens, heads, rank] = q_nope . W_UK. mla_append: cache rows.
     # mla_attention: y_latent bf16 [tokens, heads, rank] from q_latent and the rope part of q.
     # mla_up: y bf16 [tokens, heads * v_dim] = W_UV. params: heads, nope, rope, v_dim, rank, block,
-    # tokens; growth_every and growth_from as of `attention`.
+    # tokens; growth_every and growth_from as of `attention`, and where positions are chosen sinks.
     "mla_absorb": _args("q* q_stride w* scale* q_latent* tokens"),
     "mla_append": _args(
         "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence*"
@@ -143,7 +143,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "q* q_stride q_latent* cache* tables* table_stride sequence* positions* y_latent*"
         " tokens scale~ scratch* growth~"
     ),
-    "mla_attention_join": _args("positions* y_latent* tokens scratch*"),
+    "mla_attention_join": _args("positions* y_latent* tokens scratch* sinks*"),
     "mla_up": _args("y_latent* w* scale* y* y_stride tokens"),
     # The same for many tokens of one sequence (prefill), keys and values lifted by kv_b, after
     # mla_append; positions and sequence as for attention_prefill, y bf16 [tokens, heads * v_dim];
@@ -151,7 +151,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # `prefill_scratch_bytes(spec)` of kernels/attention/prefill_form.py for every worker.
     "mla_prefill": _args(
         "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* y* y_stride"
-        " tokens scale~ scratch* growth~"
+        " tokens scale~ scratch* growth~ sinks*"
     ),
     # Linear attention with decay (hmc/ops/recurrent.py): q, k f32 rows [key_heads, key_dim], v
     # [heads, value_dim], decay [heads] or with `channels` [heads, key_dim], beta [heads] with
@@ -212,7 +212,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # for every worker.
     "sparse_mla_prefill": _args(
         "q* q_stride cache* w* w_scale* tables* table_stride sequence* positions* chosen*"
-        " chosen_stride y* y_stride tokens scale~ scratch*"
+        " chosen_stride y* y_stride tokens scale~ scratch* sinks*"
     ),
     # Router logits f32 [tokens, experts] (made by `linear`) -> ids i32 [tokens, top_k], routing f32
     # [tokens, top_k]. params: experts, top_k, scoring (kernels/routing/route.py), normalise,
@@ -225,9 +225,10 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # top_k, scoring (of all experts), normalise.
     "hash_route": _args("logits* logits_stride token* table* ids* routing* tokens factor~"),
     # Streams of hyper-connections, side by side in rows [n * width] (hmc/ops/hyper.py). params:
-    # streams (n), iterations: weights f32 [n (n + 2)], or [n] with none; base and scale f32.
-    "hyper_weights": _args("mixes* mixes_stride base* scale* y* y_stride tokens eps~"),
-    # params: width, streams, of these three.
+    # streams (n), parts, iterations: weights f32 [n], [2 n] or, with iterations, [n (n + 2)] for 1,
+    # 2 or 3 parts; base and scale f32.
+    "hyper_weights": _args("mixes* mixes_stride base* scale* y* y_stride tokens eps~ magnitude~"),
+    # params: width, streams, of these three; of hyper_out parts, 2 or 3.
     "hyper_in": _args("h* h_stride weights* weights_stride y* y_stride tokens"),
     "hyper_out": _args("h* h_stride weights* weights_stride x* x_stride y* y_stride tokens"),
     "hyper_copy": _args("x* x_stride y* y_stride tokens"),

@@ -183,14 +183,22 @@ class MLA(Block):
         return self.attend(q, latent, k_rope)
 
     def attend(
-        self, q: Tensor, latent: Tensor, k_rope: Tensor, unseen: Tensor | None = None
+        self,
+        q: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        unseen: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """The same; `unseen` [T, T] positions are hidden besides."""
+        """The same; `unseen` [T, T] positions are hidden besides, `sinks` [heads] are scores of one
+        more, whose value is 0.
+        """
         queries = _grown(q, self.growth).reshape(len(q), self.heads, self.nope + self.rope)
         expanded = (latent @ self.kv_b.T).reshape(len(q), self.heads, self.nope + self.v_dim)
         shared = k_rope[:, None, :].expand(-1, self.heads, -1)
         keys = torch.cat((expanded[..., : self.nope], shared), -1)
-        return _attend(queries, keys, expanded[..., self.nope :], self.scale, unseen=unseen)
+        values = expanded[..., self.nope :]
+        return _attend(queries, keys, values, self.scale, sinks=sinks, unseen=unseen)
 
 
 def _attend(

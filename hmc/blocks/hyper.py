@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hmc.blocks.base import Block, parameter, sibling
 from hmc.graph import Attr, WeightSpec, attrs
+from hmc.ops.hyper import MIXED, READ, WRITTEN, weights_of
 
 Tensors = Mapping[str, Tensor]
 
@@ -17,15 +18,20 @@ Tensors = Mapping[str, Tensor]
 def hyper_weights(
     attrs: Mapping[str, Any], inputs: Tensors, weights: Tensors, states: Tensors
 ) -> tuple[Tensors, Tensors]:
-    """With what streams are read, written and mixed: mixes [..., n (n + 2)] -> the same; without
-    `iterations` [..., n], to read alone.
+    """With what streams are read, written and mixed, as many `parts` of these: mixes [..., n],
+    [..., 2 n] or [..., n (n + 2)] -> the same.
     """
-    n, eps, mixes = int(attrs["streams"]), float(attrs["eps"]), inputs["mixes"]
+    n, parts, eps, mixes = (
+        int(attrs["streams"]), int(attrs["parts"]), float(attrs["eps"]), inputs["mixes"],
+    )  # fmt: skip
     scale, base = weights["scale"].float(), weights["base"].float()
     pre = torch.sigmoid(mixes[..., :n] * scale[0] + base[:n]) + eps
-    if not attrs["iterations"]:
+    if parts == READ:
         return {"y": pre}, states
-    post = 2 * torch.sigmoid(mixes[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    post = torch.sigmoid(mixes[..., n : 2 * n] * scale[1] + base[n : 2 * n])
+    post = float(attrs["magnitude"]) * post
+    if parts == WRITTEN:
+        return {"y": torch.cat((pre, post + eps), -1)}, states
     comb = _parts(mixes[..., 2 * n :] * scale[2] + base[2 * n :], n)
     comb = comb.softmax(-1) + eps
     for turn in range(2 * int(attrs["iterations"]) - 1):
@@ -48,10 +54,10 @@ def hyper_out(
     """The streams after a layer whose result is x."""
     n = int(attrs["streams"])
     post = inputs["weights"][..., n : 2 * n, None]
-    comb = _parts(inputs["weights"][..., 2 * n :], n)
     streams = _parts(inputs["h"], n)
-    mixed = post * inputs["x"][..., None, :] + comb.mT @ streams
-    return {"y": mixed.flatten(-2)}, states
+    if int(attrs["parts"]) == MIXED:
+        streams = _parts(inputs["weights"][..., 2 * n :], n).mT @ streams
+    return {"y": (post * inputs["x"][..., None, :] + streams).flatten(-2)}, states
 
 
 def hyper_copy(
@@ -90,26 +96,28 @@ class _Hyper(Block):
 
 
 class HyperWeights(_Hyper):
-    """mixes [T, n (n + 2)] -> the weights of a half of a layer, of as many columns; without
-    `iterations` of Sinkhorn and Knopp [T, n]. `base` and `scale` are beside the block.
+    """mixes -> the weights of a half of a layer, of as many columns: `parts` of them say what they
+    are for (hmc/ops/hyper.py), [T, n], [T, 2 n] or, with `iterations` of Sinkhorn and Knopp, [T, n
+    (n + 2)]. What is written is at most `magnitude` times a layer's result. `base` and `scale` are
+    beside the block.
     """
 
     kind = "hyper_weights"
     names: ClassVar[tuple[str, ...]] = ("mixes",)
 
-    def __init__(self, streams: int, iterations: int, eps: float) -> None:
+    def __init__(
+        self, streams: int, parts: int, eps: float, *, iterations: int = 0, magnitude: float = 2.0
+    ) -> None:
         super().__init__()
-        self.streams, self.iterations, self.eps = streams, iterations, eps
-        self.width = streams * (streams + 2) if iterations else streams
+        self.streams, self.parts, self.eps = streams, parts, eps
+        self.iterations, self.magnitude = iterations, magnitude
+        self.width = weights_of(streams, parts)
         self.base = parameter(self.width)
-        self.scale = parameter(3 if iterations else 1)
+        self.scale = parameter(parts)
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
         shapes = {"base": (self.width,), "scale": tuple(self.scale.shape)}
         return tuple(WeightSpec(role, sibling(path, role), shapes[role]) for role in shapes)
-
-    def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        return attrs(streams=self.streams, iterations=self.iterations, eps=self.eps)
 
 
 class HyperIn(_Hyper):
@@ -118,9 +126,9 @@ class HyperIn(_Hyper):
     kind = "hyper_in"
     names: ClassVar[tuple[str, ...]] = ("h", "weights")
 
-    def __init__(self, width: int, streams: int, iterations: int) -> None:
+    def __init__(self, width: int, streams: int, parts: int) -> None:
         super().__init__()
-        self.width, self.streams, self.iterations = width, streams, iterations
+        self.width, self.streams, self.parts = width, streams, parts
 
 
 class HyperOut(_Hyper):
@@ -129,16 +137,24 @@ class HyperOut(_Hyper):
     kind = "hyper_out"
     names: ClassVar[tuple[str, ...]] = ("h", "weights", "x")
 
+    def __init__(self, width: int, streams: int, parts: int) -> None:
+        super().__init__()
+        self.one, self.streams, self.parts = width, streams, parts
+        self.width = width * streams
+
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        return attrs(width=self.one, streams=self.streams, parts=self.parts)
+
+
+class HyperCopy(_Hyper):
+    """x [T, width] -> streams [T, n width]."""
+
+    kind = "hyper_copy"
+    names: ClassVar[tuple[str, ...]] = ("x",)
+
     def __init__(self, width: int, streams: int) -> None:
         super().__init__()
         self.one, self.streams, self.width = width, streams, width * streams
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
         return attrs(width=self.one, streams=self.streams)
-
-
-class HyperCopy(HyperOut):
-    """x [T, width] -> streams [T, n width]."""
-
-    kind = "hyper_copy"
-    names: ClassVar[tuple[str, ...]] = ("x",)

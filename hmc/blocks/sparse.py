@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from hmc.blocks.attention import MLA
-from hmc.blocks.base import Block
+from hmc.blocks.base import Block, parameter, sibling
+from hmc.graph import WeightSpec
 
 
 class Index(Block):
@@ -33,22 +34,41 @@ class Index(Block):
 
 
 class SparseMLA(MLA):
-    """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]."""
+    """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]. `sinks`
+    is what the checkpoint calls a vector [heads] beside the block: one more score a head, whose
+    value is 0.
+    """
 
     kind = "sparse_mla"
 
     def __init__(
-        self, heads: int, nope: int, rope: int, v_dim: int, rank: int, scale: float, index_topk: int
+        self,
+        heads: int,
+        nope: int,
+        rope: int,
+        v_dim: int,
+        rank: int,
+        scale: float,
+        index_topk: int,
+        *,
+        sinks: str | None = None,
     ) -> None:
         super().__init__(heads, nope, rope, v_dim, rank, scale)
-        self.index_topk = index_topk
+        self.index_topk, self.sinks_name = index_topk, sinks
+        self.sinks = parameter(heads) if sinks else None
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        found = super().weights(path)
+        if self.sinks_name is None:
+            return found
+        return (*found, WeightSpec("sinks", sibling(path, self.sinks_name), (self.heads,)))
 
     def forward(  # type: ignore[override]
         self, q: Tensor, latent: Tensor, k_rope: Tensor, chosen: Tensor
     ) -> Tensor:
         hidden = torch.ones(len(q), len(q) + 1, dtype=torch.bool)
         hidden.scatter_(1, chosen.long() % (len(q) + 1), False)  # -1: the column behind the last
-        return self.attend(q, latent, k_rope, hidden[:, :-1])
+        return self.attend(q, latent, k_rope, hidden[:, :-1], self.sinks)
 
 
 def index_scores(q: Tensor, k: Tensor, weights: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class CausalLM(nn.Module):
     """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
     float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`; `norm` makes the
     last norm; `bias` is that of the output layer. MLPs without an activation of their own have the
-    configuration's.
+    configuration's. `hyper` makes, where layers work on several residual streams, what spreads
+    embeddings over them, and what the last norm reads of them.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class CausalLM(nn.Module):
         logit_scale: float = 1.0,
         norm: Callable[[ModelConfig], nn.Module] | None = None,
         bias: bool = False,
+        hyper: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         act = activation(config)
@@ -55,7 +57,7 @@ class CausalLM(nn.Module):
         tied = config.get_bool("tie_word_embeddings", False)
         self.logit_scale = logit_scale
         last = (norm or hidden_norm)(config)
-        self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale)
+        self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale, hyper)
         table = "model.embed_tokens.weight" if tied else None
         self.lm_head = Linear(hidden, vocab, bias=bias, tied=table)
         place(self.lm_head, -1, "head")
@@ -78,6 +80,7 @@ class Backbone(nn.Module):
         layer: Callable[[int], nn.Module],
         norm: nn.Module,
         embed_scale: float,
+        hyper: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.embed_scale = embed_scale
@@ -85,13 +88,23 @@ class Backbone(nn.Module):
         self.embed_tokens = embed_tokens
         self.layers = nn.ModuleList(_placed(layer(index), index) for index in range(depth))
         self.norm = place(norm, -1, "head")
+        self.spread = self.hc_head = None
+        if hyper is not None:
+            self.spread, self.hc_head = (
+                place(hyper[0], 0, "attention"),
+                place(hyper[1], depth - 1, "mlp"),
+            )
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         h = self.embed_tokens(ids)
         if self.embed_scale != 1.0:
             h = h * self.embed_scale
+        if self.spread is not None:
+            h = self.spread(h)
         for layer in self.layers:
             h = layer(h, positions)
+        if self.hc_head is not None:
+            h = self.hc_head(h)
         return self.norm(h)  # type: ignore[no-any-return]
 
 

@@ -33,11 +33,18 @@ class Latest:
 
 class Indexer(nn.Module):
     """Projections and norm around `Index`, whose choice is the `latest`; neighbours are rotated as
-    pairs where `interleaved`.
+    pairs where `interleaved`, the last columns of a head and not the first where `at_end`.
     """
 
     def __init__(
-        self, config: ModelConfig, rope: Rope, latest: Latest, *, interleaved: bool
+        self,
+        config: ModelConfig,
+        rope: Rope,
+        latest: Latest,
+        *,
+        interleaved: bool,
+        at_end: bool = False,
+        eps: float = _EPS,
     ) -> None:
         super().__init__()
         hidden, q_rank = config.require_int("hidden_size"), config.require_int("q_lora_rank")
@@ -46,9 +53,10 @@ class Indexer(nn.Module):
         self.latest = latest
         self.wq_b = Linear(q_rank, heads * dim)
         self.wk = Linear(hidden, dim)
-        self.k_norm = LayerNorm(dim, _EPS, bias=True)
+        self.k_norm = LayerNorm(dim, eps, bias=True)
         self.weights_proj = Linear(hidden, heads)
-        turn = partial(Rotary, interleaved=interleaved, factor=rope.factor)
+        start = dim - 2 * len(rope.inv_freq) if at_end else 0
+        turn = partial(Rotary, interleaved=interleaved, factor=rope.factor, start=start)
         self.q_rotary = turn(heads, dim, rope.inv_freq)
         self.k_rotary = turn(1, dim, rope.inv_freq)
         self.index = Index(heads, dim, config.require_int("index_topk", minimum=1))
@@ -106,14 +114,18 @@ def sharing(config: ModelConfig) -> list[bool]:
     return [kinds[index] == "shared" for index in range(layers)]
 
 
-def aside(config: ModelConfig) -> tuple[Aside, ...]:
-    """Layers that look ahead, and indexers of layers that share a choice."""
-    unused = [
+def unused_indexers(config: ModelConfig) -> tuple[Aside, ...]:
+    """Indexers of layers that share a choice."""
+    return tuple(
         Aside(f"*.layers.{index}.self_attn.indexer.*", "an earlier layer chooses for this one")
         for index, shared in enumerate(sharing(config))
         if shared
-    ]
-    return *unused, *look_ahead(config)
+    )
+
+
+def aside(config: ModelConfig) -> tuple[Aside, ...]:
+    """Layers that look ahead, and indexers of layers that share a choice."""
+    return *unused_indexers(config), *look_ahead(config)
 
 
 _NEEDS = (

@@ -15,10 +15,6 @@ from hmc.blocks import (
     GatedMLP,
     GroupedLinear,
     HashRoute,
-    HyperCopy,
-    HyperIn,
-    HyperOut,
-    HyperWeights,
     Linear,
     RMSNorm,
     Rotary,
@@ -33,6 +29,7 @@ from hmc.models.common import check_values, norm_eps
 from hmc.models.family import LOOKS_AHEAD, Aside, Family
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import routed_experts
+from hmc.models.streams import Half, LastRead, spread
 
 INDEXED, UNINDEXED = 4, 128
 """Tokens of a compressed row in layers with an indexer, whose windows overlap, and without."""
@@ -46,11 +43,10 @@ class Model(nn.Module):
         hidden = config.require_int("hidden_size", minimum=1)
         vocab = config.require_int("vocab_size", minimum=1)
         depth = config.require_int("num_hidden_layers", minimum=1)
-        streams = config.get_int("hc_mult", 4, minimum=2)
         self.embed = Embedding(vocab, hidden)
-        self.spread = place(HyperCopy(hidden, streams), 0, "attention")
+        self.spread = spread(config)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(depth))
-        self.hc_head = place(_Read(config, 0), depth - 1, "mlp")
+        self.hc_head = place(LastRead(config), depth - 1, "mlp")
         self.norm = place(RMSNorm(hidden, norm_eps(config)), -1, "head")
         self.head = place(Linear(hidden, vocab), -1, "head")
 
@@ -58,40 +54,7 @@ class Model(nn.Module):
         h = self.spread(self.embed(ids))
         for layer in self.layers:
             h = layer(h, positions, ids)
-        return self.head(self.norm(self.hc_head(h)[0]))  # type: ignore[no-any-return]
-
-
-class _Read(nn.Module):
-    """What is read of the streams, and the weights for that and for what is written."""
-
-    def __init__(self, config: ModelConfig, iterations: int) -> None:
-        super().__init__()
-        hidden, streams = config.require_int("hidden_size"), config.get_int("hc_mult", 4)
-        self.eps = norm_eps(config)
-        self.weights = HyperWeights(streams, iterations, config.get_float("hc_eps", 1e-6))
-        self.fn = Linear(streams * hidden, self.weights.width, plain=True)
-        self.read = HyperIn(hidden, streams, iterations)
-
-    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        level = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        weights = self.weights(self.fn(level))
-        return self.read(h, weights), weights
-
-
-class _Half(nn.Module):
-    """One half of a layer between reading the streams and writing them."""
-
-    def __init__(self, config: ModelConfig, inner: nn.Module) -> None:
-        super().__init__()
-        hidden, streams = config.require_int("hidden_size"), config.get_int("hc_mult", 4)
-        self.hc = _Read(config, config.get_int("hc_sinkhorn_iters", 20, minimum=1))
-        self.norm = RMSNorm(hidden, norm_eps(config))
-        self.inner = inner
-        self.write = HyperOut(hidden, streams)
-
-    def forward(self, h: Tensor, given: Tensor) -> Tensor:
-        x, weights = self.hc(h)
-        return self.write(h, weights, self.inner(self.norm(x), given))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.hc_head(h)))  # type: ignore[no-any-return]
 
 
 class Layer(nn.Module):
@@ -99,8 +62,8 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
-        self.attn = place(_Half(config, Attention(config, index)), index, "attention")
-        self.ffn = place(_Half(config, MoE(config, index)), index, "mlp")
+        self.attn = place(Half(config, Attention(config, index)), index, "attention")
+        self.ffn = place(Half(config, MoE(config, index)), index, "mlp")
 
     def forward(self, h: Tensor, positions: Tensor, ids: Tensor) -> Tensor:
         return self.ffn(self.attn(h, positions), ids)  # type: ignore[no-any-return]

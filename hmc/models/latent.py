@@ -24,7 +24,8 @@ class LatentAttention(nn.Module):
     """Projections and norms around `MLA`; the query comes through a latent of its own where the
     config has one, and grows with its position as `growth` says. Without a `rope` the parts of
     heads that it would rotate stay as they are. Attention is to the positions that `indexer` gives,
-    `index_topk` of them, where there is such. A family that gates what comes out overrides `gated`.
+    `index_topk` of them, where there is such; `sinks` names a vector of one more score a head then.
+    A family that gates what comes out overrides `gated`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class LatentAttention(nn.Module):
         rope: Rope | None,
         growth: Growth | None = None,
         indexer: Indexer | None = None,
+        sinks: str | None = None,
     ) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size")
@@ -68,7 +70,7 @@ class LatentAttention(nn.Module):
             self.mla = MLA(heads, nope, rotated, v_dim, rank, scale, growth=growth)
         else:
             most = config.require_int("index_topk", minimum=1)
-            self.mla = SparseMLA(heads, nope, rotated, v_dim, rank, scale, most)
+            self.mla = SparseMLA(heads, nope, rotated, v_dim, rank, scale, most, sinks=sinks)
         self.o_proj = Linear(heads * v_dim, hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

@@ -73,10 +73,18 @@ def softmax_moe(
     )
 
 
-def grouped_moe(config: ModelConfig, *, normalise: bool = True, factor: float | None = None) -> MoE:
+def grouped_moe(
+    config: ModelConfig,
+    *,
+    normalise: bool = True,
+    factor: float | None = None,
+    act: str = "",
+    stacks: bool = False,
+) -> MoE:
     """DeepSeek-V3's: sigmoid scores, a correction bias for the choice, groups, shared experts;
     weights are renormalised where the configuration says so, or else `normalise`, and multiplied
-    by `routed_scaling_factor`, or else `factor`.
+    by `routed_scaling_factor`, or else `factor`. `act` is the routed experts' activation where it
+    is not the configuration's; they are one by one or in `stacks` by rows.
     """
     experts, top_k = routed_experts(config, "n_routed_experts", "num_experts", "num_local_experts")
     groups, top_groups = expert_groups(config, experts, top_k)
@@ -91,11 +99,16 @@ def grouped_moe(config: ModelConfig, *, normalise: bool = True, factor: float | 
         factor=config.require_float(scale) if factor is None else config.get_float(scale, factor),
         bias_name="gate.e_score_correction_bias",
     )
+    hidden, inner = (
+        config.require_int(key, minimum=1) for key in ("hidden_size", "moe_intermediate_size")
+    )
     return MoE(
-        config.require_int("hidden_size"),
-        config.require_int("moe_intermediate_size", minimum=1),
+        hidden,
+        inner,
         route,
         shared_experts(config, "n_shared_experts", "num_shared_experts"),
+        act=act,
+        stacked=stacked(experts, hidden, inner) if stacks else None,
     )
 
 

@@ -31,8 +31,6 @@ _OF_TRAINING = frozenset(
 
 
 LACKING = {
-    "hy_v4": "hyper-connections with sigmoid gates, and attention sinks and gates beside an"
-    " indexer's choice in latent attention",
     "mistral_large4": "learned frequencies of rotary embedding, queries scaled by the logarithm of"
     " their position, latents without a rotated part, and layers that share them",
 }

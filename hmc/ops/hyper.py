@@ -1,5 +1,6 @@
 """Hyper-connections (Xie et al., arXiv 2512.24880): several residual streams, of which layers read
-one mixture, and which they mix anew when they write. A row holds the streams side by side.
+one mixture, and which they mix anew when they write, or only add to (Hy4). A row holds the streams
+side by side.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from hmc.ops.row import (
     spec,
 )
 
-
-def weights_of(attrs: Attrs) -> int:
-    """Numbers a token: of n streams n that are read with, and where the streams go on n that are
-    written with and n x n that they are mixed by.
-    """
-    streams = int(attrs["streams"])
-    return streams * (streams + 2) if int(attrs["iterations"]) else streams
+READ, WRITTEN, MIXED = 1, 2, 3
+"""`parts` of a token's weights: n that n streams are read with; where a layer's result is added to
+the streams, n that it is written with; where the streams are mixed besides, n x n for that.
+"""
 
 
-def _scales(attrs: Attrs) -> tuple[int, ...]:
-    return (3 if int(attrs["iterations"]) else 1,)
+def weights_of(streams: int, parts: int) -> int:
+    """Numbers a token."""
+    return streams * (streams + 2 if parts == MIXED else parts)
+
+
+def _weights_of(attrs: Attrs) -> int:
+    return weights_of(int(attrs["streams"]), int(attrs["parts"]))
 
 
 def _weights(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
-    return (spec("hyper_weights", use, picked(attrs, "streams", "iterations")),)
+    return (spec("hyper_weights", use, picked(attrs, "streams", "parts", "iterations")),)
 
 
 def _few(attrs: Attrs) -> bool:
@@ -43,47 +46,61 @@ def _few(attrs: Attrs) -> bool:
     return int(attrs["streams"]) in (2, 4, 8)
 
 
+def _possible(attrs: Attrs) -> bool:
+    parts = int(attrs["parts"])
+    return (
+        _few(attrs)
+        and READ <= parts <= MIXED
+        and (int(attrs["iterations"]) > 0) == (parts == MIXED)
+    )
+
+
+def _out_possible(attrs: Attrs) -> bool:
+    return _few(attrs) and WRITTEN <= int(attrs["parts"]) <= MIXED
+
+
 _STREAMS = product("width", "streams")
 _SIZES = {"width": int, "streams": int}
 
 OPS: Final = (
     Op(
-        # pre = sigmoid(a) + eps, post = 2 sigmoid(b), comb = softmax(c) + eps by rows, divided by
-        # the sums of columns and of rows (+ eps) in turns; (a, b, c) = mixes * scale + base
+        # pre = sigmoid(a) + eps, post = magnitude sigmoid(b), where streams are not mixed + eps,
+        # comb = softmax(c) + eps by rows, divided by the sums of columns and of rows (+ eps) in
+        # turns; (a, b, c) = mixes * scale + base
         "hyper_weights",
-        inputs=(Role("mixes", "f32", weights_of),),
-        outputs=(Role("y", "f32", weights_of),),
+        inputs=(Role("mixes", "f32", _weights_of),),
+        outputs=(Role("y", "f32", _weights_of),),
         weights=(
-            WeightRole("base", lambda a: (weights_of(a),), vector=True),
-            WeightRole("scale", _scales, vector=True),
+            WeightRole("base", lambda a: (_weights_of(a),), vector=True),
+            WeightRole("scale", lambda a: (int(a["parts"]),), vector=True),
         ),
-        attrs={"streams": int, "iterations": int, "eps": float},
-        possible=_few,
+        attrs={"streams": int, "parts": int, "iterations": int, "eps": float, "magnitude": float},
+        possible=_possible,
         kernels=_weights,
         family="norms and sums",
     ),
     Op(
         # y = sum_j pre_j h_j
         "hyper_in",
-        inputs=(Role("h", "f32", _STREAMS), Role("weights", "f32", weights_of)),
+        inputs=(Role("h", "f32", _STREAMS), Role("weights", "f32", _weights_of)),
         outputs=(Role("y", "f32", attr("width")),),
-        attrs={**_SIZES, "iterations": int},
+        attrs={**_SIZES, "parts": int},
         possible=_few,
         kernels=one_kernel("hyper_in", "width", "streams"),
         family="norms and sums",
     ),
     Op(
-        # y_k = post_k x + sum_j comb_jk h_j
+        # y_k = post_k x + sum_j comb_jk h_j, or + h_k where streams are not mixed
         "hyper_out",
         inputs=(
             Role("h", "f32", _STREAMS),
-            Role("weights", "f32", lambda a: weights_of({**a, "iterations": 1})),
+            Role("weights", "f32", _weights_of),
             Role("x", "f32", attr("width")),
         ),
         outputs=(Role("y", "f32", _STREAMS),),
-        attrs=_SIZES,
-        possible=_few,
-        kernels=one_kernel("hyper_out", "width", "streams"),
+        attrs={**_SIZES, "parts": int},
+        possible=_out_possible,
+        kernels=one_kernel("hyper_out", "width", "streams", "parts"),
         family="norms and sums",
     ),
     Op(

@@ -84,9 +84,9 @@ _MADE = 4.0 + 8.0
 def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
     append, stored = spec("mla_append", use, sizes), weights["kv_b"]
-    most = picked(attrs, "index_topk")
+    most, sinks = picked(attrs, "index_topk"), {"sinks": 1} if "sinks" in weights else {}
     if use.many:
-        expand = sizes | stored.sizes | most
+        expand = sizes | stored.sizes | most | sinks
         apart = expand | {"tokens": MAX_TOKENS}
         return (
             append,
@@ -100,7 +100,7 @@ def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, .
         append,
         spec("mla_gather", use, sizes | most),
         spec("mla_attention", use, sizes, out="bf16"),
-        spec("mla_attention_join", use, sizes, out="bf16"),
+        spec("mla_attention_join", use, sizes | sinks, out="bf16"),
         spec("mla_up", use, expand, stored.format, "bf16"),
     )
 
@@ -151,7 +151,11 @@ OPS: Final = (
             POSITIONS,
         ),
         outputs=(Role("y", "bf16", product("heads", "v_dim")),),
-        weights=(WeightRole("kv_b", kv_b_shape, matmul=True),),
+        weights=(
+            WeightRole("kv_b", kv_b_shape, matmul=True),
+            # scores of one more position a head, whose value is 0 (Hy4)
+            WeightRole("sinks", lambda attrs: (int(attrs["heads"]),), optional=True, vector=True),
+        ),
         attrs={
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank", "index_topk"), int),
             "scale": float,

@@ -39,7 +39,7 @@ from hmc.runtime.device_ops.shares import Call, Rows
 
 
 @dataclass(frozen=True)
-class _Scores:
+class Scores:
     """What becomes of scores: `sinks` [kv_heads, group] are one more a head, whose value is 0."""
 
     scale: float
@@ -58,13 +58,19 @@ class _Scores:
         scores = products.mul_(self.scale)
         if self.softcap:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
-        scores.add_(mask)
-        if self.sinks is None:
-            return scores.softmax(-1)
-        sinks = self.sinks[..., None, None]
-        top = torch.maximum(scores.amax(-1, keepdim=True), sinks)
-        weights = scores.sub_(top).exp_()
-        return weights.div_(weights.sum(-1, keepdim=True) + (sinks - top).exp_())
+        sinks = None if self.sinks is None else self.sinks[..., None, None]
+        return softmax(scores.add_(mask), sinks)
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Softmax over the last axis of scores, which are overwritten; beside them one more of each,
+    `sinks` [..., 1], whose weight is left out.
+    """
+    if sinks is None:
+        return scores.softmax(-1)
+    top = torch.maximum(scores.amax(-1, keepdim=True), sinks)
+    weights = scores.sub_(top).exp_()
+    return weights.div_(weights.sum(-1, keepdim=True) + (sinks - top).exp_())
 
 
 def attention(bound: Bound, step: Step) -> Work:
@@ -84,9 +90,9 @@ def attention(bound: Bound, step: Step) -> Work:
     padded = head_dim if v_dim < head_dim else 0  # by attend
     of_place = (head_dim + v_dim + padded) * kind.itemsize
 
-    def scores_of(some: slice) -> _Scores:
+    def scores_of(some: slice) -> Scores:
         sinks = None if stored is None else stored.view(kv_heads, group)[some].to(torch.float32)
-        return _Scores(scale, bounds, softcap, sinks)
+        return Scores(scale, bounds, softcap, sinks)
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
@@ -114,7 +120,7 @@ def attention(bound: Bound, step: Step) -> Work:
         for part, high, low in chunks(rows, bounds, number * of_row, number * of_score + HIDDEN):
             seen = slice(low - start, high - start)
             wide = mine(rows, some, part).flatten(1, 2)
-            result[part] = _attended(how, wide, keys[seen], values[seen])
+            result[part] = attended(how, wide, keys[seen], values[seen])
             del wide
 
     def many(call: Call, rows: Rows, some: slice, result: Tensor) -> None:
@@ -165,7 +171,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, bounds: Bounds
     return found[0, ..., :v_dim].transpose(0, 1).flatten(1)
 
 
-def _attended(how: _Scores, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def attended(how: Scores, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As `attend`, of any scores."""
     if how.plain:
         return attend(q, keys, values, how.scale, how.bounds)

@@ -9,7 +9,7 @@ queries and results, 2 heads (2 rank + rope) bytes a sequence.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from hmc.ops.attention import NO_BOUNDS, Growth, grows
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
-from hmc.runtime.device_ops.attention import attend
+from hmc.runtime.device_ops.attention import Scores, attended, softmax
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.context import (
     HIDDEN,
@@ -36,10 +36,13 @@ from hmc.runtime.device_ops.shares import Call, Rows
 
 @dataclass(frozen=True)
 class Latent:
-    """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]."""
+    """Sizes of latent attention: q [T, heads * (nope + rope)], cache rows [rank + rope]; `sinks`,
+    f32 [heads], are one more score a head, whose value is 0.
+    """
 
     scale: float
     growth: Growth
+    sinks: Tensor | None
     heads: int
     nope: int
     rope: int
@@ -47,10 +50,18 @@ class Latent:
     rank: int
 
     @staticmethod
-    def of(step: Step) -> Latent:
+    def of(bound: Bound, step: Step) -> Latent:
         """Those of a step."""
-        widths = ints(step, "heads", "nope", "rope", "v_dim", "rank")
-        return Latent(float(step.attrs["scale"]), grows(step.attrs), *widths)
+        widths, stored = (
+            ints(step, "heads", "nope", "rope", "v_dim", "rank"),
+            bound.vector(step, "sinks"),
+        )
+        sinks = None if stored is None else stored.to(torch.float32)
+        return Latent(float(step.attrs["scale"]), grows(step.attrs), sinks, *widths)
+
+    def some(self, heads: slice) -> Latent:
+        """The same of some heads, whose sinks these are."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[heads])
 
     def kv_b(self, size: int) -> int:
         """Bytes of one head's part of kv_b."""
@@ -67,7 +78,7 @@ def mla(bound: Bound, step: Step) -> Work:
     """
     q, latent, k_rope = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "k_rope"))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    sizes, kv_b, home = Latent.of(step), bound.matrix(step, "kv_b"), bound.home(device)
+    sizes, kv_b, home = Latent.of(bound, step), bound.matrix(step, "kv_b"), bound.home(device)
     caches = [bound.cache(step.layer, "latent")] if home else []
 
     def work(call: Call) -> None:
@@ -108,7 +119,8 @@ def of_sequence(
         of_head = 2 * s.kv_b(size) + total * size * (2 * wide + max(s.nope, s.v_dim))
     kind = seen.dtype
     for heads in scratch.blocks(0, s.heads, of_head, scratch.quarter()):
-        some(rows, queries[:, heads], seen, _of_heads(kv_b, heads, s, kind), result[:, heads], s)
+        mine, own = queries[:, heads], _of_heads(kv_b, heads, s, kind)
+        some(rows, mine, seen, own, result[:, heads], s.some(heads))
 
 
 def _absorbed(
@@ -144,9 +156,11 @@ def _expanded(
     keys[..., s.nope :] = seen[:, None, s.rank :]
     values[..., : s.v_dim] = torch.einsum("sr,hvr->shv", seen[:, : s.rank], out)
     of_row = number * kind.itemsize * (wide + 2 * values.shape[2])
-    for part, high, _ in chunks(rows, NO_BOUNDS, of_row, HIDDEN):
+    how = Scores(s.scale, NO_BOUNDS, 0.0, None if s.sinks is None else s.sinks[:, None])
+    of_score = (0 if how.plain else number * SCORE) + HIDDEN
+    for part, high, _ in chunks(rows, NO_BOUNDS, of_row, of_score):
         mine = grown(queries[part].to(kind), rows.positions[part], s.growth)
-        found = attend(mine, keys[:high], values[:high], s.scale, NO_BOUNDS)
+        found = attended(how, mine, keys[:high], values[:high])
         result[part] = found.view(-1, number, values.shape[2])[..., : s.v_dim]
         del mine, found
 
@@ -155,8 +169,9 @@ def _over_latents(wide: Tensor, seen: Tensor, hidden: Tensor, s: Latent) -> Tens
     """Weighted latents [T, h, rank] of queries [.., T, h, rank + rope] over rows [.., S, rank +
     rope]; `hidden` [T, S] (or [S] a sequence) is added to scores."""
     scores = (wide @ seen.transpose(-1, -2)).to(torch.float32).mul_(s.scale)
-    weights = scores.add_(hidden[..., None, :]).softmax(-1).to(seen.dtype)
-    return weights @ seen[..., : s.rank]
+    scores.add_(hidden[..., None, :])
+    weights = softmax(scores, None if s.sinks is None else s.sinks[:, None])
+    return weights.to(seen.dtype) @ seen[..., : s.rank]
 
 
 SeenBy = Callable[[slice], tuple[Tensor, Tensor]]
@@ -194,7 +209,7 @@ def of_queries(
         seen, hidden = seen_by(part)
         of_scores = len(seen) * longest * SCORE
         for heads in scratch.blocks(0, s.heads, of_scores, scratch.quarter()):
-            found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s)
+            found[part, heads] = _over_latents(wide[part, heads], seen, hidden, s.some(heads))
 
     of_query = longest * (of_latent + s.heads * SCORE + HIDDEN)
     for part in scratch.blocks(0, count, of_query, scratch.quarter()):

@@ -84,7 +84,7 @@ def sparse_mla(bound: Bound, step: Step) -> Work:
     roles = ("q", "latent", "k_rope", "chosen")
     q, latent, k_rope, chosen = (bound.tensor(step.inputs[role]) for role in roles)
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
-    sizes, kv_b = Latent.of(step), bound.matrix(step, "kv_b")
+    sizes, kv_b = Latent.of(bound, step), bound.matrix(step, "kv_b")
     (most,) = ints(step, "index_topk")
     caches = [bound.cache(step.layer, "latent")] if bound.home(device) else []
     columns = slice(0, sizes.rank + sizes.rope)

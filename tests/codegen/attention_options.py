@@ -16,10 +16,13 @@ _PARAMS = {
     "attention": f"window chunk {_GROWTH}",
     "attention_join": "window chunk sinks",
     "attention_prefill": f"window chunk {_GROWTH} sinks",
-    **dict.fromkeys(("mla_attention", "mla_prefill"), _GROWTH),
-    "mla_attention_join": "",
+    "mla_attention": _GROWTH,
+    "mla_prefill": f"{_GROWTH} sinks",
+    "mla_attention_join": "sinks",
 }
 GROWTH = Options(growth=0.3, growth_every=37, growth_from=1)
+LATENT = replace(GROWTH, sinks=np.linspace(-3.0, 9.0, 71, dtype=np.float32))
+"""What latent attention may be asked, all at once; `of_heads` cuts the sinks."""
 OPTIONS: list[Options] = [
     Options(window=100),
     Options(window=1),

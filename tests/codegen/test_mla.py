@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attention_options import GROWTH, option_spec
+from attention_options import LATENT, of_heads, option_args, option_spec
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
 from kernel_meanings import NO_OPTIONS, Options, kv_append, mla_absorb, mla_attention, mla_up
@@ -143,7 +143,8 @@ def attend(
         cache=address(cache), tables=address(paged.tables), table_stride=paged.tables.shape[1],
         sequence=address(paged.sequence), scale=scale, growth=options.growth,
     )  # fmt: skip
-    in_turn(jit, spec_of("mla_attention_join", isa, params), workers, **common)
+    join = option_spec("mla_attention_join", isa, params, options)
+    in_turn(jit, join, workers, **common, **option_args(join.op, options))
     return y
 
 
@@ -151,11 +152,12 @@ def attend(
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize(
     ("params", "options"),
-    [(SHAPES[0], NO_OPTIONS), (SHAPES[1], NO_OPTIONS), (SHAPES[1], GROWTH)],
-    ids=["deepseek", "ragged", "growing"],
+    [(SHAPES[0], NO_OPTIONS), (SHAPES[1], NO_OPTIONS), (SHAPES[1], LATENT)],
+    ids=["deepseek", "ragged", "options"],
 )
 def test_attention(jit: Jit, isa: str, params: Params, options: Options) -> None:
     need(isa)
+    options = of_heads(options, params["heads"])
     rng = np.random.default_rng(3)
     places = [(0, 298), (1, 0), (2, 255), (0, 299), (3, 256), (4, -1)]
     paged = Paged.of(rng, params["block"], places)

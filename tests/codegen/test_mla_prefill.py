@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from attention_options import GROWTH, option_spec
+from attention_options import LATENT, of_heads, option_args, option_spec
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn
 from kernel_meanings import NO_OPTIONS, Options, attention_prefill, mla_prefill
@@ -45,7 +45,7 @@ class Case:
     ) -> None:
         need(isa)
         rng = np.random.default_rng(past + tokens)
-        self.params, self.past, self.options = params, past, options
+        self.params, self.past, self.options = params, past, of_heads(options, params["heads"])
         extra = {"group": 64, "scale_dtype": 0} if weight == "int4" else {}
         self.spec = option_spec("mla_prefill", isa, params | extra, options, weight)
         heads, nope, rope, v_dim, rank = (
@@ -92,7 +92,7 @@ class Case:
             "tables": address(self.tables), "table_stride": self.tables.shape[1],
             "sequence": address(sequence), "positions": address(positions), "y": address(y),
             "y_stride": y.shape[1], "tokens": len(q), "scale": self.scale,
-            "scratch": address(scratch), "growth": self.options.growth,
+            "scratch": address(scratch), **option_args("mla_prefill", self.options),
         }  # fmt: skip
 
     @property
@@ -133,7 +133,7 @@ class Case:
         grown = [self.options.factor(self.past + t) for t in range(len(self.q))]
         queries = self.queries * (factor * np.float32(grown))[:, None, None]
         queries = from_bf16(bf16(queries))  # scores are exponents of 2
-        where = (self.tables[2], self.past, np.log(2))
+        where = (self.tables[2], self.past, np.log(2), Options(sinks=self.options.sinks))
         return (
             attention_prefill(queries, keys, values, *where),
             attention_prefill(queries, keys, np.abs(values), *where),
@@ -178,8 +178,8 @@ def test_ragged(jit: Jit, isa: str, weight: WeightFormat) -> None:
 
 @pytest.mark.few(1)
 @pytest.mark.parametrize("isa", TIERS)
-def test_queries_that_grow(jit: Jit, isa: str) -> None:
-    case = Case(isa, "bf16", TINY, 45, 60, GROWTH)
+def test_options(jit: Jit, isa: str) -> None:
+    case = Case(isa, "bf16", TINY, 45, 60, LATENT)
     case.check(case.run(jit, 2))
 
 

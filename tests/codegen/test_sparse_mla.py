@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from dealt import dealt
 from kernel_calls import address, bf16, filled, floats, from_bf16, guarded, in_turn, spec_of
-from kernel_meanings import mla_absorb, mla_attention, mla_gather, mla_up
+from kernel_meanings import Options, mla_absorb, mla_attention, mla_gather, mla_up
 from paged import Paged
 from prefill_data import Stored, need, run, stored
 
@@ -25,7 +25,7 @@ SHAPES: list[Params] = [
     {"heads": 16, "nope": 128, "rope": 64, "v_dim": 128, "rank": 512, "block": 32,
      "tokens": 16, "index_topk": 290},
     {"heads": 5, "nope": 28, "rope": 10, "v_dim": 45, "rank": 202, "block": 10,
-     "tokens": 3, "index_topk": 33},
+     "tokens": 3, "index_topk": 33, "sinks": 1},
 ]  # fmt: skip
 
 
@@ -91,6 +91,7 @@ class Case:
         self.q = guarded(2 * floats(rng, tokens, heads * (nope + rope) + 3))
         self.chosen = choices(rng, self.positions, params["index_topk"])
         self.scale = float((nope + rope) ** -0.5)
+        self.sinks = guarded(np.linspace(-3, 2, heads, dtype=np.float32))
 
     @property
     def sparse(self) -> np.ndarray:
@@ -101,6 +102,7 @@ class Case:
     def exact(self) -> np.ndarray:
         """f64 [tokens, heads, v_dim] of the tokens that do not see all."""
         nope, most = self.params["nope"], self.params["index_topk"]
+        options = Options(sinks=self.sinks if self.params.get("sinks") else None)
         queries = self.q[:, :-3].reshape(len(self.q), self.params["heads"], -1)
         found = []
         for token in np.flatnonzero(self.sparse):
@@ -109,8 +111,9 @@ class Case:
             inner = mla_absorb(query, self.values, nope)
             one = np.zeros((1, 1), np.int32)
             mixed = mla_attention(
-                query, inner, from_bf16(rows)[None], one, one[0], one[0] + most - 1, self.scale
-            )
+                query, inner, from_bf16(rows)[None], one, one[0], one[0] + most - 1, self.scale,
+                options,
+            )  # fmt: skip
             found.append(mla_up(mixed, self.values, nope)[0])
         return np.stack(found)
 
@@ -150,7 +153,7 @@ class Case:
             "tables": address(self.tables), "table_stride": self.tables.shape[1],
             "sequence": address(self.sequence), "positions": address(positions), "y": address(y),
             "y_stride": y.shape[1], "tokens": len(q), "scale": self.scale,
-            "scratch": address(scratch),
+            "scratch": address(scratch), "sinks": address(self.sinks),
             **({"growth": 0.0} if op == "mla_prefill" else choice),
         }  # fmt: skip
 

@@ -29,8 +29,9 @@ def write_random(directory: Path, values: dict[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(values))
     generator, tensors = torch.Generator().manual_seed(1), {}
     for name, spec in sorted(weight_specs(load(load_config(directory)).module).items()):
-        for each in [name.format(e=e) for e in range(spec.experts)] or [name]:
-            drawn = draw(each, torch.empty(spec.shape), False, generator)
+        shape = spec.view.shape if spec.view else spec.shape
+        for each in [spec.name.format(e=e) for e in range(spec.experts)] or [spec.name]:
+            drawn = draw(each, torch.empty(shape), False, generator)
             tensors[each] = drawn if name.endswith("bias") else drawn.to(torch.bfloat16)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 

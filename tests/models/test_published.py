@@ -66,6 +66,7 @@ STATED = {
     "granite-4.0-h-tiny": Stated("7", "1", "head"),
     "hunyuan-a13b": Stated("80", "13"),
     "hy3-preview": Stated("295", "21"),
+    "hy4-preview": Stated("770", "49"),
     "jamba-1.5-large": Stated("398", "94"),
     "jamba-1.5-mini": Stated("52", "12"),
     "k-exaone-236b-a23b": Stated("236", "23"),

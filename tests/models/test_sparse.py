@@ -31,19 +31,21 @@ from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.predict.cost import Call, CostModel
 
+SHARING, SINKS = "glm_moe_dsa", "hy_v4"
 
-def write(directory: Path) -> None:
-    """GLM-5, whose layer 2 shares the choice of layer 1, with few experts, all of which are taken:
+
+def write(directory: Path, family: str) -> None:
+    """A model whose layer 2 shares the choice of layer 1, with few experts, all of which are taken:
     no near tie of a router goes another way.
     """
-    values = json.loads((FOLDER / "glm_moe_dsa.json").read_text())
+    values = json.loads((FOLDER / f"{family}.json").read_text())
     values |= {"n_routed_experts": 4, "num_experts_per_tok": 4, "index_topk": 96}
     write_random(directory, values)
 
 
-@pytest.fixture(scope="module")
-def directory(written: Callable[..., Path]) -> Path:
-    return written("sparse", write)
+@pytest.fixture(scope="module", params=[SHARING, pytest.param(SINKS, marks=pytest.mark.slow)])
+def directory(request: pytest.FixtureRequest, written: Callable[..., Path]) -> Path:
+    return written(f"sparse-{request.param}", lambda found: write(found, request.param))
 
 
 @pytest.fixture(scope="module")

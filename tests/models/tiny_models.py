@@ -96,6 +96,15 @@ TINY: dict[str, Tiny] = {
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
     "glm4v_moe": Tiny(loader=AutoModelForImageTextToText),
     "hy_v3": Tiny(beside=_ahead(3)),
+    "hy_v4": Tiny(
+        beside={"model.mtp_layers.0.eh_proj.weight": (192, 384)},
+        published=(
+            (r"\.hc_pre\.(hc_(attn|mlp)_layer)\.", r".\1.hc_pre."),
+            (r"\.hc_pre\.hc_head\.", ".hc_head."),
+            (r"\.mlp\.(shared_experts\.)?linear_gate\.", r".mlp.\1gate_proj."),
+        ),
+        f32=r"(hc_\w+|learnable_sink_param|e_score_correction_bias)$",
+    ),
     "bailing_hybrid": Tiny(
         beside=_ahead(4),
         published=((r"\.([012])\.attention\.dense\.", r".\1.attention.o_proj."),),

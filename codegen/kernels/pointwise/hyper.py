@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from hmc.codegen.ir import F32, Emitter, Value, const, vec
-from hmc.codegen.vector import copy_row, exp, fmax, for_strips, fsplat, load_f32, sigmoid, store_f32
+from hmc.codegen.vector import copy_row, exp, fmax, for_strips, load_f32, sigmoid, store_f32
 
 _PIECE = 512
 """Columns that one worker takes at least."""
@@ -55,10 +55,13 @@ class _Weights:
         e, b, n = self.e, self.e.b, self.n
         x, y = e.row("mixes", token), e.row("y", token)
         e.store(b.fadd(sigmoid(e, self.linear(x, 0, 0)), self.eps), y, const(0), align=4)
-        if not e.spec["iterations"]:
+        if e.spec["parts"] == 1:
             return
-        post = b.fmul(sigmoid(e, self.linear(x, 1, n)), fsplat(2.0, n))
-        e.store(post, y, const(n), align=4)
+        post, magnitude = sigmoid(e, self.linear(x, 1, n)), e.splat(e.arg["magnitude"], n)
+        if e.spec["parts"] == 2:
+            e.store(e.fma(post, magnitude, self.eps), y, const(n), align=4)
+            return
+        e.store(b.fmul(post, magnitude), y, const(n), align=4)
         rows = [self.softmax(self.linear(x, 2, (2 + row) * n)) for row in range(n)]
         slots = [e.local(vec(F32, n), row) for row in self.by_columns(rows)]
         with e.for_range(1, e.spec["iterations"]):
@@ -101,6 +104,7 @@ def emit_hyper_in(e: Emitter) -> None:
 def emit_hyper_out(e: Emitter) -> None:
     """`hyper_out`: split by (token, piece of its columns), all streams of which a worker writes."""
     b, width, n = e.b, e.spec["width"], e.spec["streams"]
+    mixed = e.spec["parts"] > 2
 
     def piece(token: Value, first: Value, size: int) -> None:
         weights = e.row("weights", token)
@@ -115,9 +119,12 @@ def emit_hyper_out(e: Emitter) -> None:
             new = load_f32(e, "f32", x, index, count)
             old = [load_f32(e, "f32", stream, index, count) for stream in streams]
             for k, target in enumerate(targets):
-                total = b.fmul(share(n + k), new)
-                for j, value in enumerate(old):
-                    total = e.fma(share((2 + j) * n + k), value, total)
+                if mixed:
+                    total = b.fmul(share(n + k), new)
+                    for j, value in enumerate(old):
+                        total = e.fma(share((2 + j) * n + k), value, total)
+                else:
+                    total = e.fma(share(n + k), new, old[k])
                 store_f32(e, "f32", total, target, index, count)
 
         for_strips(e, size, e.lanes, strip)
