@@ -132,8 +132,9 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # [blocks, block, rank + rope], kv_b [heads * (nope + v_dim), rank] in `weight` format.
     # mla_absorb: q_latent f32 [tokens, heads, rank] = q_nope . W_UK. mla_append: cache rows.
     # mla_attention: y_latent bf16 [tokens, heads, rank] from q_latent and the rope part of q.
-    # mla_up: y bf16 [tokens, heads * v_dim] = W_UV. params: heads, nope, rope, v_dim, rank, block,
-    # tokens; growth_every and growth_from as of `attention`, and where positions are chosen sinks.
+    # mla_up: y bf16 [tokens, heads * v_dim] = W_UV. params: heads, nope, rope (may be 0), v_dim,
+    # rank, block, tokens; growth_every and growth_from as of `attention`, and where positions are
+    # chosen sinks.
     "mla_absorb": _args("q* q_stride w* scale* q_latent* tokens"),
     "mla_append": _args(
         "latent* latent_stride k_rope* k_rope_stride cache* tables* table_stride sequence*"
@@ -199,9 +200,16 @@ ARGS: dict[str, tuple[Arg, ...]] = {
         "q* q_stride weights* weights_stride cache* tables* table_stride sequence* positions*"
         " tokens scratch* scores_stride chosen* chosen_stride"
     ),
+    # Of an indexer whose keys are compressed rows of `pool` positions each: pools i32 [tokens,
+    # index_topk / pool] are those that index_choose or index_prefill chose, chosen i32 [tokens,
+    # index_topk + pool - 1] their positions, then those of the pool that is open at a token's own,
+    # then -1. params: index_topk, pool.
+    "pool_positions": _args("pools* pools_stride positions* chosen* chosen_stride tokens"),
     # gathered bf16 [tokens, rows, rank + rope], rows: index_topk up to a multiple of block, the
     # cache rows that tokens chose, of a position beyond a token's own that one's; lasts i32
-    # [tokens] = rows gathered - 1: what mla_attention reads as a cache and as positions.
+    # [tokens] = rows gathered - 1: what mla_attention reads as a cache and as positions. params:
+    # those of mla_attention, index_topk, pool (unset: 1): a token that does not see all chose
+    # index_topk less as many as the pool that is open at its own lacks but for the last.
     "mla_gather": _args(
         "cache* tables* table_stride sequence* positions* chosen* chosen_stride gathered* lasts*"
         " tokens"
@@ -246,7 +254,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # compress_rows norms, turns (their last rope_dim columns) and puts into pages: rows bf16
     # [pages, block / gcd(block, ratio), width]. With `overlap` the first half of kv and gate goes
     # into the row after. lasts i32 [tokens]: the last row that a token sees, -1: none.
-    # params: width, ratio, overlap, rope_dim, block.
+    # params: width, ratio, overlap, rope_dim (unset: means are neither normed nor turned), block.
     "compress": _args(
         "kv* kv_stride gate* gate_stride ape* state* state_stride pooled* sequence* positions*"
         " tokens"

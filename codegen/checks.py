@@ -20,7 +20,7 @@ from hmc.formats import FORMATS
 
 _ATTENTION = "heads kv_heads head_dim v_dim block"
 _INDEX = "heads dim block index_block index_topk index_local"
-_LATENT = "heads nope rope v_dim rank block"
+_LATENT = "heads nope v_dim rank block"
 _RECURRENT = "heads key_heads key_dim value_dim"
 _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
@@ -44,6 +44,7 @@ _SIZES: dict[str, str] = {
     "mla_gather": f"{_LATENT} index_topk",
     "sparse_mla_prefill": f"{_LATENT} tokens index_topk",
     "index_append": "dim block",
+    "pool_positions": "index_topk pool",
     **dict.fromkeys(("block_scores", "block_choose", "block_prefill"), _INDEX),
     "route": "experts top_k",
     "hash_route": "experts top_k",
@@ -51,7 +52,7 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("hyper_in", "hyper_copy"), "width streams"),
     "hyper_out": "width streams parts",
     **dict.fromkeys(("window_append", "window_gather"), "head_dim window"),
-    **dict.fromkeys(("compress", "compress_rows"), "width ratio rope_dim block"),
+    **dict.fromkeys(("compress", "compress_rows"), "width ratio block"),
     **dict.fromkeys(("attend_few", "attend_prefill"), "heads head_dim window block"),
     "sort_experts": "top_k experts",
     "resident_ids": "top_k",
@@ -105,6 +106,8 @@ def check_spec(spec: KernelSpec) -> None:
     for name in _SIZES.get(spec.op, "").split():
         if spec.get(name) < 1:
             raise _error(spec, f"needs a size {name} of at least 1")
+    if _SIZES.get(spec.op, "").startswith(_LATENT) and spec.get("rope", -1) < 0:
+        raise _error(spec, "needs a size rope of at least 0")
     if spec.get("tokens") > MAX_TOKENS:
         raise _error(spec, f"takes up to {MAX_TOKENS} tokens, not {spec['tokens']}")
     if spec.expr and spec.op not in _EXPRESSIONS:

@@ -9,7 +9,7 @@ from functools import partial
 from types import ModuleType
 
 from hmc.codegen.ir import Emitter
-from hmc.codegen.kernels.attention import attention, block_index, index, prefill, sparse
+from hmc.codegen.kernels.attention import attention, block_index, index, pools, prefill, sparse
 from hmc.codegen.kernels.compressed import attend, rows, window
 from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
 from hmc.codegen.kernels.pointwise import embed, hyper, norm, pointwise, rotary
@@ -48,6 +48,7 @@ _HOMES: Mapping[ModuleType, str] = {
     scan: "selective_scan",
     index: "index_append index_scores index_choose index_prefill",
     sparse: "mla_gather sparse_mla_prefill",
+    pools: "pool_positions",
     block_index: "block_scores block_choose block_prefill",
     window: "window_append window_gather",
     rows: "compress compress_rows",

@@ -24,6 +24,7 @@ from hmc.blocks.dense import (
 from hmc.blocks.hyper import HyperCopy, HyperIn, HyperOut, HyperWeights
 from hmc.blocks.moe import Experts, HashRoute, Route, Scoring
 from hmc.blocks.pointwise import Pointwise, Vector, activated
+from hmc.blocks.pools import IndexPools
 from hmc.blocks.recurrent import Conv, LinearAttention, SelectiveScan
 from hmc.blocks.sparse import Index, SparseMLA
 
@@ -50,6 +51,7 @@ __all__ = [
     "HyperWeights",
     "Index",
     "IndexBlocks",
+    "IndexPools",
     "Linear",
     "LinearAttention",
     "Names",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hmc.blocks.attention import MLA
 from hmc.blocks.base import Block, parameter, sibling
-from hmc.graph import WeightSpec
+from hmc.graph import Attr, WeightSpec, attrs
 
 
 class Index(Block):
@@ -36,7 +36,8 @@ class Index(Block):
 class SparseMLA(MLA):
     """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]. `sinks`
     is what the checkpoint calls a vector [heads] beside the block: one more score a head, whose
-    value is 0.
+    value is 0. What was chosen are pools of so many positions as `pool` says, if any; without a
+    rotated part (`rope` 0) there is no k_rope.
     """
 
     kind = "sparse_mla"
@@ -52,8 +53,10 @@ class SparseMLA(MLA):
         index_topk: int,
         *,
         sinks: str | None = None,
+        pool: int = 0,
     ) -> None:
         super().__init__(heads, nope, rope, v_dim, rank, scale)
+        self.pool = pool
         self.index_topk, self.sinks_name = index_topk, sinks
         self.sinks = parameter(heads) if sinks else None
 
@@ -63,9 +66,13 @@ class SparseMLA(MLA):
             return found
         return (*found, WeightSpec("sinks", sibling(path, self.sinks_name), (self.heads,)))
 
-    def forward(  # type: ignore[override]
-        self, q: Tensor, latent: Tensor, k_rope: Tensor, chosen: Tensor
-    ) -> Tensor:
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        pool = {"pool": self.pool} if self.pool else {}
+        return attrs(**dict(super().attributes()), **pool)
+
+    def forward(self, q: Tensor, latent: Tensor, *more: Tensor) -> Tensor:
+        *rotated, chosen = more
+        k_rope = rotated[0] if rotated else latent[:, :0]
         hidden = torch.ones(len(q), len(q) + 1, dtype=torch.bool)
         hidden.scatter_(1, chosen.long() % (len(q) + 1), False)  # -1: the column behind the last
         return self.attend(q, latent, k_rope, hidden[:, :-1], self.sinks)

@@ -18,7 +18,7 @@ from hmc.models.family import Aside, Family, look_ahead
 from hmc.models.norms import LayerNorm
 from hmc.models.rope import Rope
 
-_EPS = 1e-6
+KEY_EPS = 1e-6
 """Epsilon of the norm of an indexer's keys, a constant of the architecture."""
 
 
@@ -44,7 +44,7 @@ class Indexer(nn.Module):
         *,
         interleaved: bool,
         at_end: bool = False,
-        eps: float = _EPS,
+        eps: float = KEY_EPS,
     ) -> None:
         super().__init__()
         hidden, q_rank = config.require_int("hidden_size"), config.require_int("q_lora_rank")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hmc.blocks import MLA, Columns, Growth, Linear, RMSNorm, Rotary, SparseMLA
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.rope import Rope
+from hmc.ops.pools import pooled_positions
 
 LATENT_EPS = 1e-6
 """Epsilon of the two latent norms: a constant of the architecture, whatever `rms_norm_eps` says."""
@@ -24,8 +25,9 @@ class LatentAttention(nn.Module):
     """Projections and norms around `MLA`; the query comes through a latent of its own where the
     config has one, and grows with its position as `growth` says. Without a `rope` the parts of
     heads that it would rotate stay as they are. Attention is to the positions that `indexer` gives,
-    `index_topk` of them, where there is such; `sinks` names a vector of one more score a head then.
-    A family that gates what comes out overrides `gated`.
+    `index_topk` of them, or pools of `pool` each, where there is such; `sinks` names a vector of
+    one more score a head then, and heads may be without a part to rotate. `eps` is that of the
+    latent norms. A family that gates what comes out overrides `gated`.
     """
 
     def __init__(
@@ -35,12 +37,15 @@ class LatentAttention(nn.Module):
         growth: Growth | None = None,
         indexer: Indexer | None = None,
         sinks: str | None = None,
+        pool: int = 0,
+        eps: float = LATENT_EPS,
     ) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size")
         heads = config.require_int("num_attention_heads", minimum=1)
         nope = config.require_int("qk_nope_head_dim", minimum=1)
-        rotated = config.require_int("qk_rope_head_dim", minimum=2)
+        least = 2 if rope is not None or indexer is None else 0
+        rotated = config.require_int("qk_rope_head_dim", minimum=least)
         v_dim = config.require_int("v_head_dim", minimum=1)
         rank = config.require_int("kv_lora_rank", minimum=1)
         q_rank = config.get_int("q_lora_rank", 0)
@@ -48,15 +53,15 @@ class LatentAttention(nn.Module):
         width = heads * (nope + rotated)
         if q_rank:
             self.q_a_proj = Linear(hidden, q_rank, bias=bias)
-            self.q_a_layernorm = RMSNorm(q_rank, LATENT_EPS)
+            self.q_a_layernorm = RMSNorm(q_rank, eps)
             self.q_b_proj = Linear(q_rank, width)
         else:
             self.q_proj = Linear(hidden, width)
         self.q_rank = q_rank
         self.kv_a_proj_with_mqa = Linear(hidden, rank + rotated, bias=bias)
-        self.latent = Columns(0, 0, rank)
-        self.k_rope = Columns(1, rank, rotated)
-        self.kv_a_layernorm = RMSNorm(rank, LATENT_EPS)
+        self.latent = Columns(0, 0, rank) if rotated else None
+        self.k_rope = Columns(1, rank, rotated) if rotated else None
+        self.kv_a_layernorm = RMSNorm(rank, eps)
         scale = (nope + rotated) ** -0.5
         self.q_rotary = self.k_rotary = None
         if rope is not None:
@@ -70,7 +75,9 @@ class LatentAttention(nn.Module):
             self.mla = MLA(heads, nope, rotated, v_dim, rank, scale, growth=growth)
         else:
             most = config.require_int("index_topk", minimum=1)
-            self.mla = SparseMLA(heads, nope, rotated, v_dim, rank, scale, most, sinks=sinks)
+            most = pooled_positions(most, pool) if pool else most
+            sizes = heads, nope, rotated, v_dim, rank
+            self.mla = SparseMLA(*sizes, scale, most, sinks=sinks, pool=pool)
         self.o_proj = Linear(heads * v_dim, hidden, bias=bias)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -83,6 +90,9 @@ class LatentAttention(nn.Module):
         else:
             q = self.q_proj(x)
         compressed = self.kv_a_proj_with_mqa(x)
+        if self.latent is None or self.k_rope is None:
+            latent = self.kv_a_layernorm(compressed)
+            return self.o_proj(self.gated(x, self.mla(q, latent, *choice)))  # type: ignore[no-any-return]
         latent = self.kv_a_layernorm(self.latent(compressed))
         k_rope = self.k_rope(compressed)
         if self.q_rotary is not None and self.k_rotary is not None:

@@ -54,6 +54,20 @@ class LastRead(ReadStreams):
         return super().forward(h)[0]
 
 
+class MeanRead(nn.Module):
+    """The mean of the streams, for the last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.hidden, self.count = config.require_int("hidden_size"), streams(config)
+
+    def forward(self, h: Tensor) -> Tensor:
+        total = h[:, : self.hidden]
+        for first in range(self.hidden, self.count * self.hidden, self.hidden):
+            total = total + h[:, first : first + self.hidden]
+        return total * (1 / self.count)
+
+
 class Half(nn.Module):
     """One half of a layer between reading the streams and writing them: `inner`, called with what
     its norm makes of what is read, and with what the half is `given` besides.

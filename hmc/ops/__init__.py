@@ -7,6 +7,7 @@ attention.py     rotary, attention, mla
 block_sparse.py  index_blocks, sparse_attention
 sparse.py        index, sparse_mla
 compressed.py    compressed_attention
+pools.py         index_pools
 hyper.py         hyper_weights, hyper_in, hyper_out, hyper_copy
 recurrent.py     conv, linear_attention, selective_scan
 routing.py       route, hash_route, sort

@@ -6,7 +6,9 @@ q and k rounded to bf16, and gives the `index_topk` best of them, of equal ones 
 positive factor of all scores changes no choice, so the row has none. Where a token sees no more
 positions than that, all are chosen, and nothing is scored: attention is dense there, exactly.
 
-`sparse_mla` is `mla` over what was chosen, by an indexer of the same layer or of an earlier one.
+`sparse_mla` is `mla` over what was chosen, by an indexer of the same layer or of an earlier one;
+latents may be without a rotated part. Where pools were chosen (pools.py), `index_topk` is the most
+positions that these are.
 Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
 tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
 kernels of `index` wrote; those that read them take none beyond the token's own. On devices PyTorch
@@ -64,11 +66,13 @@ def dense_tokens(load: Load, most: int) -> float:
 
 def choice_work(attrs: Attrs, load: Load, most: int, made: float) -> Work:
     """An indexer's, of `heads` heads of `dim` columns: tokens for which attention is not dense
-    score every position that they see, and each score is `made` bytes of temporaries on a GPU.
+    score every position, or `pool` of them, that they see, and each score is `made` bytes of
+    temporaries on a GPU.
     """
     every, few = load.tokens * load.ranks, dense_tokens(load, most)
     dense = attended(load.sequences * few, load.context, load.sequences)
     pairs = (attended(every, load.context, load.sequences) - dense) / load.ranks
+    pairs /= int(attrs.get("pool", 1))
     heads, dim = picked(attrs, "heads", "dim").values()
     keys = every + (load.sequences * load.context if pairs else 0.0)
     return Work(1.0, load.rows, scores=2.0 * heads * dim * pairs, keys=keys, made=made * pairs)
@@ -84,7 +88,8 @@ _MADE = 4.0 + 8.0
 def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
     append, stored = spec("mla_append", use, sizes), weights["kv_b"]
-    most, sinks = picked(attrs, "index_topk"), {"sinks": 1} if "sinks" in weights else {}
+    most = picked(attrs, "index_topk", *(name for name in ("pool",) if name in attrs))
+    sinks = {"sinks": 1} if "sinks" in weights else {}
     if use.many:
         expand = sizes | stored.sizes | most | sinks
         apart = expand | {"tokens": MAX_TOKENS}
@@ -146,7 +151,7 @@ OPS: Final = (
         inputs=(
             Role("q", "f32", lambda a: int(a["heads"]) * (int(a["nope"]) + int(a["rope"]))),
             Role("latent", "f32 bf16", attr("rank"), rows="all"),
-            Role("k_rope", "f32 bf16", attr("rope"), rows="all"),
+            Role("k_rope", "f32 bf16", attr("rope"), rows="all", optional=True),
             Role("chosen", "i32", attr("index_topk")),
             POSITIONS,
         ),
@@ -160,7 +165,9 @@ OPS: Final = (
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank", "index_topk"), int),
             "scale": float,
         },
-        possible=lambda a: int(a["index_topk"]) > 0,
+        extra={"pool": int},
+        possible=lambda a: 0 < int(a.get("pool", 1)) <= int(a["index_topk"]),
+        named=lambda a: ("q", "latent", *(("k_rope",) if int(a["rope"]) else ()), "chosen"),
         kernels=_sparse_mla,
         states=lambda a: (State("latent", int(a["rank"]) + int(a["rope"])),),
         work=_sparse_work,

@@ -148,7 +148,8 @@ class StreamEmitter:
     def _attention(self, step: Step, attrs: Attrs) -> None:
         """Attention of each rank's queries over the latents (or keys and values) of all, whose new
         cache rows go to the host."""
-        roles = [role.name for role in OPS[step.op].graph_inputs if role.rows == "all"]
+        shared = (role.name for role in OPS[step.op].graph_inputs if role.rows == "all")
+        roles = [name for name in shared if name in step.inputs]
         every = {role: self._gather(step, role) for role in roles}
         for rank, bound in enumerate(self._bound):
             inputs = bound.inputs(step) | {role: every[role][rank] for role in roles}

@@ -16,6 +16,7 @@ from hmc.runtime.device_ops import (
     exchange,
     latent,
     moe,
+    pools,
     recurrent,
     sparse,
 )
@@ -36,6 +37,7 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "sparse_attention": block_sparse.sparse_attention,
     "mla": latent.mla,
     "index": sparse.index,
+    "index_pools": pools.index_pools,
     "sparse_mla": sparse.sparse_mla,
     "linear_attention": recurrent.linear_attention,
     "compressed_attention": compressed.compressed_attention,

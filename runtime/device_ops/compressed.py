@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +17,11 @@ from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
 from hmc.runtime.device_ops.base import Bound, Work, ints
 from hmc.runtime.device_ops.context import CACHED
-from hmc.runtime.device_ops.shares import Call
+from hmc.runtime.device_ops.shares import Call, Share
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The tokens of one sequence in a call: which rows of it, the slot and the position of the
     first, and the cache's places of all its positions so far.
     """
@@ -51,7 +52,7 @@ def compressed_attention(bound: Bound, step: Step) -> Work:
         assert found is not None
         return found.to(torch.float32)
 
-    def rows_of(part: _Part, name: str, kv: str, stem: str, width: int) -> Tensor:
+    def rows_of(part: Part, name: str, kv: str, stem: str, width: int) -> Tensor:
         """All rows of a sequence, those that its tokens end among them."""
         ratio = int(attrs["ratio"])
         state = kept[f"{name}_open"][part.slot].view(fields(attrs), width)
@@ -68,7 +69,7 @@ def compressed_attention(bound: Bound, step: Step) -> Work:
             cache.index_copy_(0, ends[number:], made.to(CACHED))
         return cache[ends].to(torch.float32)
 
-    def of_window(part: _Part) -> tuple[Tensor, int]:
+    def of_window(part: Part) -> tuple[Tensor, int]:
         """Keys of the window before the part and of its own tokens; the first one's position."""
         held = kept["window"][part.slot].view(window, head_dim)
         new = inputs["kv"][part.rows].to(CACHED)
@@ -80,7 +81,7 @@ def compressed_attention(bound: Bound, step: Step) -> Work:
         held.index_copy_(0, torch.arange(end - len(last), end, device=y.device) % window, last)
         return keys, first
 
-    def one(part: _Part) -> None:
+    def one(part: Part) -> None:
         keys, first = of_window(part)
         rows = own = None
         if "ratio" in attrs:
@@ -106,16 +107,22 @@ def compressed_attention(bound: Bound, step: Step) -> Work:
             y[some] = attend(q, near, start, positions, rows, seen, sinks, window, scale)
 
     def work(call: Call) -> None:
-        rows = call.rows[share, device]
-        if call.single:
-            places = torch.cat((call.past_slots, call.slots))
-            one(_Part(slice(0, rows.count), int(call.tables[0]), call.past, places))
-            return
-        assert rows.reach is not None
-        ((first, last),) = share.pieces(call.tokens)  # of all tokens, or of a lane
-        for number, at in enumerate(range(first, last)):
-            position = int(call.positions[at])
-            places = rows.reach[number, : position + 1]
-            one(_Part(slice(number, number + 1), int(call.tables[at]), position, places))
+        for part in parts_of(call, share, device):
+            one(part)
 
     return work
+
+
+def parts_of(call: Call, share: Share, device: str) -> Iterator[Part]:
+    """The sequences of a call, one after the other."""
+    rows = call.rows[share, device]
+    if call.single:
+        places = torch.cat((call.past_slots, call.slots))
+        yield Part(slice(0, rows.count), int(call.tables[0]), call.past, places)
+        return
+    assert rows.reach is not None
+    ((first, last),) = share.pieces(call.tokens)  # of all tokens, or of a lane
+    for number, at in enumerate(range(first, last)):
+        position = int(call.positions[at])
+        places = rows.reach[number, : position + 1]
+        yield Part(slice(number, number + 1), int(call.tables[at]), position, places)

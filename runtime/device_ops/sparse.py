@@ -81,8 +81,9 @@ def _all(chosen: Tensor, position: int) -> None:
 
 def sparse_mla(bound: Bound, step: Step) -> Work:
     """Latent attention to the positions of `chosen`, absorbed."""
-    roles = ("q", "latent", "k_rope", "chosen")
-    q, latent, k_rope, chosen = (bound.tensor(step.inputs[role]) for role in roles)
+    q, latent, chosen = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "chosen"))
+    rotated = step.inputs.get("k_rope")
+    new = (latent,) if rotated is None else (latent, bound.tensor(rotated))
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     sizes, kv_b = Latent.of(bound, step), bound.matrix(step, "kv_b")
     (most,) = ints(step, "index_topk")
@@ -92,11 +93,11 @@ def sparse_mla(bound: Bound, step: Step) -> Work:
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        append(call, rows, ((latent, k_rope),), caches)
+        append(call, rows, (new,), caches)
         queries = q[: rows.count].view(rows.count, sizes.heads, -1)
         result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:
-            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), KIND)
+            seen = seen_rows(bound, step, call, "latent", columns, new, KIND)
             if all(span.position + span.last - span.first <= most for span in rows.spans):
                 of_sequence(rows, queries, seen, kv_b, result, sizes)
                 return

@@ -1,10 +1,11 @@
 """The records of attention over a window and compressed rows: the window's rows, compressed rows
-(and the indexer's), which of them are seen, and attention over all.
+(and the indexer's), which of them are seen, and attention over all. And those of an indexer that
+chooses pools, whose keys are compressed rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import pairwise
 
 from hmc.codegen.kernels.attention.index import scores_stride
@@ -27,13 +28,20 @@ def compressed_attention(low: Lowering, step: Step) -> None:
     made = [spec for spec in specs if spec.op.startswith("compress")]
     pairs = list(pairwise(made))[::2]
     for name, pair in zip(_ROWS, pairs, strict=False):
-        _compress(low, step, name, *pair)
+        kv, gate, stem = _ROWS[name]
+        cos, sin = low.tables.rotary(str(step.attrs["rope"]), 1.0)
+        gamma = low.tables.vector(step.weights[f"{stem}gamma"])
+        turned = {"gamma": gamma, "cos": cos, "sin": sin}
+        _compress(low, step, name, (kv, gate, f"{stem}ape"), pair, turned)
     if "ratio" in step.attrs:
         given["rows"] = low.kv.address(step.layer, "rows")
         reads.append(("rows", step.layer))
     index = [spec for spec in specs if spec.op.startswith("index")]
     if index:
-        given["chosen"] = _choose(low, step, index)
+        ratio = int(step.attrs["ratio"])
+        given["chosen"] = _choose(
+            low, step, index, "index_rows", ("index_q", "index_weights"), ratio
+        )
         reads.append("chosen")
     spec, context = specs[-1], low.plan.limits.max_context
     given["most"] = most_rows(spec, context)
@@ -57,26 +65,45 @@ def _window(low: Lowering, step: Step, spec: KernelSpec) -> tuple[Hashable, dict
     return writes[-1], {"keys": keys, "keys_stride": window * dim, "rows": 0, "chosen": 0}
 
 
-def _compress(low: Lowering, step: Step, name: str, mean: KernelSpec, rows: KernelSpec) -> None:
-    """Append the two records that make compressed rows."""
-    kv, gate, stem = _ROWS[name]
+def index_pools(low: Lowering, step: Step) -> None:
+    """Records of `index_pools`: keys of pools, the best ones, and what positions these are."""
+    specs = [low.plan.kernels[key] for key in step.kernels]
+    plain = dict.fromkeys(("gamma", "cos", "sin", "eps"), 0)
+    _compress(low, step, "pools", ("k", "gate", "ape"), (specs[0], specs[1]), plain)
+    pool, last = int(step.attrs["pool"]), specs[-1]
+    given = {
+        "pools": _choose(low, step, specs[2:-1], "pools", ("q", "weights"), pool),
+        "pools_stride": last["index_topk"] // pool,
+    }
+    record(low, step, last, given, reads=["chosen", step.inputs["positions"]])
+
+
+def _compress(
+    low: Lowering,
+    step: Step,
+    name: str,
+    roles: tuple[str, str, str],
+    specs: tuple[KernelSpec, KernelSpec],
+    turned: Mapping[str, int],
+) -> None:
+    """Append the two records that make compressed rows of what `roles` name: values, gates, and
+    what is added to these; `turned` are arguments that say how rows are normed and turned.
+    """
+    (kv, gate, ape), (mean, rows) = roles, specs
     pooled = low.arena.workspace(f"pooled {name}", 4 * mean["width"] * low.arena.max_tokens)
-    cos, sin = low.tables.rotary(str(step.attrs["rope"]), 1.0)
     state = low.plan.kv.state(step.layer, f"{name}_open")
     given = {
         "kv": low.arena.address(step.inputs[kv]),
         "kv_stride": low.arena.stride(step.inputs[kv]),
         "gate": low.arena.address(step.inputs[gate]),
         "gate_stride": low.arena.stride(step.inputs[gate]),
-        "ape": low.tables.vector(step.weights[f"{stem}ape"]),
-        "gamma": low.tables.vector(step.weights[f"{stem}gamma"]),
+        "ape": low.tables.vector(step.weights[ape]),
         "state": low.kv.address(step.layer, state.name),
         "state_stride": state.width,
         "rows": low.kv.address(step.layer, name),
         "pooled": pooled,
         "lasts": _lasts(low),
-        "cos": cos,
-        "sin": sin,
+        **turned,
     }
     positions, kept = step.inputs["positions"], (state.name, step.layer)
     reads = [step.inputs[kv], step.inputs[gate], positions, kept]
@@ -87,24 +114,33 @@ def _compress(low: Lowering, step: Step, name: str, mean: KernelSpec, rows: Kern
     )
 
 
-def _choose(low: Lowering, step: Step, specs: list[KernelSpec]) -> int:
-    """Append the records that choose rows, positions of a cache of rows; where they list them."""
+def _choose(
+    low: Lowering,
+    step: Step,
+    specs: list[KernelSpec],
+    rows: str,
+    roles: tuple[str, str],
+    ratio: int,
+) -> int:
+    """Append the records that choose `rows`, of `ratio` tokens each, by queries and weights of
+    heads, which `roles` name: positions of a cache of rows; where they list them.
+    """
     tokens, spec = low.arena.max_tokens, specs[0]
-    most = low.plan.limits.max_context // int(step.attrs["ratio"])
+    most = low.plan.limits.max_context // ratio
     stride = scores_stride(spec["block"], most)
-    q, weights = (step.inputs[role] for role in ("index_q", "index_weights"))
+    q, weights = (step.inputs[role] for role in roles)
     given = {
         "q": low.arena.address(q),
         "q_stride": low.arena.stride(q),
         "weights": low.arena.address(weights),
         "weights_stride": low.arena.stride(weights),
-        "cache": low.kv.address(step.layer, "index_rows"),
+        "cache": low.kv.address(step.layer, rows),
         "positions": _lasts(low),
         "scores_stride": stride,
         "chosen": low.arena.workspace("chosen", 4 * tokens * spec["index_topk"]),
         "chosen_stride": spec["index_topk"],
     }
-    reads: list[Operand | Hashable] = [q, weights, "lasts", ("index_rows", step.layer)]
+    reads: list[Operand | Hashable] = [q, weights, "lasts", (rows, step.layer)]
     if spec.op == "index_prefill":
         given["scratch"] = low.arena.workspace("row scores", 4 * stride * low.workers)
         record(low, step, spec, given, reads=reads, writes=["chosen"])

@@ -30,7 +30,7 @@ from hmc.errors import ExecutionError, wrong_table
 from hmc.ops import OPS
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
-from hmc.runtime.host.compressed import compressed_attention
+from hmc.runtime.host.compressed import compressed_attention, index_pools
 from hmc.runtime.host.lowering import Lowering, OpFunction
 from hmc.runtime.host.records import record
 from hmc.runtime.weights.store import BIASES
@@ -158,7 +158,8 @@ def _mla(low: Lowering, step: Step) -> None:
 
 def _latents(low: Lowering, step: Step) -> dict[str, int]:
     """Append new latents; where they and kv_b are."""
-    fresh = [step.inputs[role] for role in ("latent", "k_rope", "positions")]
+    names = ("latent", "k_rope", "positions")
+    fresh = [step.inputs[role] for role in names if role in step.inputs]
     given = {
         "cache": low.kv.address(step.layer, "latent"),
         "w": low.store.address(step.weights["kv_b"]),
@@ -353,6 +354,7 @@ HOST_OPS: dict[str, OpFunction] = {
     "conv": _conv,
     "selective_scan": _selective_scan,
     "index": _index,
+    "index_pools": index_pools,
     "sparse_mla": _sparse_mla,
     "compressed_attention": compressed_attention,
     "route": _route,

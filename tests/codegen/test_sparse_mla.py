@@ -26,16 +26,26 @@ SHAPES: list[Params] = [
      "tokens": 16, "index_topk": 290},
     {"heads": 5, "nope": 28, "rope": 10, "v_dim": 45, "rank": 202, "block": 10,
      "tokens": 3, "index_topk": 33, "sinks": 1},
+    {"heads": 4, "nope": 48, "rope": 0, "v_dim": 48, "rank": 64, "block": 16,
+     "tokens": 4, "index_topk": 35, "pool": 4},
 ]  # fmt: skip
 
 
-def choices(rng: np.random.Generator, positions: np.ndarray, most: int) -> np.ndarray:
-    """Random positions [tokens, most + 1], as an indexer would choose them."""
-    found = np.full((len(positions), most + 1), -1, np.int32)
+def choices(rng: np.random.Generator, positions: np.ndarray, params: Params) -> np.ndarray:
+    """Random positions [tokens, most + 1], as an indexer would choose them, which are as many as it
+    would.
+    """
+    found = np.full((len(positions), params["index_topk"] + 1), -1, np.int32)
     for row, position in zip(found, positions, strict=True):
-        count = min(position + 1, most)
+        count = kept(position, params)
         row[:count] = np.sort(rng.permutation(position + 1)[:count])
     return guarded(found)
+
+
+def kept(position: int, params: Params) -> int:
+    """How many positions a token chooses: all, or of pools whole ones and its own."""
+    most, pool = params["index_topk"], params.get("pool", 1)
+    return int(position + 1 if position < most else most + 1 - pool + (position + 1) % pool)
 
 
 @pytest.mark.few(1)
@@ -43,10 +53,10 @@ def choices(rng: np.random.Generator, positions: np.ndarray, most: int) -> np.nd
 def test_gather(jit: Jit, isa: str, params: Params) -> None:
     """Positions that no indexer chooses lead nowhere."""
     need(isa)
-    rng, most = np.random.default_rng(1), params["index_topk"]
+    rng = np.random.default_rng(1)
     paged = Paged.of(rng, params["block"], [(0, 398), (1, 0), (2, 20), (0, 399), (3, -1)])
     bits, _ = paged.rows(rng, params["rank"] + params["rope"])
-    cache, chosen = guarded(bits), choices(rng, paged.positions, most)
+    cache, chosen = guarded(bits), choices(rng, paged.positions, params)
     chosen[0, :4] = -7, 399, 2**31 - 1, -(2**31)
     shape = (5, gathered_rows(spec_of("mla_gather", isa, params)), bits.shape[2])
     for workers in (1, 3):
@@ -55,13 +65,14 @@ def test_gather(jit: Jit, isa: str, params: Params) -> None:
             jit, spec_of("mla_gather", isa, params), workers, cache=address(cache),
             tables=address(paged.tables), table_stride=paged.tables.shape[1],
             sequence=address(paged.sequence), positions=address(paged.positions),
-            chosen=address(chosen), chosen_stride=most + 1, gathered=address(gathered),
+            chosen=address(chosen), chosen_stride=chosen.shape[1], gathered=address(gathered),
             lasts=address(lasts), tokens=5,
         )  # fmt: skip
-        assert (lasts == np.minimum(paged.positions, most - 1)).all()
         for token, last in enumerate(paged.positions):
+            count = kept(last, params)
+            assert lasts[token] == count - 1
             table = paged.tables[paged.sequence[token]]
-            rows = mla_gather(bits, table, chosen[token, :most], int(last))
+            rows = mla_gather(bits, table, chosen[token, :count], int(last))
             assert (gathered[token, : len(rows)] == rows).all()
             assert (gathered[token, len(rows) :] == 77).all()
 
@@ -89,7 +100,7 @@ class Case:
         self.tables, self.cache = paged.tables, guarded(bf16(rows))
         self.positions = guarded(paged.positions[tokens:])
         self.q = guarded(2 * floats(rng, tokens, heads * (nope + rope) + 3))
-        self.chosen = choices(rng, self.positions, params["index_topk"])
+        self.chosen = choices(rng, self.positions, params)
         self.scale = float((nope + rope) ** -0.5)
         self.sinks = guarded(np.linspace(-3, 2, heads, dtype=np.float32))
 
@@ -101,12 +112,13 @@ class Case:
 
     def exact(self) -> np.ndarray:
         """f64 [tokens, heads, v_dim] of the tokens that do not see all."""
-        nope, most = self.params["nope"], self.params["index_topk"]
+        nope = self.params["nope"]
         options = Options(sinks=self.sinks if self.params.get("sinks") else None)
         queries = self.q[:, :-3].reshape(len(self.q), self.params["heads"], -1)
         found = []
         for token in np.flatnonzero(self.sparse):
             last, query = int(self.positions[token]), queries[token : token + 1]
+            most = kept(last, self.params)
             rows = mla_gather(self.cache, self.tables[1], self.chosen[token, :most], last)[:most]
             inner = mla_absorb(query, self.values, nope)
             one = np.zeros((1, 1), np.int32)

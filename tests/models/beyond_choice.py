@@ -91,7 +91,7 @@ def on_devices_ranks_and_lanes(found: Executor, split: Plan, exact: Floats, past
     assert STREAM in names and any(phase.ranks == 2 for phase in split.phases)
     for name in names:
         for before in (0, past):
-            close(_continued(found, ids, name, before), exact[139:])
+            close(continued(found, ids, name, before), exact[139:])
     pair = [found.open(), found.open()]
     for sequence in pair:
         for _ in found.prefill(sequence, ids[:120]):
@@ -101,7 +101,7 @@ def on_devices_ranks_and_lanes(found: Executor, split: Plan, exact: Floats, past
     assert found.calls[DUAL] == 12
 
 
-def _continued(found: Executor, ids: np.ndarray, phase: str, past: int) -> Floats:
+def continued(found: Executor, ids: np.ndarray, phase: str, past: int) -> Floats:
     """Logits of a prompt's last token by a phase, and of those that follow."""
     sequence = found.open()
     for _ in found.prefill(sequence, ids[:past]) if past else ():

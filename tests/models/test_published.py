@@ -57,6 +57,7 @@ STATED = {
     "glm-4.7": Stated("355", "32", "neither"),
     "glm-4.7-flash": Stated("30", "3", "neither"),
     "glm-5": Stated("744", "40", "head"),
+    "glm-5.3-flash": Stated("320", "", aside=7.9),  # 18 with the layer that looks ahead
     "glm-5.1-nvfp4": Stated("744", "40", "head"),
     "glm-5.2": Stated("744", "40", "head"),
     "gpt-oss-120b": Stated("116.83", "5.13", "head"),

@@ -31,7 +31,7 @@ from hmc.errors import UsageError
 from hmc.plan import Plan
 from hmc.predict.cost import Call, CostModel
 
-SHARING, SINKS = "glm_moe_dsa", "hy_v4"
+SHARING, OTHERS = "glm_moe_dsa", ("hy_v4",)
 
 
 def write(directory: Path, family: str) -> None:
@@ -43,7 +43,10 @@ def write(directory: Path, family: str) -> None:
     write_random(directory, values)
 
 
-@pytest.fixture(scope="module", params=[SHARING, pytest.param(SINKS, marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[SHARING, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)],
+)
 def directory(request: pytest.FixtureRequest, written: Callable[..., Path]) -> Path:
     return written(f"sparse-{request.param}", lambda found: write(found, request.param))
 

@@ -93,6 +93,11 @@ TINY: dict[str, Tiny] = {
     "gemma4": Tiny(loader=AutoModelForImageTextToText),
     "glm4_moe": Tiny(beside=_ahead(3)),
     "glm4_moe_lite": Tiny(beside=_ahead(3)),
+    "glm5_next": Tiny(
+        loader=AutoModelForImageTextToText,
+        beside={"model.language_model.layers.4.eh_proj.weight": (192, 384)},
+        f32=r"(hc_\w+|A_log|dt_bias|conv1d\.weight|e_score_correction_bias)$",
+    ),
     "glm_moe_dsa": Tiny(beside=_ahead(4)),
     "glm4v_moe": Tiny(loader=AutoModelForImageTextToText),
     "hy_v3": Tiny(beside=_ahead(3)),

@@ -84,10 +84,12 @@ def emit_attention_join(e: Emitter) -> None:
 
 
 def emit_mla_append(e: Emitter) -> None:
-    """`mla_append`: the latent, then the rotated key."""
+    """`mla_append`: the latent, then the rotated key, if any."""
     rank, rope = e.spec["rank"], e.spec["rope"]
-    latent = Appended("latent", "cache", rank, rank + rope)
-    append(e, 1, latent, Appended("k_rope", "cache", rope, rank + rope, rank))
+    parts = [Appended("latent", "cache", rank, rank + rope)]
+    if rope:
+        parts.append(Appended("k_rope", "cache", rope, rank + rope, rank))
+    append(e, 1, *parts)
 
 
 def emit_mla_attention(e: Emitter) -> None:
@@ -104,7 +106,7 @@ def emit_mla_attention(e: Emitter) -> None:
         return e.at(e.arg["q"], b.add(row, const(nope)), F32)
 
     cache = e.arg["cache"]
-    segments = (latent, rank), (rotated, rope)
+    segments = ((latent, rank), (rotated, rope))[: 1 + (rope > 0)]
     emit_records(e, Source(segments, cache, cache, values_apart=False))
 
 

@@ -47,10 +47,10 @@ def emit_mla_gather(e: Emitter) -> None:
     with e.for_range(start, stop) as item:
         token, number = b.udiv(item, most), b.urem(item, most)
         last = e.load_int(e.arg["positions"], token)
+        kept = _kept(e, last)
         with b.if_then(b.icmp_signed("==", number, const(0))):
-            kept = e.minimum(last, const(spec["index_topk"] - 1))
             e.store_int(kept, e.arg["lasts"], token)
-        with b.if_then(b.icmp_signed("<=", number, last)):
+        with b.if_then(b.icmp_signed("<=", number, kept)):
             position = e.load_int(e.row("chosen", token, element=I32), number)
             position = b.select(b.icmp_unsigned("<=", position, last), position, last)
             row = Pages(e, token, spec["block"], 1).row(position, const(0))
@@ -63,6 +63,16 @@ def emit_mla_gather(e: Emitter) -> None:
                 store_part(e, value, target, index, count)
 
             for_strips(e, width, lanes, strip, 2)
+
+
+def _kept(e: Emitter, last: Value) -> Value:
+    """How many rows a token at position `last` chose, less one: all, or `index_topk`; of pools as
+    many whole ones, and what there is of the one that is open.
+    """
+    b, most, pool = e.b, e.spec["index_topk"], e.spec.get("pool", 1)
+    open_ = b.urem(e.positive(b.add(last, const(1))), const(pool))
+    some = b.add(open_, const(most - pool))
+    return b.select(b.icmp_signed("<", last, const(most)), last, some)
 
 
 def _places(spec: KernelSpec) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 A column's softmax over a window runs along with the tokens: maximum, sum and weighted sum are kept
 between calls, so rows do not depend on how a prompt is cut. The last token of a window writes the
-mean; a second record norms it, turns it, and puts it into the page of that token.
+mean; a second record norms it, turns it (neither for keys of pools), and puts it into the page of
+that token.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _token(e: Emitter, token: Value, position: Value, index: Value, count: int) 
 def emit_compress_rows(e: Emitter) -> None:
     """`compress_rows`: split by token; those that end a window write its row."""
     b, spec = e.b, e.spec
-    width, ratio, dim = spec["width"], spec["ratio"], spec["rope_dim"]
+    width, ratio, dim = spec["width"], spec["ratio"], spec.get("rope_dim")
     start, stop = e.split(e.arg["tokens"])
     with e.for_range(start, stop) as token:
         after = b.add(e.load_int(e.arg["positions"], token), const(1))
@@ -155,10 +156,11 @@ def emit_compress_rows(e: Emitter) -> None:
         whole = b.icmp_signed("==", b.urem(after, const(ratio)), const(0))
         with b.if_then(b.and_(whole, b.icmp_signed(">", after, const(0)))):
             x = e.at(e.arg["pooled"], b.mul(token, const(width)), F32)
-            _norm(e, x, width)
-            angles = b.mul(b.sub(after, const(ratio)), const(dim // 2))
-            cos, sin = (e.at(e.arg[name], angles, F32) for name in ("cos", "sin"))
-            rotate_pairs(e, e.at(x, const(width - dim), F32), cos, sin, dim)
+            if dim:
+                _norm(e, x, width)
+                angles = b.mul(b.sub(after, const(ratio)), const(dim // 2))
+                cos, sin = (e.at(e.arg[name], angles, F32) for name in ("cos", "sin"))
+                rotate_pairs(e, e.at(x, const(width - dim), F32), cos, sin, dim)
             target = RowPages(e, token, width).of(e.arg["rows"], b.sub(ended, const(1)))
             copy_row(e, "f32", x, "bf16", target, width, 2)
 
