@@ -317,7 +317,7 @@ def test_bytes_and_flops_of_a_plan(config: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("nowhere",), "no such file"),
+        (("nowhere",), "no such directory or file"),
         (("CONFIG",), "needs --dummy-weights"),
         (
             ("CONFIG", "--dummy-weights", "-p", "a"),

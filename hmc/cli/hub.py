@@ -21,7 +21,7 @@ from hmc.plan import Plan
 
 if TYPE_CHECKING:
     from hmc.hub.listing import Listing
-    from hmc.hub.planning import HubPlan
+    from hmc.hub.planning import HubModel, HubPlan
 
 FETCH = click.option(
     "--fetch/--no-fetch",
@@ -73,6 +73,13 @@ def compiled(listing: Listing, options: dict[str, Any]) -> HubPlan:
     return found
 
 
+def whole(listing: Listing, *, weights: bool) -> HubModel:
+    """The files of a model that hmc reads."""
+    with progress() as report:
+        found: HubModel = _library("planning").whole(listing, report, weights=weights)
+    return found
+
+
 def of_plan(plan: Plan, listing: Listing) -> HubPlan:
     """A plan that is there already."""
     found: HubPlan = _library("planning").of_plan(plan, listing)
@@ -110,13 +117,13 @@ def _absent(plan: Plan, location: Path) -> list[Path]:
     return [path for path in (*shard_paths(location, shards), *beside) if not path.exists()]
 
 
-def to_fetch(found: HubPlan) -> int:
+def to_fetch(found: HubModel) -> int:
     """Bytes that are still to come."""
     total: int = _library("fetch").left(found.listing, found.missing)
     return total
 
 
-def confirmed(found: HubPlan) -> bool:
+def confirmed(found: HubModel) -> bool:
     """Whether whoever sits at the terminal wants the files; True where nobody does."""
     total = to_fetch(found)
     if not total or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -124,7 +131,7 @@ def confirmed(found: HubPlan) -> bool:
     return click.confirm(f"Fetch {size(total)} of {found.listing.name}?", default=True, err=True)
 
 
-def fetch(found: HubPlan) -> None:
+def fetch(found: HubModel) -> None:
     """Fetch what is missing, with a progress bar; says what, where to, and how long it took."""
     absent = found.missing
     if not absent:

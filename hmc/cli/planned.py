@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +31,9 @@ from hmc.machine.detect import detect
 from hmc.plan import Plan, load_plan, save_plan
 from hmc.plan.model import SCHEMA_VERSION
 from hmc.version import VERSION
+
+if TYPE_CHECKING:
+    from hmc.hub.planning import HubPlan
 
 PLAN = click.argument("plan_path", metavar="PLAN|MODEL")
 """What `planned` takes."""
@@ -78,6 +81,42 @@ def planned(
     return _of_hub(name, {"dummy_weights": dummy_weights}, fetch)
 
 
+def is_plan(argument: str) -> bool:
+    """Whether an argument is the file of a plan; else it is a model, or nothing."""
+    path = Path(argument)
+    return path.suffix == ".hmp" or (
+        path.is_file() and path.suffix != ".json" and not is_gguf(path)
+    )
+
+
+def compiled(model: str, *, fetch: bool = True, **options: Any) -> Plan:
+    """The plan of a model with options of the command's own, which is not kept: of a directory, its
+    config.json, a GGUF file or a hub id. Weights at the hub are fetched, unless they are not wanted
+    (`fetch`) or the plan needs none.
+    """
+    if (name := hub.hub_name(model)) is not None:
+        found = hub.compiled(hub.look_up(name), options)
+        if fetch:
+            _fetch(found, name)
+        return found.plan
+    from hmc.compiler import compile as compile_plan
+
+    return compile_plan(model, **options)
+
+
+def located(model: str, *, weights: bool) -> Path:
+    """Where a model is on this machine: a path as it is; of a hub id what is fetched of it, without
+    `weights` what describes it alone.
+    """
+    if (name := hub.hub_name(model)) is None:
+        return Path(model)
+    found = hub.whole(hub.look_up(name), weights=weights)
+    if not hub.confirmed(found):
+        raise click.Abort
+    hub.fetch(found)
+    return found.location
+
+
 def _refuse(checkpoint: str | None, argument: str) -> None:
     if checkpoint is not None:
         raise UsageError(f"--checkpoint: {argument} is a model itself; leave it out")
@@ -96,23 +135,30 @@ def _of_hub(name: HubName, options: dict[str, Any], fetch: bool) -> Planned:
     else:
         found, where = hub.of_plan(plan, listing), str(path)
         click.echo(f"[plan of an earlier run: {path}]", err=True)
-    if fetch and not found.plan.checkpoint.dummy:
-        if found.missing:
-            for line in (*memory(found.plan), f"  {prediction(found.plan)}"):
-                click.echo(line, err=True)
-            if found.plan.too_large:
-                raise CapacityError(
-                    f"{found.name}: this machine is too small for it: nothing was fetched;"
-                    f" `hmc show {name}` has the ledger"
-                )
-            if not hub.confirmed(found):
-                raise click.Abort
+    if fetch:
         try:
-            hub.fetch(found)
+            _fetch(found, name)
         except PlanMismatchError:
             path.unlink(missing_ok=True)  # the next run compiles what is there now
             raise
     return Planned(found.plan, where, found.name.model)
+
+
+def _fetch(found: HubPlan, name: HubName) -> None:
+    """The weights of a plan, once it was shown; `CapacityError` where they would not fit."""
+    if found.plan.checkpoint.dummy:
+        return
+    if found.missing:
+        for line in (*memory(found.plan), f"  {prediction(found.plan)}"):
+            click.echo(line, err=True)
+        if found.plan.too_large:
+            raise CapacityError(
+                f"{found.name}: this machine is too small for it: nothing was fetched;"
+                f" `hmc show {name}` has the ledger"
+            )
+        if not hub.confirmed(found):
+            raise click.Abort
+    hub.fetch(found)
 
 
 def _kept(name: str, location: Path, options: dict[str, Any]) -> Planned:

@@ -6,6 +6,7 @@ import click
 
 from hmc.cli.arguments import count
 from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.cli.planned import located
 
 
 @click.command("quantize")
@@ -29,8 +30,8 @@ from hmc.cli.output import JSON, console, print_json, progress, table
 def command(
     model: str, output: str, form: str, group: int, experts_only: bool, as_json: bool
 ) -> None:
-    """Write a LOSSY copy of the model directory MODEL in few bits, as a compressed-tensors
-    checkpoint that hmc and other engines read.
+    """Write a LOSSY copy of MODEL, a directory or a hub id, whose weights are fetched, in few bits,
+    as a compressed-tensors checkpoint that hmc and other engines read.
 
     One matrix is in memory at a time. Routers, norms, embeddings and the output layer stay as they
     are. The report says what each tensor lost, |w - w'| / |w|; plans made from the copy say that it
@@ -38,8 +39,9 @@ def command(
     """
     from hmc.quantize.write import REPORT_NAME, quantize
 
+    source = located(model, weights=True)
     with progress() as report:
-        found = quantize(model, output, form, group, experts_only, report)
+        found = quantize(source, output, form, group, experts_only, report)
     if as_json:
         print_json({"output": output, "error": found.error, **vars(found)})
         return

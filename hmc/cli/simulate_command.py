@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hmc.checkpoint.location import is_gguf
 from hmc.cli.arguments import option
 from hmc.cli.output import JSON, console, print_json, table
+from hmc.cli.planned import compiled, is_plan
 from hmc.errors import UsageError
 from hmc.plan import Plan, load_plan
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 @click.option(
     "--machine",
     metavar="NAME|FILE",
-    help="With a model directory: the machine to plan for [default: auto]. With a plan: predict its"
+    help="With a model: the machine to plan for [default: auto]. With a plan: predict its"
     " schedule with this machine's rates.",
 )
 @option("--prompt", default=512, metavar="N", help="Prompt tokens.")
@@ -35,12 +37,10 @@ if TYPE_CHECKING:
     type=int,
     metavar="C",
     help="Users at once: the same as --batch, and for a model"
-    " directory the sequences that the cache must hold.",
+    " the sequences that the cache must hold.",
 )
-@option(
-    "--max-context", default=0, metavar="N", help="With a model directory: as in `hmc compile`."
-)
-@option("--vram", default=0.0, metavar="GB", help="With a model directory: as in `hmc compile`.")
+@option("--max-context", default=0, metavar="N", help="With a model: as in `hmc compile`.")
+@option("--vram", default=0.0, metavar="GB", help="With a model: as in `hmc compile`.")
 @option("--slo", default="", metavar="GOALS", help="Judge goals such as ttft=30s@32k,tps=20.")
 @option(
     "--beside",
@@ -71,7 +71,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Predict time to the first token, tokens a second and utilisation for TARGET: a plan, or a
-    model directory (its config.json is enough) together with --machine.
+    model: a directory (its config.json is enough), a .gguf file or a hub id, of which no weight is
+    fetched.
 
     The plan's own schedule runs over the machine's resources with durations from the cost model.
     """
@@ -81,7 +82,7 @@ def command(
         _print_paper(as_json, data_sheet)
         return
     if target is None:
-        raise UsageError("give a plan or a model directory (or --paper)")
+        raise UsageError("give a plan or a model (or --paper)")
     if batch is not None and concurrency is not None and batch != concurrency:
         raise UsageError("--batch and --concurrency say the same: give one of them")
     sequences = batch or concurrency or 1
@@ -90,19 +91,18 @@ def command(
     from hmc.predict.goals import parse_goals
     from hmc.predict.run import simulate
 
-    if Path(target).is_dir() or Path(target).name == "config.json":
-        from hmc.compiler import compile as compile_plan
-
+    other = None
+    if not is_plan(target):
         longest = max(prompt, context or 0)
-        plan = compile_plan(
+        plan = compiled(
             target,
+            fetch=False,
             machine=machine or "auto",
             max_context=max_context or (longest if longest > 32_768 else 0),
-            dummy_weights=True,
+            dummy_weights=not is_gguf(Path(target)),
             concurrency=concurrency or 1,
             vram=vram,
         )
-        other = None
     else:
         plan = load_plan(target)
         other = load_machine(machine) if machine else None

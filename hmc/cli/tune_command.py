@@ -9,15 +9,16 @@ import click
 
 from hmc.cli.arguments import CHECKPOINT, DEVICES, REPETITIONS, count, option, output, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.cli.planned import PLAN, planned
 from hmc.errors import UsageError
-from hmc.plan import Plan, load_plan, save_plan
+from hmc.plan import Plan, save_plan
 
 if TYPE_CHECKING:
     from hmc.tune.trials import Found
 
 
 @click.command("tune")
-@click.argument("plan_path", metavar="PLAN")
+@PLAN
 @output("plan (.hmp)")
 @click.option(
     "--set",
@@ -57,7 +58,8 @@ def command(
     as_json: bool,
     **loads: Any,
 ) -> None:
-    """Change the plan PLAN by hand (--set, --pin), or without these by search on this machine.
+    """Change a plan, or that of a model, compiled for this machine, by hand (--set, --pin), or
+    without these by search on this machine.
 
     The search tries threads, prefetch and row blocks of the decode kernels, chunk size and token
     tiles of prefill, and with GPUs the ring of a prompt that streams (--prompt says how long a
@@ -70,14 +72,15 @@ def command(
     hmc tune plan.hmp -o tuned.hmp --set threads=32 --set linear.prefetch=4096
     hmc tune plan.hmp -o tuned.hmp --pin 'layers.3-10.experts.0-31=gpu0'
     """
-    plan = load_plan(plan_path)
+    taken = planned(plan_path, checkpoint, dummy_weights=dummy_weights)
+    plan = taken.plan
     from hmc.predict import measured as store
     from hmc.tune.measure import Runner
     from hmc.tune.pins import parse_pin, place
     from hmc.tune.settings import apply, current, decided, parse_setting
     from hmc.tune.trials import search
 
-    before, source = len(plan.decisions), checkpoint or ""
+    before, source = len(plan.decisions), taken.checkpoint or ""
     if pins:
         parsed = [parse_pin(text) for text in pins]
         plan = place(plan, parsed, source)

@@ -21,17 +21,12 @@ from hmc.runtime.weights.tensors import check_checkpoint
 
 
 @dataclass(frozen=True)
-class HubPlan:
-    """A plan, and the files at the hub that it needs."""
+class HubModel:
+    """Files of a model at the hub; `name` has its commit, and its file where that is GGUF."""
 
-    plan: Plan
+    name: HubName
     listing: Listing
     files: tuple[HubFile, ...]
-
-    @property
-    def name(self) -> HubName:
-        """The model with its commit, and its file where that is GGUF."""
-        return HubName.parse(self.plan.checkpoint.hub) or self.listing.pinned
 
     @property
     def location(self) -> Path:
@@ -44,8 +39,19 @@ class HubPlan:
         return missing(self.listing, self.files)
 
     def fetch(self, report: Report) -> None:
-        """Fetch what is missing; `PlanMismatchError` for what the plan was not made for."""
+        """Fetch what is missing."""
         fetch(self.listing, self.files, report, "fetching")
+
+
+@dataclass(frozen=True)
+class HubPlan(HubModel):
+    """A plan, and the files that it needs."""
+
+    plan: Plan
+
+    def fetch(self, report: Report) -> None:
+        """Fetch what is missing; `PlanMismatchError` for what the plan was not made for."""
+        super().fetch(report)
         if not self.plan.checkpoint.dummy:
             check_checkpoint(self.plan, self.location)
 
@@ -62,6 +68,15 @@ def place(listing: Listing, *, weights: bool) -> Path:
     return location(replace(listing.pinned, file=wanted(listing, weights=weights).gguf))
 
 
+def whole(listing: Listing, report: Report, *, weights: bool) -> HubModel:
+    """All that hmc reads of a model, as its headers say; without `weights` what describes it."""
+    wants = wanted(listing, weights=weights)
+    fetch(listing, wants.small, report, "fetching config and tokenizer")
+    with headers(listing, wants, report) as found:
+        files = (*wants.small, *found.weights)
+    return HubModel(replace(listing.pinned, file=wants.gguf), listing, files)
+
+
 def compile_headers(listing: Listing, report: Report, **options: Any) -> HubPlan:
     """Compile a model (`hmc.compiler.compile`, with its options), whose weights are not fetched: no
     more of them than headers.
@@ -74,7 +89,7 @@ def compile_headers(listing: Listing, report: Report, **options: Any) -> HubPlan
     origin = {"path": str(location(name)), "hub": str(name)}
     checkpoint = plan.checkpoint.model_copy(update=origin)
     plan = plan.model_copy(update={"checkpoint": checkpoint})
-    return HubPlan(plan, listing, (*wants.small, *found.weights))
+    return HubPlan(name, listing, (*wants.small, *found.weights), plan)
 
 
 def of_plan(plan: Plan, listing: Listing) -> HubPlan:
@@ -85,7 +100,8 @@ def of_plan(plan: Plan, listing: Listing) -> HubPlan:
     if absent := [name for name in names if name not in listing.files]:
         raise HubError(f"{listing.name}: {first_few(absent)}: not there any more: compile it again")
     weights = tuple(listing.files[name] for name in names)
-    return HubPlan(plan, listing, (*wants.small, *weights))
+    name = HubName.parse(plan.checkpoint.hub) or listing.pinned
+    return HubPlan(name, listing, (*wants.small, *weights), plan)
 
 
 def check_headers(found: HubPlan, report: Report) -> None:

@@ -122,7 +122,8 @@ def test_whether_a_space_comes_after_a_special_token(tmp_path: Path, pieces: lis
 @pytest.mark.parametrize(
     ("how", "more", "said"),
     [
-        ({"kind": 1}, [], "is no BPE"),
+        ({"kind": 1}, [], "is a unigram model"),
+        ({"kind": 3}, [], "is no BPE"),
         ({"form": [(2, b"table")]}, [], "changes texts"),
         ({"form": [(4, 1)]}, [], "changes texts"),
         ({}, [("<mask>", 0.0, USER)], "has pieces that it finds before all others"),

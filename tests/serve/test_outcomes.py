@@ -5,8 +5,10 @@ that are gone. The table in docs/serving.md says the same in words.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -130,6 +132,53 @@ def test_a_checkpoint_deleted_under_the_server_is_missed_when_it_is_loaded_again
         process.terminate()
         said = process.communicate(timeout=SECONDS)[1]
     assert process.returncode == 0 and "Traceback" not in said, said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_shrinks_in_place_ends_the_server(
+    model: Path, tmp_path: Path, client: httpx.Client
+) -> None:
+    """By SIGBUS, with a line that says so: no answer is made of bytes that are not there."""
+    copy, path = tmp_path / "tiny", tmp_path / "tiny.hmp"
+    shutil.copytree(model, copy)
+    save_plan(compile_plan(copy, threads=2), path)
+    with serving(path) as (process, url):
+        stream(client, url)
+        for shard in copy.glob("*.safetensors"):
+            os.truncate(shard, 4096)
+        with pytest.raises(httpx.TransportError):
+            client.post(f"{url}/v1/completions", json=ASK)
+        said = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in said
+
+
+@pytest.fixture
+def little_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where there may be one."""
+    folder = tmp_path / "little"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.slow
+def test_a_cache_on_a_full_disk_is_said_once(
+    plan_path: Path, little_disk: Path, client: httpx.Client
+) -> None:
+    (little_disk / "full").write_bytes(bytes(256 << 10))
+    environment = {**os.environ, "HMC_CACHE": str(little_disk / "cache")}
+    with serving(plan_path, env=environment) as (process, url):
+        assert stream(client, url)
+        process.terminate()
+        said = process.communicate(timeout=SECONDS)[1]
+    assert process.returncode == 0 and "Traceback" not in said, said
+    assert len([line for line in said.splitlines() if str(little_disk) in line]) == 1, said
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hmc.checkpoint.location import is_gguf
 from hmc.cli.arguments import (
     CHECKPOINT,
     COUNT,
@@ -24,6 +25,7 @@ from hmc.cli.arguments import (
     telling,
 )
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
+from hmc.cli.planned import compiled, is_plan
 from hmc.cli.predicted import Comparison
 from hmc.errors import UsageError
 from hmc.plan import load_plan
@@ -98,9 +100,10 @@ def model(
     as_json: bool,
     **placed: Any,
 ) -> None:
-    """Measure prefill and decode of TARGET: a plan (.hmp), a model directory, or a config.json.
+    """Measure prefill and decode of TARGET: a plan (.hmp), or a model: a directory, a config.json,
+    a .gguf file or a hub id.
 
-    A directory or config.json is compiled in memory. Prints tokens a second (median of the
+    A model is compiled in memory. Prints tokens a second (median of the
     repetitions, and half of the distance from the least to the most) and how near the bound that
     is: for decode the MBU, which is the weight bytes of a step over its time and over the best
     streaming read of the same minutes; for prefill the share of the register-only multiply-add
@@ -204,22 +207,16 @@ def _plan(
 ) -> Plan:
     """TARGET as a plan: loaded, or compiled for `batch` sequences of `longest` tokens."""
 
-    path = Path(target)
-    if not path.exists():
-        raise UsageError(
-            f"{target}: no such file or directory; give a plan, a model directory or a config.json"
-        )
-    if path.is_file() and path.suffix != ".json":
+    if is_plan(target):
         if layers:
             raise UsageError("--layers cuts a model that is compiled here, not a plan")
-        return load_plan(path)
-    if path.is_file() and not dummy_weights:
+        return load_plan(target)
+    path = Path(target)
+    if path.is_file() and not is_gguf(path) and not dummy_weights:
         raise UsageError(f"{target}: a config.json alone needs --dummy-weights")
-    from hmc.compiler import compile as compile_plan
-
     report("compiling", 0, 1)
-    plan = compile_plan(
-        path,
+    plan = compiled(
+        target,
         max_context=longest,
         concurrency=batch,
         dummy_weights=dummy_weights,

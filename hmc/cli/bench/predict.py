@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -10,6 +9,7 @@ import click
 
 from hmc.cli.arguments import POSITIVE, REPETITIONS, Several, circumstances, count, option, positive
 from hmc.cli.output import JSON, console, print_json, progress, table
+from hmc.cli.planned import located
 from hmc.errors import MachineError, UsageError
 from hmc.machine.detect import available_bytes, how_to, profile_path, rated_machine
 
@@ -39,7 +39,8 @@ def predict(
     as_json: bool,
     **loads: Any,
 ) -> None:
-    """Decode and prefill of each CONFIG (a model directory or config.json), predicted and measured.
+    """Decode and prefill of each CONFIG (a model directory, config.json or hub id), predicted and
+    measured.
 
     Weights are random, in each of the formats; models are cut in depth to what memory allows, and
     in experts where a single layer is too large. "Memory" is the streaming read between the decode
@@ -57,11 +58,11 @@ def predict(
         raise MachineError(how_to())
     rated = rated_machine(machine or str(profile_path()))
     limit = int(memory * 1e9) if memory else available_bytes() // 2
+    paths = [located(config, weights=False) for config in configs]
     rows: list[dict[str, Any]] = []
     with progress() as report:
-        for config in configs:
+        for path in paths:
             for form in formats:
-                path = Path(config)
                 rows += compare(path, form, rated, memory=limit, report=report, **loads)
     error = median(abs(row["error"]) for row in rows)
     if as_json:

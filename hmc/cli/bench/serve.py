@@ -17,6 +17,7 @@ import click
 
 from hmc.cli.arguments import count, invocation, option, positive
 from hmc.cli.output import JSON, console, print_json, table
+from hmc.cli.planned import planned
 from hmc.errors import ExecutionError, UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _LINES = 200  # of a server's messages that are kept
 
 
 @click.command("serve", short_help="Requests to a server: latencies, throughput, goals met.")
-@click.argument("target", metavar="URL|PLAN")
+@click.argument("target", metavar="URL|PLAN|MODEL")
 @positive("-n", "--requests", default=32)
 @option(
     "--rate",
@@ -55,7 +56,7 @@ _LINES = 200  # of a server's messages that are kept
 @option("--slo", default="", metavar="GOALS", help="Such as ttft=30s,tps=20.")
 @count("--seed")
 @option("--api-key", metavar="KEY", help="[default: HMC_API_KEY]")
-@option("--serve-options", default="", metavar="TEXT", help="With a PLAN: for `hmc serve`.")
+@option("--serve-options", default="", metavar="TEXT", help="For `hmc serve` of a plan or a model.")
 @JSON
 def serve(
     target: str,
@@ -73,9 +74,9 @@ def serve(
     serve_options: str,
     as_json: bool,
 ) -> None:
-    """Send requests to a server at URL, or to PLAN served for the length of the test, and report
-    time to first token (TTFT), time per output token after it (TPOT), throughput, and the share of
-    requests that met the goals.
+    """Send requests to a server at URL, or to a plan or a model served for the length of the test,
+    and report time to first token (TTFT), time per output token after it (TPOT), throughput, and
+    the share of requests that met the goals.
 
     Prompts are random tokens, answers are greedy and ignore the end-of-text token.
 
@@ -148,14 +149,14 @@ def _served(target: str, options: list[str]) -> Iterator[str]:
     """The server's address: TARGET itself, or of a process that serves it."""
     if target.startswith(("http://", "https://")):
         if options:
-            raise UsageError("--serve-options goes with a plan, not with a URL")
+            raise UsageError("--serve-options goes with a plan or a model, not with a URL")
         yield target
         return
     from hmc.bench.serve.client import wait_ready
 
-    if not Path(target).is_file():
-        raise UsageError(f"{target}: neither a URL nor a plan")
-    command = [sys.executable, "-m", "hmc", "serve", target, "--port", "0", *options]
+    # here, where its words are seen: compiled into the cache and fetched, if it is a model
+    path = planned(target, dummy_weights="--dummy-weights" in options).path or target
+    command = [sys.executable, "-m", "hmc", "serve", path, "--port", "0", *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said: deque[str] = deque(maxlen=_LINES)
