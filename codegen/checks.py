@@ -20,12 +20,13 @@ from hmc.formats import FORMATS
 
 _ATTENTION = "heads kv_heads head_dim v_dim block"
 _INDEX = "heads dim block index_block index_topk index_local"
-_LATENT = "heads nope rope v_dim rank block"
+_LATENT = "heads nope v_dim rank block"
 _RECURRENT = "heads key_heads key_dim value_dim"
 _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
     "pointwise": "width groups",
     "rotary": "heads head_dim dim",
+    "position_scale": "heads head_dim",
     "conv": "width taps",
     "selective_scan": "width states",
     "linear": "k tokens",

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hmc.blocks.attention import MLA
 from hmc.blocks.base import Block
+from hmc.graph import Attr, attrs
 
 
 class Index(Block):
@@ -33,19 +34,34 @@ class Index(Block):
 
 
 class SparseMLA(MLA):
-    """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]."""
+    """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]. Latents
+    have no rotated part, and there is no `k_rope`, where `rope` is 0. They are those that the
+    earlier layer `source` keeps where it is said.
+    """
 
     kind = "sparse_mla"
 
     def __init__(
-        self, heads: int, nope: int, rope: int, v_dim: int, rank: int, scale: float, index_topk: int
+        self,
+        heads: int,
+        nope: int,
+        rope: int,
+        v_dim: int,
+        rank: int,
+        scale: float,
+        index_topk: int,
+        *,
+        source: int | None = None,
     ) -> None:
         super().__init__(heads, nope, rope, v_dim, rank, scale)
-        self.index_topk = index_topk
+        self.index_topk, self.source = index_topk, source
 
-    def forward(  # type: ignore[override]
-        self, q: Tensor, latent: Tensor, k_rope: Tensor, chosen: Tensor
-    ) -> Tensor:
+    def attributes(self) -> tuple[tuple[str, Attr], ...]:
+        given = {} if self.source is None else {"source": self.source}
+        return attrs(**dict(super().attributes()), **given)
+
+    def forward(self, q: Tensor, latent: Tensor, *more: Tensor) -> Tensor:
+        k_rope, chosen = more if self.rope else (latent[:, :0], *more)
         hidden = torch.ones(len(q), len(q) + 1, dtype=torch.bool)
         hidden.scatter_(1, chosen.long() % (len(q) + 1), False)  # -1: the column behind the last
         return self.attend(q, latent, k_rope, hidden[:, :-1])

@@ -9,8 +9,9 @@ positions than that, all are chosen, and nothing is scored: attention is dense t
 `sparse_mla` is `mla` over what was chosen, by an indexer of the same layer or of an earlier one.
 Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
 tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
-kernels of `index` wrote; those that read them take none beyond the token's own. On devices PyTorch
-computes both.
+kernels of `index` wrote; those that read them take none beyond the token's own. Latents may have no
+rotated part (`rope` 0), and be those that an earlier layer, the `source`, keeps: the step is given
+the new ones, and appends none. On devices PyTorch computes both ops.
 """
 
 from __future__ import annotations
@@ -83,13 +84,13 @@ _MADE = 4.0 + 8.0
 
 def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
-    append, stored = spec("mla_append", use, sizes), weights["kv_b"]
-    most = picked(attrs, "index_topk")
+    append = () if "source" in attrs else (spec("mla_append", use, sizes),)
+    most, stored = picked(attrs, "index_topk"), weights["kv_b"]
     if use.many:
         expand = sizes | stored.sizes | most
         apart = expand | {"tokens": MAX_TOKENS}
         return (
-            append,
+            *append,
             spec("mla_prefill", use, expand, stored.format, "bf16"),
             spec("sparse_mla_prefill", use, apart, stored.format, "bf16"),
         )
@@ -97,12 +98,24 @@ def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, .
     expand = sizes | stored.sizes
     return (
         spec("mla_absorb", use, expand, stored.format),
-        append,
+        *append,
         spec("mla_gather", use, sizes | most),
         spec("mla_attention", use, sizes, out="bf16"),
         spec("mla_attention_join", use, sizes, out="bf16"),
         spec("mla_up", use, expand, stored.format, "bf16"),
     )
+
+
+def _sparse_operands(attrs: Attrs) -> tuple[str, ...]:
+    """Latents without a rotated part have no such operand."""
+    rotated = ("k_rope",) if attrs["rope"] else ()
+    return "q", "latent", *rotated, "chosen", "kv_b"
+
+
+def _latents(attrs: Attrs) -> tuple[State, ...]:
+    """Nothing where an earlier layer keeps them."""
+    width = int(attrs["rank"]) + int(attrs["rope"])
+    return () if "source" in attrs else (State("latent", width),)
 
 
 def _sparse_work(attrs: Attrs, load: Load) -> Work:
@@ -146,7 +159,7 @@ OPS: Final = (
         inputs=(
             Role("q", "f32", lambda a: int(a["heads"]) * (int(a["nope"]) + int(a["rope"]))),
             Role("latent", "f32 bf16", attr("rank"), rows="all"),
-            Role("k_rope", "f32 bf16", attr("rope"), rows="all"),
+            Role("k_rope", "f32 bf16", attr("rope"), rows="all", optional=True),
             Role("chosen", "i32", attr("index_topk")),
             POSITIONS,
         ),
@@ -156,9 +169,12 @@ OPS: Final = (
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank", "index_topk"), int),
             "scale": float,
         },
+        # the earlier layer whose cached latents these are, where it is not the step's
+        extra={"source": int},
         possible=lambda a: int(a["index_topk"]) > 0,
         kernels=_sparse_mla,
-        states=lambda a: (State("latent", int(a["rank"]) + int(a["rope"])),),
+        states=_latents,
+        named=_sparse_operands,
         work=_sparse_work,
         launches=lambda attrs, load: 16,
         paged=lambda attrs, weights: "latents that an indexer chooses",

@@ -134,7 +134,7 @@ def kv_in(bound: Bound, step: Step) -> Work:
 def _rows_by_state(bound: Bound, step: Step) -> dict[str, list[torch.Tensor]]:
     """By state, the step's inputs whose columns, side by side, are its rows."""
     return {
-        state: [bound.tensor(step.inputs[role]) for role in roles]
+        state: [bound.tensor(step.inputs[role]) for role in roles if role in step.inputs]
         for state, roles in _ROWS.items()
         if state in step.inputs
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hmc.blocks.sparse import best, index_scores
+from hmc.ops import kept_by
 from hmc.ops.attention import NO_BOUNDS
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
@@ -81,22 +82,24 @@ def _all(chosen: Tensor, position: int) -> None:
 
 def sparse_mla(bound: Bound, step: Step) -> Work:
     """Latent attention to the positions of `chosen`, absorbed."""
-    roles = ("q", "latent", "k_rope", "chosen")
-    q, latent, k_rope, chosen = (bound.tensor(step.inputs[role]) for role in roles)
+    q, chosen = (bound.tensor(step.inputs[role]) for role in ("q", "chosen"))
+    new = tuple(bound.tensor(step.inputs[r]) for r in ("latent", "k_rope") if r in step.inputs)
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     sizes, kv_b = Latent.of(step), bound.matrix(step, "kv_b")
     (most,) = ints(step, "index_topk")
-    caches = [bound.cache(step.layer, "latent")] if bound.home(device) else []
+    layer = kept_by(step.attrs, step.layer)
+    caches = [bound.cache(layer, "latent")] if bound.home(device) else []
     columns = slice(0, sizes.rank + sizes.rope)
     of_query = sizes.heads * (2 * sizes.rank + sizes.rope) * KIND.itemsize
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        append(call, rows, ((latent, k_rope),), caches)
+        if layer == step.layer:
+            append(call, rows, (new,), caches)
         queries = q[: rows.count].view(rows.count, sizes.heads, -1)
         result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:
-            seen = seen_rows(bound, step, call, "latent", columns, (latent, k_rope), KIND)
+            seen = seen_rows(bound, step, call, "latent", columns, new, KIND)
             if all(span.position + span.last - span.first <= most for span in rows.spans):
                 of_sequence(rows, queries, seen, kv_b, result, sizes)
                 return

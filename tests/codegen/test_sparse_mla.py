@@ -26,6 +26,8 @@ SHAPES: list[Params] = [
      "tokens": 16, "index_topk": 290},
     {"heads": 5, "nope": 28, "rope": 10, "v_dim": 45, "rank": 202, "block": 10,
      "tokens": 3, "index_topk": 33},
+    {"heads": 6, "nope": 36, "rope": 0, "v_dim": 20, "rank": 96, "block": 16,
+     "tokens": 4, "index_topk": 40},
 ]  # fmt: skip
 
 

@@ -87,7 +87,8 @@ def emit_mla_append(e: Emitter) -> None:
     """`mla_append`: the latent, then the rotated key."""
     rank, rope = e.spec["rank"], e.spec["rope"]
     latent = Appended("latent", "cache", rank, rank + rope)
-    append(e, 1, latent, Appended("k_rope", "cache", rope, rank + rope, rank))
+    rotated = (Appended("k_rope", "cache", rope, rank + rope, rank),) if rope else ()
+    append(e, 1, latent, *rotated)
 
 
 def emit_mla_attention(e: Emitter) -> None:
@@ -104,7 +105,7 @@ def emit_mla_attention(e: Emitter) -> None:
         return e.at(e.arg["q"], b.add(row, const(nope)), F32)
 
     cache = e.arg["cache"]
-    segments = (latent, rank), (rotated, rope)
+    segments = ((latent, rank), (rotated, rope))[: 2 if rope else 1]
     emit_records(e, Source(segments, cache, cache, values_apart=False))
 
 

@@ -109,10 +109,11 @@ class LatentKeys:
             return e.offset(e.arg["cache"], b.mul(row, const(2 * (self._rank + self._rope))))
 
         panels.pack(latent, count, [e.arg["w_scale"]])
-        with e.for_range(0, count) as index:
-            rotated = e.offset(latent(index), const(2 * self._rank))
-            key = unit.part("keys", index, form.key_words)
-            copy_key(e, form, rotated, self._rope, key, self._nope)
+        if self._rope:
+            with e.for_range(0, count) as index:
+                rotated = e.offset(latent(index), const(2 * self._rank))
+                key = unit.part("keys", index, form.key_words)
+                copy_key(e, form, rotated, self._rope, key, self._nope)
         head = b.mul(unit.kv_head, const(self._nope + form.value))
         rows = const(form.heads * (self._nope + form.value))
         pairs = self._pairs()
