@@ -82,6 +82,9 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # params: heads, head_dim, start, dim, interleaved (0: halves, 1: even/odd pairs). `weight` =
     # gamma's format.
     "rotary": _args("x* x_stride gamma* cos* sin* positions* tokens eps~"),
+    # In place on x f32 [tokens, heads, head_dim]: heads of a token at position p times scale[h]
+    # log(1 + p) + bias[h], both f32 [heads]; params: heads, head_dim.
+    "position_scale": _args("x* x_stride scale* bias* positions* tokens"),
     # Grouped-query attention of `tokens` queries over the paged cache, new k and v appended first.
     # q, k, v f32 rows; k_cache, v_cache bf16 [blocks, kv_heads, block, dim]; tables i32 [sequences,
     # table_stride]; sequence i32 [tokens] = row of `tables`; positions i32 [tokens]; y bf16

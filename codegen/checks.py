@@ -26,6 +26,7 @@ _SIZES: dict[str, str] = {
     **dict.fromkeys(("embed", "gather_rows", "norm", "add_norm", "add"), "width"),
     "pointwise": "width groups",
     "rotary": "heads head_dim dim",
+    "position_scale": "heads head_dim",
     "conv": "width taps",
     "selective_scan": "width states",
     "linear": "k tokens",

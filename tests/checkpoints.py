@@ -221,6 +221,8 @@ def draw(name: str, like: Tensor, tied: bool, generator: torch.Generator) -> Ten
         return noise * 0.1
     if name.endswith("A_log"):
         return noise - 3.0  # states last for some twenty tokens
+    if name.endswith("ssmax_scaling.s"):
+        return 0.2 + 0.02 * noise  # queries of the hundredth token are twice those of the first
     if like.ndim == 1:
         return 1 + 0.1 * noise
     if name.endswith(("embed_tokens.weight", "embed.weight")):

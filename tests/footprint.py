@@ -173,9 +173,9 @@ class _Recorder:
     def workspace(self, name: str, size: int) -> int:
         return _number(("workspace", name, size))
 
-    def rotary(self, constant: str, factor: float) -> tuple[int, int]:
-        size = len(self._constants[constant])
-        return _number(("cos", size)), _number(("sin", size))
+    def rotary(self, constant: str, factor: float, alpha: str | None = None) -> tuple[int, int]:
+        about = len(self._constants[constant]), alpha
+        return _number(("cos", *about)), _number(("sin", *about))
 
     def vector(self, name: str | None) -> int:
         return 0 if name is None else self.store.address(name)

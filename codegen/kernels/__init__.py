@@ -36,7 +36,7 @@ _HOMES: Mapping[ModuleType, str] = {
     embed: "embed gather_rows",
     norm: "norm add_norm add",
     pointwise: "pointwise",
-    rotary: "rotary",
+    rotary: "rotary position_scale",
     attention: (
         "kv_append attention attention_join mla_append mla_attention mla_attention_join mla_up"
     ),

@@ -7,7 +7,7 @@ reference; and each says of itself what passes need to know (`Block`). Roles of 
 names of the block's parameters, so a reference loader needs no table: `getattr(block, spec.role)`.
 """
 
-from hmc.blocks.attention import MLA, Attention, Growth, Rotary
+from hmc.blocks.attention import MLA, Attention, Growth, PositionScale, Rotary
 from hmc.blocks.base import Block, Columns, Names, place, place_of, publish
 from hmc.blocks.block_sparse import IndexBlocks, SparseAttention
 from hmc.blocks.compressed import CompressedAttention, Compression, RowIndex
@@ -56,6 +56,7 @@ __all__ = [
     "LinearAttention",
     "Names",
     "Pointwise",
+    "PositionScale",
     "RMSNorm",
     "Rotary",
     "Route",

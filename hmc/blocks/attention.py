@@ -21,7 +21,8 @@ class Rotary(Block):
 
     A pair is (i, i + dim / 2) of the slice, or (2i, 2i + 1) when `interleaved`; it stays where it
     is. `factor` scales cos and sin (YaRN's attention factor). `norm`, one gamma [head_dim] for all
-    heads, is applied to each head first.
+    heads, is applied to each head first. Frequencies are multiplied by the exponentials of a
+    weight [dim / 2] that checkpoints call `learned`, where there is one (LeRoPE).
     """
 
     kind = "rotary"
@@ -36,6 +37,7 @@ class Rotary(Block):
         interleaved: bool = False,
         factor: float = 1.0,
         norm: RMSNorm | None = None,
+        learned: str = "",
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.rope = heads, head_dim, inv_freq
@@ -43,6 +45,11 @@ class Rotary(Block):
         self.dim = 2 * len(inv_freq)
         self.width = heads * head_dim
         self.norm, self.eps = norm, norm.eps if norm else 0.0
+        self.learned = learned
+        self.alpha = parameter(len(inv_freq)) if learned else None
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        return (WeightSpec("alpha", self.learned, (len(self.rope),)),) if self.learned else ()
 
     def with_norm(self, norm: RMSNorm) -> Rotary:
         """The same rotation with a per-head norm before it: the fused form of the two nodes."""
@@ -54,6 +61,7 @@ class Rotary(Block):
             interleaved=bool(self.interleaved),
             factor=self.factor,
             norm=norm,
+            learned=self.learned,
         )
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -62,6 +70,8 @@ class Rotary(Block):
         heads = x.reshape(len(x), self.heads, self.head_dim)
         part = heads[..., self.start : self.start + self.dim]
         inv_freq = torch.tensor(self.rope, dtype=torch.float32)
+        if self.alpha is not None:
+            inv_freq = inv_freq * self.alpha.exp()
         angle = (positions.float()[:, None] * inv_freq)[:, None, :]  # [T, 1, dim / 2]
         cos, sin = angle.cos() * self.factor, angle.sin() * self.factor
         if self.interleaved:
@@ -72,6 +82,26 @@ class Rotary(Block):
             turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
         before, after = heads[..., : self.start], heads[..., self.start + self.dim :]
         return torch.cat((before, turned, after), -1).flatten(-2)
+
+
+class PositionScale(Block):
+    """Each of `heads` heads of a token at position p times scale log(1 + p) + bias, two weights
+    [heads] (scalable softmax, arXiv 2501.19399).
+    """
+
+    kind = "position_scale"
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.width = heads, head_dim, heads * head_dim
+        self.scale, self.bias = parameter(heads), parameter(heads)
+
+    def weights(self, path: str) -> tuple[WeightSpec, ...]:
+        return tuple(WeightSpec(n, f"{path}.{n}", (self.heads,)) for n in ("scale", "bias"))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        factor = torch.log1p(positions.float())[:, None] * self.scale + self.bias
+        return (x.reshape(len(x), self.heads, self.head_dim) * factor[..., None]).flatten(-2)
 
 
 @dataclass(frozen=True)

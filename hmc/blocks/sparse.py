@@ -37,7 +37,8 @@ class SparseMLA(MLA):
     """Latent attention of each token to the positions of a row of `chosen` [T, index_topk]. `sinks`
     is what the checkpoint calls a vector [heads] beside the block: one more score a head, whose
     value is 0. What was chosen are pools of so many positions as `pool` says, if any; without a
-    rotated part (`rope` 0) there is no k_rope.
+    rotated part (`rope` 0) there is no k_rope. Latents are those that the earlier layer `source`
+    keeps where it is said.
     """
 
     kind = "sparse_mla"
@@ -54,9 +55,10 @@ class SparseMLA(MLA):
         *,
         sinks: str | None = None,
         pool: int = 0,
+        source: int | None = None,
     ) -> None:
         super().__init__(heads, nope, rope, v_dim, rank, scale)
-        self.pool = pool
+        self.pool, self.source = pool, source
         self.index_topk, self.sinks_name = index_topk, sinks
         self.sinks = parameter(heads) if sinks else None
 
@@ -67,8 +69,10 @@ class SparseMLA(MLA):
         return (*found, WeightSpec("sinks", sibling(path, self.sinks_name), (self.heads,)))
 
     def attributes(self) -> tuple[tuple[str, Attr], ...]:
-        pool = {"pool": self.pool} if self.pool else {}
-        return attrs(**dict(super().attributes()), **pool)
+        given = {"pool": self.pool} if self.pool else {}
+        if self.source is not None:
+            given["source"] = self.source
+        return attrs(**dict(super().attributes()), **given)
 
     def forward(self, q: Tensor, latent: Tensor, *more: Tensor) -> Tensor:
         *rotated, chosen = more

@@ -26,7 +26,7 @@ def _fp8(
     name: str, rows: int, columns: int, what: str, find: Find,
     scale: tuple[str, ...] = _SCALES, kept: str = "F32",
 ) -> Format:  # fmt: skip
-    suffixes = ("_scale_inv", "_scale", ".scale")
+    suffixes = ("_scale_inv", "_scale", ".scale", ".qscale_weight")
     return Format(
         name=name,
         title="FP8",
@@ -45,7 +45,9 @@ def _find(
     name: str, block: tuple[int, ...], strategy: str, *algorithms: str,
     formats: tuple[str, ...] = _FLOAT, group: int = 0,
 ) -> Find:  # fmt: skip
-    """Scales are `weight_scale_inv` for transformers, `weight_scale` for the others."""
+    """Scales are `weight_scale_inv` for transformers, `weight_scale` for the others, `scale` beside
+    the weight for DeepSeek-V4, `qscale_weight` for Mistral Large 4.
+    """
     blocks = block if strategy == "block" else ()
     return any_of(
         fine_grained(name, ("", "_scale_inv"), block),

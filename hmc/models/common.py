@@ -33,10 +33,11 @@ from hmc.models.stacks import Stacks
 
 class CausalLM(nn.Module):
     """Embedding, layers, final norm and output layer: (ids [T], positions [T]) -> logits [T, vocab]
-    float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`; `norm` makes the
-    last norm; `bias` is that of the output layer. MLPs without an activation of their own have the
-    configuration's. `hyper` makes, where layers work on several residual streams, what spreads
-    embeddings over them, and what the last norm reads of them.
+    float32. Embeddings are multiplied by `embed_scale`, logits by `logit_scale`, and become c
+    tanh(x / c) with a `logit_cap` c; `norm` makes the last norm; `bias` is that of the output
+    layer. MLPs without an activation of their own have the configuration's. `hyper` makes, where
+    layers work on several residual streams, what spreads embeddings over them, and what the last
+    norm reads of them.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class CausalLM(nn.Module):
         *,
         embed_scale: float = 1.0,
         logit_scale: float = 1.0,
+        logit_cap: float = 0.0,
         norm: Callable[[ModelConfig], nn.Module] | None = None,
         bias: bool = False,
         hyper: tuple[nn.Module, nn.Module] | None = None,
@@ -55,7 +57,7 @@ class CausalLM(nn.Module):
         hidden = config.require_int("hidden_size", minimum=1)
         vocab = config.require_int("vocab_size", minimum=1)
         tied = config.get_bool("tie_word_embeddings", False)
-        self.logit_scale = logit_scale
+        self.logit_scale, self.logit_cap = logit_scale, logit_cap
         last = (norm or hidden_norm)(config)
         self.model = Backbone(config, Embedding(vocab, hidden), layer, last, embed_scale, hyper)
         table = "model.embed_tokens.weight" if tied else None
@@ -67,7 +69,10 @@ class CausalLM(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         logits = self.lm_head(self.model(ids, positions))
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale  # type: ignore[no-any-return]
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        cap = self.logit_cap
+        return torch.tanh(logits / cap) * cap if cap else logits
 
 
 class Backbone(nn.Module):

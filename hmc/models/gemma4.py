@@ -5,9 +5,6 @@ beside the routed one, each between norms; scaled embeddings and layers; soft ca
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 
 from hmc.blocks import Attention, Experts, Linear, Route, Scoring, Vector
@@ -46,19 +43,12 @@ def build(config: ModelConfig) -> nn.Module:
     if config.get_int("hidden_size_per_layer_input", 256):
         raise config.unsupported("hidden_size_per_layer_input", "0")
     kinds = layer_types(config, every=6)[:-1]
-    return Capped(config, lambda index: Layer(config, (*kinds, FULL)[index]))
-
-
-class Capped(CausalLM):
-    """Logits x become c tanh(x / c), and embeddings are scaled."""
-
-    def __init__(self, config: ModelConfig, layer: Callable[[int], nn.Module]) -> None:
-        super().__init__(config, layer, embed_scale=config.require_int("hidden_size") ** 0.5)
-        self.cap = config.get_float("final_logit_softcapping", 0.0)
-
-    def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        logits = super().forward(ids, positions)
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+    return CausalLM(
+        config,
+        lambda index: Layer(config, (*kinds, FULL)[index]),
+        embed_scale=config.require_int("hidden_size") ** 0.5,
+        logit_cap=config.get_float("final_logit_softcapping", 0.0),
+    )
 
 
 class Layer(DecoderLayer):

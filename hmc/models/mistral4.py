@@ -29,7 +29,11 @@ def build(config: ModelConfig) -> nn.Module:
     angles, growth = _rope(config), _growth(config)
 
     def layer(index: int) -> nn.Module:
-        mlp = _routed(config) if is_routed(config, index) else dense_mlp(config)
+        if is_routed(config, index):
+            normalise = config.get_bool("norm_topk_prob", True)
+            mlp: nn.Module = routed_mlp(config, normalise=normalise, stacks=True)
+        else:
+            mlp = dense_mlp(config)
         return DecoderLayer(config, LatentAttention(config, angles, growth), mlp)
 
     return CausalLM(config, layer)
@@ -54,14 +58,17 @@ def _growth(config: ModelConfig) -> Growth | None:
     return Growth(by, section.require_int("original_max_position_embeddings", minimum=1))
 
 
-def _routed(config: ModelConfig) -> MoE:
+def routed_mlp(config: ModelConfig, *, normalise: bool, stacks: bool = False) -> MoE:
+    """Softmax over all experts, of groups where there are some; the chosen renormalised where it is
+    said; shared experts. Experts lie in `stacks` by rows or one by one.
+    """
     experts, top_k = routed_experts(config, "n_routed_experts", "num_local_experts")
     groups, top_groups = expert_groups(config, experts, top_k)
     route = Route(
         experts,
         top_k,
         Scoring.SOFTMAX_ALL,
-        normalise=config.get_bool("norm_topk_prob", True),
+        normalise=normalise,
         groups=groups,
         top_groups=top_groups,
         factor=config.get_float("routed_scaling_factor", 1.0),
@@ -69,8 +76,10 @@ def _routed(config: ModelConfig) -> MoE:
     hidden, width = (
         config.require_int(key, minimum=1) for key in ("hidden_size", "moe_intermediate_size")
     )
-    stacks = stacked(experts, hidden, width)
-    return MoE(hidden, width, route, shared_experts(config, "n_shared_experts"), stacked=stacks)
+    shared = shared_experts(config, "n_shared_experts")
+    return MoE(
+        hidden, width, route, shared, stacked=stacked(experts, hidden, width) if stacks else None
+    )
 
 
 _NEEDS = "latent attention with growing queries, softmax routing in groups, shared experts"

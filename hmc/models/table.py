@@ -13,8 +13,8 @@ from hmc.models.family import Family
 _FILES = """
 afmoe axk1 bailing_hybrid cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 ernie4_5_moe
 exaone_moe flint gemma4 glm4_moe glm5_next gpt_oss granitemoe granitemoehybrid hunyuan_v1_moe hy_v3
-hy_v4 jamba kimi_linear kolibri1 laguna lfm2_moe llama4 mellum mimo_v2_flash minimax_m2
-minimax_m3 mistral4 mixtral nemotron_h olmoe phimoe qwen3_moe qwen3_next sarvam_mla step3p7
+hy_v4 jamba kimi_linear kolibri1 laguna lfm2_moe llama4 mellum mimo_v2_flash minimax_m2 minimax_m3
+mistral4 mistral_large4 mixtral nemotron_h olmoe phimoe qwen3_moe qwen3_next sarvam_mla step3p7
 """.split()
 """Files beside this one, each with rows of its own in `FAMILIES`."""
 

@@ -31,8 +31,8 @@ _OF_TRAINING = frozenset(
 
 
 LACKING = {
-    "mistral_large4": "learned frequencies of rotary embedding, queries scaled by the logarithm of"
-    " their position, latents without a rotated part, and layers that share them",
+    "qwen4_exp": "embeddings of n-grams, whose rows are hashed from the tokens before, with dilated"
+    " convolutions, and an indexer that scores averages of the keys of blocks",
 }
 """By model_type, what of a published model hmc does not compute. The nearest family would read
 another model, and is not named."""

@@ -3,7 +3,7 @@
 matmul.py        linear, grouped_linear, gate_up, experts
 norms.py         embed, gather_rows, norm, add, add_norm
 pointwise.py     arithmetic of rows and vectors, as an expression
-attention.py     rotary, attention, mla
+attention.py     rotary, position_scale, attention, mla
 block_sparse.py  index_blocks, sparse_attention
 sparse.py        index, sparse_mla
 compressed.py    compressed_attention
@@ -15,7 +15,7 @@ moves.py         ops of schedules over several resources
 table.py         all of them by name
 """
 
-from hmc.ops.row import Attrs, Load, Op, Role, State, Stored, Use, WeightRole, Work
+from hmc.ops.row import Attrs, Load, Op, Role, State, Stored, Use, WeightRole, Work, kept_by
 from hmc.ops.table import OPS, SHARED_ATTRS, op_of
 
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "Use",
     "WeightRole",
     "Work",
+    "kept_by",
     "op_of",
 ]

@@ -19,6 +19,7 @@ from hmc.ops.row import (
     Weights,
     Work,
     attr,
+    one_kernel,
     picked,
     product,
     spec,
@@ -285,7 +286,11 @@ OPS: Final = (
         "rotary",
         inputs=(Role("x", "f32", product("heads", "head_dim")), POSITIONS),
         outputs=(Role("x", "f32", product("heads", "head_dim"), in_place="x"),),
-        weights=(WeightRole("gamma", lambda attrs: (int(attrs["head_dim"]),), optional=True),),
+        weights=(
+            WeightRole("gamma", lambda attrs: (int(attrs["head_dim"]),), optional=True),
+            # frequencies are multiplied by its exponentials, once (Mistral Large 4)
+            WeightRole("alpha", lambda a: (int(a["dim"]) // 2,), optional=True, vector=True),
+        ),
         attrs={
             **dict.fromkeys(("heads", "head_dim", "start", "dim", "interleaved"), int),
             "rope": str,  # the name of a constant: dim / 2 inverse frequencies
@@ -295,6 +300,20 @@ OPS: Final = (
         possible=_slice,
         kernels=_rotary,
         triton=True,
+        family="attention",
+    ),
+    Op(
+        # heads of a token at position p times scale log(1 + p) + bias (Mistral Large 4)
+        "position_scale",
+        inputs=(Role("x", "f32", product("heads", "head_dim")), POSITIONS),
+        outputs=(Role("x", "f32", product("heads", "head_dim"), in_place="x"),),
+        weights=tuple(
+            WeightRole(name, lambda attrs: (int(attrs["heads"]),), vector=True)
+            for name in ("scale", "bias")
+        ),
+        attrs={"heads": int, "head_dim": int},
+        kernels=one_kernel("position_scale", "heads", "head_dim"),
+        launches=lambda attrs, load: 5,  # an operation of PyTorch each
         family="attention",
     ),
     Op(

@@ -169,6 +169,11 @@ class Work:
     made: float = 0.0
 
 
+def kept_by(attrs: Attrs, layer: int) -> int:
+    """The layer whose states a step of `layer` reads: its own, or the earlier one that it names."""
+    return int(attrs.get("source", layer))
+
+
 def once(attrs: Attrs, load: Load) -> Work:
     """Weights are read once whatever the rows: every dense op."""
     return Work(1.0, load.rows)

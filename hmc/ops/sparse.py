@@ -11,8 +11,9 @@ latents may be without a rotated part. Where pools were chosen (pools.py), `inde
 positions that these are.
 Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
 tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
-kernels of `index` wrote; those that read them take none beyond the token's own. On devices PyTorch
-computes both.
+kernels of `index` wrote; those that read them take none beyond the token's own. Latents may have no
+rotated part (`rope` 0), and be those that an earlier layer, the `source`, keeps: the step is given
+the new ones, and appends none. On devices PyTorch computes both ops.
 """
 
 from __future__ import annotations
@@ -87,14 +88,15 @@ _MADE = 4.0 + 8.0
 
 def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = picked(attrs, "heads", "nope", "rope", "v_dim", "rank") | {"block": use.block}
-    append, stored = spec("mla_append", use, sizes), weights["kv_b"]
+    append = () if "source" in attrs else (spec("mla_append", use, sizes),)
+    stored = weights["kv_b"]
     most = picked(attrs, "index_topk", *(name for name in ("pool",) if name in attrs))
     sinks = {"sinks": 1} if "sinks" in weights else {}
     if use.many:
         expand = sizes | stored.sizes | most | sinks
         apart = expand | {"tokens": MAX_TOKENS}
         return (
-            append,
+            *append,
             spec("mla_prefill", use, expand, stored.format, "bf16"),
             spec("sparse_mla_prefill", use, apart, stored.format, "bf16"),
         )
@@ -102,12 +104,24 @@ def _sparse_mla(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, .
     expand = sizes | stored.sizes
     return (
         spec("mla_absorb", use, expand, stored.format),
-        append,
+        *append,
         spec("mla_gather", use, sizes | most),
         spec("mla_attention", use, sizes, out="bf16"),
         spec("mla_attention_join", use, sizes | sinks, out="bf16"),
         spec("mla_up", use, expand, stored.format, "bf16"),
     )
+
+
+def _sparse_operands(attrs: Attrs) -> tuple[str, ...]:
+    """Latents without a rotated part have no such operand."""
+    rotated = ("k_rope",) if attrs["rope"] else ()
+    return "q", "latent", *rotated, "chosen", "kv_b"
+
+
+def _latents(attrs: Attrs) -> tuple[State, ...]:
+    """Nothing where an earlier layer keeps them."""
+    width = int(attrs["rank"]) + int(attrs["rope"])
+    return () if "source" in attrs else (State("latent", width),)
 
 
 def _sparse_work(attrs: Attrs, load: Load) -> Work:
@@ -165,11 +179,12 @@ OPS: Final = (
             **dict.fromkeys(("heads", "nope", "rope", "v_dim", "rank", "index_topk"), int),
             "scale": float,
         },
-        extra={"pool": int},
+        # source: the earlier layer whose cached latents these are, where it is not the step's
+        extra={"pool": int, "source": int},
         possible=lambda a: 0 < int(a.get("pool", 1)) <= int(a["index_topk"]),
-        named=lambda a: ("q", "latent", *(("k_rope",) if int(a["rope"]) else ()), "chosen"),
         kernels=_sparse_mla,
-        states=lambda a: (State("latent", int(a["rank"]) + int(a["rope"])),),
+        states=_latents,
+        named=_sparse_operands,
         work=_sparse_work,
         launches=lambda attrs, load: 16,
         paged=lambda attrs, weights: "latents that an indexer chooses",

@@ -64,7 +64,10 @@ class About:
                 role,
                 dtypes if self.strides is None else dtypes[:1],
                 None if role.width is None else role.width(step.attrs),
-                self.strides is not None and f"{role.name}_stride" not in self.strides,
+                # new cache rows are appended with a stride, or by an earlier layer's step
+                self.strides is not None
+                and role.rows != "all"
+                and f"{role.name}_stride" not in self.strides,
             )
         return self.known[name, output]
 

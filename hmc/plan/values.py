@@ -10,6 +10,7 @@ value, as devices that hold some of the experts each make.
 from __future__ import annotations
 
 from hmc.errors import VerifyError
+from hmc.ops import OPS, kept_by
 from hmc.plan.about import About
 from hmc.plan.model import Operand, Phase, Step
 
@@ -57,7 +58,7 @@ class Values:
             return
         reads = {name: self._read(operand) for name, operand in step.inputs.items()}
         if row.attends:
-            self._kept[step.layer] = reads
+            self._check_kept(step, reads)
         if not step.weights and (row.picks or not (row.weights or row.attends)):
             taken = {next(iter(reads.values()))} if row.picks else set(reads.values())
             if len(taken) == 1 and isinstance(found := taken.pop(), int):
@@ -68,6 +69,18 @@ class Values:
         key = (about.model, step.layer, *step.weights.values(), *known)
         for role, operand in step.outputs.items():
             self._write(operand, self._number((role, *key)))
+
+    def _check_kept(self, step: Step, reads: dict[str, int | tuple[_Piece, ...]]) -> None:
+        """Remember what attention reads; where an earlier layer keeps it for this one, that layer
+        must have read the same."""
+        layer = kept_by(step.attrs, step.layer)
+        if layer == step.layer:
+            self._kept[layer] = reads
+            return
+        found = self._kept.get(layer, {})
+        roles = [role.name for role in OPS[step.op].inputs if role.rows == "all"]
+        if any(found.get(role, -1) != reads[role] for role in roles if role in reads):
+            raise VerifyError(f"layer {layer} keeps other rows than it reads")
 
     def finish(self, phase: Phase, logits: str) -> None:
         """`VerifyError` where a phase's logits are not one value, and that of the others."""

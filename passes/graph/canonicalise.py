@@ -55,7 +55,7 @@ def _fold_head_norm(graph: torch.fx.GraphModule, node: torch.fx.Node) -> bool:
         return False
     if len(source.all_input_nodes[0].users) != 1:  # keys that are values too
         return False
-    inputs, weights = (source.args[0], positions), meta(source).weights
+    inputs, weights = (source.args[0], positions), meta(source).weights + meta(node).weights
     name = f"{node.name}_normed"
     fused = put_block(graph, node, name, turning.with_norm(norm), inputs, meta(node), weights)
     node.replace_all_uses_with(fused)

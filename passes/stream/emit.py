@@ -99,7 +99,7 @@ class StreamEmitter:
             row = OPS[step.op]
             if row.routed:
                 self._experts(step)
-            elif row.pages(step.attrs) and not row.alone:
+            elif row.attends and not row.alone and _rows_of_all(step):
                 self._attention(step, share)
             elif row.everywhere or "router" in step.attrs:
                 self._everywhere(step)
@@ -148,13 +148,13 @@ class StreamEmitter:
     def _attention(self, step: Step, attrs: Attrs) -> None:
         """Attention of each rank's queries over the latents (or keys and values) of all, whose new
         cache rows go to the host."""
-        shared = (role.name for role in OPS[step.op].graph_inputs if role.rows == "all")
-        roles = [name for name in shared if name in step.inputs]
+        roles = _rows_of_all(step)
         every = {role: self._gather(step, role) for role in roles}
         for rank, bound in enumerate(self._bound):
             inputs = bound.inputs(step) | {role: every[role][rank] for role in roles}
             self._plain(step, rank, inputs, attrs)
-        self._hand_over({role: every[role][0] for role in roles}, step.layer)
+        if OPS[step.op].pages(step.attrs):  # else an earlier layer's step does
+            self._hand_over({role: every[role][0] for role in roles}, step.layer)
 
     def _hand_over(self, rows: Parts, layer: int) -> None:
         """New cache rows to the host, whose CPU puts them into its pages, and from there to gpu0,
@@ -298,3 +298,9 @@ class StreamEmitter:
 
 def _some(experts: list[int]) -> Attrs:
     return {"range": ranges(experts), "count": len(experts)}
+
+
+def _rows_of_all(step: Step) -> list[str]:
+    """The inputs of a step that hold rows of all ranks."""
+    roles = OPS[step.op].graph_inputs
+    return [role.name for role in roles if role.rows == "all" and role.name in step.inputs]

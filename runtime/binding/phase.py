@@ -28,7 +28,7 @@ import torch
 
 from hmc.closing import Closing
 from hmc.errors import ExecutionError
-from hmc.ops import OPS
+from hmc.ops import OPS, kept_by
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase, Step
 from hmc.plan.memory import HOME, device_of, wanted_rows
 from hmc.runtime.binding.host import HostSteps
@@ -295,7 +295,8 @@ class BoundPhase:
     def share_past(self, call: Call, layer: int, state: str) -> None:
         """Give the other ranks what `before` needs, or take it from rank 0.
 
-        One layer's rows are kept: those of the next come when its attention is due.
+        One layer's rows are kept, and those that later ones read: of the next they come when its
+        attention is due.
         """
         if self.link is None:
             raise ExecutionError(f"phase {self.phase.name} has no other ranks to tell of the past")
@@ -305,7 +306,8 @@ class BoundPhase:
         (memory,) = self._memory.values()
         shape = call.past, self.plan.kv.state(layer, state).width
         rows = torch.empty(shape, dtype=torch.bfloat16, device=memory.device.torch_device)
-        for old in [key for key in self._past if key[0] != layer]:
+        read = {kept_by(step.attrs, layer) for step in self.phase.steps}
+        for old in [key for key in self._past if key[0] not in read]:
             del self._past[old]
         self._past[layer, state] = self.link.broadcast(rows).to(rows.device)
 

@@ -32,6 +32,7 @@ DEVICE_OPS: dict[str, OpFunction] = {
     "linear": dense.linear,
     "gate_up": dense.gate_up,
     "rotary": dense.rotary,
+    "position_scale": dense.position_scale,
     "attention": attention.attention,
     "index_blocks": block_sparse.index_blocks,
     "sparse_attention": block_sparse.sparse_attention,

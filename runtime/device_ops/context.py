@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hmc.ops import kept_by
 from hmc.ops.attention import NO_BOUNDS, Bounds, Growth
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
@@ -52,17 +53,18 @@ def seen_rows(
 ) -> Tensor:
     """Cache rows [past + T - low, width] of every position from `low` up to the call's last:
     `columns` of them. Away from the cache those of this call are `new` side by side, rounded as the
-    cache rounds them."""
+    cache rounds them. An earlier layer may keep the rows (`kept_by`)."""
+    layer = kept_by(step.attrs, step.layer)
     if bound.home(bound.device(step)):
         slots = torch.cat((call.past_slots, call.slots)) if call.past else call.slots
-        return bound.cache(step.layer, state)[:, columns][slots[low:]].to(kind)
+        return bound.cache(layer, state)[:, columns][slots[low:]].to(kind)
     width, old = columns.stop - columns.start, max(0, call.past - low)
     first = max(0, low - call.past)
     found = new[0].new_empty((old + call.tokens - first, width), dtype=kind)
     if old:
         # of GPUs in other processes only the rows are known, and not the cache
         paged = bound.link is None
-        past = bound.cache(step.layer, state) if paged else bound.before(call, step.layer, state)
+        past = bound.cache(layer, state) if paged else bound.before(call, layer, state)
         rows, slots = past[low:, columns] if not paged else past[:, columns], call.past_slots[low:]
         for some in scratch.blocks(0, old, 2 * 2 * width, scratch.quarter()):
             found[some] = rows[slots[some]] if paged else rows[some]

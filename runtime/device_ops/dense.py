@@ -122,6 +122,33 @@ def gate_up(bound: Bound, step: Step) -> Work:
     return in_blocks(share, row, block)
 
 
+def frequencies(bound: Bound, step: Step, device: torch.device) -> Callable[[], torch.Tensor]:
+    """Radians a position of a step that rotates, f32 [dim / 2]: a constant of the plan, in calls
+    times the exponentials of its weight `alpha`, where it has one.
+    """
+    constant = bound.plan.constants[str(step.attrs["rope"])]
+    inverse = torch.tensor(constant, dtype=torch.float32, device=device)
+    alpha = bound.vector(step, "alpha")
+    return lambda: inverse if alpha is None else inverse * alpha.to(torch.float32).exp()
+
+
+def position_scale(bound: Bound, step: Step) -> Work:
+    """Heads of a token at position p times scale log(1 + p) + bias, in place."""
+    x, (heads, head_dim) = bound.tensor(step.inputs["x"]), ints(step, "heads", "head_dim")
+    scale, bias = (bound.vector(step, role) for role in ("scale", "bias"))
+    share, device = bound.share(step), bound.device(step)
+    assert scale is not None and bias is not None
+
+    def work(call: Call) -> None:
+        positions = call.rows[share, device].positions
+        for part in scratch.blocks(0, call.count(share), 4 * (4 * heads + heads * head_dim)):
+            place = torch.log1p(positions[part].to(torch.float32))[:, None]
+            factor = place * scale.to(torch.float32) + bias.to(torch.float32)
+            x[part].view(-1, heads, head_dim).mul_(factor[..., None].to(x.dtype))
+
+    return work
+
+
 def rotary(bound: Bound, step: Step) -> Work:
     """Rotates `dim` elements of every head in place, after the heads' norm where there is one.
 
@@ -132,9 +159,7 @@ def rotary(bound: Bound, step: Step) -> Work:
     share, device = bound.share(step), bound.device(step)
     eps, factor = float(step.attrs["eps"]), float(step.attrs["factor"])
     interleaved = bool(step.attrs["interleaved"])
-    inverse = torch.tensor(
-        bound.plan.constants[str(step.attrs["rope"])], dtype=torch.float32, device=x.device
-    )
+    inverse = frequencies(bound, step, x.device)
 
     turning = slice(start, start + dim)
     # of an element of a head: in f32 and normed; of a turning one: both halves of the pair with
@@ -147,7 +172,7 @@ def rotary(bound: Bound, step: Step) -> Work:
         if gamma is not None:
             whole = normed(whole, gamma, eps)
             place.copy_(whole)
-        angle = (positions[part].to(torch.float32)[:, None] * inverse)[:, None]
+        angle = (positions[part].to(torch.float32)[:, None] * inverse())[:, None]
         cos, sin = angle.cos() * factor, angle.sin() * factor
         old = whole[..., turning]
         a, b = (old[..., 0::2], old[..., 1::2]) if interleaved else old.chunk(2, -1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hmc.blocks.sparse import best, index_scores
+from hmc.ops import kept_by
 from hmc.ops.attention import NO_BOUNDS
 from hmc.plan import Step
 from hmc.runtime.device_ops import scratch
@@ -81,19 +82,20 @@ def _all(chosen: Tensor, position: int) -> None:
 
 def sparse_mla(bound: Bound, step: Step) -> Work:
     """Latent attention to the positions of `chosen`, absorbed."""
-    q, latent, chosen = (bound.tensor(step.inputs[role]) for role in ("q", "latent", "chosen"))
-    rotated = step.inputs.get("k_rope")
-    new = (latent,) if rotated is None else (latent, bound.tensor(rotated))
+    q, chosen = (bound.tensor(step.inputs[role]) for role in ("q", "chosen"))
+    new = tuple(bound.tensor(step.inputs[r]) for r in ("latent", "k_rope") if r in step.inputs)
     y, share, device = bound.tensor(step.outputs["y"]), bound.share(step), bound.device(step)
     sizes, kv_b = Latent.of(bound, step), bound.matrix(step, "kv_b")
     (most,) = ints(step, "index_topk")
-    caches = [bound.cache(step.layer, "latent")] if bound.home(device) else []
+    layer = kept_by(step.attrs, step.layer)
+    caches = [bound.cache(layer, "latent")] if bound.home(device) else []
     columns = slice(0, sizes.rank + sizes.rope)
     of_query = sizes.heads * (2 * sizes.rank + sizes.rope) * KIND.itemsize
 
     def work(call: Call) -> None:
         rows = call.rows[share, device]
-        append(call, rows, (new,), caches)
+        if layer == step.layer:
+            append(call, rows, (new,), caches)
         queries = q[: rows.count].view(rows.count, sizes.heads, -1)
         result = y[: rows.count].view(rows.count, sizes.heads, -1)
         if rows.reach is None:

@@ -27,7 +27,7 @@ from hmc.codegen.kernels.recurrent.linear_form import linear_scratch_bytes
 from hmc.codegen.panel.tiling import panel_scratch_bytes
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import ExecutionError, wrong_table
-from hmc.ops import OPS
+from hmc.ops import OPS, kept_by
 from hmc.plan import Operand, Step
 from hmc.ranges import expert_ranges
 from hmc.runtime.host.compressed import compressed_attention, index_pools
@@ -108,7 +108,8 @@ def _gate_up(low: Lowering, step: Step) -> None:
 
 
 def _rotary(low: Lowering, step: Step) -> None:
-    cos, sin = low.tables.rotary(str(step.attrs["rope"]), float(step.attrs["factor"]))
+    constant, factor = str(step.attrs["rope"]), float(step.attrs["factor"])
+    cos, sin = low.tables.rotary(constant, factor, step.weights.get("alpha"))
     record(low, step, low.specs(step)["rotary"], {"cos": cos, "sin": sin})
 
 
@@ -149,30 +150,33 @@ def _index_blocks(low: Lowering, step: Step) -> None:
 
 
 def _mla(low: Lowering, step: Step) -> None:
-    specs, given = low.specs(step), _latents(low, step)
+    specs, (given, cache) = low.specs(step), _latents(low, step)
     if spec := specs.get("mla_prefill"):
         _mla_prefill(low, step, spec, given)
         return
-    _absorbed(low, step, given, [("kv", step.layer)])
+    _absorbed(low, step, given, [cache])
 
 
-def _latents(low: Lowering, step: Step) -> dict[str, int]:
-    """Append new latents; where they and kv_b are."""
-    names = ("latent", "k_rope", "positions")
-    fresh = [step.inputs[role] for role in names if role in step.inputs]
+def _latents(low: Lowering, step: Step) -> tuple[dict[str, int], Hashable]:
+    """Append new latents, but those that an earlier layer keeps; where all and kv_b are, and how
+    records call the cache."""
+    layer = kept_by(step.attrs, step.layer)
+    cache = ("kv", layer)
     given = {
-        "cache": low.kv.address(step.layer, "latent"),
+        "cache": low.kv.address(layer, "latent"),
         "w": low.store.address(step.weights["kv_b"]),
         "w_scale": low.store.scale_address(step.weights["kv_b"]),
     }
-    append = low.specs(step)["mla_append"]
-    record(low, step, append, given, reads=fresh, writes=[("kv", step.layer)])
-    return given
+    if append := low.specs(step).get("mla_append"):
+        roles = (role for role in ("latent", "k_rope", "positions") if role in step.inputs)
+        fresh = [step.inputs[role] for role in roles]
+        record(low, step, append, given, reads=fresh, writes=[cache])
+    return given, cache
 
 
 def _mla_prefill(low: Lowering, step: Step, spec: KernelSpec, given: dict[str, int]) -> None:
     given = given | {"scratch": _private(low, spec.op, prefill_scratch_bytes(spec))}
-    reads = [step.inputs["q"], step.inputs["positions"], ("kv", step.layer)]
+    reads = [step.inputs["q"], step.inputs["positions"], ("kv", kept_by(step.attrs, step.layer))]
     record(low, step, spec, given, reads=reads)
 
 
@@ -247,7 +251,7 @@ def _index(low: Lowering, step: Step) -> None:
 
 def _sparse_mla(low: Lowering, step: Step) -> None:
     chosen, positions = step.inputs["chosen"], step.inputs["positions"]
-    specs, given, cache = low.specs(step), _latents(low, step), ("kv", step.layer)
+    specs, (given, cache) = low.specs(step), _latents(low, step)
     if spec := specs.get("sparse_mla_prefill"):
         _mla_prefill(low, step, specs["mla_prefill"], given)
         given["scratch"] = _private(low, spec.op, sparse_scratch_bytes(spec))

@@ -21,18 +21,21 @@ class Tables:
 
     def __init__(self, plan: Plan, store: WeightStore) -> None:
         self._plan, self._store = plan, store
-        self._angles: dict[tuple[str, float], tuple[npt.NDArray[np.float32], ...]] = {}
+        self._angles: dict[tuple[str, float, str | None], tuple[npt.NDArray[np.float32], ...]] = {}
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._arrays: dict[tuple[str | int, ...], npt.NDArray[np.generic]] = {}
 
-    def rotary(self, constant: str, factor: float) -> tuple[int, int]:
-        """Addresses of cos and sin, f32 [max_context, dim / 2], both times `factor`.
+    def rotary(self, constant: str, factor: float, alpha: str | None = None) -> tuple[int, int]:
+        """Addresses of cos and sin, f32 [max_context, dim / 2], both times `factor`; frequencies
+        are those of the constant times the exponentials of a weight `alpha`, if any.
 
         Angles are products in f32, as the models were trained with; of them the nearest f32.
         """
-        key = (constant, factor)
+        key = (constant, factor, alpha)
         if key not in self._angles:
             inverse = np.array(self._plan.constants[constant], np.float32)
+            if alpha is not None:
+                inverse = inverse * np.exp(self._store.vector(alpha).astype(np.float32))
             positions = np.arange(self._plan.limits.max_context, dtype=np.float32)
             angle = (positions[:, None] * inverse).astype(np.float64)
             self._angles[key] = tuple(

@@ -103,6 +103,15 @@ def test_scales_say_what_the_configuration_does_not(
     assert checkpoint.resolve(W, MATRIX, linear=True).format == form
 
 
+@pytest.mark.parametrize("end", ["scale", "qscale_weight"])
+def test_scales_that_publishers_name_otherwise(tmp_path: Path, end: str) -> None:
+    """DeepSeek-V4 and Mistral Large 4."""
+    tensors = of(EXPERT, "fp8", weight_scale_inv=None, **{end: ("F32", (2, 4))})
+    checkpoint = opened(tmp_path, tensors, FP8_CONFIG)
+    source = checkpoint.resolve(W, MATRIX, linear=True)
+    assert source.format == "fp8" and sorted(source.tensor_names) == sorted(tensors)
+
+
 def test_gate_and_down_in_different_formats(tmp_path: Path) -> None:
     """The tensors decide, within what the configuration speaks of."""
     down = EXPERT.replace("up_proj", "down_proj")

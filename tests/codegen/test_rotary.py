@@ -65,6 +65,29 @@ def test_rotary(
         assert all((result == results[0]).all() for result in results[1:])
 
 
+@pytest.mark.parametrize("isa", TIERS)
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 128), (5, 7)])
+def test_position_scale(jit: Jit, isa: str, heads: int, head_dim: int) -> None:
+    """Against float64, as far as there are positions."""
+    need(isa)
+    rng = np.random.default_rng(heads)
+    before = rng.standard_normal((9, heads * head_dim + 1)).astype(np.float32)
+    positions = guarded(np.array([0, 1, 2, 17, 511, 4095, 65535, 1 << 20, (1 << 24) - 2], np.int32))
+    scale, bias = (guarded(rng.standard_normal(heads).astype(np.float32)) for _ in range(2))
+    exact = np.log(positions + 1.0)[:, None] * scale.astype(np.float64) + bias
+    exact = before[:, :-1].reshape(9, heads, head_dim) * exact[..., None]
+    for workers in (1, 4):
+        x = guarded(before)
+        in_turn(
+            jit, KernelSpec.of("position_scale", isa, heads=heads, head_dim=head_dim), workers,
+            x=address(x), x_stride=x.shape[1], scale=address(scale), bias=address(bias),
+            positions=address(positions), tokens=9,
+        )  # fmt: skip
+        found = x[:, :-1].reshape(exact.shape)
+        assert np.abs(found - exact).max() < 1e-6 * np.abs(exact).max()
+        assert (x[:, -1] == before[:, -1]).all()
+
+
 def test_pairs_turn_as_in_deepseek(jit: Jit) -> None:
     """transformers gathers the even elements in front; ours stay in place, which dot products
     cannot tell.

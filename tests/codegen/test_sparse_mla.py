@@ -28,6 +28,8 @@ SHAPES: list[Params] = [
      "tokens": 3, "index_topk": 33, "sinks": 1},
     {"heads": 4, "nope": 48, "rope": 0, "v_dim": 48, "rank": 64, "block": 16,
      "tokens": 4, "index_topk": 35, "pool": 4},
+    {"heads": 6, "nope": 36, "rope": 0, "v_dim": 20, "rank": 96, "block": 16,
+     "tokens": 4, "index_topk": 40},
 ]  # fmt: skip
 
 

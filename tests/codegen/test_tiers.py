@@ -153,6 +153,7 @@ def kernels(isa: str) -> list[KernelSpec]:
         *(spec(op, "bf16", width=100) for op in ("embed", "norm", "add_norm")),
         spec("rotary", "fp16", heads=2, head_dim=40, start=8, dim=24, interleaved=0),
         spec("rotary", heads=2, head_dim=40, start=0, dim=24, interleaved=1),
+        spec("position_scale", heads=2, head_dim=40),
     ]
     others = "stream_fill dot_peak nan_codes flag_wait flag_set worker_loop pool_call read_tsc"
     found += [spec(op) for op in others.split()]

@@ -87,6 +87,7 @@ STATED = {
     "minimax-m2.5-nvfp4": Stated("230", "10", "head"),
     "minimax-m2.7": Stated("230", "10", "head"),
     "minimax-m3": Stated("428", "23", "neither"),
+    "mistral-large-4": Stated("1000", "52", "head"),
     "mistral-small-4-119b": Stated("119", "6"),
     "mixtral-8x22b": Stated("141", "39"),
     "mixtral-8x7b": Stated("46.7", "12.9"),

@@ -27,25 +27,29 @@ from split_plans import split_plan
 from tiny_models import FOLDER, Floats, prompt
 
 import hmc
-from hmc.errors import UsageError
-from hmc.plan import Plan
+from hmc.errors import UsageError, VerifyError
+from hmc.plan import Plan, Step
+from hmc.plan.states import StateGroup
+from hmc.plan.verify import verify_plan
 from hmc.predict.cost import Call, CostModel
 
-SHARING, OTHERS = "glm_moe_dsa", ("hy_v4",)
+SHARING, OTHERS = ("glm_moe_dsa", "mistral_large4"), ("hy_v4",)
 
 
 def write(directory: Path, family: str) -> None:
-    """A model whose layer 2 shares the choice of layer 1, with few experts, all of which are taken:
-    no near tie of a router goes another way.
+    """A model whose layer 2 shares the choice of layer 1 (in Mistral Large 4 layers 1 and 3 share
+    latents too, and the last two have none that are rotated), with few experts, all of which are
+    taken: no near tie of a router goes another way.
     """
     values = json.loads((FOLDER / f"{family}.json").read_text())
-    values |= {"n_routed_experts": 4, "num_experts_per_tok": 4, "index_topk": 96}
+    text = values.get("text_config", values)
+    text |= {"n_routed_experts": 4, "num_experts_per_tok": 4, "index_topk": 96}
     write_random(directory, values)
 
 
 @pytest.fixture(
     scope="module",
-    params=[SHARING, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)],
+    params=[*SHARING, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)],
 )
 def directory(request: pytest.FixtureRequest, written: Callable[..., Path]) -> Path:
     return written(f"sparse-{request.param}", lambda found: write(found, request.param))
@@ -69,7 +73,7 @@ def test_chunks_give_the_same_bits(engine: hmc.Engine, exact: Floats) -> None:
     ids = prompt(LENGTH)
     whole = in_chunks(engine.executor, ids, 64)
     close(whole[110:], exact[110:])
-    assert errors(whole, exact)[:96].max() < 0.02  # all are chosen
+    assert errors(whole, exact)[:96].max() < 0.04  # all are chosen
     for size in (7, 33):
         assert (in_chunks(engine.executor, ids, size) == whole).all()
 
@@ -127,5 +131,34 @@ def test_decode_is_told_to_read_what_was_chosen(split: Plan) -> None:
             assert read[0] == read[1]  # nothing is scored
             assert read[3] - read[2] >= 2 * 80 * 2 * 32
         else:
-            assert read[1] - read[0] >= 2 * 40 * 2 * 80
+            assert read[1] - read[0] >= 2 * 40 * 2 * 64
             assert read[2] == read[3]
+
+
+def test_latents_that_no_layer_keeps_are_refused(split: Plan) -> None:
+    """A step that reads another layer's cache reads what that layer was given."""
+    sharing = [step for step in split.phase("decode").steps if "source" in step.attrs]
+    assert [(step.layer, step.attrs["source"]) for step in sharing] in ([], [(1, 0), (3, 2)])
+    for step in sharing:
+        assert step.layer not in {each for g in split.kv.groups if _latent(g) for each in g.layers}
+        for source in (step.attrs["source"] ^ 2, step.layer, 3):
+            with pytest.raises(VerifyError):
+                verify_plan(_changed(split, step, source))
+
+
+def _latent(group: StateGroup) -> bool:
+    return any(state.name == "latent" for state in group.states)
+
+
+def _changed(plan: Plan, step: Step, source: int) -> Plan:
+    """The plan with another source of a step of decode."""
+    other = step.model_copy(update={"attrs": {**step.attrs, "source": source}})
+    phases = tuple(
+        phase.model_copy(
+            update={"steps": tuple(other if each == step else each for each in phase.steps)}
+        )
+        if phase.name == "decode"
+        else phase
+        for phase in plan.phases
+    )
+    return plan.model_copy(update={"phases": phases})

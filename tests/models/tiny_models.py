@@ -130,6 +130,9 @@ TINY: dict[str, Tiny] = {
     "minimax_m3_vl": Tiny(loader=AutoModelForImageTextToText),
     "mistral3": Tiny(loader=AutoModelForImageTextToText),
     "mistral4": Tiny(loader=AutoModelForImageTextToText),
+    "mistral_large4": Tiny(
+        loader=AutoModelForImageTextToText, f32=r"(lerope\.alpha|\.gate\.weight)$"
+    ),
     "nemotron_h": Tiny(
         beside={
             "mtp.layers.0.norm.weight": (192,),

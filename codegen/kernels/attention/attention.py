@@ -86,10 +86,9 @@ def emit_attention_join(e: Emitter) -> None:
 def emit_mla_append(e: Emitter) -> None:
     """`mla_append`: the latent, then the rotated key, if any."""
     rank, rope = e.spec["rank"], e.spec["rope"]
-    parts = [Appended("latent", "cache", rank, rank + rope)]
-    if rope:
-        parts.append(Appended("k_rope", "cache", rope, rank + rope, rank))
-    append(e, 1, *parts)
+    latent = Appended("latent", "cache", rank, rank + rope)
+    rotated = (Appended("k_rope", "cache", rope, rank + rope, rank),) if rope else ()
+    append(e, 1, latent, *rotated)
 
 
 def emit_mla_attention(e: Emitter) -> None:

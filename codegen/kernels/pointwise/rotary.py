@@ -1,4 +1,5 @@
-"""Rotary position embedding in place, behind an optional per-head RMS norm.
+"""What heads are made of their token's position, in place: rotary embedding behind an optional
+per-head RMS norm, and a scale by head.
 
 A pair (a, b) at angle index i of position p becomes (a cos - b sin, b cos + a sin). Both pairings
 leave the values where their pair was: dot products of queries and keys do not depend on where a
@@ -7,9 +8,10 @@ pair is kept.
 
 from __future__ import annotations
 
+from hmc.codegen import functions
 from hmc.codegen.ir import F32, I64, Emitter, Value, const, lanes_mask
 from hmc.codegen.kernels.pointwise.norm import norm_row
-from hmc.codegen.vector import for_blocks, load_f32, store_f32
+from hmc.codegen.vector import for_blocks, for_strips, load_f32, store_f32
 
 
 def emit_rotary(e: Emitter) -> None:
@@ -28,6 +30,27 @@ def emit_rotary(e: Emitter) -> None:
         cos, sin = (e.at(e.arg[name], angles, F32) for name in ("cos", "sin"))
         part = e.at(x, const(spec["start"]), F32)
         (rotate_pairs if spec["interleaved"] else _rotate_halves)(e, part, cos, sin, dim)
+
+
+def emit_position_scale(e: Emitter) -> None:
+    """`position_scale`: split by (token, head)."""
+    b, heads, head_dim = e.b, e.spec["heads"], e.spec["head_dim"]
+    start, stop = e.split(b.mul(e.arg["tokens"], const(heads)))
+    with e.for_range(start, stop) as item:
+        token, head = b.sdiv(item, const(heads)), b.srem(item, const(heads))
+        x = e.row("x", token, head, head_dim)
+        place = b.add(e.load_int(e.arg["positions"], token), const(1))
+        logarithm = functions.log(e, e.splat(b.sitofp(place, F32), e.lanes))
+        scale, bias = (
+            e.splat(e.load(e.arg[name], head, F32), e.lanes) for name in ("scale", "bias")
+        )
+        factor = e.fma(scale, logarithm, bias)
+
+        def strip(index: Value, count: int, way: int) -> None:
+            value = load_f32(e, "f32", x, index, count)
+            store_f32(e, "f32", b.fmul(value, factor), x, index, count)
+
+        for_strips(e, head_dim, e.lanes, strip)
 
 
 def _turn(e: Emitter, first: Value, second: Value, cos: Value, sin: Value) -> tuple[Value, Value]:

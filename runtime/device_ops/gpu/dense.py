@@ -9,6 +9,7 @@ import torch
 from hmc.ops.row import FEW
 from hmc.plan import Step
 from hmc.runtime.device_ops.base import Bound, Work, in_blocks, ints
+from hmc.runtime.device_ops.dense import frequencies
 from hmc.runtime.device_ops.matmul import Matrix
 from hmc.runtime.device_ops.shares import Call
 from hmc.runtime.device_ops.triton import launch, rows
@@ -82,14 +83,13 @@ def rotary(bound: Bound, step: Step) -> Work:
     share, device = bound.share(step), bound.device(step)
     eps, factor = float(step.attrs["eps"]), float(step.attrs["factor"])
     interleaved = bool(step.attrs["interleaved"])
-    constant = bound.plan.constants[str(step.attrs["rope"])]
-    inverse = torch.tensor(constant, dtype=torch.float32, device=x.device)
+    inverse = frequencies(bound, step, x.device)
 
     def work(call: Call) -> None:
         rows.rotary(
             x[: call.count(share)],
             call.rows[share, device].positions,
-            inverse,
+            inverse(),
             gamma,
             heads=heads,
             head_dim=head_dim,
