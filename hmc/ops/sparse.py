@@ -8,9 +8,12 @@ positions than that, all are chosen, and nothing is scored: attention is dense t
 
 `sparse_mla` is `mla` over what was chosen, by an indexer of the same layer or of an earlier one.
 Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
-tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
-kernels of `index` wrote; those that read them take none beyond the token's own. On devices PyTorch
-computes both.
+tokens lift keys and values as `mla` does for as long as attention is dense. They switch at
+`index_topk`: before it there is nothing to choose, and after it attention to all positions would
+have to be masked by the choice, which no kernel does. By flops alone that would be cheaper while a
+token sees fewer than (2 rank + rope) / (nope + rope + v_dim) times `index_topk` positions, 3.4
+times as many for the published sizes. Positions are what the kernels of `index` wrote; those that
+read them take none beyond the token's own. On devices PyTorch computes both.
 """
 
 from __future__ import annotations
