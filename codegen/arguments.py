@@ -161,7 +161,7 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # [heads, value_dim], decay [heads] or with `channels` [heads, key_dim], beta [heads] with
     # `delta`; state f32 [slots, heads, key_dim, value_dim], in place; sequence i32 [tokens] =
     # slots; y f32 [tokens, heads, value_dim]. params: heads, key_heads, key_dim, value_dim,
-    # channels, delta.
+    # channels, delta, tiled (unset: 0).
     "linear_attention": _args(
         "q* q_stride k* k_stride v* v_stride decay* decay_stride beta* beta_stride y* y_stride"
         " state* sequence* tokens scale~"

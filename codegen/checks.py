@@ -161,8 +161,8 @@ def _check_expanded(spec: KernelSpec) -> None:
 def _check_recurrent(spec: KernelSpec) -> None:
     if spec["heads"] % spec["key_heads"]:
         raise _error(spec, f"cannot share {spec['key_heads']} key heads by {spec['heads']} heads")
-    for name in ("channels", "delta"):
-        if spec.get(name, -1) not in (0, 1):
+    for name, unset in (("channels", -1), ("delta", -1), ("tiled", 0)):
+        if spec.get(name, unset) not in (0, 1):
             raise _error(spec, f"needs {name} 0 or 1")
 
 

@@ -21,7 +21,7 @@ from hmc.formats.blocks import BLOCKS, put_scale
 
 KEPT = re.compile(
     r"norm|bias|mlp\.(gate|router)\.(wg\.|gate\.)?weight|block_sparse_moe\.(gate|router)|expert_gate"
-    r"|moe\.gate\.weight|\brouter\."
+    r"|moe\.gate\.weight|\brouter\.|A_log|\.D$|conv1d|conv\.conv|(mixer|feed_forward)\.gate\.weight"
 )
 """Tensors that converters keep in F32 whatever the type of the others."""
 LIKE = {"cohere2moe": "dots1", "deepseek32": "glm-dsa", "hy_v3": "dots1", "laguna": "step35",
@@ -79,7 +79,7 @@ def write_gguf(
         others = [each for word, each in (kinds or {}).items() if word in theirs]
         used = "F32" if KEPT.search(theirs) or tensor.ndim < 2 else (others or [kind])[0]
         data, raw = _encoded(tensor, used)
-        meant |= _unstacked(
+        meant |= unstacked(
             theirs, torch.from_numpy(data if raw is None else gguf.dequantize(data, raw)).float()
         )
         if config["model_type"] == "mixtral":
@@ -170,7 +170,7 @@ def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _unstacked(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def unstacked(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Experts of a stack, each by its name."""
     if ".experts." not in name or tensor.ndim < 3:
         return {name: tensor}

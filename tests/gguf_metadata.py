@@ -9,6 +9,7 @@ from typing import Any
 from gguf_metadata_common import common, grouped, one, rotated
 from gguf_metadata_latent import LATENT
 from gguf_metadata_layers import LAYERS
+from gguf_metadata_states import STATES
 
 ARCHITECTURES = {
     "afmoe": "afmoe",
@@ -25,20 +26,27 @@ ARCHITECTURES = {
     "glm_moe_dsa": "glm-dsa",
     "gpt_oss": "gpt-oss",
     "granitemoe": "granitemoe",
+    "granitemoehybrid": "granitehybrid",
     "granitemoeshared": "granitemoe",
     "hunyuan_v1_moe": "hunyuan-moe",
     "hy_v3": "hy_v3",
+    "jamba": "jamba",
+    "kimi_linear": "kimi-linear",
     "laguna": "laguna",
+    "lfm2_moe": "lfm2moe",
     "llama4": "llama4",
     "mellum": "mellum",
     "mimo_v2_flash": "mimo2",
     "minimax_m2": "minimax-m2",
     "mistral4": "mistral4",
     "mixtral": "llama",
+    "nemotron_h": "nemotron_h_moe",
     "olmoe": "olmoe",
     "phimoe": "phimoe",
     "qwen2_moe": "qwen2moe",
+    "qwen3_5_moe": "qwen35moe",
     "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
     "qwen3_vl_moe": "qwen3vlmoe",
     "sarvam_moe": "bailingmoe2",
     "solar_open": "glm4moe",
@@ -226,7 +234,7 @@ def _sarvam_moe(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-METADATA = {**LATENT, **LAYERS, "qwen3_moe": _qwen3_moe, "mixtral": _mixtral,
+METADATA = {**LATENT, **LAYERS, **STATES, "qwen3_moe": _qwen3_moe, "mixtral": _mixtral,
             "gpt_oss": _gpt_oss, "qwen3_vl_moe": _qwen3_moe, "qwen2_moe": _qwen2_moe,
             "glm4_moe": _glm4_moe, "solar_open": _glm4_moe, "dots1": grouped,
             "olmoe": _olmoe, "minimax_m2": _minimax_m2, "ernie4_5_moe": _ernie,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gguf_moves_states import changed, filed
 
 Named = Iterator[tuple[str, torch.Tensor]]
 
@@ -23,9 +24,8 @@ def moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: 
         if f"{which}_factor" in rope:
             yield f"rope_factors_{which}.weight", torch.tensor(rope[f"{which}_factor"])
     left = LEFT.get(config["model_type"], "^$")
-    for name, tensor in tensors.items():
-        if re.search(left, name):
-            continue
+    kept = {name: each for name, each in tensors.items() if not re.search(left, name)}
+    for name, tensor in changed(kept, config).items():
         if split_kv_b and "kv_b_proj" in name:
             nope, v_dim = config["qk_nope_head_dim"], config["v_head_dim"]
             both = tensor.reshape(heads, nope + v_dim, -1)
@@ -46,7 +46,7 @@ def moved(tensors: dict[str, torch.Tensor], config: dict[str, Any], split_kv_b: 
             for role, half in zip(("gate", "up"), tensor.chunk(2, -2), strict=True):
                 yield f"blk.{layer}.ffn_{role}_{end}.weight", half
             continue
-        yield name, tensor
+        yield filed(name, tensor, config)
 
 
 def _of_gpt_oss(name: str, tensor: torch.Tensor):
@@ -116,10 +116,11 @@ _OTHERWISE = {"gemma4": _of_gemma4, "gpt_oss": _of_gpt_oss, "laguna": _of_laguna
               "qwen3_vl_moe": _of_qwen3_vl_moe, "sarvam_moe": _of_sarvam,
               "step3p5": _of_step35}  # fmt: skip
 LEFT = {"deepseek_v3": r"layers\.3\.", "ernie4_5_moe": "mtp_", "gemma4": "vision|audio",
-        "llama4": "vision_model|multi_modal", "qwen3_vl_moe": "visual",
+        "llama4": "vision_model|multi_modal", "qwen3_5_moe": "visual", "qwen3_next": "^mtp",
+        "qwen3_vl_moe": "visual",
         "step3p5": "vision_model|vit_large"}  # fmt: skip
 """What converters leave out, or left out for long, by `model_type`."""
-PERMUTED = ("mixtral", "granitemoe", "granitemoeshared")
+PERMUTED = ("mixtral", "granitemoe", "granitemoehybrid", "granitemoeshared")
 """Families whose rows of q and k converters move."""
 
 

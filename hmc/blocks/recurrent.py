@@ -45,15 +45,18 @@ def linear_attention(
     """Linear attention with decay, of heads whose state is S [key_dim, value_dim]: with `delta` the
     gated delta rule (Yang et al., arXiv 2412.06464), without it a gated sum, which Mamba 2 is too
     (Dao and Gu, arXiv 2405.21060). Decays are one a head or, with `channels`, one a column of its
-    keys (Kimi Linear, arXiv 2510.26692). Key head h serves heads h n, ..., (h + 1) n - 1.
+    keys (Kimi Linear, arXiv 2510.26692). Key head h of m serves heads h n, ..., (h + 1) n - 1 or,
+    `tiled`, heads h, h + m, h + 2 m, ...
     """
     heads, key_heads = int(attrs["heads"]), int(attrs["key_heads"])
     key_dim, value_dim = int(attrs["key_dim"]), int(attrs["value_dim"])
 
     def by_head(name: str, count: int) -> tuple[Tensor, ...]:
         x = inputs[name]
-        x = x.reshape(*x.shape[:2], count, -1).repeat_interleave(heads // count, 2)
-        return x.unbind(1)
+        x = x.reshape(*x.shape[:2], count, -1)
+        if attrs["tiled"]:
+            return x.repeat(1, 1, heads // count, 1).unbind(1)
+        return x.repeat_interleave(heads // count, 2).unbind(1)
 
     q, k = by_head("q", key_heads), by_head("k", key_heads)
     v, decay = by_head("v", heads), by_head("decay", heads)
@@ -76,7 +79,8 @@ def selective_scan(
     """The scan of Mamba (Gu and Dao, arXiv 2312.00752, algorithm 2): each column has `states`
     elements, which decay by rates of their own in steps of dt. The state is [states, width].
     """
-    rate = -torch.exp(weights["a_log"].T.to(inputs["dt"].dtype))
+    rate = weights["a"].T.to(inputs["dt"].dtype)
+    rate = -torch.exp(rate) if attrs["log"] else rate
     state = states["scan"].reshape(-1, *rate.shape)
     made = []
     for t, x in enumerate(inputs["x"].unbind(1)):
@@ -151,7 +155,8 @@ class Conv(_Recurrent):
 class LinearAttention(_Recurrent):
     """Linear attention with decay (`linear_attention`): q, k [T, key_heads * key_dim], v [T, heads
     * value_dim], decay [T, heads] or, with `channels`, [T, heads * key_dim], each in [0, 1], and
-    with `delta` also beta [T, heads] -> [T, heads * value_dim].
+    with `delta` also beta [T, heads] -> [T, heads * value_dim]. `tiled` says which heads share keys
+    (`linear_attention`).
     """
 
     kind = "linear_attention"
@@ -166,27 +171,29 @@ class LinearAttention(_Recurrent):
         *,
         channels: bool = False,
         delta: bool = True,
+        tiled: bool = False,
     ) -> None:
         super().__init__()
         self.heads, self.key_heads, self.key_dim = heads, key_heads, key_dim
         self.value_dim, self.scale = value_dim, scale
-        self.channels, self.delta = int(channels), int(delta)
+        self.channels, self.delta, self.tiled = int(channels), int(delta), int(tiled)
         self.width = heads * value_dim
 
 
 class SelectiveScan(_Recurrent):
     """The scan of Mamba: x, dt [T, width], b, c [T, states] -> [T, width].
 
-    `a_log` [width, states] is what the checkpoint calls `name` beside the block.
+    `a` [width, states], the rates or, with `log`, the logarithms of what they are below 0, is what
+    the checkpoint calls `name` beside the block.
     """
 
     kind = "selective_scan"
-    roles = ("a_log",)
+    roles = ("a",)
 
-    def __init__(self, width: int, states: int, *, name: str = "A_log") -> None:
+    def __init__(self, width: int, states: int, *, name: str = "A_log", log: bool = True) -> None:
         super().__init__()
-        self.width, self.states, self.name = width, states, name
-        self.a_log = parameter(width, states)
+        self.width, self.states, self.name, self.log = width, states, name, int(log)
+        self.a = parameter(width, states)
 
     def weights(self, path: str) -> tuple[WeightSpec, ...]:
-        return (WeightSpec("a_log", sibling(path, self.name), (self.width, self.states)),)
+        return (WeightSpec("a", sibling(path, self.name), (self.width, self.states)),)

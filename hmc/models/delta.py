@@ -4,6 +4,7 @@ convolutions before the block `LinearAttention`, decays, a gated norm and a proj
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from hmc.blocks import Conv, Linear, LinearAttention, Vector
 from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
+from hmc.models.converted import rates
 from hmc.models.windows import FULL
 
 LINEAR = "linear_attention"
@@ -63,14 +65,23 @@ class GatedNorm(nn.Module):
 
 class DeltaNet(nn.Module):
     """What the mixers of all families share, which are called with x [T, hidden] and positions,
-    which they do not read: `mixed` makes their result.
+    which they do not read: `mixed` makes their result. `log` is that of `rates`, `tiled` that of
+    the block `LinearAttention`.
     """
 
     def __init__(
-        self, hidden: int, heads: Heads, eps: float, *, channels: bool, sigmoid: bool
+        self,
+        hidden: int,
+        heads: Heads,
+        eps: float,
+        *,
+        channels: bool,
+        sigmoid: bool,
+        log: bool,
+        tiled: bool = False,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.log = heads, log
         self.attention = LinearAttention(
             heads.total,
             heads.key_count,
@@ -78,6 +89,7 @@ class DeltaNet(nn.Module):
             heads.value_dim,
             heads.key_dim**-0.5,
             channels=channels,
+            tiled=tiled,
         )
         self.A_log = Vector(heads.total)
         self.dt_bias = Vector(heads.total * (heads.key_dim if channels else 1))
@@ -94,6 +106,10 @@ class DeltaNet(nn.Module):
         q, k, v = qkv
         mixed = self.attention(self._unit(q), self._unit(k), v, decay, torch.sigmoid(beta))
         return self.out_proj(self.norm(mixed, gate))  # type: ignore[no-any-return]
+
+    def rates(self) -> Tensor:
+        """How fast the states of heads decay, below 0."""
+        return rates(self.A_log(), self.log)
 
     def three(self, x: Tensor, projection: str, conv: str) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v of a projection and a convolution each, by the patterns of their names."""
@@ -112,37 +128,50 @@ class DeltaNet(nn.Module):
 
 class GatedDeltaNet(DeltaNet):
     """Qwen's (arXiv 2412.06464): a decay a head. q, k and v lie in one tensor and share a
-    convolution, the others in one each; or, `grouped`, all in two tensors, key head by key head.
+    convolution, the others in one each; those that `grouped` names ("qkvz", "ba") lie together in
+    one, key head by key head.
     """
 
-    def __init__(self, hidden: int, heads: Heads, eps: float, *, grouped: bool) -> None:
-        super().__init__(hidden, heads, eps, channels=False, sigmoid=False)
-        self.grouped = grouped
-        if grouped:
-            self._take_apart(hidden, heads)
-            return
-        width = 2 * heads.keys + heads.values
-        self.in_proj_qkv = Linear(hidden, width)
-        self.in_proj_z = Linear(hidden, heads.values)
-        self.in_proj_b = Linear(hidden, heads.total)
-        self.in_proj_a = Linear(hidden, heads.total)
-        self.conv1d = Conv(width, heads.taps, act=_ACT)
-
-    def _take_apart(self, hidden: int, heads: Heads) -> None:
-        """Projections and convolutions as parts of the tensors that hold several."""
+    def __init__(
+        self,
+        hidden: int,
+        heads: Heads,
+        eps: float,
+        *,
+        grouped: Collection[str] = (),
+        log: bool = True,
+        tiled: bool = False,
+    ) -> None:
+        super().__init__(hidden, heads, eps, channels=False, sigmoid=False, log=log, tiled=tiled)
         served = heads.total // heads.key_count
-        values = served * heads.value_dim
-        parts = {
-            "in_proj_qkvz": {"q": heads.key_dim, "k": heads.key_dim, "v": values, "z": values},
-            "in_proj_ba": {"b": served, "a": served},
-        }
-        for name, sizes in parts.items():
-            step, first = sum(sizes.values()), 0
-            for part, run in sizes.items():
-                view = View((step * heads.key_count, hidden), first, step, run=run)
-                linear = Linear(hidden, run * heads.key_count, within=(f"{name}.weight", view))
-                self.add_module(f"in_proj_{part}", linear)
-                first += run
+        self.apart = "qkvz" in grouped
+        if self.apart:
+            values = served * heads.value_dim
+            sizes = {"q": heads.key_dim, "k": heads.key_dim, "v": values, "z": values}
+            self._take_apart(hidden, "in_proj_qkvz", sizes)
+            self._take_convolutions_apart()
+        else:
+            width = 2 * heads.keys + heads.values
+            self.in_proj_qkv = Linear(hidden, width)
+            self.in_proj_z = Linear(hidden, heads.values)
+            self.conv1d = Conv(width, heads.taps, act=_ACT)
+        if "ba" in grouped:
+            self._take_apart(hidden, "in_proj_ba", {"b": served, "a": served})
+        else:
+            self.in_proj_b = Linear(hidden, heads.total)
+            self.in_proj_a = Linear(hidden, heads.total)
+
+    def _take_apart(self, hidden: int, name: str, sizes: Mapping[str, int]) -> None:
+        """Projections as parts of the tensor that holds so many rows of each a key head."""
+        count, step, first = self.heads.key_count, sum(sizes.values()), 0
+        for part, run in sizes.items():
+            view = View((step * count, hidden), first, step, run=run)
+            linear = Linear(hidden, run * count, within=(f"{name}.weight", view))
+            self.add_module(f"in_proj_{part}", linear)
+            first += run
+
+    def _take_convolutions_apart(self) -> None:
+        heads = self.heads
         first, whole = 0, (2 * heads.keys + heads.values, 1, heads.taps)
         for part, width in zip("qkv", (heads.keys, heads.keys, heads.values), strict=True):
             held = "conv1d.weight", View(whole, first)
@@ -152,11 +181,11 @@ class GatedDeltaNet(DeltaNet):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         step = functional.softplus(self.in_proj_a(x) + self.dt_bias())
-        decay = torch.exp(-torch.exp(self.A_log()) * step)
+        decay = torch.exp(self.rates() * step)
         return self.mixed(self._convolved(x), decay, self.in_proj_b(x), self.in_proj_z(x))
 
     def _convolved(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.grouped:
+        if self.apart:
             return self.three(x, "in_proj_{}", "conv_{}")
         mixed, keys = self.conv1d(self.in_proj_qkv(x)), self.heads.keys
         return mixed[:, :keys], mixed[:, keys : 2 * keys], mixed[:, 2 * keys :]
@@ -164,13 +193,20 @@ class GatedDeltaNet(DeltaNet):
 
 class KimiDeltaNet(DeltaNet):
     """Kimi's (arXiv 2510.26692): a decay a channel, through a rank as low as a head is wide where
-    `low_rank`; of a `lower` bound, its logarithm is that at most.
+    `low_rank`; of a `lower` bound, its logarithm is that at most (of weights as published alone).
     """
 
     def __init__(
-        self, hidden: int, heads: Heads, eps: float, *, low_rank: bool, lower: float | None = None
+        self,
+        hidden: int,
+        heads: Heads,
+        eps: float,
+        *,
+        low_rank: bool,
+        lower: float | None = None,
+        log: bool = True,
     ) -> None:
-        super().__init__(hidden, heads, eps, channels=True, sigmoid=True)
+        super().__init__(hidden, heads, eps, channels=True, sigmoid=True, log=log)
         self.low_rank, self.lower = low_rank, lower
         for part, width in zip("qkv", (heads.keys, heads.keys, heads.values), strict=True):
             self.add_module(f"{part}_proj", Linear(hidden, width))
@@ -191,9 +227,9 @@ class KimiDeltaNet(DeltaNet):
     def _decay(self, x: Tensor) -> Tensor:
         logits = self._projected("f", x) + self.dt_bias()
         logits = logits.reshape(-1, self.heads.total, self.heads.key_dim)
-        rate = torch.exp(self.A_log()).unsqueeze(-1)
         if self.lower is None:
-            return torch.exp(-rate * functional.softplus(logits)).flatten(-2)
+            return torch.exp(self.rates().unsqueeze(-1) * functional.softplus(logits)).flatten(-2)
+        rate = torch.exp(self.A_log()).unsqueeze(-1)
         return torch.exp(torch.sigmoid(rate * logits) * self.lower).flatten(-2)
 
     def _projected(self, part: str, x: Tensor) -> Tensor:

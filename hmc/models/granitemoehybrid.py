@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from hmc.blocks import GatedMLP
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.activations import unary
 from hmc.models.common import attention_heads
@@ -21,6 +22,7 @@ from hmc.models.granitemoe import (
 )
 from hmc.models.mamba2 import Mamba2, Sizes
 from hmc.models.rope import rope
+from hmc.models.stacks import lie_apart
 
 _MIXERS = {
     "mamba": True,
@@ -52,7 +54,8 @@ class Dense(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int) -> None:
         super().__init__()
-        self.shared_experts = SharedMLP(config.require_int("hidden_size"), width)
+        mlp = GatedMLP if lie_apart(config) else SharedMLP
+        self.shared_experts = mlp(config.require_int("hidden_size"), width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shared_experts(x)  # type: ignore[no-any-return]

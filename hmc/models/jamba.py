@@ -21,6 +21,7 @@ from hmc.models.common import (
     check_window,
     norm_eps,
 )
+from hmc.models.converted import converted
 from hmc.models.family import Family
 from hmc.models.routing import dense_mlp, softmax_moe
 
@@ -46,7 +47,7 @@ class Mamba(nn.Module):
         eps = norm_eps(config)
         self.dt_layernorm = RMSNorm(self.rank, eps)
         self.b_layernorm, self.c_layernorm = (RMSNorm(self.states, eps) for _ in range(2))
-        self.scan = SelectiveScan(self.width, self.states)
+        self.scan = SelectiveScan(self.width, self.states, log=not converted(config))
         self.D = Vector(self.width)
         self.out_proj = Linear(self.width, hidden, bias=bias)
 

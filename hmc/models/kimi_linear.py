@@ -9,6 +9,7 @@ from torch import nn
 from hmc.blocks import Route, Scoring
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import CausalLM, DecoderLayer, MoE, check_values, norm_eps
+from hmc.models.converted import converted
 from hmc.models.delta import Heads, KimiDeltaNet
 from hmc.models.family import W123, Family
 from hmc.models.latent import LatentAttention
@@ -32,11 +33,11 @@ def build(config: ModelConfig) -> nn.Module:
     dim = settings.require_int("head_dim", minimum=1)
     taps = settings.require_int("short_conv_kernel_size", minimum=2)
     heads = Heads(count, count, dim, dim, taps)
-    linear = _linear_layers(config, settings)
+    linear, log = _linear_layers(config, settings), not converted(config)
 
     def layer(index: int) -> nn.Module:
         if index in linear:
-            mixer: nn.Module = KimiDeltaNet(hidden, heads, norm_eps(config), low_rank=True)
+            mixer: nn.Module = KimiDeltaNet(hidden, heads, norm_eps(config), low_rank=True, log=log)
         else:
             mixer = LatentAttention(config, None)
         mlp = _moe(config) if is_routed(config, index) else dense_mlp(config)

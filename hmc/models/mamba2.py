@@ -14,6 +14,7 @@ from torch.nn import functional
 from hmc.blocks import Conv, Linear, LinearAttention, Vector
 from hmc.checkpoint.config import ModelConfig
 from hmc.models.common import norm_eps
+from hmc.models.converted import converted, rates
 
 _LARGEST = 3.4e38
 """Limits of steps beyond it are none."""
@@ -55,7 +56,7 @@ class Mamba2(nn.Module):
     ) -> None:
         super().__init__()
         hidden = config.require_int("hidden_size", minimum=1)
-        self.sizes, self.limits = sizes, _limits(config)
+        self.sizes, self.limits, self.log = sizes, _limits(config), not converted(config)
         self.inner = sizes.heads * sizes.head_dim
         self.keys = sizes.groups * sizes.states
         mixed = self.inner + 2 * self.keys
@@ -78,7 +79,7 @@ class Mamba2(nn.Module):
         least, most = self.limits
         if (least, most) != (0.0, None):
             step = step.clamp(least, most)
-        decay = torch.exp(-torch.exp(self.A_log()) * step)
+        decay = torch.exp(rates(self.A_log(), self.log) * step)
         fed = self._by_head(v) * step.unsqueeze(-1)
         y = self.attention(q, k, fed.flatten(-2), decay)
         y = self._by_head(y) + self._by_head(v) * self.D().unsqueeze(-1)

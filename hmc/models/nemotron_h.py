@@ -18,7 +18,7 @@ from hmc.models.common import (
     check_window,
     hidden_norm,
 )
-from hmc.models.family import LOOKS_AHEAD, Aside, Family
+from hmc.models.family import LOOKS_AHEAD, Aside, Family, look_ahead
 from hmc.models.mamba2 import Mamba2, Sizes
 from hmc.models.routing import expert_groups, routed_experts
 
@@ -140,7 +140,8 @@ _MIXERS = {"mamba": _mamba, "attention": _attention, "moe": LatentMoE, "mlp": _m
 
 
 def _ahead(config: ModelConfig) -> tuple[Aside, ...]:
-    return (Aside("mtp.*", LOOKS_AHEAD),) if config.get_int("num_nextn_predict_layers", 0) else ()
+    later = look_ahead(config)
+    return (Aside("mtp.*", LOOKS_AHEAD), *later) if later else ()
 
 
 FAMILIES = (

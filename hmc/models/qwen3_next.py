@@ -5,22 +5,27 @@ Of tokens of text alone, the three positions that Qwen3.5's rotary embedding tak
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from hmc.blocks import GatedMLP, Linear
+from hmc.blocks import GatedMLP, Linear, RMSNorm
 from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
 from hmc.models.common import (
     CausalLM,
     DecoderLayer,
     GroupedQueryAttention,
+    SizedNorm,
     attention_heads,
     check_values,
     norm_eps,
 )
+from hmc.models.converted import converted
 from hmc.models.delta import LINEAR, GatedDeltaNet, Heads, kinds_of_layers
-from hmc.models.family import LANGUAGE_MODEL, LOOKS_AHEAD, NO_IMAGES, Aside, Family
+from hmc.models.family import LANGUAGE_MODEL, LOOKS_AHEAD, NO_IMAGES, Aside, Family, look_ahead
 from hmc.models.norms import CentredNorm
 from hmc.models.rope import Rope, rope
 from hmc.models.routing import Stacking, dense_mlp, softmax_moe
@@ -32,7 +37,7 @@ class GatedAttention(GroupedQueryAttention):
     """
 
     def __init__(self, config: ModelConfig, angles: Rope) -> None:
-        super().__init__(config, angles, qk_norm="head", norm=CentredNorm)
+        super().__init__(config, angles, qk_norm="head", norm=_kind_of_norm(config))
         hidden = config.require_int("hidden_size")
         count, _, dim = attention_heads(config)
 
@@ -48,31 +53,39 @@ class GatedAttention(GroupedQueryAttention):
 
 def build(config: ModelConfig) -> nn.Module:
     """The model of a Qwen3-Next config.json."""
-    return _model(config, grouped=True)
+    return _model(config, grouped=config.get_strs("grouped_projections") or ("qkvz", "ba"))
 
 
 def build_qwen3_5(config: ModelConfig) -> nn.Module:
     """The model of the text part of a Qwen3.5-MoE config.json; weights always sum to 1."""
     check_values(config, norm_topk_prob=True)
-    return _model(config.with_text(norm_topk_prob=True), stacks="rows")
+    return _model(config.with_text(norm_topk_prob=True), stacks="rows", tiled=converted(config))
 
 
-def _model(config: ModelConfig, *, grouped: bool = False, stacks: Stacking = "") -> nn.Module:
-    """`grouped` says how the delta net's projections lie (`GatedDeltaNet`), `stacks` how experts do
-    (`softmax_moe`).
+def _model(
+    config: ModelConfig,
+    *,
+    grouped: Collection[str] = (),
+    stacks: Stacking = "",
+    tiled: bool = False,
+) -> nn.Module:
+    """`grouped` and `tiled` say how the delta net's projections and heads lie (`GatedDeltaNet`),
+    `stacks` how experts do (`softmax_moe`) that are not one by one.
     """
     check_values(config, attention_bias=False)
     hidden = config.require_int("hidden_size")
     shared = config.require_int("shared_expert_intermediate_size", minimum=1)
     kinds = kinds_of_layers(config, "full_attention_interval", 4)
     angles = rope(config, attention_heads(config)[2], partial=0.25)
-    heads = _heads(config)
+    heads, filed = _heads(config), converted(config)
+    net = partial(GatedDeltaNet, grouped=grouped, log=not filed, tiled=tiled)
+    stacks = "" if filed else stacks
     dense = config.get_ints("mlp_only_layers")
     step = config.get_int("decoder_sparse_step", 1, minimum=1)
 
     def layer(index: int) -> nn.Module:
         if kinds[index] == LINEAR:
-            mixer: nn.Module = GatedDeltaNet(hidden, heads, norm_eps(config), grouped=grouped)
+            mixer: nn.Module = net(hidden, heads, norm_eps(config))
         else:
             mixer = GatedAttention(config, angles)
         if index not in dense and (index + 1) % step == 0:
@@ -85,7 +98,12 @@ def _model(config: ModelConfig, *, grouped: bool = False, stacks: Stacking = "")
 
 
 def _norm(config: ModelConfig) -> nn.Module:
-    return CentredNorm(config.require_int("hidden_size"), norm_eps(config))
+    return _kind_of_norm(config)(config.require_int("hidden_size"), norm_eps(config), 1)
+
+
+def _kind_of_norm(config: ModelConfig) -> SizedNorm:
+    """Of hidden states, queries and keys; converters to GGUF add the 1 to weights."""
+    return CentredNorm if config.get_bool("zero_centered", True) else RMSNorm
 
 
 def _heads(config: ModelConfig) -> Heads:
@@ -129,6 +147,6 @@ FAMILIES = (
         f"{_NEEDS}, stacked experts; text alone",
         ("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-397B-A17B"),
         names=(*_NAMES, *LANGUAGE_MODEL),
-        aside=lambda config: (_AHEAD, Aside("model.visual.*", NO_IMAGES)),
+        aside=lambda config: (_AHEAD, Aside("model.visual.*", NO_IMAGES), *look_ahead(config)),
     ),
 )

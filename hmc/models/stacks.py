@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from hmc.checkpoint.config import ModelConfig
 from hmc.checkpoint.views import View
+from hmc.models.converted import converted
 
 Stacks = Mapping[str, tuple[str, View]]
 """Where each role's weights of all experts lie: the tensor beside the block, and how."""
@@ -49,8 +50,7 @@ def lie_apart(config: ModelConfig) -> bool:
     """Whether gate and up, which published stacks hold in one, and each expert's matrices are
     tensors of their own: as GGUF files are read.
     """
-    section = config.section("quantization_config")
-    return section is not None and section.get_str("quant_method", "") == "gguf"
+    return converted(config)
 
 
 def apart(experts: int, hidden: int, inner: int, gate: str, up: str, down: str) -> Stacks:

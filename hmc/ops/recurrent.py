@@ -61,14 +61,14 @@ _SIZES = ("heads", "key_heads", "key_dim", "value_dim", "channels", "delta")
 
 def _linear_attention(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     name = "linear_attention_prefill" if use.many else "linear_attention"
-    return (spec(name, use, picked(attrs, *_SIZES)),)
+    sizes = picked(attrs, *_SIZES) | ({"tiled": 1} if attrs["tiled"] else {})
+    return (spec(name, use, sizes),)
 
 
 def _grouped(attrs: Attrs) -> bool:
     heads, key_heads, *dims, channels, delta = picked(attrs, *_SIZES).values()
-    return (
-        min(heads, key_heads, *dims) > 0 and heads % key_heads == 0 and {channels, delta} <= {0, 1}
-    )
+    flags = {channels, delta, int(attrs["tiled"])}
+    return min(heads, key_heads, *dims) > 0 and heads % key_heads == 0 and flags <= {0, 1}
 
 
 def decays(attrs: Attrs) -> int:
@@ -148,7 +148,8 @@ OPS: Final = (
     ),
     Op(
         # of each head, S [key_dim, value_dim]: S <- decay S; S <- S + k (v - k S) beta with the
-        # delta rule, S <- S + k v without; y = scale q S
+        # delta rule, S <- S + k v without; y = scale q S. Heads that share one of keys lie side by
+        # side or, tiled, as far apart as there are heads of keys
         "linear_attention",
         inputs=(
             Role("q", "f32", product("key_heads", "key_dim")),
@@ -158,7 +159,7 @@ OPS: Final = (
             Role("beta", "f32", attr("heads"), optional=True),
         ),
         outputs=(Role("y", "f32", product("heads", "value_dim")),),
-        attrs={**dict.fromkeys(_SIZES, int), "scale": float},
+        attrs={**dict.fromkeys((*_SIZES, "tiled"), int), "scale": float},
         possible=_grouped,
         kernels=_linear_attention,
         named=lambda a: ("q", "k", "v", "decay", *(["beta"] if a["delta"] else [])),
@@ -168,7 +169,7 @@ OPS: Final = (
         family="attention",
     ),
     Op(
-        # of each column, s [states]: s <- exp(-exp(a_log) dt) s + dt x b; y = c s
+        # of each column, s [states]: s <- exp(a dt) s + dt x b; y = c s. With log, -exp(a) for a
         "selective_scan",
         inputs=(
             Role("x", "f32", attr("width")),
@@ -177,9 +178,9 @@ OPS: Final = (
             Role("c", "f32", attr("states")),
         ),
         outputs=(Role("y", "f32", attr("width")),),
-        weights=(WeightRole("a_log", _matrix, vector=True),),
-        attrs={"width": int, "states": int},
-        possible=lambda a: min(picked(a, "width", "states").values()) > 0,
+        weights=(WeightRole("a", _matrix, vector=True),),
+        attrs={"width": int, "states": int, "log": int},
+        possible=lambda a: min(picked(a, "width", "states").values()) > 0 and a["log"] in (0, 1),
         kernels=one_kernel("selective_scan", "width", "states"),
         states=lambda a: (State("scan", int(a["width"]) * int(a["states"]), "sequence", "f32"),),
         work=_scan_work,

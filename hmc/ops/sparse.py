@@ -10,10 +10,14 @@ positions than that, all are chosen, and nothing is scored: attention is dense t
 latents may be without a rotated part. Where pools were chosen (pools.py), `index_topk` is the most
 positions that these are.
 Native kernels gather the rows that a token reads and attend to these as to a cache; those of many
-tokens lift keys and values as `mla` does for as long as attention is dense. Positions are what the
-kernels of `index` wrote; those that read them take none beyond the token's own. Latents may have no
-rotated part (`rope` 0), and be those that an earlier layer, the `source`, keeps: the step is given
-the new ones, and appends none. On devices PyTorch computes both ops.
+tokens lift keys and values as `mla` does for as long as attention is dense. They switch at
+`index_topk`: before it there is nothing to choose, and after it attention to all positions would
+have to be masked by the choice, which no kernel does. By flops alone that would be cheaper while a
+token sees fewer than (2 rank + rope) / (nope + rope + v_dim) times `index_topk` positions, 3.4
+times as many for the published sizes. Positions are what the kernels of `index` wrote; those that
+read them take none beyond the token's own. Latents may have no rotated part (`rope` 0), and be
+those that an earlier layer, the `source`, keeps: the step is given the new ones, and appends none.
+On devices PyTorch computes both ops.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ class _Heads:
     def __init__(self, step: Step) -> None:
         sizes = ints(step, "heads", "key_heads", "key_dim", "value_dim", "channels", "delta")
         self.heads, self.key_heads, keys, values, channels, self.delta = sizes
+        self.tiled = bool(step.attrs["tiled"])
         self.scale, self.chunk = float(step.attrs["scale"]), chunk_tokens(step.attrs)
         self.state = (self.heads, keys, values)
         pairs = self.chunk * (4 * (keys if channels else 1) + 8)
@@ -69,7 +70,8 @@ class _Heads:
         if name not in "qk":
             return rows.float().view(len(rows), self.heads, -1)
         found = rows.float().view(len(rows), self.key_heads, -1)
-        found = found.repeat_interleave(self.heads // self.key_heads, 1)
+        times = self.heads // self.key_heads
+        found = found.repeat(1, times, 1) if self.tiled else found.repeat_interleave(times, 1)
         return found * self.scale if name == "q" else found
 
     def step(self, x: dict[str, Tensor], before: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,8 @@ def _conv(low: Lowering, step: Step) -> None:
 
 def _selective_scan(low: Lowering, step: Step) -> None:
     (width,) = _ints(step, "width")
-    rate = low.tables.by_column(step.weights["a_log"], width, lambda found: -np.exp(found))
+    change = (lambda found: -np.exp(found)) if step.attrs["log"] else (lambda found: found)
+    rate = low.tables.by_column(step.weights["a"], width, change)
     _recurrent(low, step, "scan", {"rate": rate})
 
 

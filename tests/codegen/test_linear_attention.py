@@ -55,13 +55,17 @@ class Inputs:
         return Inputs(*(each[some] for each in vars(self).values()))
 
 
-def exact(x: Inputs, state: np.ndarray, slots: np.ndarray, delta: int) -> tuple[np.ndarray, ...]:
+def exact(
+    x: Inputs, state: np.ndarray, slots: np.ndarray, delta: int, tiled: bool = False
+) -> tuple[np.ndarray, ...]:
     """y [tokens, heads, values] and the states after it, in float64."""
     kept, y = state.astype(np.float64), np.zeros(x.v.shape)
-    group = x.v.shape[1] // x.k.shape[1]
+    key_heads = x.k.shape[1]
+    group = x.v.shape[1] // key_heads
     for t, slot in enumerate(slots):
         for h in range(x.v.shape[1]):
-            k, q = (each[t, h // group].astype(np.float64) for each in (x.k, x.q))
+            of = h % key_heads if tiled else h // group
+            k, q = (each[t, of].astype(np.float64) for each in (x.k, x.q))
             held = kept[slot, h] * x.decay[t, h][:, None]
             new = (x.v[t, h] - k @ held) * x.beta[t, h] if delta else x.v[t, h]
             kept[slot, h] = held + np.outer(k, new)
@@ -78,12 +82,13 @@ def call(
     slots: np.ndarray,
     delta: int,
     workers: int = 1,
+    **more: int,
 ) -> np.ndarray:
     """y; `state` f32 [slots, heads, keys, values] changes in place."""
     tokens, heads, values = x.v.shape
     spec = KernelSpec.of(
         op, isa, heads=heads, key_heads=x.k.shape[1], key_dim=x.k.shape[2], value_dim=values,
-        channels=int(x.decay.shape[2] > 1 or x.k.shape[2] == 1), delta=delta,
+        channels=int(x.decay.shape[2] > 1 or x.k.shape[2] == 1), delta=delta, **more,
     )  # fmt: skip
     rows = {name: guarded(each.reshape(tokens, -1)) for name, each in vars(x).items()}
     y = rows["y"] = filled((tokens, heads * values + 1), np.float32)
@@ -143,6 +148,17 @@ def test_linear_attention(
 
 
 @pytest.mark.few(2)
+@pytest.mark.parametrize("isa", TIERS)
+def test_heads_that_share_keys_may_lie_apart(jit: Jit, isa: str) -> None:
+    need(isa)
+    sizes, used = (6, 2, 16, 24), np.array([1] * 9)
+    x = Inputs.random(len(used), sizes, 0)
+    y, kept = exact(x, states(sizes), used, 1, tiled=True)
+    for op in (DECODE, PREFILL):
+        state = states(sizes)
+        assert close(call(jit, isa, op, x, state, used, 1, tiled=1), y) and close(state, kept)
+
+
 @pytest.mark.parametrize("isa", TIERS)
 @pytest.mark.parametrize("channels", [0, 1])
 def test_prompts_in_parts_are_as_whole(jit: Jit, isa: str, channels: int) -> None:

@@ -35,8 +35,8 @@ class Case:
         inputs = {
             role: array[: len(slots), : self.columns[role]] for role, array in self.inputs.items()
         }
-        attrs = {name: self.spec[name] for name in ("width", "states")}
-        weights = {"a_log": self.a_log}
+        attrs = {name: self.spec[name] for name in ("width", "states")} | {"log": 1}
+        weights = {"a": self.a_log}
         return reference("selective_scan", attrs, inputs, weights, self.state, slots)
 
     def run(self, jit: Jit, slots: list[int], workers: int = 1, chunk: int = 0) -> Result:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import write_gguf
+from gguf_files import unstacked, write_gguf
 from gguf_metadata import ARCHITECTURES
 from gguf_moves import LEFT, PERMUTED, permuted
+from gguf_moves_states import changed
 from parity import tiny_plan
 from safetensors.torch import load_file
 from tiny_models import prompt
@@ -37,6 +38,7 @@ SAID: dict[str, dict[str, Any]] = {
     "deepseek_v2": ONE_MSCALE,
     "deepseek_v3": {"rope_scaling": None},
     "deepseek_v32": ONE_MSCALE,
+    "granitemoehybrid": {"time_step_limit": None},
     "gpt_oss": {"swiglu_limit": 7.0},
     "llama4": {
         "text_config": {
@@ -51,7 +53,13 @@ SAID: dict[str, dict[str, Any]] = {
     "step3p5": {"rope_scaling": {"original_max_position_embeddings": 131072}},
 }
 """What files do not say, as in published models."""
-FILED = {"step3p5": {"zero_centered": False}}
+_LIKE_FILES = {"quantization_config": {"quant_method": "gguf"}}
+FILED = {
+    **dict.fromkeys(("jamba", "kimi_linear", "nemotron_h", "granitemoehybrid"), _LIKE_FILES),
+    "qwen3_5_moe": {**_LIKE_FILES, "zero_centered": False},
+    "qwen3_next": {**_LIKE_FILES, "zero_centered": False, "grouped_projections": ["ba"]},
+    "step3p5": {"zero_centered": False},
+}
 """What is another way to say the same in files."""
 ALIASES = {"cohere2_moe": "cohere2moe"}
 """Architectures by other names."""
@@ -157,13 +165,16 @@ def _apart(
     tensors: dict[str, torch.Tensor], config: dict[str, Any]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors as files have them: rows of some families moved, experts and gate and up apart."""
+    kind = config["model_type"]
     text = config.get("text_config", config)
     heads = {"q": text["num_attention_heads"], "k": text.get("num_key_value_heads")}
-    for name, tensor in tensors.items():
+    for name, tensor in changed(tensors, {**config, **text, "model_type": kind}).items():
         if config["model_type"] in PERMUTED and (turned := re.search(r"\.([qk])_proj", name)):
             yield name, permuted(tensor, heads[turned[1]])
         elif config["model_type"] in STACKS and re.search(STACKED, name):
             yield from STACKS[config["model_type"]](name, tensor)
+        elif kind == "qwen3_5_moe":
+            yield from unstacked(name, tensor).items()
         elif config["model_type"] == "qwen3_vl_moe":
             yield name.replace(".language_model", ""), tensor
         elif config["model_type"] == "step3p5" and name.endswith("norm.weight"):
@@ -226,6 +237,7 @@ def _of_step(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tenso
 
 
 STACKS = {"gpt_oss": _of_gpt_oss, "granitemoe": _of_granite, "granitemoeshared": _of_granite,
-          "gemma4": _by_rows, "llama4": _of_llama4, "mistral4": _by_rows,
+          "granitemoehybrid": _of_granite, "gemma4": _by_rows, "llama4": _of_llama4,
+          "mistral4": _by_rows,
           "qwen3_vl_moe": _of_qwen3_vl, "step3p5": _of_step}  # fmt: skip
 """Families whose published experts are stacked."""

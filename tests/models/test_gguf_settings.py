@@ -5,16 +5,19 @@ line that says which and why.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf_files
 import gguf_moves
+import gguf_moves_states
 import pytest
 import torch
 from gguf_files import write_gguf
 from gguf_metadata import ARCHITECTURES
+from parity import tiny_plan
 
 from hmc.checkpoint.gguf import open_gguf
 from hmc.errors import ConfigError, HmcError, TensorError, UnsupportedError
@@ -33,6 +36,7 @@ def filed(tiny: Callable[..., Path], tmp_path: Path) -> Filed:
     [
         ("exaone_moe", {"attention.sliding_window_pattern": None}, "must be one for each layer"),
         ("gemma4", {"expert_count": None}, "a gemma4 without experts"),
+        ("kimi_linear", {"kda.head_dim": None}, r"kda\.head_dim"),
         ("laguna", {"expert_gating_func": 1}, r"laguna\.expert_gating_func is 1"),
         ("llama4", {}, r"other factors .* with 1 to 1 turns in 8192 tokens"),
         ("mistral4", {"attention.temperature_length": 32}, r"temperature_length is 32"),
@@ -87,6 +91,28 @@ def test_llama4_without_chunks(filed: Filed, monkeypatch: pytest.MonkeyPatch) ->
     values = open_gguf(filed("llama4", **{"attention.sliding_window": 0})).config.values
     assert values["attention_chunk_size"] is None and values["no_rope_layers"] == [1, 1, 1]
     assert "rope_scaling" not in values and values["use_qk_norm"]
+
+
+def test_qwen3_next_with_z_beside_keys(filed: Filed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files of 2025: projections lie as published."""
+    monkeypatch.setitem(gguf_moves_states._CHANGES, "qwen3_next", gguf_moves_states._as_they_are)
+    path = filed("qwen3_next")
+    assert open_gguf(path).config.values["grouped_projections"] == ["qkvz", "ba"]
+    tiny_plan(path)
+
+
+def test_jamba_whose_layers_are_not_so_far_apart(
+    filed: Filed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = {"layers.3.feed_forward.router": "layers.2.feed_forward.router"}
+    change = gguf_moves_states._as_they_are
+    monkeypatch.setitem(
+        gguf_moves_states._CHANGES,
+        "jamba",
+        lambda name, *rest: change(re.sub("|".join(called), lambda m: called[m[0]], name), *rest),
+    )
+    with pytest.raises(UnsupportedError, match=r"layers \[1, 2\] are no expert_layer_period apart"):
+        open_gguf(filed("jamba"))
 
 
 def test_laguna_without_windows(filed: Filed) -> None:

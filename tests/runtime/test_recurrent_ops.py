@@ -23,7 +23,8 @@ CHANNELS_AND_DELTA = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
 def attributes(channels: int, delta: int) -> dict[str, Any]:
-    return {**SIZES, "channels": channels, "delta": delta, "scale": 0.3}
+    """Heads share keys in one order with the delta rule and in the other without."""
+    return {**SIZES, "channels": channels, "delta": delta, "tiled": 1 - delta, "scale": 0.3}
 
 
 def inputs(tokens: int, attrs: dict[str, Any]) -> dict[str, torch.Tensor]:

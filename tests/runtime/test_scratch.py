@@ -230,7 +230,7 @@ def linear_attention(channels: int, batch: int = 0) -> Case:
     buffers |= {"beta": random(rows, heads).sigmoid(), "y": torch.zeros(rows, heads * values)}
     memory = Buffers(buffers, caches=[random(8, state.width, seed=5)])
     numbers = {"heads": heads, "key_heads": 2, "key_dim": keys, "value_dim": values}
-    numbers |= {"channels": channels, "delta": 1}
+    numbers |= {"channels": channels, "delta": 1, "tiled": 0}
     step = step_of("linear_attention", memory, "y", scale=0.2, **numbers)
     return Case(step, memory, call, 4 * 3 * state.width)  # three times a state
 

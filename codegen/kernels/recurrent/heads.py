@@ -26,6 +26,7 @@ class Heads:
         self.heads, self.key_heads, self.keys, self.values, self.channels, self.delta = (
             e.spec[name] for name in sizes
         )
+        self.tiled = e.spec.get("tiled")
         self.pitch = -(-self.keys // e.lanes) * e.lanes
         """Elements from one row of keys to the next in scratch."""
 
@@ -69,8 +70,11 @@ class Heads:
         """A head's columns of argument q, k, v or y in the row of a token."""
         if name in "vy":
             return self.e.row(name, token, head, self.values)
-        group = const(self.heads // self.key_heads)
-        return self.e.row(name, token, self.e.b.udiv(head, group), self.keys)
+        if self.tiled:
+            served = self.e.b.urem(head, const(self.key_heads))
+        else:
+            served = self.e.b.udiv(head, const(self.heads // self.key_heads))
+        return self.e.row(name, token, served, self.keys)
 
     def decays(self, token: Value, head: Value) -> Callable[[Value, int], Value]:
         """Vectors of what a head's rows of keys decay by, from a row on, as many as are counted."""

@@ -80,8 +80,8 @@ def _latent(facts: Facts, model_type: str) -> Values:
         "num_key_value_heads": facts.whole("attention.head_count"),
         "kv_lora_rank": facts.whole("attention.kv_lora_rank"),
         "qk_rope_head_dim": rotated,
-        "qk_nope_head_dim": _head(facts, "key") - rotated,
-        "v_head_dim": _head(facts, "value"),
+        "qk_nope_head_dim": head_of(facts, "key") - rotated,
+        "v_head_dim": head_of(facts, "value"),
         "rope_interleave": True,
         "topk_method": "noaux_tc",
     }
@@ -94,13 +94,13 @@ def _latent(facts: Facts, model_type: str) -> Values:
     return values
 
 
-def _head(facts: Facts, what: str) -> int:
+def head_of(facts: Facts, what: str) -> int:
     """Elements a head of keys or values; files of 2025 on have those of the latent beside them."""
     own = f"attention.{what}_length_mla"
     return facts.whole(own if facts.has(own) else f"attention.{what}_length")
 
 
-_NAMES = {
+LATENT_NAMES = {
     **COMMON,
     "blk.{n}.attn_q_a": LAYER + "self_attn.q_a_proj",
     "blk.{n}.attn_q_a_norm": LAYER + "self_attn.q_a_layernorm",
@@ -120,7 +120,7 @@ _INDEXER = {
     "blk.{n}.indexer.attn_q_b": LAYER + "self_attn.indexer.wq_b",
 }
 
-DEEPSEEK2 = GgufFamily(_config, _NAMES)
-DEEPSEEK32 = GgufFamily(_deepseek32, {**_NAMES, **_INDEXER})
-GLM_DSA = GgufFamily(_glm_dsa, {**_NAMES, **_INDEXER})
-MISTRAL4 = GgufFamily(_mistral4, _NAMES)
+DEEPSEEK2 = GgufFamily(_config, LATENT_NAMES)
+DEEPSEEK32 = GgufFamily(_deepseek32, {**LATENT_NAMES, **_INDEXER})
+GLM_DSA = GgufFamily(_glm_dsa, {**LATENT_NAMES, **_INDEXER})
+MISTRAL4 = GgufFamily(_mistral4, LATENT_NAMES)

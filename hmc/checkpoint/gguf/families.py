@@ -110,6 +110,13 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """The vector `target`, whose elements lie in rows."""
+
+    target: str
+
+
+@dataclass(frozen=True)
 class GgufFamily:
     """One architecture.
 
@@ -121,7 +128,7 @@ class GgufFamily:
     """
 
     config: Callable[[Facts], Values]
-    tensors: Mapping[str, str | tuple[str, ...] | Piece]
+    tensors: Mapping[str, str | tuple[str, ...] | Piece | Flat]
     settings: tuple[str, ...] = ()
 
 

@@ -10,23 +10,25 @@ from hmc.checkpoint.gguf.families import (
     LAYER,
     Facts,
     GgufFamily,
+    Names,
     Values,
     common_config,
     experts,
-    experts_config,
     head_dim,
     shared_expert,
 )
 
 
-def _config(facts: Facts) -> Values:
+def granite_config(facts: Facts, kv_heads: int = 0) -> Values:
+    """What all of Granite say, those with `kv_heads` in some layers alone too."""
     shared = facts.whole("expert_shared_feed_forward_length", 0)
     return {
         "model_type": "granitemoeshared" if shared else "granitemoe",
         "architectures": [f"GraniteMoe{'Shared' if shared else ''}ForCausalLM"],
-        **common_config(facts),
+        **common_config(facts, kv_heads),
         **head_dim(facts),
-        **experts_config(facts, "num_local_experts"),
+        "num_local_experts": facts.whole("expert_count", 0),
+        "num_experts_per_tok": facts.whole("expert_used_count", 0),
         "intermediate_size": facts.whole("feed_forward_length"),
         "shared_intermediate_size": shared,
         "attention_multiplier": facts.number("attention.scale", 1.0),
@@ -38,13 +40,12 @@ def _config(facts: Facts) -> Values:
     }
 
 
-GRANITE_MOE = GgufFamily(
-    _config,
-    {
-        **COMMON,
-        **experts(),
-        **shared_expert("shared_mlp"),
-        "blk.{n}.ffn_gate_inp": LAYER + "block_sparse_moe.router.layer",
-        "blk.{n}.ffn_down_shexp": LAYER + "shared_mlp.output_linear",
-    },
-)
+NAMES: Names = {
+    **COMMON,
+    **experts(),
+    **shared_expert("shared_mlp"),
+    "blk.{n}.ffn_gate_inp": LAYER + "block_sparse_moe.router.layer",
+    "blk.{n}.ffn_down_shexp": LAYER + "shared_mlp.output_linear",
+}
+
+GRANITE_MOE = GgufFamily(granite_config, NAMES)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from hmc.checkpoint.gguf.families import GgufFamily, Piece
+from hmc.checkpoint.gguf.families import Flat, GgufFamily, Piece
 from hmc.checkpoint.headers import TensorInfo
 from hmc.checkpoint.jsonfile import quote
 from hmc.checkpoint.source import Part
@@ -17,7 +17,7 @@ from hmc.errors import TensorError
 from hmc.formats import DTYPE_BITS, WIDE
 from hmc.formats.ggml import GGML_TYPES
 
-_LAYER = re.compile(r"blk\.(\d+)\.((?:(?:nextn|indexer)\.)?\w+?)(?:\.(\d+))?((?:\.\w+)?)")
+_LAYER = re.compile(r"blk\.(\d+)\.((?:(?:nextn|indexer|shortconv)\.)?\w+?)(?:\.(\d+))?((?:\.\w+)?)")
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,9 @@ def published(
             whole = target.target.replace("{n}", layer)
             parts.setdefault(whole, {})[order[key]] = _part(tensor, target.transposed, where)
             named = [tensor]
+        elif isinstance(target, Flat):
+            whole = target.target.replace("{n}", layer)
+            named = [replace(tensor, name=whole, shape=(prod(tensor.shape),))]
         elif key in family.tensors:
             targets = (target,) if isinstance(target, str) else target
             names = [each.replace("{n}", layer) + end for each in targets]
