@@ -69,9 +69,9 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # ids i32 [tokens, top_k], negative: not computed here, its row of `act` is left as it was;
     # params: k (hidden), n (intermediate), top_k, experts, tokens, biased (unset: 0; else gate_bias
     # and up_bias are f32 [experts, n]); expr as of gate_up, also of weight = routing f32 [tokens,
-    # top_k].
+    # top_k]. teams: i64, where the workers of each NUMA node begin, or 0 (codegen/decode/teams.py).
     "experts_gate_up": _args(
-        "x* x_stride ids* table* act* tokens scratch* routing* gate_bias* up_bias*"
+        "x* x_stride ids* table* act* tokens scratch* routing* gate_bias* up_bias* teams*"
     ),
     # Second half: y[t, n] = sum_j routing[t, j] * (act[t * top_k + j, :] . down[ids[t, j]][n, :]),
     # f32, over the slots j with ids[t, j] >= 0. params: k (intermediate), n (hidden), top_k,

@@ -252,6 +252,10 @@ class Emitter:
         """Signed minimum of two i64."""
         return self.b.select(self.b.icmp_signed("<", left, right), left, right)
 
+    def maximum(self, left: Value, right: Value) -> Value:
+        """Signed maximum of two i64."""
+        return self.b.select(self.b.icmp_signed("<", left, right), right, left)
+
     def positive(self, value: Value) -> Value:
         """An i64, 0 where it is negative."""
         return self.b.select(self.b.icmp_signed("<", value, const(0)), const(0), value)

@@ -126,7 +126,12 @@ class Executor:
             stack.enter_context(self.pool)
             self.pool.uses(self)
             self.store = store or WeightStore.open(
-                plan, directory, dummy=dummy_weights, home=home, progress=progress
+                plan,
+                directory,
+                dummy=dummy_weights,
+                home=home,
+                progress=progress,
+                teams=self.pool.teams,
             )
             if store is None:
                 self._memory.callback(self.store.close)
@@ -135,6 +140,8 @@ class Executor:
             self.kv = kv or KVCache(plan.kv, plan.limits.max_context)
             if kv is None:
                 self._memory.callback(self.kv.close)
+            self.placed = "; ".join(filter(None, (self.store.told, self.kv.spread(self._nodes))))
+            """Where weights and cache lie on machines of several NUMA nodes, in words."""
             self._parts = Parts(plan, self.store, self.kv, jit, self.pool)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
             self.pinned = ""
@@ -171,6 +178,11 @@ class Executor:
             self._stack = stack.pop_all()
         self._open = True
         self.calls: Counter[str] = Counter()
+
+    @property
+    def _nodes(self) -> set[int]:
+        """Whose memory the workers use."""
+        return {team.memory for team in self.pool.teams}
 
     @property
     def handover(self) -> str:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
-from hmc.codegen.decode.pieces import share
+from hmc.codegen.decode.pieces import Teams, share
 from hmc.codegen.ir import I1, I32, I64, Emitter, Value, const
 from hmc.codegen.jit import KERNEL_TYPE
 
@@ -42,6 +42,9 @@ ENDS = 7
 where worker 0 found a gate given up. A worker that is still leaving an earlier barrier stays."""
 POLL_SECONDS, POLL_NANOSECONDS = 8, 9
 """A timespec: how long the caller, or a worker at a barrier, sleeps before it looks around."""
+TEAMS, BOUNDS = 10, 11
+"""How many NUMA nodes the workers are of, and the address of an i64 table of where each one's
+workers begin, and how many there are in all."""
 SLEEPERS = 1 * LINE
 PENDING = 2 * LINE
 FINISHED = 3 * LINE
@@ -79,6 +82,8 @@ def emit_worker_loop(e: Emitter) -> None:
     seen = e.local(I64, const(0))
     phase = e.local(I64, const(0))
     mine = _word(e, b.add(const(FIRST_WORKER), b.mul(e.worker, const(LINE))))
+    bounds = b.inttoptr(b.load(_word(e, BOUNDS)), I64.as_pointer())
+    teams = Teams.read(e, b.load(_word(e, TEAMS)), bounds)
     next_program = b.append_basic_block("next_program")
     leave = b.append_basic_block("leave")
     b.branch(next_program)
@@ -106,7 +111,7 @@ def emit_worker_loop(e: Emitter) -> None:
         slot = b.mul(b.add(b.mul(index, e.workers), e.worker), const(2))
         with b.if_then(traced):
             b.store(_ticks(e), b.gep(stamps, [slot]))
-        share(e, b.inttoptr(address, KERNEL_TYPE.as_pointer()), block, flags)
+        share(e, b.inttoptr(address, KERNEL_TYPE.as_pointer()), block, flags, teams)
         gate = b.icmp_unsigned("!=", b.and_(flags, const(GATE)), const(0))
         first = b.icmp_signed("==", e.worker, const(0))
         with b.if_then(b.and_(gate, first), likely=False):

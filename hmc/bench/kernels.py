@@ -265,7 +265,7 @@ class KernelBench(Closing):
         second = {"y": y.ctypes.data, "y_stride": case.k, "routing": routing.ctypes.data}
         second |= {"tokens": case.tokens, "bias": 0}
         if not many:
-            first["tokens"] = case.tokens
+            first |= {"tokens": case.tokens, "teams": 0}
         builder = ProgramBuilder()
         for call in calls:
             common = {name: each.ctypes.data for name, each in call.items()}

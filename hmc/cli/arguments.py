@@ -182,11 +182,12 @@ def placed(command: Any) -> Any:
 
 @contextmanager
 def telling(executor: Executor) -> Iterator[None]:
-    """Say on stderr what is pinned for GPUs and how decode is handed over to them; and once more
-    after the block where that has changed in it, since a GPU refused what was tried.
+    """Say on stderr where weights lie on several NUMA nodes, what is pinned for GPUs and how decode
+    is handed over to them; and once more after the block where that has changed in it, since a GPU
+    refused what was tried.
     """
     before = executor.handover
-    for told in filter(None, (executor.pinned, before)):
+    for told in filter(None, (executor.placed, executor.pinned, before)):
         click.echo(f"[{told}]", err=True)
     yield
     if executor.handover != before:

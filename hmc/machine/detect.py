@@ -89,6 +89,17 @@ def available_bytes() -> int:
     return free if allowed is None else min(free, allowed.left)
 
 
+def node_free_bytes(node: int) -> int:
+    """Memory of a NUMA node that can be taken now, but for what the kernel keeps: free, or page
+    cache. All that can be taken where /sys does not tell."""
+    text = text_of(Path(f"/sys/devices/system/node/node{node}/meminfo"))
+    found = {name: 1024 * int(size) for name, size in re.findall(r"(\S+):\s+(\d+) kB", text)}
+    if "MemFree" not in found:
+        return available_bytes()
+    names = ("MemFree", "Active(file)", "Inactive(file)")
+    return max(0, sum(found.get(name, 0) for name in names) - found["MemTotal"] // 64)
+
+
 def memory_limit() -> int:
     """Total RAM in bytes, or the cgroup's limit where that is lower."""
     total = int(psutil.virtual_memory().total)

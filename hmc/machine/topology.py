@@ -1,16 +1,19 @@
 """The machine as /sys describes it: NUMA nodes, cores with their SMT siblings, caches; hides the
 files' formats.
 
-Only CPUs of the process's affinity mask exist here, so a container with half a socket looks like
-half a socket. Where /sys is absent or partial, every CPU is a core of its own on node 0.
+Only CPUs of the process's affinity mask exist here, and only memory of nodes that its cpuset
+allows, so a container with half a socket looks like half a socket. Where /sys is absent or partial,
+every CPU is a core of its own on node 0, and every node has memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from hmc.files import text_of
@@ -30,15 +33,28 @@ class Cache:
 
 @dataclass(frozen=True)
 class Node:
-    """One NUMA node; `cores` are tuples of SMT siblings, lowest CPU first, in order of that CPU."""
+    """One NUMA node; `cores` are tuples of SMT siblings, lowest CPU first, in order of that CPU.
+    `memory` is the node that its CPUs take pages from: itself, or where it has no memory that may
+    be used the nearest one that has.
+    """
 
     id: int
     cores: tuple[tuple[int, ...], ...]
+    memory: int
 
     @property
     def cpus(self) -> tuple[int, ...]:
         """Its usable CPUs, ascending."""
         return tuple(sorted(cpu for core in self.cores for cpu in core))
+
+
+@dataclass(frozen=True)
+class Team:
+    """The workers of one node, neighbours of each other; `cpus[i]` is where the i-th one stays."""
+
+    node: int
+    memory: int
+    cpus: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,33 +87,50 @@ class Topology:
         A node's workers take one CPU of every physical core before second siblings, and CPUs repeat
         (next to each other) only when there are more workers than CPUs.
         """
-        if threads < 1:
-            raise ValueError(f"threads must be positive, not {threads}")
-        counts = [0] * len(self.nodes)
-        usable = [len(node.cpus) for node in self.nodes]
-        for _ in range(threads):
-            # The emptiest node relative to its cores; then to its CPUs, so that siblings fill up
-            # evenly too.
-            chosen = min(
-                range(len(counts)),
-                key=lambda i: (
-                    counts[i] // usable[i],
-                    counts[i] >= len(self.nodes[i].cores),
-                    (counts[i] % usable[i]) / len(self.nodes[i].cores),
-                    i,
-                ),
-            )
-            counts[chosen] += 1
+        counts = worker_counts(threads, [(len(node.cores), len(node.cpus)) for node in self.nodes])
         return [
             cpu
             for node, count in zip(self.nodes, counts, strict=True)
             for cpu in _spread(node, count)
         ]
 
+    def teams(self, cpus: Sequence[int]) -> tuple[Team, ...]:
+        """Workers on `cpus` by node, in their order. CPUs that are not usable belong to the first
+        node."""
+        homes = {cpu: node for node in self.nodes for cpu in node.cpus}
+        first = self.nodes[0]
+        return tuple(
+            Team(node.id, node.memory, tuple(own))
+            for node, own in groupby(cpus, lambda cpu: homes.get(cpu, first))
+        )
 
-def read_topology(root: Path = SYS, allowed: Iterable[int] | None = None) -> Topology:
-    """The topology under `root` limited to `allowed` CPUs (default: the process's affinity
-    mask)."""
+
+def worker_counts(threads: int, nodes: Sequence[tuple[int, int]]) -> list[int]:
+    """How many of `threads` workers each node has, by its (cores, CPUs)."""
+    if threads < 1:
+        raise ValueError(f"threads must be positive, not {threads}")
+    counts = [0] * len(nodes)
+    for _ in range(threads):
+        # The emptiest node relative to its cores; then to its CPUs, so that siblings fill up
+        # evenly too.
+        chosen = min(
+            range(len(counts)),
+            key=lambda i: (
+                counts[i] // nodes[i][1],
+                counts[i] >= nodes[i][0],
+                (counts[i] % nodes[i][1]) / nodes[i][0],
+                i,
+            ),
+        )
+        counts[chosen] += 1
+    return counts
+
+
+def read_topology(
+    root: Path = SYS, allowed: Iterable[int] | None = None, memory: Iterable[int] | None = None
+) -> Topology:
+    """The topology under `root` limited to `allowed` CPUs (default: the process's affinity mask)
+    and the `memory` of some nodes (default: those that the process's cpuset allows)."""
     usable = sorted(os.sched_getaffinity(0) if allowed is None else allowed)
     cores: dict[tuple[int, ...], list[int]] = {}
     for cpu in usable:
@@ -107,8 +140,12 @@ def read_topology(root: Path = SYS, allowed: Iterable[int] | None = None) -> Top
     home = _homes(root)
     for members in cores.values():
         nodes.setdefault(home.get(members[0], 0), []).append(tuple(members))
+    having = _having_memory(root, _allowed_memory() if memory is None else set(memory))
     return Topology(
-        tuple(Node(number, tuple(sorted(found))) for number, found in sorted(nodes.items())),
+        tuple(
+            Node(number, tuple(sorted(found)), _nearest(root, number, having))
+            for number, found in sorted(nodes.items())
+        ),
         _caches(root, usable),
     )
 
@@ -138,6 +175,29 @@ def _homes(root: Path) -> dict[int, int]:
         for cpu in parse(text_of(folder / "cpulist")):
             found[cpu] = int(folder.name.removeprefix("node"))
     return found
+
+
+def _allowed_memory() -> set[int]:
+    """Nodes whose memory the process may use; empty where the kernel does not say."""
+    found = re.search(r"^Mems_allowed_list:\s*(\S+)$", text_of(Path("/proc/self/status")), re.M)
+    return set(parse(found[1])) if found else set()
+
+
+def _having_memory(root: Path, allowed: set[int]) -> list[int]:
+    """Nodes with memory that may be used; empty where nothing is known of them."""
+    found = parse(text_of(root / "node/has_memory"))
+    return [node for node in found if not allowed or node in allowed]
+
+
+def _nearest(root: Path, node: int, having: list[int]) -> int:
+    """Where a node's CPUs take pages from. A row of distances has the nodes that are online, in
+    order of their ids."""
+    if not having or node in having:
+        return node
+    online = parse(text_of(root / "node/online"))
+    row = map(int, text_of(root / f"node/node{node}/distance").split())
+    away = dict(zip(online, row, strict=False))
+    return min(having, key=lambda other: (away.get(other, 0), other))
 
 
 def _caches(root: Path, usable: list[int]) -> tuple[Cache, ...]:

@@ -282,7 +282,7 @@ class Service:
     def _tell(self, opened: Disaggregated) -> None:
         """Say what is pinned for GPUs and how decode is handed over to them, where that is news."""
         executor = opened.engine.executor
-        for told in filter(None, (executor.pinned, executor.handover)):
+        for told in filter(None, (executor.placed, executor.pinned, executor.handover)):
             if told not in self._told:
                 self._told.add(told)
                 say(told)

@@ -10,13 +10,14 @@ belong to the arena too; the executor fills and reads them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hmc.machine.topology import Team
 from hmc.plan import DTYPE_BYTES, Buffer, Operand, Phase
 from hmc.runtime.memory.blocks import Block
 
@@ -33,10 +34,13 @@ class Arena:
     [max_tokens], 0, 1, 2, ...; `span` i32 [2], 0 and the number of tokens of the run.
     """
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Phase, teams: Sequence[Team] = ()) -> None:
+        """Activations, which workers of all `teams` read, are spread over their NUMA nodes; of
+        scratch every worker touches its own part first."""
         self.max_tokens = phase.max_tokens
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
         self._block = Block(phase.activation_bytes * phase.max_tokens, f"{phase.name} activations")
+        self._block.spread({team.memory for team in teams})
         self._external = {
             buffer.name: Block(
                 buffer.width * DTYPE_BYTES[buffer.dtype] * phase.max_tokens, buffer.name

@@ -65,12 +65,13 @@ class Lowering:
         self.plan, self.store = parts.plan, parts.store
         self.kv, self.tables = parts.kv, parts.tables
         self.phase, self.workers, self.routing = phase, parts.pool.workers, routing
-        self.arena = arena or Arena(phase)
+        self.team_table = parts.pool.team_table
+        self.arena = arena or Arena(phase, parts.pool.teams)
         self.stops: list[Stop] = []
         self.split: int | None = None
         """Records that work on all tokens; None: all of them."""
         self._jit = parts.jit
-        self._builder = ProgramBuilder()
+        self._builder = ProgramBuilder(len(parts.pool.teams))
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
         """The kernels of a step by op."""

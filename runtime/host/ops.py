@@ -313,7 +313,7 @@ def _experts(low: Lowering, step: Step) -> None:
     chosen: Operand | Hashable = ids
     biases = [low.tables.expert_vectors(step.layer, role) for role in BIASES]
     first_half = {"routing": low.arena.address(routing), "gate_bias": biases[0],
-                  "up_bias": biases[1]}  # fmt: skip
+                  "up_bias": biases[1], "teams": low.team_table}  # fmt: skip
     second_half = {"bias": biases[2]}
     if weighed := weighs(str(step.attrs["act"])):
         second_half["routing"] = low.tables.ones(tokens * top_k)

@@ -23,6 +23,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from functools import cache
+from itertools import accumulate
 
 import numpy as np
 
@@ -33,7 +34,7 @@ from hmc.codegen.jit import Jit, Kernel
 from hmc.codegen.pool import walker
 from hmc.codegen.spec import KernelSpec
 from hmc.errors import WorkerError
-from hmc.machine.topology import worker_cpus
+from hmc.machine.topology import this_machine, worker_cpus
 
 _IDLE_SPIN, _BARRIER_SPIN, _SHARED_SPIN = 50e-6, 200e-6, 1e-6
 """Seconds that a worker spins before it sleeps: for the next program; at a barrier within one, or
@@ -65,13 +66,15 @@ class Pool(Closing):
     ) -> None:
         self.cpus = tuple(worker_cpus(threads or env.threads()) if cpus is None else cpus)
         self.workers = len(self.cpus)
+        self.teams = this_machine().teams(self.cpus)
+        """Its workers by NUMA node."""
         self._call = _CALL(jit.get(KernelSpec.of("pool_call", isa.name)).address)
         self._lock = threading.Lock()
         self._broken = ""
         self._read_tsc = jit.get(KernelSpec.of("read_tsc", isa.name))
         self.tsc_hz = tsc_hz(self._read_tsc)
         shared = len(set(self.cpus)) < self.workers
-        self._control = _Control(self.workers)
+        self._control = _Control(self.workers, [len(team.cpus) for team in self.teams])
         words = self._control.words
         words[walker.IDLE_SPIN] = int(self.tsc_hz * (_SHARED_SPIN if shared else _IDLE_SPIN))
         words[walker.BARRIER_SPIN] = int(self.tsc_hz * (_SHARED_SPIN if shared else _BARRIER_SPIN))
@@ -120,6 +123,11 @@ class Pool(Closing):
             finally:
                 self._finish()  # again: Ctrl-C may strike between any two lines of Python
             return int(words[walker.ENDS]) == len(records)
+
+    @property
+    def team_table(self) -> int:
+        """Address of the table of `teams` that kernels take (codegen/decode/teams.py)."""
+        return self._control.teams.ctypes.data
 
     @property
     def spin_ticks(self) -> int:
@@ -201,12 +209,16 @@ def _clock_pair(read_tsc: Kernel) -> tuple[int, float]:
 class _Control:
     """The control block, and what the workers' programs must keep alive."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, teams: Sequence[int]) -> None:
+        """Of so many workers, and how many of them each team has."""
         count = walker.control_words(workers)
         self._memory = (ctypes.c_int64 * (count + walker.LINE))()
         line = 8 * walker.LINE
         self.address = -(-ctypes.addressof(self._memory) // line) * line
         self.words = (ctypes.c_int64 * count).from_address(self.address)
+        self.teams = np.array([len(teams), 0, *accumulate(teams)], np.int64)
+        self.words[walker.TEAMS] = len(teams)
+        self.words[walker.BOUNDS] = self.teams.ctypes.data + self.teams.itemsize
         self.running: tuple[np.ndarray, np.ndarray | None] | None = None
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self.kept: list[object] = []

@@ -30,11 +30,14 @@ class Program:
     as long as `records`; the buffers that they name are the caller's to keep.
     """
 
-    def __init__(self, kernels: list[Kernel], blocks: list[bytes], meta: np.ndarray) -> None:
-        # Before each block a line for the record's ticket.
-        sizes = [-(-len(block) // _LINE_BYTES) * _LINE_BYTES + _LINE_BYTES for block in blocks]
+    def __init__(
+        self, kernels: list[Kernel], blocks: list[bytes], meta: np.ndarray, teams: int
+    ) -> None:
+        # Before each block lines for the record's tickets.
+        ahead = teams * _LINE_BYTES
+        sizes = [-(-len(block) // _LINE_BYTES) * _LINE_BYTES + ahead for block in blocks]
         table = 8 * walker.RECORD_WORDS * len(kernels)
-        offsets = np.cumsum([(-(-table // _LINE_BYTES) + 1) * _LINE_BYTES, *sizes])
+        offsets = np.cumsum([-(-table // _LINE_BYTES) * _LINE_BYTES + ahead, *sizes])
         raw = np.zeros(int(offsets[-1]) + _LINE_BYTES, np.uint8)
         shift = -raw.ctypes.data % _LINE_BYTES
         memory = raw[shift : shift + int(offsets[-1])]
@@ -83,9 +86,11 @@ class Program:
 
 
 class ProgramBuilder:
-    """Collects records in the order in which one worker alone would run them."""
+    """Collects records in the order in which one worker alone would run them, for pools of so many
+    `teams` (`Pool.teams`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, teams: int = 1) -> None:
+        self._teams = teams
         self._kernels: list[Kernel] = []
         self._blocks: list[bytes] = []
         self._meta: list[tuple[int, int]] = []
@@ -156,4 +161,4 @@ class ProgramBuilder:
     def build(self) -> Program:
         """The program so far."""
         meta = np.array(self._meta, np.int64).reshape(-1, 2)
-        return Program(list(self._kernels), list(self._blocks), meta)
+        return Program(list(self._kernels), list(self._blocks), meta, self._teams)

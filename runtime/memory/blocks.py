@@ -8,6 +8,7 @@ that other processes map too are runtime/memory/shared.py's.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,9 @@ import numpy.typing as npt
 
 from hmc.errors import CapacityError
 from hmc.machine.detect import huge_by_advice
+from hmc.runtime.memory.nodes import NotAllowedError, spread
 
-HUGE_PAGE = 2 << 20
+PAGE, HUGE_PAGE = 4 << 10, 2 << 20
 LINE = 64
 
 Pages = Literal["reserved", "advised", "normal"]
@@ -57,6 +59,18 @@ class Block:
         self.array: npt.NDArray[np.uint8] = whole[start : start + size]
         self.address = int(whole.ctypes.data) + start
         self._start = start
+
+    def spread(self, nodes: Collection[int]) -> str:
+        """Have its pages, which nobody has touched, come from NUMA nodes by turns where these are
+        several; why they come from the nodes of who touches them instead, or "".
+        """
+        if len(nodes) < 2:
+            return ""
+        try:
+            spread(self.address, self.span, nodes)
+        except NotAllowedError as why:
+            return f"{self.purpose}: by first touch: {why}"
+        return ""
 
     def close(self) -> None:
         """Give the pages back now, even while views of `array` live on (they read zeros from then

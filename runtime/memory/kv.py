@@ -21,6 +21,7 @@ states a sequence or rings, blocks are shared up to one for whose end there is a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -130,6 +131,11 @@ class KVCache:
         it stays where it is.
         """
         return self._rings.get(self.layout.ring_of(layer), self.tables)
+
+    def spread(self, nodes: Collection[int]) -> str:
+        """Have pages that nobody has touched come from several NUMA nodes by turns, since workers
+        of all of them read every sequence; what is to be said of it."""
+        return self._memory.spread(nodes)
 
     def attach(self, follower: Follower) -> None:
         """Have a device's slots follow what happens to sequences."""

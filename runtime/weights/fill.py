@@ -1,13 +1,16 @@
-"""Filling memory with weights: read from the shards, or random ones (dummy.py); hides threads."""
+"""Filling memory with weights: read from the shards, or random ones (dummy.py); hides threads.
+
+What lies on several NUMA nodes is written by threads of the node that keeps it.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -23,8 +26,11 @@ from hmc.formats.decode import NUMPY, decode, floats
 from hmc.plan import StoredPick
 from hmc.plan.stored import part_shape, picked_bytes, picked_rows
 from hmc.runtime.weights.dummy import Patterns
+from hmc.runtime.weights.placing import Crew, Placed, crews, pin
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup, array_at
 
+Task = tuple[Callable[[], None], int, int]
+"""What is to be done, the bytes that it makes, and the address where they begin."""
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and how much there is (bytes)."""
 
@@ -39,6 +45,7 @@ def read_spans(
     shards: Sequence[Path],
     places: Mapping[Key, Addresses],
     progress: Progress | None,
+    placed: Placed | None = None,
 ) -> None:
     """Read each tensor from its shard to its address in `places`; those that memory holds otherwise
     are brought there on the way. `ShardError` when a shard cannot be read or ends too early.
@@ -50,48 +57,61 @@ def read_spans(
     with ExitStack() as stack:
         files = [stack.enter_context(_opened(path)) for path in shards]
 
-        def tasks() -> Iterable[tuple[Callable[[], None], int]]:
+        def tasks() -> Iterable[Task]:
             for group in groups:
                 size = group.form.stored_bytes
                 spans = zip(group.shards, group.offsets, places[group.key], strict=True)
                 for number, (shard, start, target) in enumerate(spans):
                     file, offset, to = files[int(shard)], int(start), int(target)
                     if group.parts:
-                        yield partial(_put_together, group, files, to), size
+                        yield partial(_put_together, group, files, to), size, to
                         continue
                     if group.pick is not None and group.form.as_stored:
                         yield from _picking(group.form, group.pick, file, offset, to)
                         continue
                     if group.copied:
-                        yield partial(_read_anew, group, number, files, to), size
+                        yield partial(_read_anew, group, number, files, to), size, to
                         continue
-                    for at in range(0, size, _CHUNK):
-                        part = min(_CHUNK, size - at)
-                        yield partial(_read, file, offset + at, _bytes(to + at, part)), part
+                    for at, part in _chunks(to, size, placed):
+                        read = partial(_read, file, offset + at, _bytes(to + at, part))
+                        yield read, part, to + at
 
         total = sum(len(group.shards) * group.form.stored_bytes for group in groups)
-        _run(tasks(), total, "loading weights", progress)
+        _run(tasks(), total, "loading weights", progress, placed)
 
 
 def fill_dummy(
     groups: Sequence[TensorGroup],
     places: Mapping[Key, Addresses],
     progress: Progress | None,
+    placed: Placed | None = None,
 ) -> None:
     """Write random weights with std 1/sqrt(fan_in)."""
     patterns = Patterns()
 
-    def tasks() -> Iterable[tuple[Callable[[], None], int]]:
+    def tasks() -> Iterable[Task]:
         number = 0
         for group in groups:
             pattern = patterns.of(group)
             for target in places[group.key]:
                 number += 1
                 size = group.form.bytes
-                yield partial(_tile, pattern, number * _STRIDE, int(target), size), size
+                tile = partial(_tile, pattern, number * _STRIDE, int(target), size)
+                yield tile, size, int(target)
 
     total = sum(len(group.shards) * group.form.bytes for group in groups)
-    _run(tasks(), total, "making dummy weights", progress)
+    _run(tasks(), total, "making dummy weights", progress, placed)
+
+
+def _chunks(to: int, size: int, placed: Placed | None) -> Iterable[tuple[int, int]]:
+    """(first byte, bytes) of the copies that make `size` bytes at `to`, each on one node."""
+    for at in range(0, size, _CHUNK):
+        end = min(size, at + _CHUNK)
+        if placed is None:
+            yield at, end - at
+            continue
+        for begin, stop, _ in placed.regions.cut(to + at, to + end):
+            yield begin - to, stop - begin
 
 
 def _opened(path: Path) -> FileIO:
@@ -120,10 +140,11 @@ def _read(file: FileIO, offset: int, into: npt.NDArray[np.uint8]) -> None:
 
 
 def _run(
-    tasks: Iterable[tuple[Callable[[], None], int]],
+    tasks: Iterable[Task],
     total: int,
     what: str,
     progress: Progress | None,
+    placed: Placed | None,
 ) -> None:
     done = 0
     pending: deque[tuple[Future[None], int]] = deque()
@@ -135,13 +156,24 @@ def _run(
             progress(what, done + size, total)
         return done + size
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hmc-fill") as pool:
-        for task, size in tasks:
-            pending.append((pool.submit(task), size))
+    with _crew(placed) as (crew, team):
+        for task, size, address in tasks:
+            pending.append((crew(task, team(address)), size))
             if len(pending) >= _AHEAD:
                 done = finish_first()
         while pending:
             done = finish_first()
+
+
+@contextmanager
+def _crew(placed: Placed | None) -> Iterator[tuple[Crew, Callable[[int], int]]]:
+    """Threads that do tasks, and whose an address is: everybody's, where memory is of one node."""
+    if placed is None:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "hmc-fill") as pool:
+            yield lambda task, _: pool.submit(task), lambda _: 0
+        return
+    with crews(placed.teams, lambda number: pin(placed.teams[number])) as crew:
+        yield crew, placed.regions.team
 
 
 def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
@@ -150,7 +182,7 @@ def _bytes(address: int, size: int) -> npt.NDArray[np.uint8]:
 
 def _picking(
     form: Form, pick: StoredPick, file: FileIO, offset: int, target: int
-) -> Iterable[tuple[Callable[[], None], int]]:
+) -> Iterable[Task]:
     """Tasks that read a plane of which a pick is made, some stored rows at a time."""
     stored = picked_bytes(form, pick) // _stored_rows(form, pick)
     step = max(1, _PICKED // stored)
@@ -161,6 +193,7 @@ def _picking(
         yield (
             partial(_pick_some, form, pick, file, offset + first * stored, into, first, last),
             own * last // whole - own * first // whole,
+            target + own * first // whole,
         )
 
 

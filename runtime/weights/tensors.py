@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hmc.checkpoint.headers import read_fingerprint
 from hmc.checkpoint.location import is_gguf, shard_paths
 from hmc.errors import PlanMismatchError, UsageError
-from hmc.formats import Form
+from hmc.formats import Form, matrix_of
 from hmc.plan import Plan, StoredPart, StoredPick
 from hmc.plan.stored import forms_of
 from hmc.runtime.memory.blocks import aligned
@@ -34,8 +34,8 @@ class TensorGroup:
     """One plane of a weight, or of one projection of all experts of a layer.
 
     Tensor i is `form.stored_bytes` at `offsets[i]` of shard `shards[i]`. `fan_in` is the K of the
-    matmul, 0 for vectors. `order` is the plane that says how the columns of this one are laid out
-    anew.
+    matmul, 0 for vectors, `rows` its outputs, 1 for vectors. `order` is the plane that says how the
+    columns of this one are laid out anew.
     """
 
     key: Key
@@ -47,6 +47,7 @@ class TensorGroup:
     parts: tuple[StoredPart, ...] = ()
     pick: StoredPick | None = None
     order: TensorGroup | None = None
+    rows: int = 1
 
     def name(self, number: int) -> str:
         """What tensor `number` is, for messages."""
@@ -67,20 +68,25 @@ def tensor_groups(plan: Plan) -> list[TensorGroup]:
     groups: list[TensorGroup] = []
     for w in plan.weights:
         fan_in, found = w.shape[-1] if len(w.shape) > 1 else 0, []
+        rows, _ = matrix_of(w.shape)
         for place, form in zip(w.planes, forms_of(w), strict=True):
             key: Key = "weight", w.name, place.name
             shard, offset = place.shard, place.offset
             one = np.array([shard], np.int64), np.array([offset], np.int64)
-            found.append(TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick))
+            found.append(
+                TensorGroup(key, w.format, form, *one, fan_in, place.parts, place.pick, rows=rows)
+            )
         groups += with_order(found)
     for e in plan.experts:
-        found = []
+        found, (rows, _) = [], matrix_of(e.shape)
         for column, form in zip(e.planes, forms_of(e), strict=True):
             key = ("expert", e.layer, e.role, column.name)
             shards, offsets = _expand(column.shards), np.cumsum(column.offsets)
             fan_in = e.shape[-1] if len(e.shape) > 1 else 0
             found.append(
-                TensorGroup(key, e.format, form, shards, offsets, fan_in, pick=column.pick)
+                TensorGroup(
+                    key, e.format, form, shards, offsets, fan_in, pick=column.pick, rows=rows
+                )
             )
         groups += with_order(found)
     return groups

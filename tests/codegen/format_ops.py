@@ -143,7 +143,7 @@ class Call:
             offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
             args |= {"slots": address(slots), "offsets": address(offsets)}
         else:
-            args["ids"] = address(ids)
+            args |= {"ids": address(ids), **({"teams": 0} if into else {})}
         if into:
             args |= {"x": address(x), "x_stride": k, "act": address(act), "gate_bias": 0,
                      "up_bias": 0}  # fmt: skip

@@ -102,7 +102,7 @@ class Layer:
 
     def gate_up(
         self, jit: Jit, x: np.ndarray, ids: np.ndarray, workers: int,
-        routing: np.ndarray | None = None,
+        routing: np.ndarray | None = None, teams: np.ndarray | None = None,
     ) -> np.ndarray:  # fmt: skip
         """act [tokens * TOP_K, inner], bf16 bits."""
         act = filled((len(x) * self.top_k, self.inner), np.uint16)
@@ -110,7 +110,7 @@ class Layer:
             jit, self.first, workers, x=address(x), x_stride=x.shape[1], ids=address(ids),
             table=address(self.table), act=address(act), tokens=len(x), scratch=0,
             routing=address(routing), gate_bias=address(self.bias(0) if self.gated else None),
-            up_bias=address(self.bias(1)),
+            up_bias=address(self.bias(1)), teams=address(teams),
         )  # fmt: skip
         return act
 

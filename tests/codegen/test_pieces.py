@@ -60,7 +60,7 @@ def test_pieces_make_the_whole(jit: Jit, isa: str, tokens: int) -> None:
         )  # fmt: skip
         run(
             jit, layer.first, **experts, x=address(x), x_stride=layer.hidden, act=address(act),
-            scratch=0, routing=address(routing), gate_bias=0, up_bias=0,
+            scratch=0, routing=address(routing), gate_bias=0, up_bias=0, teams=0,
         )  # fmt: skip
         run(
             jit, layer.second, **experts, act=address(act), routing=address(routing),

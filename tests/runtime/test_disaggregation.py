@@ -379,7 +379,7 @@ def machine(cores, read, gemv):
 
 
 def cores(count):
-    return Topology((Node(0, tuple((i,) for i in range(count))),), ())
+    return Topology((Node(0, tuple((i,) for i in range(count)), 0),), ())
 
 
 def test_auto_chooses_it_where_few_cores_fill_the_memory(big):

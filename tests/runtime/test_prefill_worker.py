@@ -360,7 +360,7 @@ def ended(pid):
 
 
 def machine(*nodes):
-    return Topology(tuple(Node(i, cores) for i, cores in enumerate(nodes)), ())
+    return Topology(tuple(Node(i, cores, i) for i, cores in enumerate(nodes)), ())
 
 
 def test_cores_are_divided_whole_and_over_all_nodes():

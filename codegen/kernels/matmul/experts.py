@@ -3,10 +3,11 @@ for all its tokens.
 
 Every worker groups the (token, slot) pairs by expert on its own stack, in order of first
 appearance, and takes its share: of first halves a contiguous slice of all rows of all active
-experts laid end to end; of second halves the same rows of every active expert. Second halves leave
-one f32 row for each pair in `scratch`; only then are a token's rows weighted and added, in the
-order of its slots, so that a token's result does not depend on its neighbours. Slots whose id is
-negative belong to experts that are computed elsewhere: they are left out of all this.
+experts laid end to end, or where workers are of several NUMA nodes of the rows that are its node's
+(codegen/decode/teams.py); of second halves the same rows of every active expert. Second halves
+leave one f32 row for each pair in `scratch`; only then are a token's rows weighted and added, in
+the order of its slots, so that a token's result does not depend on its neighbours. Slots whose id
+is negative belong to experts that are computed elsewhere: they are left out of all this.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 
 from llvmlite import ir
 
+from hmc.codegen.decode.teams import Own
 from hmc.codegen.decode.tiles import BYTES, FLOATS, GRAIN, Tiles, pointers
 from hmc.codegen.expr import has_gate, weighs
 from hmc.codegen.formats.forms import dot_of
@@ -50,21 +52,25 @@ def emit_experts_gate_up(e: Emitter) -> None:
     columns = (GATE, UP) if has_gate(spec.expr) else (UP,)
     buffers = Buffers(tiles, spec["tokens"], len(columns))
     shares = e.local(F32, count=spec["tokens"]) if weighs(spec.expr) else None
-    # Row blocks of the first active expert, then of the second, and so on: this worker's share of
-    # them all.
-    blocks = const(-(-n // GRAIN))
-    begin, end = e.split(b.mul(groups.active, blocks))
+    # The team's row blocks of the first active expert, then of the second, and so on: this worker's
+    # share of them all.
+    own = Own.of(e, e.arg["teams"], const(-(-n // GRAIN)))
+    begin, end = own.split(groups.active)
+    blocks = b.sub(own.last, own.first)
+    blocks = b.select(b.icmp_signed(">", blocks, const(1)), blocks, const(1))  # none: begin is end
     through = b.udiv(b.add(end, b.sub(blocks, const(1))), blocks)
+    rows = e.minimum(b.mul(own.last, const(GRAIN)), const(n))
     with e.for_range(b.udiv(begin, blocks), through) as index:
-        before = b.mul(index, blocks)
-        start = b.mul(e.positive(b.sub(begin, before)), const(GRAIN))
-        stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), const(n))
+        before = b.sub(b.mul(index, blocks), own.first)
+        start = b.mul(e.maximum(b.sub(begin, before), own.first), const(GRAIN))
+        stop = e.minimum(b.mul(b.sub(end, before), const(GRAIN)), rows)
         matrices = [groups.matrix(index, column) for column in columns]
-        following = groups.address(groups.after(index), columns[0])
+        skipped = b.mul(own.first, const(GRAIN * tiles.dot.row_bytes))
+        following = e.offset(groups.address(groups.after(index), columns[0]), skipped)
         biases = []
         if spec.get("biased"):
-            own = b.mul(groups.expert(index), const(4 * n))
-            biases = [e.offset(e.arg[name], own) for name in BIASES[-len(columns) :]]
+            place = b.mul(groups.expert(index), const(4 * n))
+            biases = [e.offset(e.arg[name], place) for name in BIASES[-len(columns) :]]
         with groups.parts(index) as (first, count):
             with groups.members(first, count) as (place, pair):
                 inputs.put(place, pair, matrices)
