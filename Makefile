@@ -11,6 +11,8 @@
 # make gpu-fake  without a GPU: the CUDA path on libraries that play CUDA's, under a real CUDA build
 #             of PyTorch (5 GB in .venv-cuda; gcc): what holds of it, one table;
 #             FAKE_ARGS="--only order --sm 120" does a part
+# make numa-check  where memory lies on a machine of several NUMA nodes, page by page; elsewhere
+#             NUMA_VM names a command that runs another on such a machine with this one's files
 # make clean  remove what the others made
 
 PYTHON ?= python3
@@ -20,7 +22,7 @@ GPU_PYTHON ?= $(BIN)/python
 CUDA := .venv-cuda
 DEMO := build/demo
 
-.PHONY: demo test test-all test-eval test-recipes check gpu-check gpu-fake clean
+.PHONY: demo test test-all test-eval test-recipes check gpu-check gpu-fake numa-check clean
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -75,6 +77,9 @@ gpu-check: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/base)
 
 gpu-fake: $(CUDA)/base
 	PYTHONPATH=tests:tests/runtime $(CUDA)/bin/python -m gpu.fake $(FAKE_ARGS)
+
+numa-check: $(VENV)/base
+	PYTHONPATH=.:tests NUMA_VM="$(NUMA_VM)" $(BIN)/python -m numa.check
 
 clean:
 	rm -rf $(VENV) $(CUDA) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -49,6 +49,7 @@ from hmc.runtime.phases.beside import DevicePrefill
 from hmc.runtime.phases.choice import Devices, check_gpus, device_half, on_devices
 from hmc.runtime.routing import RoutingRecorder
 from hmc.runtime.weights.fill import Progress
+from hmc.runtime.weights.placing import differing
 from hmc.runtime.weights.store import Home, WeightStore
 
 if TYPE_CHECKING:
@@ -140,7 +141,9 @@ class Executor:
             self.kv = kv or KVCache(plan.kv, plan.limits.max_context)
             if kv is None:
                 self._memory.callback(self.kv.close)
-            self.placed = "; ".join(filter(None, (self.store.told, self.kv.spread(self._nodes))))
+            homes = {team.memory for team in self.pool.teams}
+            told = self.store.told, self.kv.spread(homes), differing(plan, self.pool.teams)
+            self.placed = "; ".join(filter(None, told))
             """Where weights and cache lie on machines of several NUMA nodes, in words."""
             self._parts = Parts(plan, self.store, self.kv, jit, self.pool)
             self.phases: dict[str, LoweredPhase | DevicePhase] = {}
@@ -178,11 +181,6 @@ class Executor:
             self._stack = stack.pop_all()
         self._open = True
         self.calls: Counter[str] = Counter()
-
-    @property
-    def _nodes(self) -> set[int]:
-        """Whose memory the workers use."""
-        return {team.memory for team in self.pool.teams}
 
     @property
     def handover(self) -> str:

@@ -94,6 +94,12 @@ class StreamingRead:
         """Bytes/s of one pass over the buffer."""
         return self.once_over(variant, self._buffer(variant.huge).ctypes.data, self.size)
 
+    def once_of(self, other: StreamingRead, variant: Variant) -> float:
+        """The same over another's buffer, of which each worker's share lies where the other's worker
+        of that number touched it."""
+        address = other._buffer(variant.huge).ctypes.data
+        return self.once_over(variant, address, min(self.size, other.size))
+
     def once_over(self, variant: Variant, address: int, size: int, times: int = 1) -> float:
         """Bytes/s of one pass, `times` over `size` bytes of the caller's own at `address` (whose
         pages are what they are): the reference over the very bytes a kernel reads."""

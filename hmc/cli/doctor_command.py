@@ -21,8 +21,10 @@ from hmc.errors import HmcError
 from hmc.files import text_of
 from hmc.machine.checkup import Finding, Needs, checkup, read_speed, slow_disk
 from hmc.machine.detect import available_bytes, detect
+from hmc.machine.model import Machine
 from hmc.machine.topology import this_machine
 from hmc.plan import load_plan
+from hmc.runtime.memory.nodes import refusal
 
 _PACKAGES = ("torch", "numpy", "safetensors", "llvmlite", "pydantic", "tokenizers", "transformers")
 
@@ -59,7 +61,7 @@ def command(plan_path: str | None, read_test: str | None, as_json: bool) -> None
             ", ".join(t.name for t in TIERS.values() if t.flags <= flags) or "none",
             isa,
         ),
-        ("NUMA", f"{len(machine.nodes)} node(s)", "workers are spread over all of them"),
+        ("NUMA", f"{len(machine.nodes)} node(s)", _numa_use(machine)),
         ("last-level cache", size(machine.llc_bytes), "-"),
         (
             "memory",
@@ -110,6 +112,14 @@ def _huge_use(text: str) -> str:
 def _memlock() -> str:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return "unlimited" if soft == resource.RLIM_INFINITY else size(soft)
+
+
+def _numa_use(machine: Machine) -> str:
+    if len(machine.nodes) == 1:
+        return "memory is placed where there are several"
+    why = refusal(machine.nodes[0].home)
+    how = f"by first touch, {why}" if why else "bound"
+    return f"--home arena: weights lie with the workers that multiply them, {how}"
 
 
 def _gpu() -> str:

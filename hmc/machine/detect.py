@@ -42,7 +42,13 @@ def detect() -> Machine:
         flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
         cores=usable_cpus(),
         nodes=tuple(
-            NumaNode(id=node.id, cpus=node.cpus, memory_bytes=_node_bytes(node.id, memory))
+            NumaNode(
+                id=node.id,
+                cpus=node.cpus,
+                memory_bytes=_node_bytes(node.id, memory),
+                cores=len(node.cores) if len(node.cores) < len(node.cpus) else 0,
+                memory=None if node.memory == node.id else node.memory,
+            )
             for node in topology.nodes
         ),
         llc_bytes=max((cache.bytes for cache in topology.caches), default=0),

@@ -7,11 +7,13 @@ Rates are optional: a machine without them can be planned for on the CPU, but no
 for it. Every rate says where its value comes from. The file that a probe writes is this model as
 JSON:
 
-    {"name": .., "cpu": .., "flags": [..], "cores": N, "nodes": [{"id", "cpus", "memory_bytes"}],
+    {"name": .., "cpu": .., "flags": [..], "cores": N,
+     "nodes": [{"id", "cpus", "memory_bytes", "cores", "memory"}],
      "llc_bytes": N, "memory_bytes": N,
      "rates": {"read": [RATE, one a node], "gemv": [{"format": "fp8", "tokens": 1, "rate": RATE}],
                "dot": RATE, "attend": RATE, "record": RATE, "expert": RATE, "handoff": RATE,
-               "overlap": RATE, "link": RATE, "link_latency": RATE, "prefill": RATE},
+               "overlap": RATE, "remote": RATE, "link": RATE, "link_latency": RATE,
+               "prefill": RATE},
      "gpus": [{"name", "memory_bytes",
                "rates": {"memory": RATE, "bf16": RATE, "fp8": RATE, "attention": RATE,
                          "launch": RATE, "sync": RATE, "hand_over": RATE, "h2d": RATE,
@@ -78,6 +80,7 @@ class CpuRates(Frozen):
     """What the CPU side reaches with all its cores.
 
     read          plain streaming reads, bytes/s, one entry a NUMA node (in the order of `nodes`)
+    remote        reads of all nodes together where each reads another one's memory, bytes/s
     gemv          decode matmuls, weight bytes/s by format and tokens a call
     dot           prefill matmuls, FLOP/s
     attend        attention over the cache, FLOP/s
@@ -101,6 +104,7 @@ class CpuRates(Frozen):
     expert: Rate | None = None
     handoff: Rate | None = None
     overlap: Rate | None = None
+    remote: Rate | None = None
     link: Rate | None = None
     link_latency: Rate | None = None
     prefill: Rate | None = None
@@ -154,11 +158,20 @@ class GpuRates(Frozen):
 
 
 class NumaNode(Frozen):
-    """One NUMA node: its logical CPUs and its memory in bytes."""
+    """One NUMA node with CPUs: these, of how many `cores` (0: each is one), its memory in bytes,
+    and which node's `memory` its CPUs take pages from where it has none itself.
+    """
 
     id: int
     cpus: tuple[int, ...]
     memory_bytes: int
+    cores: int = 0
+    memory: int | None = None
+
+    @property
+    def home(self) -> int:
+        """The node whose memory its CPUs take pages from."""
+        return self.id if self.memory is None else self.memory
 
 
 class Gpu(Frozen):

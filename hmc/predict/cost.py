@@ -17,6 +17,7 @@ from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
+from hmc.plan.nodes import shares, strangers
 
 TRANSFERS = ("h2d", "d2h")
 
@@ -39,9 +40,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one step takes: `bytes` by tier ("host", "gpu", "link", "pcie"), `flops` by format,
-    `launches` of kernels (records on the CPU), `seconds`, and which of them binds; `handed_over`
-    seconds of the thread that gives the step to its device.
+    """What one step takes: `bytes` by tier ("host", "remote": those of them that cross between NUMA
+    nodes, "gpu", "link", "pcie"), `flops` by format, `launches` of kernels (records on the CPU),
+    `seconds`, and which of them binds; `handed_over` seconds of the thread that gives the step to
+    its device.
     """
 
     seconds: float
@@ -155,6 +157,7 @@ class CostModel:
     def __init__(self, plan: Plan, machine: Machine | None = None) -> None:
         self.machine = machine or plan.machine
         self._cpu = self.machine.known_rates
+        self._strangers = strangers(shares(self.machine, plan.threads))
         self._format = {weight.name: weight.format for weight in plan.weights}
         for experts in plan.experts:
             self._format[f"layer:{experts.layer}"] = experts.format
@@ -279,12 +282,16 @@ class CostModel:
         # Tiled kernels stream weights and are bound by their products; those of decode read at
         # the rate of their format.
         many = self._many(phase)
-        times = {"activations": asked.moved / read, "compute": asked.flops / rates.dot.value}
+        # Rows of decode's matrices lie where they are multiplied, all else where anybody may be.
+        apart = 0.0 if (row.matmul or row.routed) and not many else self._strangers
+        slower = 0.0 if rates.remote is None else max(0.0, read / rates.remote.value - 1)
+        moved = asked.moved / read * (1 + slower * self._strangers)
+        times = {"activations": moved, "compute": asked.flops / rates.dot.value}
         if asked.weight:
             streamed = many or asked.form in ("", "f32", "fp16") or not (row.matmul or row.routed)
             rate = expert_rate if row.routed else gemv_rate
             speed = read if streamed else rate(rates, asked.form, call.tokens)
-            times["weights"] = asked.weight / speed
+            times["weights"] = asked.weight / speed * (1 + slower * apart)
         after = 0.0
         if row.attends:
             # What one query of each head reads of the cache leaves no time for more than its
@@ -296,7 +303,7 @@ class CostModel:
             if asked.weight:  # absorbing and lifting overlap with nothing else
                 after = max(times.values())
                 times = {"weights": after}
-            times["cache"] = asked.cache / read
+            times["cache"] = asked.cache / read * (1 + slower * self._strangers)
             times["attention"] = asked.scores / scored
             after = min(after, max(times["cache"], times["attention"]))
         bound = max(times, key=lambda name: times[name])
@@ -305,7 +312,10 @@ class CostModel:
         seconds += asked.pieces * _rate(rates.expert, 0.0)
         if step.waits:
             seconds += _rate(rates.handoff, 0.0)
-        return asked.cost(seconds, bound, "host", launches)
+        cost = asked.cost(seconds, bound, "host", launches)
+        remote = apart * asked.weight + self._strangers * (asked.moved + asked.cache)
+        near = cost.bytes["host"] - remote
+        return replace(cost, bytes={"host": near, "remote": remote}) if remote else cost
 
     def _on_gpu(self, step: Step, phase: Phase, call: Call, rates: GpuRates) -> Cost:
         """Matmuls and what attention makes for itself overlap with nothing else of the step."""

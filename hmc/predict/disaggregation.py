@@ -83,7 +83,9 @@ def _prefill(plan: Plan, model: CostModel, prompt: int, decoding: int) -> tuple[
     seconds = size = 0.0
     for weight, timeline in prefill_timelines(phase, calls, model):
         seconds += weight * timeline.result
-        size += weight * sum(cost.bytes.get("host", 0.0) for cost in timeline.costs)
+        size += weight * sum(
+            cost.bytes.get("host", 0.0) + cost.bytes.get("remote", 0.0) for cost in timeline.costs
+        )
     return seconds, len(calls), size
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hmc.passes.records import Base, Needs
-from hmc.plan import LedgerItem, Phase, Plan
+from hmc.plan import Decision, LedgerItem, Phase, Plan
 from hmc.plan.memory import HOME, DeviceMemory, device_of, placed_bytes, stored_expert_bytes
+from hmc.plan.nodes import shares, strangers, weight_bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,27 @@ class Memory:
         held = f"{capacity} tokens x {token} B"
         cache = _item(home, "KV cache", capacity * token, held)
         items = (*weights, cache, *_sequence_states(plan, home))
-        return accounted(plan.model_copy(update={"ledger": items}))
+        found = plan.model_copy(update={"ledger": items})
+        if len(plan.machine.nodes) > 1:
+            found = found.model_copy(update={"decisions": (*plan.decisions, _by_node(plan))})
+        return accounted(found)
+
+
+def _by_node(plan: Plan) -> Decision:
+    """Which rows lie where on a machine of several NUMA nodes."""
+    own, sizes = shares(plan.machine, plan.threads), weight_bytes(plan)
+    places = [f"node {node} {size / 1e9:.2f} GB" for node, size in sizes.items()]
+    workers = [f"{each.workers} on node {each.node}" for each in own]
+    room = {node.id: node.memory_bytes for node in plan.machine.nodes}
+    over = [f"node {n} has {room[n] / 1e9:.2f} GB" for n, s in sizes.items() if s > room.get(n, s)]
+    reason = (
+        f"workers: {', '.join(workers)}; in decode each reads its rows from its node's memory. Of"
+        " what all read (cache, activations, matrices in prefill)"
+        f" {strangers(own):.0%} cross between nodes"
+    )
+    if over:
+        reason += f"; {', '.join(over)}, and what it has no room for lies elsewhere"
+    return Decision(by="memory", subject="weights by node", choice=", ".join(places), reason=reason)
 
 
 def _sequence_states(plan: Plan, home: str) -> list[LedgerItem]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from hmc.errors import CapacityError
 from hmc.machine.detect import huge_by_advice
-from hmc.runtime.memory.nodes import NotAllowedError, spread
+from hmc.runtime.memory.nodes import NotAllowedError, huge, spread
 
 PAGE, HUGE_PAGE = 4 << 10, 2 << 20
 LINE = 64
@@ -62,10 +62,13 @@ class Block:
 
     def spread(self, nodes: Collection[int]) -> str:
         """Have its pages, which nobody has touched, come from NUMA nodes by turns where these are
-        several; why they come from the nodes of who touches them instead, or "".
+        several; why they come from the nodes of who touches them instead, or "". They are then of 4
+        KiB: by huge pages all that a short sequence has could be on one node.
         """
         if len(nodes) < 2:
             return ""
+        if self.pages == "advised":
+            huge(self.address, self.span, wanted=False)
         try:
             spread(self.address, self.span, nodes)
         except NotAllowedError as why:

@@ -46,6 +46,16 @@ def spread(address: int, size: int, nodes: Collection[int]) -> None:
     _mbind(address, size, _INTERLEAVE, nodes)
 
 
+def refusal(node: int) -> str:
+    """Why memory cannot be bound to a node here; "" where it can."""
+    page = np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8)
+    try:
+        hold(page.ctypes.data, mmap.PAGESIZE, [node])
+    except NotAllowedError as why:
+        return str(why)
+    return ""
+
+
 def populate(address: int, size: int) -> None:
     """Touch all pages of [address, + size), which nobody has written to yet, in this thread."""
     span = ctypes.c_void_p(address), ctypes.c_size_t(size)

@@ -20,23 +20,16 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from hmc.codegen.decode.tiles import GRAIN
 from hmc.machine.detect import node_free_bytes
 from hmc.machine.topology import Team
+from hmc.plan import Plan
+from hmc.plan.nodes import first_rows, shares
 from hmc.runtime.memory import nodes
 from hmc.runtime.memory.blocks import HUGE_PAGE, PAGE, Block
 from hmc.runtime.weights.tensors import Addresses, Key, TensorGroup
 
 _PIECE = 64 << 20
 """Bytes that a thread touches at a time."""
-
-
-def first_rows(rows: int, workers: Sequence[int]) -> list[int]:
-    """Where the rows of each team's `workers` begin in a matrix of `rows`, and where the last ones
-    end: as `Emitter.split` gives them to the workers in groups of `GRAIN`."""
-    groups, total = -(-rows // GRAIN), sum(workers)
-    begins = [sum(workers[:team]) for team in range(len(workers) + 1)]
-    return [min(rows, groups * begin // total * GRAIN) for begin in begins]
 
 
 class Regions:
@@ -135,6 +128,14 @@ def place(block: Block, regions: Regions, teams: tuple[Team, ...]) -> Placed:
         refused.add(str(why))
     how = f"by first touch: {', '.join(sorted(refused))}" if refused else "bound"
     return Placed(teams, regions, f"weights by rows on {', '.join(told)}; {how}")
+
+
+def differing(plan: Plan, teams: Sequence[Team]) -> str:
+    """What is to be said where workers are not on the nodes that a plan says."""
+    planned = [(each.memory, each.workers) for each in shares(plan.machine, plan.threads)]
+    if len(teams) < 2 or planned == [(team.memory, len(team.cpus)) for team in teams]:
+        return ""
+    return "planned: " + ", ".join(f"{count} workers on node {node}" for node, count in planned)
 
 
 Task = Callable[[], None]

@@ -57,6 +57,8 @@ def probe(
     for number, node in enumerate(nodes):
         report(f"probe: streaming reads of node {node.id}", number, stages)
         found += cpu.reads(node, isa, effort)
+    if len(nodes) > 1:
+        found.append(cpu.remote(nodes, isa, effort))
     report("probe: matmuls", stages - 4, stages)
     rows = cpu.kernels(isa, effort, formats, threads)
     found += cpu.matmuls(rows)

@@ -5,7 +5,7 @@ buffers and pools.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from statistics import median
 
@@ -68,6 +68,21 @@ def reads(node: Node, isa: Isa, effort: Effort) -> Iterator[Measurement]:
             values = tuple(reader.once(best) for _ in range(effort.passes))
         name = "read" if count == len(cpus) else "read with fewer threads"
         yield Measurement(name, "B/s", values, f"node {node.id}, {count} thread(s), {best}")
+
+
+def remote(nodes: Sequence[Node], isa: Isa, effort: Effort) -> Measurement:
+    """Reads of all nodes together where each node's workers read what those of the next one have
+    touched."""
+    jit = Jit(EMITTERS)
+    cpus = [[core[0] for core in node.cores] for node in nodes]
+    mine, theirs = list(chain(*cpus)), list(chain(*cpus[1:], cpus[0]))
+    with Pool(jit, isa, cpus=mine) as own, Pool(jit, isa, cpus=theirs) as others:
+        ways = SWEEP[:: effort.every]
+        memory = MemoryReference(own, jit, isa, megabytes=effort.stream, variants=ways)
+        reader = StreamingRead(others, jit, isa, memory.size)
+        values = tuple(reader.once_of(memory, memory.variant) for _ in range(effort.passes))
+    detail = f"{len(nodes)} nodes, each the next one's memory, {memory.variant}"
+    return Measurement("remote", "B/s", values, detail)
 
 
 # -- matmuls ---------------------------------------------------------------------------------------
@@ -255,6 +270,7 @@ def cpu_rates(found: Sequence[Measurement], rows: Sequence[Row]) -> CpuRates:
             for form, each in zip(formats, by_name["experts"], strict=True)
         ),
         expert=optional("expert"),
+        remote=optional("remote"),
         link=optional("link"),
         link_latency=optional("link_latency"),
     )

@@ -1,0 +1,1 @@
+"""Where memory lies on machines of several NUMA nodes, page by page: `make numa-check`."""
