@@ -95,8 +95,8 @@ class StreamingRead:
         return self.once_over(variant, self._buffer(variant.huge).ctypes.data, self.size)
 
     def once_of(self, other: StreamingRead, variant: Variant) -> float:
-        """The same over another's buffer, of which each worker's share lies where the other's worker
-        of that number touched it."""
+        """The same over another's buffer: each worker's share lies where the other's worker of that
+        number touched it."""
         address = other._buffer(variant.huge).ctypes.data
         return self.once_over(variant, address, min(self.size, other.size))
 

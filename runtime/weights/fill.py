@@ -95,9 +95,10 @@ def fill_dummy(
             pattern = patterns.of(group)
             for target in places[group.key]:
                 number += 1
-                size = group.form.bytes
-                tile = partial(_tile, pattern, number * _STRIDE, int(target), size)
-                yield tile, size, int(target)
+                to, start = int(target), number * _STRIDE
+                for at, size in _chunks(to, group.form.bytes, placed):
+                    here = start + at // pattern.itemsize
+                    yield partial(_tile, pattern, here, to + at, size), size, to + at
 
     total = sum(len(group.shards) * group.form.bytes for group in groups)
     _run(tasks(), total, "making dummy weights", progress, placed)

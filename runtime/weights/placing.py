@@ -120,6 +120,8 @@ def place(block: Block, regions: Regions, teams: tuple[Team, ...]) -> Placed:
             for first, last in _holders(regions):
                 nodes.huge(first, last - first, wanted=True)
             done(crew(task, team) for task, team in _touch(_insides(regions)))
+            # What is there stays; the kernel would join pages of two nodes to huge ones.
+            nodes.huge(block.address, block.span, wanted=False)
         else:
             done(crew(task, team) for task, team in _touch(regions))
     try:
