@@ -19,7 +19,7 @@ from hmc.env import config_dir, usable_cpus
 from hmc.errors import MachineError, UsageError
 from hmc.files import integer, text_of
 from hmc.machine.model import Machine, NumaNode
-from hmc.machine.topology import this_machine
+from hmc.machine.topology import SYS, Topology, memory_of, this_machine
 
 KERNEL_FLAGS = (
     "avx2 fma f16c bmi1 bmi2 popcnt avx512f avx512bw avx512dq avx512vl avx512cd avx512_bf16"
@@ -41,16 +41,7 @@ def detect() -> Machine:
         cpu=_cpu_name(),
         flags=tuple(flag for flag in KERNEL_FLAGS if flag in flags),
         cores=usable_cpus(),
-        nodes=tuple(
-            NumaNode(
-                id=node.id,
-                cpus=node.cpus,
-                memory_bytes=_node_bytes(node.id, memory),
-                cores=len(node.cores) if len(node.cores) < len(node.cpus) else 0,
-                memory=None if node.memory == node.id else node.memory,
-            )
-            for node in topology.nodes
-        ),
+        nodes=numa_nodes(topology, memory),
         llc_bytes=max((cache.bytes for cache in topology.caches), default=0),
         memory_bytes=memory,
     )
@@ -98,7 +89,7 @@ def available_bytes() -> int:
 def node_free_bytes(node: int) -> int:
     """Memory of a NUMA node that can be taken now, but for what the kernel keeps: free, or page
     cache. All that can be taken where /sys does not tell."""
-    text = text_of(Path(f"/sys/devices/system/node/node{node}/meminfo"))
+    text = text_of(SYS / f"node/node{node}/meminfo")
     found = {name: 1024 * int(size) for name, size in re.findall(r"(\S+):\s+(\d+) kB", text)}
     if "MemFree" not in found:
         return available_bytes()
@@ -134,11 +125,19 @@ def _cpu_name() -> str:
     return found[1] if found else "unknown" if text else platform.processor() or "unknown"
 
 
-def _node_bytes(number: int, default: int) -> int:
-    """Memory of a NUMA node; `default` where /sys tells nothing."""
-    text = text_of(Path(f"/sys/devices/system/node/node{number}/meminfo"))
-    found = re.search(r"MemTotal:\s*(\d+) kB", text)
-    return int(found[1]) * 1024 if found else default
+def numa_nodes(topology: Topology, memory: int, root: Path = SYS) -> tuple[NumaNode, ...]:
+    """The nodes of a topology with their memory: all of `memory` where `root` tells nothing."""
+    sizes = {node.id: memory_of(root / f"node/node{node.id}") for node in topology.nodes}
+    return tuple(
+        NumaNode(
+            id=node.id,
+            cpus=node.cpus,
+            memory_bytes=memory if (size := sizes[node.id]) is None else size,
+            cores=len(node.cores) if len(node.cores) < len(node.cpus) else 0,
+            memory=None if node.memory == node.id else node.memory,
+        )
+        for node in topology.nodes
+    )
 
 
 def profile_path() -> Path:

@@ -140,10 +140,10 @@ def read_topology(
     home = _homes(root)
     for members in cores.values():
         nodes.setdefault(home.get(members[0], 0), []).append(tuple(members))
-    having = _having_memory(root, _allowed_memory() if memory is None else set(memory))
+    allowed_memory = _allowed_memory() if memory is None else set(memory)
     return Topology(
         tuple(
-            Node(number, tuple(sorted(found)), _nearest(root, number, having))
+            Node(number, tuple(sorted(found)), _nearest(root, number, allowed_memory))
             for number, found in sorted(nodes.items())
         ),
         _caches(root, usable),
@@ -169,11 +169,11 @@ def _spread(node: Node, count: int) -> list[int]:
 
 
 def _homes(root: Path) -> dict[int, int]:
-    """CPU -> node id."""
+    """CPU -> node id; the lowest one of several that claim it."""
     found: dict[int, int] = {}
-    for folder in (root / "node").glob("node[0-9]*"):
+    for number, folder in _folders(root).items():
         for cpu in parse(text_of(folder / "cpulist")):
-            found[cpu] = int(folder.name.removeprefix("node"))
+            found.setdefault(cpu, number)
     return found
 
 
@@ -183,20 +183,31 @@ def _allowed_memory() -> set[int]:
     return set(parse(found[1])) if found else set()
 
 
-def _having_memory(root: Path, allowed: set[int]) -> list[int]:
-    """Nodes with memory that may be used; empty where nothing is known of them."""
-    found = parse(text_of(root / "node/has_memory"))
-    return [node for node in found if not allowed or node in allowed]
+def _folders(root: Path) -> dict[int, Path]:
+    """Of every node that is online, in order of their ids."""
+    found = (root / "node").glob("node[0-9]*")
+    return dict(sorted((int(folder.name.removeprefix("node")), folder) for folder in found))
 
 
-def _nearest(root: Path, node: int, having: list[int]) -> int:
-    """Where a node's CPUs take pages from. A row of distances has the nodes that are online, in
-    order of their ids."""
+def memory_of(folder: Path) -> int | None:
+    """Bytes of a node's memory; None where its folder does not tell."""
+    found = re.search(r"MemTotal:\s*(\d+) kB", text_of(folder / "meminfo"))
+    return int(found[1]) * 1024 if found else None
+
+
+def _nearest(root: Path, node: int, allowed: set[int]) -> int:
+    """Where a node's CPUs take pages from, of the nodes with memory that are `allowed` (none: all).
+    Its distances are to all nodes that are online, in order of their ids."""
+    folders = _folders(root)
+    having = [
+        other
+        for other, folder in folders.items()
+        if memory_of(folder) != 0 and (not allowed or other in allowed)
+    ]
     if not having or node in having:
         return node
-    online = parse(text_of(root / "node/online"))
-    row = map(int, text_of(root / f"node/node{node}/distance").split())
-    away = dict(zip(online, row, strict=False))
+    row = map(int, text_of(folders[node] / "distance").split())
+    away = dict(zip(folders, row, strict=False))
     return min(having, key=lambda other: (away.get(other, 0), other))
 
 

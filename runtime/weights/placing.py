@@ -11,6 +11,7 @@ Parts that hold whole huge pages get them; the rest of such parts, and smaller o
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -98,18 +99,22 @@ class Placed:
 
 def place(block: Block, regions: Regions, teams: tuple[Team, ...]) -> Placed:
     """Have the pages of a block, which nobody has touched, taken by threads of their teams."""
-    told, strict, refused = [], [], set[str]()
-    for team, size in zip(teams, regions.bytes(len(teams)), strict=True):
-        free = node_free_bytes(team.memory)
-        strict.append(size <= free)
-        told.append(f"node {team.memory} {size / 2**30:.2f} GiB")
+    sizes: Counter[int] = Counter()
+    for team, size in zip(teams, regions.bytes(len(teams)).tolist(), strict=True):
+        sizes[team.memory] += size
+    told, strict, refused = [], {}, set[str]()
+    for node, size in sizes.items():
+        free = node_free_bytes(node)
+        strict[node] = size <= free
+        told.append(f"node {node} {size / 2**30:.2f} GiB")
         if size > free:
             told[-1] += f" ({free / 2**30:.2f} have room there, the rest lies elsewhere)"
 
     def begin(number: int) -> None:
         pin(teams[number])
         try:
-            nodes.take_from(teams[number].memory, strictly=strict[number])
+            node = teams[number].memory
+            nodes.take_from(node, strictly=strict[node])
         except nodes.NotAllowedError as why:
             refused.add(str(why))
 
