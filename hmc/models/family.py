@@ -71,7 +71,6 @@ NO_IMAGES = "images are not read"
 
 def look_ahead(config: ModelConfig) -> tuple[Aside, ...]:
     """The layers after the last, which predict tokens further ahead."""
-    layers = config.require_int("num_hidden_layers")
     keys = ("num_nextn_predict_layers", "num_mtp_layers")
     extra = next((config.get_int(key, 0) for key in keys if key in config), 0)
-    return tuple(Aside(f"*.layers.{layers + index}.*", LOOKS_AHEAD) for index in range(extra))
+    return tuple(Aside(f"*.layers.{config.depth + index}.*", LOOKS_AHEAD) for index in range(extra))

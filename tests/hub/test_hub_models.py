@@ -42,6 +42,7 @@ def test_simulate_of_a_gguf_file_reads_its_header(
     assert hub.sent(".gguf") and not cache.snapshot("a/b", COMMIT).exists()
 
 
+@pytest.mark.slow
 def test_bench_fetches_weights_unless_they_are_dummies(king: PlayedHub, run: Run) -> None:
     code, _, err = run("bench", NAME, "--dummy-weights", "--layers", 2, *LITTLE)
     assert code == 0 and not king.sent(".safetensors"), err
@@ -58,6 +59,7 @@ def test_tune_changes_the_plan_of_a_model(king: PlayedHub, run: Run) -> None:
     assert run("run", "tuned.hmp", "-p", "And", "-n", 1)[0] == 0
 
 
+@pytest.mark.slow
 def test_quantize_fetches_the_whole(king: PlayedHub, run: Run) -> None:
     code, _, err = run("quantize", NAME, "-o", "few", "--format", "int4")
     assert code == 0 and "[fetching 1 file" in err, err
