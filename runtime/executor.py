@@ -272,11 +272,17 @@ class Executor:
         return logits
 
     def decode(
-        self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
+        self,
+        sequences: list[Sequence],
+        tokens: npt.NDArray[np.int32],
+        phase: str = "",
+        best: Items[int] | None = None,
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
-        sequences than a call of it takes go in several.
+        sequences than a call of it takes go in several. Where all of `best` are known, of a row all
+        logits but so many of the largest, and those that tie with the last of them, may be -inf;
+        None, or a 0 among them: of none.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
         anything runs.
@@ -287,13 +293,15 @@ class Executor:
             self.kv.reserve(sequence, 1)
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
+        few = None if best is None else np.array(best, np.int32)
         name = phase or decode_phase(self.plan, len(sequences))
         found = self._require(name)
         calls = decode_calls(found.max_tokens, len(sequences))
         parts = []
         for part in (slice(first, last) for first, last in calls):
             rows = np.arange(part.stop - part.start, dtype=np.int32)
-            logits = found.run(tokens[part], positions[part], table[part], rows)
+            some = None if few is None else few[part]
+            logits = found.run(tokens[part], positions[part], table[part], rows, some)
             parts.append(logits if len(calls) == 1 else logits.copy())
             self.calls[name] += 1
         for sequence in sequences:

@@ -25,7 +25,8 @@ class Options(BaseModel):
     `cache_tokens` tokens of all of them; `ring` experts fit into the slots of a streamed prefill.
     Of models that keep states a sequence, or windows in rings, `snapshot_bytes` may hold those of
     prompts, for others that begin alike. `attention` says whose kernels attend on GPUs in decode.
-    `slo` are goals as the user wrote them, `family` is how to read the model, whatever config.json
+    `lm_head` says whether decode steps screen the output matrix by a compact copy where the best
+    logits will do ("auto": where it pays). `slo` are goals as the user wrote them, `family` is how to read the model, whatever config.json
     calls it, `profile` recorded routing.
     """
 
@@ -41,6 +42,7 @@ class Options(BaseModel):
     ring: Annotated[int, Field(ge=0)] = 0
     snapshot_bytes: Annotated[int, Field(ge=0)] = int(SNAPSHOT_GB * 1e9)
     attention: Literal["triton", "flashinfer"] = "triton"
+    lm_head: Literal["auto", "stored", "screened"] = "auto"
     slo: str = ""
     family: str = ""
     profile: RoutingProfile | None = None

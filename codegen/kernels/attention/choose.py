@@ -48,7 +48,7 @@ def choose(e: Emitter, scores: Value, count: Value, most: int, target: Value) ->
     with b.if_else(b.icmp_signed(">", count, const(most))) as (some, every):
         with some:
             padded = _order(e, scores, count)
-            least = _threshold(e, scores, padded, most)
+            least = threshold(e, scores, padded, const(most))
             _take(e, scores, padded, least, most, target)
         with every:
             with e.for_range(0, count) as index:
@@ -70,14 +70,16 @@ def _order(e: Emitter, scores: Value, count: Value) -> Value:
     return padded
 
 
-def _threshold(e: Emitter, keys: Value, padded: Value, most: int) -> Value:
-    """The largest number (i64) that at least `most` of `keys` reach."""
+def threshold(e: Emitter, keys: Value, padded: Value, most: Value) -> Value:
+    """The largest number (i64) that at least `most` (i64) of `keys` i32 [padded] reach, whole
+    vectors; the least of all where they are fewer.
+    """
     b = e.b
     least = e.local(I64, const(_LEAST))
     with e.for_range(0, 32) as turn:
         bit = b.shl(const(1), b.sub(const(31), turn))
         bound = b.add(b.load(least), bit)
-        enough = b.icmp_signed(">=", _reaching(e, keys, padded, bound), const(most))
+        enough = b.icmp_signed(">=", _reaching(e, keys, padded, bound), most)
         b.store(b.select(enough, bound, b.load(least)), least)
     return b.load(least)
 
