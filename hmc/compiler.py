@@ -70,9 +70,9 @@ def compile(
     `vram` GB of each may be used (0: all), `routing_profile` names recorded routing, and `ring`
     experts (at least 2; 0: as many as pay) fit into the slots of a streamed prefill; `attention` of
     decode is computed there by hmc's own kernels or by FlashInfer's. `lm_head` is read as stored in
-    each decode step, or screened by a compact copy where the best logits will do. `slo` are goals such as
-    "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
-    would lift it. Raises subclasses of `HmcError`.
+    each decode step, or screened by a compact copy where the best logits will do. `slo` are goals
+    such as "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds
+    and what would lift it. Raises subclasses of `HmcError`.
     """
     if max_context < 0 or layers < 0 or threads < 0 or max_chunk < 1:
         raise UsageError(

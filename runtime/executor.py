@@ -196,6 +196,12 @@ class Executor:
         ran = {kernel for phase in self.phases.values() if phase.ran for kernel in phase.kernels}
         return tuple(sorted(ran))
 
+    @property
+    def screened(self) -> Counter[str]:
+        """What screened LM heads were asked so far, and computed: see `LoweredPhase.screened`."""
+        lowered = (p.screened for p in self.phases.values() if isinstance(p, LoweredPhase))
+        return sum(lowered, Counter())
+
     def open(self) -> Sequence:
         """A new sequence; `CapacityError` when `max_batch` are open."""
         self._check()

@@ -35,7 +35,7 @@ def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     if use.many:
         return (spec("gemm", use, sizes, stored.format),)
     if "screen" in attrs:
-        return screen_kernels(attrs, stored, use)
+        return screen_kernels(attrs, weights, use)
     return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
 
 

@@ -1,5 +1,5 @@
-"""A matmul that only chooses, screened: what is compact beside the stored matrix, which kernels read
-it, and how many bytes that is.
+"""A matmul that only chooses, screened: what is compact beside the stored matrix, which kernels
+read it, and how many bytes that is.
 
 For a row w of the matrix, c of the compact copy and activations x,
 
@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Final
 
 from hmc.codegen.spec import KernelSpec
+from hmc.errors import UnsupportedError
 from hmc.formats import format_of
-from hmc.ops.row import Attrs, Stored, Use, picked, spec
+from hmc.ops.row import Attrs, Stored, Use, Weights, picked, spec
 
 GROUP: Final = 32
 """Columns of a scale of the compact copy."""
@@ -37,8 +38,8 @@ def compact_bytes(rows: int, k: int) -> int:
     return rows * (format_of(COMPACT).row_bytes(k) + 2 * (k // GROUP) + 4)
 
 
-def unscreened(form: str, rows: int, k: int, stored: int) -> str:
-    """Why a matrix [rows, k] of `stored` bytes cannot be screened; "" where it can."""
+def unscreened(form: str, k: int) -> str:
+    """Why a matrix of `k` columns in a format cannot be screened; "" where it can."""
     row = format_of(form)
     if row.values or row.codes.block[1] or row.scales:
         return f"it is stored in {row.title}: no compact copy is made of codes"
@@ -53,10 +54,13 @@ def gain_bytes(rows: int, k: int, stored: int) -> int:
     return gain if gain >= _LEAST_GAIN else 0
 
 
-def screen_kernels(attrs: Attrs, stored: Stored, use: Use) -> tuple[KernelSpec, ...]:
+def screen_kernels(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     """In launch order: the matrix itself where all is wanted; else the compact copy, the best lower
     bounds, and the rows that may be among the best.
     """
+    stored = weights["weight"]
+    if why := unscreened(stored.format, int(attrs["k"])) or ("it has a bias" * (len(weights) > 1)):
+        raise UnsupportedError(f"a matrix is screened, but {why}")
     k, tokens = picked(attrs, "k"), {"tokens": use.tokens}
     return (
         spec("linear", use, {**k, **stored.sizes, **tokens}, stored.format),

@@ -23,12 +23,11 @@ from hmc.passes.place.budget import host_free
 from hmc.passes.records import Base, Notes
 from hmc.plan import Phase, Plan, Step
 from hmc.plan.memory import kind_of
+from hmc.plan.operands import LOGITS
 from hmc.plan.stored import stored_form
 from hmc.predict.cost import Call, CostModel
 
 _SUBJECT = "LM head"
-LOGITS = "logits"
-"""The buffer that a phase leaves logits in."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _lacks(plan: Plan) -> str:
     if set(step.weights) != {"weight"}:
         return "the output matrix has a bias"
     stored = next(each for each in plan.weights if each.name == step.weights["weight"])
-    return unscreened(stored.format, int(step.attrs["n"]), int(step.attrs["k"]), stored.bytes)
+    return unscreened(stored.format, int(step.attrs["k"]))
 
 
 def _screened(plan: Plan) -> Plan:

@@ -10,6 +10,7 @@ program is walked in pieces.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -56,9 +57,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Screen:
-    """Of a head of which the best rows alone may be computed: the records of all of it and those of
-    the best, [start, stop); how many best rows each wanted row asks for, i32 [max_tokens], `most` at
-    most; of each worker rows computed so far and blocks of rows read whole, i64 [workers, ...].
+    """A head of which the best rows alone may be computed: the records [start, stop) of all of it,
+    and of the best; how many each wanted row asks for, i32 [max_tokens], at most `most`; of each
+    worker rows computed so far and blocks of rows read whole, i64 [workers, ...].
     """
 
     whole: tuple[int, int]
@@ -194,9 +195,7 @@ class LoweredPhase:
         self.program = lowering.build()
         self._split = len(self.program) if lowering.split is None else lowering.split
         self._stops = lowering.stops
-        self.screen = lowering.screen
-        self.screened = 0
-        """Rows of logits of which the best alone were computed."""
+        self._screen, self._best = lowering.screen, 0
         self._counts = (-1, -1, False)
         """What the `tokens` words of the records on all tokens and on the wanted rows hold, and
         whether the best ones will do."""
@@ -229,7 +228,7 @@ class LoweredPhase:
             )
         self.arena.enter(ids, positions, tables)
         self.arena.inputs("rows")[: len(rows)] = rows
-        some = self.screen is not None and self.screen.asked(best, len(rows))
+        some = self._screen is not None and self._screen.asked(best, len(rows))
         records, start = self._ready(tokens, len(rows), some), 0
         for stop, step, function in self._stops:
             if stop <= len(records):
@@ -238,8 +237,18 @@ class LoweredPhase:
                 start = stop
         self._walk(records[start:])
         self.ran = True
-        self.screened += some * len(rows)
+        self._best += some * len(rows)
         return self.arena.logits[: len(rows)]
+
+    @property
+    def screened(self) -> Counter[str]:
+        """Of a head that is screened: `logits`, wanted rows of which the best were asked for so
+        far, `rows` of the matrix computed for them, and `blocks` of its rows read whole.
+        """
+        if self._screen is None:
+            return Counter()
+        rows, blocks = self._screen.counts[:, :2].sum(axis=0).tolist()
+        return Counter(logits=self._best, rows=rows, blocks=blocks)
 
     def _ready(self, tokens: int, rows: int, some: bool) -> npt.NDArray[np.int64]:
         """The records to walk for so many tokens and wanted rows, of all logits or `some`."""
@@ -250,8 +259,8 @@ class LoweredPhase:
             for start, stop, count in ((0, self._split, tokens), (self._split, end, rows)):
                 if start < stop:
                     self.program.patch_all(start, stop, tokens=count)
-            if self.screen is not None and rows:
-                away = self.screen.whole if some else self.screen.some
+            if self._screen is not None and rows:
+                away = self._screen.whole if some else self._screen.some
                 self.program.patch_all(*away, tokens=0)
             self._counts = wanted if rows else (tokens, -1, False)
         return self.program.records[:end]

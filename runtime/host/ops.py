@@ -46,10 +46,11 @@ def _plain(low: Lowering, step: Step) -> None:
 
 
 def _linear(low: Lowering, step: Step) -> None:
-    if "screen" in step.attrs:
+    specs = low.specs(step)
+    if "screen" in specs:
         screened_linear(low, step)
         return
-    ((op, spec),) = low.specs(step).items()
+    ((op, spec),) = specs.items()
     weight, rows = step.weights["weight"], int(step.attrs["n"])
     given = {
         "w": low.store.address(weight),

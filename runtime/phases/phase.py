@@ -148,8 +148,8 @@ class DevicePhase:
     def run(
         self, ids: Ints, positions: Ints, tables: Ints, rows: Ints, best: Ints | None = None
     ) -> npt.NDArray[np.float32]:
-        """As `LoweredPhase.run`, of all logits whatever is asked. Ctrl-C takes effect when the call is over, a second one at once;
-        that closes the devices.
+        """As `LoweredPhase.run`, of all logits whatever is asked. Ctrl-C takes effect when the call
+        is over, a second one at once; that closes the devices.
         """
         with _interrupts_held():
             call = self._run(ids, positions, tables, rows)

@@ -260,4 +260,3 @@ def _mark(
             flagged = e.call(f"llvm.vector.reduce.add.v{width}i32", I32, flagged)
         b.store(b.add(b.load(total), b.zext(flagged, I64)), total)
     return b.load(total)
-
