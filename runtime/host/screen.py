@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from hmc.codegen.kernels.matmul.screen import COUNTS, LEAST, PADDED, TOP
+from hmc.codegen.kernels.matmul.screen import COUNTS, PADDED, TOP
+from hmc.codegen.kernels.routing.threshold import LEAST
 from hmc.ops.screen import GROUP, MOST_BEST, copy_kernel
 from hmc.plan import Step
 from hmc.runtime.host.lowering import Lowering, Screen

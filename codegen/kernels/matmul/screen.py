@@ -31,9 +31,9 @@ from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.formats.planes import Row
 from hmc.codegen.formats.weights import row_bytes, weights_f32
 from hmc.codegen.ir import F32, I8, I16, I32, I64, Emitter, Value, const, fconst, vec
-from hmc.codegen.kernels.attention.choose import threshold
 from hmc.codegen.kernels.matmul.linear import emit_linear
 from hmc.codegen.kernels.routing.route import ordered_key
+from hmc.codegen.kernels.routing.threshold import LEAST, threshold
 from hmc.codegen.ragged import ceil_div
 from hmc.codegen.vector import fmax, for_blocks, fsplat, isplat, load_f32, sqrt
 
@@ -41,8 +41,6 @@ TOP = 16
 """Rows of which only the best lower bound is kept: of the k best rows few share one."""
 PADDED = 16
 """What a token has room for in `tops` is a multiple of it: whole vectors on every tier."""
-LEAST = -(2**31)
-"""What stands in `tops` behind the last."""
 COUNTS = 8
 """Words of each worker in `counts`, a cache line of its own: rows computed, blocks read whole."""
 _MANY = 8
