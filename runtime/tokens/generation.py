@@ -223,7 +223,7 @@ class Stream:
                 if self._answer.reason is not None or self._cancelled:
                     return
                 last = np.array([token], np.int32)
-                logits = executor.decode([sequence], last, best=[sampler.best])
+                logits = executor.decode([sequence], last, "", [sampler.best])
 
 
 @contextmanager
