@@ -39,7 +39,7 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts, screened
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
@@ -198,9 +198,8 @@ class Executor:
 
     @property
     def screened(self) -> Counter[str]:
-        """What screened LM heads were asked so far, and computed: see `LoweredPhase.screened`."""
-        lowered = (p.screened for p in self.phases.values() if isinstance(p, LoweredPhase))
-        return sum(lowered, Counter())
+        """What screened LM heads were asked and computed so far: see lowering.py."""
+        return screened(self.phases.values())
 
     def open(self) -> Sequence:
         """A new sequence; `CapacityError` when `max_batch` are open."""
@@ -286,9 +285,8 @@ class Executor:
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
-        sequences than a call of it takes go in several. Where all of `best` are known, of a row all
-        logits but so many of the largest, and those that tie with the last of them, may be -inf;
-        None, or a 0 among them: of none.
+        sequences than a call of it takes go in several. Logits of a row but the `best` largest may
+        be -inf, as `LoweredPhase.run` says.
 
         Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
         anything runs.

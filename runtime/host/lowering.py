@@ -280,6 +280,11 @@ class LoweredPhase:
             self.recorder.run(self.name, records)
 
 
+def screened(phases: Iterable[object]) -> Counter[str]:
+    """The sums of `LoweredPhase.screened` of those among some phases that are lowered."""
+    return sum((each.screened for each in phases if isinstance(each, LoweredPhase)), Counter())
+
+
 def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:
     """In how many pieces a worker's share of `size` bytes is cut, and how many of them are its own;
     none is smaller than the kernels split.

@@ -46,10 +46,8 @@ def _plain(low: Lowering, step: Step) -> None:
 
 
 def _linear(low: Lowering, step: Step) -> None:
-    specs = low.specs(step)
-    if "screen" in specs:
-        screened_linear(low, step)
-        return
+    if "screen" in (specs := low.specs(step)):
+        return screened_linear(low, step)
     ((op, spec),) = specs.items()
     weight, rows = step.weights["weight"], int(step.attrs["n"])
     given = {
