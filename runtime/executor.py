@@ -286,9 +286,7 @@ class Executor:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
         sequences than a call of it takes go in several. Logits of a row but the `best` largest may
-        be -inf, as `LoweredPhase.run` says.
-
-        Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
+        be -inf (`LoweredPhase.run`). Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
         anything runs.
         """
         self._check()
@@ -297,15 +295,14 @@ class Executor:
             self.kv.reserve(sequence, 1)
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
-        few = None if best is None else np.array(best, np.int32)
+        few = np.array(best or [0] * len(tokens), np.int32)
         name = phase or decode_phase(self.plan, len(sequences))
         found = self._require(name)
         calls = decode_calls(found.max_tokens, len(sequences))
         parts = []
         for part in (slice(first, last) for first, last in calls):
             rows = np.arange(part.stop - part.start, dtype=np.int32)
-            some = None if few is None else few[part]
-            logits = found.run(tokens[part], positions[part], table[part], rows, some)
+            logits = found.run(tokens[part], positions[part], table[part], rows, few[part])
             parts.append(logits if len(calls) == 1 else logits.copy())
             self.calls[name] += 1
         for sequence in sequences:
@@ -392,11 +389,7 @@ def check_memory(plan: Plan, own_weights: bool, *, gpus_too: bool = False) -> No
     items = [item for item in plan.ledger if gpus_too or item.device == "host"]
     weights = [item for item in items if item.device == "host" and item.detail == "weights"]
     own = items if own_weights else [item for item in items if item not in weights]
-    cases = (
-        (own, available_bytes(), "free"),
-        (items, memory_limit(), "there"),
-    )
-    for needed, limit, word in cases:
+    for needed, limit, word in ((own, available_bytes(), "free"), (items, memory_limit(), "there")):
         total = sum(item.bytes for item in needed)
         if total > limit:
             largest = max(needed, key=lambda item: item.bytes)
