@@ -286,8 +286,8 @@ class Executor:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
         sequences than a call of it takes go in several. Logits of a row but the `best` largest may
-        be -inf (`LoweredPhase.run`). Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
-        anything runs.
+        be -inf (`LoweredPhase.run`). Sequences do not influence each other. Raises
+        `ContextLengthError` or `CapacityError` before anything runs.
         """
         self._check()
         for sequence in sequences:
