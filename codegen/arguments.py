@@ -58,6 +58,19 @@ ARGS: dict[str, tuple[Arg, ...]] = {
     # y[t, n] = sum_k x[t, k] w[n, k] (+ bias[n]); x bf16; params: k, tokens (largest batch). bias
     # f32 or 0.
     "linear": _args("x* x_stride w* scale* bias* y* y_stride rows tokens"),
+    # A linear of which a token's best[t] largest results are wanted (kernels/matmul/screen.py).
+    # screen: `linear` of the compact copy. screen_tops: tops i32 [tokens, tops_stride] = the best
+    # lower bound of every TOP rows, as numbers of the same order; behind them LEAST up to whole
+    # vectors. screen_rows: y as `linear` makes it of rows that may be among the best, else -inf;
+    # counts i64 [workers, COUNTS] grow by rows computed and blocks read whole; params: k, tokens.
+    # screen_copy makes norms f32 [rows] and the compact copy: codes i8 [rows, k], scales bf16
+    # [rows, k / group]; params: k, group.
+    "screen": _args("x* x_stride w* scale* bias* y* y_stride rows tokens"),
+    "screen_tops": _args("x* x_stride y* y_stride norms* tops* tops_stride rows tokens"),
+    "screen_rows": _args(
+        "x* x_stride w* scale* y* y_stride norms* tops* tops_stride best* counts* rows tokens"
+    ),
+    "screen_copy": _args("w* codes* scales* norms* rows"),
     # y[t, n] = expr(gate = x . gate[n], up = x . up[n]), y bf16; params: k, tokens, biased (unset:
     # 0; else gate_bias and up_bias f32 [n] are added to the products).
     "gate_up": _args(

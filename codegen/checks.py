@@ -29,7 +29,8 @@ _SIZES: dict[str, str] = {
     "position_scale": "heads head_dim",
     "conv": "width taps",
     "selective_scan": "width states",
-    "linear": "k tokens",
+    **dict.fromkeys(("linear", "screen", "screen_tops", "screen_rows"), "k tokens"),
+    "screen_copy": "k group",
     "gate_up": "k tokens",
     "gemm": "k",
     **dict.fromkeys(("experts_gate_up", "experts_down"), "k n top_k experts tokens"),
@@ -74,8 +75,8 @@ _EVEN = {
 
 _RESULTS = frozenset({"bf16", "f32"})
 _MATMULS = frozenset(
-    "linear gate_up gemm experts_gate_up experts_down grouped_gate_up grouped_down"
-    " mla_absorb mla_up mla_prefill sparse_mla_prefill".split()
+    "linear screen screen_rows gate_up gemm experts_gate_up experts_down grouped_gate_up"
+    " grouped_down mla_absorb mla_up mla_prefill sparse_mla_prefill".split()
 )
 _VECTORS = frozenset({"norm", "add_norm", "rotary"})
 """Ops that read a plain row of numbers."""
@@ -89,6 +90,8 @@ def _formats(op: str) -> list[str]:
     if op == "embed":
         return [row.name for row in alone]
     plain = [row.name for row in alone if not row.values and not row.codes.block[1]]
+    if op == "screen_copy":
+        return plain
     return ([""] if op not in _VECTORS - {"rotary"} else []) + (plain if op in _VECTORS else [])
 
 
@@ -187,6 +190,11 @@ def _check_route(spec: KernelSpec) -> None:
         raise _error(spec, f"cannot choose top_k {top_k} of {candidates} candidates")
 
 
+def _check_copy(spec: KernelSpec) -> None:
+    if spec["k"] % spec["group"] or spec["group"] % spec.tier.lanes:
+        raise _error(spec, f"copies no {spec['k']} columns in groups of {spec['group']}")
+
+
 def _check_conv(spec: KernelSpec) -> None:
     elementwise(spec.expr, "x")
     if not 2 <= spec["taps"] <= MAX_TAPS:
@@ -196,6 +204,7 @@ def _check_conv(spec: KernelSpec) -> None:
 _GATED = ("gate_up", "experts_gate_up", "grouped_gate_up")
 _EXPRESSIONS = frozenset({"pointwise", "conv", "attention", "attention_prefill", *_GATED})
 _RULES: dict[str, Callable[[KernelSpec], object]] = {
+    "screen_copy": _check_copy,
     **dict.fromkeys(("attention", "attention_join", "attention_prefill"), _check_attention),
     **dict.fromkeys(("mla_attention", "mla_attention_join", "sparse_mla_prefill"), _check_even),
     **dict.fromkeys(("index_scores", "index_prefill"), _check_even),

@@ -55,6 +55,7 @@ def compile(
     ring: int = 0,
     family: str = "",
     attention: Literal["triton", "flashinfer"] = "triton",
+    lm_head: Literal["auto", "stored", "screened"] = "auto",
 ) -> Plan:
     """Compile the model directory or GGUF file `path` into a plan.
 
@@ -68,9 +69,10 @@ def compile(
     prompts for others that begin alike. With GPUs,
     `vram` GB of each may be used (0: all), `routing_profile` names recorded routing, and `ring`
     experts (at least 2; 0: as many as pay) fit into the slots of a streamed prefill; `attention` of
-    decode is computed there by hmc's own kernels or by FlashInfer's. `slo` are goals such as
-    "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds and what
-    would lift it. Raises subclasses of `HmcError`.
+    decode is computed there by hmc's own kernels or by FlashInfer's. `lm_head` is read as stored in
+    each decode step, or screened by a compact copy where the best logits will do. `slo` are goals
+    such as "ttft=30s@32k,tps=20": where the prediction misses one, `CapacityError` says what binds
+    and what would lift it. Raises subclasses of `HmcError`.
     """
     if max_context < 0 or layers < 0 or threads < 0 or max_chunk < 1:
         raise UsageError(
@@ -97,6 +99,7 @@ def compile(
         snapshot_bytes=int(snapshot_memory * 1e9),
         ring=ring,
         attention=attention,
+        lm_head=lm_head,
         slo=slo,
         family=family,
         profile=load_profile(routing_profile) if str(routing_profile) else None,

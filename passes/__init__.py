@@ -10,6 +10,7 @@ from hmc.passes.graph.fuse import Fuse
 from hmc.passes.graph.lower import Lower
 from hmc.passes.place.decode_attention import DecodeAttention
 from hmc.passes.place.expert_placement import ExpertPlacement
+from hmc.passes.place.lm_head import LmHead
 from hmc.passes.place.memory import Memory
 from hmc.passes.records import GraphPass, PlanPass
 from hmc.passes.stream.load import StreamLoad
@@ -20,6 +21,7 @@ PLAN: tuple[PlanPass, ...] = (
     DualBatch(),
     StreamLoad(),
     DecodeAttention(),
+    LmHead(),
     Memory(),
 )
 

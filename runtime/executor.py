@@ -39,7 +39,7 @@ from hmc.plan.phases import (
     decode_phase,
     prefill_phase,
 )
-from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts
+from hmc.runtime.host.lowering import LoweredPhase, Lowering, Parts, screened
 from hmc.runtime.host.nan_scan import check_numbers
 from hmc.runtime.host.ops import host_op
 from hmc.runtime.host.pool import Pool
@@ -196,6 +196,11 @@ class Executor:
         ran = {kernel for phase in self.phases.values() if phase.ran for kernel in phase.kernels}
         return tuple(sorted(ran))
 
+    @property
+    def screened(self) -> Counter[str]:
+        """What screened LM heads were asked and computed so far: see lowering.py."""
+        return screened(self.phases.values())
+
     def open(self) -> Sequence:
         """A new sequence; `CapacityError` when `max_batch` are open."""
         self._check()
@@ -272,14 +277,17 @@ class Executor:
         return logits
 
     def decode(
-        self, sequences: list[Sequence], tokens: npt.NDArray[np.int32], phase: str = ""
+        self,
+        sequences: list[Sequence],
+        tokens: npt.NDArray[np.int32],
+        phase: str = "",
+        best: Items[int] | None = None,
     ) -> Logits:
         """One more token for each of up to `max_batch` sequences: logits f32 [n, vocab], a view
         until the next call. By the phase that hmc/plan/phases.py chooses, or the one named; more
-        sequences than a call of it takes go in several.
-
-        Sequences do not influence each other. Raises `ContextLengthError` or `CapacityError` before
-        anything runs.
+        sequences than a call of it takes go in several. Logits of a row but the `best` largest may
+        be -inf (`LoweredPhase.run`). Sequences do not influence each other. Raises
+        `ContextLengthError` or `CapacityError` before anything runs.
         """
         self._check()
         for sequence in sequences:
@@ -287,13 +295,14 @@ class Executor:
             self.kv.reserve(sequence, 1)
         positions = np.array([sequence.length for sequence in sequences], np.int32)
         table = np.array([sequence.row for sequence in sequences], np.int32)
+        few = np.array(best or [0] * len(tokens), np.int32)
         name = phase or decode_phase(self.plan, len(sequences))
         found = self._require(name)
         calls = decode_calls(found.max_tokens, len(sequences))
         parts = []
         for part in (slice(first, last) for first, last in calls):
             rows = np.arange(part.stop - part.start, dtype=np.int32)
-            logits = found.run(tokens[part], positions[part], table[part], rows)
+            logits = found.run(tokens[part], positions[part], table[part], rows, few[part])
             parts.append(logits if len(calls) == 1 else logits.copy())
             self.calls[name] += 1
         for sequence in sequences:
@@ -380,11 +389,7 @@ def check_memory(plan: Plan, own_weights: bool, *, gpus_too: bool = False) -> No
     items = [item for item in plan.ledger if gpus_too or item.device == "host"]
     weights = [item for item in items if item.device == "host" and item.detail == "weights"]
     own = items if own_weights else [item for item in items if item not in weights]
-    cases = (
-        (own, available_bytes(), "free"),
-        (items, memory_limit(), "there"),
-    )
-    for needed, limit, word in cases:
+    for needed, limit, word in ((own, available_bytes(), "free"), (items, memory_limit(), "there")):
         total = sum(item.bytes for item in needed)
         if total > limit:
             largest = max(needed, key=lambda item: item.bytes)

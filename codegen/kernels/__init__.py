@@ -11,7 +11,7 @@ from types import ModuleType
 from hmc.codegen.ir import Emitter
 from hmc.codegen.kernels.attention import attention, block_index, index, pools, prefill, sparse
 from hmc.codegen.kernels.compressed import attend, rows, window
-from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear
+from hmc.codegen.kernels.matmul import absorb, experts, gate_up, gemm, grouped, linear, screen
 from hmc.codegen.kernels.pointwise import embed, hyper, norm, pointwise, rotary
 from hmc.codegen.kernels.probes import nan_codes, peak, stream
 from hmc.codegen.kernels.recurrent import conv, linear_attention, linear_prefill, scan
@@ -27,6 +27,7 @@ _HOMES: Mapping[ModuleType, str] = {
     nan_codes: "nan_codes",
     # Decode matmuls.
     linear: "linear",
+    screen: "screen screen_tops screen_rows screen_copy",
     gate_up: "gate_up",
     experts: "experts_gate_up experts_down",
     # Many tokens (prefill).

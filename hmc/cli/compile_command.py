@@ -69,6 +69,13 @@ if TYPE_CHECKING:
     default="triton",
     help="Kernels that attend on GPUs in decode; flashinfer needs hmc[flashinfer].",
 )
+@option(
+    "--lm-head",
+    type=click.Choice(["auto", "stored", "screened"]),
+    default="auto",
+    help="Read the output matrix as stored in each decode step, or screen it by an 8-bit copy where"
+    " the best logits will do: the same tokens [auto: where it pays].",
+)
 @option("--slo", default="", metavar="GOALS", help="Refuse a plan that misses ttft=30s@32k,tps=20.")
 @option("--routing-profile", default="", metavar="FILE", help="Recorded routing, for hot experts.")
 @hub.FETCH

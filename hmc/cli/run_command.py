@@ -16,6 +16,7 @@ from hmc.cli.arguments import CHECKPOINT, DUMMY_WEIGHTS, RATES, THREADS, placed,
 from hmc.cli.output import JSON, print_json, progress
 from hmc.cli.planned import PLAN, planned
 from hmc.cli.predicted import Comparison
+from hmc.cli.summary import head_line
 from hmc.errors import UsageError
 from hmc.files import write_file
 from hmc.ops import OPS
@@ -232,7 +233,7 @@ def _answer(
 ) -> None:
     """Stream one answer (or collect it, for JSON) and print the closing lines."""
     compared = show.compared
-    before = engine.executor.calls.copy()
+    before, screened = engine.executor.calls.copy(), engine.executor.screened
     if show.as_json:
         recorded = compared is not None and not compared.reason and show.steps
         with engine.executor.recorded() if recorded else nullcontext() as recorder:
@@ -248,6 +249,7 @@ def _answer(
             },
             "phases": dict(engine.executor.calls - before),
             "kernels": list(engine.executor.kernels_used),
+            "lm_head": dict(engine.executor.screened - screened),
         }
         if compared is not None:
             figures = compared.run(result.timings)
@@ -272,7 +274,8 @@ def _answer(
         f"[prompt {times.prompt_tokens} tokens, {times.prompt_tokens_per_second:.1f} tok/s |"
         f" TTFT {times.ttft_s:.2f} s | {len(result.token_ids)} tokens,"
         f" {times.decode_tokens_per_second:.1f} tok/s | {result.finish_reason} |"
-        f" {_phases(engine.executor.calls - before)} | {_kernels(engine.plan)}]",
+        f" {_phases(engine.executor.calls - before)} | {_kernels(engine.plan)}"
+        f"{head_line(engine.executor.screened - screened, ' | ')}]",
         err=True,
     )
     if result.finish_reason == "cancelled":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from hmc.cli.output import size
 from hmc.errors import MachineError
@@ -16,6 +16,15 @@ def memory(plan: Plan) -> Iterator[str]:
     """A line for each device."""
     for device, total in plan.ledger_totals.items():
         yield f"  {device} memory: {size(total)} of {size(plan.machine.memory_of(device))}"
+
+
+def head_line(screened: Mapping[str, int], before: str = "") -> str:
+    """How many rows of a screened LM head were computed; "" where none was."""
+    if not (logits := screened.get("logits", 0)):
+        return ""
+    whole = screened.get("blocks", 0)
+    rows = f"{screened.get('rows', 0) / logits:.1f} rows a token"
+    return f"{before}LM head screened: {rows}" + f", {whole} blocks whole" * (whole > 0)
 
 
 def prediction(plan: Plan) -> str:

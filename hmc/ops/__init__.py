@@ -1,6 +1,7 @@
 """One row an op: everything that hmc knows of it, in one place (see row.py).
 
 matmul.py        linear, grouped_linear, gate_up, experts
+screen.py        a linear that only chooses, by a compact copy
 norms.py         embed, gather_rows, norm, add, add_norm
 pointwise.py     arithmetic of rows and vectors, as an expression
 attention.py     rotary, position_scale, attention, mla

@@ -26,6 +26,7 @@ from hmc.ops.row import (
     product,
     spec,
 )
+from hmc.ops.screen import GROUP, screen_kernels
 
 
 def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
@@ -33,6 +34,8 @@ def _linear(attrs: Attrs, weights: Weights, use: Use) -> tuple[KernelSpec, ...]:
     sizes = {"k": int(attrs["k"]), **stored.sizes}
     if use.many:
         return (spec("gemm", use, sizes, stored.format),)
+    if "screen" in attrs:
+        return screen_kernels(attrs, weights, use)
     return (spec("linear", use, {**sizes, "tokens": use.tokens}, stored.format),)
 
 
@@ -158,7 +161,8 @@ OPS: Final = (
             _bias("bias", "n"),
         ),
         attrs={"k": int, "n": int},
-        extra={"router": int},
+        extra={"router": int, "screen": int},
+        possible=lambda attrs: attrs.get("screen", GROUP) == GROUP,
         kernels=_linear,
         triton=True,
         family="dense matmuls",

@@ -71,6 +71,8 @@ class Walk:
             mine = buffer.name == LOGITS and not (about.native and len(self._devices) > 1)
             if external and not mine:
                 raise VerifyError(f"{name} is the engine's {buffer.name}")
+            if "screen" in step.attrs and not external:
+                raise VerifyError(f"it is screened, and {name} is no logits of the engine's")
             if buffer.device not in writes and writes:
                 raise VerifyError(
                     f"{name} is on {buffer.device}, which {step.resource} cannot write"

@@ -24,9 +24,10 @@ class Options(BaseModel):
     GPU may be used (0: all); the cache holds `concurrency` sequences of whole length at least, or
     `cache_tokens` tokens of all of them; `ring` experts fit into the slots of a streamed prefill.
     Of models that keep states a sequence, or windows in rings, `snapshot_bytes` may hold those of
-    prompts, for others that begin alike. `attention` says whose kernels attend on GPUs in decode.
-    `slo` are goals as the user wrote them, `family` is how to read the model, whatever config.json
-    calls it, `profile` recorded routing.
+    prompts, for others that begin alike. `attention` says whose kernels attend on GPUs in decode,
+    `lm_head` whether decode steps screen the output matrix by a compact copy where the best logits
+    will do ("auto": where it pays). `slo` are goals as the user wrote them, `family` is how to read
+    the model, whatever config.json calls it, `profile` recorded routing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
@@ -41,6 +42,7 @@ class Options(BaseModel):
     ring: Annotated[int, Field(ge=0)] = 0
     snapshot_bytes: Annotated[int, Field(ge=0)] = int(SNAPSHOT_GB * 1e9)
     attention: Literal["triton", "flashinfer"] = "triton"
+    lm_head: Literal["auto", "stored", "screened"] = "auto"
     slo: str = ""
     family: str = ""
     profile: RoutingProfile | None = None

@@ -23,7 +23,7 @@ from hmc.plan.memory import kind_of
 from hmc.plan.model import ExpertWeights, Phase, Plan, Step
 from hmc.plan.stored import stored_form
 
-_SCHEDULED = {*SHARED_ATTRS, "range", "count"}
+_SCHEDULED = {*SHARED_ATTRS, "range", "count", "screen"}
 """Attributes that say which part of a step's work is done."""
 
 

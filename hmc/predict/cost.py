@@ -16,6 +16,7 @@ from hmc.formats import format_of
 from hmc.machine.model import CpuRates, GpuRates, Machine, Rate
 from hmc.ops import OPS, Load
 from hmc.ops.matmul import chosen_experts
+from hmc.ops.screen import COMPACT
 from hmc.plan import DTYPE_BYTES, Phase, Plan, Step
 from hmc.plan.nodes import shares, strangers
 
@@ -241,6 +242,7 @@ class CostModel:
         times = {"token": work.keys, "sequence": 2.0 * call.sequences}
         cache = float(sum(times[s.per] * s.bytes for s in row.states(step.attrs)))
         form = next((self._format[name] for name in step.weights.values()), "")
+        form = COMPACT if "screen" in step.attrs else form
         weight, flops = step.weight_bytes * work.reads, step.flops * work.products
         operands = load.rows * sum(operand.width for operand in step.inputs.values())
         if row.routed:

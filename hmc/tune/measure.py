@@ -65,7 +65,8 @@ class Runner(Closing):
                 answer = [int(np.argmax(logits[-1]))]
                 for _ in range(min(_ANSWER, room - len(ids)) - 1):
                     last = np.array(answer[-1:], np.int32)
-                    answer.append(int(np.argmax(self._executor.decode([sequence], last)[0])))
+                    logits = self._executor.decode([sequence], last, best=[1])
+                    answer.append(int(np.argmax(logits[0])))
             answers.append(answer)
         return answers
 
@@ -78,7 +79,7 @@ class Runner(Closing):
                 sequence.length = self._context
                 start = time.perf_counter()
                 for index in range(self._context, len(ids)):
-                    self._executor.decode([sequence], ids[index : index + 1])
+                    self._executor.decode([sequence], ids[index : index + 1], best=[1])
                 spent += time.perf_counter() - start
                 done += self._tokens
         return done / spent

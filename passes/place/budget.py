@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hmc.errors import CapacityError, UsageError
+from hmc.machine.model import Machine
 from hmc.ops.row import PAGED
 from hmc.passes.place.needs import with_snapshots
 from hmc.passes.place.windows import whole_windows, windowed
@@ -171,7 +172,7 @@ def _host_cache(
     least = _least(cache, options, tokens)
     if options.cache_tokens:
         return least
-    share = _CACHE_SHARE * (_host_free(needs, target) - cache.bytes_of_sequences)
+    share = _CACHE_SHARE * (host_free(needs, target.machine) - cache.bytes_of_sequences)
     fits = int(max(0, share) // max(1, cache.bytes_per_token)) // cache.block * cache.block
     return max(least, min(fits, _most(cache, options, tokens)))
 
@@ -233,10 +234,10 @@ def _allowed(target: Target) -> str:
     return f"the model allows {target.info.context}" + (f" ({reason})" if reason else "")
 
 
-def _host_free(needs: Needs, target: Target) -> int:
+def host_free(needs: Needs, machine: Machine) -> int:
     """Bytes of a machine's memory beside weights and the reserve; negative where it is small."""
     weights = sum(needs.kinds.values()) + needs.experts
-    return int(target.machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
+    return int(machine.memory_bytes * (1 - _HOST_RESERVE)) - weights
 
 
 def _host_tokens(
@@ -247,7 +248,7 @@ def _host_tokens(
         notes.decide("context length", f"{asked} tokens", "asked for")
         return asked
     model, weights = target.info.context, sum(needs.kinds.values()) + needs.experts
-    free = _host_free(needs, target) - cache.bytes_of_sequences
+    free = host_free(needs, target.machine) - cache.bytes_of_sequences
     fits = max(0, free) // max(1, cache.bytes_per_token)
     limit = _limit(model, options)
     tokens = max(min(fits // 256 * 256, limit), min(_SMALLEST, limit))

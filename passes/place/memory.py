@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from hmc.passes.place.lm_head import screen_bytes
 from hmc.passes.records import Base, Needs
 from hmc.plan import Decision, LedgerItem, Phase, Plan
 from hmc.plan.memory import HOME, DeviceMemory, device_of, placed_bytes, stored_expert_bytes
@@ -37,6 +38,8 @@ class Memory:
         held = f"{capacity} tokens x {token} B"
         cache = _item(home, "KV cache", capacity * token, held)
         items = (*weights, cache, *_sequence_states(plan, home))
+        if copy := screen_bytes(plan):
+            items += (_item("host", "screen", copy, "8-bit copy of the output matrix"),)
         found = plan.model_copy(update={"ledger": items})
         if len(plan.machine.nodes) > 1:
             found = found.model_copy(update={"decisions": (*plan.decisions, _by_node(plan))})

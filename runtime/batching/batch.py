@@ -231,7 +231,8 @@ class Batch:
         phase = decode_phase(self._executor.plan, len(jobs))
         self._masks.ahead(jobs)
         with self._meter.call(phase):
-            logits = self._executor.decode(sequences, tokens, phase)
+            best = [job.best for job in jobs]
+            logits = self._executor.decode(sequences, tokens, phase, best)
         self._meter.did(decoded=len(jobs))
         for job, row in zip(jobs, logits, strict=True):
             if job.current:

@@ -86,6 +86,13 @@ class Job:
         """
         return self.place.length == len(self.ids) + len(self.answer.tokens)
 
+    @property
+    def best(self) -> int:
+        """How many of the largest logits the next token is among; 0: any, or all logits are
+        wanted."""
+        asked = self.request
+        return 0 if asked.mask is not None or asked.logprobs is not None else asked.sampler.best
+
     def paused(self) -> None:
         """It has made room: nothing of it is in the cache any more."""
         self.sequence, self.phase = None, ""

@@ -10,7 +10,9 @@ program is walked in pieces.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,6 +44,8 @@ _LEAST_PIECES, _MOST_PIECES = 4, 32
 _DRAWN = 0.25
 """Part of its pieces that a worker leaves to whoever is free."""
 
+Ints = npt.NDArray[np.int32]
+
 
 class Parts:
     """What the phases of a plan have in common: weights, cache, tables, kernels and workers."""
@@ -49,6 +53,29 @@ class Parts:
     def __init__(self, plan: Plan, store: WeightStore, kv: KVCache, jit: Jit, pool: Pool) -> None:
         self.plan, self.store, self.kv, self.jit, self.pool = plan, store, kv, jit, pool
         self.tables = Tables(plan, store)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """A head of which the best rows alone may be computed: the records [start, stop) of all of it,
+    and of the best; how many each wanted row asks for, i32 [max_tokens], at most `most`; of each
+    worker rows computed so far and blocks of rows read whole, i64 [workers, ...].
+    """
+
+    whole: tuple[int, int]
+    some: tuple[int, int]
+    best: Ints
+    counts: npt.NDArray[np.int64]
+    most: int
+
+    def asked(self, best: Ints | None, rows: int) -> bool:
+        """Whether the best rows will do, of which `best` (None: all) of each of `rows` wanted rows
+        are; they are noted then.
+        """
+        if best is None or not rows or best.min() < 1 or best.max() > self.most:
+            return False
+        self.best[:rows] = best
+        return True
 
 
 class Lowering:
@@ -70,7 +97,8 @@ class Lowering:
         self.stops: list[Stop] = []
         self.split: int | None = None
         """Records that work on all tokens; None: all of them."""
-        self._jit = parts.jit
+        self.screen: Screen | None = None
+        self._jit, self._pool = parts.jit, parts.pool
         self._builder = ProgramBuilder(len(parts.pool.teams))
 
     def specs(self, step: Step) -> dict[str, KernelSpec]:
@@ -113,6 +141,12 @@ class Lowering:
         """Have Python called for a step, with the number of tokens, when all records so far are
         done."""
         self.stops.append((self.records, step, function))
+
+    def run(self, spec: KernelSpec, **args: int | float) -> None:
+        """Run a kernel now, by all workers, for what is made once."""
+        builder = ProgramBuilder()
+        builder.add(self._jit.get(spec), pack(spec.op, **args), tag=0)
+        self._pool.run(builder.build().records)
 
     def await_flag(self, step: Step, flags: Flags, number: int, spin: int) -> None:
         """Append a wait for a flag, before the records of a step; workers spin so many ticks."""
@@ -161,8 +195,10 @@ class LoweredPhase:
         self.program = lowering.build()
         self._split = len(self.program) if lowering.split is None else lowering.split
         self._stops = lowering.stops
-        self._counts = (-1, -1)
-        """What the `tokens` words of the records on all tokens and on the wanted rows hold."""
+        self._screen, self._best = lowering.screen, 0
+        self._counts = (-1, -1, False)
+        """What the `tokens` words of the records on all tokens and on the wanted rows hold, and
+        whether the best ones will do."""
         keys = {key for step in lowering.phase.steps for key in step.kernels}
         native = {kernel.spec.symbol for kernel in self.program.kernels}
         self.kernels = tuple(sorted(native | {key for key in keys if key.startswith("torch:")}))
@@ -177,9 +213,11 @@ class LoweredPhase:
         positions: npt.NDArray[np.int32],
         tables: npt.NDArray[np.int32],
         rows: npt.NDArray[np.int32],
+        best: Ints | None = None,
     ) -> npt.NDArray[np.float32]:
         """Logits f32 [len(rows), vocab] of the tokens at index `rows`; a view that the next run
-        overwrites.
+        overwrites. Of row i all but the best[i] largest, and what ties with the last of them, may
+        be -inf (None, or 0 in one of them: of no row).
 
         `ids`, `positions`, `tables` (block table row of each) are i32 [tokens].
         """
@@ -190,7 +228,8 @@ class LoweredPhase:
             )
         self.arena.enter(ids, positions, tables)
         self.arena.inputs("rows")[: len(rows)] = rows
-        records, start = self._ready(tokens, len(rows)), 0
+        some = self._screen is not None and self._screen.asked(best, len(rows))
+        records, start = self._ready(tokens, len(rows), some), 0
         for stop, step, function in self._stops:
             if stop <= len(records):
                 self._walk(records[start:stop])
@@ -198,18 +237,32 @@ class LoweredPhase:
                 start = stop
         self._walk(records[start:])
         self.ran = True
+        self._best += some * len(rows)
         return self.arena.logits[: len(rows)]
 
-    def _ready(self, tokens: int, rows: int) -> npt.NDArray[np.int64]:
-        """The records to walk for so many tokens and wanted rows."""
+    @property
+    def screened(self) -> Counter[str]:
+        """Of a head that is screened: `logits`, wanted rows of which the best were asked for so
+        far, `rows` of the matrix computed for them, and `blocks` of its rows read whole.
+        """
+        if self._screen is None:
+            return Counter()
+        rows, blocks = self._screen.counts[:, :2].sum(axis=0).tolist()
+        return Counter(logits=self._best, rows=rows, blocks=blocks)
+
+    def _ready(self, tokens: int, rows: int, some: bool) -> npt.NDArray[np.int64]:
+        """The records to walk for so many tokens and wanted rows, of all logits or `some`."""
         end = len(self.program) if rows else self._split
-        wanted = (tokens, rows or self._counts[1])
+        wanted = (tokens, rows or self._counts[1], some if rows else self._counts[2])
         if self._counts != wanted:
-            self._counts = (-1, -1)  # Ctrl-C may strike between any two of these lines
+            self._counts = (-1, -1, False)  # Ctrl-C may strike between any two of these lines
             for start, stop, count in ((0, self._split, tokens), (self._split, end, rows)):
                 if start < stop:
                     self.program.patch_all(start, stop, tokens=count)
-            self._counts = wanted if rows else (tokens, -1)
+            if self._screen is not None and rows:
+                away = self._screen.whole if some else self._screen.some
+                self.program.patch_all(*away, tokens=0)
+            self._counts = wanted if rows else (tokens, -1, False)
         return self.program.records[:end]
 
     def _call(self, step: Step, function: Callable[[], None], name: str) -> None:
@@ -225,6 +278,11 @@ class LoweredPhase:
             self._pool.run(records)
         else:
             self.recorder.run(self.name, records)
+
+
+def screened(phases: Iterable[object]) -> Counter[str]:
+    """The sums of `LoweredPhase.screened` of those among some phases that are lowered."""
+    return sum((each.screened for each in phases if isinstance(each, LoweredPhase)), Counter())
 
 
 def _pieces(size: int, rows: int, workers: int) -> tuple[int, int]:

@@ -33,6 +33,7 @@ from hmc.ranges import expert_ranges
 from hmc.runtime.host.compressed import compressed_attention, index_pools
 from hmc.runtime.host.lowering import Lowering, OpFunction
 from hmc.runtime.host.records import record
+from hmc.runtime.host.screen import screened_linear
 from hmc.runtime.weights.store import BIASES
 
 
@@ -45,7 +46,9 @@ def _plain(low: Lowering, step: Step) -> None:
 
 
 def _linear(low: Lowering, step: Step) -> None:
-    ((op, spec),) = low.specs(step).items()
+    if "screen" in (specs := low.specs(step)):
+        return screened_linear(low, step)
+    ((op, spec),) = specs.items()
     weight, rows = step.weights["weight"], int(step.attrs["n"])
     given = {
         "w": low.store.address(weight),

@@ -4,7 +4,7 @@ arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ class Tables:
         self._angles: dict[tuple[str, float, str | None], tuple[npt.NDArray[np.float32], ...]] = {}
         self._vectors: dict[str, npt.NDArray[np.float32]] = {}
         self._arrays: dict[tuple[str | int, ...], npt.NDArray[np.generic]] = {}
+        self._made: dict[tuple[str, str], Sequence[npt.NDArray[np.generic]]] = {}
 
     def rotary(self, constant: str, factor: float, alpha: str | None = None) -> tuple[int, int]:
         """Addresses of cos and sin, f32 [max_context, dim / 2], both times `factor`; frequencies
@@ -88,3 +89,11 @@ class Tables:
         wins.
         """
         return int(self._arrays.setdefault(key, np.ascontiguousarray(values)).ctypes.data)
+
+    def made(
+        self, key: tuple[str, str], make: Callable[[], Sequence[npt.NDArray[np.generic]]]
+    ) -> tuple[int, ...]:
+        """Addresses of arrays that are made together when first asked for."""
+        if key not in self._made:
+            self._made[key] = make()
+        return tuple(int(each.ctypes.data) for each in self._made[key])

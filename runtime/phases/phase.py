@@ -145,9 +145,11 @@ class DevicePhase:
         for native in (*self.bound.native, *([self.program] if self.program else ())):
             native.recorder = recorder
 
-    def run(self, ids: Ints, positions: Ints, tables: Ints, rows: Ints) -> npt.NDArray[np.float32]:
-        """As `LoweredPhase.run`. Ctrl-C takes effect when the call is over, a second one at once;
-        that closes the devices.
+    def run(
+        self, ids: Ints, positions: Ints, tables: Ints, rows: Ints, best: Ints | None = None
+    ) -> npt.NDArray[np.float32]:
+        """As `LoweredPhase.run`, of all logits whatever is asked. Ctrl-C takes effect when the call
+        is over, a second one at once; that closes the devices.
         """
         with _interrupts_held():
             call = self._run(ids, positions, tables, rows)

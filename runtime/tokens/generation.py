@@ -222,7 +222,8 @@ class Stream:
                 yield Piece(self._answer.push(token), (token,))
                 if self._answer.reason is not None or self._cancelled:
                     return
-                logits = executor.decode([sequence], np.array([token], np.int32))
+                last = np.array([token], np.int32)
+                logits = executor.decode([sequence], last, "", [sampler.best])
 
 
 @contextmanager

@@ -127,6 +127,21 @@ class Sampler:
         self._said: set[int] = set()
         self._added = dict(params.logit_bias)  # to the logits of these tokens
 
+    @property
+    def best(self) -> int:
+        """How many of the largest logits the next token is among, whatever the others are: they,
+        those that tie with the last of them, and -inf for all others give the same token; 0: it may
+        be any.
+
+        Of logits that penalties and biases only lower, as many more: what is not among the k + m
+        largest is below k that none of the m penalised tokens has, before and after.
+        """
+        params, lifted = self._params, any(value > 0 for value in self._added.values())
+        if lifted or params.repetition_penalty < 1 or not (params.greedy or params.top_k):
+            return 0
+        lowered = len(self._seen) if params.repetition_penalty > 1 else 0
+        return (1 if params.greedy else params.top_k) + lowered + len(self._added)
+
     def sample(self, logits: npt.NDArray[np.float32]) -> int:
         """The next token's id from f32 logits [vocab], remembered as seen.
 

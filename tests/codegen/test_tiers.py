@@ -159,6 +159,9 @@ def kernels(isa: str) -> list[KernelSpec]:
     found += [spec(op) for op in others.split()]
     for weight in ("fp8", "bf16", "fp16", "f32", "int4"):
         found += [spec(op, weight, k=160, tokens=1) for op in ("linear", "gemm")]
+    found.append(spec("screen_copy", "bf16", k=160, group=32))
+    found.append(spec("screen_tops", k=160, tokens=1))
+    found += [spec(op, "bf16", k=160, tokens=1) for op in ("screen", "screen_rows")]
     for weight in ("fp8", "int4"):
         found.append(spec("mla_absorb", weight, **latent, tokens=1))
     return [

@@ -188,9 +188,9 @@ def test_dumps_and_debug_text(
     hmc.compile(model, max_context=64)
     graph = ["00-trace", "01-canonicalise", "02-fuse", "03-lower"]
     plan = ["04-emit", "05-expert_placement", "06-dual_batch", "07-stream_load"]
-    plan += ["08-decode_attention", "09-memory"]
+    plan += ["08-decode_attention", "09-lm_head", "10-memory"]
     assert sorted(path.stem for path in tmp_path.iterdir()) == graph + plan
-    assert "host KV cache: " in (tmp_path / "09-memory.txt").read_text()
+    assert "host KV cache: " in (tmp_path / "10-memory.txt").read_text()
     text = capsys.readouterr().err
     assert "fuse:" in text
     assert "add_norm" in text

@@ -124,7 +124,7 @@ class PagedFake:
         context = self._read(sequence)
         return np.array([_logits(context[: start + row + 1]) for row in rows]).reshape(-1, VOCAB)
 
-    def decode(self, sequences, tokens, phase=DECODE):
+    def decode(self, sequences, tokens, phase=DECODE, best=None):
         self._begin((phase, len(sequences)))
         assert 0 < len(sequences) <= self.plan.limits.max_batch
         rows = []
@@ -132,6 +132,8 @@ class PagedFake:
             self.kv.reserve(sequence, 1)
             self._write(sequence, int(token))
             rows.append(_logits(self._read(sequence)))
+        for row, few in zip(rows, best if best and all(best) else (), strict=False):
+            row[row < np.sort(row)[-min(few, len(row))]] = -np.inf
         return np.array(rows)
 
     def close(self):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, lanes_mask, vec
+from hmc.codegen.ir import F32, I32, I64, Emitter, Value, const, lanes_mask
 from hmc.codegen.kernels.routing.route import ordered_key
+from hmc.codegen.kernels.routing.threshold import LEAST, reaching, threshold
 from hmc.codegen.ragged import ceil_div
 from hmc.codegen.vector import isplat
 
-_LEAST = -(2**31)
 ALIGN = 64
 """Scores that are whole vectors on every tier: what a row has room for is a multiple of it."""
 
@@ -48,7 +48,7 @@ def choose(e: Emitter, scores: Value, count: Value, most: int, target: Value) ->
     with b.if_else(b.icmp_signed(">", count, const(most))) as (some, every):
         with some:
             padded = _order(e, scores, count)
-            least = _threshold(e, scores, padded, most)
+            least = threshold(e, scores, padded, const(most))
             _take(e, scores, padded, least, most, target)
         with every:
             with e.for_range(0, count) as index:
@@ -66,30 +66,8 @@ def _order(e: Emitter, scores: Value, count: Value) -> Value:
         key = ordered_key(e, e.load_vec(scores, index, F32, lanes))
         place = b.add(e.splat(b.trunc(index, I32), lanes), numbers)
         inside = b.icmp_signed("<", place, e.splat(b.trunc(count, I32), lanes))
-        e.store(b.select(inside, key, isplat(_LEAST, lanes)), scores, index)
+        e.store(b.select(inside, key, isplat(LEAST, lanes)), scores, index)
     return padded
-
-
-def _threshold(e: Emitter, keys: Value, padded: Value, most: int) -> Value:
-    """The largest number (i64) that at least `most` of `keys` reach."""
-    b = e.b
-    least = e.local(I64, const(_LEAST))
-    with e.for_range(0, 32) as turn:
-        bit = b.shl(const(1), b.sub(const(31), turn))
-        bound = b.add(b.load(least), bit)
-        enough = b.icmp_signed(">=", _reaching(e, keys, padded, bound), const(most))
-        b.store(b.select(enough, bound, b.load(least)), least)
-    return b.load(least)
-
-
-def _reaching(e: Emitter, keys: Value, padded: Value, bound: Value) -> Value:
-    """How many of `keys` are at least `bound`, which is above the least number."""
-    b, lanes = e.b, e.lanes
-    low, found = e.splat(b.trunc(bound, I32), lanes), e.local(vec(I32, lanes), isplat(0, lanes))
-    with e.for_range(0, padded, lanes) as index:
-        reaches = b.icmp_signed(">=", e.load_vec(keys, index, I32, lanes), low)
-        b.store(b.sub(b.load(found), b.sext(reaches, vec(I32, lanes))), found)
-    return b.sext(e.call(f"llvm.vector.reduce.add.v{lanes}i32", I32, b.load(found)), I64)
 
 
 def _take(e: Emitter, keys: Value, padded: Value, least: Value, most: int, target: Value) -> None:
@@ -115,7 +93,7 @@ def _take(e: Emitter, keys: Value, padded: Value, least: Value, most: int, targe
 
 def _above(e: Emitter, keys: Value, padded: Value, least: Value) -> Value:
     """How many are larger; none where `least` is the largest number that there is."""
-    b, last = e.b, const(-_LEAST - 1)
+    b, last = e.b, const(-LEAST - 1)
     is_last = b.icmp_signed("==", least, last)
     bound = b.select(is_last, last, b.add(least, const(1)))
-    return b.select(is_last, const(0), _reaching(e, keys, padded, bound))
+    return b.select(is_last, const(0), reaching(e, keys, padded, bound))

@@ -27,6 +27,7 @@ from hmc.cli.arguments import (
 from hmc.cli.output import JSON, Report, console, print_json, progress, size, table
 from hmc.cli.planned import compiled, is_plan
 from hmc.cli.predicted import Comparison
+from hmc.cli.summary import head_line
 from hmc.errors import UsageError
 from hmc.plan import load_plan
 
@@ -142,6 +143,7 @@ def model(
                 prompt_rows = [bench.prompt(length) for length in lengths]
                 decode_rows = bench.decodes(tokens, context, batches) if tokens else []
             workers, used = executor.pool.workers, executor.kernels_used
+            screened = executor.screened
         finally:
             executor.close()
     rows = [*prompt_rows, *decode_rows]
@@ -171,6 +173,7 @@ def model(
                 **circumstances(plan.isa, workers),
                 "kernels": list(used),
                 "phases": dict(executor.calls),
+                "lm_head": dict(screened),
                 **({"no_prediction": compared.reason} if compared.reason else {}),
             }
         )
@@ -182,6 +185,8 @@ def model(
         f"streaming read {reference / 1e9:.1f} GB/s ({bench.memory.variant}; best of"
         f" {len(bench.memory.swept)} ways); a decode step reads {size(active_bytes(plan))}"
     )
+    if line := head_line(screened):
+        click.echo(line)
     _print_batches(decode_rows)
     if by_op:
         for row in decode_rows:
