@@ -98,6 +98,7 @@ class _Recorder:
         self.arena = self.kv = self.tables = self
         self.max_tokens = _TOKENS
         self.order = self.span = self.sequence = _ARRAY
+        self.team_table = 0
         self.records: list[tuple[Any, ...]] = []
         self._buffers = {buffer.name: buffer for buffer in phase.buffers}
         self._memory: dict[str, _Memory] = {}
