@@ -36,12 +36,12 @@ def write_random(directory: Path, values: dict[str, Any]) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-def close(found: Floats, exact: Floats) -> None:
-    """Of tokens that cannot choose all: attention to all positions errs by 0.12 and more. A near
-    tie of an indexer may go another way for some of them.
+def close(found: Floats, exact: Floats, bound: float = 0.06) -> None:
+    """Of tokens that cannot choose all: attention to all positions errs by twice the `bound` and
+    more. A near tie of an indexer may go another way for some of them.
     """
     wrong = errors(found, exact)
-    assert len(wrong) > 8 and np.median(wrong) < 0.06, wrong
+    assert len(wrong) > 8 and np.median(wrong) < bound, wrong
 
 
 def in_chunks(found: Executor, ids: list[int], size: int) -> Floats:
@@ -54,7 +54,9 @@ def in_chunks(found: Executor, ids: list[int], size: int) -> Floats:
     return np.concatenate(rows)
 
 
-def decode_continues(found: Executor, exact: Floats, lengths: tuple[int, ...]) -> None:
+def decode_continues(
+    found: Executor, exact: Floats, lengths: tuple[int, ...], bound: float = 0.06
+) -> None:
     """Of several sequences together, each at its own position."""
     ids = prompt(LENGTH)
     sequences = [found.open() for _ in lengths]
@@ -68,7 +70,7 @@ def decode_continues(found: Executor, exact: Floats, lengths: tuple[int, ...]) -
             mine.append(row.copy())
     for sequence, length, mine in zip(sequences, lengths, rows, strict=True):
         found.release(sequence)
-        close(np.stack(mine), exact[length : length + 12])
+        close(np.stack(mine), exact[length : length + 12], bound)
 
 
 def goes_on_from_known_blocks(found: Executor) -> None:
@@ -84,20 +86,22 @@ def goes_on_from_known_blocks(found: Executor) -> None:
     assert (rows[0] == rows[1]).all()
 
 
-def on_devices_ranks_and_lanes(found: Executor, split: Plan, exact: Floats, past: int) -> None:
+def on_devices_ranks_and_lanes(
+    found: Executor, split: Plan, exact: Floats, past: int, bound: float = 0.06
+) -> None:
     """Every phase of prompts, from the start and after `past` tokens; decode in two lanes."""
     ids = np.array(prompt(LENGTH), np.int32)
     names = [phase.name for phase in split.phases if phase.name.startswith("prefill")]
     assert STREAM in names and any(phase.ranks == 2 for phase in split.phases)
     for name in names:
         for before in (0, past):
-            close(continued(found, ids, name, before), exact[139:])
+            close(continued(found, ids, name, before), exact[139:], bound)
     pair = [found.open(), found.open()]
     for sequence in pair:
         for _ in found.prefill(sequence, ids[:120]):
             pass
     lanes = [found.decode(pair, ids[[at, at]])[1].copy() for at in range(120, 132)]
-    close(np.stack(lanes), exact[120:132])
+    close(np.stack(lanes), exact[120:132], bound)
     assert found.calls[DUAL] == 12
 
 

@@ -27,6 +27,7 @@ from split_plans import split_plan
 from tiny_models import FOLDER, Floats, prompt
 
 import hmc
+from hmc.checkpoint.config import load_config
 from hmc.errors import UsageError, VerifyError
 from hmc.plan import Plan, Step
 from hmc.plan.states import StateGroup
@@ -56,6 +57,16 @@ def directory(request: pytest.FixtureRequest, written: Callable[..., Path]) -> P
 
 
 @pytest.fixture(scope="module")
+def bound(directory: Path) -> float:
+    """Of the median error. Attention to all positions errs by 0.12 and more in GLM-5, by 0.4 and
+    more in Mistral Large 4, which has three indexers that near ties of scores lead astray.
+    """
+    return {"glm_moe_dsa": 0.06, "mistral_large4": 0.15}[
+        load_config(directory).values["model_type"]
+    ]
+
+
+@pytest.fixture(scope="module")
 def exact(directory: Path) -> Floats:
     """Logits of the prompt in float32."""
     return run(load_model(directory).module, prompt(LENGTH)).numpy()
@@ -69,18 +80,18 @@ def engine(directory: Path) -> Iterator[hmc.Engine]:
 
 
 @pytest.mark.slow
-def test_chunks_give_the_same_bits(engine: hmc.Engine, exact: Floats) -> None:
+def test_chunks_give_the_same_bits(engine: hmc.Engine, exact: Floats, bound: float) -> None:
     ids = prompt(LENGTH)
     whole = in_chunks(engine.executor, ids, 64)
-    close(whole[110:], exact[110:])
+    close(whole[110:], exact[110:], bound)
     assert errors(whole, exact)[:96].max() < 0.04  # all are chosen
     for size in (7, 33):
         assert (in_chunks(engine.executor, ids, size) == whole).all()
 
 
 @pytest.mark.slow
-def test_decode_continues(engine: hmc.Engine, exact: Floats) -> None:
-    decode_continues(engine.executor, exact, (5, 93, 130))
+def test_decode_continues(engine: hmc.Engine, exact: Floats, bound: float) -> None:
+    decode_continues(engine.executor, exact, (5, 93, 130), bound)
 
 
 @pytest.mark.slow
@@ -94,10 +105,10 @@ def split(directory: Path) -> Plan:
 
 
 @pytest.mark.slow
-def test_devices_ranks_and_lanes(split: Plan, directory: Path, exact: Floats) -> None:
+def test_devices_ranks_and_lanes(split: Plan, directory: Path, exact: Floats, bound: float) -> None:
     """The choice stays where it was made, also for the layer that shares it."""
     with executor(split, directory, delays=3) as found:
-        on_devices_ranks_and_lanes(found, split, exact, 60)
+        on_devices_ranks_and_lanes(found, split, exact, 60, bound)
 
 
 @pytest.mark.slow
