@@ -14,6 +14,7 @@ goes on at `following`, where the caller does.
 
 from __future__ import annotations
 
+from hmc.codegen.decode.grain import GRAIN as GRAIN
 from hmc.codegen.decode.streams import Tile, emit_streams
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.order import gather, has_order, order_of, room
@@ -24,9 +25,6 @@ FLOATS = F32.as_pointer()
 ROWS = 512
 """Rows whose results callers keep on the stack between `matvec` and their epilogue: runs stay long.
 """
-GRAIN = 16
-"""Rows that work is split by: whole batches of whole streams."""
-
 _TOKEN_TILES = {32: (8, 6, 4, 3, 2, 1), 16: (4, 3, 2, 1)}
 """Tokens of a tile, by registers. With 16 registers of 8 lanes two tiles of 4 take 27 cycles for 32
 FP8 weights where one of 8 takes 40: what it saves in decoding it loses in sums that do not fit."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from hmc.codegen.decode.tiles import GRAIN
+from hmc.codegen.decode.grain import GRAIN
 from hmc.formats import matrix_of
 from hmc.machine.model import Machine
 from hmc.machine.topology import worker_counts
