@@ -2,8 +2,8 @@
 may ask for; which tier this machine runs.
 
     tier          features                          what it brings                  since
-    avx512_bf16   avx512 + BF16, VBMI, VNNI         dot products of pairs of bf16   Zen 4,
-                                                    and i16, tables of 128 bytes    Sapphire Rapids
+    avx512_bf16   avx512 + BF16, VBMI, VNNI         dot products of bf16, i16 and   Zen 4,
+                                                    i8, tables of 128 bytes         Sapphire Rapids
     avx512        avx2 + AVX-512 F, BW, DQ, VL, CD  512 bits, 32 registers          Skylake-X
     avx2          AVX2, FMA, F16C, BMI 1 and 2      256 bits, 16 registers          Haswell, Zen 1
 
@@ -29,7 +29,8 @@ class Isa:
     """A tier: `flags` as /proc/cpuinfo spells them, `tune` the CPU whose costs LLVM schedules by.
 
     `pair_dot`: sums of products of bf16 pairs into f32 (`vdpbf16ps`). `byte_table`: a byte of a
-    table of 128, or a word of one of 32, for every lane (`vpermi2b`, `vpermw`).
+    table of 128, or a word of one of 32, for every lane (`vpermi2b`, `vpermw`). `whole_dot`: sums
+    of products of i16 pairs, or of u8 and i8 fours, into i32 (`vpdpwssd`, `vpdpbusd`).
     """
 
     name: str
@@ -39,7 +40,7 @@ class Isa:
     flags: frozenset[str]
     pair_dot: bool = False
     byte_table: bool = False
-    word_dot: bool = False
+    whole_dot: bool = False
     pause: str = "llvm.x86.sse2.pause"
 
     @property
@@ -71,7 +72,9 @@ _BF16 = _AVX512 | frozenset("avx512_bf16 avx512vbmi avx512_vnni".split())
 TIERS: dict[str, Isa] = {
     tier.name: tier
     for tier in (
-        Isa("avx512_bf16", 512, 32, "znver4", _BF16, pair_dot=True, byte_table=True, word_dot=True),
+        Isa(
+            "avx512_bf16", 512, 32, "znver4", _BF16, pair_dot=True, byte_table=True, whole_dot=True
+        ),
         Isa("avx512", 512, 32, "skylake-avx512", _AVX512),
         Isa("avx2", 256, 16, "haswell", _AVX2),
     )

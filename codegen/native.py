@@ -12,8 +12,8 @@ or any plain float, less zeros and times scales of any blocks; and blocks of GGU
     f32          all                  E4M3; BF16, F16 and F32     shifts in place, or as they are
     f32, made    all                  all                         vectors, or a look-up a code
 
-Blocks of GGUF are multiplied as bf16 or as whole numbers by decoders of their own; those with a
-byte a code as whole numbers for few tokens wherever a tier has a dot product of such (`of_few`).
+Blocks of GGUF are multiplied as bf16 or as whole numbers by decoders of their own; of few tokens as
+whole numbers on every tier (`of_few`).
 """
 
 from __future__ import annotations
@@ -104,13 +104,16 @@ def arithmetic(isa: str, weight: str) -> Arithmetic:
 def of_few(isa: str, weight: str) -> Arithmetic:
     """How the tier multiplies weights of a format by up to 16 tokens.
 
-    Blocks with a byte a code are whole numbers of 16 bits after one instruction, pairs of bf16
-    after five; in panels the codes of many tokens' products are converted once.
+    Codes of blocks are whole numbers as they lie or after one instruction, pairs of bf16 after
+    several; in panels the codes of many tokens' products are converted once.
     """
+    return "whole" if _blocks(format_of(weight), "whole") else arithmetic(isa, weight)
+
+
+def in_bytes(isa: str, weight: str) -> bool:
+    """Whether codes of few tokens' products are multiplied as bytes: those of less than one."""
     columns, size = format_of(weight).codes.block
-    if TIERS[isa].word_dot and columns and size >= columns:
-        return "whole"
-    return arithmetic(isa, weight)
+    return TIERS[isa].whole_dot and size < columns
 
 
 def has_native(isa: str, weight: str) -> bool:

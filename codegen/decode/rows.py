@@ -64,7 +64,8 @@ class Rows:
             factor = dot.scale(e, row, chunk, valid)
             for token, slot, total in zip(self.x, sums[at], self.totals[at], strict=True):
                 value, before = dot.value(e, b.load(slot), token, chunk, zero), b.load(total)
-                more = b.fadd(value, before) if factor is None else e.fma(value, factor, before)
+                times = dot.token_factor(e, token, chunk) if factor is None else factor
+                more = b.fadd(value, before) if times is None else e.fma(value, times, before)
                 b.store(more, total)
 
     def _units(self, chunk: Value, sums: list[list[Value]], valid: int) -> None:

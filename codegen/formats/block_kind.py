@@ -80,8 +80,8 @@ class Kind:
     `columns[step]`: the column of each code of the step in the order of its vectors; in longer
     units the steps repeat. `vectors(block, step)`: `<32 x i16>`.
     `scales(block, step)`: `<16 x float>`. `minima(block)`: `<16 x float>`, of each `summed`
-    columns, what is added to each, from lane `minima_at` on. `least` is what code 0 means, of codes
-    that are whole numbers in a line.
+    columns, what is added to each, in the lanes `at`. `least` is the least value of a code that is
+    negative; `lifted(block)`, as minima are, what it is multiplied by.
     """
 
     unit: int
@@ -90,8 +90,13 @@ class Kind:
     scales: Callable[[Block, int], Value]
     minima: Callable[[Block], Value] | None = None
     summed: int = 32
-    minima_at: int = 0
+    at: range = range(LANES)
     least: int = 0
+    lifted: Callable[[Block], Value] | None = None
+
+    def __post_init__(self) -> None:
+        beside = self.minima or self.lifted
+        assert beside is None or len(self.at) * self.summed == self.unit, "lanes without a sum"
 
     @property
     def period(self) -> int:

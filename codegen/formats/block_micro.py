@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from hmc.codegen.formats.block_rows import FOUR, KINDS, Kind, Rows
-from hmc.codegen.formats.code_words import PAIRS, WHOLE, Words
+from hmc.codegen.formats.code_words import bf16_pairs, whole_pairs
 from hmc.codegen.formats.interleave import Chunk, Zeros
 from hmc.codegen.formats.micro import MicroKernel, Pairs, Vectors, WholeNumbers
 from hmc.codegen.formats.whole import bf16_values
@@ -23,7 +23,8 @@ class OfBlocks(MicroKernel):
     """Blocks of GGUF: codes in words of 16 bits, columns in the order `FOUR`."""
 
     scales_sums = True
-    words: ClassVar[Words]
+    whole: ClassVar[bool] = False
+    """Whether codes are whole numbers, else bf16."""
 
     @property
     def kind(self) -> Kind:
@@ -49,9 +50,10 @@ class OfBlocks(MicroKernel):
     ) -> None:
         """Pairs of codes, a word each."""
         rows = Rows.of(e, format_of(self.spec.weight), chunk)
+        words = whole_pairs if self.whole else bf16_pairs
         for column, codes in self.kind.codes(rows):
             pairs = e.b.bitcast(codes, vec(I16, 2 * self.lanes))
-            for number, word in enumerate(self.words.pairs(e, self.kind.values, pairs)):
+            for number, word in enumerate(words(e, self.kind.values, pairs)):
                 place = const((column // 2 + number) * chunk.stride)
                 e.store(e.b.bitcast(word, codes.type), chunk.panel, place, align=4)
 
@@ -67,8 +69,6 @@ class OfBlocks(MicroKernel):
 class BlockPairs(OfBlocks, Pairs):
     """In bf16."""
 
-    words = PAIRS
-
     def pack(
         self, e: Emitter, row: Value, k: Value, valid: int, size: int, factor: Value
     ) -> Vectors:
@@ -83,7 +83,7 @@ class BlockPairs(OfBlocks, Pairs):
 class BlockWords(OfBlocks, WholeNumbers):
     """In whole numbers."""
 
-    words = WHOLE
+    whole = True
 
     def _sum(self, e: Emitter, whole: list[Value], scale: Value, factor: Value) -> None:
         if not self.token_sums:

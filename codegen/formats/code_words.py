@@ -1,16 +1,16 @@
 """Codes of a byte each as words of 16 bits, for dot products of pairs: of a vector of bytes the
-words of those in even places, then of those in odd ones. So nothing moves between lanes.
+words of those in even places, then of those in odd ones. So nothing moves between lanes. Where
+bytes are multiplied they stay what they are.
 
-As bf16 codes of 6 bits or fewer are looked up by `vpermw` (`vpermi2w`), which reads the lowest bits
-of a word and ignores what lies above. As whole numbers they are masked, or looked up by `vpshufb`.
-Without `values` codes are two's complement.
+As bf16, for panels, codes of 6 bits or fewer are looked up by `vpermw` (`vpermi2w`), which reads
+the lowest bits of a word and ignores what lies above. As whole numbers they are masked, or looked
+up by `vpshufb`. Without `values` codes are two's complement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from llvmlite import ir
@@ -36,15 +36,19 @@ _SHUFFLE = {32: "llvm.x86.avx2.pshuf.b", 64: "llvm.x86.avx512.pshuf.b.512"}
 
 @dataclass(frozen=True)
 class Words:
-    """What codes become: `pairs(e, values, codes)` of codes `<n x i16>`, two a word: the words of
-    those in even places and of those in odd ones; `twos(e, values, low, bit)` of the codes of 2
-    bits that begin at a bit of words `<n x i16>`; `threes(e, values, low, high, bit)` with third
-    bits, which lie half as far up a byte of words `high`.
+    """What codes become, less their least value: `pairs(e, values, codes)` of codes `<n x i16>`,
+    two a word: the words of those in even places and of those in odd ones, or one vector of bytes;
+    `twos(e, low, bit)` of the codes of 2 bits that begin at a bit of the bytes of words `<n x
+    i16>`; `threes(e, low, high, bit)` with third bits, which lie half as far up the bytes of words
+    `high`.
     """
 
     pairs: Callable[[Emitter, Sequence[float], Value], list[Value]]
-    twos: Callable[[Emitter, Sequence[float], Value, int], Value]
-    threes: Callable[[Emitter, Sequence[float], Value, Value, int], Value]
+    twos: Callable[[Emitter, Value, int], list[Value]]
+    threes: Callable[[Emitter, Value, Value, int], list[Value]]
+
+
+_BYTES_OF_A_WORD = (0, 8)
 
 
 def moved(e: Emitter, words: Value, left: int) -> Value:
@@ -56,7 +60,7 @@ def moved(e: Emitter, words: Value, left: int) -> Value:
     return e.b.shl(words, amount) if left > 0 else e.b.lshr(words, amount)
 
 
-def _bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
+def bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
     """Two vectors of bf16 `<32 x i16>` of 64 codes `<32 x i16>`; of `values` there are a power of
     two, 64 at most, or none.
     """
@@ -64,26 +68,6 @@ def _bf16_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value
         return _signed_bf16(e, codes)
     table = list(values) * max(1, _WORDS // len(values))
     return [_looked_up(e, table, index) for index in (codes, moved(e, codes, -8))]
-
-
-def _bf16_twos(e: Emitter, values: Sequence[float], low: Value, bit: int) -> Value:
-    """A look-up reads 5 bits: two codes of 2 bits begin there, and each has a table."""
-    below = bit % 4
-    table = [values[index >> below & 3] for index in range(_WORDS)]
-    return _looked_up(e, table, moved(e, low, below - bit))
-
-
-def _bf16_threes(e: Emitter, values: Sequence[float], low: Value, high: Value, bit: int) -> Value:
-    """A look-up of two tables reads 6 bits: two codes, then the third bits of both."""
-    place, second = bit % 8 // 4 * 2, bit % 4 // 2
-    lows = _kept(e, moved(e, low, -2 * place), 0x0F0F)
-    highs = _kept(e, moved(e, high, 4 - place), 0x3030)
-    index = moved(e, e.b.or_(lows, highs), -(bit // 8 * 8))
-    table = [
-        values[index >> 2 * second & 3 | (index >> 4 + second & 1) << 2]
-        for index in range(2 * _WORDS)
-    ]
-    return _looked_up(e, table, index)
 
 
 def _looked_up(e: Emitter, table: Sequence[float], index: Value) -> Value:
@@ -103,23 +87,25 @@ def _kept(e: Emitter, words: Value, bits: int) -> Value:
     return e.b.and_(words, splat_int(I16, words.type.count, bits))
 
 
-def _whole_twos(e: Emitter, values: Sequence[float], low: Value, bit: int) -> Value:
-    assert not values[0]
-    return _kept(e, moved(e, low, -bit), 3)
+def _byte_twos(e: Emitter, low: Value, bit: int) -> list[Value]:
+    return [_kept(e, moved(e, low, -bit), 0x0303)]
 
 
-def _whole_threes(
-    e: Emitter, values: Sequence[float], low: Value, high: Value, bit: int, raised: bool = False
-) -> Value:
-    third = moved(e, high, 2 - bit // 8 * 8 - bit % 8 // 2)
-    codes = e.b.or_(_kept(e, moved(e, low, -bit), 3), _kept(e, third, 4))
-    return _above(e, codes, values, raised)
+def _byte_threes(e: Emitter, low: Value, high: Value, bit: int) -> list[Value]:
+    third = moved(e, high, 2 - bit // 2)
+    return [e.b.or_(_kept(e, moved(e, low, -bit), 0x0303), _kept(e, third, 0x0404))]
 
 
-def _above(e: Emitter, codes: Value, values: Sequence[float], raised: bool) -> Value:
-    """Codes as whole numbers from the first value up, or from 0 if `raised`."""
-    least = 0 if raised else int(values[0])
-    return e.b.add(codes, splat_int(I16, codes.type.count, least)) if least else codes
+def _whole_twos(e: Emitter, low: Value, bit: int) -> list[Value]:
+    return [_kept(e, moved(e, low, -bit - byte), 3) for byte in _BYTES_OF_A_WORD]
+
+
+def _whole_threes(e: Emitter, low: Value, high: Value, bit: int) -> list[Value]:
+    found = []
+    for byte in _BYTES_OF_A_WORD:
+        third = moved(e, high, 2 - byte - bit // 2)
+        found.append(e.b.or_(_kept(e, moved(e, low, -bit - byte), 3), _kept(e, third, 4)))
+    return found
 
 
 def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
@@ -136,21 +122,29 @@ def _signed_bf16(e: Emitter, codes: Value) -> list[Value]:
     ]
 
 
-def _whole_pairs(
-    e: Emitter, values: Sequence[float], codes: Value, raised: bool = False
-) -> list[Value]:
-    """Two vectors of whole numbers `<n x i16>` of 2 n codes `<n x i16>`; `values` are whole. Those
-    in a line begin at 0 if they are `raised`.
-    """
-    b, kind = e.b, codes.type
-    eight = splat_int(I16, kind.count, 8)
+def whole_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
+    """Two vectors of whole numbers `<n x i16>` of 2 n codes `<n x i16>`; `values` are whole."""
+    b, eight = e.b, splat_int(I16, codes.type.count, 8)
+    if is_line(values):
+        least = splat_int(I16, codes.type.count, int(values[0]))
+        return [b.add(word, least) for word in _raised_pairs(e, values, codes)]
     if values:
-        codes = b.and_(codes, splat_int(I16, kind.count, (len(values) - 1) * 0x101))
-        if is_line(values):
-            words = _kept(e, codes, 255), b.lshr(codes, eight)
-            return [_above(e, word, values, raised) for word in words]
-        codes = _shuffled(e, values, codes)
+        codes = _shuffled(e, values, _kept(e, codes, 0x0F0F))
     return [b.ashr(b.shl(codes, eight), eight), b.ashr(codes, eight)]
+
+
+def _raised_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
+    """The same, less the least value: those of one that are not negative."""
+    (codes,) = _byte_pairs(e, values, codes)
+    return [_kept(e, codes, 255), moved(e, codes, -8)]
+
+
+def _byte_pairs(e: Emitter, values: Sequence[float], codes: Value) -> list[Value]:
+    """One vector of bytes, less the least value."""
+    codes = _kept(e, codes, (len(values) - 1) * 0x101)
+    if is_line(values):
+        return [codes]
+    return [_shuffled(e, [value - min(values) for value in values], codes)]
 
 
 def _shuffled(e: Emitter, values: Sequence[float], codes: Value) -> Value:
@@ -165,13 +159,7 @@ def _shuffled(e: Emitter, values: Sequence[float], codes: Value) -> Value:
     return e.b.bitcast(found, codes.type)
 
 
-PAIRS = Words(_bf16_pairs, _bf16_twos, _bf16_threes)
-"""As bf16, on tiers that multiply pairs."""
-WHOLE = Words(_whole_pairs, _whole_twos, _whole_threes)
-"""As whole numbers."""
-RAISED = Words(
-    partial(_whole_pairs, raised=True),
-    _whole_twos,
-    partial(_whole_threes, raised=True),
-)
-"""As whole numbers, those in a line from 0 up."""
+RAISED = Words(_raised_pairs, _whole_twos, _whole_threes)
+"""As words of 16 bits."""
+BYTES = Words(_byte_pairs, _byte_twos, _byte_threes)
+"""As bytes, in the order of the codes."""

@@ -16,7 +16,7 @@ the end. Hidden here: how codes become numbers, and the order in which activatio
 Zeros: sums of codes are less by the zero times the sum of the activations, which `prepare` adds up
 chunk by chunk, for each lane of an accumulator.
 
-Blocks of GGUF have forms of their own (block_dot.py, block_whole.py). Any other format is decoded
+Blocks of GGUF have forms of their own (block_dot.py). Any other format is decoded
 with its scales and multiplied as f32 (made.py, native.py).
 """
 
@@ -281,8 +281,16 @@ class Dot:
     def value(
         self, e: Emitter, total: Value, prepared: Value, k: Value, zero: Value | None = None
     ) -> Value:
-        """The finished sum of the chunk at element `k` in f32, without its weights' scales."""
+        """The finished sum of the chunk at element `k` in f32, without its weights' scales and the
+        `token_factor`.
+        """
         return total
+
+    def token_factor(self, e: Emitter, prepared: Value, k: Value) -> Value | None:
+        """What the chunk at element `k` is multiplied by where its weights have no scales; None
+        for 1.
+        """
+        return None
 
     def multiply(self, e: Emitter, total: Value, weights: Value, activations: Value) -> Value:
         """`total` + weights * activations, lane by lane (pair by pair)."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from hmc.codegen.formats.block_dot import BlockDot
+from hmc.codegen.formats.block_dot import BlockDot, ByteBlockDot
 from hmc.codegen.formats.block_micro import BlockPairs, BlockWords
-from hmc.codegen.formats.block_whole import WholeBlockDot
 from hmc.codegen.formats.dot import Dot
 from hmc.codegen.formats.micro import (
     Floats,
@@ -17,16 +16,16 @@ from hmc.codegen.formats.micro import (
 from hmc.codegen.formats.planes import planes_of
 from hmc.codegen.formats.whole import WholeDot
 from hmc.codegen.native import GRAIN as CHUNK
-from hmc.codegen.native import arithmetic, is_e4m3, is_native, of_few, reads_blocks
+from hmc.codegen.native import arithmetic, in_bytes, is_e4m3, is_native, of_few, reads_blocks
 from hmc.codegen.spec import KernelSpec
 from hmc.formats import format_of
 
 
 def dot_of(spec: KernelSpec, k: int) -> Dot:
     """The form for rows of `k` weights as `spec` stores them, on its tier."""
-    whole = of_few(spec.isa, spec.weight) == "whole"
     if reads_blocks(spec):
-        return (WholeBlockDot if whole else BlockDot)(spec, k)
+        return (ByteBlockDot if in_bytes(spec.isa, spec.weight) else BlockDot)(spec, k)
+    whole = of_few(spec.isa, spec.weight) == "whole"
     return (WholeDot if whole and is_native(spec) else Dot)(spec, k)
 
 

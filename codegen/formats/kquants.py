@@ -1,6 +1,6 @@
-"""Blocks of GGUF as words of 16 bits and their scales, for dot products of a few tokens: codes are
-whole numbers (or entries of a table) that bf16 holds exactly. `hmc/formats/blocks.py` says how
-blocks are laid out.
+"""Blocks of GGUF as bytes or words of 16 bits and their scales, for dot products of a few tokens:
+codes are whole numbers (or entries of a table). `hmc/formats/blocks.py` says how blocks are laid
+out.
 
 Codes of 4 to 6 bits stand a byte each in a vector, as they lie in the block: of half a block (or of
 four blocks of 32) the low halves of 64 bytes, then the high ones. Words of them are those of
@@ -23,16 +23,10 @@ from hmc.codegen.formats.code_words import (
     LESS_32,
     moved,
 )
-from hmc.codegen.formats.small_codes import SMALL
+from hmc.codegen.formats.small_codes import SMALL, SMALL_OF_BYTES
 from hmc.codegen.ir import F16, F32, I1, I8, I16, I32, I64, Emitter, Value, const, lanes_mask, vec
-from hmc.codegen.native import is_line
-from hmc.codegen.vector import concat, isplat, splat_int
+from hmc.codegen.vector import concat, isplat, resize, splat_int
 from hmc.formats.codebooks import E2M1_DOUBLED, IQ4
-
-
-def least_of(values: Sequence[float]) -> int:
-    """What code 0 means of codes that are whole numbers in a line, else 0."""
-    return int(values[0]) if is_line(values) else 0
 
 
 def _masked(e: Emitter, words: Value, byte: int) -> Value:
@@ -42,9 +36,9 @@ def _masked(e: Emitter, words: Value, byte: int) -> Value:
 # -- blocks of 32 ----------------------------------------------------------------------------------
 
 
-def _halves(block: Block, step: int) -> Value:
-    """Of each of four blocks the f16 number at byte 0."""
-    halves = block.e.b.bitcast(block.each(0, I16), vec(F16, LANES))
+def _halves(block: Block, at: int) -> Value:
+    """Of each of four blocks the f16 number at byte `at`; at byte 0 the scales of the one step."""
+    halves = block.e.b.bitcast(block.each(at, I16), vec(F16, LANES))
     return block.e.b.fpext(halves, vec(F32, LANES))
 
 
@@ -91,28 +85,31 @@ def _four(
             found += block.pairs(values, codes)
         return found
 
+    def lifted(block: Block) -> Value:
+        return block.once(scales, 0)
+
     columns = _in_places(_SIXTEENS) + _in_places([column + 16 for column in _SIXTEENS])
-    return Kind(128, (columns,), vectors, scales, minima, least=least_of(values))
+    fourths, least = range(0, LANES, 4), int(min(values))
+    return Kind(128, (columns,), vectors, scales, minima, 32, fourths, least, lifted)
 
 
 def _added(block: Block) -> Value:
-    """Of each of four blocks the f16 number at byte 2, in the first lanes."""
-    firsts = lanes_mask([0, 4, 8, 12, *[LANES] * (LANES - 4)])
-    halves = block.e.b.shuffle_vector(block.each(2, I16), block.e.zeros(I16, LANES), firsts)
-    return block.e.b.fpext(block.e.b.bitcast(halves, vec(F16, LANES)), vec(F32, LANES))
+    """Of each of four blocks the f16 number at byte 2."""
+    return _halves(block, 2)
 
 
 def _bytes(block: Block, step: int) -> list[Value]:
-    """As whole numbers: few tokens meet these in no other arithmetic (`native.of_few`)."""
+    """Two's complement, always words."""
     return [block.e.b.sext(block.bytes(2, WORDS), vec(I16, WORDS))]
 
 
 # -- blocks of 256: steps of the low and the high halves of 64 bytes, twice ------------------------
 
 
-def _eights(block: Block) -> Value:
+def _eights(block: Block, odd: int = 1) -> Value:
     """Of eight groups the scales, then of each what is added: codes of 6 bits, the lower ones of
     which lie in 4 bytes each, the upper ones in nibbles of 4 bytes and the top bits of the lower.
+    Scales of odd groups are divided by `odd`.
     """
     e, b = block.e, block.e.b
     words = b.bitcast(block.bytes(0, 16), vec(I16, 8))
@@ -129,18 +126,24 @@ def _eights(block: Block) -> Value:
     low = masked(chosen(bytes_[0], bytes_[1], 4, 12, 8, 16 + 12), 63, 15, 63, 15)
     top = masked(chosen(bytes_[2], bytes_[2], 4, 4, 8, 8), 0, 48, 0, 48)
     codes = b.uitofp(b.zext(b.or_(low, top), vec(I32, LANES)), vec(F32, LANES))
-    halves = b.fpext(b.bitcast(block.load(0, I32), vec(F16, 2)), vec(F32, 2))
-    signed = b.fmul(halves, ir.Constant(vec(F32, 2), [1.0, -1.0]))
-    return b.fmul(codes, spread(block, signed, (0, 1)))
+    halves = b.bitcast(e.splat(block.load(0, I32), 2), vec(F16, 4))
+    factors = b.fmul(
+        b.fpext(halves, vec(F32, 4)), ir.Constant(vec(F32, 4), [1.0, -1.0, 1 / odd, 0.0])
+    )
+    return b.fmul(codes, spread(block, factors, [0, 2] * 4 + [1] * 8))
 
 
-def _group_scales(block: Block, step: int) -> Value:
-    half, part = divmod(step, 2)
-    return spread(block, block.once(_eights), (4 * half + part, 4 * half + 2 + part))
+def _of_eight(vectors: Callable[[Block, int], list[Value]], odd: int = 1) -> Kind:
+    """Of blocks with `_eights`."""
 
+    def scales(block: Block, step: int) -> Value:
+        half, part = divmod(step, 2)
+        return spread(block, block.once(_eights, odd), (4 * half + part, 4 * half + 2 + part))
 
-def _eight_minima(block: Block) -> Value:
-    return block.once(_eights)
+    def minima(block: Block) -> Value:
+        return block.once(_eights, odd)
+
+    return Kind(256, _two(_THIRTIES, 32), vectors, scales, minima, at=range(8, 16))
 
 
 def _low(block: Block, at: int, half: int) -> Value:
@@ -151,6 +154,12 @@ def _q4_k(block: Block, step: int) -> list[Value]:
     half, part = divmod(step, 2)
     words = block.once(_low, 16, half)
     return block.pairs(FOUR_BITS, moved(block.e, words, -4 * part))
+
+
+def _q4_k_bytes(block: Block, step: int) -> list[Value]:
+    """Codes of odd groups 16 times: where they lie."""
+    half, part = divmod(step, 2)
+    return [_masked(block.e, block.once(_low, 16, half), 0xF0 if part else 0x0F)]
 
 
 def _high(block: Block, at: int, shift: int, each: int) -> Value:
@@ -204,6 +213,10 @@ def _iq4_xs_scales(block: Block, step: int) -> Value:
     return spread(block, block.once(_eight_scales), range(4 * half, 4 * half + 4))
 
 
+def _eight_lifted(block: Block) -> Value:
+    return resize(block.e, block.once(_eight_scales), LANES)
+
+
 def _iq4_xs(block: Block, step: int) -> list[Value]:
     half, part = divmod(step, 2)
     words = block.once(_low, 8, half)
@@ -232,9 +245,27 @@ KINDS: Mapping[str, Kind] = {
     "iq4_nl": _four(IQ4, 2, _halves),
     "ggml_mxfp4": _four(E2M1_DOUBLED, 1, _powers),
     **SMALL,
-    "q4_k": Kind(256, _two(_THIRTIES, 32), _q4_k, _group_scales, _eight_minima, minima_at=8),
-    "q5_k": Kind(256, _two(_THIRTIES, 32), _q5_k, _group_scales, _eight_minima, minima_at=8),
-    "q6_k": Kind(256, _two(range(64), 64), _q6_k, _q6_k_scales, least=-32),
-    "iq4_xs": Kind(256, _two(_SIXTEENS, 16), _iq4_xs, _iq4_xs_scales),
+    "q4_k": _of_eight(_q4_k),
+    "q5_k": _of_eight(_q5_k),
+    "q6_k": Kind(
+        256,
+        _two(range(64), 64),
+        _q6_k,
+        _q6_k_scales,
+        summed=16,
+        least=-32,
+        lifted=lambda block: block.once(_sixteen_scales),
+    ),
+    "iq4_xs": Kind(
+        256,
+        _two(_SIXTEENS, 16),
+        _iq4_xs,
+        _iq4_xs_scales,
+        at=range(8),
+        least=-127,
+        lifted=_eight_lifted,
+    ),
 }
 """By the name of a format."""
+OF_BYTES: Mapping[str, Kind] = {**KINDS, "q4_k": _of_eight(_q4_k_bytes, 16), **SMALL_OF_BYTES}
+"""The same where bytes are multiplied."""

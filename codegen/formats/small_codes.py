@@ -1,7 +1,8 @@
 """Q2_K and Q3_K: codes of 2 and 3 bits, four of them under each other in a byte, 64 bytes a block.
 
-Words of 64 bytes are looked up (code_words.py) at each second bit of both bytes, so a vector has
-codes of both halves of the block, and four vectors of scales are spread over their lanes.
+Each second bit of 64 bytes begins a vector of codes of both halves of the block (code_words.py),
+and four vectors of scales are spread over their lanes; or, where bytes are multiplied, Q2_K's codes
+are multiplied by their scales first, by a table.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from collections.abc import Mapping
 
 from llvmlite import ir
 
-from hmc.codegen.formats.block_kind import LANES, WORDS, Block, Kind, spread, words_of
-from hmc.codegen.formats.code_words import LESS_4, TWO_BITS
-from hmc.codegen.ir import F32, I8, I16, I32, I64, Value, vec
+from hmc.codegen.formats.block_kind import BYTES, LANES, WORDS, Block, Kind, spread, words_of
+from hmc.codegen.ir import F32, I8, I16, I32, I64, Value, lanes_mask, vec
 from hmc.codegen.vector import concat, splat_int
 
 
@@ -21,20 +21,44 @@ def _bytes(block: Block, at: int) -> Value:
 
 
 def _q2_k(block: Block, step: int) -> list[Value]:
-    """Both bytes of a word of 64 have a code at each second bit."""
-    low, twos = block.once(_bytes, 16), block.words.twos
-    return [twos(block.e, TWO_BITS, low, byte + 2 * step) for byte in (0, 8)]
+    """Each byte has a code at each second bit."""
+    return block.words.twos(block.e, block.once(_bytes, 16), 2 * step)
+
+
+def _fours(block: Block, bits: int) -> Value:
+    """Sixteen codes of 4 bits, from bit `bits` of a byte on."""
+    b = block.e.b
+    return b.and_(b.lshr(block.bytes(0, 16), splat_int(I8, 16, bits)), splat_int(I8, 16, 15))
 
 
 def _q2(block: Block, bits: int, factor: int) -> Value:
-    """Sixteen codes of 4 bits, from bit `bits` of a byte on, times the factor at a byte."""
-    b = block.e.b
-    codes = b.and_(b.lshr(block.bytes(0, 16), splat_int(I8, 16, bits)), splat_int(I8, 16, 15))
-    return b.fmul(b.uitofp(codes, vec(F32, LANES)), block.half(factor, 16))
+    """Those times the factor at a byte."""
+    codes = block.e.b.uitofp(_fours(block, bits), vec(F32, LANES))
+    return block.e.b.fmul(codes, block.half(factor, 16))
 
 
 def _q2_k_scales(block: Block, step: int) -> Value:
     return spread(block, block.once(_q2, 0, 80), _small_groups(step))
+
+
+def _q2_k_products(block: Block, step: int) -> list[Value]:
+    """Codes times scales: of 2 and of 4 bits, products are looked up by both."""
+    e, b, found = block.e, block.e.b, list[Value]()
+    scales = b.shl(_fours(block, 0), splat_int(I8, 16, 2))
+    kind = vec(I8, BYTES)
+    table = ir.Constant(kind, [I8(index % 4 * (index // 4)) for index in range(BYTES)])
+    for part in range(4):
+        groups = [8 * (byte // 32) + 2 * part + byte % 32 // 16 for byte in range(BYTES)]
+        (codes,) = block.words.twos(e, block.once(_bytes, 16), 2 * part)
+        spread_ = b.shuffle_vector(scales, scales, lanes_mask(groups))
+        index = b.or_(b.bitcast(codes, kind), spread_)
+        product = e.call("llvm.x86.avx512.permvar.qi.512", kind, table, index)
+        found.append(words_of(product, e))
+    return found
+
+
+def _q2_k_scale(block: Block, step: int) -> Value:
+    return block.half(80, LANES)
 
 
 def _q2_k_minima(block: Block) -> Value:
@@ -42,8 +66,8 @@ def _q2_k_minima(block: Block) -> Value:
 
 
 def _q3_k(block: Block, step: int) -> list[Value]:
-    low, high, threes = block.once(_bytes, 32), block.once(_thirds), block.words.threes
-    return [threes(block.e, LESS_4, low, high, byte + 2 * step) for byte in (0, 8)]
+    low, high = block.once(_bytes, 32), block.once(_thirds)
+    return block.words.threes(block.e, low, high, 2 * step)
 
 
 def _thirds(block: Block) -> Value:
@@ -88,6 +112,18 @@ _SMALL = tuple(_small_columns(step) for step in range(4))
 
 SMALL: Mapping[str, Kind] = {
     "q2_k": Kind(256, _SMALL, _q2_k, _q2_k_scales, _q2_k_minima, 16),
-    "q3_k": Kind(256, _SMALL, _q3_k, _q3_k_scales, least=-4),
+    "q3_k": Kind(
+        256,
+        _SMALL,
+        _q3_k,
+        _q3_k_scales,
+        summed=16,
+        least=-4,
+        lifted=lambda block: block.once(_q3_scales),
+    ),
 }
 """By the name of a format."""
+SMALL_OF_BYTES: Mapping[str, Kind] = {
+    "q2_k": Kind(256, (sum(_SMALL, ()),), _q2_k_products, _q2_k_scale, _q2_k_minima, 16),
+}
+"""Where bytes are multiplied, those that are not."""

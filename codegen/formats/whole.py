@@ -37,10 +37,11 @@ from hmc.codegen.vector import (
     splat_int,
 )
 
-_LARGEST = 32767.0
+LARGEST = 32767.0
 _SMALLEST = 1e-30  # a chunk's largest counts as no less, so that its reciprocal is finite
 _ROUND = 1.5 * 2.0**23  # added, it leaves round(x) in the low bits
 _ADDED = "llvm.x86.avx512.vpdpwssd.512"
+_BYTES_ADDED = "llvm.x86.avx512.vpdpbusd.512"
 _MULTIPLY = {8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
 
 
@@ -163,10 +164,12 @@ def bf16_values(e: Emitter, x: Value, k: Value, count: int, valid: int, lanes: i
     return [e.bf16_to_f32(bits) for bits in bf16_bits(e, x, k, count, valid, lanes)]
 
 
-def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
-    """f32 vectors of a chunk as whole numbers from -32767 to 32767 (in the low 16 bits of i32
-    lanes; those above are anything), and the f32 they must be multiplied by: NaN where a value is
-    not finite.
+def whole_numbers(
+    e: Emitter, values: list[Value], most_of_one: float = LARGEST
+) -> tuple[list[Value], Value]:
+    """f32 vectors of a chunk as whole numbers, `most_of_one` at most and none below its negative
+    (in the low 16 bits of i32 lanes; those above are anything), and the f32 they must be multiplied
+    by: NaN where a value is not finite.
     """
     b, lanes = e.b, values[0].type.count
     largest = spoilt = e.zeros(F32, lanes)
@@ -176,8 +179,8 @@ def whole_numbers(e: Emitter, values: list[Value]) -> tuple[list[Value], Value]:
         spoilt = e.fma(value, e.zeros(F32, lanes), spoilt)
     most = e.reduce(largest, partial(fmax, e))
     most = b.select(b.fcmp_ordered(">", most, fconst(_SMALLEST)), most, fconst(_SMALLEST))
-    factor = b.fadd(b.fdiv(most, fconst(_LARGEST)), e.reduce_add(spoilt))
-    scale = e.splat(b.fdiv(fconst(_LARGEST), most), lanes)
+    factor = b.fadd(b.fdiv(most, fconst(most_of_one)), e.reduce_add(spoilt))
+    scale = e.splat(b.fdiv(fconst(most_of_one), most), lanes)
     magic = fsplat(_ROUND, lanes)
     whole = [b.bitcast(e.fma(value, scale, magic), vec(I32, lanes)) for value in values]
     return whole, factor
@@ -191,8 +194,16 @@ def multiply_words(e: Emitter, total: Value, left: Value, right: Value) -> Value
     if count > lanes:
         parts = (cut(e, total, lanes), cut(e, left, 2 * lanes), cut(e, right, 2 * lanes))
         return concat(e, [multiply_words(e, *each) for each in zip(*parts, strict=True)])
-    if e.spec.tier.word_dot and count == lanes:
+    if e.spec.tier.whole_dot and count == lanes:
         return e.call(
             _ADDED, total.type, total, *(e.b.bitcast(x, total.type) for x in (left, right))
         )
     return e.b.add(total, e.call(_MULTIPLY[count], total.type, left, right))
+
+
+def add_bytes(e: Emitter, total: Value, left: Value, right: Value) -> Value:
+    """`total` `<16 x i32>` + the sums of four products of neighbouring bytes of `left`, not
+    negative, and `right`, signed (both `<32 x i16>`; `vpdpbusd`), on tiers with `whole_dot`.
+    """
+    words = (e.b.bitcast(x, total.type) for x in (left, right))
+    return e.call(_BYTES_ADDED, total.type, total, *words)

@@ -8,7 +8,7 @@ import numpy as np
 from kernel_calls import address, guarded
 from prefill_data import Stored, from_bf16, in_whole_numbers, stored
 
-from hmc.codegen.formats.block_whole import WholeBlockDot
+from hmc.codegen.formats.block_dot import BlockDot
 from hmc.codegen.formats.forms import dot_of
 from hmc.codegen.formats.whole import WholeDot
 from hmc.codegen.spec import KernelSpec, WeightFormat
@@ -47,10 +47,12 @@ def address_of_scale(matrix: Stored, weight: WeightFormat) -> int:
 
 def as_multiplied(spec: KernelSpec, x: np.ndarray) -> np.ndarray:
     """Activations x [T, K] as the kernel's form multiplies them: themselves, or (whole.py) rounded
-    to multiples of a chunk's largest / 32767.
+    to multiples of a share of a chunk's largest.
     """
     dot = dot_of(spec, x.shape[1])
-    return in_whole_numbers(x, dot.chunk) if isinstance(dot, WholeDot | WholeBlockDot) else x
+    if isinstance(dot, BlockDot):
+        return in_whole_numbers(x, dot.chunk, dot.largest)
+    return in_whole_numbers(x, dot.chunk) if isinstance(dot, WholeDot) else x
 
 
 def bound(x: np.ndarray, w: np.ndarray) -> np.ndarray:

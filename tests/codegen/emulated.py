@@ -261,17 +261,58 @@ define internal <16 x i32> @"{name}"(<32 x i16> %left, <32 x i16> %right) noinli
 """
 
 
+def _add_words(name: str) -> str:
+    """vpdpwssd."""
+    words = f"{name}.words"
+    return f"""{_multiply_words(words)}
+define internal <16 x i32> @"{name}"(<16 x i32> %total, <16 x i32> %l, <16 x i32> %r) noinline {{
+  %left = bitcast <16 x i32> %l to <32 x i16>
+  %right = bitcast <16 x i32> %r to <32 x i16>
+  %sum = call <16 x i32> @"{words}"(<32 x i16> %left, <32 x i16> %right)
+  %all = add <16 x i32> %total, %sum
+  ret <16 x i32> %all
+}}
+"""
+
+
+def _add_bytes(name: str) -> str:
+    """vpdpbusd: four products of bytes, the left ones without a sign."""
+    parts, total = [], "total"
+    for byte in range(4):
+        up = _splat(24 - 8 * byte, 16)
+        parts += [
+            f"  %l{byte}.up = shl <16 x i32> %left, {up}",
+            f"  %l{byte} = lshr <16 x i32> %l{byte}.up, {_splat(24, 16)}",
+            f"  %r{byte}.up = shl <16 x i32> %right, {up}",
+            f"  %r{byte} = ashr <16 x i32> %r{byte}.up, {_splat(24, 16)}",
+            f"  %p{byte} = mul <16 x i32> %l{byte}, %r{byte}",
+            f"  %t{byte} = add <16 x i32> %{total}, %p{byte}",
+        ]
+        total = f"t{byte}"
+    body = "\n".join(parts)
+    return f"""
+define internal <16 x i32> @"{name}"(<16 x i32> %total, <16 x i32> %left, <16 x i32> %right)
+noinline {{
+{body}
+  ret <16 x i32> %{total}
+}}
+"""
+
+
 def _counted(stop: int, start: int = 0, step: int = 1) -> str:
     return ", ".join(f"i32 {number}" for number in range(start, stop, step))
 
 
 _DEFINITIONS = {
     "llvm.x86.avx512.permvar.hi.512": _permute(32, "i16", "i16"),
+    "llvm.x86.avx512.permvar.qi.512": _permute(64, "i8", "i8"),
     "llvm.x86.avx512.permvar.sf.512": _permute(16, "float", "i32"),
     "llvm.x86.avx512.pshuf.b.512": _shuffle_bytes,
     "llvm.x86.avx512.vpermi2var.qi.512": _permute_two(64, "i8"),
     "llvm.x86.avx512.vpermi2var.hi.512": _permute_two(32, "i16"),
     "llvm.x86.avx512.pmaddw.d.512": _multiply_words,
+    "llvm.x86.avx512.vpdpwssd.512": _add_words,
+    "llvm.x86.avx512.vpdpbusd.512": _add_bytes,
     "llvm.x86.avx512bf16.cvtne2ps2bf16.512": _two_to_bf16,
     "llvm.x86.avx512bf16.dpbf16ps.128": _dot_pairs(4),
     "llvm.x86.avx512bf16.dpbf16ps.256": _dot_pairs(8),

@@ -12,6 +12,7 @@ import pytest
 from emulated import EMULATING
 
 from hmc.codegen.arguments import pack
+from hmc.codegen.formats.whole import LARGEST
 from hmc.codegen.isa import TIERS, cpu_flags
 from hmc.codegen.jit import Jit
 from hmc.codegen.panel.tiling import CHUNK, Form
@@ -28,19 +29,19 @@ def need(isa: str) -> None:
         pytest.skip(f"this CPU lacks {isa}; HMC_TEST_EMULATE=1 runs its kernels all the same")
 
 
-def in_whole_numbers(x: np.ndarray, chunk: int) -> np.ndarray:
-    """Activations x [T, K] rounded to multiples of a chunk's largest / 32767, as whole.py does it;
-    checks how far that takes them.
+def in_whole_numbers(x: np.ndarray, chunk: int, largest: float = LARGEST) -> np.ndarray:
+    """Activations x [T, K] rounded to multiples of a chunk's largest / `largest`, as whole.py does
+    it; checks how far that takes them.
     """
     seen = x.copy()
     for start in range(0, x.shape[1], chunk):
         part = x[:, start : start + chunk].astype(np.float32)
         most = np.maximum(np.abs(part).max(axis=1, keepdims=True), np.float32(1e-30))
-        scale = (np.float32(32767) / most).astype(np.float64)
+        scale = (np.float32(largest) / most).astype(np.float64)
         magic = 1.5 * 2.0**23  # float64 holds the product and the sum: one rounding, as a fused one
         whole = (part * scale + magic).astype(np.float32).astype(np.float64) - magic
-        seen[:, start : start + chunk] = whole * (most / np.float32(32767))
-        assert (np.abs(seen[:, start : start + chunk] - part) <= 2.0**-16 * 1.0001 * most).all()
+        seen[:, start : start + chunk] = whole * (most / np.float32(largest))
+        assert (np.abs(seen[:, start : start + chunk] - part) <= 0.503 / largest * most).all()
     return seen
 
 
